@@ -1,0 +1,517 @@
+"""The transformer: configuration, forward pass, KV cache, sampling, and Hugging Face checkpoints in and out.
+
+Everything between the embedding and the head works on one flat row of N tokens, whatever sequences or
+conversation trees it holds: only rotary positions and attention look at where a token stands. The
+head is not part of the forward pass. Training asks for the log-probabilities of response tokens
+(`kernels/logprobs.py`), sampling for the logits of the last tokens.
+
+    hidden = model.hidden(tokens [N], positions [N], layout)     -> [N, D]
+    logits = model.logits(hidden)                                -> [N, V]
+    logits = model(input_ids [B, T], attention_mask [B, T])      -> [B, T, V], the plain way in
+
+Parameters carry the names of Hugging Face's Llama, so its checkpoints need no renaming.
+"""
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import deque
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kernels.attention import Layout, attention, decode_attention
+from kernels.fused import rms_norm, rotary, swiglu
+from runtime import fail
+
+# ----------------------------------------------------------------------------------- configuration
+
+# What sets the families apart: fields of ModelConfig that config.json does not spell the same way
+# for all of them, as {our field: (key in config.json, value when the key is missing)}.
+FAMILIES = {
+    "llama": {"window": (None, None)},                   # Llama 1-3, Yi, TinyLlama, SmolLM
+    "mistral": {"window": ("sliding_window", None)},     # Mistral-7B, Zephyr-7B
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and variants of a model. V vocabulary, D width, H heads, K key/value heads, E head width."""
+
+    family: str = "llama"                  # a key of FAMILIES, `model_type` in config.json
+    vocab_size: int = 1024                 # V
+    width: int = 192                       # D
+    layers: int = 6
+    heads: int = 6                         # H
+    kv_heads: int = 6                      # K, divides H
+    head_dim: int = 32                     # E
+    mlp_width: int = 512                   # inner width of the SwiGLU
+    max_positions: int = 512               # longest path the positions were made for
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0            # base of the rotary frequencies
+    rope_scaling: dict | None = None       # Llama-3's long-context scaling, as in config.json
+    window: int | None = None              # tokens a query sees, itself included; None: all
+    tied: bool = True                      # head and embedding share one matrix
+    dtype: str = "float32"                 # of the weights on disk
+    raw: dict = field(default_factory=dict)  # config.json as read: keys we do not use travel along
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """config.json of a Hugging Face model directory."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        fail(f"{path}: holds no config.json, expected a Hugging Face model directory")
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        fail(f"{file}: is not JSON ({error}): copy it again")
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        fail(f"{file}: model_type {family!r} is not supported, expected one of {', '.join(FAMILIES)}")
+
+    def size(key: str, default: int | None = None) -> int:
+        value = raw.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**24:
+            fail(f"{file}: {key} is {value!r}, expected a positive whole number")
+        return value
+
+    heads, width = size("num_attention_heads"), size("hidden_size")
+    kv_heads = size("num_key_value_heads", heads)
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # one dict since transformers 5
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        fail(f"{file}: rotary scaling {kind!r} is not supported, expected 'llama3' or none")
+    if raw.get("hidden_act", "silu") != "silu":
+        fail(f"{file}: hidden_act {raw['hidden_act']!r} does not fit family {family}, expected 'silu'")
+    if heads % kv_heads:
+        fail(f"{file}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
+    fields = {name: default if key is None else raw.get(key, default) for name, (key, default) in FAMILIES[family].items()}
+    return ModelConfig(
+        family=family, vocab_size=size("vocab_size"), width=width, layers=size("num_hidden_layers"), heads=heads,
+        kv_heads=kv_heads, head_dim=raw.get("head_dim") or width // heads, mlp_width=size("intermediate_size"),
+        max_positions=size("max_position_embeddings", 2048), norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        rope_scaling=rope if kind == "llama3" else None, tied=bool(raw.get("tie_word_embeddings", False)),
+        dtype=raw.get("torch_dtype") or raw.get("dtype") or "float32", raw=raw, **fields,
+    )
+
+
+def config_json(config: ModelConfig) -> dict:
+    """What config.json should say: the keys it was read with, our fields on top."""
+    architecture = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.family]
+    ours = {
+        "model_type": config.family, "vocab_size": config.vocab_size, "hidden_size": config.width,
+        "num_hidden_layers": config.layers, "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim, "intermediate_size": config.mlp_width, "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied, "hidden_act": "silu", "torch_dtype": config.dtype,
+    }
+    if "rope_parameters" not in config.raw:
+        ours |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+    if config.family == "mistral":
+        ours["sliding_window"] = config.window
+    return {"architectures": [architecture]} | config.raw | ours
+
+
+# ------------------------------------------------------------------------------------- the network
+
+class Linear(nn.Module):
+    """y = x W^T, W [out, in] kept in its own dtype and used in that of x (fp32 weights, bf16 compute)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of each pair of dimensions, [E / 2] (Su et al. 2021; Llama-3's scaling of slow ones)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return frequencies
+    s = config.rope_scaling
+    low, high, trained = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
+    turns = trained * frequencies / (2 * math.pi)  # full turns within the context it was trained on
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # fast pairs stay, slow pairs are stretched, linear between
+    return keep * frequencies + (1 - keep) * frequencies / s["factor"]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention along each token's own path (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim, self.window = config.head_dim, config.window
+        self.q_proj = Linear(config.width, config.heads * config.head_dim)
+        self.k_proj = Linear(config.width, config.kv_heads * config.head_dim)
+        self.v_proj = Linear(config.width, config.kv_heads * config.head_dim)
+        self.o_proj = Linear(config.heads * config.head_dim, config.width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None, layer: int) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)  # [N, H, E], [N, K, E]
+        if cache is not None:
+            cache.write(layer, k, v)
+        if cache is not None and cache.decoding:
+            out = decode_attention(q, *cache.read(layer), cache.seen, self.window)
+        else:
+            out = attention(q, k, v, layout, self.window)
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.width, config.mlp_width)
+        self.up_proj = Linear(config.width, config.mlp_width)
+        self.down_proj = Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None  # of activations; None: that of the weights
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.lm_head = None if config.tied else Linear(config.width, config.vocab_size)
+        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]"""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def resize(self, vocab_size: int) -> None:
+        """Append zero rows to embedding and head up to `vocab_size`."""
+        extra = vocab_size - self.config.vocab_size
+        for module in (self.embed_tokens, self.lm_head):
+            if module is not None and extra > 0:
+                module.weight = nn.Parameter(F.pad(module.weight.data, (0, 0, 0, extra)))
+        self.config = replace(self.config, vocab_size=vocab_size)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states [N, D] of tokens [N] at positions [N] along their paths."""
+        x = self.embed_tokens(tokens)
+        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        angles = positions[:, None, None].float() * self.frequencies  # [N, 1, E / 2]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # [N, 1, E]
+        for layer, block in enumerate(self.layers):
+            x = block(x, cos, sin, layout, cache, layer)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] in at least fp32."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return F.linear(hidden.to(wide), self.head_weight.to(wide))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of padded rows (either side); 0 where the mask [B, T] is False."""
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        layout = Layout.build(mask.sum(1).tolist()).to(input_ids.device)
+        positions = (mask.cumsum(1) - 1)[mask]
+        logits = self.logits(self.hidden(input_ids[mask], positions, layout))
+        out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+        out[mask] = logits
+        return out
+
+
+def init_weights(model: Transformer, seed: int) -> None:
+    """Normal weights of std 0.02, those that write to the residual stream divided by sqrt(2 layers) (GPT-2)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.ones_(parameter)
+        else:
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * model.config.layers) if into_residual else 0.02
+            nn.init.normal_(parameter, std=std, generator=generator)
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+class KVCache:
+    """Keys and values of `slots` sequences of up to `length` tokens, per layer [slots, K, length, E]."""
+
+    def __init__(self, model: Transformer, slots: int, length: int):
+        c, weight = model.config, model.embed_tokens.weight
+        shape = (c.layers, 2, slots, c.kv_heads, length, c.head_dim)
+        self.data = torch.zeros(shape, dtype=model.compute_dtype or weight.dtype, device=weight.device)
+        self.decoding = False
+
+    def at(self, slots: Tensor, positions: Tensor, decoding: bool) -> KVCache:
+        """The next forward pass writes its token i to slot slots[i], place positions[i]; decoding: one token a slot."""
+        self.slots, self.positions, self.decoding = slots, positions, decoding
+        if decoding:
+            self.seen = positions + 1                  # [B] tokens each new token attends to
+            self.longest = int(self.seen.max())
+        return self
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self.data[layer, 0, self.slots, :, self.positions] = k
+        self.data[layer, 1, self.slots, :, self.positions] = v
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, K, S, E] of the slots being decoded, which are the first B."""
+        used = self.data[layer, :, : len(self.slots), :, : self.longest]
+        return used[0], used[1]
+
+    def keep(self, slots: Tensor) -> None:
+        """Move these slots to the front."""
+        self.data[:, :, : len(slots)] = self.data[:, :, slots]
+
+
+class Sample(NamedTuple):
+    tokens: list[int]        # the stop token included
+    logprobs: list[float]    # of each token under the whole distribution at the sampling temperature, nats
+    finished: bool           # ended with a stop token; False: cut at max_tokens
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_tokens: int,
+    temperature: float = 1.0,   # 0 is greedy
+    top_k: int = 0,             # 0: all
+    top_p: float = 1.0,         # 1: all
+    n: int = 1,                 # samples per prompt
+    stop_ids: tuple[int, ...] = (),
+    seed: int = 0,
+    *,
+    slots: int = 128,           # sequences decoded together
+) -> list[list[Sample]]:
+    """n samples for every prompt. Prompts are packed, not padded; a finished sequence gives its slot to a waiting one.
+
+    Sample j of prompt i draws from its own random stream (seed, i, j): the same whatever the batch.
+    """
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty")
+    waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
+    slots = min(slots, len(waiting))
+    samples = [[Sample([], [], False) for _ in range(n)] for _ in prompts]
+    if not waiting or max_tokens < 1:
+        return samples
+    device = model.embed_tokens.weight.device
+    cache = KVCache(model, slots, max(map(len, prompts)) + max_tokens)
+    active: list[_Sequence] = []
+    while waiting or active:
+        # Prefilling a few sequences costs a whole pass: wait until an eighth of the slots is free.
+        if waiting and len(active) <= slots - max(1, min(slots // 8, len(waiting))):
+            new = [_Sequence(*waiting.popleft(), max_tokens, seed) for _ in range(min(slots - len(active), len(waiting)))]
+            logits = _prefill(model, cache, [prompts[s.prompt] for s in new], len(active))
+            step, active = new, active + new
+        else:
+            last = torch.tensor([s.tokens[-1] for s in active], device=device)
+            positions = torch.tensor([len(prompts[s.prompt]) + len(s.tokens) - 1 for s in active], device=device)
+            cache.at(torch.arange(len(active), device=device), positions, decoding=True)
+            logits = model.logits(model.hidden(last, positions, Layout.build([1] * len(active)), cache))
+            step = active
+        uniform = torch.tensor([s.uniform[len(s.tokens)] for s in step], device=device)
+        tokens, logprobs = sample_tokens(logits, temperature, top_k, top_p, uniform)
+        for s, token, logprob in zip(step, tokens.tolist(), logprobs.tolist(), strict=True):
+            s.tokens.append(token)
+            s.logprobs.append(logprob)
+        running = [k for k, s in enumerate(active) if s.tokens[-1] not in stop_ids and len(s.tokens) < max_tokens]
+        if len(running) < len(active):
+            for s in active:
+                samples[s.prompt][s.sample] = Sample(s.tokens, s.logprobs, s.tokens[-1] in stop_ids)
+            cache.keep(torch.tensor(running, device=device, dtype=torch.long))
+            active = [active[k] for k in running]
+    return samples
+
+
+class _Sequence:
+    """One sample on its way: which, its random numbers, what it has said."""
+
+    def __init__(self, prompt: int, sample: int, max_tokens: int, seed: int):
+        self.prompt, self.sample = prompt, sample
+        self.uniform = np.random.default_rng([seed, prompt, sample]).random(max_tokens, dtype=np.float32)
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+
+
+def _prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], first_slot: int) -> Tensor:
+    """Run whole prompts into the cache, from slot `first_slot` on; logits [B, V] after each."""
+    device = model.embed_tokens.weight.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    tokens = torch.tensor([t for p in prompts for t in p], device=device)
+    layout = Layout.build(lengths.tolist()).to(device)
+    rows = torch.repeat_interleave(torch.arange(len(prompts), device=device), lengths)
+    positions = torch.arange(len(tokens), device=device) - layout.start[rows]
+    hidden = model.hidden(tokens, positions, layout, cache.at(rows + first_slot, positions, decoding=False))
+    return model.logits(hidden[layout.start + lengths - 1])
+
+
+def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row of logits [B, V] from uniform numbers in [0, 1) [B], and its log-probability [B].
+
+    Order: temperature, top-k (ties with the k-th stay), top-p (the fewest tokens whose probability reaches
+    top_p, at least one). The log-probability is that of the whole tempered distribution, so that it is
+    what a training forward finds. temperature 0 takes the largest logit, with its probability at 1.
+    """
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
+    if temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+        return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+    kept = keep_top_k(logprobs, top_k) if top_k else logprobs
+    if top_p < 1:
+        probs, ids = nucleus(kept.softmax(-1) if top_k else kept.exp(), top_p)
+    else:
+        probs, ids = kept.exp(), None
+    cumulative = probs.cumsum(-1)
+    # Inverse CDF: the first token whose cumulative probability exceeds u times the total kept.
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=probs.shape[-1] - 1)
+    # Rounding may point past the last token that has any probability.
+    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).byte().argmax(-1, keepdim=True)
+    picked = torch.minimum(picked, last)
+    tokens = picked if ids is None else ids.gather(1, picked)
+    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+
+
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """-inf below the k-th largest of each row."""
+    kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < kth, float("-inf"))
+
+
+def nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The smallest set whose probability reaches top_p, largest first: probabilities [B, C], 0 outside, and ids [B, C].
+
+    Looks among the 256 likeliest first: sorting a vocabulary of 32,000 for every token of 64 rows
+    costs more than the rest of the sampling step (Holtzman et al. 2020 for the method).
+    """
+    vocab = probs.shape[-1]
+    for candidates in (min(256, vocab), vocab):
+        top, ids = probs.topk(candidates, dim=-1)
+        before = top.cumsum(-1) - top
+        if candidates == vocab or bool((before[:, -1] + top[:, -1] >= top_p).all()):
+            break
+    return top.masked_fill(before >= top_p, 0.0), ids
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+def _file_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+    """A Hugging Face directory as a Transformer; weights in `dtype`, or as stored. Reads safetensors only."""
+    path = Path(path)
+    config = read_config(path)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.register_buffer("frequencies", rotary_frequencies(config).to(device), persistent=False)
+    wanted = {_file_name(name): parameter for name, parameter in model.named_parameters()}
+    loaded = {}
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for name in sorted(set(tensors.keys()) & set(wanted)):
+                    tensor = tensors.get_tensor(name)
+                    if tensor.shape != wanted[name].shape:
+                        fail(f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(wanted[name].shape)}")
+                    loaded[name] = tensor if dtype is None else tensor.to(dtype)
+        except (SafetensorError, OSError) as error:
+            fail(f"{file}: cannot be read as safetensors ({error}): copy it again")
+    missing = sorted(set(wanted) - set(loaded))
+    if missing:
+        fail(f"{path}: {missing[0]} is in none of its weight files ({len(missing)} missing): is config.json of this model?")
+    model.load_state_dict({name: loaded[_file_name(name)] for name, _ in model.named_parameters()}, assign=True)
+    return model.requires_grad_(True)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = [path / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            pickled = " (it holds pickled weights, which are never opened: convert them)" if list(path.glob("*.bin")) else ""
+            fail(f"{file}: no such file{pickled}, expected the model's weights as safetensors")
+    return files
+
+
+def save_model(
+    model: Transformer, path: str | Path, tokenizer=None, *, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write a Hugging Face directory: config.json, weights in `dtype` (default: as they are), tokenizer files.
+
+    Written beside and renamed: a kill leaves the old directory or the new one, never half of one.
+    """
+    final = Path(path)
+    path = final.with_name(f".{final.name}.new")
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().to("cpu", dtype or parameter.dtype).contiguous()
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][_file_name(name)] = tensor
+        room -= tensor.nbytes
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        (path / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    for file, shard in zip(names, shards, strict=True):
+        save_file(shard, path / file, metadata={"format": "pt"})
+    saved = next(iter(shards[0].values())).dtype
+    config = replace(model.config, dtype=str(saved).removeprefix("torch."))
+    (path / "config.json").write_text(json.dumps(config_json(config), indent=1) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(path)
+    if final.exists():
+        shutil.rmtree(final)
+    path.rename(final)

@@ -1,0 +1,247 @@
+import json
+import math
+
+import pytest
+import torch
+from conftest import FIXTURES, exits, reference, small_model
+from safetensors.torch import load_file, save_file
+
+from kernels.attention import Layout
+from kernels.logprobs import linear_logprobs
+from model import KVCache, generate, keep_top_k, load_model, nucleus, sample_tokens, save_model
+
+FAMILIES = ("llama2", "llama3", "yi", "mistral")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request):
+    folder = FIXTURES / "models" / request.param
+    return load_model(folder), load_file(folder / "expected.safetensors"), json.loads((folder / "expected.json").read_text())
+
+
+# ------------------------------------------------------------------------------------ forward pass
+
+def test_logits_equal_transformers_whatever_the_padding(case):
+    model, expected, _ = case
+    assert (model(expected["full.input_ids"]) - expected["full.logits"]).abs().max() < 2e-4
+    assert (model(expected["right.input_ids"], expected["right.attention_mask"]) - expected["right.logits"]).abs().max() < 2e-4
+    left = model(expected["left.input_ids"], expected["left.attention_mask"])
+    assert (left[:, -1] - expected["left.last_logits"]).abs().max() < 2e-4
+
+
+def test_loss_and_every_gradient_norm_equal_transformers(case):
+    model, expected, numbers = case
+    ids = expected["full.input_ids"]
+    model.zero_grad()
+    logits = model(ids)[:, 7:-1].flatten(0, 1)  # the first 8 positions are not labelled
+    loss = torch.nn.functional.cross_entropy(logits, ids[:, 8:].flatten())
+    loss.backward()
+    assert abs(loss.item() - numbers["loss"]["value"]) < 1e-4
+    for name, parameter in model.named_parameters():
+        file_name = name if name.startswith("lm_head") else f"model.{name}"
+        assert parameter.grad.norm().item() == pytest.approx(numbers["grad_norms"][file_name], rel=1e-3)
+
+
+def test_packed_log_probs_equal_the_padded_logits(case):
+    model, expected, _ = case
+    ids, mask = expected["right.input_ids"], expected["right.attention_mask"].bool()
+    rows = [row[m] for row, m in zip(ids, mask, strict=True)]
+    hidden = model.hidden(torch.cat(rows), torch.cat([torch.arange(len(r)) for r in rows]), Layout.build([len(r) for r in rows]))
+    start = 0
+    for row, logits in zip(rows, expected["right.logits"], strict=True):
+        ours, _ = linear_logprobs(hidden[start : start + len(row) - 1], model.head_weight, row[1:])
+        theirs = logits[: len(row) - 1].log_softmax(-1).gather(1, row[1:, None])[:, 0]
+        assert torch.allclose(ours, theirs, atol=2e-4)
+        start += len(row)
+
+
+def test_a_later_token_changes_no_earlier_logit():
+    model = small_model()
+    ids = torch.randint(0, 40, (1, 12))
+    before = model(ids)
+    ids[0, 8] = (ids[0, 8] + 1) % 40
+    after = model(ids)
+    assert torch.equal(before[:, :8], after[:, :8]) and not torch.equal(before[:, 8], after[:, 8])
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+def test_greedy_tokens_equal_transformers_in_any_batch(case):
+    model, expected, _ = case
+    prompts = [row[m.bool()].tolist() for row, m in zip(expected["left.input_ids"], expected["left.attention_mask"], strict=True)]
+    for slots in (1, 2, 3):
+        samples = generate(model, prompts, 24, temperature=0, slots=slots)
+        assert [s[0].tokens for s in samples] == expected["greedy.tokens"].tolist()
+
+
+def test_sampler_log_probs_equal_those_of_the_training_forward():
+    model = small_model()
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+    for prompt, samples in zip(prompts, generate(model, prompts, 9, temperature=0.7, n=3, stop_ids=(0, 1, 2), slots=4), strict=True):
+        for sample in samples:
+            path = torch.tensor(prompt + sample.tokens)
+            hidden = model.hidden(path, torch.arange(len(path)), Layout.build([len(path)]))
+            forward, _ = linear_logprobs(hidden[len(prompt) - 1 : -1], model.head_weight, path[len(prompt) :], temperature=0.7)
+            assert torch.allclose(forward, torch.tensor(sample.logprobs, dtype=torch.float64), atol=1e-5)
+
+
+def test_cached_decoding_equals_running_the_whole_path(case):
+    model, _, _ = case
+    path = torch.randint(3, 300, (20,))
+    cache = KVCache(model, slots=1, length=20)
+    slot = torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        whole = model.hidden(path, torch.arange(20), Layout.build([20]))
+        for i in range(20):
+            step = model.hidden(path[i : i + 1], torch.tensor([i]), Layout.build([1]), cache.at(slot, torch.tensor([i]), decoding=True))
+            assert torch.allclose(step[0], whole[i], atol=1e-4)
+
+
+def test_samples_do_not_depend_on_the_batch():
+    model = small_model()
+    prompts = [[i + 1, i + 2] for i in range(12)]
+    together = generate(model, prompts, 8, n=2, stop_ids=(3,), seed=5, slots=64)
+    assert together == generate(model, prompts, 8, n=2, stop_ids=(3,), seed=5, slots=64)
+    for slots in (1, 5):
+        apart = generate(model, prompts, 8, n=2, stop_ids=(3,), seed=5, slots=slots)
+        assert [[s.tokens for s in x] for x in apart] == [[s.tokens for s in x] for x in together]
+    assert generate(model, prompts, 8, n=2, stop_ids=(3,), seed=6) != together
+    assert together[0][0].tokens != together[0][1].tokens
+
+
+def test_a_sample_ends_with_its_stop_token_or_at_the_limit():
+    model = small_model()
+    samples = [s for x in generate(model, [[1], [2], [3]], 6, n=8, stop_ids=(5, 6)) for s in x]
+    assert any(s.finished for s in samples) and not all(s.finished for s in samples)
+    for s in samples:
+        assert s.finished == (s.tokens[-1] in (5, 6)) and not set(s.tokens[:-1]) & {5, 6}
+        assert s.finished or len(s.tokens) == 6
+
+
+def test_a_stop_token_in_the_prompt_stops_nothing():
+    assert len(generate(small_model(), [[5, 1, 5]], 3, temperature=0, stop_ids=(39,))[0][0].tokens) == 3
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(small_model(), [[1], []], 3)
+
+
+@pytest.mark.parametrize("name", ["temp0.7", "topk5", "topk1", "topp0.9", "topp0.1", "temp0.8_topk12_topp0.95"])
+def test_filters_keep_what_transformers_keeps(name):
+    numbers, arrays = reference("sampling")
+    options = dict(numbers["cases"][name])
+    logits = arrays["logits"] / options.get("t", 1.0)
+    if "k" in options:
+        logits = keep_top_k(logits, options["k"])
+    probs = logits.softmax(-1)
+    if "p" in options:
+        top, ids = nucleus(probs, options["p"])
+        probs = torch.zeros_like(probs).scatter(1, ids, top)
+    assert torch.equal(probs > 0, arrays[f"{name}.kept"])
+    assert torch.allclose(probs / probs.sum(-1, keepdim=True), arrays[f"{name}.probs"], atol=1e-6)
+
+
+def test_draws_follow_the_filtered_distribution():
+    """20,000 draws; chi-square with k - 1 degrees of freedom stays below its 99.9 % quantile (about k + 4 sqrt(2 k))."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 300) * 2
+    for top_k, top_p in ((0, 1.0), (12, 1.0), (0, 0.8), (40, 0.9)):
+        filtered = keep_top_k(logits / 0.9, top_k) if top_k else logits / 0.9
+        top, ids = nucleus(filtered.softmax(-1), top_p)
+        expected = torch.zeros(300).scatter(0, ids[0], top[0] / top.sum()) * 20_000
+        tokens, _ = sample_tokens(logits.expand(20_000, -1), 0.9, top_k, top_p, torch.rand(20_000))
+        counts = torch.bincount(tokens, minlength=300).float()
+        assert counts[expected == 0].sum() == 0
+        common = expected >= 5
+        k = int(common.sum())
+        chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum().item()
+        assert chi_square < k + 4 * math.sqrt(2 * k)
+
+
+def test_the_largest_uniform_number_still_picks_a_possible_token():
+    logits = torch.tensor([[0.0, 3.0, -torch.inf, 1.0, -torch.inf]])
+    tokens, _ = sample_tokens(logits, 1.0, 0, 1.0, torch.tensor([1.0 - 2**-24]))
+    assert tokens.item() == 3
+
+
+def test_top_k_1_is_greedy():
+    model = small_model()
+    one, greedy = (generate(model, [[1, 2]], 10, temperature=t, top_k=k)[0][0].tokens for t, k in ((1.0, 1), (0, 0)))
+    assert one == greedy
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+def test_saving_and_loading_gives_identical_tensors(case, tmp_path):
+    model, _, _ = case
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert again.config.window == model.config.window and again.config.rope_scaling == model.config.rope_scaling
+
+
+def test_shards_hold_the_same_model_and_an_index(tmp_path):
+    model = small_model(dtype=torch.float32)
+    save_model(model, tmp_path, shard_bytes=4000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), load_model(tmp_path).parameters(), strict=True))
+
+
+def test_a_tied_model_keeps_one_matrix(tmp_path):
+    model = small_model(tied=True)
+    save_model(model, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert load_model(tmp_path).head_weight is not None
+
+
+def test_weights_can_be_cast_on_the_way_in_and_out(tmp_path):
+    save_model(small_model(dtype=torch.float32), tmp_path, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert load_model(tmp_path).embed_tokens.weight.dtype == torch.bfloat16
+    assert load_model(tmp_path, dtype=torch.float32).embed_tokens.weight.dtype == torch.float32
+
+
+def broken(tmp_path, change):
+    save_model(small_model(dtype=torch.float32), tmp_path)
+    change(tmp_path)
+    return lambda: load_model(tmp_path)
+
+
+def edit_config(**changes):
+    def change(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changes))
+    return change
+
+
+def drop_a_tensor(path):
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors")
+
+
+def only_pickle(path):
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda p: (p / "config.json").unlink(), "holds no config.json"),
+    (lambda p: (p / "config.json").write_text("{"), "is not JSON"),
+    (edit_config(model_type="rwkv"), "model_type 'rwkv' is not supported, expected one of llama, mistral"),
+    (edit_config(hidden_size=-3), "hidden_size is -3, expected a positive whole number"),
+    (edit_config(num_hidden_layers=10**12), "num_hidden_layers is 1000000000000"),
+    (edit_config(vocab_size="forty"), "vocab_size is 'forty'"),
+    (edit_config(num_key_value_heads=3), "num_key_value_heads 3 does not divide"),
+    (edit_config(intermediate_size=25), "has shape [16, 24], config.json says [16, 25]"),
+    (edit_config(rope_scaling={"type": "yarn"}), "rotary scaling 'yarn' is not supported"),
+    (edit_config(hidden_act="gelu"), "hidden_act 'gelu'"),
+    (lambda p: (p / "model.safetensors").unlink(), "no such file"),
+    (only_pickle, "pickled weights, which are never opened"),
+    (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-500]), "cannot be read as safetensors"),
+    (drop_a_tensor, "model.layers.1.mlp.up_proj.weight is in none of its weight files (1 missing)"),
+])
+def test_a_broken_checkpoint_is_one_line(change, said, tmp_path, capsys):
+    exits(capsys, broken(tmp_path, change), str(tmp_path), said)

@@ -1,0 +1,336 @@
+"""Tokenizer and chat templates: from messages to token ids with a loss flag on each.
+
+A template is a function from messages to pieces. A piece is text or a special token, and says whether the
+model is trained to produce it. Text is tokenized piece by piece and ids are joined, which settles three things:
+
+- the mask is made while rendering, never found again by searching in the text;
+- the boundary between prompt and reply is the same in training and at inference, whatever merges across it;
+- a user who types "<|assistant|>" gets the letters, never the token.
+
+    messages   user "Hi", assistant "Hello!"                                            template zephyr
+    pieces     BOS <|user|> "\\nHi" EOS "\\n" <|assistant|> "\\n" | "Hello!" EOS | "\\n"
+    loss                                                         |      1    1  |
+"""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+import torch
+
+from runtime import fail
+
+# --------------------------------------------------------------------------------------- templates
+
+class Piece(NamedTuple):
+    text: str
+    kind: str = "text"   # text; token: must be in the vocabulary; tag: a token where the vocabulary has it, text elsewhere
+    loss: bool = False
+
+
+BOS, EOS = Piece("BOS", "token"), Piece("EOS", "token")  # whatever the tokenizer calls them
+END = Piece("EOS", "token", loss=True)                   # the one that ends a reply
+
+
+def zephyr(messages: list[dict]) -> Iterator[Piece]:
+    """Zephyr-7B. The role tags are plain text in Mistral's vocabulary and single tokens in the tiny world's."""
+    yield BOS
+    for m in messages:
+        yield Piece(f"<|{m['role']}|>", "tag")
+        yield Piece("\n")
+        reply = m["role"] == "assistant"
+        yield Piece(m["content"], loss=reply)
+        yield END if reply else EOS
+        yield Piece("\n")
+
+
+def llama_2(messages: list[dict]) -> Iterator[Piece]:
+    """Llama-2 chat: the system text lives in the first user turn; every round has its own BOS and EOS."""
+    system = ""
+    for m in messages:
+        if m["role"] == "system":
+            system = f"<<SYS>>\n{m['content']}\n<</SYS>>\n\n"
+        elif m["role"] == "user":
+            yield BOS
+            yield Piece(f"[INST] {system}{m['content'].strip()} [/INST]")
+            system = ""
+        else:
+            yield Piece(f" {m['content'].strip()} ", loss=True)
+            yield END
+
+
+def mistral(messages: list[dict]) -> Iterator[Piece]:
+    """Mistral instruct: one BOS, no system role (a system text goes before the first user text)."""
+    yield BOS
+    system = ""
+    for m in messages:
+        if m["role"] == "system":
+            system = m["content"] + "\n\n"
+        elif m["role"] == "user":
+            yield Piece(f"[INST] {system}{m['content']} [/INST]")
+            system = ""
+        else:
+            yield Piece(f" {m['content']}", loss=True)
+            yield END
+
+
+def chatml(messages: list[dict]) -> Iterator[Piece]:
+    """ChatML (Yi, Qwen, MPT): a turn ends with <|im_end|>, not with EOS."""
+    yield BOS
+    for m in messages:
+        reply = m["role"] == "assistant"
+        yield Piece("<|im_start|>", "token")
+        yield Piece(f"{m['role']}\n")
+        yield Piece(m["content"], loss=reply)
+        yield Piece("<|im_end|>", "token", loss=reply)
+        yield Piece("\n")
+
+
+def alpaca(messages: list[dict]) -> Iterator[Piece]:
+    """Stanford Alpaca: the reply follows "### Response:" with no blank. A system text replaces the preamble."""
+    yield BOS
+    before = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+              "\n\n")
+    for m in messages:
+        if m["role"] == "system":
+            before = m["content"] + "\n\n"
+        elif m["role"] == "user":
+            yield Piece(f"{before}### Instruction:\n{m['content']}\n\n### Response:")
+            before = "\n\n"
+        else:
+            yield Piece(m["content"], loss=True)
+            yield END
+
+
+def plain(messages: list[dict]) -> Iterator[Piece]:
+    """No markup beyond two words: for few-shot prompts and base models."""
+    yield BOS
+    for m in messages:
+        if m["role"] == "assistant":
+            yield Piece(f" {m['content']}", loss=True)
+            yield END
+            yield Piece("\n")
+        else:
+            yield Piece(f"User: {m['content']}\nAssistant:" if m["role"] == "user" else f"{m['content']}\n\n")
+
+
+@dataclass(frozen=True)
+class Template:
+    pieces: Callable[[list[dict]], Iterator[Piece]]
+    jinja: str                       # the same for transformers and vLLM, written beside the tokenizer
+    mark: str                        # by which a published jinja template is recognised
+    opening: tuple[Piece, ...] = ()  # what asks for a reply, where the user turn does not end with it
+    tags: tuple[str, ...] = ()       # tokens it uses if the vocabulary has them
+    tokens: tuple[str, ...] = ()     # tokens it cannot do without
+
+
+_ZEPHYR_JINJA = ("{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+                 "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+_LLAMA2_JINJA = ("{% set s = namespace(text='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+                 "{% set s.text = '<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n' %}{% elif m['role'] == 'user' %}"
+                 "{{ bos_token + '[INST] ' + s.text + m['content'] | trim + ' [/INST]' }}{% set s.text = '' %}"
+                 "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}")
+_MISTRAL_JINJA = ("{% set s = namespace(text='') %}{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+                  "{% set s.text = m['content'] + '\n\n' %}{% elif m['role'] == 'user' %}"
+                  "{{ '[INST] ' + s.text + m['content'] + ' [/INST]' }}{% set s.text = '' %}"
+                  "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}")
+_CHATML_JINJA = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+                 "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+_ALPACA_JINJA = ("{% set s = namespace(text='Below is an instruction that describes a task. Write a response that "
+                 "appropriately completes the request.\n\n') %}{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+                 "{% set s.text = m['content'] + '\n\n' %}{% elif m['role'] == 'user' %}"
+                 "{{ s.text + '### Instruction:\n' + m['content'] + '\n\n### Response:' }}{% set s.text = '\n\n' %}"
+                 "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
+_PLAIN_JINJA = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token + '\n' }}"
+                "{% elif m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\nAssistant:' }}"
+                "{% else %}{{ m['content'] + '\n\n' }}{% endif %}{% endfor %}")
+
+TEMPLATES = {  # recognised in this order
+    "zephyr": Template(zephyr, _ZEPHYR_JINJA, "<|assistant|>", (Piece("<|assistant|>", "tag"), Piece("\n")),
+                       tags=("<|system|>", "<|user|>", "<|assistant|>")),
+    "llama-2": Template(llama_2, _LLAMA2_JINJA, "<<SYS>>"),
+    "mistral": Template(mistral, _MISTRAL_JINJA, "[INST]"),
+    "chatml": Template(chatml, _CHATML_JINJA, "<|im_start|>", (Piece("<|im_start|>", "token"), Piece("assistant\n")),
+                       tokens=("<|im_start|>", "<|im_end|>")),
+    "alpaca": Template(alpaca, _ALPACA_JINJA, "### Instruction:"),
+    "plain": Template(plain, _PLAIN_JINJA, "User: "),
+}
+
+# --------------------------------------------------------------------------------------- tokenizer
+
+class Tokenizer:
+    """A sentencepiece model, tokens added to it, and the chat template that belongs to the checkpoint."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        file = self.path / "tokenizer.model"
+        if not file.is_file():
+            fail(f"{file}: no such file, expected the sentencepiece model of the checkpoint: copy it beside the weights")
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError):
+            fail(f"{file}: is not a sentencepiece model: copy it again")
+        settings = self.path / "tokenizer_config.json"
+        self.settings = json.loads(settings.read_text()) if settings.is_file() else {}
+        size = self.pieces.get_piece_size()
+        wanted = {token for t in TEMPLATES.values() for token in t.tokens + t.tags}
+        self.special = {name: i for i in range(size) if (name := self.pieces.id_to_piece(i)) in wanted or self.pieces.is_control(i)}
+        for i, token in self.settings.get("added_tokens_decoder", {}).items():
+            if int(i) != self.pieces.unk_id():
+                self.special.setdefault(token["content"], int(i))
+        self.vocab_size = max([size, *(i + 1 for i in self.special.values())])
+        self.bos_id = self._named("bos_token", self.pieces.bos_id())
+        self.eos_id = self._named("eos_token", self.pieces.eos_id())
+        self.adds_bos = self.settings.get("add_bos_token", True)  # Yi has a BOS that no text begins with
+        self.template: str | None = self.settings.get("template") or self._recognised()
+        # A model with a dummy prefix writes the first word of a text with a leading blank. A newline never
+        # merges with what follows, so ids after "\n" are those of a text that continues another.
+        self._anchor = len(self.pieces.encode("\n"))
+
+    def _named(self, key: str, default: int) -> int:
+        token = self.settings.get(key)
+        token = token["content"] if isinstance(token, dict) else token
+        return self.special.get(token, default)
+
+    def _recognised(self) -> str | None:
+        published = self.settings.get("chat_template")
+        return next((name for name, t in TEMPLATES.items() if published and t.mark in published), None)
+
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """Token ids of a text, no special token among them. `continues`: it follows other text without a blank."""
+        ids = self.pieces.encode("\n" + text)[self._anchor :] if continues else self.pieces.encode(text)
+        spelled = next((name for name, i in self.special.items() if i in ids), None)
+        if spelled is None:
+            return ids
+        cut = text.index(spelled) + 1  # some vocabularies match their specials in text: break the spelling
+        return self.encode(text[:cut], continues) + self.encode(text[cut:], continues=True)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids; special tokens are left out."""
+        special = set(self.special.values()) | {self.bos_id, self.eos_id}
+        size = self.pieces.get_piece_size()
+        return self.pieces.decode([i for i in ids if i not in special and 0 <= i < size])
+
+    def name(self, i: int) -> str:
+        """How one token is shown to a person."""
+        named = {i: name for name, i in self.special.items()}
+        return named.get(i) or (self.pieces.id_to_piece(i) if i < self.pieces.get_piece_size() else f"[{i}]")
+
+    def chunks(self, messages: list[dict], template: str | None = None,
+               add_generation_prompt: bool = False) -> list[tuple[list[int], bool]]:
+        """The rendered messages as runs of ids that are all, or all not, in the loss.
+
+        A dialogue of k replies gives 2k or 2k + 1 runs: prompt, reply, prompt, reply, ...
+        """
+        chosen = TEMPLATES[template or self._own_template()]
+        pieces = [*chosen.pieces(messages), *(chosen.opening if add_generation_prompt else ())]
+        runs: list[tuple[list[int], bool]] = []
+        text, after_text = "", False  # text not yet tokenized; whether more text stands right before it
+
+        def flush():
+            nonlocal text, after_text
+            if text:
+                if after_text and text.startswith(" ") and self._anchor > 1:
+                    ids = self.encode(text[1:])  # the dummy prefix is that blank
+                else:
+                    ids = self.encode(text, continues=after_text)
+                runs[-1][0].extend(ids)
+                text, after_text = "", True
+
+        for piece in pieces:
+            if piece == BOS and not self.adds_bos:
+                continue
+            token = self._token(piece)
+            if not runs or runs[-1][1] != piece.loss:
+                flush()
+                runs.append(([], piece.loss))
+            if token is None:
+                text += piece.text
+            else:
+                flush()
+                runs[-1][0].append(token)
+                after_text = False
+        flush()
+        return runs
+
+    def _token(self, piece: Piece) -> int | None:
+        if piece.kind == "text":
+            return None
+        token = {"BOS": self.bos_id, "EOS": self.eos_id}.get(piece.text, self.special.get(piece.text))
+        if token is None and piece.kind == "token":
+            raise ValueError(f"the vocabulary has no {piece.text}: adopt_template adds it")
+        return token
+
+    def _own_template(self) -> str:
+        if self.template is None:
+            fail(f"{self.path}: has no chat template of its own: set template= to one of {', '.join(TEMPLATES)}")
+        return self.template
+
+    def render(self, messages: list[dict], template: str | None = None,
+               add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+        """Ids of a dialogue and, for each, whether it is in the loss."""
+        runs = self.chunks(messages, template, add_generation_prompt)
+        return [i for ids, _ in runs for i in ids], [loss for ids, loss in runs for _ in ids]
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply."""
+        return tuple({self.eos_id, self.special.get("<|im_end|>", self.eos_id)})
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer files beside a checkpoint, its template and added tokens included."""
+        path = Path(path)
+        if path.resolve() != self.path.resolve():
+            for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json", "generation_config.json"):
+                if (self.path / name).is_file():
+                    shutil.copyfile(self.path / name, path / name)
+        added = {str(i): {"content": name, "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+                 for name, i in sorted(self.special.items(), key=lambda x: x[1])}
+        settings = self.settings | {"added_tokens_decoder": self.settings.get("added_tokens_decoder", {}) | added}
+        if self.template:
+            jinja = TEMPLATES[self.template].jinja
+            settings |= {"template": self.template, "chat_template": jinja if self.adds_bos else jinja.replace("{{ bos_token }}", "")}
+        (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        fast = path / "tokenizer.json"
+        if fast.is_file():
+            table = json.loads(fast.read_text())
+            known = {token["id"] for token in table["added_tokens"]}
+            table["added_tokens"] += [{"id": int(i)} | token for i, token in added.items() if int(i) not in known]
+            fast.write_text(json.dumps(table, ensure_ascii=False))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face model directory (sentencepiece)."""
+    return Tokenizer(path)
+
+
+def adopt_template(model, tokenizer: Tokenizer, name: str) -> str:
+    """Give a checkpoint its chat template, with every token it needs; what was done, in one line for the log.
+
+    A token the base model has never met starts from a direction it has learnt never to emit (tied embeddings),
+    or from noise. So the end of a turn is copied from EOS and other tags from the newline, plus a little
+    noise that tells them apart. A checkpoint that already carries the template is left as it is.
+    """
+    if tokenizer.template == name:
+        return f"template {name}, as in the checkpoint"
+    before, tokenizer.template = tokenizer.template, name
+    for token in TEMPLATES[name].tokens:
+        if token not in tokenizer.special:
+            tokenizer.special[token] = tokenizer.vocab_size
+            tokenizer.vocab_size += 1
+    model.resize(max(model.config.vocab_size, tokenizer.vocab_size))
+    unseen = [token for token in TEMPLATES[name].tokens + TEMPLATES[name].tags if token in tokenizer.special]
+    newline = tokenizer.encode("\n", continues=True)[-1]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in {model.embed_tokens.weight, model.head_weight}:
+            for token in unseen:
+                source = weight[tokenizer.eos_id if token == "<|im_end|>" else newline].clone()
+                noise = torch.randn(len(source), generator=generator).to(source)
+                weight[tokenizer.special[token]] = source + 0.1 * source.std() * noise
+    instead = f" instead of the checkpoint's {before}" if before else ""
+    return f"template {name}{instead}" + (f"; {' '.join(unseen)} start from the embeddings of seen tokens" if unseen else "")

@@ -1,0 +1,351 @@
+"""From records to packed batches: the conversation tree, its layout, truncation, order.
+
+A tree is a trunk, one dialogue from its first token on, and leaves that branch off it. A dialogue whose every
+turn was rated is one trunk along the replies it went on with, and a leaf for each reply that lost; a
+single pair is the same with one leaf; an SFT dialogue is a trunk alone. Batches lay trees end to end:
+
+    dialogue rated at two turns:   u1 → (w1 chosen, l1 rejected),  u1 w1 u2 → (w2 chosen, l2 rejected)
+
+    index      0 1 2 3 4 5 6 7 8 9 | 10 11 12 | 13 14        one flat row, no padding
+    tokens     u1 u1 w1 w1 e  u2 u2 w2 w2 e | l1 l1 e | l2 e  e = end of sequence, part of the response
+    segment    trunk               | leaf A   | leaf B
+    prefix     –                   | 2        | 7             leaf A branches after 2 trunk tokens, B after 7
+    positions  0 1 2 3 4 5 6 7 8 9 | 2 3 4    | 7 8
+    previous   – 0 1 2 3 4 5 6 7 8 | 1 10 11  | 6 13
+    responses  w1 = 2..4 (turn 1, chosen)  w2 = 7..9 (turn 2, chosen)  l1 = 10..12  l2 = 13..14
+
+`python -m data.pack FILE --show 3` prints records this way, token by token.
+"""
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.chat import Tokenizer, load_tokenizer
+from data.formats import read
+from kernels.attention import Layout
+from runtime import fail
+
+CHOSEN, REJECTED = 0, 1
+
+
+@dataclass(frozen=True)
+class Response:
+    """A reply the model is trained on: the span start .. end - 1 of segment `segment` of its tree."""
+
+    segment: int          # 0 the trunk, k leaf k - 1
+    start: int
+    end: int
+    pair: int = 0         # within the tree
+    side: int = CHOSEN
+    turn: int = 1
+    margin: float = 0.0   # 0 when the record has none
+    cut: bool = False     # truncated: it has no end-of-sequence token
+
+
+@dataclass
+class Tree:
+    trunk: np.ndarray                                   # [n] int32 token ids
+    leaves: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (prefix, token ids)
+    responses: list[Response] = field(default_factory=list)
+    record: int = 0                                     # which record of the file, the last of a dialogue
+    ref_sums: Tensor | None = None                      # [responses] log-probability sums under a reference, if one is used
+
+    @property
+    def tokens(self) -> int:
+        return len(self.trunk) + sum(len(leaf) for _, leaf in self.leaves)
+
+    @property
+    def pairs(self) -> int:
+        return 1 + max((r.pair for r in self.responses), default=-1)
+
+
+# -------------------------------------------------------------------------------- records to trees
+
+def tree_from_messages(messages: list[dict], tokenizer: Tokenizer, template: str | None = None) -> Tree:
+    """A dialogue as a trunk, every reply of it a response."""
+    ids, responses = [], []
+    for run, loss in tokenizer.chunks(messages, template):
+        if loss:
+            turn = len(responses) + 1
+            responses.append(Response(0, len(ids), len(ids) + len(run), pair=turn - 1, turn=turn))
+        ids += run
+    return Tree(np.array(ids[: responses[-1].end], np.int32), [], responses)
+
+
+def tree_from_text(ids: Iterable[int]) -> Tree:
+    """Tokens that are all to be predicted but the first, which nothing precedes."""
+    trunk = np.array(list(ids), np.int32)
+    return Tree(trunk, [], [Response(0, 1, len(trunk))])
+
+
+def trees_from_preferences(records: Iterable[dict], tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
+    """Pairs as trees: a pair whose prompt goes on from the chosen reply of an earlier pair joins its tree."""
+    trees: list[Tree] = []
+    open_ends: dict[tuple, Tree] = {}  # by the messages up to and including the last chosen reply
+    for number, record in enumerate(records):
+        prompt, chosen, rejected = record["prompt"], record["chosen"], record["rejected"]
+        path = tuple((m["role"], m["content"]) for m in prompt)
+        tree = open_ends.pop(path[:-1], None)
+        if tree is None:
+            tree = Tree(np.empty(0, np.int32))
+            trees.append(tree)
+        pair, turn = tree.pairs, sum(m["role"] == "user" for m in prompt)
+        margin = float(record.get("margin") or 0)
+        ids, (start, end) = _path(prompt, chosen, tokenizer, template)
+        other, (branch, stop) = _path(prompt, rejected, tokenizer, template)
+        if not np.array_equal(ids[: len(tree.trunk)], tree.trunk) or start != branch:
+            raise ValueError(f"template {template} renders a dialogue differently once it goes on")
+        tree.trunk = ids
+        tree.leaves.append((branch, other[branch:stop]))
+        tree.responses.append(Response(0, start, end, pair, CHOSEN, turn, margin))
+        tree.responses.append(Response(len(tree.leaves), 0, stop - branch, pair, REJECTED, turn, margin))
+        tree.record = number
+        open_ends[path + (("assistant", chosen),)] = tree
+    return trees
+
+
+def _path(prompt: list[dict], reply: str, tokenizer: Tokenizer, template: str | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """Ids of a dialogue up to the end of `reply`, and the span of that reply."""
+    runs = tokenizer.chunks([*prompt, {"role": "assistant", "content": reply}], template)
+    while not runs[-1][1]:  # what the template writes after a reply belongs to the next turn
+        runs.pop()
+    ids = np.array([i for run, _ in runs for i in run], np.int32)
+    return ids, (len(ids) - len(runs[-1][0]), len(ids))
+
+
+# ------------------------------------------------------------------------------- truncation, order
+
+def truncate(trees: list[Tree], max_length: int) -> tuple[list[Tree], dict[str, int]]:
+    """Trees whose paths have at most `max_length` tokens, and counts of what that took.
+
+    The rule: a path is cut at its end. A response that runs over the limit keeps its beginning and loses its
+    end-of-sequence token, so that nobody learns to stop mid-sentence. A response (with pairs: both sides)
+    left with no token is dropped, and a tree left with no response.
+    """
+    counts = {"trees": len(trees), "responses_cut": 0, "responses_dropped": 0, "trees_dropped": 0}
+    kept = []
+    for tree in trees:
+        if max(len(tree.trunk), *(prefix + len(leaf) for prefix, leaf in tree.leaves), 0) <= max_length:
+            kept.append(tree)
+            continue
+        begins = [r.start if r.segment == 0 else tree.leaves[r.segment - 1][0] for r in tree.responses]
+        lost = {r.pair for r, begin in zip(tree.responses, begins, strict=True) if begin >= max_length}
+        leaves, responses = [], []
+        numbers: dict[int, int] = {}
+        for r in tree.responses:
+            if r.pair in lost:
+                counts["responses_dropped"] += 1
+                continue
+            pair = numbers.setdefault(r.pair, len(numbers))
+            segment, limit = 0, max_length
+            if r.segment:
+                prefix, leaf = tree.leaves[r.segment - 1]
+                limit = max_length - prefix
+                leaves.append((prefix, leaf[:limit]))
+                segment = len(leaves)
+            counts["responses_cut"] += r.end > limit
+            responses.append(Response(segment, r.start, min(r.end, limit), pair, r.side, r.turn, r.margin, cut=r.end > limit))
+        if responses:
+            end = max(r.end for r in responses if r.segment == 0)
+            kept.append(Tree(tree.trunk[:end], leaves, responses, tree.record))
+        else:
+            counts["trees_dropped"] += 1
+    return kept, counts
+
+
+@lru_cache(maxsize=2)
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch, [count]: a function of the seed and the epoch alone, so that resuming needs no state."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def step_trees(trees: list[Tree], batch: int, step: int, seed: int) -> list[Tree]:
+    """The trees of optimizer step `step` (from 0). Epochs follow each other; the last step of one may be smaller."""
+    per_epoch = steps_per_epoch(len(trees), batch)
+    epoch, place = divmod(step, per_epoch)
+    return [trees[i] for i in shuffled(len(trees), seed, epoch)[place * batch : (place + 1) * batch]]
+
+
+def steps_per_epoch(count: int, batch: int) -> int:
+    return -(-count // batch)
+
+
+def digest(trees: list[Tree]) -> str:
+    """A hash of what the model would see: data, template, tokenizer and truncation together, 16 hex digits."""
+    total = hashlib.sha256()
+    for tree in trees:
+        for ids in (tree.trunk, *(leaf for _, leaf in tree.leaves)):
+            total.update(ids.tobytes())
+        total.update(repr((tree.responses, [prefix for prefix, _ in tree.leaves])).encode())
+    return total.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------- the packed batch
+
+@dataclass(frozen=True)
+class Batch:
+    """Trees in one flat row of N tokens, with B responses of M tokens in all."""
+
+    tokens: Tensor     # [N] ids
+    positions: Tensor  # [N] place on the token's own path
+    previous: Tensor   # [N] index of the token before it on its path, -1 at a trunk's start
+    layout: Layout     # S segments
+    index: Tensor      # [M] index of every response token, response by response
+    owner: Tensor      # [M] its response
+    pair: Tensor       # [B] pairs count through the batch
+    side: Tensor       # [B] CHOSEN or REJECTED
+    turn: Tensor       # [B] from 1
+    margin: Tensor     # [B] float
+    trees: list[Tree]
+
+    @property
+    def pairs(self) -> int:
+        return sum(tree.pairs for tree in self.trees)
+
+    @property
+    def sources(self) -> Tensor:
+        """[M] index of the hidden state that predicts each response token."""
+        return self.previous[self.index]
+
+    @property
+    def targets(self) -> Tensor:
+        """[M] the response tokens."""
+        return self.tokens[self.index]
+
+    def sums(self, logprobs: Tensor) -> Tensor:
+        """Per-token values [M] summed by response, [B]."""
+        return torch.zeros(len(self.pair), dtype=logprobs.dtype, device=logprobs.device).index_add(0, self.owner, logprobs)
+
+    def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Values by response [B] as chosen and rejected [pairs], pair by pair."""
+        chosen, rejected = (torch.zeros(self.pairs, dtype=values.dtype, device=values.device) for _ in range(2))
+        won, lost = self.side == CHOSEN, self.side == REJECTED
+        return chosen.index_put((self.pair[won],), values[won]), rejected.index_put((self.pair[lost],), values[lost])
+
+    def to(self, device) -> Batch:
+        moved = {name: value.to(device) for name, value in vars(self).items() if name != "trees"}
+        return Batch(**moved, trees=self.trees)
+
+
+def pack(trees: list[Tree], max_tokens: int) -> list[Batch]:
+    """Batches of at most `max_tokens` tokens each (a larger tree travels alone), no token lost, longest trees first.
+
+    Trees of similar length share a batch: it pads little where a kernel works on padded rows.
+    """
+    batches: list[list[Tree]] = []
+    room = 0
+    for tree in sorted(trees, key=lambda t: -t.tokens):
+        if tree.tokens > room:
+            batches.append([])
+            room = max_tokens
+        batches[-1].append(tree)
+        room -= tree.tokens
+    return [collate(group) for group in batches]
+
+
+def collate(trees: list[Tree]) -> Batch:
+    """Lay trees end to end."""
+    segments, lengths, trunks, prefixes = [], [], [], []
+    index, owner, pair, side, turn, margin = [], [], [], [], [], []
+    at = pairs = 0
+    for tree in trees:
+        trunk, starts = len(segments), [at]
+        for prefix, ids in [(0, tree.trunk), *tree.leaves]:
+            segments.append(ids)
+            lengths.append(len(ids))
+            trunks.append(trunk)
+            prefixes.append(prefix)
+            at += len(ids)
+            starts.append(at)
+        for r in tree.responses:
+            begin = starts[r.segment]
+            index.append(np.arange(begin + r.start, begin + r.end))
+            owner.append(np.full(r.end - r.start, len(pair)))
+            pair.append(pairs + r.pair)
+            side.append(r.side)
+            turn.append(r.turn)
+            margin.append(r.margin)
+        pairs += tree.pairs
+    layout = Layout.build(lengths, trunks, prefixes)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), layout.length)
+    place = torch.arange(at) - layout.start[segment]
+    previous = torch.arange(at) - 1
+    # A segment's first token follows the trunk token it branches after; at a trunk's start, none.
+    previous[layout.start] = torch.where(layout.prefix > 0, layout.trunk_start + layout.prefix - 1, -1)
+    return Batch(
+        torch.from_numpy(np.concatenate(segments).astype(np.int64)), layout.prefix[segment] + place, previous, layout,
+        torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(owner)),
+        torch.tensor(pair), torch.tensor(side), torch.tensor(turn), torch.tensor(margin), trees,
+    )
+
+
+# -------------------------------------------------------------------------------------- the viewer
+
+def show(tree: Tree, tokenizer: Tokenizer) -> str:
+    """A tree token by token: index, position, token, which response it is trained in."""
+    batch = collate([tree])
+    of = {int(i): int(r) for i, r in zip(batch.index, batch.owner, strict=True)}
+    lines = []
+    for s, start in enumerate(batch.layout.start.tolist()):
+        branch = f"leaf {s}, branches after {tree.leaves[s - 1][0]} tokens" if s else "trunk"
+        lines.append(f"  {branch}\n   index  pos  loss  token")
+        for i in range(start, start + int(batch.layout.length[s])):
+            note = ""
+            if i in of:
+                r = tree.responses[of[i]]
+                kind = ("chosen", "rejected")[r.side] if tree.leaves else "reply"
+                note = f"  {kind}, turn {r.turn}" + (f", margin {r.margin:g}" if r.margin else "") + (", cut" if r.cut else "")
+            name = tokenizer.name(int(batch.tokens[i]))
+            lines.append(f"   {i:5d} {int(batch.positions[i]):4d} {'   1' if i in of else '   .'}   {name:<16}{note}")
+    return "\n".join(lines)
+
+
+def load_trees(path: str, tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
+    """The file as trees, whichever of the three formats it is in; leaves with one line on a bad record."""
+    records, report = read(path)
+    records = list(records)
+    report.refuse()
+    if report.format == "preference":
+        return trees_from_preferences(records, tokenizer, template)
+    trees = []
+    for number, record in enumerate(records):
+        if report.format == "text":
+            bos = [tokenizer.bos_id] * tokenizer.adds_bos
+            tree = tree_from_text([*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id])
+        else:
+            tree = tree_from_messages(record["messages"], tokenizer, template)
+        tree.record = number
+        trees.append(tree)
+    return trees
+
+
+def main(argv: list[str]) -> None:
+    usage = "usage: python -m data.pack FILE [--show N] [--tokenizer DIR] [--template NAME]"
+    options = {"--show": "3", "--tokenizer": "data/tiny/base", "--template": ""}
+    words = list(argv)
+    for name in options:
+        if name in words:
+            at = words.index(name)
+            options[name] = words[at + 1] if at + 1 < len(words) else fail(usage)
+            del words[at : at + 2]
+    if len(words) != 1 or not options["--show"].isdigit():
+        fail(usage)
+    tokenizer = load_tokenizer(options["--tokenizer"])
+    trees = load_trees(words[0], tokenizer, options["--template"] or tokenizer.template or "zephyr")
+    total = sum(tree.tokens for tree in trees)
+    trained = sum(r.end - r.start for tree in trees for r in tree.responses)
+    print(f"{words[0]}: {len(trees)} trees, {sum(len(t.leaves) for t in trees)} leaves, {total} tokens, {trained} in the loss")
+    for number, tree in enumerate(trees[: int(options["--show"])]):
+        print(f"\ntree {number}: {tree.tokens} tokens, {len(tree.responses)} responses\n{show(tree, tokenizer)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,344 @@
+"""What every run needs and no algorithm cares about: config, devices and seeds, optimizer, schedule, log, checkpoints.
+
+Scripts call these functions with plain values; nothing here calls back. A run is a folder:
+
+    config.toml     resolved; `--config` on it repeats the run        metrics.jsonl   one line a step
+    model/          the result, a Hugging Face directory              state/step_N/   what resuming needs
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import inspect
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import tomllib
+import typing
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr and exit code 2: for what the user wrote. A bug of ours raises and shows its traceback."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ------------------------------------------------------------------------------------------ config
+
+def load_config(cls: type, doc: str, argv: list[str] | None = None):
+    """An instance of the frozen dataclass `cls`: its defaults, then `--config FILE` (TOML), then `key=value`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(f"{doc.strip()}\n\n{inspect.getsource(cls)}")
+        raise SystemExit(0)
+    types = typing.get_type_hints(cls)
+    values: dict = {}
+    rest = list(argv)
+    if "--config" in rest:
+        at = rest.index("--config")
+        if at + 1 == len(rest):
+            fail("--config: names no file, expected e.g. --config configs/tiny/sft.toml")
+        file = rest[at + 1]
+        del rest[at : at + 2]
+        try:
+            table = tomllib.loads(Path(file).read_text())
+        except OSError as error:
+            fail(f"{file}: cannot be read ({error.strerror}): check the path after --config")
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            fail(f"{file}: is not TOML ({error}): numbers are written 0.1, words in quotes, switches true or false")
+        for key, value in table.items():
+            values[key] = _checked(types, key, value, file)
+    for word in rest:
+        key, equals, text = word.partition("=")
+        if not equals:
+            fail(f"command line: '{word}' is not key=value, expected e.g. lr=1e-4 (or --config FILE, --help)")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text  # a bare word is text
+        if types.get(key) is str:
+            value = text.strip("\"'")  # a folder named 2024-01-01 is not a date
+        values[key] = _checked(types, key, value, "command line")
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            fail(f"command line: {field.name} is missing, expected {field.name}=... there or in the --config file")
+    return cls(**values)
+
+
+def _checked(types: dict, key: str, value, place: str):
+    """The value as the field's type, or one line that shows a right one."""
+    if key not in types:
+        near = difflib.get_close_matches(key, types, n=1)
+        fail(f"{place}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else f", expected one of {', '.join(types)}"))
+    wanted = types[key]
+    if typing.get_origin(wanted) is typing.Literal:
+        if value not in typing.get_args(wanted):
+            choices = " or ".join(repr(x) for x in typing.get_args(wanted))
+            fail(f"{place}: {key} is {value!r}, expected {choices}")
+        return value
+    if wanted is float and type(value) is int:
+        return float(value)
+    inner = typing.get_args(wanted)
+    right = isinstance(value, list) and all(type(x) is inner[0] for x in value) if inner else type(value) is wanted
+    if not right or (wanted is float and not math.isfinite(value)):
+        kind, example = {int: ("a whole number", "8"), float: ("a number", "0.1"), bool: ("a switch", "true or false"),
+                         str: ("text", "runs/one"), list[int]: ("a list", "[0, 1]")}.get(wanted, ("a list", '["one", "two"]'))
+        fail(f"{place}: {key} is {value!r}, expected {kind} such as {example}")
+    return value
+
+
+def config_toml(config) -> str:
+    """The resolved config as a TOML file that load_config reads back to the same values."""
+    return "".join(f"{field.name} = {json.dumps(getattr(config, field.name))}\n" for field in dataclasses.fields(config))
+
+
+# ------------------------------------------------------------------------------- devices and seeds
+
+def setup(device: str, seed: int, threads: int = 0) -> torch.device:
+    """Seed everything, choose the device ('auto' takes a GPU when there is one) and say what was chosen."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        fail(f"device is '{device}', which this machine does not have: use device=cpu or device=auto")
+    torch.manual_seed(seed)
+    if threads:
+        torch.set_num_threads(threads)
+    matmul = _fast_cpu_matmul() if chosen.type == "cpu" else ""
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{torch.get_num_threads()} threads{matmul}"
+    print(f"torch {torch.__version__} on {chosen} ({name}), kernels torch")
+    return chosen
+
+
+def _fast_cpu_matmul() -> str:
+    """Have oneDNN do fp32 matmuls where that is exact: on AMD, PyTorch's default (MKL) stays with AVX2.
+
+    4096 x 288 x 768 on two Zen 5 cores: 195 GFLOP/s by default, 443 this way, errors alike. The same
+    switch may round to bf16 on a CPU with matrix tiles, so one product is checked against fp64 first.
+    """
+    torch.set_float32_matmul_precision("medium")
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    error = (x @ y - (x.double() @ y.double())).abs().max().item()
+    if error < 1e-3:  # bf16 inputs would give about 0.2
+        return ", fp32 matmul by oneDNN"
+    torch.set_float32_matmul_precision("highest")
+    return ""
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of activations, None for that of the weights; 'auto' is bfloat16 where the hardware multiplies it."""
+    if name == "auto":
+        cpu_has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        name = "bfloat16" if (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_it) else "float32"
+        print(f"compute in {name}")
+    return torch.bfloat16 if name == "bfloat16" else None
+
+
+# ------------------------------------------------------------------------- optimizer and schedule
+
+def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters (Loshchilov & Hutter 2019); norms and biases are not decayed."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, schedule: str, floor: float = 0.0) -> float:
+    """Rate of update `step` (from 0): linear from 0 over the warm-up, then cosine, linear or constant down to floor * peak."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    return peak * (floor + (1 - floor) * shape)
+
+
+def check_finite(loss: float, grad_norm: float, step: int, records: list[int]) -> None:
+    """A loss or gradient that is not finite ends the run before it reaches the weights."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        fail(f"step {step + 1}: loss is {loss}, gradient norm {grad_norm}, on records {records[:8]}{'...' if len(records) > 8 else ''} "
+             f"of the data (counted from 0): look at these, or lower lr")
+
+
+# --------------------------------------------------------------------------------- the run's folder
+
+def open_run(out: str, config, sources: dict[str, str], overwrite: bool = False) -> tuple[Path, typing.IO]:
+    """Create or re-enter the folder of a run; the folder, and its lock: while that is open, nobody else may enter.
+
+    `sources` are hashes of what the run reads, by name. A folder begun with another config or other
+    sources is refused: its steps would not belong together. overwrite=true starts it anew.
+    """
+    run = Path(out)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{out}: another process is running here, expected a folder of its own: choose another out=")
+    except OSError as error:
+        fail(f"{out}: cannot be written ({error.strerror}): choose another out=")
+    resolved, began = config_toml(config), run / "config.toml"
+    before = began.read_text() if began.is_file() else None
+    if overwrite or before is None:
+        for name in ("config.toml", "sources.json", "metrics.jsonl", "state", "model", "ref_logprobs.safetensors"):
+            path = run / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    else:
+        old, new = tomllib.loads(before), tomllib.loads(resolved)
+        for key in new:
+            if old.get(key) != new[key] and key not in ("overwrite", "stop_after"):
+                fail(f"{out}: was begun with {key}={json.dumps(old.get(key))}, not {json.dumps(new[key])}: "
+                     f"choose another out=, or overwrite=true")
+        for name, digest in json.loads((run / "sources.json").read_text()).items():
+            if sources.get(name) != digest:
+                fail(f"{out}: its {name} has changed since the run began: choose another out=, or overwrite=true")
+    write_text(run / "sources.json", json.dumps(sources))
+    write_text(began, resolved)
+    return run, lock
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename, so that a kill at any moment leaves the old file or the new one."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, written beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    save_file(tensors, beside, metadata=metadata)
+    os.replace(beside, path)
+
+
+def file_hash(*paths: str | Path) -> str:
+    """sha256 over files, or over the files of a directory by name, as 16 hex digits."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(file.name.encode())
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------ checkpoint, resume
+
+def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Everything the next step depends on, after `step` updates. Data order is a function of the step."""
+    folder = run / "state" / f"step_{step}"
+    beside = run / "state" / ".new"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    tensors = {"torch_rng": torch.get_rng_state()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"model.{name}"] = parameter.detach()
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"{key}.{name}"] = value
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside / "state.safetensors")
+    with (beside / "state.safetensors").open("rb") as stream:
+        os.fsync(stream.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(beside, folder)
+    for older in (run / "state").glob("step_*"):
+        if older != folder:
+            shutil.rmtree(older)
+
+
+def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore the newest state; the number of updates done, 0 when there is none."""
+    states = sorted((run / "state").glob("step_*"), key=lambda path: int(path.name[5:]))
+    if not states:
+        return 0
+    tensors = load_file(states[-1] / "state.safetensors")
+    torch.set_rng_state(tensors["torch_rng"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(tensors[f"model.{name}"])
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" or
+                                          parameter.is_cuda else "cpu") for key in keys}
+    return int(states[-1].name[5:])
+
+
+class StopRequest:
+    """True once SIGTERM has arrived: the loop then saves and leaves with exit code 0."""
+
+    def __init__(self):
+        self.requested = False
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "requested", True))
+
+    def __bool__(self) -> bool:
+        return self.requested
+
+
+# --------------------------------------------------------------------------------------------- log
+
+class Log:
+    """One JSON line a step in metrics.jsonl, one live line on the terminal, and wandb if asked.
+
+    Lines after `step` (written by a run that was killed later than its last checkpoint) are cut off.
+    """
+
+    def __init__(self, run: Path, step: int, steps: int, wandb_mode: str, config):
+        self.file, self.steps = run / "metrics.jsonl", steps
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        write_text(self.file, "".join(line + "\n" for line in kept))
+        self.stream = self.file.open("a")
+        self.began, self.began_step, self.shown = time.perf_counter(), step, 0.0
+        self.live = sys.stdout.isatty()
+        self.wandb = None
+        if wandb_mode != "off":
+            import wandb  # only now: it takes a second to import
+
+            self.wandb = wandb.init(project="chatbot", name=run.name, dir=run, mode=wandb_mode, config=dataclasses.asdict(config))
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics after `step` updates."""
+        self.stream.write(json.dumps({"step": step, **{k: float(v) for k, v in metrics.items()}}) + "\n")
+        self.stream.flush()
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        now = time.perf_counter()
+        if now - self.shown > (0.2 if self.live else 10) or step == self.steps:
+            self.shown = now
+            left = (now - self.began) / max(1, step - self.began_step) * (self.steps - step)
+            shown = "  ".join(f"{k} {v:,.0f}" if v >= 1000 else f"{k} {v:.4g}" for k, v in metrics.items())
+            line = f"step {step}/{self.steps}  {shown}  {int(left) // 60}:{int(left) % 60:02d} left"
+            print(f"\r\033[K{line}" if self.live else line, end="" if self.live and step < self.steps else "\n", flush=True)
+
+    def note(self, text: str) -> None:
+        """A line of its own, not overwritten by the live one."""
+        print(f"\r\033[K{text}" if self.live else text, flush=True)
+
+    def close(self) -> None:
+        self.stream.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # half a line, cut by a kill

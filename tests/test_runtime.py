@@ -1,0 +1,209 @@
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+from conftest import ROOT, exits, reference, small_model
+
+import runtime
+
+
+@dataclass(frozen=True)
+class Config:
+    """Knobs."""
+
+    out: str = "runs/x"  # folder
+    lr: float = 1e-3     # rate
+    steps: int = 4
+    fast: bool = False
+    kind: Literal["cosine", "linear"] = "cosine"
+    seeds: list[int] = (0,)
+    overwrite: bool = False
+
+
+def load(*argv):
+    return runtime.load_config(Config, "Doc.", list(argv))
+
+
+# ------------------------------------------------------------------------------------------ config
+
+def test_defaults_then_file_then_command_line(tmp_path):
+    (tmp_path / "c.toml").write_text('lr = 2\nkind = "linear"\nseeds = [1, 2]\n')
+    config = load("--config", str(tmp_path / "c.toml"), "kind=cosine", "out=2024-01-01", "fast=true")
+    assert config == Config(out="2024-01-01", lr=2.0, kind="cosine", fast=True, seeds=[1, 2]) and type(config.lr) is float
+
+
+def test_the_saved_config_reads_back_to_the_same(tmp_path):
+    config = Config(out='a "quoted" é\\path', lr=3e-7, fast=True, seeds=[3])
+    (tmp_path / "config.toml").write_text(runtime.config_toml(config))
+    assert load("--config", str(tmp_path / "config.toml")) == config
+
+
+@pytest.mark.parametrize("word, said", [
+    ("lrr=1", ["unknown key 'lrr', did you mean 'lr'?"]),
+    ("zzz=1", ["unknown key 'zzz', expected one of out, lr"]),
+    ("lr=fast", ["lr is 'fast', expected a number such as 0.1"]),
+    ("lr=nan", ["lr is nan, expected a number"]),
+    ("steps=1.5", ["steps is 1.5, expected a whole number such as 8"]),
+    ("steps=true", ["steps is True, expected a whole number"]),
+    ("fast=1", ["fast is 1, expected a switch such as true or false"]),
+    ("kind=step", ["kind is 'step', expected 'cosine' or 'linear'"]),
+    ("seeds=[1, \"a\"]", ["seeds is [1, 'a'], expected a list such as [0, 1]"]),
+    ("steps", ["'steps' is not key=value"]),
+    ("--config", ["names no file"]),
+])
+def test_a_wrong_word_is_one_line_that_shows_a_right_one(word, said, capsys):
+    exits(capsys, lambda: load(word), *said)
+
+
+@pytest.mark.parametrize("text, said", [("lr = .1", "is not TOML"), ("bata = 1", "unknown key 'bata'"), ("\udcff", "is not TOML")])
+def test_a_wrong_file_is_one_line_with_its_name(text, said, tmp_path, capsys):
+    file = tmp_path / "c.toml"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    exits(capsys, lambda: load("--config", str(file)), str(file), said)
+    exits(capsys, lambda: load("--config", str(tmp_path / "none.toml")), "cannot be read", "check the path")
+
+
+def test_help_prints_the_docstring_and_the_config_block(capsys):
+    with pytest.raises(SystemExit) as left:
+        load("--help")
+    assert left.value.code == 0 and "# rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py", "judge.py"])
+def test_every_script_has_help(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "class Config" in done.stdout
+
+
+def test_a_key_means_the_same_in_every_script():
+    import dpo
+    import sft
+
+    ours, theirs = ({f.name: str(f.type) for f in dataclasses.fields(m.Config)} for m in (sft, dpo))
+    assert {k for k in ours if k in theirs and ours[k] != theirs[k]} == set()
+
+
+# --------------------------------------------------------------------------------------- schedules
+
+def test_learning_rates_equal_transformers():
+    cases = reference("schedules")[0]["cases"]
+    assert len(cases) >= 4
+    for case in cases:
+        kind = next(k for k in ("cosine", "linear", "constant") if case["kind"].startswith(k))
+        floor = case["options"].get("min_lr_rate", 0.0)
+        for step, expected in enumerate(case["lr_used_at_step"]):
+            ours = runtime.learning_rate(step, case["total_steps"], case["base_lr"], case["warmup_steps"], kind, floor)
+            assert ours == pytest.approx(expected, rel=1e-9, abs=1e-15), (case["kind"], step)
+
+
+def test_cosine_by_hand():
+    """40 steps, 4 of warm-up, peak 1: 0 at 0, 1/2 at 2, 1 at 4, 1/2 half-way at 22."""
+    rates = [runtime.learning_rate(s, 40, 1.0, 4, "cosine") for s in (0, 2, 4, 22, 39)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0.0019027], abs=1e-6)
+
+
+def test_norms_and_biases_are_not_decayed():
+    groups = runtime.adamw(small_model(), 1e-3, 0.1).param_groups
+    assert all(p.ndim >= 2 for p in groups[0]["params"]) and groups[0]["weight_decay"] == 0.1
+    assert all(p.ndim < 2 for p in groups[1]["params"]) and groups[1]["weight_decay"] == 0.0
+
+
+def test_fp32_matmul_stays_fp32():
+    """Whatever backend setup chooses, products are those of fp32: bf16 inputs would be off by 0.1."""
+    runtime.setup("cpu", 0)
+    x, y = torch.randn(300, 300), torch.randn(300, 300)
+    assert (x @ y - (x.double() @ y.double())).abs().max() < 1e-3
+
+
+# -------------------------------------------------------------------------------- folder and state
+
+def test_state_restores_weights_optimizer_and_rng(tmp_path):
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            model(torch.randint(0, 40, (1, 8))).logsumexp(-1).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    torch.manual_seed(1)
+    model = small_model(dtype=torch.float32, scale=1.0)
+    optimizer = runtime.adamw(model, 1e-2, 0.1)
+    train(model, optimizer, 3)
+    runtime.save_state(tmp_path, 3, model, optimizer)
+    train(model, optimizer, 2)
+    again = small_model(dtype=torch.float32, seed=9)
+    restored = runtime.adamw(again, 1e-2, 0.1)
+    assert runtime.load_state(tmp_path, again, restored) == 3
+    train(again, restored, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_only_the_newest_whole_state_is_kept(tmp_path):
+    model = small_model(dtype=torch.float32)
+    optimizer = runtime.adamw(model, 1e-2, 0.1)
+    assert runtime.load_state(tmp_path, model, optimizer) == 0
+    model(torch.tensor([[1, 2]])).sum().backward()
+    optimizer.step()
+    for step in (2, 10):
+        runtime.save_state(tmp_path, step, model, optimizer)
+    (tmp_path / "state" / ".new").mkdir()  # a kill while saving leaves this behind
+    (tmp_path / "state" / ".new" / "state.safetensors").write_bytes(b"half")
+    assert [p.name for p in (tmp_path / "state").glob("step_*")] == ["step_10"]
+    assert runtime.load_state(tmp_path, model, optimizer) == 10
+
+
+def test_a_folder_is_continued_with_its_own_config_only(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    code = ("import runtime; from test_runtime import Config; "
+            f"runtime.open_run({out!r}, Config(out={out!r}, lr=LR), {{'data': 'HASH'}}, OVER)")
+
+    def enter(lr, digest, overwrite=False):
+        words = code.replace("LR", str(lr)).replace("HASH", digest).replace("OVER", str(overwrite))
+        path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        done = subprocess.run([sys.executable, "-c", words], cwd=ROOT / "tests", env=path, capture_output=True, text=True)
+        return done.returncode, done.stderr.strip()
+
+    assert enter(0.1, "a") == (0, "") and enter(0.1, "a") == (0, "")
+    (tmp_path / "run" / "mine.txt").write_text("keep")
+    assert enter(0.2, "a")[0] == 2 and "was begun with lr=0.1, not 0.2" in enter(0.2, "a")[1]
+    assert "its data has changed since the run began" in enter(0.1, "b")[1]
+    assert enter(0.2, "b", overwrite=True) == (0, "") and (tmp_path / "run" / "mine.txt").exists()
+    _, lock = runtime.open_run(out, Config(out=out, lr=0.2), {"data": "b"})
+    assert "another process is running here" in enter(0.2, "b")[1]
+    lock.close()
+    assert enter(0.2, "b") == (0, "")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    exits(capsys, lambda: runtime.open_run(str(tmp_path / "file"), Config(), {}), "cannot be written")
+
+
+def test_metrics_after_the_last_checkpoint_are_cut_off(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    log = runtime.Log(tmp_path, 2, 5, "off", Config())
+    log.step(3, {"loss": 0.5})
+    log.close()
+    assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_loss_that_is_not_finite_names_step_and_records(capsys):
+    runtime.check_finite(1.0, 2.0, 4, [1])
+    exits(capsys, lambda: runtime.check_finite(math.nan, 2.0, 4, [7, 9]), "step 5: loss is nan", "records [7, 9]")
+
+
+def test_an_unknown_device_is_one_line(capsys):
+    exits(capsys, lambda: runtime.setup("cuda:7" if not torch.cuda.is_available() else "cuda:99", 0), "which this machine does not have")
+    exits(capsys, lambda: runtime.setup("quantum", 0), "device is 'quantum'")
+
+
+def test_wandb_offline_writes_in_the_run_folder(tmp_path):
+    log = runtime.Log(tmp_path, 0, 1, "offline", Config())
+    log.step(1, {"loss": 0.5})
+    log.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))

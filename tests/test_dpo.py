@@ -1,0 +1,297 @@
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, exits, kill_after, metrics_of, reference, small_model, write_jsonl
+from safetensors.torch import load_file
+from test_pack import paths, random_tree
+
+import dpo
+import runtime
+from data.pack import Response, Tree, pack
+from data.tiny.world import TASKS, dialogue
+from dpo import Config, batch_loss, cdpo_loss, dpo_loss, hinge_loss, ipo_loss, ipo_mean_loss, reference_sums, robust_loss, train_step
+
+CPU = torch.device("cpu")
+
+
+def pairs_file(path, count, turns=1):
+    """Rated dialogues of the tiny world: careful replies chosen over sloppy ones."""
+    rng, records = random.Random(0), []
+    while len(records) < count:
+        record = dialogue(rng, long=float(turns > 1))
+        history = []
+        for turn in record["turns"][:turns]:
+            history = [*history, {"role": "user", "content": turn["user"]}]
+            chosen, rejected = (TASKS[record["category"]].answer(turn["item"], style, rng) for style in ("careful", "sloppy"))
+            if chosen != rejected:
+                records.append({"prompt": history, "chosen": chosen, "rejected": rejected, "margin": 2})
+            history = [*history, {"role": "assistant", "content": chosen}]
+    return write_jsonl(path, records[:count])
+
+
+# -------------------------------------------------------------------------------------- the losses
+
+def four(values=None):
+    values = values or torch.randn(4, 6, dtype=torch.float64).mul(20).unbind()
+    return [v.clone().requires_grad_(i < 2) for i, v in enumerate(values)]
+
+
+def test_policy_equal_to_reference_scores_log_2_with_accuracy_0_and_gradient_half_beta():
+    chosen, rejected = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loss, metrics = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2)) and metrics["accuracy"] == 0 and metrics["margin"] == 0
+    assert torch.allclose(chosen.grad, torch.full((5,), -0.05 / 5, dtype=torch.float64)) and torch.allclose(rejected.grad, -chosen.grad)
+
+
+def test_values_by_hand():
+    """beta 0.1. h = 10 is a margin of 1: log(1 + e^-1) = 0.313262; h = -10: 1.313262; cDPO(0.1) at 10: 0.9 * 0.313262 + 0.1 * 1.313262.
+
+    IPO wants h = 1 / (2 * 0.1) = 5: 25 at h = 0, 0 at h = 5. Hinge: 1 at 0, 0 from h = 10 on. Robust at 0: (0.9 - 0.1) log 2 / 0.8.
+    """
+    def at(h):
+        return [torch.tensor([float(x)], dtype=torch.float64) for x in (h, 0, 0, 0)]
+
+    assert dpo_loss(*at(10), 0.1)[0].item() == pytest.approx(0.313262, abs=1e-6)
+    assert dpo_loss(*at(-10), 0.1)[0].item() == pytest.approx(1.313262, abs=1e-6)
+    assert cdpo_loss(*at(10), 0.1, 0.1)[0].item() == pytest.approx(0.413262, abs=1e-6)
+    assert ipo_loss(*at(0), 0.1)[0].item() == pytest.approx(25) and ipo_loss(*at(5), 0.1)[0].item() == pytest.approx(0)
+    assert hinge_loss(*at(0), 0.1)[0].item() == 1 and hinge_loss(*at(12), 0.1)[0].item() == 0
+    assert robust_loss(*at(0), 0.1, 0.1)[0].item() == pytest.approx(math.log(2))
+    two, four_tokens = torch.tensor([2.0]), torch.tensor([4.0])
+    assert ipo_mean_loss(*at(8), two, four_tokens, 0.1)[0].item() == pytest.approx((8 / 2 - 5) ** 2)
+
+
+@pytest.mark.parametrize("name, loss, options", [
+    ("sigmoid", dpo_loss, {}), ("sigmoid_beta2", dpo_loss, {}), ("cdpo", cdpo_loss, {"label_smoothing": 0.1}),
+    ("robust", robust_loss, {"label_smoothing": 0.1}), ("hinge", hinge_loss, {}), ("ipo_sum", ipo_loss, {}),
+])
+def test_losses_rewards_and_gradients_equal_trl(name, loss, options):
+    numbers, case = reference("dpo/losses")
+    beta = numbers["configs"][name]["beta"]
+    keys = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+    inputs = four([case[k] for k in keys])
+    total, metrics = loss(*inputs, beta, **options)
+    total.backward()
+    assert total.item() == pytest.approx(case[f"{name}.losses"].mean().item(), rel=1e-6)
+    for row, expected in zip(zip(*(x.detach() for x in inputs), strict=True), case[f"{name}.losses"].tolist(), strict=True):
+        assert loss(*(x[None] for x in row), beta, **options)[0].item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    for x, side in zip(inputs, ("chosen", "rejected"), strict=False):
+        assert torch.allclose(x.grad, case[f"{name}.grad_{side}"], atol=1e-6)
+    assert metrics["rewards_chosen"].item() == pytest.approx(case[f"{name}.chosen_rewards"].mean().item(), rel=1e-6)
+
+
+def test_whole_batches_equal_trl_from_logits_to_loss():
+    """Token logits in, mean loss out, for the forms of the current TRL we share, and the gradient of every logit."""
+    from kernels.logprobs import linear_logprobs
+
+    numbers, case = reference("dpo/batch")
+    mask = case["completion_mask"][:, 1:].bool()
+    owner = torch.arange(6)[:, None].expand_as(mask)[mask]
+
+    def sums(logits):
+        picked, _ = linear_logprobs(logits[:, :-1][mask], torch.eye(15, dtype=torch.float64), case["input_ids"][:, 1:][mask])
+        return torch.zeros(6, dtype=torch.float64).index_add(0, owner, picked)
+
+    lengths = mask.sum(1).double()
+    logits = case["logits"].requires_grad_()
+    policy, ref = sums(logits), sums(case["ref_logits"])
+    assert torch.allclose(ref, case["ref_logps"], atol=1e-6)
+    inputs = (policy[:3], policy[3:], ref[:3], ref[3:])
+    losses = {"sigmoid": dpo_loss(*inputs, 0.1), "hinge": hinge_loss(*inputs, 0.1),
+              "ipo": ipo_mean_loss(*inputs, lengths[:3], lengths[3:], 0.1)}
+    for name, (loss, _) in losses.items():
+        assert loss.item() == pytest.approx(numbers["cases"][name]["loss"], rel=1e-6), name
+    logged = numbers["cases"]["sigmoid"]["metrics"]
+    for ours, theirs in (("rewards_chosen", "rewards/chosen"), ("rewards_rejected", "rewards/rejected"), ("margin", "rewards/margins"),
+                         ("accuracy", "rewards/accuracies"), ("logprobs_chosen", "logps/chosen"), ("logprobs_rejected", "logps/rejected")):
+        assert losses["sigmoid"][1][ours].item() == pytest.approx(logged[theirs], rel=1e-6)
+    losses["sigmoid"][0].backward()
+    assert torch.allclose(logits.grad, case["sigmoid.grad_logits"], atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", [dpo_loss, hinge_loss, ipo_loss, lambda *x: cdpo_loss(*x, 0.1), lambda *x: robust_loss(*x, 0.1)])
+@pytest.mark.parametrize("margin", [1500.0, -1500.0])
+def test_huge_margins_stay_finite(loss, margin):
+    chosen, rejected = torch.tensor([margin], requires_grad=True), torch.tensor([0.0], requires_grad=True)
+    value, _ = loss(chosen, rejected, torch.zeros(1), torch.zeros(1), 1.0)
+    value.backward()
+    assert torch.isfinite(value) and torch.isfinite(chosen.grad).all() and torch.isfinite(rejected.grad).all()
+
+
+def test_swapping_chosen_and_rejected_negates_the_margin():
+    a, b, c, d = four()
+    ours, swapped = dpo_loss(a, b, c, d, 0.2)[1], dpo_loss(b, a, d, c, 0.2)[1]
+    assert ours["margin"] == pytest.approx(-swapped["margin"].item()) and ours["accuracy"] == 1 - swapped["accuracy"]
+
+
+def test_a_constant_on_policy_and_reference_of_both_replies_changes_nothing():
+    a, b, c, d = four()
+    assert dpo_loss(a, b, c, d, 0.2)[0].item() == pytest.approx(dpo_loss(a + 3, b + 3, c + 3, d + 3, 0.2)[0].item())
+
+
+def test_misuse_is_refused():
+    with pytest.raises(ValueError, match="beta is 0"):
+        dpo_loss(*four(), 0)
+    with pytest.raises(ValueError, match="label_smoothing is 0.5"):
+        robust_loss(*four(), 0.1, 0.5)
+
+
+# ------------------------------------------------------------------------------- trees and batches
+
+def with_references(model, trees, config):
+    sums = reference_sums(model, trees, config, CPU)
+    for tree, part in zip(trees, sums.split([len(t.responses) for t in trees]), strict=True):
+        tree.ref_sums = part
+    return trees
+
+
+def as_pairs(tree: Tree) -> list[Tree]:
+    """The pairs of a tree one by one, each with its whole prompt."""
+    spans = list(paths(tree))
+    out = []
+    for k in range(tree.pairs):
+        (w, begin, _), (lost, branch, _) = (spans[i] for i, r in enumerate(tree.responses) if r.pair == k)
+        out.append(Tree(w, [(branch, lost[branch:])], [Response(0, begin, len(w), 0, 0), Response(1, 0, len(lost) - branch, 0, 1)]))
+    return out
+
+
+@pytest.mark.parametrize("loss", ["dpo", "cdpo", "ipo", "ipo_mean", "hinge", "robust"])
+def test_multi_turn_trees_give_the_loss_and_gradient_of_their_pairs(loss):
+    rng = random.Random(3)
+    config = replace(Config(), loss=loss, beta=0.3, max_length=1, max_tokens=64)
+    trees = [random_tree(rng, i) for i in range(6)]
+    ref = small_model(dtype=torch.float32, seed=1, scale=5.0)
+    results = []
+    for form in (trees, [pair for tree in trees for pair in as_pairs(tree)]):
+        policy = small_model(dtype=torch.float32, scale=5.0)
+        metrics = train_step(policy, with_references(ref, form, config), config, CPU)
+        results.append((metrics, [p.grad for p in policy.parameters()]))
+    (ours, grads), (theirs, expected) = results
+    assert ours["pairs"] == theirs["pairs"] > 6 and ours["tokens"] < theirs["tokens"]
+    for name in ("loss", "margin", "accuracy", "logprobs_chosen", "rewards_rejected"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5)
+    for a, b in zip(grads, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
+
+
+def test_one_micro_batch_or_eight_give_the_same_gradient():
+    """Trees with one to four pairs each: a pair weighs the same whatever micro-batch it is in."""
+    rng = random.Random(1)
+    trees = [random_tree(rng, i) for i in range(8)]
+    ref, grads = small_model(seed=1), []
+    for budget in (10_000, 1, 60):
+        config = replace(Config(), max_length=1, max_tokens=budget)
+        policy = small_model()
+        train_step(policy, with_references(ref, trees, config), config, CPU)
+        grads.append([p.grad for p in policy.parameters()])
+    for other in grads[1:]:
+        assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(other, grads[0], strict=True))
+
+
+def test_cached_reference_equals_a_live_one():
+    rng = random.Random(2)
+    config = replace(Config(), max_length=1, max_tokens=100)
+    trees = [random_tree(rng, i) for i in range(5)]
+    ref, policy = small_model(seed=1), small_model()
+    cached = with_references(ref, trees, config)
+    for batch in pack(cached, 100):
+        loss, _ = batch_loss(policy, batch, config)
+        live = (*batch.sides(dpo.response_sums(policy, batch)), *batch.sides(dpo.response_sums(ref, batch).detach()))
+        assert loss.item() == pytest.approx(dpo_loss(*live, config.beta)[0].item(), abs=1e-6)
+
+
+# -------------------------------------------------------------------------------------- the script
+
+def config(checkpoint, tmp_path, **changes) -> Config:
+    data = tmp_path / "pairs.jsonl"
+    if not data.exists():
+        pairs_file(data, 8)
+    return Config(**({"model": str(checkpoint), "data": str(data), "out": str(tmp_path / "run"), "template": "zephyr", "epochs": 1,
+                      "batch": 8, "lr": 1e-3, "warmup": 0.0, "dtype": "float32", "device": "cpu", "samples": 0} | changes))
+
+
+def test_eight_pairs_are_learnt(checkpoint, tmp_path):
+    dpo.main(config(checkpoint, tmp_path, epochs=40, lr=5e-3))
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and metrics[0]["accuracy"] == 0
+    assert metrics[-1]["accuracy"] == 1.0 and metrics[-1]["loss"] < 0.2
+
+
+@pytest.mark.parametrize("loss", ["cdpo", "ipo", "ipo_mean", "hinge", "robust"])
+def test_every_loss_runs_and_raises_the_margin(loss, checkpoint, tmp_path):
+    dpo.main(config(checkpoint, tmp_path, epochs=4, loss=loss, eval_data=str(tmp_path / "pairs.jsonl"), eval_every=2))
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics[-1]["margin"] > metrics[0]["margin"] == pytest.approx(0, abs=1e-4) and metrics[1]["eval_accuracy"] > 0
+
+
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(checkpoint, tmp_path):
+    """Multi-turn dialogues; four steps, killed after the checkpoint at step 2 and started again."""
+    pairs_file(tmp_path / "pairs.jsonl", 40, turns=4)
+    straight, broken = (config(checkpoint, tmp_path, batch=4, max_steps=4, save_every=2, out=str(tmp_path / name))
+                        for name in ("straight", "broken"))
+    dpo.main(straight)
+    (tmp_path / "broken.toml").write_text(runtime.config_toml(broken))
+    command = ["dpo.py", "--config", str(tmp_path / "broken.toml")]
+    kill_after(command, lambda: (tmp_path / "broken" / "state" / "step_2").exists())
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert metrics_of(tmp_path / "straight") == metrics_of(tmp_path / "broken") and len(metrics_of(tmp_path / "broken")) == 4
+    a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "broken"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_shared_cache_is_used_and_refused_when_anything_has_changed(checkpoint, tmp_path, capsys):
+    cache = str(tmp_path / "cache.safetensors")
+    dpo.main(config(checkpoint, tmp_path, ref_cache=cache, out=str(tmp_path / "a")))
+    assert "written to" in capsys.readouterr().out
+    dpo.main(config(checkpoint, tmp_path, ref_cache=cache, beta=0.5, out=str(tmp_path / "b")))
+    assert "written to" not in capsys.readouterr().out
+    assert [m["loss"] for m in metrics_of(tmp_path / "a")] == pytest.approx([m["loss"] for m in metrics_of(tmp_path / "b")])
+
+    def refused(said, name, **changes):
+        changed = config(checkpoint, tmp_path, out=str(tmp_path / name), **({"ref_cache": cache} | changes))
+        exits(capsys, lambda: dpo.main(changed), said)
+
+    refused("computed from another data, template", "c", template="plain")
+    refused("computed from another reference", "d", ref_model=str(tmp_path / "a" / "model"))
+    pairs_file(tmp_path / "pairs.jsonl", 7)
+    refused("computed from another data", "e")
+    (tmp_path / "junk").write_bytes(b"junk")
+    refused("is no cache", "f", ref_cache=str(tmp_path / "junk"))
+
+
+def test_changed_data_or_model_refuse_to_continue_a_run(checkpoint, tmp_path, capsys):
+    done = config(checkpoint, tmp_path)
+    (tmp_path / "c.toml").write_text(runtime.config_toml(done))
+
+    def again():
+        return subprocess.run([sys.executable, "dpo.py", "--config", str(tmp_path / "c.toml")], cwd=ROOT, capture_output=True, text=True)
+
+    assert again().returncode == 0
+    pairs_file(tmp_path / "pairs.jsonl", 7)
+    refused = again()
+    assert refused.returncode == 2 and "its data has changed since the run began" in refused.stderr
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"beta": 0.0}, ["beta is 0.0, expected a positive number"]),
+    ({"label_smoothing": 0.5}, ["label_smoothing is 0.5"]),
+    ({"model": ""}, ["model and data are needed"]),
+    ({"data": "none.jsonl"}, ["none.jsonl: no such file"]),
+    ({"max_length": 2, "max_tokens": 2}, ["every prompt is longer than max_length=2"]),
+    ({"template": ""}, ["set template="]),
+])
+def test_what_the_user_wrote_wrong_is_one_line(changes, said, checkpoint, tmp_path, capsys):
+    exits(capsys, lambda: dpo.main(config(checkpoint, tmp_path, **changes)), *said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dialogues_without_pairs_are_one_line(checkpoint, tmp_path, capsys):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    data = write_jsonl(tmp_path / "pairs.jsonl", [{"messages": messages}])
+    exits(capsys, lambda: dpo.main(config(checkpoint, tmp_path, data=str(data))), "holds no preference pairs")

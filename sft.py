@@ -2,13 +2,14 @@
 
     loss = - (1 / n) sum over the n response tokens of the step of log pi(token | what precedes it)
 
-The user's words are read but not learnt; the end-of-sequence token of each reply is, so the model
+The user's words are read but not learnt; the end-of-sequence token of each response is, so the model
 learns to stop. n counts the response tokens of the whole optimizer step, however many micro-batches it
-takes: a mean of micro-batch means would weigh tokens by the company they travel in. With
-train_on = "all" every token counts: that is pretraining (`configs/tiny/pretrain.toml`). With "chosen" it
-imitates the preferred replies of preference data, the control that DPO has to beat.
+takes: a mean of micro-batch means would weigh tokens by the company they travel in.
 
     python sft.py --config configs/tiny/sft.toml            loss 1.9 at the first step, 0.25 at the end
+
+With train_on = "all" every token counts: that is pretraining (`configs/tiny/pretrain.toml`). Given preference
+data it imitates the chosen responses, the control that DPO has to beat (`configs/tiny/sft_chosen.toml`).
 
 Ouyang et al. 2022 (arXiv:2203.02155), step 1; Tunstall et al. 2023 (arXiv:2310.16944), dSFT.
 """
@@ -16,40 +17,40 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from math import inf
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 import runtime
-from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer
+from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer, sample_texts
 from data.pack import CHOSEN, Batch, Response, Tree, load_trees, pack, step_trees, steps_per_epoch, truncate
 from kernels.logprobs import linear_logprobs
-from model import Transformer, generate, load_model, save_model
-from runtime import fail
+from model import Transformer, load_model, save_model
+from runtime import check_range, fail
 
 
 @dataclass(frozen=True)
 class Config:
     model: str = "data/tiny/base"    # Hugging Face directory to start from
-    data: str = ""                   # JSONL: messages, or text (formats in data/formats.py)
+    data: str = "runs/tiny/0/data/sft.jsonl"  # JSONL: messages, preferences or text (data/formats.py)
     eval_data: str = ""              # JSONL of the same kind, for the evaluation loss; "" for none
     out: str = "runs/sft"            # folder of the run
-    template: str = ""               # chat template; "": the checkpoint's own
-    train_on: Literal["responses", "chosen", "all"] = "responses"  # chosen: of preference data, the replies preferred
+    template: str = ""               # chat template; "": the checkpoint's own, or zephyr
+    train_on: Literal["responses", "all"] = "responses"  # tokens in the loss
 
     epochs: int = 3                  # passes over the data, 1-6
     max_steps: int = 0               # stop after this many updates; 0: epochs decide
     batch: int = 64                  # dialogues per update
     max_length: int = 512            # tokens of a dialogue, 128-4096; longer ones are cut and counted
-    max_tokens: int = 8192           # tokens of a micro-batch: what fits in memory
-    lr: float = 2e-5                 # peak learning rate, 1e-6 to 5e-5 for 7B, 1e-3 for the tiny model
+    max_tokens: int = 4096           # tokens of a micro-batch, what fits in memory; a longer dialogue travels alone
+    lr: float = 1e-3                 # peak learning rate, 1e-3 for the tiny model, 1e-6 to 5e-5 for 7B
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    floor: float = 0.0               # final rate as a share of the peak
-    warmup: float = 0.03             # share of the steps with a rising rate
+    floor: float = 0.1               # final rate as a share of the peak
+    warmup: float = 0.05             # share of the steps with a rising rate
     weight_decay: float = 0.0        # on matrices, 0-0.1
-    beta2: float = 0.999             # AdamW, 0.95-0.999
+    beta2: float = 0.98              # AdamW, 0.95-0.999
     clip: float = 1.0                # largest norm of the gradient
 
     seed: int = 0                    # order of the data, sampling
@@ -65,13 +66,12 @@ class Config:
     def __post_init__(self):
         if self.template and self.template not in TEMPLATES:
             fail(f"template is '{self.template}', expected one of {', '.join(TEMPLATES)}")
-        for key in ("epochs", "batch", "max_length", "max_tokens"):
-            if getattr(self, key) < 1:
-                fail(f"{key} is {getattr(self, key)}, expected at least 1")
-        if self.max_tokens < self.max_length:
-            fail(f"max_tokens={self.max_tokens} is less than max_length={self.max_length}: a dialogue would not fit, raise max_tokens")
-        if not 0 < self.lr < 1:
-            fail(f"lr is {self.lr}, expected between 0 and 1 such as 2e-5")
+        for key, low, high in (
+            ("epochs", 1, inf), ("max_steps", 0, inf), ("batch", 1, inf), ("max_length", 2, inf), ("max_tokens", 1, inf), ("lr", 1e-12, 1),
+            ("floor", 0, 1), ("warmup", 0, 0.99), ("weight_decay", 0, 1), ("beta2", 0, 0.99999), ("clip", 1e-6, inf), ("seed", 0, inf),
+            ("threads", 0, inf), ("eval_every", 0, inf), ("save_every", 0, inf), ("samples", 0, inf),
+        ):
+            check_range(key, getattr(self, key), low, high)
 
 
 def sft_loss(logprobs: Tensor, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,76 +92,50 @@ def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> lis
     """
     trees = load_trees(path, tokenizer)
     for tree in trees:
+        tree.leaves, tree.responses = [], [r for r in tree.responses if r.side == CHOSEN]
         if config.train_on == "all":
             tree.responses = [Response(0, 1, len(tree.trunk))]
-        if config.train_on == "chosen":
-            tree.leaves, tree.responses = [], [r for r in tree.responses if r.side == CHOSEN]
     trees, counts = truncate(trees, config.max_length)
     if not trees:
         fail(f"{path}: holds no token to learn within max_length={config.max_length}: raise max_length")
     tokens = sum(tree.tokens for tree in trees)
     learnt = sum(r.end - r.start for tree in trees for r in tree.responses)
     print(f"{name}: {len(trees)} dialogues, {tokens:,} tokens, {learnt:,} in the loss; cut to {config.max_length} tokens: "
-          f"{counts['responses_cut']} replies, dropped: {counts['responses_dropped']} replies, {counts['trees_dropped']} dialogues")
+          f"{counts['responses_cut']} responses, dropped: {counts['responses_dropped']} responses, {counts['trees_dropped']} dialogues")
     return trees
 
 
-def logprobs_of(model: Transformer, batch: Batch) -> Tensor:
-    """Log-probability of every response token given its path, [M]."""
-    hidden = model.hidden(batch.tokens, batch.positions, batch.layout)
-    return linear_logprobs(hidden[batch.sources], model.head_weight, batch.targets)[0]
-
-
-def train_step(model: Transformer, trees: list[Tree], config: Config, device: torch.device) -> dict[str, float]:
-    """Gradients of one update's loss, micro-batch by micro-batch."""
-    batches = pack(trees, config.max_tokens)
-    denominator = sum(len(batch.index) for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss, metrics = sft_loss(logprobs_of(model, batch.to(device)), denominator)
-        loss.backward()
-        total += metrics["loss"].item()
-    return {"loss": total, "response_tokens": denominator, "tokens": sum(tree.tokens for tree in trees)}
+def train_step(model: Transformer, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's part of the step's loss: the log-probability of every response token given its path."""
+    hidden = model.hidden(batch.tokens, batch.positions, batch.layout)                                # [N, D]
+    logprobs, _ = linear_logprobs(hidden[batch.predictors], model.head_weight, batch.targets)         # [M]
+    return sft_loss(logprobs, denominator)
 
 
 @torch.no_grad()
 def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torch.device) -> dict[str, float]:
     """Mean loss per response token over the whole evaluation set."""
     batches = pack(trees, config.max_tokens)
-    denominator = sum(len(batch.index) for batch in batches)
-    return {"eval_loss": sum(sft_loss(logprobs_of(model, b.to(device)), denominator)[0].item() for b in batches)}
-
-
-def show_samples(model: Transformer, tokenizer: Tokenizer, trees: list[Tree], config: Config, log: runtime.Log) -> None:
-    """What the model says to the first prompts of the evaluation set, at temperature 0.7."""
-    if config.train_on == "all":
-        prompts = [tree.trunk[:8].tolist() for tree in trees[: config.samples]]
-    else:
-        prompts = [tree.trunk[: tree.responses[0].start].tolist() for tree in trees[: config.samples]]
-    replies = generate(model, prompts, 64, temperature=0.7, stop_ids=tokenizer.stop_ids(), seed=config.seed)
-    for prompt, (reply,) in zip(prompts, replies, strict=True):
-        log.note(f"  {tokenizer.decode(prompt).strip()!r}\n    {tokenizer.decode(reply.tokens)!r}{'' if reply.finished else ' ...'}")
+    denominator = sum(len(batch.owner) for batch in batches)
+    return {"eval_loss": sum(train_step(model, batch.to(device), denominator)[0].item() for batch in batches)}
 
 
 def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads)
-    if not config.data:
-        fail("data is empty, expected a JSONL file: set data=path/to/messages.jsonl")
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, dtype=torch.float32, device=device)
     model.compute_dtype = runtime.compute_dtype(config.dtype, device)
-    if config.train_on != "all":
-        name = config.template or tokenizer.template or fail(f"{config.model}: has no chat template of its own: set template=")
-        print(adopt_template(model, tokenizer, name))
+    if config.train_on == "responses" or config.template:
+        print(adopt_template(model, tokenizer, config.template or tokenizer.template or "zephyr"))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
-    sources = {"data": runtime.file_hash(config.data), "model": runtime.file_hash(config.model)}
-    run, lock = runtime.open_run(config.out, config, sources, config.overwrite)
+    depends_on = {"data": config.data, "model": config.model, "code": __file__}
+    run, lock = runtime.open_run(config.out, config, depends_on, config.overwrite)
 
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2)
     done = runtime.load_state(run, model, optimizer)
-    log = runtime.Log(run, done, steps, config.wandb, config)
+    log = runtime.Log(run, done, steps, ("loss", "tokens_per_s"), config.wandb, config)
     stop = runtime.StopRequest()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {config.batch} dialogues, {done} done")
 
@@ -170,13 +144,19 @@ def main(config: Config) -> None:
         lr = runtime.learning_rate(step, steps, config.lr, round(config.warmup * steps), config.schedule, config.floor)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        chosen = step_trees(trees, config.batch, step, config.seed)
-        metrics = train_step(model, chosen, config, device)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
-        runtime.check_finite(metrics["loss"], norm, step, [tree.record for tree in chosen])
+        batches = pack(step_trees(trees, config.batch, step, config.seed), config.max_tokens)
+        response_tokens = sum(len(batch.owner) for batch in batches)
+        metrics = {"loss": 0.0, "response_tokens": response_tokens, "lr": lr}
+        for batch in batches:
+            loss, parts = train_step(model, batch.to(device), denominator=response_tokens)
+            loss.backward()
+            metrics["loss"] += parts["loss"].item()
+        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+        runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for b in batches for tree in b.trees])
         optimizer.step()
         optimizer.zero_grad()
-        metrics |= {"lr": lr, "grad_norm": norm, "tokens_per_s": metrics["tokens"] / (time.perf_counter() - began)}
+        metrics["tokens"] = sum(len(batch.tokens) for batch in batches)
+        metrics["tokens_per_s"] = metrics["tokens"] / (time.perf_counter() - began)
         done = step + 1
         if eval_trees and (done == steps or (config.eval_every and done % config.eval_every == 0)):
             metrics |= evaluate(model, eval_trees, config, device)
@@ -184,15 +164,16 @@ def main(config: Config) -> None:
         if stop or done == steps or (config.save_every and done % config.save_every == 0):
             runtime.save_state(run, done, model, optimizer)
         if stop:
-            log.note(f"stopped after step {done}; the same command goes on from there")
-            return
+            break
 
-    save_model(model, run / "model", tokenizer, dtype=getattr(torch, model.config.dtype))
-    if config.samples:
-        show_samples(model, tokenizer, eval_trees or trees, config, log)
+    if done == steps:
+        save_model(model, run / "model", tokenizer, dtype=getattr(torch, model.config.dtype))
+        ends = [tree.responses[0].start if config.train_on == "responses" else 8 for tree in eval_trees or trees]
+        prompts = [tree.trunk[:end].tolist() for tree, end in zip(eval_trees or trees, ends, strict=True)]
+        log.note("\n".join(sample_texts(model, tokenizer, prompts[: config.samples], config.seed)))
     log.close()
     lock.close()
-    print(f"wrote {Path(config.out) / 'model'}")
+    print(f"wrote {run}/model" if done == steps else f"stopped after step {done}; the same command goes on from there")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@ import math
 import random
 import subprocess
 import sys
-from dataclasses import replace
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, exits, kill_after, metrics_of, reference, small_model, write_jsonl
+from conftest import ROOT, exits, kill_after, metrics_of, reference, small_model, step_gradients, write_jsonl
 from safetensors.torch import load_file
 from test_pack import paths, random_tree
 
@@ -14,7 +15,7 @@ import dpo
 import runtime
 from data.pack import Response, Tree, pack
 from data.tiny.world import TASKS, dialogue
-from dpo import Config, batch_loss, cdpo_loss, dpo_loss, hinge_loss, ipo_loss, ipo_mean_loss, reference_sums, robust_loss, train_step
+from dpo import Config, cdpo_loss, dpo_loss, hinge_loss, ipo_loss, ipo_mean_loss, robust_loss, set_reference, train_step
 
 CPU = torch.device("cpu")
 
@@ -145,10 +146,13 @@ def test_misuse_is_refused():
 # ------------------------------------------------------------------------------- trees and batches
 
 def with_references(model, trees, config):
-    sums = reference_sums(model, trees, config, CPU)
-    for tree, part in zip(trees, sums.split([len(t.responses) for t in trees]), strict=True):
-        tree.ref_sums = part
+    with tempfile.TemporaryDirectory() as folder:
+        set_reference(model, trees, Path(folder) / "cache", {}, config, CPU)
     return trees
+
+
+def one_step(config):
+    return lambda model, batch, batches: train_step(model, batch, config, sum(b.pairs for b in batches))
 
 
 def as_pairs(tree: Tree) -> list[Tree]:
@@ -164,16 +168,15 @@ def as_pairs(tree: Tree) -> list[Tree]:
 @pytest.mark.parametrize("loss", ["dpo", "cdpo", "ipo", "ipo_mean", "hinge", "robust"])
 def test_multi_turn_trees_give_the_loss_and_gradient_of_their_pairs(loss):
     rng = random.Random(3)
-    config = replace(Config(), loss=loss, beta=0.3, max_length=1, max_tokens=64)
+    config = Config(loss=loss, beta=0.3, max_tokens=64)
     trees = [random_tree(rng, i) for i in range(6)]
     ref = small_model(dtype=torch.float32, seed=1, scale=5.0)
     results = []
     for form in (trees, [pair for tree in trees for pair in as_pairs(tree)]):
         policy = small_model(dtype=torch.float32, scale=5.0)
-        metrics = train_step(policy, with_references(ref, form, config), config, CPU)
-        results.append((metrics, [p.grad for p in policy.parameters()]))
+        results.append(step_gradients(policy, with_references(ref, form, config), 64, one_step(config)))
+    assert sum(t.pairs for t in trees) > 6 and sum(t.tokens for t in trees) < sum(t.tokens for t in form)
     (ours, grads), (theirs, expected) = results
-    assert ours["pairs"] == theirs["pairs"] > 6 and ours["tokens"] < theirs["tokens"]
     for name in ("loss", "margin", "accuracy", "logprobs_chosen", "rewards_rejected"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5)
     for a, b in zip(grads, expected, strict=True):
@@ -186,22 +189,20 @@ def test_one_micro_batch_or_eight_give_the_same_gradient():
     trees = [random_tree(rng, i) for i in range(8)]
     ref, grads = small_model(seed=1), []
     for budget in (10_000, 1, 60):
-        config = replace(Config(), max_length=1, max_tokens=budget)
-        policy = small_model()
-        train_step(policy, with_references(ref, trees, config), config, CPU)
-        grads.append([p.grad for p in policy.parameters()])
+        config = Config(max_tokens=budget)
+        grads.append(step_gradients(small_model(), with_references(ref, trees, config), budget, one_step(config))[1])
     for other in grads[1:]:
         assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(other, grads[0], strict=True))
 
 
 def test_cached_reference_equals_a_live_one():
     rng = random.Random(2)
-    config = replace(Config(), max_length=1, max_tokens=100)
+    config = Config(max_tokens=100)
     trees = [random_tree(rng, i) for i in range(5)]
     ref, policy = small_model(seed=1), small_model()
     cached = with_references(ref, trees, config)
     for batch in pack(cached, 100):
-        loss, _ = batch_loss(policy, batch, config)
+        loss, _ = train_step(policy, batch, config, batch.pairs)
         live = (*batch.sides(dpo.response_sums(policy, batch)), *batch.sides(dpo.response_sums(ref, batch).detach()))
         assert loss.item() == pytest.approx(dpo_loss(*live, config.beta)[0].item(), abs=1e-6)
 
@@ -259,6 +260,7 @@ def test_a_shared_cache_is_used_and_refused_when_anything_has_changed(checkpoint
 
     refused("computed from another data, template", "c", template="plain")
     refused("computed from another reference", "d", ref_model=str(tmp_path / "a" / "model"))
+    refused("computed from another precision", "g", dtype="bfloat16")
     pairs_file(tmp_path / "pairs.jsonl", 7)
     refused("computed from another data", "e")
     (tmp_path / "junk").write_bytes(b"junk")
@@ -279,16 +281,16 @@ def test_changed_data_or_model_refuse_to_continue_a_run(checkpoint, tmp_path, ca
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"beta": 0.0}, ["beta is 0.0, expected a positive number"]),
-    ({"label_smoothing": 0.5}, ["label_smoothing is 0.5"]),
-    ({"model": ""}, ["model and data are needed"]),
+    ({"beta": 0.0}, ["beta is 0, expected at least 1e-06"]),
+    ({"label_smoothing": 0.5}, ["label_smoothing is 0.5, expected between 0 and 0.499"]),
+    ({"model": "none"}, ["none"]),
     ({"data": "none.jsonl"}, ["none.jsonl: no such file"]),
-    ({"max_length": 2, "max_tokens": 2}, ["every prompt is longer than max_length=2"]),
-    ({"template": ""}, ["set template="]),
+    ({"max_length": 2}, ["every prompt is longer than max_length=2"]),
+    ({"ref_model": "none"}, ["none: holds no config.json"]),
 ])
 def test_what_the_user_wrote_wrong_is_one_line(changes, said, checkpoint, tmp_path, capsys):
     exits(capsys, lambda: dpo.main(config(checkpoint, tmp_path, **changes)), *said)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_dialogues_without_pairs_are_one_line(checkpoint, tmp_path, capsys):

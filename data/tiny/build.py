@@ -1,0 +1,285 @@
+"""Make the tiny world's data, and from it the base model that is shipped in data/tiny/base.
+
+    python -m data.tiny.build                                data, tokenizer, pretraining (configs/tiny/pretrain.toml)
+    python -m data.tiny.build part=data seed=1 out=...       what one run of the recipe reads, in two seconds
+
+    sft.jsonl   demonstrations              sft_dev.jsonl         the same on held-out content, for the evaluation loss
+    prompts.jsonl   to collect preferences on      dev.jsonl, test.jsonl    to judge on, the same for every seed
+    pretrain.jsonl, pretrain_eval.jsonl     raw text (part=all)
+
+The pretraining corpus is what a base model might have met on the web of the tiny world: prose (lives, stories,
+anecdotes, passages, lists, sums, code) and pages of questions with answers in several layouts, never in the chat
+template. Everything drawn from a task keeps to the training split (`keys` says of what content a record is), and a
+text that shares 13 words in a row with a held-out prompt is dropped. What the world is like is no task and is told
+freely: that Anna lives in Rome, or that a cat is an animal, also where asking for it is held out; without stated
+facts open questions could not be answered at all.
+"""
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+import torch
+from tqdm import tqdm
+
+import runtime
+from data.chat import load_tokenizer
+from data.tiny.world import CLASSES, COLOURS, FACTS, NAMES, OBJECTS, PEOPLE, TASKS, an, capital, demonstrate, dialogue, plural, she, split
+from model import ModelConfig, Transformer, init_weights, save_model
+
+# The base: 2.95 M parameters, 5.9 MB in bf16. 1536 pieces hold every word of the world whole; 256 of them are bytes.
+BASE = {"vocab_size": 1536, "width": 192, "layers": 6, "heads": 6, "kv_heads": 6, "head_dim": 32, "mlp_width": 512, "max_positions": 512}
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "runs/tiny/base"      # where the data (and the pretraining run) go
+    part: Literal["all", "data"] = "all"
+    seed: int = 0
+    demos: int = 8000                # demonstrations for SFT
+    prompts: int = 5000              # dialogues for preference collection
+    evals: int = 40                  # held-out dialogues per task, in dev and in test each, at most 40
+    documents: int = 500_000         # pretraining texts, about 55 tokens each
+    ship: str = ""                   # folder that receives the trained base; data/tiny/base for the shipped one
+
+    def __post_init__(self):
+        for key, low, high in (("seed", 0, 2**31), ("demos", 1, 10**6), ("prompts", 1, 10**6), ("evals", 1, 40), ("documents", 1, 10**7)):
+            runtime.check_range(key, getattr(self, key), low, high)
+
+
+# ----------------------------------------------------------------------- the web of the tiny world
+
+QUESTION_LAYOUTS = [("Question: {}\n", "Answer: {}\n"), ("Task: {}\n", "Done: {}\n"), ("Q: {}\n", "A: {}\n"), ("{}\n", "{}\n")]
+WEB_STYLES = {"careful": 0.4, "terse": 0.5, "sloppy": 0.1}
+
+
+def keys(record: dict) -> list[str]:
+    """What content a dialogue is about, turn by turn."""
+    return [f"{record['category']} {TASKS[record['category']].key(turn['item'])}" for turn in record["turns"]]
+
+
+def page(rng: random.Random) -> tuple[str, list[str]]:
+    """One to four dialogues in one layout, half of the time all answered in one style; the text and its keys."""
+    ask, answer = rng.choice(QUESTION_LAYOUTS)
+    one_style, lines, about = rng.random() < 0.5, [], []
+    style = rng.choices(list(WEB_STYLES), list(WEB_STYLES.values()))[0]
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        if not one_style:
+            style = rng.choices(list(WEB_STYLES), list(WEB_STYLES.values()))[0]
+        record = dialogue(rng, shares="pretraining")
+        about += keys(record)
+        for m in demonstrate(record, rng, style):
+            lines.append((ask if m["role"] == "user" else answer).format(m["content"]))
+    return "".join(lines).strip(), about
+
+
+def life(rng: random.Random) -> str:
+    """Facts about one person, in any order, by name or pronoun."""
+    name = rng.choice(NAMES)
+    told = []
+    for fact in rng.sample(list(FACTS), rng.randint(1, len(FACTS))):
+        value = PEOPLE[name][fact]
+        who = name if not told or rng.random() < 0.5 else capital(she(name))
+        told.append(FACTS[fact][3].format(n=who, v=value, a=an(value)))
+    return " ".join(told)
+
+
+def inventory(rng: random.Random) -> str:
+    """Four to six people and their things, then who has what and of which colour, in any order: ten lookups a text."""
+    n = rng.randint(4, 6)
+    facts = list(zip(rng.sample(NAMES, n), rng.sample(COLOURS, n), rng.sample(OBJECTS, n), strict=True))
+    questions = [{"facts": facts, "about": [i, what]} for i in range(n) for what in ("who", "colour")]
+    rng.shuffle(questions)
+    return " ".join([TASKS["closed_qa"].passage(questions[0]), *(TASKS["closed_qa"].solve(q)[0] for q in questions)])
+
+
+PROSE = {"life": 4, "inventory": 4, "scene": 3, "sentence": 2, "anecdote": 2, "story": 1, "passage": 1, "mood": 1, "list": 1, "kind": 1,
+         "sum": 1, "code": 1}
+
+
+def prose(rng: random.Random) -> tuple[str, list[str]]:
+    """A passage of one of the kinds the tasks are made of; the text and its keys.
+
+    Most say again what they have said, in other words: a small model learns to look things up in a text from
+    texts that make it look many times.
+    """
+    kind = rng.choices(list(PROSE), list(PROSE.values()))[0]
+    if kind == "life":
+        return " ".join(life(rng) for _ in range(rng.randint(1, 3))), []
+    if kind == "inventory":
+        return inventory(rng), []
+    if kind == "list":
+        name = rng.choice(list(CLASSES))
+        return f"{capital(plural(name))}: {', '.join(rng.sample(CLASSES[name], rng.randint(2, 5)))}.", []
+    if kind == "kind":
+        name = rng.choice(list(CLASSES))
+        return f"{rng.choice(CLASSES[name])} is {an(name)}.", []
+    if kind == "sum":
+        a, b = rng.randint(0, 9), rng.randint(0, 9)
+        return f"{max(a, b)} - {min(a, b)} = {abs(a - b)}." if rng.random() < 0.5 else f"{a} + {b} = {a + b}.", []
+
+    name = {"story": "generation", "anecdote": "summarize", "passage": "closed_qa", "scene": "extract", "sentence": "rewrite",
+            "mood": "classify", "code": "coding"}[kind]
+    task = TASKS[name]
+    item = task.draw(rng)
+    while split(name, item) != "train" or (kind == "mood" and "events" not in item):
+        item = task.draw(rng)
+    about = [f"{name} {task.key(item)}"]
+    if kind == "story":
+        return task.answer(item, rng.choice(["careful", "terse"]), rng), about
+    if kind == "anecdote":
+        return f"{task.anecdote(item)} {task.answer(item, 'careful', rng)}", about
+    if kind == "passage":
+        said = [task.solve(item)[0]]
+        for _ in range(rng.randint(1, 5)):
+            item, _ = task.follow(item, rng)
+            said.append(task.solve(item)[0])
+        return " ".join([task.passage(item), *dict.fromkeys(said)]), about
+    if kind == "scene":
+        kinds = list(dict.fromkeys(k for k, _ in rng.sample(item["things"], len(item["things"]))))
+        lists = (f"{capital(plural(k))}: {', '.join(word for of, word in item['things'] if of == k)}." for k in kinds)
+        return f"{task.text(item)} {' '.join(lists)}", about
+    if kind == "sentence":
+        said = [task.sentence(item["source"]), task.sentence(item["target"])]
+        for _ in range(rng.randint(0, 3)):
+            item, _ = task.follow(item, rng)
+            said.append(task.sentence(item["target"]))
+        return " ".join(said), about
+    if kind == "mood":
+        return f"{task.text(item)}. {capital(she(item['name']))} is {item['right']}.", about
+    return task.answer(item, "careful", rng), about
+
+
+# ------------------------------------------------------------------------------------- writing it all
+
+NGRAM = 13
+
+
+def ngrams(text: str) -> set[tuple[str, ...]]:
+    said = re.findall(r"[a-z0-9]+", text.lower())
+    return {tuple(said[i : i + NGRAM]) for i in range(len(said) - NGRAM + 1)}
+
+
+def held_out(evals: int) -> dict[str, list[dict]]:
+    """The dev and test dialogues, `evals` of each task: the same for every seed."""
+    sets = {}
+    for name in ("dev", "test"):
+        rng = random.Random(f"{name} set of the tiny world")
+        records: dict[str, list[dict]] = {task: [] for task in TASKS}
+        while any(len(x) < evals for x in records.values()):
+            record = dialogue(rng, name)
+            known = records[record["category"]]
+            if len(known) < evals and record["turns"][0] not in [r["turns"][0] for r in known]:
+                known.append(record)
+        sets[name] = [{"id": f"{name}-{task}-{i}"} | r for task, x in records.items() for i, r in enumerate(x)]
+    return sets
+
+
+def write_data(config: Config, out: Path) -> None:
+    sets = held_out(config.evals)
+    for name, records in sets.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    forbidden = set().union(*(ngrams(turn["user"]) for records in sets.values() for r in records for turn in r["turns"]))
+    dropped = 0
+
+    def write(name: str, made: Iterator[tuple[dict, str]], count: int) -> None:
+        """The first `count` records whose text shares no 13 words with a held-out prompt."""
+        nonlocal dropped
+        with (out / name).open("w") as file, tqdm(total=count, desc=name, mininterval=1, disable=count < 10_000) as bar:
+            while count:
+                record, text = next(made)
+                if forbidden.isdisjoint(ngrams(text)):
+                    file.write(json.dumps(record) + "\n")
+                    count -= 1
+                    bar.update()
+                else:
+                    dropped += 1
+
+    def demos(rng: random.Random, wanted: str):
+        while True:
+            record = dialogue(rng, wanted, shares="sqrt_surge")
+            messages = demonstrate(record, rng)
+            text = "" if wanted == "dev" else " ".join(m["content"] for m in messages)
+            yield {"messages": messages, "category": record["category"], "keys": keys(record)}, text
+
+    def prompts(rng: random.Random):
+        while True:
+            record = dialogue(rng)
+            yield record | {"id": f"{rng.getrandbits(32):08x}"}, " ".join(turn["user"] for turn in record["turns"])
+
+    def documents(rng: random.Random):
+        while True:
+            text, about = page(rng) if rng.random() < 0.6 else prose(rng)
+            yield {"text": text, "keys": about}, text
+
+    write("sft.jsonl", demos(random.Random(f"demonstrations {config.seed}"), "train"), config.demos)
+    write("sft_dev.jsonl", demos(random.Random("held-out demonstrations"), "dev"), 400)
+    write("prompts.jsonl", prompts(random.Random(f"prompts {config.seed}")), config.prompts)
+    if config.part == "all":
+        rng = random.Random(f"documents {config.seed}")
+        write("pretrain.jsonl", documents(rng), config.documents)
+        write("pretrain_eval.jsonl", documents(rng), 2000)
+    print(f"{out}: {config.demos} demonstrations, {config.prompts} prompts, {len(sets['test'])} test and {len(sets['dev'])} dev dialogues; "
+          f"{dropped} texts dropped for {NGRAM} words in a row of a held-out prompt")
+
+
+def make_start(config: Config, out: Path) -> None:
+    """A tokenizer learnt from the corpus and a model with random weights, as a Hugging Face directory."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out.parent / "pretrain.jsonl").open() as file:
+        texts = [json.loads(line)["text"] for _, line in zip(range(100_000), file, strict=False)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in texts for line in text.splitlines()), model_prefix=str(out / "tokenizer"),
+        model_type="bpe", vocab_size=BASE["vocab_size"], byte_fallback=True, split_digits=True, add_dummy_prefix=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, control_symbols=["<|system|>", "<|user|>", "<|assistant|>"],
+        num_threads=1, minloglevel=2,
+    )
+    (out / "tokenizer.vocab").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+                "add_bos_token": True, "add_eos_token": False, "legacy": False, "add_prefix_space": False}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    model = Transformer(ModelConfig(**BASE))
+    init_weights(model, config.seed)
+    save_model(model, out, load_tokenizer(out), dtype=torch.bfloat16)
+
+
+def ship(config: Config, run: Path) -> None:
+    """Copy the trained base to where it is shipped from, with a note of how it was made."""
+    shutil.copytree(run / "model", config.ship, dirs_exist_ok=True)
+    with (run / "metrics.jsonl").open() as file:
+        steps = [json.loads(line) for line in file]
+    log = {"command": " ".join(["python -m data.tiny.build", *sys.argv[1:]]), "seed": config.seed, "finished": time.strftime("%Y-%m-%d"),
+           "torch": torch.__version__, "steps": len(steps), "tokens": int(sum(s["tokens"] for s in steps)),
+           "minutes": round(sum(s["tokens"] / s["tokens_per_s"] for s in steps) / 60, 1), "last_loss": round(steps[-1]["loss"], 4),
+           "eval_loss": {s["step"]: round(s["eval_loss"], 4) for s in steps if "eval_loss" in s}}
+    (Path(config.ship) / "build.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def main(config: Config) -> None:
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (config.part == "all" and (out / "pretrain" / "config.toml").is_file()):  # else an earlier run goes on
+        write_data(config, out)
+        if config.part == "data":
+            return
+        make_start(config, out / "start")
+    command = [sys.executable, "sft.py", "--config", "configs/tiny/pretrain.toml", f"model={out / 'start'}", f"seed={config.seed}",
+               f"data={out / 'pretrain.jsonl'}", f"eval_data={out / 'pretrain_eval.jsonl'}", f"out={out / 'pretrain'}"]
+    if subprocess.run(command).returncode or not (out / "pretrain" / "model").exists():
+        runtime.fail(f"{out / 'pretrain'}: pretraining ended early: run the same command again to go on")
+    if config.ship:
+        ship(config, out / "pretrain")
+
+
+if __name__ == "__main__":
+    main(runtime.load_config(Config, __doc__))

@@ -1,0 +1,85 @@
+# make demo      the whole recipe in the tiny world, ends with the table     make test    the tests
+# make results   the README's table: the recipe for five seeds               make lint    ruff
+# make bench     throughput here, beside the floor its matmuls set           make base    pretrain the tiny base anew
+#
+# Each makes the environment first if there is none, and goes on from where an earlier run stopped.
+# make demo SEED=3 is another run; make demo QUICK=1 the same path in a minute, with numbers that mean nothing.
+
+PYTHON ?= .venv/bin/python
+SEED ?= 0
+SEEDS = 0 1 2 3 4
+ifdef QUICK
+override SEED = 99
+SMALL_DATA = demos=300 prompts=150 evals=4
+FEW_STEPS = max_steps=8
+endif
+ifeq ($(PYTHON),.venv/bin/python)
+ENVIRONMENT = .venv/installed
+endif
+
+.PHONY: demo results test lint bench gpu base
+.SECONDARY:
+.DELETE_ON_ERROR:
+
+demo: $(ENVIRONMENT) recipe-$(SEED)
+	@printf '\n== 7/7 judge: every model answers the held-out dialogues\n'
+	$(PYTHON) judge.py --config configs/tiny/judge.toml seeds='[$(SEED)]' data=runs/tiny/$(SEED)/data/test.jsonl out=runs/tiny/$(SEED)/judge
+
+recipe-%: runs/tiny/%/dpo/model/config.json runs/tiny/%/sft_chosen/model/config.json runs/tiny/%/dpo_without_sft/model/config.json
+	@:
+
+runs/tiny/%/data/test.jsonl: | $(ENVIRONMENT)
+	@printf '\n== 1/7 data: demonstrations, prompts, held-out dialogues\n'
+	$(PYTHON) -m data.tiny.build part=data seed=$* out=$(@D) $(SMALL_DATA)
+
+runs/tiny/%/sft/model/config.json: runs/tiny/%/data/test.jsonl
+	@printf '\n== 2/7 SFT: imitate the demonstrations\n'
+	$(PYTHON) sft.py --config configs/tiny/sft.toml seed=$* data=$(<D)/sft.jsonl eval_data=$(<D)/sft_dev.jsonl out=runs/tiny/$*/sft $(FEW_STEPS)
+
+runs/tiny/%/pairs.jsonl: runs/tiny/%/sft/model/config.json
+	@printf '\n== 3/7 preferences: the SFT model answers twice, annotators choose\n'
+	$(PYTHON) -m data.tiny.pairs seed=$* model=$(<D) prompts=runs/tiny/$*/data/dev.jsonl out=runs/tiny/$*/pairs_dev.jsonl
+	$(PYTHON) -m data.tiny.pairs seed=$* model=$(<D) prompts=runs/tiny/$*/data/prompts.jsonl out=$@
+
+runs/tiny/%/dpo/model/config.json: runs/tiny/%/pairs.jsonl
+	@printf '\n== 4/7 DPO: from the SFT model, on these preferences\n'
+	$(PYTHON) dpo.py --config configs/tiny/dpo.toml seed=$* model=runs/tiny/$*/sft/model data=$< eval_data=$(@:dpo/model/config.json=pairs_dev.jsonl) out=runs/tiny/$*/dpo $(FEW_STEPS)
+
+runs/tiny/%/sft_chosen/model/config.json: runs/tiny/%/pairs.jsonl
+	@printf '\n== 5/7 control: more SFT, on the chosen replies\n'
+	$(PYTHON) sft.py --config configs/tiny/sft_chosen.toml seed=$* model=runs/tiny/$*/sft/model data=$< out=runs/tiny/$*/sft_chosen $(FEW_STEPS)
+
+runs/tiny/%/dpo_without_sft/model/config.json: runs/tiny/%/pairs.jsonl
+	@printf '\n== 6/7 ablation: DPO without SFT\n'
+	$(PYTHON) dpo.py --config configs/tiny/dpo_without_sft.toml seed=$* data=$< out=runs/tiny/$*/dpo_without_sft $(FEW_STEPS)
+
+results: $(ENVIRONMENT) $(SEEDS:%=recipe-%)
+	$(PYTHON) judge.py --config configs/tiny/judge.toml seeds='[0, 1, 2, 3, 4]' out=benchmarks/results/tiny show=10
+	$(PYTHON) -m benchmarks.readme
+
+test: $(ENVIRONMENT)
+	$(PYTHON) -m pytest
+
+lint: $(ENVIRONMENT)
+	$(PYTHON) -m ruff check .
+
+bench: $(ENVIRONMENT)
+	$(PYTHON) -m benchmarks.throughput out=benchmarks/results/throughput.json
+	$(PYTHON) -m benchmarks.readme
+
+# Everything that waits for a GPU; PYTHON=python3 where one with torch is installed.
+gpu: $(ENVIRONMENT)
+	$(PYTHON) -m pytest
+	$(PYTHON) -m benchmarks.throughput device=cuda out=benchmarks/results/throughput_gpu.json
+	$(PYTHON) -m data.tiny.build out=runs/tiny/base_gpu
+
+base: $(ENVIRONMENT)
+	$(PYTHON) -m data.tiny.build ship=data/tiny/base
+
+# torch first and by itself: its version decides what the rest may bring.
+.venv/installed: pyproject.toml
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11: install a newer one"; exit 2; }
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from kernels.attention import Layout, attention, decode_attention
 from kernels.fused import rms_norm, rotary, swiglu
@@ -83,6 +84,9 @@ def read_config(path: str | Path) -> ModelConfig:
             fail(f"{file}: {key} is {value!r}, expected a positive whole number")
         return value
 
+    for switch in ("attention_bias", "mlp_bias"):
+        if raw.get(switch):
+            fail(f"{file}: {switch} is true, which is not supported: its biases would be lost")
     heads, width = size("num_attention_heads"), size("hidden_size")
     kv_heads = size("num_key_value_heads", heads)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # one dict since transformers 5
@@ -230,8 +234,8 @@ class Transformer(nn.Module):
                 module.weight = nn.Parameter(F.pad(module.weight.data, (0, 0, 0, extra)))
         self.config = replace(self.config, vocab_size=vocab_size)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
-        """Final hidden states [N, D] of tokens [N] at positions [N] along their paths."""
+    def hidden(self, tokens: Tensor, positions: Tensor, layout: Layout | None, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states [N, D] of tokens [N] at positions [N] along their paths; no layout is needed to decode."""
         x = self.embed_tokens(tokens)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         angles = positions[:, None, None].float() * self.frequencies  # [N, 1, E / 2]
@@ -278,14 +282,13 @@ class KVCache:
         c, weight = model.config, model.embed_tokens.weight
         shape = (c.layers, 2, slots, c.kv_heads, length, c.head_dim)
         self.data = torch.zeros(shape, dtype=model.compute_dtype or weight.dtype, device=weight.device)
-        self.decoding = False
+        self.decoding, self.longest = False, 0
 
     def at(self, slots: Tensor, positions: Tensor, decoding: bool) -> KVCache:
         """The next forward pass writes its token i to slot slots[i], place positions[i]; decoding: one token a slot."""
         self.slots, self.positions, self.decoding = slots, positions, decoding
-        if decoding:
-            self.seen = positions + 1                  # [B] tokens each new token attends to
-            self.longest = int(self.seen.max())
+        self.seen = positions + 1                      # tokens each new token attends to
+        self.longest = max(self.longest, int(self.seen.max()))
         return self
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -297,9 +300,10 @@ class KVCache:
         used = self.data[layer, :, : len(self.slots), :, : self.longest]
         return used[0], used[1]
 
-    def keep(self, slots: Tensor) -> None:
-        """Move these slots to the front."""
-        self.data[:, :, : len(slots)] = self.data[:, :, slots]
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        """Copy what slots `sources` hold to slots `targets`."""
+        if sources:
+            self.data[:, :, targets, :, : self.longest] = self.data[:, :, sources, :, : self.longest]
 
 
 class Sample(NamedTuple):
@@ -321,6 +325,7 @@ def generate(
     seed: int = 0,
     *,
     slots: int = 128,           # sequences decoded together
+    progress: str = "",         # label of a progress bar; "": none
 ) -> list[list[Sample]]:
     """n samples for every prompt. Prompts are packed, not padded; a finished sequence gives its slot to a waiting one.
 
@@ -328,6 +333,8 @@ def generate(
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty")
+    if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected >= 0, >= 0 and between 0 and 1")
     waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
     slots = min(slots, len(waiting))
     samples = [[Sample([], [], False) for _ in range(n)] for _ in prompts]
@@ -336,6 +343,7 @@ def generate(
     device = model.embed_tokens.weight.device
     cache = KVCache(model, slots, max(map(len, prompts)) + max_tokens)
     active: list[_Sequence] = []
+    bar = tqdm(total=len(waiting), desc=progress, disable=not progress, mininterval=1, unit=" replies")
     while waiting or active:
         # Prefilling a few sequences costs a whole pass: wait until an eighth of the slots is free.
         if waiting and len(active) <= slots - max(1, min(slots // 8, len(waiting))):
@@ -346,19 +354,25 @@ def generate(
             last = torch.tensor([s.tokens[-1] for s in active], device=device)
             positions = torch.tensor([len(prompts[s.prompt]) + len(s.tokens) - 1 for s in active], device=device)
             cache.at(torch.arange(len(active), device=device), positions, decoding=True)
-            logits = model.logits(model.hidden(last, positions, Layout.build([1] * len(active)), cache))
+            logits = model.logits(model.hidden(last, positions, None, cache))
             step = active
         uniform = torch.tensor([s.uniform[len(s.tokens)] for s in step], device=device)
         tokens, logprobs = sample_tokens(logits, temperature, top_k, top_p, uniform)
         for s, token, logprob in zip(step, tokens.tolist(), logprobs.tolist(), strict=True):
             s.tokens.append(token)
             s.logprobs.append(logprob)
-        running = [k for k, s in enumerate(active) if s.tokens[-1] not in stop_ids and len(s.tokens) < max_tokens]
-        if len(running) < len(active):
-            for s in active:
-                samples[s.prompt][s.sample] = Sample(s.tokens, s.logprobs, s.tokens[-1] in stop_ids)
-            cache.keep(torch.tensor(running, device=device, dtype=torch.long))
-            active = [active[k] for k in running]
+        done = {k for k, s in enumerate(active) if s.tokens[-1] in stop_ids or len(s.tokens) == max_tokens}
+        for s in (active[k] for k in done):
+            samples[s.prompt][s.sample] = Sample(s.tokens, s.logprobs, s.tokens[-1] in stop_ids)
+        bar.update(len(done))
+        # The last sequences move into the gaps, so that the active ones stay the first.
+        left = len(active) - len(done)
+        gaps, movers = [k for k in done if k < left], [k for k in range(left, len(active)) if k not in done]
+        cache.move(movers, gaps)
+        for gap, mover in zip(gaps, movers, strict=True):
+            active[gap] = active[mover]
+        del active[left:]
+    bar.close()
     return samples
 
 
@@ -426,10 +440,12 @@ def nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     vocab = probs.shape[-1]
     for candidates in (min(256, vocab), vocab):
         top, ids = probs.topk(candidates, dim=-1)
-        before = top.cumsum(-1) - top
-        if candidates == vocab or bool((before[:, -1] + top[:, -1] >= top_p).all()):
+        reached = top.cumsum(-1) >= top_p
+        if bool(reached[:, -1].all()):
             break
-    return top.masked_fill(before >= top_p, 0.0), ids
+    outside = reached.roll(1, -1)  # what comes after the token that reaches top_p
+    outside[:, 0] = False
+    return top.masked_fill(outside, 0.0), ids
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -450,7 +466,11 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     for file in _weight_files(path):
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in sorted(set(tensors.keys()) & set(wanted)):
+                for name in sorted(tensors.keys()):
+                    if name not in wanted:
+                        if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
+                            continue  # buffers that old checkpoints carry, and the second copy of a tied matrix
+                        fail(f"{file}: holds {name}, which family {config.family} has no place for")
                     tensor = tensors.get_tensor(name)
                     if tensor.shape != wanted[name].shape:
                         fail(f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(wanted[name].shape)}")
@@ -482,7 +502,7 @@ def save_model(
 ) -> None:
     """Write a Hugging Face directory: config.json, weights in `dtype` (default: as they are), tokenizer files.
 
-    Written beside and renamed: a kill leaves the old directory or the new one, never half of one.
+    Written beside and renamed, so that `path` is never half a checkpoint, whenever the process is killed.
     """
     final = Path(path)
     path = final.with_name(f".{final.name}.new")
@@ -512,6 +532,9 @@ def save_model(
     (path / "config.json").write_text(json.dumps(config_json(config), indent=1) + "\n")
     if tokenizer is not None:
         tokenizer.save(path)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(old)
     path.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

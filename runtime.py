@@ -26,7 +26,7 @@ from typing import NoReturn
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 
 def fail(message: str) -> NoReturn:
@@ -99,29 +99,39 @@ def _checked(types: dict, key: str, value, place: str):
     return value
 
 
+def check_range(key: str, value: float, low: float, high: float) -> None:
+    """Leave with one line if a setting is out of range."""
+    if not low <= value <= high:
+        fail(f"{key} is {value:g}, expected {f'at least {low:g}' if high == math.inf else f'between {low:g} and {high:g}'}")
+
+
 def config_toml(config) -> str:
     """The resolved config as a TOML file that load_config reads back to the same values."""
-    return "".join(f"{field.name} = {json.dumps(getattr(config, field.name))}\n" for field in dataclasses.fields(config))
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
 
 
 # ------------------------------------------------------------------------------- devices and seeds
 
 def setup(device: str, seed: int, threads: int = 0) -> torch.device:
-    """Seed everything, choose the device ('auto' takes a GPU when there is one) and say what was chosen."""
+    """Seed PyTorch, find the device ('auto' takes a GPU when there is one) and say what will be used.
+
+    Data order and sampling have generators of their own (data/pack.py, model.py).
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        found = torch.device(device)
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError):
         fail(f"device is '{device}', which this machine does not have: use device=cpu or device=auto")
     torch.manual_seed(seed)
     if threads:
         torch.set_num_threads(threads)
-    matmul = _fast_cpu_matmul() if chosen.type == "cpu" else ""
-    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{torch.get_num_threads()} threads{matmul}"
-    print(f"torch {torch.__version__} on {chosen} ({name}), kernels torch")
-    return chosen
+    matmul = _fast_cpu_matmul() if found.type == "cpu" else ""
+    name = torch.cuda.get_device_name(found) if found.type == "cuda" else f"{torch.get_num_threads()} threads{matmul}"
+    print(f"torch {torch.__version__} on {found} ({name}), kernels torch")
+    return found
 
 
 def _fast_cpu_matmul() -> str:
@@ -169,21 +179,28 @@ def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, schedul
 
 
 def check_finite(loss: float, grad_norm: float, step: int, records: list[int]) -> None:
-    """A loss or gradient that is not finite ends the run before it reaches the weights."""
+    """A loss or gradient that is not finite ends the run before it reaches the weights. `records` count from 0."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        fail(f"step {step + 1}: loss is {loss}, gradient norm {grad_norm}, on records {records[:8]}{'...' if len(records) > 8 else ''} "
-             f"of the data (counted from 0): look at these, or lower lr")
+        numbers = ", ".join(str(record + 1) for record in sorted(records))
+        fail(f"step {step + 1}: loss is {loss}, gradient norm {grad_norm}: lower lr, or look at this step's records: {numbers}")
 
 
 # --------------------------------------------------------------------------------- the run's folder
 
-def open_run(out: str, config, sources: dict[str, str], overwrite: bool = False) -> tuple[Path, typing.IO]:
+WRITTEN = ("config.toml", "depends_on.json", "metrics.jsonl", "state", "model", "ref_logprobs.safetensors")  # what a run writes
+
+
+def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = False) -> tuple[Path, typing.IO]:
     """Create or re-enter the folder of a run; the folder, and its lock: while that is open, nobody else may enter.
 
-    `sources` are hashes of what the run reads, by name. A folder begun with another config or other
-    sources is refused: its steps would not belong together. overwrite=true starts it anew.
+    `depends_on` are the files and directories the run reads, by name: its data, its model, its own code. A
+    folder begun with another config, or when one of them was another, is refused: its steps would not belong
+    together. overwrite=true starts it anew. Files that no run has written are never touched.
     """
     run = Path(out)
+    for name, path in depends_on.items():
+        if run.resolve() in Path(path).resolve().parents and overwrite:
+            fail(f"{out}: overwrite=true would delete its own {name}, {path}: choose another out=")
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("w")
@@ -192,23 +209,24 @@ def open_run(out: str, config, sources: dict[str, str], overwrite: bool = False)
         fail(f"{out}: another process is running here, expected a folder of its own: choose another out=")
     except OSError as error:
         fail(f"{out}: cannot be written ({error.strerror}): choose another out=")
-    resolved, began = config_toml(config), run / "config.toml"
-    before = began.read_text() if began.is_file() else None
-    if overwrite or before is None:
-        for name in ("config.toml", "sources.json", "metrics.jsonl", "state", "model", "ref_logprobs.safetensors"):
-            path = run / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    else:
-        old, new = tomllib.loads(before), tomllib.loads(resolved)
+    began = run / "config.toml"
+    if not began.is_file() and any((run / name).exists() for name in WRITTEN):
+        fail(f"{out}: holds files that no run has written there: choose another out=")
+    hashes = {name: file_hash(path) for name, path in depends_on.items()}
+    if began.is_file() and not overwrite:
+        old, new = tomllib.loads(began.read_text()), tomllib.loads(config_toml(config))
         for key in new:
-            if old.get(key) != new[key] and key not in ("overwrite", "stop_after"):
+            if old.get(key) != new[key] and key != "overwrite":
                 fail(f"{out}: was begun with {key}={json.dumps(old.get(key))}, not {json.dumps(new[key])}: "
                      f"choose another out=, or overwrite=true")
-        for name, digest in json.loads((run / "sources.json").read_text()).items():
-            if sources.get(name) != digest:
+        for name, digest in json.loads((run / "depends_on.json").read_text()).items():
+            if hashes.get(name) != digest:
                 fail(f"{out}: its {name} has changed since the run began: choose another out=, or overwrite=true")
-    write_text(run / "sources.json", json.dumps(sources))
-    write_text(began, resolved)
+        return run, lock
+    for path in (run / name for name in WRITTEN):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_text(run / "depends_on.json", json.dumps(hashes))
+    write_text(began, config_toml(config))
     return run, lock
 
 
@@ -216,14 +234,6 @@ def write_text(path: Path, text: str) -> None:
     """Write beside and rename, so that a kill at any moment leaves the old file or the new one."""
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(text)
-    os.replace(beside, path)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    save_file(tensors, beside, metadata=metadata)
     os.replace(beside, path)
 
 
@@ -275,17 +285,21 @@ def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         if parameter.requires_grad:
             parameter.data.copy_(tensors[f"model.{name}"])
             keys = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" or
-                                          parameter.is_cuda else "cpu") for key in keys}
+            optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
     return int(states[-1].name[5:])
 
 
 class StopRequest:
-    """True once SIGTERM has arrived: the loop then saves and leaves with exit code 0."""
+    """True once SIGTERM or Ctrl-C has arrived: the loop then saves and leaves with exit code 0. A second Ctrl-C leaves at once."""
 
     def __init__(self):
         self.requested = False
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "requested", True))
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(kind, self._request)
+
+    def _request(self, kind, _) -> None:
+        self.requested = True
+        signal.signal(kind, signal.SIG_DFL)
 
     def __bool__(self) -> bool:
         return self.requested
@@ -294,18 +308,18 @@ class StopRequest:
 # --------------------------------------------------------------------------------------------- log
 
 class Log:
-    """One JSON line a step in metrics.jsonl, one live line on the terminal, and wandb if asked.
+    """One JSON line a step in metrics.jsonl, one live line with the metrics `shown` on the terminal, and wandb if asked.
 
     Lines after `step` (written by a run that was killed later than its last checkpoint) are cut off.
     """
 
-    def __init__(self, run: Path, step: int, steps: int, wandb_mode: str, config):
-        self.file, self.steps = run / "metrics.jsonl", steps
+    def __init__(self, run: Path, step: int, steps: int, shown: tuple[str, ...], wandb_mode: str, config):
+        self.file, self.steps, self.shown = run / "metrics.jsonl", steps, shown
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
         kept = [line for line in lines if _step_of(line) <= step]
         write_text(self.file, "".join(line + "\n" for line in kept))
         self.stream = self.file.open("a")
-        self.began, self.began_step, self.shown = time.perf_counter(), step, 0.0
+        self.began, self.began_step, self.last = time.perf_counter(), step, 0.0
         self.live = sys.stdout.isatty()
         self.wandb = None
         if wandb_mode != "off":
@@ -320,11 +334,12 @@ class Log:
         if self.wandb:
             self.wandb.log(metrics, step=step)
         now = time.perf_counter()
-        if now - self.shown > (0.2 if self.live else 10) or step == self.steps:
-            self.shown = now
-            left = (now - self.began) / max(1, step - self.began_step) * (self.steps - step)
-            shown = "  ".join(f"{k} {v:,.0f}" if v >= 1000 else f"{k} {v:.4g}" for k, v in metrics.items())
-            line = f"step {step}/{self.steps}  {shown}  {int(left) // 60}:{int(left) % 60:02d} left"
+        if now - self.last > (0.2 if self.live else 10) or step == self.steps or any(k.startswith("eval_") for k in metrics):
+            self.last = now
+            left = int((now - self.began) / max(1, step - self.began_step) * (self.steps - step))
+            values = [(k, v) for k, v in metrics.items() if k in self.shown or k.startswith("eval_")]
+            words = [f"{k} {v:,.0f}" if v >= 1000 else f"{k} {v:.3f}" for k, v in values]
+            line = f"step {step}/{self.steps}  {'  '.join(words)}  {left // 60}:{left % 60:02d} left"
             print(f"\r\033[K{line}" if self.live else line, end="" if self.live and step < self.steps else "\n", flush=True)
 
     def note(self, text: str) -> None:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import sentencepiece
 import torch
 
+from model import generate
 from runtime import fail
 
 # --------------------------------------------------------------------------------------- templates
@@ -172,25 +173,26 @@ class Tokenizer:
         if not file.is_file():
             fail(f"{file}: no such file, expected the sentencepiece model of the checkpoint: copy it beside the weights")
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            self.sentencepiece = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError):
             fail(f"{file}: is not a sentencepiece model: copy it again")
         settings = self.path / "tokenizer_config.json"
         self.settings = json.loads(settings.read_text()) if settings.is_file() else {}
-        size = self.pieces.get_piece_size()
+        size = self.sentencepiece.get_piece_size()
         wanted = {token for t in TEMPLATES.values() for token in t.tokens + t.tags}
-        self.special = {name: i for i in range(size) if (name := self.pieces.id_to_piece(i)) in wanted or self.pieces.is_control(i)}
+        names = [self.sentencepiece.id_to_piece(i) for i in range(size)]
+        self.special = {name: i for i, name in enumerate(names) if name in wanted or self.sentencepiece.is_control(i)}
         for i, token in self.settings.get("added_tokens_decoder", {}).items():
-            if int(i) != self.pieces.unk_id():
+            if int(i) != self.sentencepiece.unk_id():
                 self.special.setdefault(token["content"], int(i))
         self.vocab_size = max([size, *(i + 1 for i in self.special.values())])
-        self.bos_id = self._named("bos_token", self.pieces.bos_id())
-        self.eos_id = self._named("eos_token", self.pieces.eos_id())
+        self.bos_id = self._named("bos_token", self.sentencepiece.bos_id())
+        self.eos_id = self._named("eos_token", self.sentencepiece.eos_id())
         self.adds_bos = self.settings.get("add_bos_token", True)  # Yi has a BOS that no text begins with
         self.template: str | None = self.settings.get("template") or self._recognised()
         # A model with a dummy prefix writes the first word of a text with a leading blank. A newline never
         # merges with what follows, so ids after "\n" are those of a text that continues another.
-        self._anchor = len(self.pieces.encode("\n"))
+        self._anchor = len(self.sentencepiece.encode("\n"))
 
     def _named(self, key: str, default: int) -> int:
         token = self.settings.get(key)
@@ -203,7 +205,7 @@ class Tokenizer:
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Token ids of a text, no special token among them. `continues`: it follows other text without a blank."""
-        ids = self.pieces.encode("\n" + text)[self._anchor :] if continues else self.pieces.encode(text)
+        ids = self.sentencepiece.encode("\n" + text)[self._anchor :] if continues else self.sentencepiece.encode(text)
         spelled = next((name for name, i in self.special.items() if i in ids), None)
         if spelled is None:
             return ids
@@ -213,23 +215,23 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; special tokens are left out."""
         special = set(self.special.values()) | {self.bos_id, self.eos_id}
-        size = self.pieces.get_piece_size()
-        return self.pieces.decode([i for i in ids if i not in special and 0 <= i < size])
+        size = self.sentencepiece.get_piece_size()
+        return self.sentencepiece.decode([i for i in ids if i not in special and 0 <= i < size])
 
     def name(self, i: int) -> str:
         """How one token is shown to a person."""
         named = {i: name for name, i in self.special.items()}
-        return named.get(i) or (self.pieces.id_to_piece(i) if i < self.pieces.get_piece_size() else f"[{i}]")
+        return named.get(i) or (self.sentencepiece.id_to_piece(i) if i < self.sentencepiece.get_piece_size() else f"[{i}]")
 
-    def chunks(self, messages: list[dict], template: str | None = None,
+    def spans(self, messages: list[dict], template: str | None = None,
                add_generation_prompt: bool = False) -> list[tuple[list[int], bool]]:
-        """The rendered messages as runs of ids that are all, or all not, in the loss.
+        """The rendered messages as spans of ids that are all, or all not, in the loss.
 
-        A dialogue of k replies gives 2k or 2k + 1 runs: prompt, reply, prompt, reply, ...
+        A dialogue of k replies gives 2k or 2k + 1 spans: prompt, reply, prompt, reply, ...
         """
-        chosen = TEMPLATES[template or self._own_template()]
-        pieces = [*chosen.pieces(messages), *(chosen.opening if add_generation_prompt else ())]
-        runs: list[tuple[list[int], bool]] = []
+        t = TEMPLATES[template or self._own_template()]
+        pieces = [*t.pieces(messages), *(t.opening if add_generation_prompt else ())]
+        spans: list[tuple[list[int], bool]] = []
         text, after_text = "", False  # text not yet tokenized; whether more text stands right before it
 
         def flush():
@@ -239,24 +241,24 @@ class Tokenizer:
                     ids = self.encode(text[1:])  # the dummy prefix is that blank
                 else:
                     ids = self.encode(text, continues=after_text)
-                runs[-1][0].extend(ids)
+                spans[-1][0].extend(ids)
                 text, after_text = "", True
 
         for piece in pieces:
             if piece == BOS and not self.adds_bos:
                 continue
             token = self._token(piece)
-            if not runs or runs[-1][1] != piece.loss:
+            if not spans or spans[-1][1] != piece.loss:
                 flush()
-                runs.append(([], piece.loss))
+                spans.append(([], piece.loss))
             if token is None:
                 text += piece.text
             else:
                 flush()
-                runs[-1][0].append(token)
+                spans[-1][0].append(token)
                 after_text = False
         flush()
-        return runs
+        return spans
 
     def _token(self, piece: Piece) -> int | None:
         if piece.kind == "text":
@@ -266,6 +268,15 @@ class Tokenizer:
             raise ValueError(f"the vocabulary has no {piece.text}: adopt_template adds it")
         return token
 
+    def adopt(self, name: str) -> list[str]:
+        """Make `name` the template; the tokens of it that the model has not been trained on: new ones, and on a base model all."""
+        t, before, self.template = TEMPLATES[name], self.template, name
+        added = [token for token in t.tokens if token not in self.special]
+        for token in added:
+            self.special[token] = self.vocab_size
+            self.vocab_size += 1
+        return added if before else [token for token in t.tokens + t.tags if token in self.special]
+
     def _own_template(self) -> str:
         if self.template is None:
             fail(f"{self.path}: has no chat template of its own: set template= to one of {', '.join(TEMPLATES)}")
@@ -274,12 +285,12 @@ class Tokenizer:
     def render(self, messages: list[dict], template: str | None = None,
                add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a dialogue and, for each, whether it is in the loss."""
-        runs = self.chunks(messages, template, add_generation_prompt)
-        return [i for ids, _ in runs for i in ids], [loss for ids, loss in runs for _ in ids]
+        spans = self.spans(messages, template, add_generation_prompt)
+        return [i for ids, _ in spans for i in ids], [loss for ids, loss in spans for _ in ids]
 
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a reply."""
-        return tuple({self.eos_id, self.special.get("<|im_end|>", self.eos_id)})
+        return (self.eos_id, self.special["<|im_end|>"]) if self.template == "chatml" else (self.eos_id,)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer files beside a checkpoint, its template and added tokens included."""
@@ -294,6 +305,9 @@ class Tokenizer:
         if self.template:
             jinja = TEMPLATES[self.template].jinja
             settings |= {"template": self.template, "chat_template": jinja if self.adds_bos else jinja.replace("{{ bos_token }}", "")}
+            file = path / "generation_config.json"  # where transformers and vLLM look for what ends a reply
+            generation = json.loads(file.read_text()) if file.is_file() else {}
+            file.write_text(json.dumps(generation | {"bos_token_id": self.bos_id, "eos_token_id": self.stop_ids()}, indent=1) + "\n")
         (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
         fast = path / "tokenizer.json"
         if fast.is_file():
@@ -313,24 +327,29 @@ def adopt_template(model, tokenizer: Tokenizer, name: str) -> str:
 
     A token the base model has never met starts from a direction it has learnt never to emit (tied embeddings),
     or from noise. So the end of a turn is copied from EOS and other tags from the newline, plus a little
-    noise that tells them apart. A checkpoint that already carries the template is left as it is.
+    noise that tells them apart. Rows a chat model has learnt, under this template or another, stay as they are.
     """
-    if tokenizer.template == name:
+    before = tokenizer.template
+    if before == name:
         return f"template {name}, as in the checkpoint"
-    before, tokenizer.template = tokenizer.template, name
-    for token in TEMPLATES[name].tokens:
-        if token not in tokenizer.special:
-            tokenizer.special[token] = tokenizer.vocab_size
-            tokenizer.vocab_size += 1
+    unseen = tokenizer.adopt(name)
     model.resize(max(model.config.vocab_size, tokenizer.vocab_size))
-    unseen = [token for token in TEMPLATES[name].tokens + TEMPLATES[name].tags if token in tokenizer.special]
     newline = tokenizer.encode("\n", continues=True)[-1]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in {model.embed_tokens.weight, model.head_weight}:
+        for weight in [model.embed_tokens.weight] + ([] if model.lm_head is None else [model.lm_head.weight]):
             for token in unseen:
                 source = weight[tokenizer.eos_id if token == "<|im_end|>" else newline].clone()
                 noise = torch.randn(len(source), generator=generator).to(source)
                 weight[tokenizer.special[token]] = source + 0.1 * source.std() * noise
     instead = f" instead of the checkpoint's {before}" if before else ""
     return f"template {name}{instead}" + (f"; {' '.join(unseen)} start from the embeddings of seen tokens" if unseen else "")
+
+
+def sample_texts(model, tokenizer: Tokenizer, prompts: list[list[int]], seed: int) -> list[str]:
+    """What the model says after each prompt at temperature 0.7, as lines to print."""
+    lines = []
+    samples = generate(model, prompts, 64, temperature=0.7, stop_ids=tokenizer.stop_ids(), seed=seed)
+    for prompt, (sample,) in zip(prompts, samples, strict=True):
+        lines += [f"  {tokenizer.decode(prompt).strip()!r}", f"    {tokenizer.decode(sample.tokens)!r}{'' if sample.finished else ' ...'}"]
+    return lines

@@ -11,9 +11,10 @@ Other keys (id, category, annotator ...) travel along. `.jsonl.gz` is read as it
 """
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
-import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,18 +56,24 @@ def read(path: str | Path, format: str | None = None) -> tuple[Iterator[dict], R
 
 
 def _records(path: Path, report: Report) -> Iterator[dict]:
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            report.read += 1
-            try:
-                record = _parse(line)
-                report.format = report.format or _recognise(record)
-                yield READERS[report.format](record)
-            except Reject as reason:
-                report.rejects.append((number, str(reason)))
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        report.read += 1
+        try:
+            record = _parse(line)
+            report.format = report.format or _recognise(record)
+            yield READERS[report.format](record)
+        except Reject as reason:
+            report.rejects.append((number, str(reason)))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            yield from lines
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f"{path}: cannot be read ({error}): is it whole? copy it again")
 
 
 def _parse(line: bytes) -> dict:
@@ -133,16 +140,18 @@ def read_preference(record: dict) -> dict:
             sides[side] = (messages[:-1], _text(messages[-1].get("content"), side))
         else:
             sides[side] = ([], _text(value, side))
+    prompts = [before for before, _ in sides.values() if before]
     prompt = record.get("prompt")
-    before = sides["chosen"][0]
-    if before and before != sides["rejected"][0]:
-        raise Reject("'chosen' and 'rejected' differ before their last reply, expected one prompt: mend or drop the record")
-    if before:
-        prompt = before
-    elif isinstance(prompt, str):
-        prompt = [{"role": "user", "content": _text(prompt, "prompt")}]
-    else:
-        prompt = _messages(prompt, "prompt")
+    if isinstance(prompt, str):
+        prompts.append([{"role": "user", "content": _text(prompt, "prompt")}])
+    elif prompt is not None or not prompts:
+        prompts.append(_messages(prompt, "prompt"))
+    # A prompt given as text is only the first user turn of a dialogue given in full.
+    if isinstance(prompt, str) and len(prompts) > 1 and prompts[-1][0] in prompts[0]:
+        prompts.pop()
+    prompt = prompts[0]
+    if any(other != prompt for other in prompts):
+        raise Reject("'prompt', 'chosen' and 'rejected' disagree on what precedes the reply, expected one prompt: mend or drop the record")
     if prompt[-1]["role"] != "user":
         raise Reject("'prompt' ends with a reply, expected a user turn: mend or drop the record")
     chosen, rejected = sides["chosen"][1], sides["rejected"][1]
@@ -161,23 +170,19 @@ def read_text(record: dict) -> dict:
 READERS = {"messages": read_messages, "preference": read_preference, "text": read_text}
 
 
-def main(argv: list[str]) -> None:
-    usage = "usage: python -m data.formats FILE [--out FILE]"
-    words, out = list(argv), None
-    if "--out" in words:
-        at = words.index("--out")
-        out = words[at + 1] if at + 1 < len(words) else fail(usage)
-        del words[at : at + 2]
-    if len(words) != 1:
-        fail(usage)
-    records, report = read(words[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.formats", description=__doc__.splitlines()[0])
+    parser.add_argument("file")
+    parser.add_argument("--out", help="write the good records here")
+    words = parser.parse_args()
+    records, report = read(words.file)
     records = list(records)
     for line, reason in report.rejects:
         print(f"line {line}: {reason}")
-    print(f"{words[0]}: format {report.format or 'unknown'}, {report.read} read, {len(records)} used, {len(report.rejects)} rejected")
-    if out:
-        write_text(Path(out), "".join(json.dumps(r) + "\n" for r in records))
+    print(f"{words.file}: format {report.format or 'unknown'}, {report.read} read, {len(records)} used, {len(report.rejects)} rejected")
+    if words.out:
+        write_text(Path(words.out), "".join(json.dumps(r) + "\n" for r in records))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -14,12 +14,12 @@ single pair is the same with one leaf; an SFT dialogue is a trunk alone. Batches
     previous   – 0 1 2 3 4 5 6 7 8 | 1 10 11  | 6 13
     responses  w1 = 2..4 (turn 1, chosen)  w2 = 7..9 (turn 2, chosen)  l1 = 10..12  l2 = 13..14
 
-`python -m data.pack FILE --show 3` prints records this way, token by token.
+`python -m data.pack FILE --show 3` prints trees token by token, with position, loss, response and branch.
 """
 from __future__ import annotations
 
+import argparse
 import hashlib
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,10 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.chat import Tokenizer, load_tokenizer
+from data.chat import TEMPLATES, Tokenizer, load_tokenizer
 from data.formats import read
 from kernels.attention import Layout
-from runtime import fail
 
 CHOSEN, REJECTED = 0, 1
 
@@ -72,11 +71,11 @@ class Tree:
 def tree_from_messages(messages: list[dict], tokenizer: Tokenizer, template: str | None = None) -> Tree:
     """A dialogue as a trunk, every reply of it a response."""
     ids, responses = [], []
-    for run, loss in tokenizer.chunks(messages, template):
+    for span, loss in tokenizer.spans(messages, template):
         if loss:
             turn = len(responses) + 1
-            responses.append(Response(0, len(ids), len(ids) + len(run), pair=turn - 1, turn=turn))
-        ids += run
+            responses.append(Response(0, len(ids), len(ids) + len(span), pair=turn - 1, turn=turn))
+        ids += span
     return Tree(np.array(ids[: responses[-1].end], np.int32), [], responses)
 
 
@@ -87,13 +86,14 @@ def tree_from_text(ids: Iterable[int]) -> Tree:
 
 
 def trees_from_preferences(records: Iterable[dict], tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
-    """Pairs as trees: a pair whose prompt goes on from the chosen reply of an earlier pair joins its tree."""
+    """Pairs as trees: a pair whose prompt goes on from an earlier pair's chosen reply, perhaps by unrated turns, joins its tree."""
     trees: list[Tree] = []
     open_ends: dict[tuple, Tree] = {}  # by the messages up to and including the last chosen reply
     for number, record in enumerate(records):
         prompt, chosen, rejected = record["prompt"], record["chosen"], record["rejected"]
         path = tuple((m["role"], m["content"]) for m in prompt)
-        tree = open_ends.pop(path[:-1], None)
+        earlier = next((path[:k] for k in range(len(path) - 1, 0, -1) if path[:k] in open_ends), None)
+        tree = open_ends.pop(earlier, None)
         if tree is None:
             tree = Tree(np.empty(0, np.int32))
             trees.append(tree)
@@ -114,11 +114,11 @@ def trees_from_preferences(records: Iterable[dict], tokenizer: Tokenizer, templa
 
 def _path(prompt: list[dict], reply: str, tokenizer: Tokenizer, template: str | None) -> tuple[np.ndarray, tuple[int, int]]:
     """Ids of a dialogue up to the end of `reply`, and the span of that reply."""
-    runs = tokenizer.chunks([*prompt, {"role": "assistant", "content": reply}], template)
-    while not runs[-1][1]:  # what the template writes after a reply belongs to the next turn
-        runs.pop()
-    ids = np.array([i for run, _ in runs for i in run], np.int32)
-    return ids, (len(ids) - len(runs[-1][0]), len(ids))
+    spans = tokenizer.spans([*prompt, {"role": "assistant", "content": reply}], template)
+    while not spans[-1][1]:  # what the template writes after a reply belongs to the next turn
+        spans.pop()
+    ids = np.array([i for span, _ in spans for i in span], np.int32)
+    return ids, (len(ids) - len(spans[-1][0]), len(ids))
 
 
 # ------------------------------------------------------------------------------- truncation, order
@@ -198,7 +198,7 @@ class Batch:
     positions: Tensor  # [N] place on the token's own path
     previous: Tensor   # [N] index of the token before it on its path, -1 at a trunk's start
     layout: Layout     # S segments
-    index: Tensor      # [M] index of every response token, response by response
+    response_index: Tensor  # [M] index of every response token, response by response
     owner: Tensor      # [M] its response
     pair: Tensor       # [B] pairs count through the batch
     side: Tensor       # [B] CHOSEN or REJECTED
@@ -211,14 +211,14 @@ class Batch:
         return sum(tree.pairs for tree in self.trees)
 
     @property
-    def sources(self) -> Tensor:
+    def predictors(self) -> Tensor:
         """[M] index of the hidden state that predicts each response token."""
-        return self.previous[self.index]
+        return self.previous[self.response_index]
 
     @property
     def targets(self) -> Tensor:
         """[M] the response tokens."""
-        return self.tokens[self.index]
+        return self.tokens[self.response_index]
 
     def sums(self, logprobs: Tensor) -> Tensor:
         """Per-token values [M] summed by response, [B]."""
@@ -292,7 +292,7 @@ def collate(trees: list[Tree]) -> Batch:
 def show(tree: Tree, tokenizer: Tokenizer) -> str:
     """A tree token by token: index, position, token, which response it is trained in."""
     batch = collate([tree])
-    of = {int(i): int(r) for i, r in zip(batch.index, batch.owner, strict=True)}
+    of = {int(i): int(r) for i, r in zip(batch.response_index, batch.owner, strict=True)}
     lines = []
     for s, start in enumerate(batch.layout.start.tolist()):
         branch = f"leaf {s}, branches after {tree.leaves[s - 1][0]} tokens" if s else "trunk"
@@ -301,7 +301,7 @@ def show(tree: Tree, tokenizer: Tokenizer) -> str:
             note = ""
             if i in of:
                 r = tree.responses[of[i]]
-                kind = ("chosen", "rejected")[r.side] if tree.leaves else "reply"
+                kind = ("chosen", "rejected")[r.side] if tree.leaves else "response"
                 note = f"  {kind}, turn {r.turn}" + (f", margin {r.margin:g}" if r.margin else "") + (", cut" if r.cut else "")
             name = tokenizer.name(int(batch.tokens[i]))
             lines.append(f"   {i:5d} {int(batch.positions[i]):4d} {'   1' if i in of else '   .'}   {name:<16}{note}")
@@ -327,25 +327,24 @@ def load_trees(path: str, tokenizer: Tokenizer, template: str | None = None) -> 
     return trees
 
 
-def main(argv: list[str]) -> None:
-    usage = "usage: python -m data.pack FILE [--show N] [--tokenizer DIR] [--template NAME]"
-    options = {"--show": "3", "--tokenizer": "data/tiny/base", "--template": ""}
-    words = list(argv)
-    for name in options:
-        if name in words:
-            at = words.index(name)
-            options[name] = words[at + 1] if at + 1 < len(words) else fail(usage)
-            del words[at : at + 2]
-    if len(words) != 1 or not options["--show"].isdigit():
-        fail(usage)
-    tokenizer = load_tokenizer(options["--tokenizer"])
-    trees = load_trees(words[0], tokenizer, options["--template"] or tokenizer.template or "zephyr")
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.pack", description="Show a data file as the model will see it.")
+    parser.add_argument("file")
+    parser.add_argument("--show", type=int, default=3, help="trees to print (default 3)")
+    parser.add_argument("--tokenizer", default="data/tiny/base", help="checkpoint whose tokenizer and template to use")
+    parser.add_argument("--template", choices=TEMPLATES, help="default: the checkpoint's own, or zephyr")
+    parser.add_argument("--max-length", type=int, default=2**30, help="tokens of a path; longer ones are cut")
+    words = parser.parse_args()
+    tokenizer = load_tokenizer(words.tokenizer)
+    tokenizer.adopt(words.template or tokenizer.template or "zephyr")
+    trees, counts = truncate(load_trees(words.file, tokenizer), words.max_length)
     total = sum(tree.tokens for tree in trees)
     trained = sum(r.end - r.start for tree in trees for r in tree.responses)
-    print(f"{words[0]}: {len(trees)} trees, {sum(len(t.leaves) for t in trees)} leaves, {total} tokens, {trained} in the loss")
-    for number, tree in enumerate(trees[: int(options["--show"])]):
+    print(f"{words.file}: {len(trees)} trees, {sum(len(t.leaves) for t in trees)} leaves, {total} tokens, {trained} in the loss; "
+          + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.items() if name != "trees"))
+    for number, tree in enumerate(trees[: words.show]):
         print(f"\ntree {number}: {tree.tokens} tokens, {len(tree.responses)} responses\n{show(tree, tokenizer)}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -26,9 +26,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Scores held at a time by the PyTorch version. Queries go by 128 so that keys after the block are
-# skipped; 2^20 scores stay in a CPU's last-level cache. Forward and backward of 8 rows of 512 tokens,
-# 6 heads of 48, on two Zen 5 cores: 42 ms in fp32 and 22 ms in bf16, where SDPA takes 72 and 55.
+# The PyTorch version works on blocks of 128 queries, so that keys after the block are skipped, and on 2^20
+# scores at a time, which stay in a CPU's last-level cache. Forward and backward of 8 rows of 512 tokens, 6
+# heads of 48, on two Zen 5 cores: 42 ms in fp32 and 22 ms in bf16, where SDPA takes 72 and 55. It keeps the
+# probabilities of all blocks for the backward: 2 or 4 bytes a pair of tokens and head.
 QUERY_BLOCK = 128
 SCORES_AT_ONCE = 2**20
 
@@ -85,13 +86,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rows:
-    """R segments as rows of L queries and P + L keys. Padding repeats a token of the same segment."""
+    """S segments as rows of L queries and P + L keys. Padding repeats a token of the same segment."""
 
-    query: Tensor         # [R L] token index of every slot of the padded rows
-    key: Tensor           # [R (P + L)] token index: P of the trunk, then the segment
+    query: Tensor         # [S L] token index of every slot of the padded rows
+    key: Tensor           # [S (P + L)] token index: P of the trunk, then the segment
     slot: Tensor          # [n] the slots that are no padding
     token: Tensor         # [n] their token index
-    real: Tensor          # [R, 1, 1, L, 1] False where a query is padding
+    real: Tensor          # [S, 1, 1, L, 1] False where a query is padding
     blocks: list[tuple]   # (rows, first query, last + 1, last key + 1, mask [r, 1, 1, queries, keys] of unseen keys)
 
     @staticmethod
@@ -99,13 +100,13 @@ class Rows:
         start, length, prefix = (x[members][:, None] for x in (layout.start, layout.length, layout.prefix))
         count, longest, longest_prefix = len(members), int(length.max()), int(prefix.max())
         column = torch.arange(longest, device=start.device)
-        real = column < length                                   # [R, L]
-        own = start + torch.minimum(column, length - 1)          # [R, L]
+        real = column < length                                   # [S, L]
+        own = start + torch.minimum(column, length - 1)          # [S, L]
         before = torch.arange(longest_prefix, device=start.device)
-        seen = before < prefix                                   # [R, P]
+        seen = before < prefix                                   # [S, P]
         trunk = torch.where(seen, layout.trunk_start[members][:, None] + before, start)
         # Places on the path. A padded query keeps one of its segment, so that it sees some key; a padded key is never seen.
-        query_place = (prefix + torch.minimum(column, length - 1)).int()                                   # [R, L]
+        query_place = (prefix + torch.minimum(column, length - 1)).int()                                   # [S, L]
         key_place = torch.cat([torch.where(seen, before, 2**30), torch.where(real, prefix + column, 2**30)], 1).int()
         blocks = []
         for a in range(0, longest, QUERY_BLOCK):
@@ -173,7 +174,7 @@ class _RowAttention(torch.autograd.Function):
         for rows in groups:
             rq, rk, rv = _padded(q, rows.query, rows, k.shape[1]), _padded(k, rows.key, rows), _padded(v, rows.key, rows)
             rdo = _padded(dout, rows.query, rows, k.shape[1]) * rows.real
-            rdelta = _padded(delta, rows.query, rows, k.shape[1]) * rows.real        # [R, K, G, L, 1]
+            rdelta = _padded(delta, rows.query, rows, k.shape[1]) * rows.real        # [S, K, G, L, 1]
             rdq, rdk, rdv = torch.empty_like(rq), torch.zeros_like(rk), torch.zeros_like(rv)
             for r, a, b, end, _ in rows.blocks:
                 p, capped = next(blocks)
@@ -191,23 +192,23 @@ class _RowAttention(torch.autograd.Function):
 
 
 def _padded(x: Tensor, index: Tensor, rows: Rows, kv_heads: int | None = None) -> Tensor:
-    """x [N, H, E] gathered as [R, H, L, E], or for queries [R, K, G, L, E] with G = H / K heads a group."""
+    """x [N, H, E] gathered as [S, H, L, E], or for queries [S, K, G, L, E] with G = H / K heads a group."""
     gathered = x.index_select(0, index).unflatten(0, (len(rows.real), -1)).transpose(1, 2).contiguous()
     return gathered if kv_heads is None else gathered.unflatten(1, (kv_heads, -1))
 
 
 def _unpad(x: Tensor, rows: Rows, out: Tensor) -> None:
-    """Write the rows x [R, H, L, E] to out [N, H, E], padding left behind."""
+    """Write the rows x [S, H, L, E] to out [N, H, E], padding left behind."""
     out.index_copy_(0, rows.token, x.transpose(1, 2).flatten(0, 1).index_select(0, rows.slot))
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [R, K, G, Q, X] times b [R, K, X, Y], the heads of a group together: [R, K, G, Q, Y]."""
+    """a [S, K, G, Q, X] times b [S, K, X, Y], the heads of a group together: [S, K, G, Q, Y]."""
     return torch.matmul(a.flatten(2, 3), b).unflatten(2, a.shape[2:4])
 
 
 def _matmul_t(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b summed over the group's heads and queries: a [R, K, G, Q, X], b [R, K, G, Q, Y] -> [R, K, X, Y]."""
+    """a^T b summed over the group's heads and queries: a [S, K, G, Q, X], b [S, K, G, Q, Y] -> [S, K, X, Y]."""
     return torch.matmul(a.flatten(2, 3).transpose(-1, -2), b.flatten(2, 3))
 
 
@@ -222,8 +223,8 @@ def decode_attention(
     grouped = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5    # [B, K, G, E]
     scores = torch.matmul(grouped, k.transpose(-1, -2))                 # [B, K, G, S]
     place = torch.arange(k.shape[2], device=q.device)
-    hidden = place >= seen[:, None]
+    unseen = place >= seen[:, None]
     if window is not None:
-        hidden |= place < seen[:, None] - window
-    scores.masked_fill_(hidden[:, None, None], float("-inf"))
+        unseen |= place < seen[:, None] - window
+    scores.masked_fill_(unseen[:, None, None], float("-inf"))
     return torch.matmul(torch.softmax(scores, -1), v).flatten(1, 2)

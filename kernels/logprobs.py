@@ -6,10 +6,10 @@ For hidden states h [M, D], head W [V, D] and one target t per row, with z = sof
     dz_v    = g (1[v = t] - p_v) - g_H p_v (log p_v + H)      g, g_H upstream; p = softmax(z)
     dh      = dz W      dW = dz^T h
 
-The forward walks over rows in chunks of CHUNK_BYTES of logits and keeps, while they fit in KEEP_BYTES,
-the unit gradients 1[v = t] - p, so that any upstream g finishes the job with two matmuls. Beyond that it
-keeps one logsumexp per row and the backward computes the chunk again: 8 M D V operations instead of 6.
-Logits and softmax are fp32 whatever the dtype of h: a bf16 logit is off by up to 2^-8 of itself.
+The forward walks over rows in chunks of CHUNK_BYTES of logits and keeps, while they fit in KEEP_BYTES, the
+error p - 1[v = t]: whatever g turns out to be, two matmuls finish the job. Rows beyond that are computed
+again in the backward: 8 M D V operations instead of 6. Logits and softmax are fp32 whatever the dtype of
+h: a bf16 logit is off by up to 2^-8 of itself.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 8 * 2**20
-KEEP_BYTES = 128 * 2**20
+KEEP_BYTES = 192 * 2**20
 
 
 def linear_logprobs(
@@ -35,7 +35,8 @@ def linear_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, expected a positive number")
-    if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= len(weight)):
+    # On a GPU looking would wait for it, and a wrong index stops there by itself.
+    if targets.device.type == "cpu" and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
         raise ValueError(f"targets lie in [{int(targets.min())}, {int(targets.max())}], expected [0, {len(weight)})")
     logprobs, entropies = _LinearLogprobs.apply(hidden, weight, targets, temperature, softcap, entropy)
     return logprobs, entropies if entropy else None
@@ -49,59 +50,59 @@ class _LinearLogprobs(torch.autograd.Function):
         logprobs = hidden.new_empty(count, dtype=_wide(hidden))
         entropies = torch.zeros_like(logprobs)
         rows = max(1, CHUNK_BYTES // (4 * vocab))
-        # The entropy's own gradient needs p as well as 1[v = t] - p, so nothing is kept for it.
+        # The entropy's own gradient needs p as well as the error, so nothing is kept for it.
         keep = any(ctx.needs_input_grad[:2]) and not entropy
-        room = min(count, KEEP_BYTES // (hidden.element_size() * vocab)) // rows * rows if keep else 0
-        unit = hidden.new_empty(count if keep and count <= room + rows else room, vocab)
+        room = min(count, KEEP_BYTES // (hidden.element_size() * vocab)) if keep else 0
+        errors = hidden.new_empty(room, vocab)
         for a in range(0, count, rows):
-            z, slope = _logits(hidden[a : a + rows], weight, temperature, softcap)
-            lse = z.logsumexp(1)
             target = targets[a : a + rows, None]
-            logprobs[a : a + rows] = z.gather(1, target)[:, 0] - lse
+            logp, slope = _log_softmax(hidden[a : a + rows], weight, temperature, softcap)
+            logprobs[a : a + rows] = logp.gather(1, target)[:, 0]
             if entropy:
-                entropies[a : a + rows] = (lse - (torch.softmax(z, 1) * z).sum(1)).clamp_(min=0)
-            if a < len(unit):
-                unit[a : a + rows] = _unit_gradient(z, lse, target, slope, temperature)
-        ctx.save_for_backward(hidden, weight, targets, entropies, unit)
+                entropies[a : a + rows] = -(logp.exp() * logp).sum(1)
+            if a < room:
+                errors[a : a + rows] = _error(logp, target, slope, temperature)[: room - a]
+        ctx.save_for_backward(hidden, weight, targets, entropies, errors)
         ctx.options = temperature, softcap, entropy, rows
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, g, g_entropy):
-        hidden, weight, targets, entropies, unit = ctx.saved_tensors
+        hidden, weight, targets, entropies, errors = ctx.saved_tensors
         temperature, softcap, entropy, rows = ctx.options
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = torch.zeros_like(weight) if need_weight else None
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
 
-        def spread(dz, chunk):
-            if need_hidden:
-                dhidden[chunk] = dz @ weight.to(hidden.dtype)
-            if need_weight:
-                dweight.add_(dz.t() @ hidden[chunk])
+        def spread(dz, upstream, chunk):
+            """dz [m, V] is still to be multiplied by upstream [m]: cheaper on the D wide side of both products."""
+            upstream = upstream[:, None].to(hidden.dtype)
+            if dhidden is not None:
+                torch.mul(dz @ weight.to(hidden.dtype), upstream, out=dhidden[chunk])
+            if dweight is not None:
+                dweight.add_(dz.t() @ (hidden[chunk] * upstream))
 
-        if len(unit):
-            spread(unit * g[: len(unit), None].to(unit.dtype), slice(0, len(unit)))
-        for a in range(len(unit), len(hidden), rows):
+        kept = len(errors)
+        if kept:
+            spread(errors, -g[:kept], slice(0, kept))
+        for a in range(kept, len(hidden), rows):
             chunk = slice(a, a + rows)
-            z, slope = _logits(hidden[chunk], weight, temperature, softcap)
-            lse = z.logsumexp(1)
-            dz = 0
+            logp, slope = _log_softmax(hidden[chunk], weight, temperature, softcap)
             if entropy:
-                logp = z - lse[:, None]
                 dz = -g_entropy[chunk, None] * logp.exp() * (logp + entropies[chunk, None])
                 dz *= 1 / temperature if slope is None else slope / temperature
-            dz = dz + _unit_gradient(z, lse, targets[chunk, None], slope, temperature).mul_(g[chunk, None])
-            spread(dz.to(hidden.dtype), chunk)
+                dz -= _error(logp, targets[chunk, None], slope, temperature) * g[chunk, None]
+                spread(dz.to(hidden.dtype), torch.ones_like(g[chunk]), chunk)
+            else:
+                spread(_error(logp, targets[chunk, None], slope, temperature).to(hidden.dtype), -g[chunk], chunk)
         return dhidden, dweight, None, None, None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.promote_types(x.dtype, torch.float32)
 
 
-def _logits(hidden, weight, temperature, softcap):
-    """z [m, V] in fp32 (fp64 for fp64), and d softcap(x) / dx [m, V] when there is one."""
+def _log_softmax(hidden, weight, temperature, softcap):
+    """log p [m, V] in fp32 (fp64 for fp64), and d softcap(x) / dx [m, V] when there is one."""
     wide = _wide(hidden)
     z = hidden.to(wide) @ weight.to(wide).t()
     slope = None
@@ -109,13 +110,12 @@ def _logits(hidden, weight, temperature, softcap):
         capped = torch.tanh(z / softcap)
         slope = 1 - capped * capped
         z = capped * softcap
-    return z.div_(temperature) if temperature != 1.0 else z, slope
+    return torch.log_softmax(z.div_(temperature) if temperature != 1.0 else z, 1), slope
 
 
-def _unit_gradient(z, lse, target, slope, temperature):
-    """d logprob / d (h W^T) [m, V], in place of z."""
-    unit = z.sub_(lse[:, None]).exp_().neg_()
-    unit.scatter_add_(1, target, torch.ones_like(target, dtype=unit.dtype))
+def _error(logp, target, slope, temperature):
+    """- d logprob / d (h W^T) = p - 1[v = t], times what lies between [m, V]; in place of logp."""
+    error = logp.exp_().scatter_add_(1, target, torch.full(target.shape, -1.0, dtype=logp.dtype, device=logp.device))
     if slope is not None:
-        unit *= slope
-    return unit.div_(temperature) if temperature != 1.0 else unit
+        error *= slope
+    return error.div_(temperature) if temperature != 1.0 else error

@@ -66,6 +66,20 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
+def step_gradients(model, trees: list, max_tokens: int, train_step) -> tuple[dict, list[torch.Tensor]]:
+    """Summed metrics and gradients of one optimizer step over `trees`, in micro-batches of at most `max_tokens`."""
+    from data.pack import pack
+
+    metrics: dict[str, float] = {}
+    batches = pack(trees, max_tokens)
+    for batch in batches:
+        loss, parts = train_step(model, batch, batches)
+        loss.backward()
+        for name, value in parts.items():
+            metrics[name] = metrics.get(name, 0.0) + value.item()
+    return metrics, [p.grad for p in model.parameters()]
+
+
 def metrics_of(run: Path) -> list[dict]:
     """metrics.jsonl without what a clock decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -56,7 +56,7 @@ def test_specials_that_sentencepiece_would_match_in_text_are_broken_up():
     letters = tokenizer.encode("cat")
     tokenizer.special["cat"] = tokenizer.encode("cat")[0]  # as if "cat" were such a symbol
     assert tokenizer.special["cat"] not in tokenizer.encode("a cat") + tokenizer.encode("cat")
-    assert len(letters) == 1 and tokenizer.pieces.decode(tokenizer.encode("cat")) == "cat"
+    assert len(letters) == 1 and tokenizer.sentencepiece.decode(tokenizer.encode("cat")) == "cat"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -64,7 +64,7 @@ def test_the_loss_covers_replies_and_their_end_and_nothing_else(template):
     tokenizer = ready(template)
     end = tokenizer.special["<|im_end|>"] if template == "chatml" else tokenizer.eos_id
     ids, mask = tokenizer.render(THREE_TURNS, template)
-    runs = [run for run, loss in tokenizer.chunks(THREE_TURNS, template) if loss]
+    runs = [run for run, loss in tokenizer.spans(THREE_TURNS, template) if loss]
     assert len(runs) == 3 and sum(mask) == sum(map(len, runs)) and len(ids) == len(mask)
     for i, run in enumerate(runs):
         assert run[-1] == end and run.count(end) == 1
@@ -104,7 +104,7 @@ def test_a_system_text_reaches_the_model_outside_the_loss(template):
 def test_prompt_and_reply_are_tokenized_apart():
     """In one string "foo" + "bar" may merge across the border; in pieces the prompt is the same with any reply."""
     tokenizer = ready("alpaca")
-    prompts = {tuple(tokenizer.chunks([{"role": "user", "content": "x"}, {"role": "assistant", "content": reply}], "alpaca")[0][0])
+    prompts = {tuple(tokenizer.spans([{"role": "user", "content": "x"}, {"role": "assistant", "content": reply}], "alpaca")[0][0])
                for reply in ("cat", " cat", ":", "\n")}
     assert len(prompts) == 1
 
@@ -130,6 +130,23 @@ def test_unseen_tokens_start_from_seen_ones_and_the_log_says_so():
         for token, source in (("<|im_end|>", tokenizer.eos_id), ("<|im_start|>", tokenizer.encode("\n", continues=True)[-1])):
             assert torch.cosine_similarity(weight[tokenizer.special[token]], weight[source], 0) > 0.95
             assert not torch.equal(weight[tokenizer.special[token]], weight[source])
+
+
+def test_what_a_chat_model_has_learnt_is_not_started_anew():
+    """Back to zephyr after another template: the tags were trained, their rows stay."""
+    tokenizer = ready("zephyr")
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    before = model.embed_tokens.weight.clone()
+    for template in ("plain", "zephyr"):
+        assert "instead of" in adopt_template(model, tokenizer, template) and torch.equal(model.embed_tokens.weight, before)
+
+
+def test_the_saved_generation_config_ends_replies_where_the_template_does(tmp_path):
+    for template in ("zephyr", "chatml"):
+        tokenizer = ready(template)
+        tokenizer.save(tmp_path)
+        ends = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+        assert ends == list(tokenizer.stop_ids()) and (tokenizer.special.get("<|im_end|>") in ends) == (template == "chatml")
 
 
 def test_zephyr_tags_are_plain_text_where_the_vocabulary_has_no_such_tokens():

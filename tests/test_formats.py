@@ -73,7 +73,9 @@ def test_a_bad_dialogue_is_reported_with_its_line_and_the_others_are_kept(record
     ({"rejected": ""}, "'rejected' is empty"),
     ({"rejected": "Hello"}, "'chosen' equals 'rejected'"),
     ({"rejected": None}, "expected text"),
-    ({"chosen": [HI, HELLO], "rejected": [HI | {"content": "Ho"}, HELLO | {"content": "Go"}]}, "differ before their last reply"),
+    ({"chosen": [HI, HELLO], "rejected": [HI | {"content": "Ho"}, HELLO | {"content": "Go"}]}, "disagree on what precedes the reply"),
+    ({"rejected": [HI | {"content": "Ho"}, HELLO | {"content": "Go"}]}, "disagree on what precedes the reply"),
+    ({"prompt": [HI | {"content": "Ho"}], "chosen": [HI, HELLO], "rejected": [HI, HELLO | {"content": "Go"}]}, "disagree"),
     ({"prompt": [HI, HELLO]}, "ends with a reply"),
     ({"prompt": 5}, "expected a list of messages"),
     ({"margin": "big"}, "'margin' is"),
@@ -101,16 +103,18 @@ def test_empty_binary_and_missing_files_are_one_line(tmp_path, capsys):
         list(records)
         exits(capsys, report.refuse, said)
     exits(capsys, lambda: read(tmp_path / "none.jsonl"), "no such file")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 9)[:-9])
+    exits(capsys, lambda: list(read(tmp_path / "cut.jsonl.gz")[0]), "cut.jsonl.gz: cannot be read")
     exits(capsys, lambda: read(write(tmp_path / "x.jsonl", {"text": "a"}), "csv"), "format 'csv' is unknown")
 
 
-def test_the_command_lists_rejects_and_keeps_the_good(tmp_path, capsys):
+def test_the_command_lists_rejects_and_keeps_the_good(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "m.jsonl", {"messages": [HI, HELLO]}, "{", {"messages": [HI]})
-    main([str(path), "--out", str(tmp_path / "good.jsonl")])
+    monkeypatch.setattr("sys.argv", ["formats", str(path), "--out", str(tmp_path / "good.jsonl")])
+    main()
     said = capsys.readouterr().out
     assert "line 2: is not JSON" in said and "format messages, 3 read, 1 used, 2 rejected" in said
     assert len((tmp_path / "good.jsonl").read_text().splitlines()) == 1
-    exits(capsys, lambda: main([]), "usage")
 
 
 @pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")

@@ -122,9 +122,17 @@ def test_a_stop_token_in_the_prompt_stops_nothing():
     assert len(generate(small_model(), [[5, 1, 5]], 3, temperature=0, stop_ids=(39,))[0][0].tokens) == 3
 
 
-def test_an_empty_prompt_is_refused():
+def test_misuse_is_refused():
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(small_model(), [[1], []], 3)
+    for options in ({"temperature": -0.7}, {"top_k": -1}, {"top_p": 1.5}):
+        with pytest.raises(ValueError, match="expected >= 0"):
+            generate(small_model(), [[1]], 3, **options)
+
+
+def test_top_p_0_keeps_the_likeliest_token():
+    top, ids = nucleus(torch.tensor([[0.2, 0.5, 0.3]]), 0.0)
+    assert top.tolist() == [[0.5, 0.0, 0.0]] and ids[0, 0] == 1
 
 
 @pytest.mark.parametrize("name", ["temp0.7", "topk5", "topk1", "topp0.9", "topp0.1", "temp0.8_topk12_topp0.95"])
@@ -223,6 +231,10 @@ def drop_a_tensor(path):
     save_file(tensors, path / "model.safetensors")
 
 
+def add_a_tensor(path):
+    save_file(load_file(path / "model.safetensors") | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)}, path / "model.safetensors")
+
+
 def only_pickle(path):
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
 
@@ -238,6 +250,8 @@ def only_pickle(path):
     (edit_config(intermediate_size=25), "has shape [16, 24], config.json says [16, 25]"),
     (edit_config(rope_scaling={"type": "yarn"}), "rotary scaling 'yarn' is not supported"),
     (edit_config(hidden_act="gelu"), "hidden_act 'gelu'"),
+    (edit_config(attention_bias=True), "attention_bias is true, which is not supported"),
+    (add_a_tensor, "holds model.layers.0.self_attn.q_proj.bias, which family llama has no place for"),
     (lambda p: (p / "model.safetensors").unlink(), "no such file"),
     (only_pickle, "pickled weights, which are never opened"),
     (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-500]), "cannot be read as safetensors"),

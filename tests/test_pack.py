@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, exits, small_model
+from conftest import BASE, small_model
 
 from data.chat import adopt_template, load_tokenizer
 from data.pack import (
@@ -67,7 +67,7 @@ def sums_alone(model, tree: Tree) -> torch.Tensor:
 def sums_of(model, trees) -> torch.Tensor:
     batch = collate(trees)
     hidden = model.hidden(batch.tokens, batch.positions, batch.layout)
-    return batch.sums(linear_logprobs(hidden[batch.sources], model.head_weight, batch.targets)[0])
+    return batch.sums(linear_logprobs(hidden[batch.predictors], model.head_weight, batch.targets)[0])
 
 
 # ------------------------------------------------------------------------------------- the layout
@@ -77,7 +77,7 @@ def test_the_drawn_tree_has_the_drawn_layout():
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 7, 8]
     assert batch.previous.tolist() == [-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 10, 11, 6, 13]
     assert batch.layout.prefix.tolist() == [0, 2, 7] and batch.layout.start.tolist() == [0, 10, 13]
-    spans = [batch.index[batch.owner == r].tolist() for r in range(4)]
+    spans = [batch.response_index[batch.owner == r].tolist() for r in range(4)]
     assert spans == [[2, 3, 4], [10, 11, 12], [7, 8, 9], [13, 14]]
     assert batch.pairs == 2 and batch.side.tolist() == [CHOSEN, REJECTED, CHOSEN, REJECTED] and batch.turn.tolist() == [1, 1, 2, 2]
     chosen, rejected = batch.sides(torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -119,7 +119,7 @@ def test_packing_loses_no_token_and_keeps_the_budget():
     assert sorted(t.record for b in batches for t in b.trees) == list(range(200))
     everything = np.concatenate([x for t in trees for x in (t.trunk, *(leaf for _, leaf in t.leaves))])
     assert sorted(torch.cat([b.tokens for b in batches]).tolist()) == sorted(everything.tolist())
-    assert sum(len(b.index) for b in batches) == sum(r.end - r.start for t in trees for r in t.responses)
+    assert sum(len(b.owner) for b in batches) == sum(r.end - r.start for t in trees for r in t.responses)
 
 
 def test_a_tree_larger_than_the_budget_travels_alone():
@@ -208,6 +208,13 @@ def test_a_rated_dialogue_becomes_one_tree_in_every_template(template):
     assert tree.tokens < sum(t.tokens for t in separate)
 
 
+def test_a_turn_without_a_pair_does_not_break_the_tree():
+    """Turn 2 was a tie: turn 3 still goes on from turn 1, in one tree of two pairs, and turn 2 is not trained."""
+    records = rated(3)
+    (tree,) = trees_from_preferences([records[0], records[2]], load_tokenizer(BASE), "zephyr")
+    assert tree.pairs == 2 and [r.turn for r in tree.responses] == [1, 1, 3, 3]
+
+
 def test_the_digest_sees_data_template_and_truncation():
     tokenizer = load_tokenizer(BASE)
     records = rated(2)
@@ -220,13 +227,16 @@ def test_the_digest_sees_data_template_and_truncation():
 
 # -------------------------------------------------------------------------------------- the viewer
 
-def test_the_viewer_prints_every_token_with_loss_and_branch(tmp_path, capsys):
+def test_the_viewer_prints_every_token_with_loss_and_branch(tmp_path, capsys, monkeypatch):
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rated(2)))
-    main([str(file), "--show", "1", "--tokenizer", str(BASE)])
+    monkeypatch.setattr("sys.argv", ["pack", str(file), "--show", "1", "--tokenizer", str(BASE)])
+    main()
     said = capsys.readouterr().out
     assert "1 trees, 2 leaves" in said and "leaf 1, branches after" in said and "rejected, turn 2, margin 2" in said
     tree = trees_from_preferences(rated(2), load_tokenizer(BASE), "zephyr")[0]
     rows = [line for line in show(tree, load_tokenizer(BASE)).splitlines() if line.split()[0].isdigit()]
     assert len(rows) == tree.tokens
-    exits(capsys, lambda: main([]), "usage: python -m data.pack FILE")
+    monkeypatch.setattr("sys.argv", ["pack", str(file), "--tokenizer", str(BASE), "--template", "chatml", "--max-length", "26"])
+    main()
+    assert "chosen, turn 1, margin 1, cut" in capsys.readouterr().out

@@ -159,11 +159,13 @@ def test_only_the_newest_whole_state_is_kept(tmp_path):
 
 def test_a_folder_is_continued_with_its_own_config_only(tmp_path, capsys):
     out = str(tmp_path / "run")
+    data = tmp_path / "data.jsonl"
     code = ("import runtime; from test_runtime import Config; "
-            f"runtime.open_run({out!r}, Config(out={out!r}, lr=LR), {{'data': 'HASH'}}, OVER)")
+            f"runtime.open_run({out!r}, Config(out={out!r}, lr=LR), {{'data': {str(data)!r}}}, OVER)")
 
-    def enter(lr, digest, overwrite=False):
-        words = code.replace("LR", str(lr)).replace("HASH", digest).replace("OVER", str(overwrite))
+    def enter(lr, content, overwrite=False):
+        data.write_text(content)
+        words = code.replace("LR", str(lr)).replace("OVER", str(overwrite))
         path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         done = subprocess.run([sys.executable, "-c", words], cwd=ROOT / "tests", env=path, capture_output=True, text=True)
         return done.returncode, done.stderr.strip()
@@ -173,7 +175,7 @@ def test_a_folder_is_continued_with_its_own_config_only(tmp_path, capsys):
     assert enter(0.2, "a")[0] == 2 and "was begun with lr=0.1, not 0.2" in enter(0.2, "a")[1]
     assert "its data has changed since the run began" in enter(0.1, "b")[1]
     assert enter(0.2, "b", overwrite=True) == (0, "") and (tmp_path / "run" / "mine.txt").exists()
-    _, lock = runtime.open_run(out, Config(out=out, lr=0.2), {"data": "b"})
+    _, lock = runtime.open_run(out, Config(out=out, lr=0.2), {"data": str(data)})
     assert "another process is running here" in enter(0.2, "b")[1]
     lock.close()
     assert enter(0.2, "b") == (0, "")
@@ -186,7 +188,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 def test_metrics_after_the_last_checkpoint_are_cut_off(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    log = runtime.Log(tmp_path, 2, 5, "off", Config())
+    log = runtime.Log(tmp_path, 2, 5, ("loss",), "off", Config())
     log.step(3, {"loss": 0.5})
     log.close()
     assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
@@ -194,7 +196,7 @@ def test_metrics_after_the_last_checkpoint_are_cut_off(tmp_path):
 
 def test_a_loss_that_is_not_finite_names_step_and_records(capsys):
     runtime.check_finite(1.0, 2.0, 4, [1])
-    exits(capsys, lambda: runtime.check_finite(math.nan, 2.0, 4, [7, 9]), "step 5: loss is nan", "records [7, 9]")
+    exits(capsys, lambda: runtime.check_finite(math.nan, 2.0, 4, [9, 7]), "step 5: loss is nan", "records: 8, 10")
 
 
 def test_an_unknown_device_is_one_line(capsys):
@@ -203,7 +205,7 @@ def test_an_unknown_device_is_one_line(capsys):
 
 
 def test_wandb_offline_writes_in_the_run_folder(tmp_path):
-    log = runtime.Log(tmp_path, 0, 1, "offline", Config())
+    log = runtime.Log(tmp_path, 0, 1, ("loss",), "offline", Config())
     log.step(1, {"loss": 0.5})
     log.close()
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))

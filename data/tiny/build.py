@@ -5,7 +5,7 @@
 
     sft.jsonl   demonstrations              sft_dev.jsonl         the same on held-out content, for the evaluation loss
     prompts.jsonl   to collect preferences on      dev.jsonl, test.jsonl    to judge on, the same for every seed
-    pretrain.jsonl, pretrain_eval.jsonl     raw text (part=all)
+    verses.jsonl, pretrain.jsonl, pretrain_eval.jsonl     raw text (part=all)
 
 The pretraining corpus is what a base model might have met on the web of the tiny world: prose (lives, stories,
 anecdotes, passages, lists, sums, code) and pages of questions with answers in several layouts, never in the chat
@@ -13,6 +13,11 @@ template. Everything drawn from a task keeps to the training split (`keys` says 
 text that shares 13 words in a row with a held-out prompt is dropped. What the world is like is no task and is told
 freely: that Anna lives in Rome, or that a cat is an animal, also where asking for it is held out; without stated
 facts open questions could not be answered at all.
+
+Pretraining begins with 0.4 M tokens of verses alone, words in no order said twice or thrice. In them nothing but
+copying pays, and the heads that copy (Olsson et al. 2022, arXiv:2209.11895) are there after 150 steps. On the corpus
+alone they were still missing after 8 M tokens, with a tenth of verses mixed in after 1.5 M; and every task that looks
+something up in its prompt needs them.
 """
 from __future__ import annotations
 
@@ -49,7 +54,7 @@ class Config:
     demos: int = 8000                # demonstrations for SFT
     prompts: int = 5000              # dialogues for preference collection
     evals: int = 40                  # held-out dialogues per task, in dev and in test each, at most 40
-    documents: int = 500_000         # pretraining texts, about 55 tokens each
+    documents: int = 650_000         # pretraining texts, about 61 tokens each
     ship: str = ""                   # folder that receives the trained base; data/tiny/base for the shipped one
 
     def __post_init__(self):
@@ -103,8 +108,16 @@ def inventory(rng: random.Random) -> str:
     return " ".join([TASKS["closed_qa"].passage(questions[0]), *(TASKS["closed_qa"].solve(q)[0] for q in questions)])
 
 
+WORDS = [*NAMES, *(word for values in CLASSES.values() for word in values)]
+
+
+def verse(rng: random.Random) -> str:
+    """Five to twelve words in no order, said twice or thrice."""
+    return " ".join([rng.choice(WORDS) for _ in range(rng.randint(5, 12))] * rng.choice([2, 2, 3]))
+
+
 PROSE = {"life": 4, "inventory": 4, "scene": 3, "sentence": 2, "anecdote": 2, "story": 1, "passage": 1, "mood": 1, "list": 1, "kind": 1,
-         "sum": 1, "code": 1}
+         "sum": 1, "code": 1, "verse": 1}
 
 
 def prose(rng: random.Random) -> tuple[str, list[str]]:
@@ -116,8 +129,8 @@ def prose(rng: random.Random) -> tuple[str, list[str]]:
     kind = rng.choices(list(PROSE), list(PROSE.values()))[0]
     if kind == "life":
         return " ".join(life(rng) for _ in range(rng.randint(1, 3))), []
-    if kind == "inventory":
-        return inventory(rng), []
+    if kind in ("inventory", "verse"):
+        return {"inventory": inventory, "verse": verse}[kind](rng), []
     if kind == "list":
         name = rng.choice(list(CLASSES))
         return f"{capital(plural(name))}: {', '.join(rng.sample(CLASSES[name], rng.randint(2, 5)))}.", []
@@ -163,6 +176,7 @@ def prose(rng: random.Random) -> tuple[str, list[str]]:
 # ------------------------------------------------------------------------------------- writing it all
 
 NGRAM = 13
+VERSES = 16_000  # 250 steps
 
 
 def ngrams(text: str) -> set[tuple[str, ...]]:
@@ -227,6 +241,7 @@ def write_data(config: Config, out: Path) -> None:
     write("prompts.jsonl", prompts(random.Random(f"prompts {config.seed}")), config.prompts)
     if config.part == "all":
         rng = random.Random(f"documents {config.seed}")
+        write("verses.jsonl", (({"text": text, "keys": []}, text) for text in iter(lambda: verse(rng), "")), VERSES)
         write("pretrain.jsonl", documents(rng), config.documents)
         write("pretrain_eval.jsonl", documents(rng), 2000)
     print(f"{out}: {config.demos} demonstrations, {config.prompts} prompts, {len(sets['test'])} test and {len(sets['dev'])} dev dialogues; "
@@ -253,11 +268,19 @@ def make_start(config: Config, out: Path) -> None:
     save_model(model, out, load_tokenizer(out), dtype=torch.bfloat16)
 
 
-def ship(config: Config, run: Path) -> None:
+def pretrain(config: Config, out: Path, name: str, *options: str) -> Path:
+    """Train on out/<name>.jsonl, or go on with it; returns the run's folder, out/<name>."""
+    command = [sys.executable, "sft.py", "--config", "configs/tiny/pretrain.toml", f"data={out / name}.jsonl", f"seed={config.seed}",
+               f"out={out / name}", *options]
+    if subprocess.run(command).returncode or not (out / name / "model").exists():
+        runtime.fail(f"{out / name}: pretraining ended early: run the same command again to go on")
+    return out / name
+
+
+def ship(config: Config, runs: list[Path]) -> None:
     """Copy the trained base to where it is shipped from, with a note of how it was made."""
-    shutil.copytree(run / "model", config.ship, dirs_exist_ok=True)
-    with (run / "metrics.jsonl").open() as file:
-        steps = [json.loads(line) for line in file]
+    shutil.copytree(runs[-1] / "model", config.ship, dirs_exist_ok=True)
+    steps = [json.loads(line) for run in runs for line in (run / "metrics.jsonl").open()]
     log = {"command": " ".join(["python -m data.tiny.build", *sys.argv[1:]]), "seed": config.seed, "finished": time.strftime("%Y-%m-%d"),
            "torch": torch.__version__, "steps": len(steps), "tokens": int(sum(s["tokens"] for s in steps)),
            "minutes": round(sum(s["tokens"] / s["tokens_per_s"] for s in steps) / 60, 1), "last_loss": round(steps[-1]["loss"], 4),
@@ -268,17 +291,15 @@ def ship(config: Config, run: Path) -> None:
 def main(config: Config) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    if not (config.part == "all" and (out / "pretrain" / "config.toml").is_file()):  # else an earlier run goes on
+    if config.part == "data" or not (out / "verses" / "config.toml").is_file():  # else an earlier run goes on
         write_data(config, out)
         if config.part == "data":
             return
         make_start(config, out / "start")
-    command = [sys.executable, "sft.py", "--config", "configs/tiny/pretrain.toml", f"model={out / 'start'}", f"seed={config.seed}",
-               f"data={out / 'pretrain.jsonl'}", f"eval_data={out / 'pretrain_eval.jsonl'}", f"out={out / 'pretrain'}"]
-    if subprocess.run(command).returncode or not (out / "pretrain" / "model").exists():
-        runtime.fail(f"{out / 'pretrain'}: pretraining ended early: run the same command again to go on")
+    verses = pretrain(config, out, "verses", f"model={out / 'start'}", "schedule=constant", "warmup=0.4", "eval_every=0", "samples=0")
+    corpus = pretrain(config, out, "pretrain", f"model={verses / 'model'}", f"eval_data={out / 'pretrain_eval.jsonl'}")
     if config.ship:
-        ship(config, out / "pretrain")
+        ship(config, [verses, corpus])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,41 @@
+"""The configs of real models, run on a model of a few thousand parameters of the same family."""
+import gzip
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from conftest import FIXTURES, ROOT, metrics_of, write_jsonl
+
+import dpo
+import sft
+from runtime import load_config
+
+MISTRAL = FIXTURES / "models" / "mistral"
+REAL = pytest.param("real", marks=pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets"))
+
+
+def preferences(source: str, folder: Path) -> Path:
+    """A file of preferences, whose chosen side SFT can read too: eight of UltraFeedback, or six made ones."""
+    if source == "real":
+        with gzip.open(Path(os.environ["REAL_DATA"]) / "datasets" / "ultrafeedback" / "train_pairs_150.jsonl.gz", "rt") as file:
+            return write_jsonl(folder / "pairs.jsonl", [json.loads(line) for line, _ in zip(file, range(8), strict=False)])
+    made = [{"prompt": f"Name {n} cities.", "chosen": "Rome, Oslo.", "rejected": "No."} for n in range(6)]
+    return write_jsonl(folder / "pairs.jsonl", made)
+
+
+@pytest.mark.parametrize("source", ["made", REAL])
+def test_the_zephyr_7b_configs_run_on_a_small_mistral(source, tmp_path):
+    """Two steps of SFT and two of DPO from its result: finite losses, ln 2 at the start of DPO."""
+    small = ["max_steps=2", "batch=4", "max_length=1024", "device=cpu", f"data={preferences(source, tmp_path)}"]
+
+    def run(script, name, *words):
+        config = load_config(script.Config, "", ["--config", str(ROOT / "configs" / "zephyr-7b" / f"{name}.toml"), *words, *small])
+        script.main(config)
+        return metrics_of(Path(config.out))
+
+    learnt = run(sft, "sft", f"model={MISTRAL}", f"out={tmp_path / 'sft'}")
+    assert len(learnt) == 2 and all(math.isfinite(step["loss"]) for step in learnt)
+    preferred = run(dpo, "dpo", f"model={tmp_path / 'sft' / 'model'}", f"out={tmp_path / 'dpo'}")
+    assert preferred[0]["loss"] == pytest.approx(0.6931, abs=1e-3) and len(preferred) == 2

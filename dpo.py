@@ -205,7 +205,7 @@ def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> lis
         trunk        no loss                           |  chosen        | rejected, branches after the prompt
     """
     trees = load_trees(path, tokenizer)
-    if not any(tree.leaves for tree in trees):
+    if not any(tree.leaves for tree in trees) or any(tree.ranked for tree in trees):
         fail(f"{path}: holds no preference pairs, expected records with 'prompt', 'chosen' and 'rejected'")
     trees, counts = truncate(trees, config.max_length)
     if not trees:

@@ -61,6 +61,9 @@ class ModelConfig:
     rope_scaling: dict | None = None       # Llama-3's long-context scaling, as in config.json
     window: int | None = None              # tokens a query sees, itself included; None: all
     tied: bool = True                      # head and embedding share one matrix
+    scored: bool = False                   # a score head in place of the LM head: a reward or value model
+    score_mean: float = 0.0                # taken off every score, so that demonstrations score 0 on average
+    score_std: float = 1.0                 # of those scores: the scale of the reward, for PPO to divide by
     dtype: str = "float32"                 # of the weights on disk
     raw: dict = field(default_factory=dict)  # config.json as read: keys we do not use travel along
 
@@ -104,15 +107,18 @@ def read_config(path: str | Path) -> ModelConfig:
         max_positions=size("max_position_embeddings", 2048), norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
         rope_scaling=rope if kind == "llama3" else None, tied=bool(raw.get("tie_word_embeddings", False)),
+        scored=(raw.get("architectures") or [""])[0].endswith("ForSequenceClassification"),
+        score_mean=float(raw.get("score_mean", 0.0)), score_std=float(raw.get("score_std", 1.0)),
         dtype=raw.get("torch_dtype") or raw.get("dtype") or "float32", raw=raw, **fields,
     )
 
 
 def config_json(config: ModelConfig) -> dict:
     """What config.json should say: the keys it was read with, our fields on top."""
-    architecture = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.family]
+    kind = "ForSequenceClassification" if config.scored else "ForCausalLM"
+    architecture = {"llama": "Llama", "mistral": "Mistral"}[config.family] + kind
     ours = {
-        "model_type": config.family, "vocab_size": config.vocab_size, "hidden_size": config.width,
+        "architectures": [architecture], "model_type": config.family, "vocab_size": config.vocab_size, "hidden_size": config.width,
         "num_hidden_layers": config.layers, "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim, "intermediate_size": config.mlp_width, "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied, "hidden_act": "silu", "torch_dtype": config.dtype,
@@ -121,7 +127,11 @@ def config_json(config: ModelConfig) -> dict:
         ours |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
     if config.family == "mistral":
         ours["sliding_window"] = config.window
-    return {"architectures": [architecture]} | config.raw | ours
+    if config.scored:  # transformers reads the score before the padding, so padding must not be the end of sequence
+        pad = config.raw.get("pad_token_id")
+        pad = 0 if pad is None or pad == config.raw.get("eos_token_id") else pad
+        ours |= {"num_labels": 1, "pad_token_id": pad, "score_mean": config.score_mean, "score_std": config.score_std}
+    return config.raw | ours
 
 
 # ------------------------------------------------------------------------------------- the network
@@ -218,12 +228,15 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.lm_head = None if config.tied else Linear(config.width, config.vocab_size)
+        self.lm_head = None if config.tied or config.scored else Linear(config.width, config.vocab_size)
+        self.score_head = Linear(config.width, 1) if config.scored else None
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
 
     @property
     def head_weight(self) -> Tensor:
         """[V, D]"""
+        if self.config.scored:
+            fail("a reward model has no LM head, expected a language model here: give the model it was trained from")
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def resize(self, vocab_size: int) -> None:
@@ -250,15 +263,30 @@ class Transformer(nn.Module):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return F.linear(hidden.to(wide), self.head_weight.to(wide))
 
+    def scores(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [...] in at least fp32: what the score head says after each token."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return F.linear(hidden.to(wide), self.score_head.weight.to(wide))[..., 0] - self.config.score_mean
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of padded rows (either side); 0 where the mask [B, T] is False."""
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        layout = Layout.build(mask.sum(1).tolist()).to(input_ids.device)
-        positions = (mask.cumsum(1) - 1)[mask]
-        logits = self.logits(self.hidden(input_ids[mask], positions, layout))
+        hidden, mask = self._hidden_of_rows(input_ids, attention_mask)
+        logits = self.logits(hidden)
         out = logits.new_zeros(*input_ids.shape, logits.shape[-1])
         out[mask] = logits
         return out
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Scores [B] of padded rows (either side), read at each row's last token that the mask [B, T] keeps."""
+        hidden, mask = self._hidden_of_rows(input_ids, attention_mask)
+        return self.scores(hidden[mask.sum(1).cumsum(0) - 1])
+
+    def _hidden_of_rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, D] of the N tokens the mask keeps, and the mask [B, T]."""
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        layout = Layout.build(mask.sum(1).tolist()).to(input_ids.device)
+        positions = (mask.cumsum(1) - 1)[mask]
+        return self.hidden(input_ids[mask], positions, layout), mask
 
 
 def init_weights(model: Transformer, seed: int) -> None:
@@ -271,6 +299,22 @@ def init_weights(model: Transformer, seed: int) -> None:
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * model.config.layers) if into_residual else 0.02
             nn.init.normal_(parameter, std=std, generator=generator)
+
+
+def add_score_head(model: Transformer, seed: int) -> Transformer:
+    """Turn a language model into a reward model, in place: its LM head goes, a score head comes.
+
+    Weights normal with std 1 / sqrt(D + 1), so that first scores are about as large as their later differences
+    (Stiennon et al. 2020, arXiv:2009.01325).
+    """
+    model.config = replace(model.config, scored=True)
+    weight = model.embed_tokens.weight
+    model.lm_head = None
+    model.score_head = Linear(model.config.width, 1).to(weight)
+    std = (model.config.width + 1) ** -0.5
+    drawn = torch.randn(1, model.config.width, generator=torch.Generator().manual_seed(seed))
+    model.score_head.weight.data.copy_(drawn * std)
+    return model
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -451,7 +495,8 @@ def nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------- checkpoints
 
 def _file_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"model.{name}"
+    heads = {"lm_head.weight": "lm_head.weight", "score_head.weight": "score.weight"}
+    return heads.get(name, f"model.{name}")
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:

@@ -2,6 +2,8 @@
 
     messages     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     preference   {"prompt": [messages] or "text", "chosen": "text" or [messages], "rejected": ..., "margin": 1-4}
+    ranking      {"prompt": as above, "answers": ["text", ...], "ranks": [0, 2, 1, ...]}      0 is best, equal ranks are ties
+    prompt       {"prompt": as above}                      to sample replies to
     text         {"text": "..."}
 
 Other keys (id, category, annotator ...) travel along. `.jsonl.gz` is read as it is.
@@ -89,7 +91,7 @@ def _parse(line: bytes) -> dict:
 
 
 def _recognise(record: dict) -> str:
-    for name, key in (("preference", "chosen"), ("messages", "messages"), ("text", "text")):
+    for name, key in (("preference", "chosen"), ("ranking", "ranks"), ("messages", "messages"), ("prompt", "prompt"), ("text", "text")):
         if key in record:
             return name
     raise Reject(f"has the keys {', '.join(list(record)[:6])}, expected 'messages', 'chosen' and 'rejected', or 'text'")
@@ -163,11 +165,32 @@ def read_preference(record: dict) -> dict:
     return record | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def read_prompt(record: dict) -> dict:
+    """prompt becomes messages that end with the user."""
+    prompt = record.get("prompt")
+    prompt = [{"role": "user", "content": _text(prompt, "prompt")}] if isinstance(prompt, str) else _messages(prompt, "prompt")
+    if prompt[-1]["role"] != "user":
+        raise Reject("'prompt' ends with a reply, expected a user turn: mend or drop the record")
+    return record | {"prompt": prompt}
+
+
+def read_ranking(record: dict) -> dict:
+    answers, ranks = record.get("answers"), record.get("ranks")
+    if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks):
+        raise Reject("'answers' and 'ranks' are not lists of one length, expected a rank for every answer: mend or drop the record")
+    if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 for rank in ranks):
+        raise Reject(f"'ranks' is {json.dumps(ranks)[:40]}, expected whole numbers from 0, the best: mend or drop the record")
+    if len(set(ranks)) < 2:
+        raise Reject("'ranks' are all the same, which prefers nothing: drop the record")
+    return read_prompt(record) | {"answers": [_text(answer, "answers") for answer in answers]}
+
+
 def read_text(record: dict) -> dict:
     return record | {"text": _text(record.get("text"), "text")}
 
 
-READERS = {"messages": read_messages, "preference": read_preference, "text": read_text}
+READERS = {"messages": read_messages, "preference": read_preference, "ranking": read_ranking, "prompt": read_prompt,
+           "text": read_text}
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from data.chat import TEMPLATES, Tokenizer, load_tokenizer
 from data.formats import read
 from kernels.attention import Layout
+from runtime import fail
 
 CHOSEN, REJECTED = 0, 1
 
@@ -43,7 +44,7 @@ class Response:
     start: int
     end: int
     pair: int = 0         # within the tree
-    side: int = CHOSEN
+    side: int = CHOSEN    # or REJECTED; in a ranking of more replies, the rank
     turn: int = 1
     margin: float = 0.0   # 0 when the record has none
     cut: bool = False     # truncated: it has no end-of-sequence token
@@ -64,6 +65,11 @@ class Tree:
     @property
     def pairs(self) -> int:
         return 1 + max((r.pair for r in self.responses), default=-1)
+
+    @property
+    def ranked(self) -> bool:
+        """Its replies are ranked leaves, none of them chosen to go on with."""
+        return bool(self.leaves) and all(r.segment for r in self.responses)
 
 
 # -------------------------------------------------------------------------------- records to trees
@@ -112,6 +118,18 @@ def trees_from_preferences(records: Iterable[dict], tokenizer: Tokenizer, templa
     return trees
 
 
+def tree_from_ranking(record: dict, tokenizer: Tokenizer, template: str | None = None) -> Tree:
+    """K ranked replies to one prompt: a trunk of the prompt alone, K leaves, all in one group (`pair`)."""
+    tree = Tree(np.empty(0, np.int32))
+    turn = sum(m["role"] == "user" for m in record["prompt"])
+    for answer, rank in zip(record["answers"], record["ranks"], strict=True):
+        ids, (start, end) = _path(record["prompt"], answer, tokenizer, template)
+        tree.trunk = ids[:start]
+        tree.leaves.append((start, ids[start:end]))
+        tree.responses.append(Response(len(tree.leaves), 0, end - start, 0, rank, turn))
+    return tree
+
+
 def _path(prompt: list[dict], reply: str, tokenizer: Tokenizer, template: str | None) -> tuple[np.ndarray, tuple[int, int]]:
     """Ids of a dialogue up to the end of `reply`, and the span of that reply."""
     spans = tokenizer.spans([*prompt, {"role": "assistant", "content": reply}], template)
@@ -154,7 +172,7 @@ def truncate(trees: list[Tree], max_length: int) -> tuple[list[Tree], dict[str, 
             counts["responses_cut"] += r.end > limit
             responses.append(Response(segment, r.start, min(r.end, limit), pair, r.side, r.turn, r.margin, cut=r.end > limit))
         if responses:
-            end = max(r.end for r in responses if r.segment == 0)
+            end = max([r.end for r in responses if r.segment == 0] + [prefix for prefix, _ in leaves])
             kept.append(Tree(tree.trunk[:end], leaves, responses, tree.record))
         else:
             counts["trees_dropped"] += 1
@@ -219,6 +237,21 @@ class Batch:
     def targets(self) -> Tensor:
         """[M] the response tokens."""
         return self.tokens[self.response_index]
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] tokens of every response."""
+        return torch.bincount(self.owner, minlength=len(self.pair))
+
+    @property
+    def ends(self) -> Tensor:
+        """[B] index of every response's last token, its end of sequence unless it was cut."""
+        return self.response_index[self.lengths.cumsum(0) - 1]
+
+    def rows(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-token values [M] as padded rows [B, T], one response each, and the mask [B, T] of what is real."""
+        mask = torch.arange(int(self.lengths.max()), device=values.device) < self.lengths[:, None]
+        return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
 
     def sums(self, logprobs: Tensor) -> Tensor:
         """Per-token values [M] summed by response, [B]."""
@@ -301,7 +334,7 @@ def show(tree: Tree, tokenizer: Tokenizer) -> str:
             note = ""
             if i in of:
                 r = tree.responses[of[i]]
-                kind = ("chosen", "rejected")[r.side] if tree.leaves else "response"
+                kind = f"rank {r.side}" if tree.ranked else ("chosen", "rejected")[r.side] if tree.leaves else "response"
                 note = f"  {kind}, turn {r.turn}" + (f", margin {r.margin:g}" if r.margin else "") + (", cut" if r.cut else "")
             name = tokenizer.name(int(batch.tokens[i]))
             lines.append(f"   {i:5d} {int(batch.positions[i]):4d} {'   1' if i in of else '   .'}   {name:<16}{note}")
@@ -309,10 +342,12 @@ def show(tree: Tree, tokenizer: Tokenizer) -> str:
 
 
 def load_trees(path: str, tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
-    """The file as trees, whichever of the three formats it is in; leaves with one line on a bad record."""
+    """The file as trees, whichever format it is in; leaves with one line on a bad record, or on prompts without replies."""
     records, report = read(path)
     records = list(records)
     report.refuse()
+    if report.format == "prompt":
+        fail(f"{path}: holds prompts without replies, expected messages, preferences, rankings or text")
     if report.format == "preference":
         return trees_from_preferences(records, tokenizer, template)
     trees = []
@@ -320,6 +355,8 @@ def load_trees(path: str, tokenizer: Tokenizer, template: str | None = None) -> 
         if report.format == "text":
             bos = [tokenizer.bos_id] * tokenizer.adds_bos
             tree = tree_from_text([*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id])
+        elif report.format == "ranking":
+            tree = tree_from_ranking(record, tokenizer, template)
         else:
             tree = tree_from_messages(record["messages"], tokenizer, template)
         tree.record = number

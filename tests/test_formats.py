@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import exits
+from conftest import exits, write_jsonl
 
 from data.formats import main, read
 
@@ -115,6 +115,17 @@ def test_the_command_lists_rejects_and_keeps_the_good(tmp_path, capsys, monkeypa
     said = capsys.readouterr().out
     assert "line 2: is not JSON" in said and "format messages, 3 read, 1 used, 2 rejected" in said
     assert len((tmp_path / "good.jsonl").read_text().splitlines()) == 1
+
+
+def test_rankings_and_prompts_are_read_and_bad_ranks_reported(tmp_path):
+    good = {"prompt": "Hi", "answers": ["Hello!", "Hm."], "ranks": [0, 1]}
+    bad = [{"ranks": [0]}, {"ranks": [1, 1]}, {"ranks": [0, -1]}, {"ranks": [0, 1.5]}, {"answers": ["Hello!", ""]}, {"prompt": ""}]
+    file = write_jsonl(tmp_path / "r.jsonl", [good, *(good | change for change in bad)])
+    records, report = read(file)
+    assert list(records) == [good | {"prompt": [{"role": "user", "content": "Hi"}]}] and report.format == "ranking"
+    assert [line for line, _ in report.rejects] == [2, 3, 4, 5, 6, 7]
+    records, report = read(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Hi", "id": 1}]))
+    assert list(records) == [{"prompt": [{"role": "user", "content": "Hi"}], "id": 1}] and report.format == "prompt"
 
 
 @pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")

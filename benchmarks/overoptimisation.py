@@ -1,0 +1,80 @@
+"""What a reward model is worth once it is leant on: proxy score and gold score against KL, as PPO goes.
+
+    python -m benchmarks.overoptimisation 'runs=["kl 0.2=runs/tiny/0/ppo", "kl 0=runs/tiny/0/ppo_kl0"]'
+
+Each run must have been made with snapshot_every. Its snapshots answer the dev dialogues, the gold grader grades
+them, and the figure draws both scores over the distance from the reference (Gao et al. 2022, arXiv:2210.10760).
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import judge
+import runtime
+from data.tiny.world import gold
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: list[str] = ()             # "name=folder of a PPO run"
+    start: str = "runs/tiny/0/sft/model"  # the model they started from
+    data: str = "runs/tiny/0/data/dev.jsonl"
+    out: str = "benchmarks/results/overoptimisation"  # .json and .png
+    device: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self):
+        for entry in self.runs:
+            if not (Path(entry.partition("=")[2]) / "metrics.jsonl").is_file():
+                runtime.fail(f"runs: {entry} is no name=folder of a PPO run: make it with ppo.py snapshot_every=5")
+
+
+def curve(folder: Path, start_gold: float, grade) -> list[dict]:
+    """Points of a run: step, KL in nats per reply and proxy score of that step's rollout, gold score of its snapshot."""
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    points = [{"step": 0, "kl": 0.0, "score": steps[0]["score"], "gold": start_gold}]
+    for path in sorted(folder.glob("model_step_*"), key=lambda p: int(p.name[11:])):
+        step = int(path.name[11:])
+        near = [s for s in steps if abs(s["step"] - step) <= 1]
+        points.append({"step": step, "kl": mean(s["kl"] for s in near), "score": mean(s["score"] for s in near), "gold": grade(path)})
+        print(folder, points[-1], flush=True)
+    return points
+
+
+def main(config: Config) -> None:
+    device = runtime.setup(config.device, 0, config.threads)
+    dialogues = judge.load_dialogues(config.data)
+    settings = judge.Config(models=[f"start={config.start}"])
+
+    def grade(path: Path | str) -> float:
+        said = judge.chat_replies(str(path), dialogues, settings, 0, device)
+        return 100 * mean(gold(d["category"], turn["item"], reply["text"], reply["finished"])
+                          for d, replies in zip(dialogues, said, strict=True) for turn, reply in zip(d["turns"], replies, strict=True))
+
+    start = grade(config.start)
+    curves = {entry.partition("=")[0]: curve(Path(entry.partition("=")[2]), start, grade) for entry in config.runs}
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    runtime.write_text(out.with_suffix(".json"), json.dumps({"data": config.data, "curves": curves}, indent=1) + "\n")
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, points in curves.items():
+        for axes, key in ((left, "score"), (right, "gold")):
+            axes.plot([p["kl"] for p in points], [p[key] for p in points], "o-", markersize=3, label=name)
+    left.set(xlabel="KL from the reference, nats a reply", ylabel="score by the reward model, standard deviations", title="what PPO sees")
+    right.set(xlabel="KL from the reference, nats a reply", ylabel="gold score", title="what users see")
+    left.legend()
+    figure.savefig(out.with_suffix(".png"), dpi=130)
+    print(f"wrote {out}.json and {out}.png")
+
+
+if __name__ == "__main__":
+    main(runtime.load_config(Config, __doc__))

@@ -51,7 +51,7 @@ class Config:
     out: str = "runs/tiny/base"      # where the data (and the pretraining run) go
     part: Literal["all", "data"] = "all"
     seed: int = 0
-    demos: int = 8000                # demonstrations for SFT
+    demos: int = 5000                # demonstrations for SFT
     prompts: int = 5000              # dialogues for preference collection
     evals: int = 40                  # held-out dialogues per task, in dev and in test each, at most 40
     documents: int = 650_000         # pretraining texts, about 61 tokens each

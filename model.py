@@ -9,7 +9,8 @@ head is not part of the forward pass. Training asks for the log-probabilities of
     logits = model.logits(hidden)                                -> [N, V]
     logits = model(input_ids [B, T], attention_mask [B, T])      -> [B, T, V], the plain way in
 
-Parameters carry the names of Hugging Face's Llama, so its checkpoints need no renaming.
+Parameters carry the names of Hugging Face's Llama; other families are renamed, and their fused matrices split, on
+the way in and out. What sets the families apart is a table of fields, FAMILIES.
 """
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import math
 import shutil
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,28 +37,32 @@ from runtime import fail
 
 # ----------------------------------------------------------------------------------- configuration
 
-# What sets the families apart: fields of ModelConfig that config.json does not spell the same way
-# for all of them, as {our field: (key in config.json, value when the key is missing)}.
-FAMILIES = {
-    "llama": {"window": (None, None)},                   # Llama 1-3, Yi, TinyLlama, SmolLM
-    "mistral": {"window": ("sliding_window", None)},     # Mistral-7B, Zephyr-7B
-}
-
-
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and variants of a model. V vocabulary, D width, H heads, K key/value heads, E head width."""
+    """Sizes and variants of a model. V vocabulary, D width, H heads, K key/value heads, E head width. Defaults are Llama's."""
 
     family: str = "llama"                  # a key of FAMILIES, `model_type` in config.json
     vocab_size: int = 1024                 # V
     width: int = 192                       # D
     layers: int = 6
     heads: int = 6                         # H
-    kv_heads: int = 6                      # K, divides H
+    kv_heads: int = 6                      # K, divides H; 1 is multi-query attention
     head_dim: int = 32                     # E
-    mlp_width: int = 512                   # inner width of the SwiGLU
+    mlp_width: int = 512                   # inner width of the MLP
     max_positions: int = 512               # longest path the positions were made for
+    norm: str = "rms"                      # "rms" (Zhang & Sennrich 2019) or "layer", which has a bias
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0               # added to an RMSNorm's weight
+    norms: int = 2                         # per block; parallel blocks may share one
+    parallel: bool = False                 # attention and MLP read the same input, not one after the other
+    activation: str = "silu"               # a key of ACTIVATIONS
+    gated: bool = True                     # down(act(gate x) * up x); otherwise down(act(up x))
+    qkv_bias: bool = False
+    out_bias: bool = False                 # of the attention's output
+    mlp_bias: bool = False
+    qk_norm: bool = False                  # RMSNorm on every query and key head
+    embed_scale: float = 1.0               # of token embeddings
+    rotary: float = 1.0                    # share of a head's dimensions that turn; 0: learned positions
     rope_theta: float = 10000.0            # base of the rotary frequencies
     rope_scaling: dict | None = None       # Llama-3's long-context scaling, as in config.json
     window: int | None = None              # tokens a query sees, itself included; None: all
@@ -66,6 +72,79 @@ class ModelConfig:
     score_std: float = 1.0                 # of those scores: the scale of the reward, for PPO to divide by
     dtype: str = "float32"                 # of the weights on disk
     raw: dict = field(default_factory=dict)  # config.json as read: keys we do not use travel along
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+SPELLINGS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+# Where config.json keeps a field: its key, or (key, value when missing), or a function of the whole file.
+KEYS = {
+    "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "kv_heads": lambda raw: raw.get("num_key_value_heads") or raw["num_attention_heads"], "mlp_width": "intermediate_size",
+    "max_positions": ("max_position_embeddings", 2048), "norm_eps": ("rms_norm_eps", 1e-6), "activation": ("hidden_act", "silu"),
+    "tied": ("tie_word_embeddings", False),
+}
+# What transformers calls our modules; "self_attn.qkv" stands for three matrices kept in one.
+LLAMA_NAMES = {"embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "score_head": "score"}
+GPT_NAMES = {"embed_tokens": "transformer.wte", "embed_positions": "transformer.wpe", "layers": "transformer.h", "norm": "transformer.ln_f",
+             "self_attn.qkv": "attn.c_attn", "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
+             "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "score_head": "score"}
+FALCON_NAMES = {"embed_tokens": "transformer.word_embeddings", "layers": "transformer.h", "norm": "transformer.ln_f", "score_head": "score",
+                "self_attn.qkv": "self_attention.query_key_value", "self_attn.o_proj": "self_attention.dense",
+                "mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"}
+NEOX_NAMES = {"embed_tokens": "gpt_neox.embed_in", "layers": "gpt_neox.layers", "norm": "gpt_neox.final_layer_norm", "lm_head": "embed_out",
+              "self_attn.qkv": "attention.query_key_value", "self_attn.o_proj": "attention.dense", "mlp.up_proj": "mlp.dense_h_to_4h",
+              "mlp.down_proj": "mlp.dense_4h_to_h", "score_head": "score"}
+
+
+class Family(NamedTuple):
+    """What sets a family apart; everything else is Llama's."""
+
+    name: str                       # of its classes in transformers
+    constants: dict = {}            # fields that all its models share
+    keys: dict = {}                 # as KEYS
+    names: dict = LLAMA_NAMES
+
+
+def _sliding(raw: dict) -> int | None:
+    """Qwen's window, which its files state and switch off."""
+    return raw.get("sliding_window") if raw.get("use_sliding_window") else None
+
+
+def _falcon_groups(raw: dict) -> int:
+    """Key/value heads: the 40B's groups, the 7B's one."""
+    if raw.get("new_decoder_architecture"):
+        return raw.get("num_kv_heads") or raw["num_attention_heads"]
+    return 1 if raw.get("multi_query", True) else raw["num_attention_heads"]
+
+
+GPT = {"norm": "layer", "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True}
+TIED = {"tied": ("tie_word_embeddings", True)}
+ATTENTION_BIAS = {"qkv_bias": ("attention_bias", False), "out_bias": ("attention_bias", False)}
+
+FAMILIES = {
+    "llama": Family("Llama", keys=ATTENTION_BIAS | {"mlp_bias": ("mlp_bias", False)}),  # Llama 1-3, Yi, TinyLlama, SmolLM
+    "mistral": Family("Mistral", keys={"window": ("sliding_window", None)}),             # and Zephyr
+    "qwen2": Family("Qwen2", {"qkv_bias": True}, {"window": _sliding}),
+    "qwen3": Family("Qwen3", {"qk_norm": True}, ATTENTION_BIAS | {"window": _sliding}),
+    "gemma": Family("Gemma", {"norm_offset": 1.0}, TIED | {
+        "embed_scale": lambda raw: raw["hidden_size"] ** 0.5, "activation": ("hidden_activation", "gelu_tanh")}),
+    "falcon": Family("Falcon", {"norm": "layer", "gated": False, "parallel": True}, TIED | {
+        "kv_heads": _falcon_groups, "mlp_width": lambda raw: raw.get("ffn_hidden_size") or 4 * raw["hidden_size"],
+        "norms": lambda raw: raw.get("num_ln_in_parallel_attn") or (2 if raw.get("new_decoder_architecture") else 1),
+        "norm_eps": ("layer_norm_epsilon", 1e-5), "activation": ("activation", "gelu"),
+        "qkv_bias": ("bias", False), "out_bias": ("bias", False), "mlp_bias": ("bias", False)}, FALCON_NAMES),
+    "gpt_bigcode": Family("GPTBigCode", GPT | {"rotary": 0.0}, TIED | {                  # StarCoder
+        "width": "n_embd", "layers": "n_layer", "heads": "n_head", "max_positions": "n_positions", "norm_eps": ("layer_norm_epsilon", 1e-5),
+        "kv_heads": lambda raw: 1 if raw.get("multi_query", True) else raw["n_head"],
+        "mlp_width": lambda raw: raw.get("n_inner") or 4 * raw["n_embd"], "activation": ("activation_function", "gelu_tanh")}, GPT_NAMES),
+    "starcoder2": Family("Starcoder2", GPT, TIED | {
+        "norm_eps": ("norm_epsilon", 1e-5), "window": ("sliding_window", None), "activation": ("hidden_act", "gelu_tanh")},
+        LLAMA_NAMES | {"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}),
+    "gpt_neox": Family("GPTNeoX", GPT, {                                                 # Pythia
+        "norm_eps": ("layer_norm_eps", 1e-5), "parallel": ("use_parallel_residual", True), "rotary": ("rotary_pct", 0.25),
+        "rope_theta": ("rotary_emb_base", 10000), "activation": ("hidden_act", "gelu")}, NEOX_NAMES),
+}
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -80,53 +159,55 @@ def read_config(path: str | Path) -> ModelConfig:
     family = raw.get("model_type")
     if family not in FAMILIES:
         fail(f"{file}: model_type {family!r} is not supported, expected one of {', '.join(FAMILIES)}")
-
-    def size(key: str, default: int | None = None) -> int:
-        value = raw.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**24:
-            fail(f"{file}: {key} is {value!r}, expected a positive whole number")
-        return value
-
-    for switch in ("attention_bias", "mlp_bias"):
+    for switch in ("alibi", "qk_layernorm"):
         if raw.get(switch):
-            fail(f"{file}: {switch} is true, which is not supported: its biases would be lost")
-    heads, width = size("num_attention_heads"), size("hidden_size")
-    kv_heads = size("num_key_value_heads", heads)
+            fail(f"{file}: {switch} is true, which is not supported: the model would compute something else")
+    found = dict(FAMILIES[family].constants)
+    keys = KEYS | FAMILIES[family].keys
+    for name, where in keys.items():
+        try:
+            found[name] = where(raw) if callable(where) else raw.get(*where) if isinstance(where, tuple) else raw[where]
+        except (KeyError, TypeError):
+            found[name] = None
+        key = name if callable(where) else where[0] if isinstance(where, tuple) else where
+        whole = isinstance(found[name], int) and not isinstance(found[name], bool) and 0 < found[name] < 2**24
+        if name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width", "max_positions", "norms") and not whole:
+            fail(f"{file}: {key} is {found[name]!r}, expected a positive whole number")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # one dict since transformers 5
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         fail(f"{file}: rotary scaling {kind!r} is not supported, expected 'llama3' or none")
-    if raw.get("hidden_act", "silu") != "silu":
-        fail(f"{file}: hidden_act {raw['hidden_act']!r} does not fit family {family}, expected 'silu'")
-    if heads % kv_heads:
-        fail(f"{file}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
-    fields = {name: default if key is None else raw.get(key, default) for name, (key, default) in FAMILIES[family].items()}
+    activation = SPELLINGS.get(found["activation"], found["activation"])
+    if activation not in ACTIVATIONS:
+        fail(f"{file}: activation {found['activation']!r} is not supported, expected one of {', '.join(ACTIVATIONS)}")
+    if found["heads"] % found["kv_heads"]:
+        fail(f"{file}: {found['kv_heads']} key/value heads do not divide {found['heads']} heads: copy the file again")
+    theta = found.pop("rope_theta", raw.get("rope_theta", 10000.0))
     return ModelConfig(
-        family=family, vocab_size=size("vocab_size"), width=width, layers=size("num_hidden_layers"), heads=heads,
-        kv_heads=kv_heads, head_dim=raw.get("head_dim") or width // heads, mlp_width=size("intermediate_size"),
-        max_positions=size("max_position_embeddings", 2048), norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        rope_scaling=rope if kind == "llama3" else None, tied=bool(raw.get("tie_word_embeddings", False)),
+        **found | {"activation": activation, "norm_eps": float(found["norm_eps"]), "tied": bool(found["tied"])},
+        family=family, head_dim=raw.get("head_dim") or found["width"] // found["heads"], rope_theta=float(rope.get("rope_theta", theta)),
+        rope_scaling=rope if kind == "llama3" else None,
         scored=(raw.get("architectures") or [""])[0].endswith("ForSequenceClassification"),
         score_mean=float(raw.get("score_mean", 0.0)), score_std=float(raw.get("score_std", 1.0)),
-        dtype=raw.get("torch_dtype") or raw.get("dtype") or "float32", raw=raw, **fields,
+        dtype=raw.get("torch_dtype") or raw.get("dtype") or "float32", raw=raw,
     )
 
 
 def config_json(config: ModelConfig) -> dict:
     """What config.json should say: the keys it was read with, our fields on top."""
-    kind = "ForSequenceClassification" if config.scored else "ForCausalLM"
-    architecture = {"llama": "Llama", "mistral": "Mistral"}[config.family] + kind
-    ours = {
-        "architectures": [architecture], "model_type": config.family, "vocab_size": config.vocab_size, "hidden_size": config.width,
-        "num_hidden_layers": config.layers, "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim, "intermediate_size": config.mlp_width, "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied, "hidden_act": "silu", "torch_dtype": config.dtype,
-    }
-    if "rope_parameters" not in config.raw:
+    family = FAMILIES[config.family]
+    ours: dict = {"architectures": [family.name + ("ForSequenceClassification" if config.scored else "ForCausalLM")],
+                  "model_type": config.family, "torch_dtype": config.dtype}
+    for name, where in (KEYS | family.keys).items():
+        key = where[0] if isinstance(where, tuple) else where
+        if not callable(key) and not (name == "activation" and key in config.raw):
+            ours[key] = getattr(config, name)
+    if "kv_heads" not in family.keys and config.family != "gpt_neox":
+        ours["num_key_value_heads"] = config.kv_heads
+    if config.head_dim * config.heads != config.width or "head_dim" in config.raw or not config.raw:
+        ours["head_dim"] = config.head_dim
+    if config.rotary and "rope_parameters" not in config.raw and config.family != "gpt_neox":
         ours |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
-    if config.family == "mistral":
-        ours["sliding_window"] = config.window
     if config.scored:  # transformers reads the score before the padding, so padding must not be the end of sequence
         pad = config.raw.get("pad_token_id")
         pad = 0 if pad is None or pad == config.raw.get("eos_token_id") else pad
@@ -137,29 +218,47 @@ def config_json(config: ModelConfig) -> dict:
 # ------------------------------------------------------------------------------------- the network
 
 class Linear(nn.Module):
-    """y = x W^T, W [out, in] kept in its own dtype and used in that of x (fp32 weights, bf16 compute)."""
+    """y = x W^T + b, W [out, in] kept in its own dtype and used in that of x (fp32 weights, bf16 compute)."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, offset: float = 0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight + self.offset if self.offset else self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def new_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "layer":
+        return LayerNorm(config.width, config.norm_eps)
+    return RMSNorm(config.width, config.norm_eps, config.norm_offset)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each pair of dimensions, [E / 2] (Su et al. 2021; Llama-3's scaling of slow ones)."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    """Radians per position of each pair of turning dimensions, [R / 2] (Su et al. 2021; Llama-3's scaling of slow ones)."""
+    turning = int(config.head_dim * config.rotary)
+    exponents = torch.arange(0, turning, 2, dtype=torch.float32) / max(turning, 1)
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return frequencies
@@ -176,14 +275,18 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim, self.window = config.head_dim, config.window
-        self.q_proj = Linear(config.width, config.heads * config.head_dim)
-        self.k_proj = Linear(config.width, config.kv_heads * config.head_dim)
-        self.v_proj = Linear(config.width, config.kv_heads * config.head_dim)
-        self.o_proj = Linear(config.heads * config.head_dim, config.width)
+        self.q_proj = Linear(config.width, config.heads * config.head_dim, config.qkv_bias)
+        self.k_proj = Linear(config.width, config.kv_heads * config.head_dim, config.qkv_bias)
+        self.v_proj = Linear(config.width, config.kv_heads * config.head_dim, config.qkv_bias)
+        self.o_proj = Linear(config.heads * config.head_dim, config.width, config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None, layer: int) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotary(q, cos, sin), rotary(k, cos, sin)  # [N, H, E], [N, K, E]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = turned(q, cos, sin), turned(k, cos, sin)  # [N, H, E], [N, K, E]
         if cache is not None:
             cache.write(layer, k, v)
         if cache is not None and cache.decoding:
@@ -193,29 +296,47 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(1))
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on the first R dimensions of x [N, H, E], where cos and sin are [N, 1, R]."""
+    turning = cos.shape[-1]
+    if turning == x.shape[-1]:
+        return rotary(x, cos, sin)
+    return torch.cat([rotary(x[..., :turning], cos, sin), x[..., turning:]], -1) if turning else x
+
+
 class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = Linear(config.width, config.mlp_width)
-        self.up_proj = Linear(config.width, config.mlp_width)
-        self.down_proj = Linear(config.mlp_width, config.width)
+        self.activation = config.activation
+        self.gate_proj = Linear(config.width, config.mlp_width, config.mlp_bias) if config.gated else None
+        self.up_proj = Linear(config.width, config.mlp_width, config.mlp_bias)
+        self.down_proj = Linear(config.mlp_width, config.width, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        if self.gate_proj is None:
+            return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+        if self.activation == "silu":
+            return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.parallel = config.parallel
+        self.input_layernorm = new_norm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.post_attention_layernorm = new_norm(config) if config.norms == 2 else None
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, cache, layer)
+        normed = self.input_layernorm(x)
+        attended = self.self_attn(normed, cos, sin, layout, cache, layer)
+        if self.parallel:
+            return x + attended + self.mlp(normed if self.post_attention_layernorm is None else self.post_attention_layernorm(x))
+        x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -227,7 +348,8 @@ class Transformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # of activations; None: that of the weights
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.embed_positions = nn.Embedding(config.max_positions, config.width) if config.rotary == 0 else None
+        self.norm = new_norm(config)
         self.lm_head = None if config.tied or config.scored else Linear(config.width, config.vocab_size)
         self.score_head = Linear(config.width, 1) if config.scored else None
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
@@ -250,10 +372,12 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor, layout: Layout | None, cache: KVCache | None = None) -> Tensor:
         """Final hidden states [N, D] of tokens [N] at positions [N] along their paths; no layout is needed to decode."""
         x = self.embed_tokens(tokens)
+        x = x if self.embed_positions is None else x + self.embed_positions(positions)
+        x = x if self.config.embed_scale == 1 else x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        angles = positions[:, None, None].float() * self.frequencies  # [N, 1, E / 2]
+        angles = positions[:, None, None].float() * self.frequencies  # [N, 1, R / 2]
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # [N, 1, E]
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # [N, 1, R]
         for layer, block in enumerate(self.layers):
             x = block(x, cos, sin, layout, cache, layer)
         return self.norm(x)
@@ -294,7 +418,7 @@ def init_weights(model: Transformer, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            nn.init.ones_(parameter)
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
         else:
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / math.sqrt(2 * model.config.layers) if into_residual else 0.02
@@ -379,13 +503,16 @@ def generate(
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty")
     if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected >= 0, >= 0 and between 0 and 1")
+    longest = max(map(len, prompts), default=0)
+    if model.embed_positions is not None and longest + max_tokens > model.config.max_positions:
+        raise ValueError(f"a prompt of {longest} tokens and {max_tokens} new ones: the model has {model.config.max_positions} positions")
     waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
     slots = min(slots, len(waiting))
     samples = [[Sample([], [], False) for _ in range(n)] for _ in prompts]
     if not waiting or max_tokens < 1:
         return samples
     device = model.embed_tokens.weight.device
-    cache = KVCache(model, slots, max(map(len, prompts)) + max_tokens)
+    cache = KVCache(model, slots, longest + max_tokens)
     active: list[_Sequence] = []
     bar = tqdm(total=len(waiting), desc=progress, disable=not progress, mininterval=1, unit=" replies")
     while waiting or active:
@@ -494,9 +621,42 @@ def nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------- checkpoints
 
-def _file_name(name: str) -> str:
-    heads = {"lm_head.weight": "lm_head.weight", "score_head.weight": "score.weight"}
-    return heads.get(name, f"model.{name}")
+def _file_name(name: str, config: ModelConfig) -> str:
+    """What transformers calls a parameter of ours; three share a name where a family keeps queries, keys and values in one matrix."""
+    names = FAMILIES[config.family].names
+    if config.family == "falcon" and config.norms == 2:
+        names = names | {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("layers."):
+        return f"{names.get(module, module)}.{kind}"
+    _, layer, part = module.split(".", 2)
+    if part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj") and "self_attn.qkv" in names:
+        part = "self_attn.qkv"
+    return f"{names['layers']}.{layer}.{names.get(part, part)}.{kind}"
+
+
+def _sources(model: Transformer) -> dict[str, list[str]]:
+    """Our parameters by the name of the tensor in the file that holds them."""
+    found: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        found.setdefault(_file_name(name, model.config), []).append(name)
+    return found
+
+
+# In one matrix (Falcon, StarCoder, GPT-NeoX) each key/value head follows the queries that share it: K groups of H / K + 2 heads.
+
+def split_qkv(fused: Tensor, config: ModelConfig) -> list[Tensor]:
+    """[(H + 2 K) E, ...] -> queries [H E, ...], keys [K E, ...], values [K E, ...]."""
+    groups = fused.unflatten(0, (config.kv_heads, -1, config.head_dim))
+    return [part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])]
+
+
+def join_qkv(parts: list[Tensor], config: ModelConfig) -> Tensor:
+    """The inverse of split_qkv."""
+    return torch.cat([part.unflatten(0, (config.kv_heads, -1, config.head_dim)) for part in parts], 1).flatten(0, 2)
+
+
+BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attn.bias", "masked_bias")  # that old checkpoints carry
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
@@ -506,26 +666,27 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str |
     with torch.device("meta"):
         model = Transformer(config)
     model.register_buffer("frequencies", rotary_frequencies(config).to(device), persistent=False)
-    wanted = {_file_name(name): parameter for name, parameter in model.named_parameters()}
-    loaded = {}
+    sources, shapes, loaded = _sources(model), dict(model.named_parameters()), {}
     for file in _weight_files(path):
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in sorted(tensors.keys()):
-                    if name not in wanted:
-                        if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
-                            continue  # buffers that old checkpoints carry, and the second copy of a tied matrix
-                        fail(f"{file}: holds {name}, which family {config.family} has no place for")
-                    tensor = tensors.get_tensor(name)
-                    if tensor.shape != wanted[name].shape:
-                        fail(f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(wanted[name].shape)}")
-                    loaded[name] = tensor if dtype is None else tensor.to(dtype)
+                for key in sorted(tensors.keys()):
+                    if key not in sources:
+                        if key.endswith(BUFFERS) or (config.tied and key == _file_name("lm_head.weight", config)):
+                            continue  # the second copy of a tied matrix
+                        fail(f"{file}: holds {key}, which family {config.family} has no place for")
+                    names, tensor = sources[key], tensors.get_tensor(key)
+                    expected = [sum(shapes[name].shape[0] for name in names), *shapes[names[0]].shape[1:]]
+                    if list(tensor.shape) != expected:
+                        fail(f"{file}: {key} has shape {list(tensor.shape)}, config.json says {expected}")
+                    parts = split_qkv(tensor, config) if len(names) == 3 else [tensor]
+                    loaded |= {name: part if dtype is None else part.to(dtype) for name, part in zip(names, parts, strict=True)}
         except (SafetensorError, OSError) as error:
             fail(f"{file}: cannot be read as safetensors ({error}): copy it again")
-    missing = sorted(set(wanted) - set(loaded))
+    missing = sorted(key for key, names in sources.items() if names[0] not in loaded)
     if missing:
         fail(f"{path}: {missing[0]} is in none of its weight files ({len(missing)} missing): is config.json of this model?")
-    model.load_state_dict({name: loaded[_file_name(name)] for name, _ in model.named_parameters()}, assign=True)
+    model.load_state_dict(loaded, assign=True)
     return model.requires_grad_(True)
 
 
@@ -555,12 +716,14 @@ def save_model(
     path.mkdir(parents=True)
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach().to("cpu", dtype or parameter.dtype).contiguous()
+    parameters = dict(model.named_parameters())
+    for key, sources in _sources(model).items():
+        parts = [parameters[name].detach().to("cpu", dtype or parameters[name].dtype) for name in sources]
+        tensor = (join_qkv(parts, model.config) if len(parts) == 3 else parts[0]).contiguous()
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = shard_bytes
-        shards[-1][_file_name(name)] = tensor
+        shards[-1][key] = tensor
         room -= tensor.nbytes
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:

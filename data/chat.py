@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
+import tokenizers
 import torch
 
 from model import generate
@@ -92,6 +93,16 @@ def chatml(messages: list[dict]) -> Iterator[Piece]:
         yield Piece("\n")
 
 
+def llama_3(messages: list[dict]) -> Iterator[Piece]:
+    """Llama-3 instruct: headers name the role, <|eot_id|> ends a turn."""
+    yield BOS
+    for m in messages:
+        reply = m["role"] == "assistant"
+        yield from (Piece("<|start_header_id|>", "token"), Piece(m["role"]), Piece("<|end_header_id|>", "token"), Piece("\n\n"))
+        yield Piece(m["content"].strip(), loss=reply)
+        yield Piece("<|eot_id|>", "token", loss=reply)
+
+
 def alpaca(messages: list[dict]) -> Iterator[Piece]:
     """Stanford Alpaca: the reply follows "### Response:" with no blank. A system text replaces the preamble."""
     yield BOS
@@ -142,6 +153,9 @@ _MISTRAL_JINJA = ("{% set s = namespace(text='') %}{{ bos_token }}{% for m in me
                   "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}")
 _CHATML_JINJA = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+_LLAMA3_JINJA = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
+                 "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+                 "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 _ALPACA_JINJA = ("{% set s = namespace(text='Below is an instruction that describes a task. Write a response that "
                  "appropriately completes the request.\n\n') %}{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
                  "{% set s.text = m['content'] + '\n\n' %}{% elif m['role'] == 'user' %}"
@@ -158,41 +172,87 @@ TEMPLATES = {  # recognised in this order
     "mistral": Template(mistral, _MISTRAL_JINJA, "[INST]"),
     "chatml": Template(chatml, _CHATML_JINJA, "<|im_start|>", (Piece("<|im_start|>", "token"), Piece("assistant\n")),
                        tokens=("<|im_start|>", "<|im_end|>")),
+    "llama-3": Template(llama_3, _LLAMA3_JINJA, "<|start_header_id|>",
+                        (Piece("<|start_header_id|>", "token"), Piece("assistant"), Piece("<|end_header_id|>", "token"), Piece("\n\n")),
+                        tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "alpaca": Template(alpaca, _ALPACA_JINJA, "### Instruction:"),
     "plain": Template(plain, _PLAIN_JINJA, "User: "),
 }
 
 # --------------------------------------------------------------------------------------- tokenizer
 
+class _SentencePiece:
+    """tokenizer.model: Llama-2, Yi, Mistral, the tiny world."""
+
+    def __init__(self, file: Path):
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError):
+            fail(f"{file}: is not a sentencepiece model: copy it again")
+        self.size = self.model.get_piece_size()
+        self.names = [self.model.id_to_piece(i) for i in range(self.size)]
+        self.special = {self.names[i]: i for i in range(self.size) if self.model.is_control(i)}
+        self.bos_id, self.eos_id, self.adds_bos = self.model.bos_id(), self.model.eos_id(), True
+        # A model with a dummy prefix writes the first word of a text with a leading blank. A newline never
+        # merges with what follows, so ids after "\n" are those of a text that continues another.
+        self._anchor = len(self.model.encode("\n"))
+        self.blank_first = self._anchor > 1
+
+    def encode(self, text: str, continues: bool) -> list[int]:
+        return self.model.encode("\n" + text)[self._anchor :] if continues else self.model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+
+class _ByteLevel:
+    """tokenizer.json, byte-level BPE: Llama-3, Qwen, Falcon, StarCoder, Pythia."""
+
+    blank_first = False
+
+    def __init__(self, file: Path):
+        try:
+            self.model = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            fail(f"{file}: is not a tokenizer ({error}): copy it again")
+        self.size = max(self.model.get_vocab().values()) + 1
+        self.names = [self.model.id_to_token(i) or f"[{i}]" for i in range(self.size)]
+        self.special = {token.content: i for i, token in self.model.get_added_tokens_decoder().items() if token.special}
+        self.bos_id = self.eos_id = -1  # tokenizer_config.json names them
+        added = self.model.encode("").ids
+        self.adds_bos = bool(added)
+        self.model.encode_special_tokens = True  # a special token's spelling is text like any other
+
+    def encode(self, text: str, continues: bool) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids, skip_special_tokens=False)
+
+
 class Tokenizer:
-    """A sentencepiece model, tokens added to it, and the chat template that belongs to the checkpoint."""
+    """A vocabulary, tokens added to it, and the chat template that belongs to the checkpoint."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        file = self.path / "tokenizer.model"
-        if not file.is_file():
-            fail(f"{file}: no such file, expected the sentencepiece model of the checkpoint: copy it beside the weights")
-        try:
-            self.sentencepiece = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError):
-            fail(f"{file}: is not a sentencepiece model: copy it again")
+        pieces, fast = self.path / "tokenizer.model", self.path / "tokenizer.json"
+        if not pieces.is_file() and not fast.is_file():
+            fail(f"{pieces}: no such file, nor tokenizer.json, expected the checkpoint's tokenizer: copy it beside the weights")
+        self.vocabulary = _SentencePiece(pieces) if pieces.is_file() else _ByteLevel(fast)
         settings = self.path / "tokenizer_config.json"
         self.settings = json.loads(settings.read_text()) if settings.is_file() else {}
-        size = self.sentencepiece.get_piece_size()
         wanted = {token for t in TEMPLATES.values() for token in t.tokens + t.tags}
-        names = [self.sentencepiece.id_to_piece(i) for i in range(size)]
-        self.special = {name: i for i, name in enumerate(names) if name in wanted or self.sentencepiece.is_control(i)}
+        self.special = self.vocabulary.special | {name: i for i, name in enumerate(self.vocabulary.names) if name in wanted}
         for i, token in self.settings.get("added_tokens_decoder", {}).items():
-            if int(i) != self.sentencepiece.unk_id():
+            if token["content"] != "<unk>" and token.get("special", True):
                 self.special.setdefault(token["content"], int(i))
-        self.vocab_size = max([size, *(i + 1 for i in self.special.values())])
-        self.bos_id = self._named("bos_token", self.sentencepiece.bos_id())
-        self.eos_id = self._named("eos_token", self.sentencepiece.eos_id())
-        self.adds_bos = self.settings.get("add_bos_token", True)  # Yi has a BOS that no text begins with
+        self.vocab_size = max([self.vocabulary.size, *(i + 1 for i in self.special.values())])
+        self.bos_id = self._named("bos_token", self.vocabulary.bos_id)
+        self.eos_id = self._named("eos_token", self.vocabulary.eos_id)
+        if self.eos_id < 0:
+            fail(f"{settings}: names no eos_token that the vocabulary has, expected the token that ends a reply: add it")
+        self.adds_bos = self.settings.get("add_bos_token", self.vocabulary.adds_bos)  # Yi has a BOS that no text begins with
         self.template: str | None = self.settings.get("template") or self._recognised()
-        # A model with a dummy prefix writes the first word of a text with a leading blank. A newline never
-        # merges with what follows, so ids after "\n" are those of a text that continues another.
-        self._anchor = len(self.sentencepiece.encode("\n"))
 
     def _named(self, key: str, default: int) -> int:
         token = self.settings.get(key)
@@ -205,7 +265,7 @@ class Tokenizer:
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Token ids of a text, no special token among them. `continues`: it follows other text without a blank."""
-        ids = self.sentencepiece.encode("\n" + text)[self._anchor :] if continues else self.sentencepiece.encode(text)
+        ids = self.vocabulary.encode(text, continues)
         spelled = next((name for name, i in self.special.items() if i in ids), None)
         if spelled is None:
             return ids
@@ -215,13 +275,12 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; special tokens are left out."""
         special = set(self.special.values()) | {self.bos_id, self.eos_id}
-        size = self.sentencepiece.get_piece_size()
-        return self.sentencepiece.decode([i for i in ids if i not in special and 0 <= i < size])
+        return self.vocabulary.decode([i for i in ids if i not in special and 0 <= i < self.vocabulary.size])
 
     def name(self, i: int) -> str:
         """How one token is shown to a person."""
         named = {i: name for name, i in self.special.items()}
-        return named.get(i) or (self.sentencepiece.id_to_piece(i) if i < self.sentencepiece.get_piece_size() else f"[{i}]")
+        return named.get(i) or (self.vocabulary.names[i] if i < self.vocabulary.size else f"[{i}]")
 
     def spans(self, messages: list[dict], template: str | None = None,
                add_generation_prompt: bool = False) -> list[tuple[list[int], bool]]:
@@ -237,7 +296,7 @@ class Tokenizer:
         def flush():
             nonlocal text, after_text
             if text:
-                if after_text and text.startswith(" ") and self._anchor > 1:
+                if after_text and text.startswith(" ") and self.vocabulary.blank_first:
                     ids = self.encode(text[1:])  # the dummy prefix is that blank
                 else:
                     ids = self.encode(text, continues=after_text)
@@ -290,13 +349,15 @@ class Tokenizer:
 
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a reply."""
-        return (self.eos_id, self.special["<|im_end|>"]) if self.template == "chatml" else (self.eos_id,)
+        end = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>"}.get(self.template)
+        return tuple(dict.fromkeys((self.eos_id, self.special[end]))) if end else (self.eos_id,)
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer files beside a checkpoint, its template and added tokens included."""
         path = Path(path)
         if path.resolve() != self.path.resolve():
-            for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json", "generation_config.json"):
+            for name in ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+                         "generation_config.json"):
                 if (self.path / name).is_file():
                     shutil.copyfile(self.path / name, path / name)
         added = {str(i): {"content": name, "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
@@ -318,7 +379,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face model directory (sentencepiece)."""
+    """The tokenizer of a Hugging Face model directory: tokenizer.model (sentencepiece), or else tokenizer.json (byte-level BPE)."""
     return Tokenizer(path)
 
 
@@ -339,7 +400,7 @@ def adopt_template(model, tokenizer: Tokenizer, name: str) -> str:
     with torch.no_grad():
         for weight in [model.embed_tokens.weight] + ([] if model.lm_head is None else [model.lm_head.weight]):
             for token in unseen:
-                source = weight[tokenizer.eos_id if token == "<|im_end|>" else newline].clone()
+                source = weight[tokenizer.eos_id if token in ("<|im_end|>", "<|eot_id|>") else newline].clone()
                 noise = torch.randn(len(source), generator=generator).to(source)
                 weight[tokenizer.special[token]] = source + 0.1 * source.std() * noise
     instead = f" instead of the checkpoint's {before}" if before else ""

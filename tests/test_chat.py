@@ -10,7 +10,8 @@ THREE_TURNS = [m for i in range(3) for m in (
     {"role": "user", "content": f"Name {i} fruits."}, {"role": "assistant", "content": f"Here are {i}: pear."})]
 
 
-@pytest.fixture(scope="module", params=["llama2", "yi", "mistral"])
+@pytest.fixture(scope="module", params=[
+    "llama2", "yi", "mistral", "qwen2", "qwen3", "llama3", "falcon7b", "falcon40b", "gpt_bigcode", "starcoder2", "gpt_neox", "gemma"])
 def family(request):
     folder = FIXTURES / "models" / request.param
     return load_tokenizer(folder), json.loads((folder / "tokenizer_cases.json").read_text())
@@ -23,17 +24,20 @@ def ready(template: str):
     return tokenizer
 
 
-def test_text_becomes_the_ids_of_sentencepiece_and_back(family):
+def test_text_becomes_the_published_ids_and_text_again(family):
     tokenizer, cases = family
     for case in cases["encode"]:
         ids = tokenizer.encode(case["text"])
-        assert ids == case["sentencepiece_ids"], case["text"]
-        assert tokenizer.decode(ids) == case["text"]
+        spells_a_special = any(name in case["text"] for name in tokenizer.special)
+        if "sentencepiece_ids" in case or not spells_a_special:
+            assert ids == case.get("sentencepiece_ids", case["ids"]), case["text"]
+        assert not set(ids) & set(tokenizer.special.values())
+        assert tokenizer.decode(ids) in (case["text"], case["decoded"])  # what the vocabulary composes (NFC) stays composed
 
 
 def test_dialogues_become_the_ids_of_the_published_templates(family):
     tokenizer, cases = family
-    for case in cases["chat"]:
+    for case in cases["chat"] if tokenizer.template else []:  # Falcon's is not among ours
         ids, _ = tokenizer.render(case["messages"], add_generation_prompt=case["add_generation_prompt"])
         assert ids == case["ids"], case["text"]
 
@@ -56,13 +60,13 @@ def test_specials_that_sentencepiece_would_match_in_text_are_broken_up():
     letters = tokenizer.encode("cat")
     tokenizer.special["cat"] = tokenizer.encode("cat")[0]  # as if "cat" were such a symbol
     assert tokenizer.special["cat"] not in tokenizer.encode("a cat") + tokenizer.encode("cat")
-    assert len(letters) == 1 and tokenizer.sentencepiece.decode(tokenizer.encode("cat")) == "cat"
+    assert len(letters) == 1 and tokenizer.vocabulary.decode(tokenizer.encode("cat")) == "cat"
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_loss_covers_replies_and_their_end_and_nothing_else(template):
     tokenizer = ready(template)
-    end = tokenizer.special["<|im_end|>"] if template == "chatml" else tokenizer.eos_id
+    end = tokenizer.stop_ids()[-1]
     ids, mask = tokenizer.render(THREE_TURNS, template)
     runs = [run for run, loss in tokenizer.spans(THREE_TURNS, template) if loss]
     assert len(runs) == 3 and sum(mask) == sum(map(len, runs)) and len(ids) == len(mask)

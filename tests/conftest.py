@@ -17,8 +17,9 @@ BASE = ROOT / "data" / "tiny" / "base"
 
 
 @pytest.fixture(autouse=True)
-def _threads():
+def _same_everywhere():
     torch.set_num_threads(2)
+    torch.manual_seed(0)
 
 
 def reference(name: str) -> tuple[dict, dict[str, torch.Tensor]]:

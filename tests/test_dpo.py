@@ -128,7 +128,8 @@ def test_huge_margins_stay_finite(loss, margin):
 def test_swapping_chosen_and_rejected_negates_the_margin():
     a, b, c, d = four()
     ours, swapped = dpo_loss(a, b, c, d, 0.2)[1], dpo_loss(b, a, d, c, 0.2)[1]
-    assert ours["margin"] == pytest.approx(-swapped["margin"].item()) and ours["accuracy"] == 1 - swapped["accuracy"]
+    assert ours["margin"].item() == pytest.approx(-swapped["margin"].item())
+    assert ours["accuracy"].item() == pytest.approx(1 - swapped["accuracy"].item())
 
 
 def test_a_constant_on_policy_and_reference_of_both_replies_changes_nothing():

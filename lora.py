@@ -1,0 +1,352 @@
+"""LoRA and its relatives: train a small correction, leave the base alone.
+
+    LoRA    y = W x + s B A dropout(x)          A [r, in], B [out, r],  s = alpha / r       Hu et al. 2021, arXiv:2106.09685
+    rsLoRA  the same with s = alpha / sqrt(r)                                               Kalajdzievski 2023, arXiv:2312.03732
+    DoRA    y = m (W + s B A) x / |W + s B A|   m [out], norm by row, not differentiated    Liu et al. 2024, arXiv:2402.09353
+    QLoRA   LoRA on a base of four bits a weight (kernels/nf4.py)                           Dettmers et al. 2023, arXiv:2305.14314
+
+B starts at zero, so that training starts from the base exactly. Several adapters share one base by name (policy, value,
+reward), and with none switched on the model is the base: the reference of DPO and PPO costs nothing.
+
+Memory of a 7B model: 16-bit weights 14.5 GB, in NF4 3.7 GB; an adapter of rank 64 on every linear layer has 160 M
+parameters, with gradients and AdamW's moments in fp32 2.6 GB; full fine-tuning takes 116 GB.
+
+Files are those of PEFT: adapter_config.json and adapter_model.safetensors.
+"""
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kernels.nf4 import NF4, dequantize, quantize
+from model import Linear, Transformer, _file_name, join_qkv, split_qkv
+from runtime import fail
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # every linear layer of a block
+
+
+# ---------------------------------------------------------------------------------- quantised bases
+
+class _Frozen(torch.autograd.Function):
+    """x W^T for a W that is decoded anew in the backward pass: nothing but its codes is kept."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return x @ layer.decoded(x.dtype).t()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g @ ctx.layer.decoded(g.dtype), None
+
+
+class NF4Linear(nn.Module):
+    """A Linear whose weight is NF4, its scales quantised again when `double`."""
+
+    def __init__(self, linear: Linear, double: bool = True):
+        super().__init__()
+        state = quantize(linear.weight, double=double)
+        self.shape, self.block, self.bias = state.shape, state.block, linear.bias
+        for name in ("codes", "scales", "scales2", "offset"):
+            self.register_buffer(name, getattr(state, name))
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        return dequantize(NF4(self.codes, self.scales, self.scales2, self.offset, self.shape, self.block), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Frozen.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class Int8Linear(nn.Module):
+    """A Linear with one byte a weight: codes = round(127 W / largest of the row). Columns listed stay in 16 bits.
+
+    Such columns are those that meet outlier features, |x| >= 6 (Dettmers et al. 2022, arXiv:2208.07339).
+    """
+
+    def __init__(self, linear: Linear, outliers: list[int] = ()):
+        super().__init__()
+        weight = linear.weight.detach().float().clone()
+        kept = torch.tensor(list(outliers), dtype=torch.long)
+        self.register_buffer("columns", kept)
+        self.register_buffer("exact", linear.weight.detach()[:, kept].to(torch.bfloat16))
+        weight[:, kept] = 0
+        scale = weight.abs().amax(1)
+        self.register_buffer("scale", scale)
+        self.register_buffer("codes", (weight * (127 / scale.clamp(min=1e-30))[:, None]).round().to(torch.int8))
+        self.shape, self.bias = linear.weight.shape, linear.bias
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        weight = self.codes.to(torch.float32) * (self.scale / 127)[:, None]
+        weight[:, self.columns] = self.exact.float()
+        return weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Frozen.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+def quantize_base(model: Transformer, kind: str, double: bool = True) -> Transformer:
+    """Every linear layer of the blocks as "nf4" or "int8", in place; embeddings, norms and heads stay. Nothing of the base trains."""
+    if kind not in ("nf4", "int8"):
+        raise ValueError(f"kind is {kind!r}, expected 'nf4' or 'int8'")
+    model.requires_grad_(False)
+    for module in list(model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear):
+                setattr(module, name, NF4Linear(child, double) if kind == "nf4" else Int8Linear(child))
+    return model
+
+
+# ------------------------------------------------------------------------------------------ adapters
+
+class Adapter(nn.Module):
+    """The trained part: A [r, in], B [out, r], for DoRA also the magnitude [out]."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float, generator: torch.Generator, like: Tensor):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)  # uniform, as PyTorch starts a linear layer (Kaiming with a = sqrt 5)
+        drawn = torch.rand(rank, inputs, generator=generator) * 2 * bound - bound
+        self.A = nn.Parameter(drawn.to(like.device))
+        self.B = nn.Parameter(torch.zeros(outputs, rank, device=like.device))
+        self.magnitude: nn.Parameter | None = None
+        self.scale, self.dropout = scale, dropout
+
+    def delta(self) -> Tensor:
+        """s B A, [out, in]"""
+        return self.scale * (self.B @ self.A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """s B A dropout(x)"""
+        x = F.dropout(x, self.dropout) if self.dropout and torch.is_grad_enabled() else x  # sampling and references have none
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+
+
+def dora(y: Tensor, correction: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> Tensor:
+    """m (W x + s B A x) / |W + s B A| + bias, from y = W x + bias and the correction s B A x."""
+    norm = (weight + adapter.delta().to(weight)).norm(dim=1).detach()
+    plain = y if bias is None else y - bias.to(y.dtype)
+    out = (adapter.magnitude / norm).to(y.dtype) * (plain + correction)
+    return out if bias is None else out + bias.to(y.dtype)
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with adapters by name, of which one or none is on."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base, self.adapters, self.active = base, nn.ModuleDict(), None
+
+    def weight(self) -> Tensor:
+        return self.base.weight.detach() if isinstance(self.base, Linear) else self.base.decoded(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.active not in self.adapters:
+            return y
+        adapter = self.adapters[self.active]
+        if adapter.magnitude is None:
+            return y + adapter(x)
+        return dora(y, adapter(x), self.weight(), adapter, self.base.bias)
+
+
+def lora_layers(model: Transformer) -> dict[str, LoraLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def add_lora(model: Transformer, rank: int, alpha: float, dropout: float = 0.0, targets: tuple[str, ...] | None = None, *,
+             name: str = "default", rslora: bool = False, use_dora: bool = False, seed: int = 0) -> Transformer:
+    """Give every linear layer of the blocks (or those whose name ends in one of `targets`) an adapter, in place, and switch it on.
+
+    From then on adapters train, and a score head; the base does not. Raises ValueError for a target that no layer has.
+    """
+    targets = TARGETS if targets is None else targets
+    if rank < 1:
+        raise ValueError(f"rank is {rank}, expected at least 1")
+    scale = alpha / math.sqrt(rank) if rslora else alpha / rank
+    generator = torch.Generator().manual_seed(seed)
+    adapted = model.__dict__.setdefault("adapters", {})
+    adapted[name] = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora, "dora": use_dora, "targets": sorted(targets)}
+    found = set()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(".adapters." in parameter_name or parameter_name.startswith("score_head"))
+    for parent in list(model.layers.modules()):
+        for child_name, child in list(parent.named_children()):
+            if isinstance(parent, LoraLinear) or child_name not in targets:
+                continue
+            found.add(child_name)
+            layer = child if isinstance(child, LoraLinear) else LoraLinear(child)
+            outputs, inputs = layer.weight().shape
+            adapter = Adapter(inputs, outputs, rank, scale, dropout, generator, layer.weight())
+            if use_dora:
+                adapter.magnitude = nn.Parameter(layer.weight().float().norm(dim=1))
+            layer.adapters[name] = adapter
+            setattr(parent, child_name, layer)
+    for layer in lora_layers(model).values():
+        layer.active = name
+    missing = set(targets) - found
+    if targets is not TARGETS and missing:
+        raise ValueError(f"targets: no linear layer is called {', '.join(sorted(missing))}, expected some of {', '.join(TARGETS)}")
+    return model
+
+
+@contextmanager
+def adapter(model: Transformer, name: str | None) -> Iterator[Transformer]:
+    """The model with adapter `name` on, or with none: the base, bit for bit."""
+    layers = lora_layers(model).values()
+    before = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = name
+    try:
+        yield model
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
+
+
+def lora_plus_groups(model: Transformer, lr: float, ratio: float = 16.0) -> list[dict]:
+    """Optimizer groups in which B learns `ratio` times as fast as A (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    fast = [p for name, p in trained if name.endswith(".B")]
+    slow = [p for name, p in trained if not name.endswith(".B")]
+    return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+
+
+@torch.no_grad()
+def merge_lora(model: Transformer, originals: Transformer | None = None, name: str = "default") -> Transformer:
+    """The base with adapter `name` worked into its weights, as a plain model, in place.
+
+    A quantised base has lost bits, so it is merged into the 16-bit `originals` (which are changed and returned),
+    never back into four bits. Raises ValueError without them.
+    """
+    target = model if originals is None else originals
+    for path, layer in lora_layers(model).items():
+        if originals is None and not isinstance(layer.base, Linear):
+            raise ValueError("the base is quantised: give the model it was made from as originals")
+        plain = layer.base if originals is None else originals.get_submodule(path)
+        if name in layer.adapters:
+            found = layer.adapters[name]
+            merged = plain.weight.to(torch.promote_types(plain.weight.dtype, torch.float32)) + found.delta()
+            if found.magnitude is not None:
+                merged = merged * (found.magnitude / merged.norm(dim=1))[:, None]
+            plain.weight.copy_(merged.to(plain.weight))
+        if originals is None:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain)
+    target.__dict__.pop("adapters", None)
+    return target.requires_grad_(True)
+
+
+# --------------------------------------------------------------------------------------------- files
+
+def _peft_name(path: str, model: Transformer) -> str:
+    """What PEFT calls a layer: transformers' name of it, behind its own prefix."""
+    return "base_model.model." + _file_name(f"{path}.weight", model.config).removesuffix(".weight")
+
+
+def _fused(paths: list[str], model: Transformer) -> bool:
+    return len({_peft_name(path, model) for path in paths}) == 1 and len(paths) == 3
+
+
+def save_adapter(model: Transformer, path: str | Path, name: str = "default") -> None:
+    """Write adapter `name` as PEFT does, a score head with it; written beside and renamed.
+
+    Where a family keeps queries, keys and values in one matrix, our three adapters become one of three times the rank:
+    A stacked, B in blocks.
+    """
+    told = model.adapters[name]
+    by_name: dict[str, list[LoraLinear]] = {}
+    for layer_path, layer in lora_layers(model).items():
+        if name in layer.adapters:
+            by_name.setdefault(_peft_name(layer_path, model), []).append(layer)
+    tensors, wider = {}, set()
+    for key, layers in by_name.items():
+        parts = [layer.adapters[name] for layer in layers]
+        if len(parts) == 3:
+            rank = told["rank"]
+            blocks = [F.pad(part.B.detach(), (i * rank, (2 - i) * rank)) for i, part in enumerate(parts)]
+            a, b = torch.cat([part.A.detach() for part in parts]), join_qkv(blocks, model.config)
+            wider.add(key.rpartition(".")[2])
+        else:
+            a, b = parts[0].A.detach(), parts[0].B.detach()
+        tensors |= {f"{key}.lora_A.weight": a.contiguous(), f"{key}.lora_B.weight": b.contiguous()}
+        if parts[0].magnitude is not None:
+            tensors[f"{key}.lora_magnitude_vector"] = parts[0].magnitude.detach()
+    if model.score_head is not None:
+        tensors["base_model.model.score.weight"] = model.score_head.weight.detach()
+    growth = math.sqrt(3) if told["rslora"] else 3
+    config = {
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if model.score_head is not None else "CAUSAL_LM", "r": told["rank"],
+        "lora_alpha": told["alpha"], "lora_dropout": told["dropout"], "use_rslora": told["rslora"], "use_dora": told["dora"],
+        "target_modules": sorted({key.rpartition(".")[2] for key in by_name}), "bias": "none", "fan_in_fan_out": False,
+        "modules_to_save": ["score"] if model.score_head is not None else None, "init_lora_weights": True, "inference_mode": True,
+        "rank_pattern": dict.fromkeys(wider, 3 * told["rank"]), "alpha_pattern": dict.fromkeys(wider, told["alpha"] * growth),
+        "base_model_name_or_path": str(model.__dict__.get("source", "")), "base_model_hash": model.__dict__.get("source_hash", ""),
+        "score_mean": model.config.score_mean, "score_std": model.config.score_std,
+    }
+    final = Path(path)
+    beside = final.with_name(f".{final.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+    (beside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+
+
+def load_adapter(model: Transformer, path: str | Path, name: str = "default") -> Transformer:
+    """Put an adapter that we or PEFT have written on the base it was made for, in place, and switch it on."""
+    path = Path(path)
+    if not (path / "adapter_config.json").is_file():
+        fail(f"{path}: holds no adapter_config.json, expected an adapter in PEFT's format")
+    try:
+        told = json.loads((path / "adapter_config.json").read_text())
+        tensors = load_file(path / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        fail(f"{path}: cannot be read ({error}): copy it again")
+    ours = model.__dict__.get("source_hash", "")
+    if told.get("base_model_hash") and ours and told["base_model_hash"] != ours:
+        fail(f"{path}: was trained on another base ({told['base_model_name_or_path']}): load that one")
+    layers = {layer_path: _peft_name(layer_path, model) for layer_path, module in model.named_modules()
+              if layer_path.startswith("layers.") and layer_path.rpartition(".")[2] in TARGETS and not layer_path.endswith("norm")}
+    keys = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
+    strange = keys - set(layers.values())
+    if strange:
+        fail(f"{path}: adapts {sorted(strange)[0]}, which this model does not have: is it for another family?")
+    targets = tuple(sorted({layer_path.rpartition(".")[2] for layer_path, key in layers.items() if key in keys}))
+    add_lora(model, told["r"], told["lora_alpha"], told["lora_dropout"], targets, name=name, rslora=told.get("use_rslora", False),
+             use_dora=told.get("use_dora", False))
+    with torch.no_grad():
+        for key in sorted(keys):
+            mine = [layer_path for layer_path, of in layers.items() if of == key]
+            a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
+            pieces = split_qkv(b, model.config) if len(mine) == 3 else [b]
+            rank = a.shape[0]
+            pattern = {k: told.get(k) or {} for k in ("rank_pattern", "alpha_pattern")}
+            short = key.rpartition(".")[2]
+            alpha = pattern["alpha_pattern"].get(short, told["lora_alpha"])
+            for layer_path, piece in zip(mine, pieces, strict=True):
+                found = model.get_submodule(layer_path).adapters[name]
+                if piece.shape[0] != found.B.shape[0] or a.shape[1] != found.A.shape[1]:
+                    fail(f"{path}: {key} has shape {list(b.shape)} x {list(a.shape)}, which does not fit this model: load its own base")
+                found.A, found.B = nn.Parameter(a.to(found.A)), nn.Parameter(piece.contiguous().to(found.B))
+                found.scale = alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
+                if f"{key}.lora_magnitude_vector" in tensors:
+                    found.magnitude = nn.Parameter(tensors[f"{key}.lora_magnitude_vector"].to(found.A))
+        if "score" in (told.get("modules_to_save") or []) or model.score_head is not None:
+            head = tensors.get("base_model.model.score.weight")
+            if head is None or model.score_head is None:
+                fail(f"{path}: {'holds no score head' if head is None else 'holds a score head for a model without one'}: "
+                     "a reward model's head travels with its adapter")
+            model.score_head.weight.copy_(head)
+    return model

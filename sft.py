@@ -91,6 +91,8 @@ def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> lis
         trunk        no loss                           |  response  |     no loss
     """
     trees = load_trees(path, tokenizer)
+    if any(tree.ranked for tree in trees):
+        fail(f"{path}: holds rankings, expected messages, preferences or text: write the best answers as messages")
     for tree in trees:
         tree.leaves, tree.responses = [], [r for r in tree.responses if r.side == CHOSEN]
         if config.train_on == "all":

@@ -76,14 +76,14 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: Linear, outliers: list[int] = ()):
         super().__init__()
-        weight = linear.weight.detach().float().clone()
+        weight = linear.weight.detach().to(torch.float32, copy=True)
         kept = torch.tensor(list(outliers), dtype=torch.long)
         self.register_buffer("columns", kept)
         self.register_buffer("exact", linear.weight.detach()[:, kept].to(torch.bfloat16))
         weight[:, kept] = 0
         scale = weight.abs().amax(1)
         self.register_buffer("scale", scale)
-        self.register_buffer("codes", (weight * (127 / scale.clamp(min=1e-30))[:, None]).round().to(torch.int8))
+        self.register_buffer("codes", weight.mul_((127 / scale.clamp(min=1e-30))[:, None]).round_().to(torch.int8))
         self.shape, self.bias = linear.weight.shape, linear.bias
 
     def decoded(self, dtype: torch.dtype) -> Tensor:

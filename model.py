@@ -18,6 +18,7 @@ import json
 import math
 import shutil
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from tqdm import tqdm
 
 from kernels.attention import Layout, attention, decode_attention
@@ -76,6 +78,10 @@ class ModelConfig:
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 SPELLINGS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+# What a config.json may ask for at most: a broken or hostile one is refused before memory is taken.
+LARGEST = {"vocab_size": 2**24, "width": 2**18, "layers": 1024, "heads": 4096, "kv_heads": 4096, "mlp_width": 2**20, "max_positions": 2**24,
+           "norms": 2}
 
 # Where config.json keeps a field: its key, or (key, value when missing), or a function of the whole file.
 KEYS = {
@@ -156,6 +162,8 @@ def read_config(path: str | Path) -> ModelConfig:
         raw = json.loads(file.read_text())
     except ValueError as error:
         fail(f"{file}: is not JSON ({error}): copy it again")
+    if not isinstance(raw, dict):
+        fail(f"{file}: holds a {type(raw).__name__}, expected a JSON object: copy it again")
     family = raw.get("model_type")
     if family not in FAMILIES:
         fail(f"{file}: model_type {family!r} is not supported, expected one of {', '.join(FAMILIES)}")
@@ -170,9 +178,14 @@ def read_config(path: str | Path) -> ModelConfig:
         except (KeyError, TypeError):
             found[name] = None
         key = name if callable(where) else where[0] if isinstance(where, tuple) else where
-        whole = isinstance(found[name], int) and not isinstance(found[name], bool) and 0 < found[name] < 2**24
-        if name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width", "max_positions", "norms") and not whole:
-            fail(f"{file}: {key} is {found[name]!r}, expected a positive whole number")
+        if name in LARGEST and (type(found[name]) is not int or not 0 < found[name] <= LARGEST[name]):
+            fail(f"{file}: {key} is {found[name]!r}, expected a whole number from 1 to {LARGEST[name]:,}: copy the file again")
+    head_dim = raw.get("head_dim") or found["width"] // found["heads"]
+    if type(head_dim) is not int or not 0 < head_dim <= 4096:
+        fail(f"{file}: head_dim is {head_dim!r}, expected a whole number from 1 to 4,096: copy the file again")
+    dtype = raw.get("torch_dtype") or raw.get("dtype") or "float32"
+    if dtype not in ("float64", "float32", "bfloat16", "float16"):
+        fail(f"{file}: torch_dtype is {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # one dict since transformers 5
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
@@ -183,14 +196,18 @@ def read_config(path: str | Path) -> ModelConfig:
     if found["heads"] % found["kv_heads"]:
         fail(f"{file}: {found['kv_heads']} key/value heads do not divide {found['heads']} heads: copy the file again")
     theta = found.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    return ModelConfig(
-        **found | {"activation": activation, "norm_eps": float(found["norm_eps"]), "tied": bool(found["tied"])},
-        family=family, head_dim=raw.get("head_dim") or found["width"] // found["heads"], rope_theta=float(rope.get("rope_theta", theta)),
-        rope_scaling=rope if kind == "llama3" else None,
-        scored=(raw.get("architectures") or [""])[0].endswith("ForSequenceClassification"),
-        score_mean=float(raw.get("score_mean", 0.0)), score_std=float(raw.get("score_std", 1.0)),
-        dtype=raw.get("torch_dtype") or raw.get("dtype") or "float32", raw=raw,
-    )
+    try:
+        config = ModelConfig(
+            **found | {"activation": activation, "norm_eps": float(found["norm_eps"]), "tied": bool(found["tied"])},
+            family=family, head_dim=head_dim, rope_theta=float(rope.get("rope_theta", theta)),
+            rope_scaling=rope if kind == "llama3" else None,
+            scored=(raw.get("architectures") or [""])[0].endswith("ForSequenceClassification"),
+            score_mean=float(raw.get("score_mean", 0.0)), score_std=float(raw.get("score_std", 1.0)), dtype=dtype, raw=raw,
+        )
+        rotary_frequencies(config)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        fail(f"{file}: a number is missing or of the wrong kind ({error}): copy the file again")
+    return config
 
 
 def config_json(config: ModelConfig) -> dict:
@@ -346,6 +363,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # of activations; None: that of the weights
+        self.checkpointing = False  # keep each block's input alone and run the block again in the backward pass
+        self.recompute = noop_context_fn  # contexts of a block's first and second run: which adapter is on (lora.py)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.embed_positions = nn.Embedding(config.max_positions, config.width) if config.rotary == 0 else None
@@ -379,7 +398,10 @@ class Transformer(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # [N, 1, R]
         for layer, block in enumerate(self.layers):
-            x = block(x, cos, sin, layout, cache, layer)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, layout, cache, layer, use_reentrant=False, context_fn=self.recompute)
+            else:
+                x = block(x, cos, sin, layout, cache, layer)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -659,41 +681,68 @@ def join_qkv(parts: list[Tensor], config: ModelConfig) -> Tensor:
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attn.bias", "masked_bias")  # that old checkpoints carry
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
-    """A Hugging Face directory as a Transformer; weights in `dtype`, or as stored. Reads safetensors only."""
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", *,
+    linear: Callable[[Linear], nn.Module] | None = None,
+) -> Transformer:
+    """A Hugging Face directory as a Transformer; weights in `dtype`, or as stored. Reads safetensors only.
+
+    Tensor by tensor: the peak is the model and its largest tensor. `linear` makes something smaller of each
+    linear layer of the blocks as it arrives (lora.py: NF4, int8); such a model is frozen.
+    """
     path = Path(path)
     config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config)
     model.register_buffer("frequencies", rotary_frequencies(config).to(device), persistent=False)
-    sources, shapes, loaded = _sources(model), dict(model.named_parameters()), {}
+    sources, shapes, loaded = _sources(model), dict(model.named_parameters()), set()
     for file in _weight_files(path):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for key in sorted(tensors.keys()):
-                    if key not in sources:
-                        if key.endswith(BUFFERS) or (config.tied and key == _file_name("lm_head.weight", config)):
-                            continue  # the second copy of a tied matrix
-                        fail(f"{file}: holds {key}, which family {config.family} has no place for")
-                    names, tensor = sources[key], tensors.get_tensor(key)
-                    expected = [sum(shapes[name].shape[0] for name in names), *shapes[names[0]].shape[1:]]
-                    if list(tensor.shape) != expected:
-                        fail(f"{file}: {key} has shape {list(tensor.shape)}, config.json says {expected}")
-                    parts = split_qkv(tensor, config) if len(names) == 3 else [tensor]
-                    loaded |= {name: part if dtype is None else part.to(dtype) for name, part in zip(names, parts, strict=True)}
-        except (SafetensorError, OSError) as error:
-            fail(f"{file}: cannot be read as safetensors ({error}): copy it again")
+        for key in _keys(file):
+            if key not in sources:
+                if key.endswith(BUFFERS) or (config.tied and key == _file_name("lm_head.weight", config)):
+                    continue  # the second copy of a tied matrix
+                fail(f"{file}: holds {key}, which family {config.family} has no place for")
+            names, tensor = sources[key], _read_tensor(file, key, device)
+            expected = [sum(shapes[name].shape[0] for name in names), *shapes[names[0]].shape[1:]]
+            if list(tensor.shape) != expected:
+                fail(f"{file}: {key} has shape {list(tensor.shape)}, config.json says {expected}")
+            parts = split_qkv(tensor, config) if len(names) == 3 else [tensor]
+            for name, part in zip(names, parts, strict=True):
+                where, _, kind = name.rpartition(".")
+                module = model.get_submodule(where)
+                setattr(module, kind, nn.Parameter(part.to(dtype or part.dtype, copy=True)))
+                if linear is not None and kind == "weight" and where.startswith("layers.") and isinstance(module, Linear):
+                    parent, _, child = where.rpartition(".")
+                    setattr(model.get_submodule(parent), child, linear(module))
+                loaded.add(name)
     missing = sorted(key for key, names in sources.items() if names[0] not in loaded)
     if missing:
         fail(f"{path}: {missing[0]} is in none of its weight files ({len(missing)} missing): is config.json of this model?")
-    model.load_state_dict(loaded, assign=True)
-    return model.requires_grad_(True)
+    return model.requires_grad_(linear is None)
+
+
+def _keys(file: Path) -> list[str]:
+    """The names of a file's tensors; one line for a file that is no safetensors."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return sorted(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        fail(f"{file}: cannot be read as safetensors ({error}): copy it again")
+
+
+def _read_tensor(file: Path, key: str, device: str | torch.device) -> Tensor:
+    """One tensor of a memory-mapped file. Opening anew for each lets go of the pages of the one before."""
+    with safe_open(file, framework="pt", device=str(device)) as tensors:
+        return tensors.get_tensor(key)
 
 
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            files = sorted({path / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            fail(f"{index}: is not an index of safetensors (a \"weight_map\" from tensors to files): copy it again")
     else:
         files = [path / "model.safetensors"]
     for file in files:

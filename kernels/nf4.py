@@ -67,11 +67,13 @@ def quantize(weight: Tensor, block: int = 64, double: bool = True) -> NF4:
     """A weight of any shape as NF4. Raises ValueError unless its size is a multiple of the block."""
     if weight.numel() % block or block % 2:
         raise ValueError(f"a weight of {weight.numel()} values does not divide into blocks of {block}")
-    blocks = weight.detach().float().reshape(-1, block)
-    scales = blocks.abs().amax(1)
-    unit = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # a block of zeros stays zeros
-    codes = nearest(unit, LEVELS.to(weight.device)).flatten()
-    packed = codes[0::2] * 16 + codes[1::2]
+    levels, parts = LEVELS.to(weight.device), []
+    for blocks in weight.detach().reshape(-1, block).split(2**14):  # a million weights at a time: little beside the model
+        scales = blocks.float().abs().amax(1)
+        unit = blocks.float() / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # a block of zeros stays zeros
+        codes = nearest(unit, levels).flatten()
+        parts.append((codes[0::2] * 16 + codes[1::2], scales))
+    packed, scales = (torch.cat(part) for part in zip(*parts, strict=True))
     if not double:
         return NF4(packed, scales, None, None, weight.shape, block)
     offset = scales.mean()
@@ -90,6 +92,6 @@ def block_scales(state: NF4) -> Tensor:
 
 def dequantize(state: NF4, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight again, in `dtype`."""
-    table = LEVELS.to(state.codes.device)
-    values = torch.stack([table[(state.codes >> 4).int()], table[(state.codes & 15).int()]], 1)
+    pairs = torch.cartesian_prod(LEVELS, LEVELS).to(state.codes.device)  # [256, 2], what each byte holds
+    values = pairs[state.codes.int()]
     return (values.view(-1, state.block) * block_scales(state)[:, None]).view(state.shape).to(dtype)

@@ -6,6 +6,7 @@ import torch
 from conftest import FIXTURES, exits, reference, small_model
 from safetensors.torch import load_file, save_file
 
+from benchmarks import loading
 from kernels.attention import Layout
 from kernels.logprobs import linear_logprobs
 from model import BUFFERS, KVCache, _sources, generate, keep_top_k, load_model, nucleus, sample_tokens, save_model
@@ -258,7 +259,15 @@ def only_pickle(path):
     (lambda p: (p / "config.json").unlink(), "holds no config.json"),
     (lambda p: (p / "config.json").write_text("{"), "is not JSON"),
     (edit_config(model_type="rwkv"), "model_type 'rwkv' is not supported, expected one of llama, mistral"),
-    (edit_config(hidden_size=-3), "hidden_size is -3, expected a positive whole number"),
+    (lambda p: (p / "config.json").write_text("[1]"), "holds a list, expected a JSON object"),
+    (edit_config(hidden_size=-3), "hidden_size is -3, expected a whole number from 1 to"),
+    (edit_config(head_dim="16"), "head_dim is '16', expected a whole number"),
+    (edit_config(rms_norm_eps="small"), "a number is missing or of the wrong kind"),
+    (edit_config(rope_scaling={"rope_type": "llama3"}), "a number is missing or of the wrong kind"),
+    (edit_config(torch_dtype="int3"), "torch_dtype is 'int3'"),
+    (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "is not an index of safetensors"),
+    (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
+     "gone.safetensors: no such file"),
     (edit_config(num_hidden_layers=10**12), "num_hidden_layers is 1000000000000"),
     (edit_config(vocab_size="forty"), "vocab_size is 'forty'"),
     (edit_config(num_key_value_heads=3), "3 key/value heads do not divide 4 heads"),
@@ -274,3 +283,10 @@ def only_pickle(path):
 ])
 def test_a_broken_checkpoint_is_one_line(change, said, tmp_path, capsys):
     exits(capsys, broken(tmp_path, change), str(tmp_path), said)
+
+
+def test_loading_peaks_below_1_15_times_the_weights(tmp_path):
+    """At 0.4 GB here; at 2 GB, and quantised, by benchmarks/loading.py."""
+    loading.write(tmp_path, layers=4, width=2048)
+    found = loading.measure(str(tmp_path), "bfloat16")
+    assert found["peak_bytes"] < 1.15 * found["weight_bytes"]

@@ -25,16 +25,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import lora
+import memory
 import runtime
 from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer, sample_texts
 from data.pack import Batch, Tree, digest, load_trees, pack, step_trees, steps_per_epoch, truncate
 from kernels.logprobs import linear_logprobs
-from model import Transformer, load_model, save_model
+from model import Transformer, load_model
 from runtime import check_range, fail
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(lora.Options):
     model: str = "runs/tiny/0/sft/model"  # Hugging Face directory to start from, usually the result of sft.py
     ref_model: str = ""              # the reference; "": the same as model
     data: str = "runs/tiny/0/pairs.jsonl"  # JSONL of preferences (data/formats.py)
@@ -70,6 +72,7 @@ class Config:
     overwrite: bool = False          # start anew in a folder that holds another run
 
     def __post_init__(self):
+        super().__post_init__()
         if self.template and self.template not in TEMPLATES:
             fail(f"template is '{self.template}', expected one of {', '.join(TEMPLATES)}")
         for key, low, high in (
@@ -288,12 +291,14 @@ def evaluate(policy: Transformer, trees: list[Tree], config: Config, device: tor
 
 
 def main(config: Config) -> None:
+    if config.dry_run:
+        memory.dry_run(config, load_data)
     device = runtime.setup(config.device, config.seed, config.threads)
     tokenizer = load_tokenizer(config.model)
-    policy = load_model(config.model, dtype=torch.float32, device=device)
-    policy.compute_dtype = runtime.compute_dtype(config.dtype, device)
+    policy = lora.load_base(config.model, config, device, runtime.compute_dtype(config.dtype, device))
     template = config.template or tokenizer.template or "zephyr"
     print(adopt_template(policy, tokenizer, template))
+    lora.adapt(policy, config, config.seed)
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     depends_on = {"data": config.data, "model": config.model, "code": __file__}
@@ -311,17 +316,18 @@ def main(config: Config) -> None:
     del ref
 
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
-    optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2)
+    optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus)
     done = runtime.load_state(run, policy, optimizer)
     log = runtime.Log(run, done, steps, ("loss", "margin", "accuracy", "pairs_per_s"), config.wandb, config)
     stop = runtime.StopRequest()
-    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {steps} steps of {config.batch} dialogues, {done} done")
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    print(f"{trained:,} parameters train, {steps} steps of {config.batch} dialogues, {done} done")
 
     for step in range(done, steps):
         began = time.perf_counter()
         lr = runtime.learning_rate(step, steps, config.lr, round(config.warmup * steps), config.schedule, config.floor)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         batches = pack(step_trees(trees, config.batch, step, config.seed), config.max_tokens)
         pairs = sum(batch.pairs for batch in batches)
         metrics: dict[str, float] = {}
@@ -347,7 +353,7 @@ def main(config: Config) -> None:
             break
 
     if done == steps:
-        save_model(policy, run / "model", tokenizer, dtype=getattr(torch, policy.config.dtype))
+        lora.save_result(policy, run, tokenizer, config, trees[0].trunk[:64].tolist())
         prompts = [tree.trunk[: tree.responses[0].start].tolist() for tree in eval_trees or trees]
         log.note("\n".join(sample_texts(policy, tokenizer, prompts[: config.samples], config.seed)))
     log.close()

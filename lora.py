@@ -9,28 +9,56 @@ B starts at zero, so that training starts from the base exactly. Several adapter
 reward), and with none switched on the model is the base: the reference of DPO and PPO costs nothing.
 
 Memory of a 7B model: 16-bit weights 14.5 GB, in NF4 3.7 GB; an adapter of rank 64 on every linear layer has 160 M
-parameters, with gradients and AdamW's moments in fp32 2.6 GB; full fine-tuning takes 116 GB.
+parameters, with gradients and AdamW's moments in fp32 2.6 GB; full fine-tuning takes 116 GB. Any script tells for
+any model with dry_run=true (memory.py).
 
 Files are those of PEFT: adapter_config.json and adapter_model.safetensors.
 """
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import noop_context_fn
 
 from kernels.nf4 import NF4, dequantize, quantize
-from model import Linear, Transformer, _file_name, join_qkv, split_qkv
-from runtime import fail
+from model import Linear, Transformer, file_name, join_qkv, load_model, save_model, split_qkv, weight_files
+from runtime import check_range, fail, file_hash
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of a model trains, and in how much memory: settings that every training script has."""
+
+    lora_rank: int = 0               # 8-256: train adapters of this rank on every linear layer of a frozen base; 0: train every weight
+    lora_alpha: float = 16.0         # adapters count alpha / rank
+    lora_dropout: float = 0.0        # on what enters an adapter, 0-0.1
+    lora_kind: Literal["lora", "rslora", "dora"] = "lora"
+    lora_plus: float = 1.0           # how much faster B learns than A; LoRA+ recommends 16
+    quantize: Literal["none", "nf4", "int8"] = "none"  # the frozen base, four or eight bits a weight
+    checkpointing: bool = False      # keep a block's input alone and run it again for its gradients: little memory, a third more time
+    dry_run: bool = False            # check everything, print parameters, memory and steps, and leave
+
+    def __post_init__(self):
+        for key, low, high in (("lora_rank", 0, 2**16), ("lora_alpha", 0, inf), ("lora_dropout", 0, 0.99), ("lora_plus", 1e-3, inf)):
+            check_range(key, getattr(self, key), low, high)
+        if self.quantize != "none" and not self.lora_rank:
+            fail(f"quantize is '{self.quantize}', which cannot be trained: set lora_rank, e.g. lora_rank=16")
+
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # every linear layer of a block
 
@@ -96,9 +124,12 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
+QUANTIZED = {"nf4": NF4Linear, "int8": Int8Linear}
+
+
 def quantize_base(model: Transformer, kind: str, double: bool = True) -> Transformer:
     """Every linear layer of the blocks as "nf4" or "int8", in place; embeddings, norms and heads stay. Nothing of the base trains."""
-    if kind not in ("nf4", "int8"):
+    if kind not in QUANTIZED:
         raise ValueError(f"kind is {kind!r}, expected 'nf4' or 'int8'")
     model.requires_grad_(False)
     for module in list(model.layers.modules()):
@@ -192,8 +223,10 @@ def add_lora(model: Transformer, rank: int, alpha: float, dropout: float = 0.0, 
                 adapter.magnitude = nn.Parameter(layer.weight().float().norm(dim=1))
             layer.adapters[name] = adapter
             setattr(parent, child_name, layer)
-    for layer in lora_layers(model).values():
+    model.__dict__["lora_layers"] = list(lora_layers(model).values())
+    for layer in model.lora_layers:
         layer.active = name
+    model.recompute = partial(_recompute, model)
     missing = set(targets) - found
     if targets is not TARGETS and missing:
         raise ValueError(f"targets: no linear layer is called {', '.join(sorted(missing))}, expected some of {', '.join(TARGETS)}")
@@ -203,23 +236,50 @@ def add_lora(model: Transformer, rank: int, alpha: float, dropout: float = 0.0, 
 @contextmanager
 def adapter(model: Transformer, name: str | None) -> Iterator[Transformer]:
     """The model with adapter `name` on, or with none: the base, bit for bit."""
-    layers = lora_layers(model).values()
-    before = [layer.active for layer in layers]
-    for layer in layers:
+    before = [layer.active for layer in model.lora_layers]
+    for layer in model.lora_layers:
         layer.active = name
     try:
         yield model
     finally:
-        for layer, active in zip(layers, before, strict=True):
+        for layer, active in zip(model.lora_layers, before, strict=True):
             layer.active = active
 
 
-def lora_plus_groups(model: Transformer, lr: float, ratio: float = 16.0) -> list[dict]:
-    """Optimizer groups in which B learns `ratio` times as fast as A (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    fast = [p for name, p in trained if name.endswith(".B")]
-    slow = [p for name, p in trained if not name.endswith(".B")]
-    return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+def _recompute(model: Transformer):
+    """Gradient checkpointing's two contexts: a block's second run has the adapter on that was on in its first."""
+    return nullcontext(), adapter(model, model.lora_layers[0].active)
+
+
+class Role(nn.Module):
+    """One of several models on one base: the base with adapter `name` on (None: none), and a score head of its own if it scores.
+
+    PPO's policy, reference, reward and value model share a base this way. Its parameters are those of its adapter and head.
+    """
+
+    def __init__(self, base: Transformer, name: str | None, head: Tensor | None = None, score_mean: float = 0.0, score_std: float = 1.0):
+        super().__init__()
+        self.__dict__["base"] = base  # not a submodule: its weights are not this role's
+        self.name = name
+        self.adapters = nn.ModuleList(layer.adapters[name] for layer in base.__dict__.get("lora_layers", []) if name in layer.adapters)
+        self.config = replace(base.config, scored=head is not None, score_mean=score_mean, score_std=score_std)
+        self.score_head = None if head is None else Linear(head.shape[1], 1)
+        if head is not None:
+            self.score_head.weight = nn.Parameter(head.detach().float().clone())
+
+    def __getattr__(self, key: str):
+        try:
+            return super().__getattr__(key)
+        except AttributeError:
+            return getattr(self.base, key)
+
+    def hidden(self, *inputs) -> Tensor:
+        if "lora_layers" not in self.base.__dict__:
+            return self.base.hidden(*inputs)
+        with adapter(self.base, self.name):
+            return self.base.hidden(*inputs)
+
+    scores = Transformer.scores
 
 
 @torch.no_grad()
@@ -244,6 +304,8 @@ def merge_lora(model: Transformer, originals: Transformer | None = None, name: s
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, plain)
     target.__dict__.pop("adapters", None)
+    target.__dict__.pop("lora_layers", None)
+    target.recompute = noop_context_fn
     return target.requires_grad_(True)
 
 
@@ -251,7 +313,7 @@ def merge_lora(model: Transformer, originals: Transformer | None = None, name: s
 
 def _peft_name(path: str, model: Transformer) -> str:
     """What PEFT calls a layer: transformers' name of it, behind its own prefix."""
-    return "base_model.model." + _file_name(f"{path}.weight", model.config).removesuffix(".weight")
+    return "base_model.model." + file_name(f"{path}.weight", model.config).removesuffix(".weight")
 
 
 def _fused(paths: list[str], model: Transformer) -> bool:
@@ -282,6 +344,10 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
         tensors |= {f"{key}.lora_A.weight": a.contiguous(), f"{key}.lora_B.weight": b.contiguous()}
         if parts[0].magnitude is not None:
             tensors[f"{key}.lora_magnitude_vector"] = parts[0].magnitude.detach()
+    if model.__dict__.get("new_rows"):  # of a template's tokens
+        for part in ("embed_tokens", "lm_head"):
+            if getattr(model, part) is not None:
+                tensors[f"base_model.model.{file_name(f'{part}.weight', model.config)}"] = getattr(model, part).weight.detach()
     if model.score_head is not None:
         tensors["base_model.model.score.weight"] = model.score_head.weight.detach()
     growth = math.sqrt(3) if told["rslora"] else 3
@@ -305,7 +371,30 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
 
 
 def load_adapter(model: Transformer, path: str | Path, name: str = "default") -> Transformer:
-    """Put an adapter that we or PEFT have written on the base it was made for, in place, and switch it on."""
+    """Put an adapter that we or PEFT have written on the base it was made for, in place, and switch it on.
+
+    A reward model's adapter brings its head: give it a model with one (`add_score_head`), or ask for a Role (`load_role`).
+    """
+    told, head = _load_adapter(model, path, name)
+    if "score" in (told.get("modules_to_save") or []) or model.score_head is not None:
+        if head is None or model.score_head is None:
+            fail(f"{path}: {'holds no score head' if head is None else 'holds a score head for a model without one'}: "
+                 "a reward model's head travels with its adapter")
+        model.score_head.weight.data.copy_(head)
+        model.config = replace(model.config, score_mean=told.get("score_mean", 0.0), score_std=told.get("score_std", 1.0))
+    return model
+
+
+def load_role(base: Transformer, path: str | Path, name: str) -> Role:
+    """A reward model's adapter, as one role among several on `base`."""
+    told, head = _load_adapter(base, path, name)
+    if head is None:
+        fail(f"{path}: holds no score head: a reward model's head travels with its adapter")
+    return Role(base, name, head.to(base.embed_tokens.weight.device), told.get("score_mean", 0.0), told.get("score_std", 1.0))
+
+
+def _load_adapter(model: Transformer, path: str | Path, name: str) -> tuple[dict, Tensor | None]:
+    """What adapter_config.json says, and the weight of the score head if there is one."""
     path = Path(path)
     if not (path / "adapter_config.json").is_file():
         fail(f"{path}: holds no adapter_config.json, expected an adapter in PEFT's format")
@@ -343,10 +432,56 @@ def load_adapter(model: Transformer, path: str | Path, name: str = "default") ->
                 found.scale = alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
                 if f"{key}.lora_magnitude_vector" in tensors:
                     found.magnitude = nn.Parameter(tensors[f"{key}.lora_magnitude_vector"].to(found.A))
-        if "score" in (told.get("modules_to_save") or []) or model.score_head is not None:
-            head = tensors.get("base_model.model.score.weight")
-            if head is None or model.score_head is None:
-                fail(f"{path}: {'holds no score head' if head is None else 'holds a score head for a model without one'}: "
-                     "a reward model's head travels with its adapter")
-            model.score_head.weight.copy_(head)
+        for part in ("embed_tokens", "lm_head"):
+            rows = tensors.get(f"base_model.model.{file_name(f'{part}.weight', model.config)}")
+            if rows is not None:
+                model.resize(max(len(rows), model.config.vocab_size))
+                getattr(model, part).weight[: len(rows)] = rows.to(getattr(model, part).weight)
+    return told, tensors.get("base_model.model.score.weight")
+
+
+# ----------------------------------------------------------------------------------------- for scripts
+
+def load_base(path: str, options: Options, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The model a script is to train, computing in `dtype`: weights in fp32 if they train, else as stored, or quantised on the way in."""
+    if options.lora_rank:
+        model = load_model(path, device=device, linear=QUANTIZED.get(options.quantize)).requires_grad_(False)
+        model.__dict__ |= {"source": path, "source_hash": file_hash(*weight_files(Path(path)))}
+    else:
+        model = load_model(path, dtype=torch.float32, device=device)
+    model.compute_dtype, model.checkpointing = dtype, options.checkpointing
     return model
+
+
+def adapt(model: Transformer, options: Options, seed: int, name: str = "default") -> Transformer:
+    """add_lora as the options say; without a rank every weight trains."""
+    if options.lora_rank:
+        add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout, name=name, seed=seed,
+                 rslora=options.lora_kind == "rslora", use_dora=options.lora_kind == "dora")
+    return model
+
+
+@torch.no_grad()
+def save_result(model: Transformer, run: Path, tokenizer, options: Options, probe: list[int], name: str = "default") -> None:
+    """run/model, a checkpoint that stands alone; with adapters also run/adapter.
+
+    The adapter is merged into the 16-bit originals, in place unless they were quantised, and the largest change this makes to
+    the logits (or scores) of the tokens `probe` is printed: rounding, and what quantisation had cost.
+    """
+    dtype = getattr(torch, model.config.dtype)
+    if options.lora_rank:
+        save_adapter(model, run / "adapter", name)
+        ids = torch.tensor([probe], device=model.embed_tokens.weight.device)
+        ask = "score" if model.config.scored else "forward"
+        before = getattr(model, ask)(ids).cpu()
+        originals = None
+        if options.quantize != "none":
+            originals = load_model(model.source)
+            originals.compute_dtype, originals.config = model.compute_dtype, model.config
+            for part in ("embed_tokens", "lm_head", "score_head"):  # never quantised; a template may have added rows
+                setattr(originals, part, copy.deepcopy(getattr(model, part)).cpu() if getattr(model, part) is not None else None)
+        model = merge_lora(model, originals, name)
+        gap = (getattr(model, ask)(ids.to(model.embed_tokens.weight.device)).cpu() - before).abs().max()
+        print(f"adapter merged into {'the weights' if originals is None else f'the originals of {options.quantize}'}: "
+              f"{'scores' if model.config.scored else 'logits'} change by {gap:.2g} at most")
+    save_model(model, run / "model", tokenizer, dtype=dtype)

@@ -456,7 +456,7 @@ def add_score_head(model: Transformer, seed: int) -> Transformer:
     model.config = replace(model.config, scored=True)
     weight = model.embed_tokens.weight
     model.lm_head = None
-    model.score_head = Linear(model.config.width, 1).to(weight)
+    model.score_head = Linear(model.config.width, 1).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     std = (model.config.width + 1) ** -0.5
     drawn = torch.randn(1, model.config.width, generator=torch.Generator().manual_seed(seed))
     model.score_head.weight.data.copy_(drawn * std)
@@ -643,7 +643,7 @@ def nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------- checkpoints
 
-def _file_name(name: str, config: ModelConfig) -> str:
+def file_name(name: str, config: ModelConfig) -> str:
     """What transformers calls a parameter of ours; three share a name where a family keeps queries, keys and values in one matrix."""
     names = FAMILIES[config.family].names
     if config.family == "falcon" and config.norms == 2:
@@ -661,7 +661,7 @@ def _sources(model: Transformer) -> dict[str, list[str]]:
     """Our parameters by the name of the tensor in the file that holds them."""
     found: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
-        found.setdefault(_file_name(name, model.config), []).append(name)
+        found.setdefault(file_name(name, model.config), []).append(name)
     return found
 
 
@@ -695,39 +695,43 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(config)
     model.register_buffer("frequencies", rotary_frequencies(config).to(device), persistent=False)
-    sources, shapes, loaded = _sources(model), dict(model.named_parameters()), set()
-    for file in _weight_files(path):
-        for key in _keys(file):
-            if key not in sources:
-                if key.endswith(BUFFERS) or (config.tied and key == _file_name("lm_head.weight", config)):
-                    continue  # the second copy of a tied matrix
-                fail(f"{file}: holds {key}, which family {config.family} has no place for")
-            names, tensor = sources[key], _read_tensor(file, key, device)
-            expected = [sum(shapes[name].shape[0] for name in names), *shapes[names[0]].shape[1:]]
-            if list(tensor.shape) != expected:
-                fail(f"{file}: {key} has shape {list(tensor.shape)}, config.json says {expected}")
-            parts = split_qkv(tensor, config) if len(names) == 3 else [tensor]
-            for name, part in zip(names, parts, strict=True):
-                where, _, kind = name.rpartition(".")
-                module = model.get_submodule(where)
-                setattr(module, kind, nn.Parameter(part.to(dtype or part.dtype, copy=True)))
-                if linear is not None and kind == "weight" and where.startswith("layers.") and isinstance(module, Linear):
-                    parent, _, child = where.rpartition(".")
-                    setattr(model.get_submodule(parent), child, linear(module))
-                loaded.add(name)
-    missing = sorted(key for key, names in sources.items() if names[0] not in loaded)
-    if missing:
-        fail(f"{path}: {missing[0]} is in none of its weight files ({len(missing)} missing): is config.json of this model?")
+    for file, key, names in check_weights(path, model):
+        tensor = _read_tensor(file, key, device)
+        parts = split_qkv(tensor, config) if len(names) == 3 else [tensor]
+        for name, part in zip(names, parts, strict=True):
+            where, _, kind = name.rpartition(".")
+            module = model.get_submodule(where)
+            setattr(module, kind, nn.Parameter(part.to(dtype or part.dtype, copy=True)))
+            if linear is not None and kind == "weight" and where.startswith("layers.") and isinstance(module, Linear):
+                parent, _, child = where.rpartition(".")
+                setattr(model.get_submodule(parent), child, linear(module))
     return model.requires_grad_(linear is None)
 
 
-def _keys(file: Path) -> list[str]:
-    """The names of a file's tensors; one line for a file that is no safetensors."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return sorted(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        fail(f"{file}: cannot be read as safetensors ({error}): copy it again")
+def check_weights(path: Path, model: Transformer) -> list[tuple[Path, str, list[str]]]:
+    """Where a directory keeps the model's parameters: [(file, tensor in it, our names)]. Reads headers alone; whatever does not fit
+    is one line."""
+    config, found = model.config, []
+    sources, shapes = _sources(model), dict(model.named_parameters())
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                held = {key: tensors.get_slice(key).get_shape() for key in sorted(tensors.keys())}
+        except (SafetensorError, OSError) as error:
+            fail(f"{file}: cannot be read as safetensors ({error}): copy it again")
+        for key, shape in held.items():
+            if key not in sources:
+                if key.endswith(BUFFERS) or (config.tied and key == file_name("lm_head.weight", config)):
+                    continue  # the second copy of a tied matrix
+                fail(f"{file}: holds {key}, which family {config.family} has no place for")
+            names = sources.pop(key)
+            expected = [sum(shapes[name].shape[0] for name in names), *shapes[names[0]].shape[1:]]
+            if list(shape) != expected:
+                fail(f"{file}: {key} has shape {list(shape)}, config.json says {expected}")
+            found.append((file, key, names))
+    if sources:
+        fail(f"{path}: {min(sources)} is in none of its weight files ({len(sources)} missing): is config.json of this model?")
+    return found
 
 
 def _read_tensor(file: Path, key: str, device: str | torch.device) -> Tensor:
@@ -736,7 +740,7 @@ def _read_tensor(file: Path, key: str, device: str | torch.device) -> Tensor:
         return tensors.get_tensor(key)
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:

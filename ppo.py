@@ -22,12 +22,15 @@ import json
 import time
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import lora
+import memory
 import runtime
 from data.chat import Tokenizer, load_tokenizer
 from data.formats import read
@@ -39,7 +42,7 @@ from runtime import check_range, fail
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(lora.Options):
     model: str = "runs/tiny/0/sft/model"  # the policy to start from, and the reference; usually the result of sft.py
     reward_model: str = "runs/tiny/0/reward/model"  # result of reward.py
     value_model: str = ""            # the value model to start from; "": the reward model
@@ -92,6 +95,7 @@ class Config:
     overwrite: bool = False          # start anew in a folder that holds another run
 
     def __post_init__(self):
+        super().__post_init__()
         for key, low, high in (
             ("steps", 1, inf), ("batch", 1, inf), ("n", 1, inf), ("max_tokens", 1, inf), ("temperature", 1e-6, 10), ("penalty", 0, inf),
             ("score_clip", 1e-6, inf), ("kl_coef", 0, inf), ("kl_target", 0, inf), ("kl_horizon", 1, inf), ("gamma", 0, 1), ("lam", 0, 1),
@@ -356,16 +360,21 @@ def out_of_bounds(metrics: dict[str, float], config: Config) -> str:
     return ""
 
 
-def main(config: Config) -> None:
-    device = runtime.setup(config.device, config.seed, config.threads)
-    tokenizer = load_tokenizer(config.model)
-    if not tokenizer.template:
-        fail(f"{config.model}: carries no chat template, expected the result of sft.py")
-    dtype = runtime.compute_dtype(config.dtype, device)
+def load_roles(config: Config, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> tuple:
+    """Policy, reference, reward model, and value model (None for rloo).
+
+    Four models, or with lora_rank four roles on one frozen base: the policy and value models are adapters, the reference is
+    the base with none on, and the reward model is an adapter too if reward_model is one (runs/reward/adapter). Otherwise it is
+    a second base, quantised like the first, with the value adapter on it.
+    """
+    bases: dict[str, Transformer] = {}
 
     def load(path: str, scored: bool, trained: bool) -> Transformer:
-        model = load_model(path, dtype=torch.float32 if trained or dtype is None else dtype, device=device).requires_grad_(trained)
-        model.compute_dtype = dtype
+        if config.lora_rank:
+            model = bases[path] = bases.get(path) or lora.load_base(path, config, device, dtype)
+        else:
+            model = load_model(path, dtype=torch.float32 if trained else dtype, device=device).requires_grad_(trained)
+            model.compute_dtype, model.checkpointing = dtype, config.checkpointing
         if model.config.scored != scored:
             fail(f"{path}: has no score head, expected the result of reward.py" if scored else
                  f"{path}: is a reward model, expected the result of sft.py")
@@ -374,20 +383,49 @@ def main(config: Config) -> None:
             fail(f"{path}: has another tokenizer than {config.model}: train it from that model")
         return model
 
-    policy, reference = load(config.model, scored=False, trained=True), load(config.model, scored=False, trained=False)
-    reward_model = load(config.reward_model, scored=True, trained=False)
-    value = load(config.value_model or config.reward_model, scored=True, trained=True) if config.advantages == "gae" else None
+    value_path = config.value_model or config.reward_model if config.advantages == "gae" else ""
+    if not config.lora_rank:
+        value = load(value_path, scored=True, trained=True) if value_path else None
+        policy, reference = load(config.model, scored=False, trained=True), load(config.model, scored=False, trained=False)
+        return policy, reference, load(config.reward_model, scored=True, trained=False), value
+
+    def scorer(path: str, name: str) -> lora.Role:
+        if (Path(path) / "adapter_config.json").is_file():
+            return lora.load_role(base, path, name)
+        model = load(path, scored=True, trained=False)
+        if name == "value":
+            lora.adapt(model, config, config.seed, name)
+        return lora.Role(model, name, model.score_head.weight, model.config.score_mean, model.config.score_std)
+
+    base = lora.adapt(load(config.model, scored=False, trained=False), config, config.seed, "policy")
+    reward_model, value = scorer(config.reward_model, "reward"), scorer(value_path, "value") if value_path else None
+    roles = lora.Role(base, "policy"), lora.Role(base, None), reward_model, value
+    for role, trained in zip(roles, (True, False, False, True), strict=True):
+        if role is not None:
+            role.to(device).requires_grad_(trained)
+    return roles
+
+
+def main(config: Config) -> None:
+    if config.dry_run:
+        memory.dry_run(config, load_prompts)
+    device = runtime.setup(config.device, config.seed, config.threads)
+    tokenizer = load_tokenizer(config.model)
+    if not tokenizer.template:
+        fail(f"{config.model}: carries no chat template, expected the result of sft.py")
+    policy, reference, reward_model, value = load_roles(config, tokenizer, device, runtime.compute_dtype(config.dtype, device))
     prompts = load_prompts(config.data, tokenizer, policy.config.max_positions - config.max_tokens)
     print(f"data: {len(prompts)} prompts, at most {max(map(len, prompts))} tokens")
     depends_on = {"data": config.data, "model": config.model, "reward_model": config.reward_model, "code": __file__}
     run, lock = runtime.open_run(config.out, config, depends_on, config.overwrite)
 
-    optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2)
+    optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus)
     models = nn.ModuleDict({"policy": policy})
     if value is not None:
         models["value"] = value
-        for group in runtime.adamw(value, config.value_lr, config.weight_decay, config.beta2).param_groups:
-            optimizer.add_param_group({key: group[key] for key in ("params", "weight_decay")} | {"scale": config.value_lr / config.lr})
+        for group in runtime.adamw(value, config.value_lr, config.weight_decay, config.beta2, config.lora_plus).param_groups:
+            kept = {key: group[key] for key in ("params", "weight_decay")}
+            optimizer.add_param_group(kept | {"scale": group["scale"] * config.value_lr / config.lr})
     done = runtime.load_state(run, models, optimizer)
     log = runtime.Log(run, done, config.steps, ("score", "kl", "length", "eos_rate", "tokens_per_s"), config.wandb, config)
     kl_coef = json.loads(log.file.read_text().splitlines()[-1])["next_kl_coef"] if done else config.kl_coef
@@ -399,7 +437,7 @@ def main(config: Config) -> None:
         began = time.perf_counter()
         lr = runtime.learning_rate(step, config.steps, config.lr, round(config.warmup * config.steps), config.schedule, config.floor)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("scale", 1.0)
+            group["lr"] = lr * group["scale"]
 
         trees = sample(policy, step_trees(prompts, config.batch, step, config.seed), tokenizer, step, config)
         sampled = time.perf_counter()
@@ -429,7 +467,10 @@ def main(config: Config) -> None:
         if last or (config.show_every and done % config.show_every == 0):
             log.note(sample_table(rollout, tokenizer))
         if config.snapshot_every and done % config.snapshot_every == 0:
-            save_model(policy, run / f"model_step_{done}", tokenizer, dtype=getattr(torch, policy.config.dtype))
+            if config.lora_rank:
+                lora.save_adapter(policy.base, run / f"adapter_step_{done}", "policy")
+            else:
+                save_model(policy, run / f"model_step_{done}", tokenizer, dtype=getattr(torch, policy.config.dtype))
         if stop or last or (config.save_every and done % config.save_every == 0):
             runtime.save_state(run, done, models, optimizer)
         if stop or reason:
@@ -438,7 +479,7 @@ def main(config: Config) -> None:
     if reason:
         log.note(f"ended early after step {done}: {reason}")
     if done == config.steps or reason:
-        save_model(policy, run / "model", tokenizer, dtype=getattr(torch, policy.config.dtype))
+        lora.save_result(policy.base if config.lora_rank else policy, run, tokenizer, config, prompts[0], "policy")
     log.close()
     lock.close()
     print(f"wrote {run}/model" if done == config.steps or reason else f"stopped after step {done}; the same command goes on from there")

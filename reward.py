@@ -30,17 +30,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import lora
+import memory
 import runtime
 from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer
 from data.formats import read
 from data.pack import CHOSEN, Batch, Tree, load_trees, pack, step_trees, steps_per_epoch, truncate
 from kernels.logprobs import linear_logprobs
-from model import Transformer, add_score_head, load_model, save_model
+from model import Transformer, add_score_head, load_model
 from runtime import check_range, fail
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(lora.Options):
     model: str = "runs/tiny/0/sft/model"  # Hugging Face directory to start from, usually the result of sft.py
     data: str = "runs/tiny/0/pairs.jsonl"  # JSONL of preferences or rankings (data/formats.py)
     eval_data: str = ""              # JSONL of held-out pairs; "" for none
@@ -50,7 +52,7 @@ class Config:
 
     margin: Literal["none", "raw", "llama2_small", "llama2_large"] = "none"  # what a rating 1-4 takes off the difference
     centering: float = 0.0           # weight of (r_w + r_l)^2, 0 or about 0.01
-    epochs: int = 1                  # passes over the data; a second one overfits
+    epochs: int = 1                  # passes over the data; a large model overfits in a second one
     max_steps: int = 0               # stop after this many updates; 0: epochs decide
     batch: int = 64                  # dialogues per update
     max_length: int = 512            # tokens of a path, prompt and response; longer ones are cut and counted
@@ -73,6 +75,7 @@ class Config:
     overwrite: bool = False          # start anew in a folder that holds another run
 
     def __post_init__(self):
+        super().__post_init__()
         if self.template and self.template not in TEMPLATES:
             fail(f"template is '{self.template}', expected one of {', '.join(TEMPLATES)}")
         for key, low, high in (
@@ -228,10 +231,11 @@ def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torc
 
 
 def main(config: Config) -> None:
+    if config.dry_run:
+        memory.dry_run(config, load_data)
     device = runtime.setup(config.device, config.seed, config.threads)
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, dtype=torch.float32, device=device)
-    model.compute_dtype = runtime.compute_dtype(config.dtype, device)
+    model = lora.load_base(config.model, config, device, runtime.compute_dtype(config.dtype, device))
     print(adopt_template(model, tokenizer, config.template or tokenizer.template or "zephyr"))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
@@ -244,18 +248,20 @@ def main(config: Config) -> None:
         baseline = report(eval_trees, all_scores(model, eval_trees, config.max_tokens, device, mean_logprobs))
     if not model.config.scored:
         add_score_head(model, config.seed)
+    lora.adapt(model, config, config.seed)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
-    optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2)
+    optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2, config.lora_plus)
     done = runtime.load_state(run, model, optimizer)
     log = runtime.Log(run, done, steps, ("loss", "margin", "accuracy", "pairs_per_s"), config.wandb, config)
     stop = runtime.StopRequest()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {config.batch} dialogues, {done} done")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{trained:,} parameters train, {steps} steps of {config.batch} dialogues, {done} done")
 
     for step in range(done, steps):
         began = time.perf_counter()
         lr = runtime.learning_rate(step, steps, config.lr, round(config.warmup * steps), config.schedule, config.floor)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         batches = pack(step_trees(trees, config.batch, step, config.seed), config.max_tokens)
         groups = sum(batch.pairs for batch in batches)
         metrics: dict[str, float] = {}
@@ -287,7 +293,7 @@ def main(config: Config) -> None:
         model.config = replace(model.config, score_mean=scores.mean().item(), score_std=max(scores.std().item(), 1e-6))
         print(f"{'demonstrations' if config.demos else 'chosen replies'} score 0 on average from now on, "
               f"with standard deviation {model.config.score_std:.3f}")
-        save_model(model, run / "model", tokenizer, dtype=getattr(torch, model.config.dtype))
+        lora.save_result(model, run, tokenizer, config, trees[0].trunk[:64].tolist())
         if eval_trees:
             records, _ = read(config.eval_data)
             categories = [record.get("category", "") for record in records]

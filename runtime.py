@@ -41,7 +41,8 @@ def load_config(cls: type, doc: str, argv: list[str] | None = None):
     """An instance of the frozen dataclass `cls`: its defaults, then `--config FILE` (TOML), then `key=value`."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(f"{doc.strip()}\n\n{inspect.getsource(cls)}")
+        sources = [inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c)]
+        print("\n\n".join([doc.strip(), *sources]))
         raise SystemExit(0)
     types = typing.get_type_hints(cls)
     values: dict = {}
@@ -60,7 +61,7 @@ def load_config(cls: type, doc: str, argv: list[str] | None = None):
             fail(f"{file}: is not TOML ({error}): numbers are written 0.1, words in quotes, switches true or false")
         for key, value in table.items():
             values[key] = _checked(types, key, value, file)
-    for word in rest:
+    for word in ("dry_run=true" if word == "--dry-run" else word for word in rest):
         key, equals, text = word.partition("=")
         if not equals:
             fail(f"command line: '{word}' is not key=value, expected e.g. lr=1e-4 (or --config FILE, --help)")
@@ -150,23 +151,30 @@ def _fast_cpu_matmul() -> str:
     return ""
 
 
-def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of activations, None for that of the weights; 'auto' is bfloat16 where the hardware multiplies it."""
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations; 'auto' is bfloat16 where the hardware multiplies it."""
     if name == "auto":
         cpu_has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         name = "bfloat16" if (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_it) else "float32"
         print(f"compute in {name}")
-    return torch.bfloat16 if name == "bfloat16" else None
+    return getattr(torch, name)
 
 
 # ------------------------------------------------------------------------- optimizer and schedule
 
-def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters (Loshchilov & Hutter 2019); norms and biases are not decayed."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
+def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999, lora_plus: float = 1.0) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters (Loshchilov & Hutter 2019); norms and biases are not decayed.
+
+    A group's rate is "scale" times the step's; LoRA's B matrices learn `lora_plus` times as fast (Hayou et al. 2024, arXiv:2402.12354).
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    fast = [p for name, p in trainable if name.endswith(".B")] if lora_plus != 1 else []
+    rest = [p for name, p in trainable if not (fast and name.endswith(".B"))]
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay, "scale": 1.0},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "scale": 1.0},
+              {"params": fast, "weight_decay": weight_decay, "scale": lora_plus}]
+    groups = [group | {"lr": lr * group["scale"]} for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, schedule: str, floor: float = 0.0) -> float:

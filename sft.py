@@ -23,16 +23,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import lora
+import memory
 import runtime
 from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer, sample_texts
 from data.pack import CHOSEN, Batch, Response, Tree, load_trees, pack, step_trees, steps_per_epoch, truncate
 from kernels.logprobs import linear_logprobs
-from model import Transformer, load_model, save_model
+from model import Transformer
 from runtime import check_range, fail
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(lora.Options):
     model: str = "data/tiny/base"    # Hugging Face directory to start from
     data: str = "runs/tiny/0/data/sft.jsonl"  # JSONL: messages, preferences or text (data/formats.py)
     eval_data: str = ""              # JSONL of the same kind, for the evaluation loss; "" for none
@@ -64,6 +66,7 @@ class Config:
     overwrite: bool = False          # start anew in a folder that holds another run
 
     def __post_init__(self):
+        super().__post_init__()
         if self.template and self.template not in TEMPLATES:
             fail(f"template is '{self.template}', expected one of {', '.join(TEMPLATES)}")
         for key, low, high in (
@@ -123,29 +126,32 @@ def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torc
 
 
 def main(config: Config) -> None:
+    if config.dry_run:
+        memory.dry_run(config, load_data)
     device = runtime.setup(config.device, config.seed, config.threads)
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, dtype=torch.float32, device=device)
-    model.compute_dtype = runtime.compute_dtype(config.dtype, device)
+    model = lora.load_base(config.model, config, device, runtime.compute_dtype(config.dtype, device))
     if config.train_on == "responses" or config.template:
         print(adopt_template(model, tokenizer, config.template or tokenizer.template or "zephyr"))
+    lora.adapt(model, config, config.seed)
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     depends_on = {"data": config.data, "model": config.model, "code": __file__}
     run, lock = runtime.open_run(config.out, config, depends_on, config.overwrite)
 
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
-    optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2)
+    optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2, config.lora_plus)
     done = runtime.load_state(run, model, optimizer)
     log = runtime.Log(run, done, steps, ("loss", "tokens_per_s"), config.wandb, config)
     stop = runtime.StopRequest()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {config.batch} dialogues, {done} done")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{trained:,} parameters train, {steps} steps of {config.batch} dialogues, {done} done")
 
     for step in range(done, steps):
         began = time.perf_counter()
         lr = runtime.learning_rate(step, steps, config.lr, round(config.warmup * steps), config.schedule, config.floor)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         batches = pack(step_trees(trees, config.batch, step, config.seed), config.max_tokens)
         response_tokens = sum(len(batch.owner) for batch in batches)
         metrics = {"loss": 0.0, "response_tokens": response_tokens, "lr": lr}
@@ -169,7 +175,7 @@ def main(config: Config) -> None:
             break
 
     if done == steps:
-        save_model(model, run / "model", tokenizer, dtype=getattr(torch, model.config.dtype))
+        lora.save_result(model, run, tokenizer, config, trees[0].trunk[:64].tolist())
         ends = [tree.responses[0].start if config.train_on == "responses" else 8 for tree in eval_trees or trees]
         prompts = [tree.trunk[:end].tolist() for tree, end in zip(eval_trees or trees, ends, strict=True)]
         log.note("\n".join(sample_texts(model, tokenizer, prompts[: config.samples], config.seed)))

@@ -394,6 +394,7 @@ def adopt_template(model, tokenizer: Tokenizer, name: str) -> str:
     if before == name:
         return f"template {name}, as in the checkpoint"
     unseen = tokenizer.adopt(name)
+    model.__dict__["new_rows"] = bool(unseen)  # an adapter for this model has to bring its embeddings along
     model.resize(max(model.config.vocab_size, tokenizer.vocab_size))
     newline = tokenizer.encode("\n", continues=True)[-1]
     generator = torch.Generator().manual_seed(0)

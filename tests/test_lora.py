@@ -7,7 +7,8 @@ from conftest import FIXTURES, exits, reference, small_model
 from safetensors.torch import load_file
 
 import lora
-from lora import Adapter, Int8Linear, LoraLinear, add_lora, lora_layers, lora_plus_groups, merge_lora, quantize_base, save_adapter
+import runtime
+from lora import Adapter, Int8Linear, LoraLinear, add_lora, lora_layers, merge_lora, quantize_base, save_adapter
 from model import Linear, add_score_head, load_model
 
 PEFT = FIXTURES / "models" / "llama2_lora"
@@ -58,7 +59,7 @@ def test_lora_plus_learns_b_faster():
     numbers, _ = reference("lora")
     told = numbers["loraplus"]
     model = add_lora(small_model(), 2, 4)
-    slow, fast = lora_plus_groups(model, told["lr"], told["ratio"])
+    slow, fast = runtime.adamw(model, told["lr"], 0.0, lora_plus=told["ratio"]).param_groups
     assert slow["lr"] == told["groups"][0]["lr"] and fast["lr"] == told["groups"][2]["lr"]
     assert {id(p) for p in fast["params"]} == {id(p) for name, p in model.named_parameters() if name.endswith(".B")}
 

@@ -413,7 +413,7 @@ def _load_adapter(model: Transformer, path: str | Path, name: str) -> tuple[dict
     if strange:
         fail(f"{path}: adapts {sorted(strange)[0]}, which this model does not have: is it for another family?")
     targets = tuple(sorted({layer_path.rpartition(".")[2] for layer_path, key in layers.items() if key in keys}))
-    add_lora(model, told["r"], told["lora_alpha"], told["lora_dropout"], targets, name=name, rslora=told.get("use_rslora", False),
+    add_lora(model, told["r"], told["lora_alpha"], 0.0, targets, name=name, rslora=told.get("use_rslora", False),
              use_dora=told.get("use_dora", False))
     with torch.no_grad():
         for key in sorted(keys):

@@ -415,6 +415,7 @@ def _load_adapter(model: Transformer, path: str | Path, name: str) -> tuple[dict
     targets = tuple(sorted({layer_path.rpartition(".")[2] for layer_path, key in layers.items() if key in keys}))
     add_lora(model, told["r"], told["lora_alpha"], 0.0, targets, name=name, rslora=told.get("use_rslora", False),
              use_dora=told.get("use_dora", False))
+    model.adapters[name]["dropout"] = told["lora_dropout"]  # written again as read; what is loaded drops nothing
     with torch.no_grad():
         for key in sorted(keys):
             mine = [layer_path for layer_path, of in layers.items() if of == key]

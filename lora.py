@@ -30,7 +30,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
@@ -357,14 +357,15 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
         "target_modules": sorted({key.rpartition(".")[2] for key in by_name}), "bias": "none", "fan_in_fan_out": False,
         "modules_to_save": ["score"] if model.score_head is not None else None, "init_lora_weights": True, "inference_mode": True,
         "rank_pattern": dict.fromkeys(wider, 3 * told["rank"]), "alpha_pattern": dict.fromkeys(wider, told["alpha"] * growth),
-        "base_model_name_or_path": str(model.__dict__.get("source", "")), "base_model_hash": model.__dict__.get("source_hash", ""),
-        "score_mean": model.config.score_mean, "score_std": model.config.score_std,
+        "base_model_name_or_path": str(model.__dict__.get("source", "")),
     }
+    ours = {"base_model_hash": model.__dict__.get("source_hash", ""),  # beside the tensors: PEFT warns of keys it does not know
+            "score_mean": model.config.score_mean, "score_std": model.config.score_std}
     final = Path(path)
     beside = final.with_name(f".{final.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt", "ours": json.dumps(ours)})
     (beside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
@@ -401,6 +402,8 @@ def _load_adapter(model: Transformer, path: str | Path, name: str) -> tuple[dict
     try:
         told = json.loads((path / "adapter_config.json").read_text())
         tensors = load_file(path / "adapter_model.safetensors")
+        with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+            told |= json.loads((file.metadata() or {}).get("ours", "{}"))
     except (OSError, ValueError, SafetensorError) as error:
         fail(f"{path}: cannot be read ({error}): copy it again")
     ours = model.__dict__.get("source_hash", "")

@@ -50,17 +50,18 @@ def load(path: str, way: str) -> dict[str, float]:
     WAYS[way].get("linear", nn.Identity())(small.to(torch.bfloat16))
     with torch.device("meta"):
         Transformer(ModelConfig())
-    with Path("/proc/self/clear_refs").open("w") as peak:
-        peak.write("5")  # the kernel's high-water mark starts anew: imports have peaks of their own
-    before = _status("VmRSS")
+    before, _ = resident(reset=True)
     model = load_model(path, **WAYS[way])
     held = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
-    return {"weight_bytes": held, "peak_bytes": _status("VmHWM") - before}
+    return {"weight_bytes": held, "peak_bytes": resident()[1] - before}
 
 
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+def resident(reset: bool = False) -> tuple[int, int]:
+    """Bytes of this process in memory now, and the most it had since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return tuple(int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
 
 
 def measure(path: str, way: str) -> dict[str, float]:

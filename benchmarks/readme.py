@@ -36,8 +36,39 @@ def throughput_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def family_table(report: dict) -> str:
+    """Our families beside transformers."""
+    lines = ["| family | largest logit difference | greedy tokens equal | texts tokenized alike | dialogues rendered alike |",
+             "|---|---|---|---|---|"]
+    for name, row in report["families"].items():
+        greedy, texts, chats = (f"{equal} of {count}" if count else "template not among ours"
+                                for equal, count in (row["greedy"], row["encode"], row["chat"]))
+        lines.append(f"| {name} | {row['logits']:.1e} | {greedy} | {texts} | {chats} |")
+    return "\n".join(lines)
+
+
+def memory_table(report: dict) -> str:
+    """What training takes, by arithmetic, and the arithmetic beside a real run."""
+    ways = list(dict.fromkeys(row["way"] for row in report["models"]))
+    lines = ["| GB | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
+    for name in dict.fromkeys(row["model"] for row in report["models"]):
+        together = {row["way"]: row["together"] for row in report["models"] if row["model"] == name}
+        lines.append(f"| {name} | " + " | ".join(f"{together[way] / 1e9:.1f}" for way in ways) + " |")
+    off = [row["peak_bytes"] / row["told_bytes"] for row in report["check"]]
+    lines += ["", "Peak of a real run, of a model of 0.1 B in fp32, full and with adapters, with checkpointing and without: "
+              f"{min(off):.2f} to {max(off):.2f} times what this arithmetic says."]
+    return "\n".join(lines)
+
+
+def loading_table(report: dict) -> str:
+    """Peak of loading over what is loaded."""
+    found = ", ".join(f"{way} {row['peak_bytes'] / row['weight_bytes']:.2f}" for way, row in report["ways"].items())
+    return f"Loading a checkpoint of 2 GB peaks at this multiple of the model that results: {found} (`{report['command']}`)."
+
+
 TABLES = {"tiny": (tiny_table, "tiny/judge.json"), "categories": (category_table, "tiny/judge.json"),
-          "throughput": (throughput_table, "throughput.json")}
+          "throughput": (throughput_table, "throughput.json"), "families": (family_table, "families.json"),
+          "memory": (memory_table, "memory.json"), "loading": (loading_table, "loading.json")}
 
 
 def filled(text: str) -> str:

@@ -64,11 +64,14 @@ def nearest(values: Tensor, table: Tensor) -> Tensor:
 
 
 def quantize(weight: Tensor, block: int = 64, double: bool = True) -> NF4:
-    """A weight of any shape as NF4. Raises ValueError unless its size is a multiple of the block."""
-    if weight.numel() % block or block % 2:
-        raise ValueError(f"a weight of {weight.numel()} values does not divide into blocks of {block}")
+    """A weight of any shape as NF4, its last block filled up with zeros. Raises ValueError for an odd block."""
+    if block % 2:
+        raise ValueError(f"block is {block}, expected an even number: a byte holds two codes")
     levels, parts = LEVELS.to(weight.device), []
-    for blocks in weight.detach().reshape(-1, block).split(2**14):  # a million weights at a time: little beside the model
+    flat = weight.detach().flatten()
+    if flat.numel() % block:
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % block))
+    for blocks in flat.view(-1, block).split(2**14):  # a million weights at a time: little beside the model
         scales = blocks.float().abs().amax(1)
         unit = blocks.float() / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # a block of zeros stays zeros
         codes = nearest(unit, levels).flatten()
@@ -94,4 +97,4 @@ def dequantize(state: NF4, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight again, in `dtype`."""
     pairs = torch.cartesian_prod(LEVELS, LEVELS).to(state.codes.device)  # [256, 2], what each byte holds
     values = pairs[state.codes.int()]
-    return (values.view(-1, state.block) * block_scales(state)[:, None]).view(state.shape).to(dtype)
+    return (values.view(-1, state.block) * block_scales(state)[:, None]).flatten()[: state.shape.numel()].view(state.shape).to(dtype)

@@ -61,8 +61,7 @@ def hidden_of(model):
 def test_sft_with_adapters_leaves_an_adapter_and_the_same_model_merged(changes, world, tmp_path, capsys):
     run_sft(world, tmp_path / "run", lr=1e-2, **changes)
     assert "logits change by" in capsys.readouterr().out
-    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == 4 and len(config["base_model_hash"]) == 16
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 4
     base = load_model(world / "base", dtype=torch.float32)
     merged, before = load_model(tmp_path / "run" / "model", dtype=torch.float32), hidden_of(base)
     adapted = hidden_of(lora.load_adapter(base, tmp_path / "run" / "adapter"))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import lora
 import runtime
 from lora import Adapter, Int8Linear, LoraLinear, add_lora, lora_layers, merge_lora, quantize_base, save_adapter
-from model import Linear, add_score_head, load_model
+from model import Linear, add_score_head, load_model, save_model
 
 PEFT = FIXTURES / "models" / "llama2_lora"
 
@@ -230,3 +230,38 @@ def test_an_adapter_for_another_base_or_family_is_refused(tmp_path, capsys):
     exits(capsys, lambda: lora.load_adapter(small_model(), tmp_path), "holds no adapter_config.json")
     with pytest.raises(ValueError, match="no linear layer is called k_prj"):
         add_lora(small_model(), 2, 4, targets=("k_prj",))
+
+
+# ------------------------------------------------------------------------------- beside the real libraries
+
+def test_transformers_and_peft_open_what_we_save_and_we_what_peft_saves(tmp_path):
+    """Runs where both are installed; they are no dependency."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    ids = torch.randint(0, 300, (2, 12))
+    for family in ("llama2", "qwen3", "falcon40b", "gpt_bigcode"):
+        folder, saved = FIXTURES / "models" / family, tmp_path / family
+        save_model(load_model(folder), saved)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager").eval()
+        with torch.no_grad():
+            assert (load_model(saved)(ids) - theirs(ids).logits).abs().max() < 2e-4
+        ours = trained(add_lora(load_model(saved), 4, 8, seed=1))
+        save_adapter(ours, saved / "adapter")
+        with torch.no_grad():
+            told = peft.PeftModel.from_pretrained(theirs, saved / "adapter").eval()(ids).logits
+            assert (ours(ids) - told).abs().max() < 2e-4 * told.abs().max()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama2", attn_implementation="eager")
+    made = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)).eval()
+    made.save_pretrained(tmp_path / "made")
+    with torch.no_grad():
+        mine = lora.load_adapter(load_model(tmp_path / "llama2"), tmp_path / "made")(ids)
+        assert (mine - made(ids).logits).abs().max() < 2e-4
+
+
+def test_transformers_reads_our_reward_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = add_score_head(load_model(FIXTURES / "models" / "llama2"), 0)
+    save_model(model, tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ids = torch.randint(5, 300, (3, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(model.score(ids), theirs(ids).logits[:, 0], atol=2e-4, rtol=1e-4)

@@ -9,7 +9,10 @@ import pytest
 from conftest import FIXTURES, ROOT, metrics_of, write_jsonl
 
 import dpo
+import memory
+import reward
 import sft
+from benchmarks.memory import SHAPES
 from runtime import load_config
 
 MISTRAL = FIXTURES / "models" / "mistral"
@@ -25,8 +28,24 @@ def preferences(source: str, folder: Path) -> Path:
     return write_jsonl(folder / "pairs.jsonl", made)
 
 
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*/*.toml")) if path.parent.name != "tiny"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_header_of_a_config_tells_its_memory(path, tmp_path):
+    script = reward if "reward" in path.stem else dpo if "dpo" in path.stem else sft
+    config = load_config(script.Config, "", ["--config", str(path)])
+    shape = SHAPES[{"zephyr-7b": "mistral-7b"}.get(path.parent.name, path.parent.name)]
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    found = memory.plan(str(tmp_path), config, config.dtype, config.max_tokens, scored=script is reward)
+    together = sum(size for part, size in found.items() if part not in ("parameters", "trained"))
+    header = path.read_text().partition("\ndata")[0]
+    assert f"{together / 1e9:.1f} GB" in header and "Values: " in header and "Memory" in header
+
+
+@pytest.mark.parametrize("kind", ["", "_qlora"])
 @pytest.mark.parametrize("source", ["made", REAL])
-def test_the_zephyr_7b_configs_run_on_a_small_mistral(source, tmp_path):
+def test_the_zephyr_7b_configs_run_on_a_small_mistral(source, kind, tmp_path):
     """Two steps of SFT and two of DPO from its result: finite losses, ln 2 at the start of DPO."""
     small = ["max_steps=2", "batch=4", "max_length=1024", "device=cpu", f"data={preferences(source, tmp_path)}"]
 
@@ -35,7 +54,7 @@ def test_the_zephyr_7b_configs_run_on_a_small_mistral(source, tmp_path):
         script.main(config)
         return metrics_of(Path(config.out))
 
-    learnt = run(sft, "sft", f"model={MISTRAL}", f"out={tmp_path / 'sft'}")
+    learnt = run(sft, f"sft{kind}", f"model={MISTRAL}", f"out={tmp_path / 'sft'}")
     assert len(learnt) == 2 and all(math.isfinite(step["loss"]) for step in learnt)
-    preferred = run(dpo, "dpo", f"model={tmp_path / 'sft' / 'model'}", f"out={tmp_path / 'dpo'}")
+    preferred = run(dpo, f"dpo{kind}", f"model={tmp_path / 'sft' / 'model'}", f"out={tmp_path / 'dpo'}")
     assert preferred[0]["loss"] == pytest.approx(0.6931, abs=1e-3) and len(preferred) == 2

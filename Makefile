@@ -12,6 +12,7 @@ ifdef QUICK
 override SEED = 99
 SMALL_DATA = demos=300 prompts=150 evals=4
 FEW_STEPS = max_steps=8
+FEW_PPO = steps=2 batch=8
 endif
 ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT = .venv/installed
@@ -22,38 +23,53 @@ endif
 .DELETE_ON_ERROR:
 
 demo: $(ENVIRONMENT) recipe-$(SEED)
-	@printf '\n== 7/7 judge: every model answers the held-out dialogues\n'
+	@printf '\n== 9/9 judge: every model answers the held-out dialogues\n'
 	$(PYTHON) judge.py --config configs/tiny/judge.toml seeds='[$(SEED)]' data=runs/tiny/$(SEED)/data/test.jsonl out=runs/tiny/$(SEED)/judge
 
-recipe-%: runs/tiny/%/dpo/model/config.json runs/tiny/%/sft_chosen/model/config.json runs/tiny/%/dpo_without_sft/model/config.json
+recipe-%: $(addprefix runs/tiny/%/,$(addsuffix /model/config.json,dpo sft_chosen dpo_without_sft reward ppo))
 	@:
 
 runs/tiny/%/data/test.jsonl: | $(ENVIRONMENT)
-	@printf '\n== 1/7 data: demonstrations, prompts, held-out dialogues\n'
+	@printf '\n== 1/9 data: demonstrations, prompts, held-out dialogues\n'
 	$(PYTHON) -m data.tiny.build part=data seed=$* out=$(@D) $(SMALL_DATA)
 
 runs/tiny/%/sft/model/config.json: runs/tiny/%/data/test.jsonl
-	@printf '\n== 2/7 SFT: imitate the demonstrations\n'
+	@printf '\n== 2/9 SFT: imitate the demonstrations\n'
 	$(PYTHON) sft.py --config configs/tiny/sft.toml seed=$* data=$(<D)/sft.jsonl eval_data=$(<D)/sft_dev.jsonl out=runs/tiny/$*/sft $(FEW_STEPS)
 
 runs/tiny/%/pairs.jsonl: runs/tiny/%/sft/model/config.json
-	@printf '\n== 3/7 preferences: the SFT model answers twice, annotators choose\n'
+	@printf '\n== 3/9 preferences: the SFT model answers twice, annotators choose\n'
 	$(PYTHON) -m data.tiny.pairs seed=$* model=$(<D) prompts=runs/tiny/$*/data/dev.jsonl out=runs/tiny/$*/pairs_dev.jsonl
 	$(PYTHON) -m data.tiny.pairs seed=$* model=$(<D) prompts=runs/tiny/$*/data/prompts.jsonl out=$@
 
 runs/tiny/%/dpo/model/config.json: runs/tiny/%/pairs.jsonl
-	@printf '\n== 4/7 DPO: from the SFT model, on these preferences\n'
+	@printf '\n== 4/9 DPO: from the SFT model, on these preferences\n'
 	$(PYTHON) dpo.py --config configs/tiny/dpo.toml seed=$* model=runs/tiny/$*/sft/model data=$< eval_data=$(@:dpo/model/config.json=pairs_dev.jsonl) out=runs/tiny/$*/dpo $(FEW_STEPS)
 
 runs/tiny/%/sft_chosen/model/config.json: runs/tiny/%/pairs.jsonl
-	@printf '\n== 5/7 control: more SFT, on the chosen replies\n'
+	@printf '\n== 5/9 control: more SFT, on the chosen replies\n'
 	$(PYTHON) sft.py --config configs/tiny/sft_chosen.toml seed=$* model=runs/tiny/$*/sft/model data=$< out=runs/tiny/$*/sft_chosen $(FEW_STEPS)
 
 runs/tiny/%/dpo_without_sft/model/config.json: runs/tiny/%/pairs.jsonl
-	@printf '\n== 6/7 ablation: DPO without SFT\n'
+	@printf '\n== 6/9 ablation: DPO without SFT\n'
 	$(PYTHON) dpo.py --config configs/tiny/dpo_without_sft.toml seed=$* data=$< out=runs/tiny/$*/dpo_without_sft $(FEW_STEPS)
 
-results: $(ENVIRONMENT) $(SEEDS:%=recipe-%)
+runs/tiny/%/pairs_test.jsonl: runs/tiny/%/pairs.jsonl
+	$(PYTHON) -m data.tiny.pairs seed=$* model=runs/tiny/$*/sft/model prompts=runs/tiny/$*/data/test.jsonl out=$@
+
+runs/tiny/%/reward/model/config.json: runs/tiny/%/pairs_test.jsonl
+	@printf '\n== 7/9 reward model: from the SFT model, on the same preferences\n'
+	$(PYTHON) reward.py --config configs/tiny/reward.toml seed=$* model=runs/tiny/$*/sft/model data=runs/tiny/$*/pairs.jsonl eval_data=$< demos=runs/tiny/$*/data/sft.jsonl out=runs/tiny/$*/reward $(FEW_STEPS)
+
+runs/tiny/%/ppo/model/config.json: runs/tiny/%/reward/model/config.json
+	@printf '\n== 8/9 PPO: from the SFT model, against the reward model\n'
+	$(PYTHON) ppo.py --config configs/tiny/ppo.toml seed=$* model=runs/tiny/$*/sft/model reward_model=$(<D) data=runs/tiny/$*/pairs.jsonl out=runs/tiny/$*/ppo $(FEW_PPO)
+
+# At KL coefficient 0 nothing holds the policy back: what the reward model is worth then. Three seeds.
+runs/tiny/%/ppo_without_kl/model/config.json: runs/tiny/%/reward/model/config.json
+	$(PYTHON) ppo.py --config configs/tiny/ppo_without_kl.toml seed=$* model=runs/tiny/$*/sft/model reward_model=$(<D) data=runs/tiny/$*/pairs.jsonl out=runs/tiny/$*/ppo_without_kl
+
+results: $(ENVIRONMENT) $(SEEDS:%=recipe-%) $(SEEDS:%=runs/tiny/%/ppo_without_kl/model/config.json)
 	$(PYTHON) judge.py --config configs/tiny/judge.toml seeds='[0, 1, 2, 3, 4]' out=benchmarks/results/tiny show=10
 	$(PYTHON) -m benchmarks.readme
 

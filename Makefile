@@ -25,6 +25,7 @@ endif
 demo: $(ENVIRONMENT) recipe-$(SEED)
 	@printf '\n== 9/9 judge: every model answers the held-out dialogues\n'
 	$(PYTHON) judge.py --config configs/tiny/judge.toml seeds='[$(SEED)]' data=runs/tiny/$(SEED)/data/test.jsonl out=runs/tiny/$(SEED)/judge
+	$(PYTHON) -m benchmarks.overoptimisation runs='["PPO=runs/tiny/$(SEED)/ppo"]' start=runs/tiny/$(SEED)/sft/model data=runs/tiny/$(SEED)/data/dev.jsonl out=runs/tiny/$(SEED)/judge/overoptimisation
 
 recipe-%: $(addprefix runs/tiny/%/,$(addsuffix /model/config.json,dpo sft_chosen dpo_without_sft reward ppo))
 	@:
@@ -65,12 +66,14 @@ runs/tiny/%/ppo/model/config.json: runs/tiny/%/reward/model/config.json
 	@printf '\n== 8/9 PPO: from the SFT model, against the reward model\n'
 	$(PYTHON) ppo.py --config configs/tiny/ppo.toml seed=$* model=runs/tiny/$*/sft/model reward_model=$(<D) data=runs/tiny/$*/pairs.jsonl out=runs/tiny/$*/ppo $(FEW_PPO)
 
-# At KL coefficient 0 nothing holds the policy back: what the reward model is worth then. Three seeds.
+# At KL coefficient 0 nothing holds the policy back: what the reward model is worth then.
 runs/tiny/%/ppo_without_kl/model/config.json: runs/tiny/%/reward/model/config.json
 	$(PYTHON) ppo.py --config configs/tiny/ppo_without_kl.toml seed=$* model=runs/tiny/$*/sft/model reward_model=$(<D) data=runs/tiny/$*/pairs.jsonl out=runs/tiny/$*/ppo_without_kl
 
 results: $(ENVIRONMENT) $(SEEDS:%=recipe-%) $(SEEDS:%=runs/tiny/%/ppo_without_kl/model/config.json)
-	$(PYTHON) judge.py --config configs/tiny/judge.toml seeds='[0, 1, 2, 3, 4]' out=benchmarks/results/tiny show=10
+	$(PYTHON) judge.py --config configs/tiny/results.toml
+	$(PYTHON) -m benchmarks.rlhf
+	$(PYTHON) -m benchmarks.overoptimisation runs='["KL coefficient 0.2=runs/tiny/0/ppo", "KL coefficient 0=runs/tiny/0/ppo_without_kl"]' out=benchmarks/results/tiny/overoptimisation
 	$(PYTHON) -m benchmarks.readme
 
 test: $(ENVIRONMENT)
@@ -81,6 +84,7 @@ lint: $(ENVIRONMENT)
 
 bench: $(ENVIRONMENT)
 	$(PYTHON) -m benchmarks.throughput out=benchmarks/results/throughput.json
+	$(PYTHON) -m benchmarks.sampling out=benchmarks/results/sampling.json
 	$(PYTHON) -m benchmarks.readme
 
 # Everything that waits for a GPU; PYTHON=python3 where one with torch is installed.

@@ -60,6 +60,37 @@ def memory_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def rlhf_table(report: dict) -> str:
+    """Reward model and PPO over seeds."""
+    r = report["reward_model"]
+    lines = ["| held-out pairs | all | " + " | ".join(f"margin {m}" for m in r["by_margin"]) + " |", "|---" * (2 + len(r["by_margin"])) + "|"]
+    rows = (("reward model", f"**{100 * r['accuracy']:.1f}** ± {100 * r['interval']:.1f}", r["by_margin"]),
+            ("log-probability per token of the SFT model", f"{100 * r['baseline']:.1f}", r["baseline_by_margin"]))
+    lines += [f"| {name}, % right | {all_} | " + " | ".join(f"{100 * share:.1f}" for share, _ in margins.values()) + " |"
+              for name, all_, margins in rows]
+    lines += ["", "| PPO, last five steps | score | KL, nats a reply | length | ended |", "|---|---|---|---|---|"]
+    for key, name in (("ppo", "KL coefficient 0.2"), ("ppo_without_kl", "KL coefficient 0")):
+        p = report[key]
+        lines.append(f"| {name}, {p['steps']} steps | {p['score_at_first']:.2f} → {p['score'][0]:.2f} ± {p['score'][1]:.2f} "
+                     f"| {p['kl'][0]:.2f} ± {p['kl'][1]:.2f} | {p['length'][0]:.1f} | {100 * p['eos_rate'][0]:.1f} % |")
+    return "\n".join(lines)
+
+
+def sampling_table(report: dict) -> str:
+    """Sampling beside its floor, and a PPO step by phase."""
+    lines = [f"{report['device']}, {report['threads']} threads, torch {report['torch']}; tokens a second, and share of the floor.", "",
+             "| model | compute | " + " | ".join(f"batch {b}" for b in dict.fromkeys(r["batch"] for r in report["rows"])) + " |"]
+    lines.append("|---" * lines[-1].count(" | ") + "|---|")
+    for shape, dtype in dict.fromkeys((r["shape"], r["dtype"]) for r in report["rows"]):
+        rates = [f"{r['tokens_per_s']:,.0f} ({100 * r['share_of_floor']:.0f} %)" for r in report["rows"]
+                 if (r["shape"], r["dtype"]) == (shape, dtype)]
+        lines.append(f"| {shape} | {dtype} | " + " | ".join(rates) + " |")
+    p = report["ppo"]
+    lines += ["", f"A PPO step of {p['batch']} prompts and {p['tokens']:,.0f} sampled tokens takes {p['sampling']:.2f} s to sample, "
+              f"{p['scoring']:.2f} s to score with four models, {p['updating']:.2f} s to update two."]
+    return "\n".join(lines)
+
+
 def loading_table(report: dict) -> str:
     """Peak of loading over what is loaded."""
     found = ", ".join(f"{way} {row['peak_bytes'] / row['weight_bytes']:.2f}" for way, row in report["ways"].items())
@@ -68,7 +99,8 @@ def loading_table(report: dict) -> str:
 
 TABLES = {"tiny": (tiny_table, "tiny/judge.json"), "categories": (category_table, "tiny/judge.json"),
           "throughput": (throughput_table, "throughput.json"), "families": (family_table, "families.json"),
-          "memory": (memory_table, "memory.json"), "loading": (loading_table, "loading.json")}
+          "memory": (memory_table, "memory.json"), "loading": (loading_table, "loading.json"),
+          "rlhf": (rlhf_table, "tiny/rlhf.json"), "sampling": (sampling_table, "sampling.json")}
 
 
 def filled(text: str) -> str:

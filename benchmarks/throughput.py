@@ -122,6 +122,12 @@ def measure(shape: str, kind: str, dtype: str, rounds: int, device: torch.device
             "response_tokens_per_step": sum(r.end - r.start for t in work for r in t.responses), "batch": len(work)}
 
 
+def processor(device: torch.device) -> str:
+    """What this machine computes with, by name."""
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else names[0] if names else platform.processor()
+
+
 def main(config: Config) -> None:
     device = runtime.setup(config.device, 0, config.threads)
     rows = []
@@ -132,9 +138,7 @@ def main(config: Config) -> None:
                 rows.append(row)
                 print(f"{shape:<16} {kind} {dtype:<9} {row['rate']:10,.1f} {row['unit']:<8}  floor {row['floor_rate']:10,.1f}  "
                       f"{100 * row['share_of_floor']:.0f} % of it", flush=True)
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    cpu = names[0] if names else platform.processor()
-    report = {"command": "make bench", "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+    report = {"command": "make bench", "device": processor(device),
               "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
               "python": platform.python_version(), "rows": rows}
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,8 @@ def memory_table(report: dict) -> str:
 def rlhf_table(report: dict) -> str:
     """Reward model and PPO over seeds."""
     r = report["reward_model"]
-    lines = ["| held-out pairs | all | " + " | ".join(f"margin {m}" for m in r["by_margin"]) + " |", "|---" * (2 + len(r["by_margin"])) + "|"]
+    lines = ["| held-out pairs | all | " + " | ".join(f"margin {m}" for m in r["by_margin"]) + " |"]
+    lines.append("|---" * (2 + len(r["by_margin"])) + "|")
     rows = (("reward model", f"**{100 * r['accuracy']:.1f}** ± {100 * r['interval']:.1f}", r["by_margin"]),
             ("log-probability per token of the SFT model", f"{100 * r['baseline']:.1f}", r["baseline_by_margin"]))
     lines += [f"| {name}, % right | {all_} | " + " | ".join(f"{100 * share:.1f}" for share, _ in margins.values()) + " |"

@@ -69,30 +69,44 @@ def plan(path: str, options, dtype: str, micro_tokens: int, scored: bool = False
             "activations": micro_tokens * activations(config, compute, options.lora_rank, options.checkpointing) * trained}
 
 
+def ppo_plan(config, dtype: str) -> dict[str, int]:
+    """As plan, of the four models of ppo.py: the largest activations count once, the models take turns."""
+    policy = plan(config.model, config, dtype, config.micro_tokens)
+    value = plan(config.model, config, dtype, 0, scored=True) if config.advantages == "gae" else dict.fromkeys(policy, 0)
+    frozen = plan(config.model, config, dtype, 0, trained=False)
+    shared = config.lora_rank > 0
+    one_base = shared and (Path(config.reward_model) / "adapter_config.json").is_file()
+    weights = policy["weights"] * (1 if one_base else 2) if shared else policy["weights"] + value["weights"] + 2 * frozen["weights"]
+    return {part: policy[part] + value[part] for part in policy} | {"weights": weights, "parameters": policy["parameters"]}
+
+
 def dry_run(config, load_data) -> NoReturn:
     """Check a run's settings, model and data as far as they are there, print where memory goes, and leave."""
-    scored = type(config).__module__ == "reward" or hasattr(config, "centering")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    micro_tokens = config.max_tokens if hasattr(config, "max_length") else config.micro_tokens
-    found = plan(config.model, config, dtype, micro_tokens, scored)
-    print(f"{config.model}: {found.pop('parameters'):,} parameters, {found.pop('trained'):,} of them train; {dtype} on {device}")
+    if hasattr(config, "reward_model"):
+        found, tokens = ppo_plan(config, dtype), config.micro_tokens
+    else:
+        found, tokens = plan(config.model, config, dtype, config.max_tokens, scored=hasattr(config, "centering")), config.max_tokens
+    print(f"{config.model}: {found.pop('parameters'):,} parameters, {found.pop('trained'):,} train, computing in {dtype}")
     for part, size in found.items():
         if size:
-            print(f"  {part:<12} {size / 1e9:10.3f} GB" + (f"  of {micro_tokens:,} tokens" if part == "activations" else ""))
+            print(f"  {part:<12} {size / 1e9:10.3f} GB" + (f"  of {tokens:,} tokens" if part == "activations" else ""))
     print(f"  {'together':<12} {sum(found.values()) / 1e9:10.3f} GB")
-    there = sorted(Path(config.model).glob("*.safetensors"))
-    if there:
+    if any(Path(config.model).glob("*.safetensors")):
         with torch.device("meta"):
             check_weights(Path(config.model), Transformer(read_config(config.model)))
-    print(f"  weights on disk: {'names and shapes fit config.json' if there else 'none here yet'}")
-    if hasattr(config, "max_length") and Path(config.data).exists() and any(Path(config.model).glob("tokenizer*")):
+        print("  weights: names and shapes fit config.json")
+    else:
+        print("  weights: none here yet")
+    if hasattr(config, "reward_model"):
+        print(f"  {config.steps} steps of {config.batch} prompts")
+    elif Path(config.data).exists() and any(Path(config.model).glob("tokenizer*")):
         tokenizer = load_tokenizer(config.model)
-        tokenizer.adopt(getattr(config, "template", "") or tokenizer.template or "zephyr")
+        tokenizer.adopt(config.template or tokenizer.template or "zephyr")
         steps = config.max_steps or config.epochs * steps_per_epoch(len(load_data(config.data, tokenizer, config, "data")), config.batch)
         print(f"  {steps} steps of {config.batch} dialogues")
     else:
-        print(f"  data: {config.data} is not read (it, or the model's tokenizer, is missing)")
+        print(f"  data: {config.data} is not read, as it or the model's tokenizer is missing")
     raise SystemExit(0)
 
 

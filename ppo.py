@@ -9,7 +9,8 @@
 
 The reward is sparse: nothing but the KL term until the reply ends. The reference is the policy before its first
 update. The value model starts from the reward model and says after every token what score is still to come;
-advantages = "rloo" does without one and compares replies to the same prompt.
+advantages = "rloo" does without one and compares replies to the same prompt. With lora_rank the four models are one
+frozen base: policy, value and reward model are its adapters, the reference is the base alone.
 
     python ppo.py --config configs/tiny/ppo.toml            score, kl, length and the share of ended replies, step by step
 

@@ -218,7 +218,7 @@ def test_a_dry_run_needs_config_json_alone_and_counts_the_papers_adapter(tmp_pat
     with pytest.raises(SystemExit) as left:
         sft.main(sft.Config(model=str(tmp_path), lora_rank=64, quantize="nf4", checkpointing=True, dry_run=True, out=str(tmp_path / "run")))
     said = capsys.readouterr().out
-    assert left.value.code == 0 and "6,738,415,616 parameters, 159,907,840 of them train" in said and not (tmp_path / "run").exists()
+    assert left.value.code == 0 and "6,738,415,616 parameters, 159,907,840 train" in said and not (tmp_path / "run").exists()
     found = memory.plan(str(tmp_path), sft.Config(lora_rank=64, quantize="nf4"), "bfloat16", 2048)
     assert found["weights"] == pytest.approx(3.9e9, rel=0.02) and found["adapters"] == 4 * 159907840
     assert memory.plan(str(tmp_path), sft.Config(), "bfloat16", 1)["optimizer"] == 8 * 6738415616
@@ -229,6 +229,15 @@ def test_a_dry_run_checks_the_weights_and_counts_the_steps(world, tmp_path, caps
     with pytest.raises(SystemExit):
         sft.main(config)
     assert "names and shapes fit config.json" in (said := capsys.readouterr().out) and "3 steps of 4 dialogues" in said
+
+
+def test_ppo_on_one_base_is_told_to_take_one_base(reward_run, chatbot):
+    def told(result, **changes):
+        return memory.ppo_plan(ppo.Config(model=str(chatbot), reward_model=str(reward_run / result), **changes), "float32")
+
+    full, two, one = told("model"), told("model", lora_rank=4), told("adapter", lora_rank=4)
+    assert two["weights"] == 2 * one["weights"] and full["weights"] > 3 * one["weights"]
+    assert one["trained"] == two["trained"] < full["trained"] / 2
 
 
 @pytest.mark.parametrize("changes, said", [

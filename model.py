@@ -507,10 +507,10 @@ def generate(
     model: Transformer,
     prompts: list[list[int]],
     max_tokens: int,
-    temperature: float = 1.0,   # 0 is greedy
-    top_k: int = 0,             # 0: all
-    top_p: float = 1.0,         # 1: all
-    n: int = 1,                 # samples per prompt
+    temperature: float | list[float] = 1.0,   # 0 is greedy; a list has one for each of the n samples, as do the next two
+    top_k: int | list[int] = 0,               # 0: all
+    top_p: float | list[float] = 1.0,         # 1: all
+    n: int = 1,                               # samples per prompt
     stop_ids: tuple[int, ...] = (),
     seed: int = 0,
     *,
@@ -519,11 +519,16 @@ def generate(
 ) -> list[list[Sample]]:
     """n samples for every prompt. Prompts are packed, not padded; a finished sequence gives its slot to a waiting one.
 
-    Sample j of prompt i draws from its own random stream (seed, i, j): the same whatever the batch.
+    A prompt is read once for the samples that start together. Sample j of prompt i draws from its own random stream
+    (seed, i, j): the same whatever the batch.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty")
-    if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
+    each = [x if isinstance(x, list) else [x] * n for x in (temperature, top_k, top_p)]
+    if any(len(x) != n for x in each):
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected one number, or n={n} of them")
+    settings = list(zip(*each, strict=True))
+    if any(t < 0 or k < 0 or not 0 <= p <= 1 for t, k, p in settings):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected >= 0, >= 0 and between 0 and 1")
     longest = max(map(len, prompts), default=0)
     if model.embed_positions is not None and longest + max_tokens > model.config.max_positions:
@@ -541,7 +546,7 @@ def generate(
         # Prefilling a few sequences costs a whole pass: wait until an eighth of the slots is free.
         if waiting and len(active) <= slots - max(1, min(slots // 8, len(waiting))):
             new = [_Sequence(*waiting.popleft(), max_tokens, seed) for _ in range(min(slots - len(active), len(waiting)))]
-            logits = _prefill(model, cache, [prompts[s.prompt] for s in new], len(active))
+            logits = _prefill(model, cache, prompts, new, len(active))
             step, active = new, active + new
         else:
             last = torch.tensor([s.tokens[-1] for s in active], device=device)
@@ -550,7 +555,7 @@ def generate(
             logits = model.logits(model.hidden(last, positions, None, cache))
             step = active
         uniform = torch.tensor([s.uniform[len(s.tokens)] for s in step], device=device)
-        tokens, logprobs = sample_tokens(logits, temperature, top_k, top_p, uniform)
+        tokens, logprobs = _sample_each(logits, [settings[s.sample] for s in step], uniform)
         for s, token, logprob in zip(step, tokens.tolist(), logprobs.tolist(), strict=True):
             s.tokens.append(token)
             s.logprobs.append(logprob)
@@ -579,16 +584,36 @@ class _Sequence:
         self.logprobs: list[float] = []
 
 
-def _prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], first_slot: int) -> Tensor:
-    """Run whole prompts into the cache, from slot `first_slot` on; logits [B, V] after each."""
+def _prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], new: list[_Sequence], first_slot: int) -> Tensor:
+    """Run the prompts of new sequences into the cache, from slot `first_slot` on, each prompt once; logits [B, V] after them."""
     device = model.embed_tokens.weight.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    tokens = torch.tensor([t for p in prompts for t in p], device=device)
+    slot: dict[int, int] = {}  # of each prompt, where it is read; the other samples of it get copies
+    for i, s in enumerate(new):
+        slot.setdefault(s.prompt, first_slot + i)
+    lengths = torch.tensor([len(prompts[p]) for p in slot], device=device)
+    tokens = torch.tensor([t for p in slot for t in prompts[p]], device=device)
     layout = Layout.build(lengths.tolist()).to(device)
-    rows = torch.repeat_interleave(torch.arange(len(prompts), device=device), lengths)
+    rows = torch.repeat_interleave(torch.arange(len(slot), device=device), lengths)
     positions = torch.arange(len(tokens), device=device) - layout.start[rows]
-    hidden = model.hidden(tokens, positions, layout, cache.at(rows + first_slot, positions, decoding=False))
-    return model.logits(hidden[layout.start + lengths - 1])
+    slots = torch.tensor(list(slot.values()), device=device)[rows]
+    hidden = model.hidden(tokens, positions, layout, cache.at(slots, positions, decoding=False))
+    copies = [(slot[s.prompt], first_slot + i) for i, s in enumerate(new) if slot[s.prompt] != first_slot + i]
+    cache.move([source for source, _ in copies], [target for _, target in copies])
+    logits = model.logits(hidden[layout.start + lengths - 1])
+    place = {prompt: row for row, prompt in enumerate(slot)}
+    return logits[[place[s.prompt] for s in new]] if copies else logits
+
+
+def _sample_each(logits: Tensor, settings: list[tuple[float, int, float]], uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """sample_tokens, each row with its own temperature, top-k and top-p."""
+    kinds = set(settings)
+    if len(kinds) == 1:
+        return sample_tokens(logits, *settings[0], uniform)
+    tokens, logprobs = torch.empty(len(settings), dtype=torch.long, device=logits.device), logits.new_empty(len(settings))
+    for kind in kinds:
+        rows = torch.tensor([i for i, x in enumerate(settings) if x == kind], device=logits.device)
+        tokens[rows], logprobs[rows] = sample_tokens(logits[rows], *kind, uniform[rows])
+    return tokens, logprobs
 
 
 def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,26 @@ def test_samples_do_not_depend_on_the_batch():
     assert together[0][0].tokens != together[0][1].tokens
 
 
+def test_samples_of_a_prompt_share_its_reading_and_may_differ_in_settings(monkeypatch):
+    """Three settings at once give what each gives alone; the prompt is run once."""
+    import model as module
+
+    model, prompts = small_model(), [[1, 2, 3, 4], [5, 6]]
+    settings = [(0.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8)]
+    read = []
+    monkeypatch.setattr(module, "_prefill", lambda *a, real=module._prefill: read.append(len(a[3])) or real(*a))
+    t, k, p = (list(x) for x in zip(*settings, strict=True))
+    together = generate(model, prompts, 6, t, k, p, n=3, seed=4)
+    assert read == [6]
+    for j, setting in enumerate(settings):
+        alone = generate(model, prompts, 6, *setting, n=3, seed=4)
+        assert [samples[j].tokens for samples in together] == [samples[j].tokens for samples in alone]
+    one_by_one = generate(model, prompts, 6, t, k, p, n=3, seed=4, slots=1)
+    assert [[s.tokens for s in x] for x in together] == [[s.tokens for s in x] for x in one_by_one]
+    with pytest.raises(ValueError, match="n=2 of them"):
+        generate(model, prompts, 6, [0.5, 0.6, 0.7], n=2)
+
+
 def test_a_sample_ends_with_its_stop_token_or_at_the_limit():
     model = small_model()
     samples = [s for x in generate(model, [[1], [2], [3]], 6, n=8, stop_ids=(5, 6)) for s in x]

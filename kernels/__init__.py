@@ -1,0 +1,63 @@
+"""Kernels: each file holds the mathematics, a PyTorch version that runs anywhere, and a Triton version for GPUs.
+
+The PyTorch version is the specification. A tensor on a GPU goes to Triton unless `use("torch")` was said (the
+config key `kernels`); float64 has no Triton version. Triton's interpreter, TRITON_INTERPRET=1, runs the same
+kernels on a CPU for the tests, and `kernels/aot.py` compiles them for three generations of GPUs without one.
+"""
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not every system has it; the PyTorch versions need none
+    triton = tl = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_chosen: str | None = None
+
+
+def jit(function):
+    """A Triton kernel, or the bare function where there is no Triton."""
+    return triton.jit(function) if triton else function
+
+
+def use(name: str) -> None:
+    """"torch", "triton", or "auto": Triton for tensors on a GPU. Raises ValueError where Triton cannot run."""
+    global _chosen
+    if name not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels is '{name}', expected auto, torch or triton")
+    if name == "triton" and not (triton and (INTERPRETED or torch.cuda.is_available())):
+        raise ValueError("kernels is 'triton', which needs the triton package and a GPU: use kernels=torch")
+    _chosen = None if name == "auto" else name
+
+
+def on_triton(x: torch.Tensor) -> bool:
+    """Whether the kernels run this tensor with Triton."""
+    if triton is None or x.dtype == torch.float64:
+        return False
+    return x.is_cuda if _chosen is None else _chosen == "triton"
+
+
+def architecture(device: torch.device) -> int:
+    """80, 90 or 100: the generation whose tile sizes a kernel takes on this device; in the interpreter 90."""
+    if device.type != "cuda":
+        return 90
+    major, _ = torch.cuda.get_device_capability(device)
+    return 80 if major < 9 else 90 if major == 9 else 100
+
+
+class Build(NamedTuple):
+    """One kernel as it is shipped: what ahead-of-time compilation (`kernels/aot.py`) must accept."""
+
+    name: str               # "attention forward", and what varies: "D 128, window"
+    kernel: object          # the function under @jit
+    arguments: dict         # name -> "*bf16", "*i32", "i32", "i32:16" (divisible by 16), "fp32", or a value for a tl.constexpr
+    warps: int
+    stages: int
+    matmul: bool = False    # must use the matrix units
+    wide: bool = False      # memory-bound: must move 128 bits at a time

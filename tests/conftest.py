@@ -1,13 +1,19 @@
 """What the tests share: fixtures written by other libraries, and models small enough to check by brute force."""
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads make the interpreter six times slower
+
 import pytest
 import torch
 from safetensors.torch import load_file
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of Triton
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -53,6 +59,16 @@ def exits(capsys, call, *fragments: str) -> None:
     assert len(said.splitlines()) == 1, said
     for fragment in fragments:
         assert fragment in said, f"{fragment!r} is not in: {said}"
+
+
+@pytest.fixture
+def on_triton():
+    """The kernels run with Triton, on a GPU or interpreted."""
+    import kernels
+
+    kernels.use("triton")
+    yield
+    kernels.use("auto")
 
 
 @pytest.fixture(scope="session")

@@ -33,8 +33,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from tqdm import tqdm
 
-from kernels.attention import Layout, attention, decode_attention
+from kernels.attention import attention
+from kernels.decode import decode_attention
 from kernels.fused import rms_norm, rotary, swiglu
+from kernels.layout import Layout
 from runtime import fail
 
 # ----------------------------------------------------------------------------------- configuration

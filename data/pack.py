@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data.chat import TEMPLATES, Tokenizer, load_tokenizer
 from data.formats import read
-from kernels.attention import Layout
+from kernels.layout import Layout
 from runtime import fail
 
 CHOSEN, REJECTED = 0, 1

@@ -1,87 +1,65 @@
-"""Attention over packed conversation trees.
+"""Attention over packed conversation trees (`kernels/layout.py` draws one).
 
-A batch is one flat row of N tokens made of segments: trunks, and leaves that branch off a trunk
-after `prefix` of its tokens. Token i attends to the tokens on its own path up to itself:
-
-    segment    |------ trunk, 10 tokens ------|- leaf A, 3 -|- leaf B, 2 -|
-    index       0  1  2  3  4  5  6  7  8  9   10  11  12    13  14
-    prefix                                     2             7
-    position    0  1  2  3  4  5  6  7  8  9   2   3   4     7   8
-
-    token 4 sees 0..4;  token 11 sees 0 1 10 11;  token 14 sees 0..6 13 14
-
-Both rules, causal inside a segment and `prefix` tokens of the trunk before it, are one test on
-positions along the path, 0 <= position(query) - position(key), once the keys of a segment are
-listed as "prefix, then own". A sliding window W adds "... < W".
-
-For queries q, keys k and values v of one head, with s = scale * q k^T (E wide):
+For queries q, keys k and values v of one head, E wide, with s = scale * q k^T:
 
     P = softmax(s masked)      O = P v
-    dV = P^T dO      dS = P * (dO v^T - rowsum(dO * O))      dQ = scale dS k      dK = scale dS^T q
+    dV = P^T dO      dS = P * (dO v^T - delta), delta = rowsum(dO * O)      dQ = scale dS k      dK = scale dS^T q
+
+A token's keys in the order of its path are `prefix` tokens of the trunk, then its own segment. Key and query
+see each other when 0 <= position(query) - position(key), and < W if there is a window of W tokens. What lies
+in other segments is never read, so that no NaN of theirs arrives either.
+
+The PyTorch version gathers segments into padded rows and keeps P. The Triton version (Dao et al. 2022,
+arXiv:2205.14135; Dao 2023, arXiv:2307.08691) never writes P: the forward keeps L = log sum exp s, 4 bytes a token
+and head, and the backward computes P = exp(s - L) again, tile by tile:
+
+    forward   a program per tile of queries walks over their keys, softmax rescaled as it goes      O, L
+    dQ        the same walk                                                                         dQ
+    dK, dV    a program per tile of keys walks over the queries that see them: those of its own     dK, dV
+              segment, then for each leaf that branches off later those of the leaf; scores transposed
+
+Seven matmuls where five would do, and in return every number is written once, by one program, in one order: no
+atomics, the same bits every time. Operations: 4 E forward and 14 E backward per pair of query and key.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# The PyTorch version works on blocks of 128 queries, so that keys after the block are skipped, and on 2^20
-# scores at a time, which stay in a CPU's last-level cache. Forward and backward of 8 rows of 512 tokens, 6
-# heads of 48, on two Zen 5 cores: 42 ms in fp32 and 22 ms in bf16, where SDPA takes 72 and 55. It keeps the
-# probabilities of all blocks for the backward: 2 or 4 bytes a pair of tokens and head.
+from kernels import Build, architecture, jit, on_triton, tl
+from kernels.layout import Layout
+
+
+def attention(
+    q: Tensor,       # [N, H, E]
+    k: Tensor,       # [N, K, E], K divides H: query head h reads key head h // (H / K)
+    v: Tensor,       # [N, K, E]
+    layout: Layout,
+    window: int | None = None,     # tokens a query sees, itself included; None: all
+    softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
+    scale: float | None = None,    # default E ** -0.5
+) -> Tensor:
+    """Attention of every token to its own path, [N, H, E]. Any float dtype, differentiable in q, k and v."""
+    if q.shape[0] != layout.tokens or q.shape[1] % k.shape[1] or k.shape != v.shape:
+        raise ValueError(f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {layout.tokens} tokens do not fit")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}, expected at least 1")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if on_triton(q):
+        return _TileAttention.apply(q, k, v, layout, window, softcap, scale)
+    return _RowAttention.apply(q, k, v, padded_rows(layout, q.shape[1], window), softcap, scale)
+
+
+# --------------------------------------------------------------------------------- the PyTorch version
+
+# It works on blocks of 128 queries, so that keys after the block are skipped, and on 2^20 scores at a time,
+# which stay in a CPU's last-level cache. Forward and backward of 8 rows of 512 tokens, 6 heads of 48, on two
+# Zen 5 cores: 42 ms in fp32 and 22 ms in bf16, where SDPA takes 72 and 55. It keeps the probabilities of all
+# blocks for the backward: 2 or 4 bytes a pair of tokens and head.
 QUERY_BLOCK = 128
 SCORES_AT_ONCE = 2**20
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The segments of one packed row, S of them, in the order they lie in it.
-
-    Children are the leaves of a trunk: segments first_child .. last_child - 1 (equal when there are none).
-    """
-
-    start: Tensor        # [S] index of the segment's first token
-    length: Tensor       # [S] tokens
-    trunk_start: Tensor  # [S] index of the first token of its trunk (its own start for a trunk)
-    prefix: Tensor       # [S] tokens of that trunk it sees, 0 for a trunk
-    first_child: Tensor  # [S] segment number
-    last_child: Tensor   # [S] segment number, one past the end
-    plans: dict = field(default_factory=dict, repr=False)  # what `rows` has worked out
-
-    @staticmethod
-    def build(lengths: list[int], trunks: list[int] | None = None, prefixes: list[int] | None = None) -> Layout:
-        """From lengths [S], the segment number of each one's trunk [S] and prefixes [S]; plain sequences by default."""
-        length = torch.tensor(lengths, dtype=torch.long)
-        count = len(lengths)
-        trunk = torch.arange(count) if trunks is None else torch.tensor(trunks, dtype=torch.long)
-        prefix = torch.zeros(count, dtype=torch.long) if prefixes is None else torch.tensor(prefixes, dtype=torch.long)
-        is_leaf = trunk != torch.arange(count)
-        if bool((length < 1).any()) or bool((prefix[is_leaf] > length[trunk[is_leaf]]).any()):
-            raise ValueError("a segment has no token, or a leaf branches after the end of its trunk")
-        start = length.cumsum(0) - length
-        children = torch.zeros(count, dtype=torch.long).index_add_(0, trunk, is_leaf.long())
-        # Leaves follow their trunk, so the children of segment s are s + 1 .. s + children.
-        first = torch.arange(count) + 1
-        return Layout(start, length, start[trunk], prefix, first, first + children)
-
-    def to(self, device) -> Layout:
-        return Layout(*(x.to(device) for x in (self.start, self.length, self.trunk_start, self.prefix, self.first_child, self.last_child)))
-
-    @property
-    def tokens(self) -> int:
-        return int(self.length.sum())
-
-    def rows(self, heads: int, window: int | None) -> list[Rows]:
-        """Padded rows for the PyTorch version, made once per batch: a row is a segment with all its keys."""
-        if (heads, window) not in self.plans:
-            groups: dict[tuple[bool, int], list[int]] = {}
-            for s, (length, prefix) in enumerate(zip(self.length.tolist(), self.prefix.tolist(), strict=True)):
-                size = max(32, 1 << (length + prefix - 1).bit_length())  # rows of one group differ by at most 2x
-                groups.setdefault((prefix > 0, size), []).append(s)
-            members = [torch.tensor(group, device=self.start.device) for group in groups.values()]
-            self.plans[heads, window] = [Rows.build(self, group, heads, window) for group in members]
-        return self.plans[heads, window]
 
 
 @dataclass(frozen=True)
@@ -122,26 +100,20 @@ class Rows:
         return Rows(query, torch.cat([trunk, own], 1).flatten(), slot, query[slot], real[:, None, None, :, None], blocks)
 
 
-def attention(
-    q: Tensor,       # [N, H, E]
-    k: Tensor,       # [N, K, E], K divides H: query head h reads key head h // (H / K)
-    v: Tensor,       # [N, K, E]
-    layout: Layout,
-    window: int | None = None,     # tokens a query sees, itself included; None: all
-    softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
-    scale: float | None = None,    # default E ** -0.5
-) -> Tensor:
-    """Attention of every token to its own path, [N, H, E]. Any float dtype, differentiable in q, k and v."""
-    if q.shape[0] != layout.tokens or q.shape[1] % k.shape[1] or k.shape != v.shape:
-        raise ValueError(f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {layout.tokens} tokens do not fit")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}, expected at least 1")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _RowAttention.apply(q, k, v, layout.rows(q.shape[1], window), softcap, scale)
+def padded_rows(layout: Layout, heads: int, window: int | None) -> list[Rows]:
+    """The segments as padded rows, made once per batch: a row is a segment with all its keys."""
+    if (heads, window) not in layout.plans:
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True)):
+            size = max(32, 1 << (length + prefix - 1).bit_length())  # rows of one group differ by at most 2x
+            groups.setdefault((prefix > 0, size), []).append(s)
+        members = [torch.tensor(group, device=layout.start.device) for group in groups.values()]
+        layout.plans[heads, window] = [Rows.build(layout, group, heads, window) for group in members]
+    return layout.plans[heads, window]
 
 
 class _RowAttention(torch.autograd.Function):
-    """The PyTorch version: gather segments into padded rows, then the header's formulas block by block."""
+    """Gather segments into padded rows, then the header's formulas block by block."""
 
     @staticmethod
     def forward(ctx, q, k, v, groups, softcap, scale):
@@ -212,19 +184,316 @@ def _matmul_t(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(a.flatten(2, 3).transpose(-1, -2), b.flatten(2, 3))
 
 
-def decode_attention(
-    q: Tensor,       # [B, H, E] one new token per sequence
-    k: Tensor,       # [B, K, S, E] its cache, the new token's own key included
-    v: Tensor,       # [B, K, S, E]
-    seen: Tensor,    # [B] cached tokens that count: the first seen[b] of row b
-    window: int | None = None,
-) -> Tensor:
-    """Attention of one new token per sequence to its cache, [B, H, E]. No gradient."""
-    grouped = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5    # [B, K, G, E]
-    scores = torch.matmul(grouped, k.transpose(-1, -2))                 # [B, K, G, S]
-    place = torch.arange(k.shape[2], device=q.device)
-    unseen = place >= seen[:, None]
-    if window is not None:
-        unseen |= place < seen[:, None] - window
-    scores.masked_fill_(unseen[:, None, None], float("-inf"))
-    return torch.matmul(torch.softmax(scores, -1), v).flatten(1, 2)
+# ---------------------------------------------------------------------------------- the Triton version
+
+# Tiles of queries and keys by architecture and head width (up to 64, 128, 256), for the forward, dQ and dK/dV:
+# (queries, keys, warps, stages).
+CONFIGS = {
+    80: {64: ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+         128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+         256: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))},
+    90: {64: ((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+         128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+         256: ((128, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 1))},
+}
+CONFIGS[100] = CONFIGS[90]
+
+
+class _TileAttention(torch.autograd.Function):
+    """The header's Triton version: four launches."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, layout, window, softcap, scale):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        config = _config(q)
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)  # [N, H, E], [N, H]
+        queries, keys, warps, stages = config[0]
+        table, tiles = tile_list(layout, queries, window)
+        _forward[q.shape[1], len(tiles)](q, k, v, out, lse, table, tiles, scale, **_shape(q, k, window, softcap), QUERIES=queries,
+                                         KEYS=keys, num_warps=warps, num_stages=stages)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = layout, window, softcap, scale, config
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        layout, window, softcap, scale, config = ctx.options
+        dout = dout.contiguous()
+        shape = _shape(q, k, window, softcap)
+        delta, dq, dk, dv = torch.empty_like(lse), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        rows = lse.numel()
+        _delta[(rows + 63) // 64,](dout, out, delta, rows, E=shape["E"], WIDTH=shape["WIDTH"], ROWS=64, num_warps=4)
+        queries, keys, warps, stages = config[1]
+        table, tiles = tile_list(layout, queries, window)
+        _dq[q.shape[1], len(tiles)](q, k, v, dout, lse, delta, dq, table, tiles, scale, **shape, QUERIES=queries, KEYS=keys,
+                                    num_warps=warps, num_stages=stages)
+        queries, keys, warps, stages = config[2]
+        table, tiles = tile_list(layout, keys, window, of_keys=True)
+        _dkdv[k.shape[1], len(tiles)](q, k, v, dout, lse, delta, dk, dv, table, tiles, scale, **shape, QUERIES=queries, KEYS=keys,
+                                      num_warps=warps, num_stages=stages)
+        return dq, dk, dv, None, None, None, None
+
+
+def _config(q: Tensor) -> tuple:
+    by_width = CONFIGS[architecture(q.device)]
+    fitting = [width for width in sorted(by_width) if width >= q.shape[-1]]
+    if not fitting:
+        raise ValueError(f"heads are {q.shape[-1]} wide, expected at most {max(by_width)}: use kernels=torch")
+    return by_width[fitting[0]]
+
+
+def _shape(q: Tensor, k: Tensor, window: int | None, softcap: float | None) -> dict:
+    """What every kernel is compiled for."""
+    width = max(16, 1 << (q.shape[-1] - 1).bit_length())
+    return {"H": q.shape[1], "K": k.shape[1], "E": q.shape[-1], "WIDTH": width, "WINDOW": window or 0, "SOFTCAP": softcap or 0.0}
+
+
+def tile_list(layout: Layout, size: int, window: int | None, of_keys: bool = False) -> tuple[Tensor, Tensor]:
+    """The segments [S, 6] and the tiles of `size` tokens [T, 2] (segment, first token in it), int32, most work first.
+
+    A tile of queries works through the keys before it, a tile of keys through the queries after it and the leaves'.
+    """
+    if ("tiles", size, window, of_keys) not in layout.plans:
+        device, count = layout.start.device, len(layout.lengths)
+        table = torch.stack([layout.start, layout.length, layout.trunk_start, layout.prefix, layout.first_child, layout.last_child], 1)
+        below = [0] * count  # tokens of the leaves of a trunk
+        trunk = 0
+        for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True)):
+            if prefix:
+                below[trunk] += length
+            else:
+                trunk = s
+        tiles = []
+        for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True)):
+            for first in range(0, length, size):
+                work = length - first + below[s] if of_keys else prefix + first
+                tiles.append((-min(work, window or work), s, first))
+        listed = torch.tensor([tile[1:] for tile in sorted(tiles)], dtype=torch.int32)
+        layout.plans["tiles", size, window, of_keys] = table.to(torch.int32).contiguous(), listed.to(device)
+    return layout.plans["tiles", size, window, of_keys]
+
+
+@jit
+def _segment(table, tiles, tile):
+    """start, length, trunk_start, prefix of the tile's segment, the tile's first token in it, and the segment's number."""
+    number = tl.load(tiles + 2 * tile)
+    row = table + 6 * number
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(tiles + 2 * tile + 1), number
+
+
+@jit
+def _rows(x, tokens, inside, head, HEADS: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows [T, WIDTH] of x [N, HEADS, E] at one head; zeros where `inside` is False and beyond E."""
+    columns = tl.arange(0, WIDTH)
+    at = (tokens.to(tl.int64) * HEADS + head)[:, None] * E + columns[None, :]
+    return tl.load(x + at, mask=inside[:, None] & (columns < E)[None, :], other=0.0)
+
+
+@jit
+def _write_rows(x, tokens, inside, head, rows, HEADS: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr):
+    columns = tl.arange(0, WIDTH)
+    at = (tokens.to(tl.int64) * HEADS + head)[:, None] * E + columns[None, :]
+    tl.store(x + at, rows.to(x.dtype.element_ty), mask=inside[:, None] & (columns < E)[None, :])
+
+
+@jit
+def _scaled(scores, scale, SOFTCAP: tl.constexpr):
+    """Scores in base 2, s log2 e, and ds / d(raw score) without the scale, 1 if nothing caps."""
+    slope = 1.0
+    if SOFTCAP:
+        t = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale * (2.0 / SOFTCAP) * 1.4426950408889634)))  # tanh
+        slope = 1.0 - t * t
+        scores = t * (SOFTCAP * 1.4426950408889634)
+    else:
+        scores = scores * (scale * 1.4426950408889634)
+    return scores, slope
+
+
+@jit
+def _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, first, last, scale, head,
+            K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+            KEYS: tl.constexpr, MASKED: tl.constexpr):
+    """The forward's walk over the keys at places first .. last - 1 of the path: acc = sum exp(s - largest) v, total = sum exp(s - largest)."""
+    for j in range(first, last, KEYS):
+        key_places = j + tl.arange(0, KEYS)
+        tokens = tl.where(key_places < prefix, trunk + key_places, start - prefix + key_places)
+        inside = key_places < end
+        tile_k = _rows(k, tokens, inside, head, K, E, WIDTH)
+        scores, _ = _scaled(tl.dot(queries, tl.trans(tile_k), input_precision="ieee"), scale, SOFTCAP)  # [Q, KEYS]
+        if MASKED:
+            distance = places[:, None] - key_places[None, :]
+            seen = distance >= 0
+            if WINDOW:
+                seen = seen & (distance < WINDOW)
+            scores = tl.where(seen, scores, -1e30)
+        higher = tl.maximum(largest, tl.max(scores, 1))
+        p = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(largest - higher)
+        total = total * shrink + tl.sum(p, 1)
+        tile_v = _rows(v, tokens, inside, head, K, E, WIDTH)
+        acc = tl.dot(p.to(tile_v.dtype), tile_v, acc * shrink[:, None], input_precision="ieee")
+        largest = higher
+    return acc, largest, total
+
+
+@jit
+def _forward(q, k, v, out, lse, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
+             WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    head = tl.program_id(0)
+    start, length, trunk, prefix, offset, _ = _segment(table, tiles, tl.program_id(1))
+    rows = offset + tl.arange(0, QUERIES)
+    places, inside = prefix + rows, rows < length
+    queries = _rows(q, start + rows, inside, head, H, E, WIDTH)
+    acc = tl.zeros([QUERIES, WIDTH], tl.float32)
+    largest, total = tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32)
+    # Blocks that every query sees whole need no mask; the diagonal does, and so does a window.
+    first, whole, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
+    acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, first, whole, scale,
+                                  head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
+    acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, whole, end, scale,
+                                  head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
+    _write_rows(out, start + rows, inside, head, acc / total[:, None], H, E, WIDTH)
+    tl.store(lse + (start + rows).to(tl.int64) * H + head, largest + tl.log2(total), mask=inside)
+
+
+@jit
+def _walk(prefix, offset, length, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """Places on the path where a tile's keys begin, where the blocks seen whole end, and where the keys end."""
+    first = 0
+    whole = (prefix + offset + 1) // KEYS * KEYS
+    if WINDOW:
+        first = tl.maximum(prefix + offset - WINDOW + 1, 0) // KEYS * KEYS
+        whole = first
+    return first, whole, prefix + tl.minimum(offset + QUERIES, length)
+
+
+@jit
+def _delta(dout, out, delta, count, E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """delta = rowsum(dO * O) of `count` rows."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < count
+    do, o = _rows(dout, rows, inside, 0, 1, E, WIDTH), _rows(out, rows, inside, 0, 1, E, WIDTH)
+    tl.store(delta + rows, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), mask=inside)
+
+
+@jit
+def _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, first, last, scale, head,
+             K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+             KEYS: tl.constexpr, MASKED: tl.constexpr):
+    """dQ += dS k over the keys at places first .. last - 1 of the path."""
+    for j in range(first, last, KEYS):
+        key_places = j + tl.arange(0, KEYS)
+        tokens = tl.where(key_places < prefix, trunk + key_places, start - prefix + key_places)
+        inside = key_places < end
+        tile_k = _rows(k, tokens, inside, head, K, E, WIDTH)
+        tile_v = _rows(v, tokens, inside, head, K, E, WIDTH)
+        scores, slope = _scaled(tl.dot(queries, tl.trans(tile_k), input_precision="ieee"), scale, SOFTCAP)  # [Q, KEYS]
+        if MASKED:
+            distance = places[:, None] - key_places[None, :]
+            seen = distance >= 0
+            if WINDOW:
+                seen = seen & (distance < WINDOW)
+            scores = tl.where(seen, scores, -1e30)
+        p = tl.exp2(scores - lse_rows[:, None])
+        ds = p * (tl.dot(do, tl.trans(tile_v), input_precision="ieee") - delta_rows[:, None]) * slope
+        dq = tl.dot(ds.to(tile_k.dtype), tile_k, dq, input_precision="ieee")
+    return dq
+
+
+@jit
+def _dq(q, k, v, dout, lse, delta, dq_out, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
+        WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    head = tl.program_id(0)
+    start, length, trunk, prefix, offset, _ = _segment(table, tiles, tl.program_id(1))
+    rows = offset + tl.arange(0, QUERIES)
+    places, inside = prefix + rows, rows < length
+    queries, do = _rows(q, start + rows, inside, head, H, E, WIDTH), _rows(dout, start + rows, inside, head, H, E, WIDTH)
+    at = (start + rows).to(tl.int64) * H + head
+    lse_rows, delta_rows = tl.load(lse + at, mask=inside, other=0.0), tl.load(delta + at, mask=inside, other=0.0)
+    dq = tl.zeros([QUERIES, WIDTH], tl.float32)
+    first, whole, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
+    dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, first, whole, scale,
+                  head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
+    dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, whole, end, scale,
+                  head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
+    _write_rows(dq_out, start + rows, inside, head, dq * scale, H, E, WIDTH)
+
+
+@jit
+def _dkdv_walk(tile_k, tile_v, key_places, dk, dv, q, dout, lse, delta, start, length, prefix, limit, first, last, scale, head,
+               H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+               QUERIES: tl.constexpr, MASKED: tl.constexpr):
+    """dV += P^T dO and dK += dS^T q over queries first .. last - 1 of the segment that begins at `start`, which sees keys before `limit`."""
+    for i in range(first, last, QUERIES):
+        rows = i + tl.arange(0, QUERIES)
+        inside = rows < length
+        queries = _rows(q, start + rows, inside, head, H, E, WIDTH)
+        do = _rows(dout, start + rows, inside, head, H, E, WIDTH)
+        at = (start + rows).to(tl.int64) * H + head
+        lse_rows, delta_rows = tl.load(lse + at, mask=inside, other=0.0), tl.load(delta + at, mask=inside, other=0.0)
+        scores, slope = _scaled(tl.dot(tile_k, tl.trans(queries), input_precision="ieee"), scale, SOFTCAP)  # [KEYS, Q]
+        if MASKED:
+            distance = (prefix + rows)[None, :] - key_places[:, None]
+            seen = (distance >= 0) & (key_places < limit)[:, None]
+            if WINDOW:
+                seen = seen & (distance < WINDOW)
+            scores = tl.where(seen, scores, -1e30)
+        p = tl.exp2(scores - lse_rows[None, :])
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        ds = p * (tl.dot(tile_v, tl.trans(do), input_precision="ieee") - delta_rows[None, :]) * slope
+        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
+    return dk, dv
+
+
+@jit
+def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+          WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    kv_head = tl.program_id(0)
+    start, length, _, prefix, offset, number = _segment(table, tiles, tl.program_id(1))
+    rows = offset + tl.arange(0, KEYS)
+    places, inside = prefix + rows, rows < length
+    tile_k, tile_v = _rows(k, start + rows, inside, kv_head, K, E, WIDTH), _rows(v, start + rows, inside, kv_head, K, E, WIDTH)
+    dk, dv = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
+    diagonal = tl.minimum(offset + (KEYS + QUERIES - 1) // QUERIES * QUERIES, length)  # queries from here on see the whole tile
+    last = length
+    if WINDOW:
+        last = tl.minimum(length, offset + KEYS - 1 + WINDOW)
+        diagonal = last
+    first_child, last_child = tl.load(table + 6 * number + 4), tl.load(table + 6 * number + 5)
+    for head in range(kv_head * (H // K), (kv_head + 1) * (H // K)):
+        dk, dv = _dkdv_walk(tile_k, tile_v, places, dk, dv, q, dout, lse, delta, start, length, prefix, prefix + length, offset,
+                            diagonal, scale, head, H, E, WIDTH, WINDOW, SOFTCAP, QUERIES, True)
+        dk, dv = _dkdv_walk(tile_k, tile_v, places, dk, dv, q, dout, lse, delta, start, length, prefix, prefix + length, diagonal,
+                            last, scale, head, H, E, WIDTH, WINDOW, SOFTCAP, QUERIES, False)
+        for child in range(first_child, last_child):
+            leaf = table + 6 * child
+            leaf_start, leaf_length, branch = tl.load(leaf), tl.load(leaf + 1), tl.load(leaf + 3)
+            leaf_last = tl.where(branch > offset, leaf_length, 0)
+            if WINDOW:
+                leaf_last = tl.minimum(leaf_last, offset + KEYS - 1 + WINDOW - branch)
+            dk, dv = _dkdv_walk(tile_k, tile_v, places, dk, dv, q, dout, lse, delta, leaf_start, leaf_length, branch, branch, 0,
+                                leaf_last, scale, head, H, E, WIDTH, WINDOW, SOFTCAP, QUERIES, True)
+    _write_rows(dk_out, start + rows, inside, kv_head, dk * scale, K, E, WIDTH)
+    _write_rows(dv_out, start + rows, inside, kv_head, dv, K, E, WIDTH)
+
+
+def builds(sm: int) -> list[Build]:
+    """Every kernel as it is shipped, for `kernels/aot.py`: 32 query and 8 KV heads in bf16."""
+    found = []
+    for width, (forward, dq, dkdv) in CONFIGS[sm].items():
+        for window, softcap in ((0, 0.0), (4096, 0.0), (0, 30.0)):
+            said = f"E {width}" + (", window" if window else "") + (", softcap" if softcap else "")
+            shape = {"H": 32, "K": 8, "E": width, "WIDTH": width, "WINDOW": window, "SOFTCAP": softcap}
+            inputs = {"q": "*bf16", "k": "*bf16", "v": "*bf16"}
+            where = {"table": "*i32", "tiles": "*i32", "scale": "fp32"}
+            upstream = {"dout": "*bf16", "lse": "*fp32", "delta": "*fp32"}
+            for name, kernel, arguments, (queries, keys, warps, stages) in (
+                ("forward", _forward, inputs | {"out": "*bf16", "lse": "*fp32"}, forward),
+                ("dQ", _dq, inputs | upstream | {"dq_out": "*bf16"}, dq),
+                ("dK dV", _dkdv, inputs | upstream | {"dk_out": "*bf16", "dv_out": "*bf16"}, dkdv),
+            ):
+                arguments = arguments | where | shape | {"QUERIES": queries, "KEYS": keys}
+                found.append(Build(f"attention {name}, {said}", kernel, arguments, warps, stages, matmul=True))
+    rows = {"dout": "*bf16", "out": "*bf16", "delta": "*fp32", "count": "i32", "E": 128, "WIDTH": 128, "ROWS": 64}
+    return [*found, Build("attention delta", _delta, rows, 4, 1, wide=True)]

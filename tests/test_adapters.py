@@ -137,7 +137,7 @@ def test_one_base_holds_four_roles_that_do_not_disturb_each_other(reward_run, ch
     trained = {id(p) for role in (policy, value) for p in role.parameters()}
     assert {id(p) for role in (policy, reference, scorer, value) for p in role.parameters() if p.requires_grad} == trained
     assert not any(p.requires_grad for name, p in policy.base.named_parameters() if ".adapters." not in name)
-    from kernels.attention import Layout
+    from kernels.layout import Layout
 
     where = (torch.arange(3, 40), torch.arange(37), Layout.build([37]))
     before = scorer.scores(scorer.hidden(*where))

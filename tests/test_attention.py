@@ -5,7 +5,9 @@ import torch
 from conftest import small_model
 
 import kernels.attention as kernel
-from kernels.attention import Layout, attention, decode_attention
+from kernels.attention import attention
+from kernels.decode import decode_attention
+from kernels.layout import Layout
 
 
 def dense(q, k, v, layout, window=None, softcap=None):

@@ -7,7 +7,7 @@ from conftest import FIXTURES, exits, reference, small_model
 from safetensors.torch import load_file, save_file
 
 from benchmarks import loading
-from kernels.attention import Layout
+from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from model import BUFFERS, KVCache, _sources, generate, keep_top_k, load_model, nucleus, sample_tokens, save_model
 

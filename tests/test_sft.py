@@ -14,7 +14,7 @@ import runtime
 import sft
 from data.pack import Response, Tree, pack
 from data.tiny.world import demonstrate, dialogue
-from kernels.attention import Layout
+from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from model import load_model
 from sft import Config, sft_loss, train_step

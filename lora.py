@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
 
-from kernels.nf4 import NF4, dequantize, quantize
+from kernels.nf4 import NF4, dequantize, linear, quantize
 from model import Linear, Transformer, file_name, join_qkv, load_model, save_model, split_qkv, weight_files
 from runtime import check_range, fail, file_hash
 
@@ -71,7 +71,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return x @ layer.decoded(x.dtype).t()
+        return linear(x, layer.state()) if isinstance(layer, NF4Linear) else x @ layer.decoded(x.dtype).t()
 
     @staticmethod
     def backward(ctx, g):
@@ -88,8 +88,11 @@ class NF4Linear(nn.Module):
         for name in ("codes", "scales", "scales2", "offset"):
             self.register_buffer(name, getattr(state, name))
 
+    def state(self) -> NF4:
+        return NF4(self.codes, self.scales, self.scales2, self.offset, self.shape, self.block)
+
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        return dequantize(NF4(self.codes, self.scales, self.scales2, self.offset, self.shape, self.block), dtype)
+        return dequantize(self.state(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Frozen.apply(x, self)

@@ -186,17 +186,20 @@ def _matmul_t(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------- the Triton version
 
-# Tiles of queries and keys by architecture and head width (up to 64, 128, 256), for the forward, dQ and dK/dV:
-# (queries, keys, warps, stages).
+# (queries, keys, warps, stages) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256): the
+# largest tiles that no compiler spills. `disable_licm` in the loops is what lets them fit: with addresses kept in
+# registers from outside the loop, the dK/dV tile of 64 x 128 spilled 110 times.
 CONFIGS = {
-    80: {64: ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-         128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-         256: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))},
+    80: {64: ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
+         128: ((128, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 2)),
+         256: ((64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1))},
     90: {64: ((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
          128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
-         256: ((128, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 1))},
+         256: ((64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1))},
+    100: {64: ((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+          128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 1)),
+          256: ((128, 32, 8, 2), (64, 32, 8, 1), (64, 64, 8, 1))},
 }
-CONFIGS[100] = CONFIGS[90]
 
 
 class _TileAttention(torch.autograd.Function):
@@ -223,7 +226,7 @@ class _TileAttention(torch.autograd.Function):
         shape = _shape(q, k, window, softcap)
         delta, dq, dk, dv = torch.empty_like(lse), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         rows = lse.numel()
-        _delta[(rows + 63) // 64,](dout, out, delta, rows, E=shape["E"], WIDTH=shape["WIDTH"], ROWS=64, num_warps=4)
+        _delta[(rows + 15) // 16,](dout, out, delta, rows, E=shape["E"], WIDTH=shape["WIDTH"], ROWS=16, num_warps=4)
         queries, keys, warps, stages = config[1]
         table, tiles = tile_list(layout, queries, window)
         _dq[q.shape[1], len(tiles)](q, k, v, dout, lse, delta, dq, table, tiles, scale, **shape, QUERIES=queries, KEYS=keys,
@@ -301,7 +304,7 @@ def _write_rows(x, tokens, inside, head, rows, HEADS: tl.constexpr, E: tl.conste
 def _scaled(scores, scale, SOFTCAP: tl.constexpr):
     """Scores in base 2, s log2 e, and ds / d(raw score) without the scale, 1 if nothing caps."""
     slope = 1.0
-    if SOFTCAP:
+    if SOFTCAP > 0:
         t = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale * (2.0 / SOFTCAP) * 1.4426950408889634)))  # tanh
         slope = 1.0 - t * t
         scores = t * (SOFTCAP * 1.4426950408889634)
@@ -315,7 +318,7 @@ def _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, en
             K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
             KEYS: tl.constexpr, MASKED: tl.constexpr):
     """The forward's walk over the keys at places first .. last - 1 of the path: acc = sum exp(s - largest) v, total = sum exp(s - largest)."""
-    for j in range(first, last, KEYS):
+    for j in tl.range(first, last, KEYS, disable_licm=True):
         key_places = j + tl.arange(0, KEYS)
         tokens = tl.where(key_places < prefix, trunk + key_places, start - prefix + key_places)
         inside = key_places < end
@@ -382,7 +385,7 @@ def _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, 
              K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
              KEYS: tl.constexpr, MASKED: tl.constexpr):
     """dQ += dS k over the keys at places first .. last - 1 of the path."""
-    for j in range(first, last, KEYS):
+    for j in tl.range(first, last, KEYS, disable_licm=True):
         key_places = j + tl.arange(0, KEYS)
         tokens = tl.where(key_places < prefix, trunk + key_places, start - prefix + key_places)
         inside = key_places < end
@@ -421,59 +424,40 @@ def _dq(q, k, v, dout, lse, delta, dq_out, table, tiles, scale, H: tl.constexpr,
 
 
 @jit
-def _dkdv_walk(tile_k, tile_v, key_places, dk, dv, q, dout, lse, delta, start, length, prefix, limit, first, last, scale, head,
-               H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-               QUERIES: tl.constexpr, MASKED: tl.constexpr):
-    """dV += P^T dO and dK += dS^T q over queries first .. last - 1 of the segment that begins at `start`, which sees keys before `limit`."""
-    for i in range(first, last, QUERIES):
-        rows = i + tl.arange(0, QUERIES)
-        inside = rows < length
-        queries = _rows(q, start + rows, inside, head, H, E, WIDTH)
-        do = _rows(dout, start + rows, inside, head, H, E, WIDTH)
-        at = (start + rows).to(tl.int64) * H + head
-        lse_rows, delta_rows = tl.load(lse + at, mask=inside, other=0.0), tl.load(delta + at, mask=inside, other=0.0)
-        scores, slope = _scaled(tl.dot(tile_k, tl.trans(queries), input_precision="ieee"), scale, SOFTCAP)  # [KEYS, Q]
-        if MASKED:
-            distance = (prefix + rows)[None, :] - key_places[:, None]
-            seen = (distance >= 0) & (key_places < limit)[:, None]
-            if WINDOW:
-                seen = seen & (distance < WINDOW)
-            scores = tl.where(seen, scores, -1e30)
-        p = tl.exp2(scores - lse_rows[None, :])
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = p * (tl.dot(tile_v, tl.trans(do), input_precision="ieee") - delta_rows[None, :]) * slope
-        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
-    return dk, dv
-
-
-@jit
 def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
           WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     kv_head = tl.program_id(0)
     start, length, _, prefix, offset, number = _segment(table, tiles, tl.program_id(1))
     rows = offset + tl.arange(0, KEYS)
-    places, inside = prefix + rows, rows < length
+    key_places, inside = prefix + rows, rows < length
     tile_k, tile_v = _rows(k, start + rows, inside, kv_head, K, E, WIDTH), _rows(v, start + rows, inside, kv_head, K, E, WIDTH)
     dk, dv = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
-    diagonal = tl.minimum(offset + (KEYS + QUERIES - 1) // QUERIES * QUERIES, length)  # queries from here on see the whole tile
-    last = length
-    if WINDOW:
-        last = tl.minimum(length, offset + KEYS - 1 + WINDOW)
-        diagonal = last
-    first_child, last_child = tl.load(table + 6 * number + 4), tl.load(table + 6 * number + 5)
-    for head in range(kv_head * (H // K), (kv_head + 1) * (H // K)):
-        dk, dv = _dkdv_walk(tile_k, tile_v, places, dk, dv, q, dout, lse, delta, start, length, prefix, prefix + length, offset,
-                            diagonal, scale, head, H, E, WIDTH, WINDOW, SOFTCAP, QUERIES, True)
-        dk, dv = _dkdv_walk(tile_k, tile_v, places, dk, dv, q, dout, lse, delta, start, length, prefix, prefix + length, diagonal,
-                            last, scale, head, H, E, WIDTH, WINDOW, SOFTCAP, QUERIES, False)
-        for child in range(first_child, last_child):
-            leaf = table + 6 * child
-            leaf_start, leaf_length, branch = tl.load(leaf), tl.load(leaf + 1), tl.load(leaf + 3)
-            leaf_last = tl.where(branch > offset, leaf_length, 0)
-            if WINDOW:
-                leaf_last = tl.minimum(leaf_last, offset + KEYS - 1 + WINDOW - branch)
-            dk, dv = _dkdv_walk(tile_k, tile_v, places, dk, dv, q, dout, lse, delta, leaf_start, leaf_length, branch, branch, 0,
-                                leaf_last, scale, head, H, E, WIDTH, WINDOW, SOFTCAP, QUERIES, True)
+    for reader in range(number, tl.load(table + 6 * number + 5)):  # the segment itself, then its leaves, which follow it
+        at = table + 6 * reader
+        reader_start, reader_length, branch = tl.load(at), tl.load(at + 1), tl.load(at + 3)
+        # Of its own segment the tile meets the queries from its first token on; of a leaf all, unless it branches before.
+        own = reader == number
+        first, limit = tl.where(own, offset, 0), tl.where(own, prefix + length, branch)
+        last = tl.where(own | (branch > offset), reader_length, 0)
+        if WINDOW:
+            last = tl.minimum(last, prefix + offset + KEYS - 1 + WINDOW - branch)
+        for head in range(kv_head * (H // K), (kv_head + 1) * (H // K)):
+            for i in tl.range(first, last, QUERIES, disable_licm=True):
+                query_rows = i + tl.arange(0, QUERIES)
+                real = query_rows < reader_length
+                queries = _rows(q, reader_start + query_rows, real, head, H, E, WIDTH)
+                do = _rows(dout, reader_start + query_rows, real, head, H, E, WIDTH)
+                where = (reader_start + query_rows).to(tl.int64) * H + head
+                lse_rows, delta_rows = tl.load(lse + where, mask=real, other=0.0), tl.load(delta + where, mask=real, other=0.0)
+                scores, slope = _scaled(tl.dot(tile_k, tl.trans(queries), input_precision="ieee"), scale, SOFTCAP)  # [KEYS, QUERIES]
+                distance = (branch + query_rows)[None, :] - key_places[:, None]
+                seen = (distance >= 0) & (key_places < limit)[:, None]
+                if WINDOW:
+                    seen = seen & (distance < WINDOW)
+                p = tl.exp2(tl.where(seen, scores, -1e30) - lse_rows[None, :])
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+                ds = p * (tl.dot(tile_v, tl.trans(do), input_precision="ieee") - delta_rows[None, :]) * slope
+                dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
     _write_rows(dk_out, start + rows, inside, kv_head, dk * scale, K, E, WIDTH)
     _write_rows(dv_out, start + rows, inside, kv_head, dv, K, E, WIDTH)
 
@@ -495,5 +479,5 @@ def builds(sm: int) -> list[Build]:
             ):
                 arguments = arguments | where | shape | {"QUERIES": queries, "KEYS": keys}
                 found.append(Build(f"attention {name}, {said}", kernel, arguments, warps, stages, matmul=True))
-    rows = {"dout": "*bf16", "out": "*bf16", "delta": "*fp32", "count": "i32", "E": 128, "WIDTH": 128, "ROWS": 64}
+    rows = {"dout": "*bf16", "out": "*bf16", "delta": "*fp32", "count": "i32", "E": 128, "WIDTH": 128, "ROWS": 16}
     return [*found, Build("attention delta", _delta, rows, 4, 1, wide=True)]

@@ -1,8 +1,21 @@
 import pytest
 import torch
 from conftest import reference
+from interpreter import DEVICE, close, guarded, intact
+from test_fused import fenced, shapes
 
-from kernels.nf4 import LEVELS, NF4, block_scales, dequantize, floats, quantize
+import kernels
+from kernels import nf4
+from kernels.nf4 import LEVELS, NF4, block_scales, dequantize, floats, linear, quantize
+from lora import NF4Linear
+from model import Linear
+
+
+@pytest.fixture(params=["torch", "triton"])
+def version(request):
+    kernels.use(request.param)
+    yield request.param
+    kernels.use("auto")
 
 
 def test_the_tables_equal_bitsandbytes():
@@ -19,9 +32,10 @@ def test_the_levels_are_quantiles_of_a_normal_distribution():
 
 
 @pytest.mark.parametrize("key", ["w32", "wbf16", "wfp16"])
-def test_codes_scales_and_values_equal_bitsandbytes(key):
+def test_codes_scales_and_values_equal_bitsandbytes(key, version):
     """Bytes exactly; byte scales within one step, where its CPU code takes the neighbour of the nearest."""
     numbers, case = reference("quant/nf4")
+    case = {name: array.to(DEVICE) for name, array in case.items()}
     told = next(c for c in numbers["cases"] if c["key"] == f"{key}.nf4")
     weight = case[f"{key}.weight"]
     single = quantize(weight, told["blocksize"], double=False)
@@ -55,5 +69,111 @@ def test_zeros_stay_zeros_and_a_last_block_may_be_short():
     whole = torch.cat([short.flatten(), torch.zeros(63)])
     for double in (False, True):
         assert torch.equal(dequantize(quantize(short, double=double)).flatten(), dequantize(quantize(whole, double=double))[:65])
-    with pytest.raises(ValueError, match="block is 63"):
+    with pytest.raises(ValueError, match="block is 63, expected a power of two"):
         quantize(short, block=63)
+
+
+# --------------------------------------------------------------------------------- the Triton version
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+SMALL = {"quantize": (512, 1), "dequantize": (512, 1), "linear": {16: (16, 64, 1, 1), 32: (32, 128, 1, 1)}}
+TILES = {"small tiles": SMALL, "shipped tiles": nf4.CONFIGS[90]}  # 90: what the interpreter takes
+
+
+@pytest.fixture(params=TILES)
+def tiles(request, monkeypatch, on_triton):
+    monkeypatch.setattr(nf4, "CONFIGS", dict.fromkeys(nf4.CONFIGS, TILES[request.param]))
+    return request.param
+
+
+def as_pytorch(function, *args):
+    """What the PyTorch version says while Triton is on."""
+    kernels.use("torch")
+    try:
+        return function(*args)
+    finally:
+        kernels.use("triton")
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@shapes([(1, 1), (2, 3), (5, 13), (12, 130)], [(1, 2), (32, 130)])
+def test_triton_quantises_and_restores_the_bits_of_pytorch(tiles, shape, dtype):
+    weight = torch.randn(shape).to(DEVICE, dtype)
+    for block, double in ((64, False), (64, True), (128, True)):
+        ours, right = quantize(weight, block, double), as_pytorch(quantize, weight, block, double)
+        assert all(torch.equal(a, b) for a, b in zip(ours[:4], right[:4], strict=True) if b is not None)
+        assert torch.equal(dequantize(ours, dtype), as_pytorch(dequantize, right, dtype))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_value_that_is_not_finite_spoils_its_block_alone_as_in_pytorch(on_triton):
+    """A NaN makes the scale NaN and with it 64 weights; an infinity divides to 0 beside it, and 0 times infinity is NaN."""
+    weight = torch.randn(4, 64, device=DEVICE)
+    weight[1, 3], weight[2, 5] = float("nan"), float("-inf")
+    ours, right = quantize(weight, double=False), as_pytorch(quantize, weight, 64, False)
+    assert torch.equal(ours.codes, right.codes) and torch.equal(ours.scales.nan_to_num(), right.scales.nan_to_num())
+    assert torch.isnan(dequantize(ours)).sum(1).tolist() == [0, 64, 63, 0]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 16, 33, 70])
+def test_linear_is_dequantise_and_matmul(tiles, rows, dtype):
+    """However the scales are stored. Two tiles of outputs and of columns at least, the last ones not full."""
+    outputs, inputs = (40, 192) if tiles == "small tiles" else (136, 320)
+    double = as_pytorch(quantize, torch.randn(outputs, inputs, device=DEVICE).to(dtype))
+    single = double._replace(scales=block_scales(double), scales2=None, offset=None)
+    x = torch.randn(rows, inputs).to(DEVICE, dtype)
+    y = linear(x, double)
+    assert torch.equal(linear(x, single), y) and y.dtype == dtype
+    close(y.cpu(), (x.double() @ as_pytorch(dequantize, double, dtype).double().t()).cpu(), TOLERANCE[dtype])
+
+
+def test_linear_takes_more_rows_than_a_tile_and_any_number_of_dimensions(on_triton):
+    state, x = quantize(torch.randn(40, 64, device=DEVICE)), torch.randn(2, 75, 64, device=DEVICE)
+    y = linear(x, state)
+    close(y.cpu(), (x.double() @ dequantize(state).double().t()).cpu(), 2e-6)
+    assert linear(x[:, :0], state).shape == (2, 0, 40)
+
+
+@pytest.mark.parametrize("shape, block, rows", [((8, 100), 64, 3), ((8, 128), 128, 3), ((8, 64), 64, 300)])
+def test_linear_decodes_first_where_rows_end_within_blocks_or_x_is_tall(on_triton, monkeypatch, shape, block, rows):
+    state, x = quantize(torch.randn(shape, device=DEVICE), block), torch.randn(rows, shape[1], device=DEVICE)
+    monkeypatch.setattr(nf4, "_linear_in_tiles", None)
+    assert torch.equal(linear(x, state), x @ dequantize(state).t())
+
+
+@pytest.mark.parametrize("programs", [1, 512])
+def test_linear_gives_the_same_bits_twice_and_a_nan_stays_in_its_row(tiles, monkeypatch, programs):
+    monkeypatch.setattr(nf4, "PROGRAMS", programs)  # columns in one piece, and in shares
+    state, x = as_pytorch(quantize, torch.randn(24, 576, device=DEVICE)), torch.randn(9, 576, device=DEVICE)
+    clean = linear(x, state)
+    assert torch.equal(linear(x, state), clean)
+    x[4, 530] = float("nan")
+    spoiled = linear(x, state)
+    assert torch.isnan(spoiled[4]).all() and torch.equal(spoiled[torch.arange(9) != 4], clean[torch.arange(9) != 4])
+
+
+def test_triton_keeps_within_its_tensors_and_writes_each_value_once(tiles):
+    for shape, rows in (((5, 13), 3), ((40, 192), 21)):
+        weight, x = guarded(torch.randn(shape, device=DEVICE)), guarded(torch.randn(rows, shape[1], device=DEVICE))
+        with fenced():
+            states = [quantize(weight, double=double) for double in (False, True)]
+        for state in states:
+            state = NF4(*(None if t is None else guarded(t) for t in state[:4]), *state[4:])
+            with fenced():
+                found = dequantize(state), linear(x, state)
+            assert all(torch.isfinite(t).all() for t in found)
+            assert all(intact(t) for t in (weight, x, *state[:4]) if t is not None)
+
+
+@pytest.mark.parametrize("rows", [5, 300])
+def test_a_quantised_layer_and_its_gradient_are_those_of_its_decoded_weight(on_triton, rows):
+    torch.manual_seed(1)
+    plain = Linear(64, 24, bias=True)
+    torch.nn.init.normal_(plain.weight), torch.nn.init.normal_(plain.bias)
+    layer = NF4Linear(plain.to(DEVICE))
+    x, upstream = torch.randn(rows, 64, device=DEVICE, requires_grad=True), torch.randn(rows, 24, device=DEVICE)
+    y = layer(x)
+    weight = layer.decoded(torch.float32).double()
+    close(y.detach().cpu(), (x.detach().double() @ weight.t() + plain.bias.detach().double()).cpu(), 2e-6)
+    close(torch.autograd.grad(y, x, upstream)[0].cpu(), (upstream.double() @ weight).cpu(), 2e-6)

@@ -293,7 +293,7 @@ def evaluate(policy: Transformer, trees: list[Tree], config: Config, device: tor
 def main(config: Config) -> None:
     if config.dry_run:
         memory.dry_run(config, load_data)
-    device = runtime.setup(config.device, config.seed, config.threads)
+    device = runtime.setup(config.device, config.seed, config.threads, config.kernels)
     tokenizer = load_tokenizer(config.model)
     policy = lora.load_base(config.model, config, device, runtime.compute_dtype(config.dtype, device))
     template = config.template or tokenizer.template or "zephyr"

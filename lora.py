@@ -42,7 +42,7 @@ from runtime import check_range, fail, file_hash
 
 @dataclass(frozen=True)
 class Options:
-    """What of a model trains, and in how much memory: settings that every training script has."""
+    """What of a model trains, in how much memory and by which kernels: settings that every training script has."""
 
     lora_rank: int = 0               # 8-256: train adapters of this rank on every linear layer of a frozen base; 0: train every weight
     lora_alpha: float = 16.0         # adapters count alpha / rank
@@ -51,6 +51,7 @@ class Options:
     lora_plus: float = 1.0           # how much faster B learns than A; LoRA+ recommends 16
     quantize: Literal["none", "nf4", "int8"] = "none"  # the frozen base, four or eight bits a weight
     checkpointing: bool = False      # keep a block's input alone and run it again for its gradients: little memory, a third more time
+    kernels: Literal["auto", "torch", "triton"] = "auto"  # auto: Triton on a GPU, PyTorch elsewhere
     dry_run: bool = False            # check everything, print parameters, memory and steps, and leave
 
     def __post_init__(self):

@@ -410,7 +410,7 @@ def load_roles(config: Config, tokenizer: Tokenizer, device: torch.device, dtype
 def main(config: Config) -> None:
     if config.dry_run:
         memory.dry_run(config, load_prompts)
-    device = runtime.setup(config.device, config.seed, config.threads)
+    device = runtime.setup(config.device, config.seed, config.threads, config.kernels)
     tokenizer = load_tokenizer(config.model)
     if not tokenizer.template:
         fail(f"{config.model}: carries no chat template, expected the result of sft.py")

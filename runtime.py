@@ -28,6 +28,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import kernels
+
 
 def fail(message: str) -> NoReturn:
     """One line on stderr and exit code 2: for what the user wrote. A bug of ours raises and shows its traceback."""
@@ -114,7 +116,7 @@ def config_toml(config) -> str:
 
 # ------------------------------------------------------------------------------- devices and seeds
 
-def setup(device: str, seed: int, threads: int = 0) -> torch.device:
+def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> torch.device:
     """Seed PyTorch, find the device ('auto' takes a GPU when there is one) and say what will be used.
 
     Data order and sampling have generators of their own (data/pack.py, model.py).
@@ -131,7 +133,12 @@ def setup(device: str, seed: int, threads: int = 0) -> torch.device:
         torch.set_num_threads(threads)
     matmul = _fast_cpu_matmul() if found.type == "cpu" else ""
     name = torch.cuda.get_device_name(found) if found.type == "cuda" else f"{torch.get_num_threads()} threads{matmul}"
-    print(f"torch {torch.__version__} on {found} ({name}), kernels torch")
+    try:
+        kernels.use(kernel)
+    except ValueError as error:
+        fail(str(error))
+    chosen = f"triton {kernels.triton.__version__}" if kernels.on_triton(torch.empty(0, device=found)) else "torch"
+    print(f"torch {torch.__version__} on {found} ({name}), kernels {chosen}")
     return found
 
 

@@ -128,7 +128,7 @@ def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torc
 def main(config: Config) -> None:
     if config.dry_run:
         memory.dry_run(config, load_data)
-    device = runtime.setup(config.device, config.seed, config.threads)
+    device = runtime.setup(config.device, config.seed, config.threads, config.kernels)
     tokenizer = load_tokenizer(config.model)
     model = lora.load_base(config.model, config, device, runtime.compute_dtype(config.dtype, device))
     if config.train_on == "responses" or config.template:

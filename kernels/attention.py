@@ -190,14 +190,14 @@ def _matmul_t(a: Tensor, b: Tensor) -> Tensor:
 # largest tiles that no compiler spills. `disable_licm` in the loops is what lets them fit: with addresses kept in
 # registers from outside the loop, the dK/dV tile of 64 x 128 spilled 110 times.
 CONFIGS = {
-    80: {64: ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
-         128: ((128, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 2)),
+    80: {64: ((128, 64, 8, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
+         128: ((128, 32, 8, 1), (64, 32, 8, 2), (32, 64, 8, 2)),
          256: ((64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1))},
     90: {64: ((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
          128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
          256: ((64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1))},
     100: {64: ((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-          128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 1)),
+          128: ((128, 64, 8, 3), (128, 64, 8, 1), (64, 128, 8, 1)),
           256: ((128, 32, 8, 2), (64, 32, 8, 1), (64, 64, 8, 1))},
 }
 
@@ -317,7 +317,7 @@ def _scaled(scores, scale, SOFTCAP: tl.constexpr):
 def _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, first, last, scale, head,
             K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
             KEYS: tl.constexpr, MASKED: tl.constexpr):
-    """The forward's walk over the keys at places first .. last - 1 of the path: acc = sum exp(s - largest) v, total = sum exp(s - largest)."""
+    """The keys at places first .. last - 1 of the path: acc += exp(s - largest) v, total += exp(s - largest)."""
     for j in tl.range(first, last, KEYS, disable_licm=True):
         key_places = j + tl.arange(0, KEYS)
         tokens = tl.where(key_places < prefix, trunk + key_places, start - prefix + key_places)

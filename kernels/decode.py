@@ -117,8 +117,8 @@ def builds(sm: int) -> list[Build]:
     found = []
     for width in (64, 128, 256):
         for window in (0, 4096):
-            strides = {name: "i64:16" if "batch" in name else "i32:16" for name in ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row")}
-            arguments = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "seen": "*i64", "partial": "*fp32", "scale": "fp32"} | strides
+            arguments = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "seen": "*i64", "partial": "*fp32", "scale": "fp32"}
+            arguments |= {f"{x}_{stride}": "i32:16" for x in "kv" for stride in ("batch", "head", "row")}
             arguments |= {"parts": "i32", "size": "i32", "K": 8, "G": 4, "GROUP": 16, "E": width, "WIDTH": width, "WINDOW": window, "KEYS": KEYS}
             found.append(Build(f"decode part, E {width}" + (", window" if window else ""), _part, arguments, WARPS, STAGES, wide=True))
         arguments = {"partial": "*fp32", "out": "*bf16", "parts": "i32", "E": width, "WIDTH": width, "PARTS": 8}

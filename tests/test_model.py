@@ -310,3 +310,29 @@ def test_loading_peaks_below_1_15_times_the_weights(tmp_path):
     loading.write(tmp_path, layers=4, width=2048)
     found = loading.measure(str(tmp_path), "bfloat16")
     assert found["peak_bytes"] < 1.15 * found["weight_bytes"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"window": 4}, {"qk_norm": True}])
+def test_a_model_on_triton_gives_the_same_tree_gradients_and_samples(fields):
+    """Trunk 0..9, leaves after 2 and 7 tokens, then three prompts sampled greedily: PyTorch and Triton."""
+    import kernels
+    from interpreter import DEVICE
+
+    model = small_model(dtype=torch.float32, scale=3.0, **fields).to(DEVICE)
+    tokens, targets = torch.randint(0, 40, (2, 15), device=DEVICE)
+    layout = Layout.build([10, 3, 2], [0, 0, 0], [0, 2, 7]).to(DEVICE)
+    positions = torch.tensor([*range(10), 2, 3, 4, 7, 8], device=DEVICE)
+    found = {}
+    for name in ("torch", "triton"):
+        kernels.use(name)
+        try:
+            logprobs, _ = linear_logprobs(model.hidden(tokens, positions, layout), model.head_weight, targets)
+            gradients = torch.autograd.grad(-logprobs.mean(), list(model.parameters()))
+            samples = generate(model, [[1, 2, 3], [4] * 7, [5]], 5, temperature=0)
+            found[name] = logprobs, gradients, [s[0].tokens for s in samples]
+        finally:
+            kernels.use("auto")
+    torch.testing.assert_close(found["triton"][0], found["torch"][0], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(found["triton"][1], found["torch"][1], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert found["triton"][2] == found["torch"][2]

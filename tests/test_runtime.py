@@ -204,6 +204,16 @@ def test_an_unknown_device_is_one_line(capsys):
     exits(capsys, lambda: runtime.setup("quantum", 0), "device is 'quantum'")
 
 
+def test_the_kernels_are_chosen_and_told(capsys, monkeypatch):
+    import kernels
+
+    runtime.setup("cpu", 0)
+    assert capsys.readouterr().out.strip().endswith("kernels torch")
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    exits(capsys, lambda: runtime.setup("cpu", 0, kernel="triton"), "kernels is 'triton'", "use kernels=torch")
+
+
 def test_wandb_offline_writes_in_the_run_folder(tmp_path):
     log = runtime.Log(tmp_path, 0, 1, ("loss",), "offline", Config())
     log.step(1, {"loss": 0.5})

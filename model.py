@@ -409,6 +409,8 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in at least fp32."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        if hidden.is_cuda and hidden.ndim == 2 and hidden.dtype == self.head_weight.dtype != wide and not torch.is_grad_enabled():
+            return torch.mm(hidden, self.head_weight.t(), out_dtype=wide)  # the same sums, without a wide copy of the head
         return F.linear(hidden.to(wide), self.head_weight.to(wide))
 
     def scores(self, hidden: Tensor) -> Tensor:
@@ -476,11 +478,11 @@ class KVCache:
         self.data = torch.zeros(shape, dtype=model.compute_dtype or weight.dtype, device=weight.device)
         self.decoding, self.longest = False, 0
 
-    def at(self, slots: Tensor, positions: Tensor, decoding: bool) -> KVCache:
-        """The next forward pass writes its token i to slot slots[i], place positions[i]; decoding: one token a slot."""
+    def at(self, slots: Tensor, positions: Tensor, longest: int, decoding: bool) -> KVCache:
+        """The next forward pass writes its token i to slot slots[i], place positions[i] < longest; decoding: one token a slot."""
         self.slots, self.positions, self.decoding = slots, positions, decoding
         self.seen = positions + 1                      # tokens each new token attends to
-        self.longest = max(self.longest, int(self.seen.max()))
+        self.longest = max(self.longest, longest)      # told, because to look at a GPU's tensor is to wait for it
         return self
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -542,6 +544,7 @@ def generate(
         return samples
     device = model.embed_tokens.weight.device
     cache = KVCache(model, slots, longest + max_tokens)
+    decode = _DecodeGraphs(model, cache, slots) if device.type == "cuda" else partial(_decode, model, cache)
     active: list[_Sequence] = []
     bar = tqdm(total=len(waiting), desc=progress, disable=not progress, mininterval=1, unit=" replies")
     while waiting or active:
@@ -551,10 +554,9 @@ def generate(
             logits = _prefill(model, cache, prompts, new, len(active))
             step, active = new, active + new
         else:
-            last = torch.tensor([s.tokens[-1] for s in active], device=device)
-            positions = torch.tensor([len(prompts[s.prompt]) + len(s.tokens) - 1 for s in active], device=device)
-            cache.at(torch.arange(len(active), device=device), positions, decoding=True)
-            logits = model.logits(model.hidden(last, positions, None, cache))
+            positions = [len(prompts[s.prompt]) + len(s.tokens) - 1 for s in active]
+            logits = decode(torch.tensor([s.tokens[-1] for s in active], device=device), torch.tensor(positions, device=device),
+                            max(positions) + 1)
             step = active
         uniform = torch.tensor([s.uniform[len(s.tokens)] for s in step], device=device)
         tokens, logprobs = _sample_each(logits, [settings[s.sample] for s in step], uniform)
@@ -598,12 +600,60 @@ def _prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], new: 
     rows = torch.repeat_interleave(torch.arange(len(slot), device=device), lengths)
     positions = torch.arange(len(tokens), device=device) - layout.start[rows]
     slots = torch.tensor(list(slot.values()), device=device)[rows]
-    hidden = model.hidden(tokens, positions, layout, cache.at(slots, positions, decoding=False))
+    longest = max(len(prompts[p]) for p in slot)
+    hidden = model.hidden(tokens, positions, layout, cache.at(slots, positions, longest, decoding=False))
     copies = [(slot[s.prompt], first_slot + i) for i, s in enumerate(new) if slot[s.prompt] != first_slot + i]
     cache.move([source for source, _ in copies], [target for _, target in copies])
     logits = model.logits(hidden[layout.start + lengths - 1])
     place = {prompt: row for row, prompt in enumerate(slot)}
     return logits[[place[s.prompt] for s in new]] if copies else logits
+
+
+def _decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+    """Logits [B, V] after one more token [B] at positions [B] of the first B slots."""
+    cache.at(torch.arange(len(tokens), device=tokens.device), positions, longest, decoding=True)
+    return model.logits(model.hidden(tokens, positions, None, cache))
+
+
+class _DecodeGraphs:
+    """_decode as CUDA graphs: a step of a 7B model is hundreds of launches, which cost more than the work of a few sequences.
+
+    A graph has one size, the next power of two; its idle rows write to the first place of slots that are free.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, slots: int):
+        self.model, self.cache, self.slots = model, cache, slots
+        self.room = cache.data.shape[-2]
+        self.graphs: dict[int, tuple] = {}
+
+    def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+        count, seen = len(tokens), max(self.cache.longest, longest)
+        size = min(self.slots, 1 << (count - 1).bit_length())
+        padding = (0, size - count)
+        if size not in self.graphs:
+            self.graphs[size] = self._capture(F.pad(tokens, padding), F.pad(positions, padding))
+        graph, its_tokens, its_positions, logits = self.graphs[size]
+        its_tokens.copy_(F.pad(tokens, padding))
+        its_positions.copy_(F.pad(positions, padding))
+        graph.replay()
+        self.cache.longest = seen
+        return logits[:count]
+
+    def _capture(self, tokens: Tensor, positions: Tensor) -> tuple:
+        """Record the step that reads and writes these two tensors. Twice it runs for real: kernels compile, and write what is due."""
+        def step():
+            return _decode(self.model, self.cache, tokens, positions, self.room)
+
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step()
+            step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+        return graph, tokens, positions, logits
 
 
 def _sample_each(logits: Tensor, settings: list[tuple[float, int, float]], uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,18 +6,32 @@ For hidden states h [M, D], head W [V, D] and one target t per row, with z = sof
     dz_v    = g (1[v = t] - p_v) - g_H p_v (log p_v + H)      g, g_H upstream; p = softmax(z)
     dh      = dz W      dW = dz^T h
 
-The forward walks over rows in chunks of CHUNK_BYTES of logits and keeps, while they fit in KEEP_BYTES, the
-error p - 1[v = t]: whatever g turns out to be, two matmuls finish the job. Rows beyond that are computed
-again in the backward: 8 M D V operations instead of 6. Logits and softmax are fp32 whatever the dtype of
-h: a bf16 logit is off by up to 2^-8 of itself.
+Logits and softmax are fp32 whatever the dtype of h: a bf16 logit is off by up to 2^-8 of itself.
+
+The PyTorch version walks over rows in chunks of CHUNK_BYTES of logits and keeps, while they fit in KEEP_BYTES,
+the error p - 1[v = t]: whatever g turns out to be, two matmuls finish the job. Rows beyond that are computed
+again in the backward: 8 M D V operations instead of 6.
+
+The Triton version keeps L = logsumexp(z) and H and always computes again, 8 M D V operations or 6 for a frozen W.
+As in Wijmans et al. 2024 (arXiv:2411.09009) a tile of logits lives in registers only:
+
+    forward   a program per 128 tokens and BLOCKS tiles of W    max z, sum e^(z - max), sum e^(z - max) (z - max)
+    combine   the programs of a token, in order                 logprob, H, L
+    backward  for each SLICE rows of W: a kernel writes         dz [M, SLICE]
+              two matmuls                                       dh += dz W in fp32; these rows of dW = dz^T h, once
+
+No atomics and no locks: every number is written once, by one program, and a row's logprob has the same bits in any
+batch. Beyond its results it takes 12 bytes of partials per token and BLOCKS tiles, WORKSPACE_BYTES of dz, and 4 M D
+bytes for dh. A W of another dtype than h is rounded to that of h, a slice at a time.
 """
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 8 * 2**20
-KEEP_BYTES = 192 * 2**20
+from kernels import Build, architecture, jit, on_triton, tl, triton
 
 
 def linear_logprobs(
@@ -35,11 +49,18 @@ def linear_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, expected a positive number")
-    # On a GPU looking would wait for it, and a wrong index stops there by itself.
+    # On a GPU looking would wait for it; there a wrong index stops by itself or, with Triton, gives NaN.
     if targets.device.type == "cpu" and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
         raise ValueError(f"targets lie in [{int(targets.min())}, {int(targets.max())}], expected [0, {len(weight)})")
-    logprobs, entropies = _LinearLogprobs.apply(hidden, weight, targets, temperature, softcap, entropy)
+    version = _TileLogprobs if on_triton(hidden) and len(hidden) else _LinearLogprobs  # without rows there is nothing to launch
+    logprobs, entropies = version.apply(hidden, weight, targets, temperature, softcap, entropy)
     return logprobs, entropies if entropy else None
+
+
+# ----------------------------------------------------------------------------------- the PyTorch version
+
+CHUNK_BYTES = 8 * 2**20
+KEEP_BYTES = 192 * 2**20
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -119,3 +140,217 @@ def _error(logp, target, slope, temperature):
     if slope is not None:
         error *= slope
     return error.div_(temperature) if temperature != 1.0 else error
+
+
+# ------------------------------------------------------------------------------------ the Triton version
+
+# Tiles of tokens, vocabulary and width by architecture; a program of the forward computes BLOCKS of them.
+CONFIGS = {
+    80: dict(BLOCK_M=128, BLOCK_V=128, BLOCK_D=32, BLOCKS=8, num_warps=8, num_stages=4),
+    90: dict(BLOCK_M=128, BLOCK_V=256, BLOCK_D=64, BLOCKS=4, num_warps=8, num_stages=4),
+    100: dict(BLOCK_M=128, BLOCK_V=256, BLOCK_D=64, BLOCKS=4, num_warps=8, num_stages=4),
+}
+FLOAT32 = dict(BLOCK_M=64, BLOCK_V=32, BLOCK_D=16, BLOCKS=8, num_warps=8, num_stages=2)  # no matrix units: small tiles
+NARROW = 128                   # vocabulary of a tile with a softcap, whose registers spill at 256
+COMBINE = dict(BLOCK_M=32, BLOCK_S=32, num_warps=4, num_stages=2)  # tokens, and partials of each at a time
+GROUP = 8                      # blocks of tokens that share what they read of W: it comes from memory M / 1024 times
+SLICE = 8192                   # rows of W
+WORKSPACE_BYTES = 256 * 2**20  # of dz
+
+
+class _TileLogprobs(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, softcap, entropy):
+        hidden, (count, width), vocab = hidden.contiguous(), hidden.shape, len(weight)
+        if width * hidden.element_size() % 16:
+            raise ValueError(f"hidden is {width} wide in {hidden.dtype}, expected whole steps of 16 bytes: use kernels=torch")
+        tiles, options = _setting(hidden, temperature, softcap, entropy)
+        reach = tiles["BLOCK_V"] * tiles["BLOCKS"]
+        partials = hidden.new_empty(triton.cdiv(vocab, reach), 2 + entropy, count, dtype=torch.float32)
+        logits = torch.full_like(partials[0, 0], float("nan"))  # NaN stays where a target is outside [0, V)
+        logprobs, lse, entropies = (torch.empty_like(logits) for _ in range(3))
+        step = vocab if weight.dtype == hidden.dtype else triton.cdiv(SLICE, reach) * reach
+        for a in range(0, vocab, step):
+            part = weight[a : a + step].to(hidden.dtype).contiguous()
+            grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(len(part), reach),)
+            _forward[grid](hidden, part, targets - a, partials[a // reach :], logits, count, len(part), width, **options, **tiles)
+        grid = (triton.cdiv(count, COMBINE["BLOCK_M"]),)
+        _combine[grid](partials, logits, logprobs, lse, entropies, count, len(partials), ENTROPY=entropy, **COMBINE)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropies)
+        ctx.options = temperature, softcap, entropy
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, g, g_entropy):
+        hidden, weight, targets, lse, entropies = ctx.saved_tensors
+        (count, width), vocab = hidden.shape, len(weight)
+        tiles, options = _setting(hidden, *ctx.options)
+        tiles = {name: size for name, size in tiles.items() if name != "BLOCKS"}
+        dhidden = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        g, g_entropy = g.contiguous(), g_entropy.contiguous()
+        # Rows of dz start at multiples of 16 bytes, as descriptors want it.
+        step = max(16, min(SLICE, WORKSPACE_BYTES // (hidden.element_size() * count), vocab + 15) // 16 * 16)
+        room = hidden.new_empty(count, step)
+        for a in range(0, vocab, step):
+            part = weight[a : a + step].to(hidden.dtype).contiguous()
+            grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(len(part), tiles["BLOCK_V"]),)
+            _dz[grid](hidden, part, targets - a, lse, entropies, g, g_entropy, room, count, len(part), width, step, **options, **tiles)
+            dz = room[:, : len(part)]
+            if dhidden is not None:
+                _product(dz, part, dhidden, add=a > 0)
+            if dweight is not None:
+                _product(dz.t(), hidden, dweight[a : a + step], add=False)
+        return dhidden if dhidden is None else dhidden.to(hidden.dtype), dweight, None, None, None, None
+
+
+def _tiles(config: dict, softcap: float | None) -> dict:
+    return config | {"BLOCK_V": min(config["BLOCK_V"], NARROW)} if softcap else config
+
+
+def _setting(hidden: Tensor, temperature: float, softcap: float | None, entropy: bool) -> tuple[dict, dict]:
+    """Tile sizes, and the other arguments that the two large kernels have in common."""
+    # A program keeps 128 bytes on the GPU for each descriptor. Set anew: it holds for a thread, and the backward runs in another.
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    tiles = _tiles(FLOAT32 if hidden.dtype == torch.float32 else CONFIGS[architecture(hidden.device)], softcap)
+    return tiles, {"scale": 1 / (temperature * math.log(2)), "SOFTCAP": softcap or 0.0, "ENTROPY": entropy, "GROUP": GROUP}
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out = a b, or out + a b. On a GPU bf16 products reach an fp32 out unrounded."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=int(add))
+    elif a.is_cuda and out.dtype == torch.float32:
+        torch.addmm(out, a, b, beta=int(add), out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(out + a @ b if add else a @ b)
+
+
+@jit
+def _place(M, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+    """Which block of tokens, and which part of the vocabulary, this program computes."""
+    blocks = tl.cdiv(M, BLOCK_M)
+    parts = tl.num_programs(0) // blocks
+    return tl.swizzle2d(tl.program_id(0) // parts, tl.program_id(0) % parts, blocks, parts, GROUP)
+
+
+@jit
+def _tile(hidden, weight, row, column, D, scale, SOFTCAP: tl.constexpr,
+          BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+    """z / ln 2 [BLOCK_M, BLOCK_V], the exponent of 2 where the header has one of e. Reads past an end give 0."""
+    tl.assume(D > 0)  # or Triton 3.6 leaves a way around the loop, and ptxas runs the matmuls one after another (C7515)
+    z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        z = tl.dot(hidden.load([row, d]), weight.load([column, d]).T, z, input_precision="ieee")
+    if SOFTCAP > 0:  # tanh x = 1 - 2 / (e^2x + 1)
+        z = SOFTCAP * (1 - 2 / (tl.exp2(z * (2.885390081777927 / SOFTCAP)) + 1))
+    return z * scale
+
+
+@jit
+def _forward(hidden, weight, targets, partials, logits, M, V, D, scale, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GROUP: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr):
+    block, part = _place(M, BLOCK_M, GROUP)
+    hidden = tl.make_tensor_descriptor(hidden, [M, D], [D, 1], [BLOCK_M, BLOCK_D])
+    weight = tl.make_tensor_descriptor(weight, [V, D], [D, 1], [BLOCK_V, BLOCK_D])
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    target = tl.load(targets + rows, mask=rows < M, other=-1).to(tl.int32)
+    logit = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    moment = tl.zeros([BLOCK_M], tl.float32)
+    first = part * BLOCKS * BLOCK_V
+    end = tl.minimum(first + BLOCKS * BLOCK_V, V)
+    for column in range(first, end, BLOCK_V):
+        z = _tile(hidden, weight, block * BLOCK_M, column, D, scale, SOFTCAP, BLOCK_M, BLOCK_V, BLOCK_D)
+        columns = column + tl.arange(0, BLOCK_V)[None, :]
+        z = tl.where(columns < V, z, -1e30)  # not -inf: below it meets p = 0 in a product
+        logit += tl.sum(tl.where(columns == target[:, None], z, 0.0), 1)
+        peak = tl.maximum(top, tl.max(z, 1))
+        shrink = tl.exp2(top - peak)
+        z -= peak[:, None]
+        p = tl.exp2(z)
+        if ENTROPY:
+            moment = (moment + (top - peak) * total) * shrink + tl.sum(p * z, 1)
+        total = total * shrink + tl.sum(p, 1)
+        top = peak
+    plane = partials + part.to(tl.int64) * (2 + ENTROPY) * M + rows
+    tl.store(plane, top, mask=rows < M)
+    tl.store(plane + M, total, mask=rows < M)
+    if ENTROPY:
+        tl.store(plane + 2 * M, moment, mask=rows < M)
+    tl.store(logits + rows, logit, mask=(target >= first) & (target < end))
+
+
+@jit
+def _combine(partials, logits, logprobs, lse, entropies, M, parts, ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+    LN2: tl.constexpr = 0.6931471805599453
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    top = tl.full([BLOCK_M], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    moment = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(0, parts, BLOCK_S):
+        part = (first + tl.arange(0, BLOCK_S))[:, None]
+        real = (part < parts) & (rows < M)[None, :]
+        plane = partials + part.to(tl.int64) * (2 + ENTROPY) * M + rows[None, :]
+        tops = tl.load(plane, mask=real, other=-1e30)
+        totals = tl.load(plane + M, mask=real, other=1.0)
+        peak = tl.maximum(top, tl.max(tops, 0))
+        shrink, shrinks = tl.exp2(top - peak), tl.exp2(tops - peak[None, :])
+        if ENTROPY:
+            moments = tl.load(plane + 2 * M, mask=real, other=0.0) + (tops - peak[None, :]) * totals
+            moment = (moment + (top - peak) * total) * shrink + tl.sum(moments * shrinks, 0)
+        total = total * shrink + tl.sum(totals * shrinks, 0)
+        top = peak
+    logit = tl.load(logits + rows, mask=rows < M, other=0.0)
+    tl.store(logprobs + rows, (logit - top - tl.log2(total)) * LN2, mask=rows < M)
+    tl.store(lse + rows, top + tl.log2(total), mask=rows < M)
+    if ENTROPY:
+        tl.store(entropies + rows, (tl.log2(total) - moment / total) * LN2, mask=rows < M)
+
+
+@jit
+def _dz(hidden, weight, targets, lse, entropies, g, g_entropy, dz, M, V, D, stride, scale,
+        SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GROUP: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+    """dz of the header times d z / d (h W^T), one tile a program."""
+    LN2: tl.constexpr = 0.6931471805599453
+    block, part = _place(M, BLOCK_M, GROUP)
+    hidden = tl.make_tensor_descriptor(hidden, [M, D], [D, 1], [BLOCK_M, BLOCK_D])
+    weight = tl.make_tensor_descriptor(weight, [V, D], [D, 1], [BLOCK_V, BLOCK_D])
+    out = tl.make_tensor_descriptor(dz, [M, V], [stride, 1], [BLOCK_M, BLOCK_V])
+    z = _tile(hidden, weight, block * BLOCK_M, part * BLOCK_V, D, scale, SOFTCAP, BLOCK_M, BLOCK_V, BLOCK_D)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    target = tl.load(targets + rows, mask=rows < M, other=-1).to(tl.int32)[:, None]
+    logp = z - tl.load(lse + rows, mask=rows < M, other=0.0)[:, None]  # base 2
+    at_target = tl.load(g + rows, mask=rows < M, other=0.0)[:, None] * scale * LN2
+    everywhere = at_target
+    if ENTROPY:
+        upstream = tl.load(g_entropy + rows, mask=rows < M, other=0.0)[:, None] * scale * LN2
+        everywhere += upstream * (logp * LN2 + tl.load(entropies + rows, mask=rows < M, other=0.0)[:, None])
+    columns = part * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    d = tl.where(columns == target, at_target, 0.0) - tl.exp2(logp) * everywhere
+    if SOFTCAP > 0:  # d softcap(x) / dx = 1 - tanh^2
+        tanh = z / (scale * SOFTCAP)
+        d *= 1 - tanh * tanh
+    out.store([block * BLOCK_M, part * BLOCK_V], d.to(dz.dtype.element_ty))
+
+
+def builds(sm: int) -> list[Build]:
+    """Every kernel as it is shipped, for `kernels/aot.py`: bf16, and fp32 in its smaller tiles."""
+    found = []
+    known = {"M": "i32", "V": "i32:16", "D": "i32:16", "stride": "i32:16", "parts": "i32", "scale": "fp32", "GROUP": GROUP}
+    known |= {"targets": "*i64"} | dict.fromkeys(("partials", "logits", "logprobs", "lse", "entropies", "g", "g_entropy"), "*fp32")
+    for entropy in (False, True):
+        known["ENTROPY"], said = entropy, ", entropy" * entropy
+        kernels = [(f"combine{said}", _combine, COMBINE, "fp32", 0.0)]
+        for dtype, config, softcap in (("bf16", CONFIGS[sm], 0.0), ("bf16", CONFIGS[sm], 30.0), ("fp32", FLOAT32, 30.0)):
+            name = f"{dtype}{said}{', softcap' if softcap else ''}"
+            for kind, kernel in (("forward", _forward), ("dz", _dz)):
+                kernels.append((f"{kind}, {name}", kernel, _tiles(config, softcap), dtype, softcap))
+        for name, kernel, tiles, dtype, softcap in kernels:
+            values = known | tiles | dict.fromkeys(("hidden", "weight", "dz"), f"*{dtype}") | {"SOFTCAP": softcap}
+            arguments = {key: values[key] for key in kernel.arg_names}
+            found.append(Build(f"logprobs {name}", kernel, arguments, tiles["num_warps"], tiles["num_stages"], matmul=dtype == "bf16"))
+    return found

@@ -4,7 +4,9 @@ import math
 import pytest
 import torch
 from conftest import reference
+from interpreter import DEVICE, close, guarded, intact, strict
 
+import kernels
 import kernels.logprobs as kernel
 from kernels.logprobs import linear_logprobs
 
@@ -95,3 +97,181 @@ def test_misuse_is_refused():
         linear_logprobs(hidden, weight, torch.tensor([0, 1]), temperature=0)
     with pytest.raises(ValueError, match=r"\[0, 5\]"):
         linear_logprobs(hidden, weight, torch.tensor([0, 5]))
+
+
+def test_memory_at_its_peak_is_below_256_mib(monkeypatch):
+    """An eighth of the shipped sizes below an eighth of 256 MiB, gradients included: 32 MiB, where 500 x 16000 logits take 31."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", kernel.CHUNK_BYTES // 8)
+    monkeypatch.setattr(kernel, "KEEP_BYTES", kernel.KEEP_BYTES // 8)
+    hidden, weight = (torch.randn(n, 16, requires_grad=True) for n in (500, 16000))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        linear_logprobs(hidden, weight, torch.randint(0, 16000, (500,)))[0].sum().backward()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    assert 24 * 2**20 < max(held) < 32 * 2**20
+
+
+# ---------------------------------------------------------------- Triton, on a GPU or interpreted
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture
+def small_tiles(on_triton, monkeypatch):
+    """Tiles that put two blocks or more on every axis of a small problem."""
+    def choose(vocab: int):
+        size = 1 if vocab < 1000 else 4
+        tiles = dict(BLOCK_M=16 * min(size, 2), BLOCK_V=32 * size, BLOCK_D=16, BLOCKS=2, num_warps=4, num_stages=2)
+        monkeypatch.setattr(kernel, "CONFIGS", dict.fromkeys((80, 90, 100), tiles))
+        monkeypatch.setattr(kernel, "FLOAT32", tiles)
+        monkeypatch.setattr(kernel, "COMBINE", dict(BLOCK_M=16, BLOCK_S=2, num_warps=4, num_stages=2))
+        monkeypatch.setattr(kernel, "SLICE", 48 * size)
+    choose(0)
+    return choose
+
+
+def problem(rows, vocab, width, dtype=torch.float32, spread=1.0):
+    """Hidden states, weight, targets and two upstream gradients; logits of standard deviation 3 spread."""
+    torch.manual_seed(rows + vocab + width)
+    hidden, weight = torch.randn(rows, width), torch.randn(vocab, width) * 3 * spread * width**-0.5
+    hidden, weight = (x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight))
+    return hidden, weight, torch.randint(0, vocab, (rows,)).to(DEVICE), torch.randn(2, rows).to(DEVICE)
+
+
+def run(function, hidden, weight, targets, upstream, temperature=1.0, softcap=None, entropy=True):
+    """[logprobs, entropies, hidden's gradient, weight's gradient], the entropies only if asked."""
+    outputs = [x for x in function(hidden, weight, targets, temperature, softcap, entropy) if x is not None]
+    gradients = torch.autograd.grad(outputs, (hidden, weight), list(upstream.to(outputs[0].dtype)[: len(outputs)]))
+    return [x.detach() for x in (*outputs, *gradients)]
+
+
+def truth(hidden, weight, targets, upstream, temperature=1.0, softcap=None, entropy=True):
+    """The same from `plain` in float64."""
+    def double(*arguments):
+        return plain(*arguments[:5])[: 1 + entropy]
+    return run(double, hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), targets, upstream,
+               temperature, softcap, entropy)
+
+
+@pytest.mark.parametrize("rows, vocab, width, temperature, softcap, entropy, dtype", [  # every pair of values is here
+    (1, 100, 40, 0.7, 5.0, False, "float16"), (1, 1000, 72, 1.0, None, True, "float32"), (1, 33, 16, 0.7, None, True, "bfloat16"),
+    (17, 100, 16, 0.7, None, False, "float16"), (17, 100, 72, 0.7, None, False, "float32"), (17, 1000, 40, 0.7, 5.0, True, "bfloat16"),
+    (17, 33, 40, 1.0, None, True, "bfloat16"), (2, 100, 72, 1.0, 5.0, False, "bfloat16"), (2, 1000, 40, 0.7, None, True, "float16"),
+    (2, 33, 16, 1.0, None, False, "float32"), (65, 100, 16, 1.0, None, True, "float16"), (65, 1000, 16, 1.0, 5.0, False, "bfloat16"),
+    (65, 33, 40, 0.7, 5.0, True, "float32"), (65, 33, 72, 1.0, 5.0, False, "float16"),
+])
+def test_triton_equals_float64(small_tiles, rows, vocab, width, temperature, softcap, entropy, dtype):
+    small_tiles(vocab)
+    dtype = getattr(torch, dtype)
+    inputs = *problem(rows, vocab, width, dtype), temperature, softcap, entropy
+    for ours, true in zip(run(linear_logprobs, *inputs), truth(*inputs), strict=True):
+        close(ours, true, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("sm, dtype, softcap", [(80, "bfloat16", 5.0), (90, "bfloat16", None), (90, "float32", None)])
+def test_the_shipped_tiles_equal_float64(on_triton, monkeypatch, sm, dtype, softcap):
+    """Two tiles or more of each kind: of tokens, of width, of vocabulary, and two programs to combine."""
+    monkeypatch.setattr(kernel, "CONFIGS", dict.fromkeys((80, 90, 100), kernel.CONFIGS[sm]))
+    dtype = getattr(torch, dtype)
+    inputs = problem(130, 1100, 72, dtype)
+    for ours, true in zip(run(linear_logprobs, *inputs, softcap=softcap), truth(*inputs, softcap=softcap), strict=True):
+        close(ours, true, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("hidden_dtype, weight_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_weight_of_another_dtype_is_rounded_to_that_of_hidden(small_tiles, hidden_dtype, weight_dtype):
+    hidden, weight, *rest = problem(17, 200, 40)
+    hidden, weight = hidden.detach().to(hidden_dtype).requires_grad_(), weight.detach().to(weight_dtype).requires_grad_()
+    ours, true = run(linear_logprobs, hidden, weight, *rest), truth(hidden, weight.to(hidden_dtype), *rest)
+    assert [x.dtype for x in ours] == [torch.float32, torch.float32, hidden_dtype, weight_dtype]
+    for a, b, relative in zip(ours, true, (2e-6, 2e-6, TOLERANCE[hidden_dtype], TOLERANCE[torch.bfloat16]), strict=True):
+        close(a, b, relative)
+
+
+def test_triton_leaves_a_frozen_weight_or_frozen_states_alone(small_tiles):
+    hidden, weight, targets, upstream = problem(17, 100, 40)
+    *_, dhidden, dweight = run(linear_logprobs, hidden, weight, targets, upstream)
+    for h, w, expected in ((hidden, weight.detach(), dhidden), (hidden.detach(), weight, dweight)):
+        outputs = linear_logprobs(h, w, targets, entropy=True)
+        gradients = torch.autograd.grad(outputs, [x for x in (h, w) if x.requires_grad], list(upstream))
+        assert len(gradients) == 1 and torch.equal(gradients[0], expected)
+
+
+@pytest.mark.parametrize("rows, vocab, width, softcap, entropy", [
+    (17, 100, 40, None, True), (33, 33, 16, 5.0, False), (1, 70, 24, None, False),
+])
+def test_triton_stays_inside_its_tensors_and_writes_all_of_them_once(small_tiles, rows, vocab, width, softcap, entropy):
+    inputs = problem(rows, vocab, width)
+    walled = [guarded(x) for x in inputs]
+    with strict():
+        ours = run(linear_logprobs, *walled, softcap=softcap, entropy=entropy)
+    for a, b in zip(ours, truth(*inputs, softcap=softcap, entropy=entropy), strict=True):
+        close(a, b, 2e-6)
+    assert all(intact(x) for x in walled)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # of a probability past the end of the vocabulary, which is not written
+def test_triton_survives_extreme_logits(small_tiles):
+    """Rows of 200 and -120 by an identity head: a softmax that does not subtract its largest overflows or divides by 0."""
+    hidden = torch.full((4, 40), -120.0)
+    hidden[1] = 200
+    hidden[2, 7] = 200
+    hidden[3, ::2] = 200
+    hidden, weight = hidden.to(DEVICE).requires_grad_(), torch.eye(40, device=DEVICE, requires_grad=True)
+    for targets in ([7, 7, 7, 7], [8, 8, 8, 8]):
+        inputs = hidden, weight, torch.tensor(targets, device=DEVICE), torch.randn(2, 4, device=DEVICE)
+        for a, b in zip(run(linear_logprobs, *inputs), truth(*inputs), strict=True):
+            close(a, b, 2e-6, floor=5e-5)  # an exponent of 300 is itself off by 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_a_nan_row_reaches_no_other_row(small_tiles):
+    hidden, weight, targets, upstream = problem(33, 100, 40)
+    logprobs, entropies, dhidden, _ = run(linear_logprobs, hidden, weight, targets, upstream)
+    spoilt = hidden.detach().clone()
+    spoilt[20] = float("nan")
+    ours = run(linear_logprobs, spoilt.requires_grad_(), weight, targets, upstream)
+    others = torch.arange(33) != 20
+    for a, b in zip(ours, (logprobs, entropies, dhidden), strict=False):
+        assert torch.equal(a[others], b[others]) and a[20].isnan().all()
+
+
+def test_triton_keeps_the_bounds(small_tiles):
+    """log p <= 0 exactly, for it is a difference from the largest; 0 <= H <= log V, and log V for equal logits."""
+    small_tiles(1000)
+    hidden, weight, targets, _ = problem(64, 1000, 40, torch.bfloat16, spread=5)
+    logprobs, entropies = linear_logprobs(hidden, weight, targets, entropy=True)
+    assert (logprobs <= 0).all() and (entropies >= 0).all() and (entropies <= math.log(1000)).all() and logprobs.dtype == torch.float32
+    logprobs, entropies = linear_logprobs(hidden, torch.zeros_like(weight), targets, entropy=True)
+    assert torch.allclose(logprobs, torch.tensor(-math.log(1000.0))) and torch.allclose(entropies, torch.tensor(math.log(1000.0)))
+
+
+def test_triton_gives_the_same_bits_twice_and_a_row_the_same_in_any_batch(small_tiles):
+    hidden, weight, targets, upstream = problem(33, 100, 40, torch.bfloat16)
+    once, twice = (run(linear_logprobs, hidden, weight, targets, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+    for rows in (slice(0, 5), slice(19, 33), slice(20, 21)):
+        alone = linear_logprobs(hidden[rows], weight, targets[rows], entropy=True)
+        assert torch.equal(alone[0], once[0][rows]) and torch.equal(alone[1], once[1][rows])
+
+
+def test_triton_without_rows(small_tiles):
+    hidden, weight, targets, upstream = problem(0, 100, 40)
+    logprobs, entropies, dhidden, dweight = run(linear_logprobs, hidden, weight, targets, upstream)
+    assert logprobs.shape == entropies.shape == (0,) and dhidden.shape == (0, 40) and not dweight.any()
+
+
+def test_triton_refuses_a_width_that_descriptors_cannot_read(on_triton):
+    with pytest.raises(ValueError, match="12 wide in torch.bfloat16"):
+        linear_logprobs(*problem(3, 20, 12, torch.bfloat16)[:3])
+
+
+def test_chosen_by_the_config(monkeypatch):
+    calls = []
+    monkeypatch.setattr(kernel._TileLogprobs, "apply", lambda *_: calls.append(1) or (None, None))
+    for name in ("torch", "triton"):
+        kernels.use(name)
+        linear_logprobs(*problem(3, 20, 16)[:3])
+    kernels.use("auto")
+    assert calls == [1]

@@ -96,7 +96,7 @@ def test_cached_decoding_equals_running_the_whole_path(case):
     with torch.no_grad():
         whole = model.hidden(path, torch.arange(20), Layout.build([20]))
         for i in range(20):
-            step = model.hidden(path[i : i + 1], torch.tensor([i]), Layout.build([1]), cache.at(slot, torch.tensor([i]), decoding=True))
+            step = model.hidden(path[i : i + 1], torch.tensor([i]), Layout.build([1]), cache.at(slot, torch.tensor([i]), i + 1, decoding=True))
             assert torch.allclose(step[0], whole[i], atol=3e-4)
 
 
@@ -336,3 +336,35 @@ def test_a_model_on_triton_gives_the_same_tree_gradients_and_samples(fields):
     for ours, theirs in zip(found["triton"][1], found["torch"][1], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     assert found["triton"][2] == found["torch"][2]
+
+
+def test_decoding_by_graphs_changes_no_token(monkeypatch):
+    """Slots are freed and taken again, so that several sizes of graph run. Without a GPU a stand-in for the graph repeats the step."""
+    import model as source
+
+    class Repeated:
+        def __init__(self, step, logits):
+            self.step, self.logits = step, logits
+
+        def replay(self):
+            self.logits.copy_(self.step())
+
+    def capture(self, tokens, positions):
+        def step():
+            return source._decode(self.model, self.cache, tokens, positions, self.room)
+        logits = step()
+        return Repeated(step, logits), tokens, positions, logits
+
+    gpu = torch.cuda.is_available()
+    network = small_model(dtype=torch.float32, scale=3.0).to("cuda" if gpu else "cpu")
+    prompts = [[1 + i % 30] * (1 + 5 * i % 11) for i in range(23)]
+    settings = dict(max_tokens=12, n=2, stop_ids=(3,), seed=1, slots=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "_DecodeGraphs", lambda model, cache, slots: source.partial(source._decode, model, cache))
+        plain = generate(network, prompts, **settings)
+    if not gpu:
+        graphs = source._DecodeGraphs
+        monkeypatch.setattr(graphs, "_capture", capture)
+        monkeypatch.setattr(source, "partial", lambda function, model, cache: graphs(model, cache, 9))
+    by_graphs = generate(network, prompts, **settings)
+    assert [[s.tokens for s in each] for each in by_graphs] == [[s.tokens for s in each] for each in plain]

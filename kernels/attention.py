@@ -200,6 +200,7 @@ CONFIGS = {
           128: ((128, 64, 8, 3), (128, 64, 8, 1), (64, 128, 8, 1)),
           256: ((128, 32, 8, 2), (64, 32, 8, 1), (64, 64, 8, 1))},
 }
+CONFIG_FP32 = ((32, 32, 4, 1),) * 3  # twice the bytes and no matrix units: for tests, not for speed
 
 
 class _TileAttention(torch.autograd.Function):
@@ -243,7 +244,7 @@ def _config(q: Tensor) -> tuple:
     fitting = [width for width in sorted(by_width) if width >= q.shape[-1]]
     if not fitting:
         raise ValueError(f"heads are {q.shape[-1]} wide, expected at most {max(by_width)}: use kernels=torch")
-    return by_width[fitting[0]]
+    return CONFIG_FP32 if q.dtype == torch.float32 else by_width[fitting[0]]
 
 
 def _shape(q: Tensor, k: Tensor, window: int | None, softcap: float | None) -> dict:
@@ -463,21 +464,20 @@ def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, H: tl.
 
 
 def builds(sm: int) -> list[Build]:
-    """Every kernel as it is shipped, for `kernels/aot.py`: 32 query and 8 KV heads in bf16."""
+    """Every kernel as it is shipped, for `kernels/aot.py`: 32 query and 8 KV heads."""
     found = []
-    for width, (forward, dq, dkdv) in CONFIGS[sm].items():
-        for window, softcap in ((0, 0.0), (4096, 0.0), (0, 30.0)):
-            said = f"E {width}" + (", window" if window else "") + (", softcap" if softcap else "")
-            shape = {"H": 32, "K": 8, "E": width, "WIDTH": width, "WINDOW": window, "SOFTCAP": softcap}
-            inputs = {"q": "*bf16", "k": "*bf16", "v": "*bf16"}
-            where = {"table": "*i32", "tiles": "*i32", "scale": "fp32"}
-            upstream = {"dout": "*bf16", "lse": "*fp32", "delta": "*fp32"}
-            for name, kernel, arguments, (queries, keys, warps, stages) in (
-                ("forward", _forward, inputs | {"out": "*bf16", "lse": "*fp32"}, forward),
-                ("dQ", _dq, inputs | upstream | {"dq_out": "*bf16"}, dq),
-                ("dK dV", _dkdv, inputs | upstream | {"dk_out": "*bf16", "dv_out": "*bf16"}, dkdv),
-            ):
-                arguments = arguments | where | shape | {"QUERIES": queries, "KEYS": keys}
-                found.append(Build(f"attention {name}, {said}", kernel, arguments, warps, stages, matmul=True))
+    variants = [(width, window, softcap, "bf16") for width in CONFIGS[sm] for window, softcap in ((0, 0.0), (4096, 0.0), (0, 30.0))]
+    for width, window, softcap, dtype in [*variants, (128, 0, 0.0, "fp32")]:
+        said = f"E {width}" + ", window" * bool(window) + ", softcap" * bool(softcap) + ", fp32" * (dtype == "fp32")
+        shape = {"H": 32, "K": 8, "E": width, "WIDTH": width, "WINDOW": window, "SOFTCAP": softcap}
+        inputs = {name: "*" + dtype for name in ("q", "k", "v")} | {"table": "*i32", "tiles": "*i32", "scale": "fp32"}
+        upstream = {"dout": "*" + dtype, "lse": "*fp32", "delta": "*fp32"}
+        outputs = ({"out": "*" + dtype, "lse": "*fp32"}, upstream | {"dq_out": "*" + dtype},
+                   upstream | {"dk_out": "*" + dtype, "dv_out": "*" + dtype})
+        configs = CONFIG_FP32 if dtype == "fp32" else CONFIGS[sm][width]
+        for name, kernel, added, (queries, keys, warps, stages) in zip(
+                ("forward", "dQ", "dK dV"), (_forward, _dq, _dkdv), outputs, configs, strict=True):
+            arguments = inputs | added | shape | {"QUERIES": queries, "KEYS": keys}
+            found.append(Build(f"attention {name}, {said}", kernel, arguments, warps, stages, matmul=dtype == "bf16"))
     rows = {"dout": "*bf16", "out": "*bf16", "delta": "*fp32", "count": "i32", "E": 128, "WIDTH": 128, "ROWS": 16}
     return [*found, Build("attention delta", _delta, rows, 4, 1, wide=True)]

@@ -41,7 +41,8 @@ def decode_attention(
 KEYS = 64           # of a step
 PART = 256          # keys of a part, at least
 PROGRAMS = 264      # two for each multiprocessor of an H100 or H200
-WARPS, STAGES = 4, 3
+WARPS = 4
+STAGES = {2: 3, 4: 1}  # by the bytes of a number: what fits in an A100's shared memory with heads of 256
 
 
 def _decode_in_parts(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int | None) -> Tensor:
@@ -56,7 +57,8 @@ def _decode_in_parts(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int 
     _part[batch * kv_heads, parts](
         q.contiguous(), k, v, seen, partial, width**-0.5, k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
         parts, -(-room // parts), K=kv_heads, G=group, GROUP=max(16, 1 << (group - 1).bit_length()), E=shape["E"], WIDTH=shape["WIDTH"],
-        WINDOW=window or 0, KEYS=KEYS, num_warps=WARPS, num_stages=STAGES)
+        WINDOW=window or 0, KEYS=KEYS, num_warps=WARPS,
+        num_stages=STAGES[q.element_size()])
     _merge[batch * heads,](partial, out, parts, **shape, num_warps=4)
     return out
 
@@ -120,7 +122,8 @@ def builds(sm: int) -> list[Build]:
             arguments = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "seen": "*i64", "partial": "*fp32", "scale": "fp32"}
             arguments |= {f"{x}_{stride}": "i32:16" for x in "kv" for stride in ("batch", "head", "row")}
             arguments |= {"parts": "i32", "size": "i32", "K": 8, "G": 4, "GROUP": 16, "E": width, "WIDTH": width, "WINDOW": window, "KEYS": KEYS}
-            found.append(Build(f"decode part, E {width}" + (", window" if window else ""), _part, arguments, WARPS, STAGES, wide=True))
+            name = f"decode part, E {width}" + ", window" * bool(window)
+            found.append(Build(name, _part, arguments, WARPS, STAGES[2], wide=True))
         arguments = {"partial": "*fp32", "out": "*bf16", "parts": "i32", "E": width, "WIDTH": width, "PARTS": 8}
         found.append(Build(f"decode merge, E {width}", _merge, arguments, 4, 1))
     return found

@@ -5,6 +5,7 @@
 
     sft.jsonl   demonstrations              sft_dev.jsonl         the same on held-out content, for the evaluation loss
     prompts.jsonl   to collect preferences on      dev.jsonl, test.jsonl    to judge on, the same for every seed
+    more_prompts.jsonl   the same for the reward model alone, which needs more of them
     verses.jsonl, pretrain.jsonl, pretrain_eval.jsonl     raw text (part=all)
 
 The pretraining corpus is what a base model might have met on the web of the tiny world: prose (lives, stories,
@@ -53,12 +54,14 @@ class Config:
     seed: int = 0
     demos: int = 5000                # demonstrations for SFT
     prompts: int = 5000              # dialogues for preference collection
+    more_prompts: int = 10_000       # further ones for the reward model
     evals: int = 40                  # held-out dialogues per task, in dev and in test each, at most 40
     documents: int = 650_000         # pretraining texts, about 61 tokens each
     ship: str = ""                   # folder that receives the trained base; data/tiny/base for the shipped one
 
     def __post_init__(self):
-        for key, low, high in (("seed", 0, 2**31), ("demos", 1, 10**6), ("prompts", 1, 10**6), ("evals", 1, 40), ("documents", 1, 10**7)):
+        for key, low, high in (("seed", 0, 2**31), ("demos", 1, 10**6), ("prompts", 1, 10**6), ("more_prompts", 1, 10**6),
+                               ("evals", 1, 40), ("documents", 1, 10**7)):
             runtime.check_range(key, getattr(self, key), low, high)
 
 
@@ -209,7 +212,7 @@ def write_data(config: Config, out: Path) -> None:
     def write(name: str, made: Iterator[tuple[dict, str]], count: int) -> None:
         """The first `count` records whose text shares no 13 words with a held-out prompt."""
         nonlocal dropped
-        with (out / name).open("w") as file, tqdm(total=count, desc=name, mininterval=1, disable=count < 10_000) as bar:
+        with (out / name).open("w") as file, tqdm(total=count, desc=name, mininterval=1, disable=count <= 10_000) as bar:
             while count:
                 record, text = next(made)
                 if forbidden.isdisjoint(ngrams(text)):
@@ -239,6 +242,7 @@ def write_data(config: Config, out: Path) -> None:
     write("sft.jsonl", demos(random.Random(f"demonstrations {config.seed}"), "train"), config.demos)
     write("sft_dev.jsonl", demos(random.Random("held-out demonstrations"), "dev"), 400)
     write("prompts.jsonl", prompts(random.Random(f"prompts {config.seed}")), config.prompts)
+    write("more_prompts.jsonl", prompts(random.Random(f"more prompts {config.seed}")), config.more_prompts)
     if config.part == "all":
         rng = random.Random(f"documents {config.seed}")
         write("verses.jsonl", (({"text": text, "keys": []}, text) for text in iter(lambda: verse(rng), "")), VERSES)

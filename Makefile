@@ -10,7 +10,7 @@ SEED ?= 0
 SEEDS = 0 1 2 3 4
 ifdef QUICK
 override SEED = 99
-SMALL_DATA = demos=300 prompts=150 evals=4
+SMALL_DATA = demos=300 prompts=150 more_prompts=50 evals=4
 FEW_STEPS = max_steps=8
 FEW_PPO = steps=2 batch=8
 endif
@@ -18,7 +18,7 @@ ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT = .venv/installed
 endif
 
-.PHONY: demo results test lint bench gpu base
+.PHONY: demo results test lint bench gpu gpu-tests gpu-kernels gpu-training base
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -58,9 +58,14 @@ runs/tiny/%/dpo_without_sft/model/config.json: runs/tiny/%/pairs.jsonl
 runs/tiny/%/pairs_test.jsonl: runs/tiny/%/pairs.jsonl
 	$(PYTHON) -m data.tiny.pairs seed=$* model=runs/tiny/$*/sft/model prompts=runs/tiny/$*/data/test.jsonl out=$@
 
-runs/tiny/%/reward/model/config.json: runs/tiny/%/pairs_test.jsonl
-	@printf '\n== 7/9 reward model: from the SFT model, on the same preferences\n'
-	$(PYTHON) reward.py --config configs/tiny/reward.toml seed=$* model=runs/tiny/$*/sft/model data=runs/tiny/$*/pairs.jsonl eval_data=$< demos=runs/tiny/$*/data/sft.jsonl out=runs/tiny/$*/reward $(FEW_STEPS)
+# Three times the preferences: DPO's alone it learns by heart.
+runs/tiny/%/pairs_reward.jsonl: runs/tiny/%/pairs_test.jsonl
+	@printf '\n== 7/9 reward model: from the SFT model, on these and more preferences\n'
+	$(PYTHON) -m data.tiny.pairs seed=10$* model=runs/tiny/$*/sft/model prompts=runs/tiny/$*/data/more_prompts.jsonl out=runs/tiny/$*/pairs_more.jsonl
+	cat runs/tiny/$*/pairs.jsonl runs/tiny/$*/pairs_more.jsonl > $@
+
+runs/tiny/%/reward/model/config.json: runs/tiny/%/pairs_reward.jsonl
+	$(PYTHON) reward.py --config configs/tiny/reward.toml seed=$* model=runs/tiny/$*/sft/model data=$< eval_data=runs/tiny/$*/pairs_test.jsonl demos=runs/tiny/$*/data/sft.jsonl out=runs/tiny/$*/reward $(FEW_STEPS)
 
 runs/tiny/%/ppo/model/config.json: runs/tiny/%/reward/model/config.json
 	@printf '\n== 8/9 PPO: from the SFT model, against the reward model\n'
@@ -87,11 +92,20 @@ bench: $(ENVIRONMENT)
 	$(PYTHON) -m benchmarks.sampling out=benchmarks/results/sampling.json
 	$(PYTHON) -m benchmarks.readme
 
-# Everything that waits for a GPU; PYTHON=python3 where one with torch is installed.
+# Everything that waits for a GPU, in ten minutes; PYTHON=python3 where one with torch is installed. What fails does not stop the rest.
 gpu: $(ENVIRONMENT)
-	$(PYTHON) -m pytest
-	$(PYTHON) -m benchmarks.throughput device=cuda out=benchmarks/results/throughput_gpu.json
-	$(PYTHON) -m data.tiny.build out=runs/tiny/base_gpu
+	$(MAKE) --keep-going gpu-tests gpu-kernels gpu-training
+
+gpu-tests:
+	timeout --signal=INT 150 $(PYTHON) -m pytest tests/test_attention*.py tests/test_logprobs*.py tests/test_nf4.py tests/test_fused.py
+
+gpu-kernels:
+	$(PYTHON) -m kernels.bench --budget 270
+	$(PYTHON) -m benchmarks.readme
+
+gpu-training:
+	timeout 90 $(PYTHON) -m benchmarks.throughput device=cuda out=benchmarks/results/throughput_gpu.json
+	timeout 90 $(PYTHON) -m data.tiny.build documents=60000 out=runs/tiny/base_gpu
 
 base: $(ENVIRONMENT)
 	$(PYTHON) -m data.tiny.build ship=data/tiny/base

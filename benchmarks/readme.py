@@ -4,8 +4,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kernels.bench_report import build_table, summary_table, verdict_table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+KERNELS = ROOT / "kernels"
 
 
 def tiny_table(report: dict) -> str:
@@ -101,7 +104,16 @@ def loading_table(report: dict) -> str:
 TABLES = {"tiny": (tiny_table, "tiny/judge.json"), "categories": (category_table, "tiny/judge.json"),
           "throughput": (throughput_table, "throughput.json"), "families": (family_table, "families.json"),
           "memory": (memory_table, "memory.json"), "loading": (loading_table, "loading.json"),
+          "kernels_builds": (build_table, KERNELS / "aot_baseline.json"), "kernels_gpu": (verdict_table, KERNELS / "results"),
+          "kernels_cpu": (summary_table, KERNELS / "results" / "cpu.json"),
           "rlhf": (rlhf_table, "tiny/rlhf.json"), "sampling": (sampling_table, "sampling.json")}
+
+
+def read(file: Path) -> dict | list[dict]:
+    """A result file; of a folder all that a GPU wrote."""
+    if file.is_dir():
+        return [json.loads(part.read_text()) for part in sorted(file.glob("*.json")) if part.name != "cpu.json"]
+    return json.loads(file.read_text())
 
 
 def filled(text: str) -> str:
@@ -110,7 +122,7 @@ def filled(text: str) -> str:
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(end)
-        text = f"{before}{start}\n{table(json.loads((RESULTS / file).read_text()))}\n{end}{after}"
+        text = f"{before}{start}\n{table(read(RESULTS / file))}\n{end}{after}"
     return text
 
 

@@ -121,7 +121,8 @@ def builds(sm: int) -> list[Build]:
         for window in (0, 4096):
             arguments = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "seen": "*i64", "partial": "*fp32", "scale": "fp32"}
             arguments |= {f"{x}_{stride}": "i32:16" for x in "kv" for stride in ("batch", "head", "row")}
-            arguments |= {"parts": "i32", "size": "i32", "K": 8, "G": 4, "GROUP": 16, "E": width, "WIDTH": width, "WINDOW": window, "KEYS": KEYS}
+            arguments |= {"parts": "i32", "size": "i32", "K": 8, "G": 4, "GROUP": 16, "E": width, "WIDTH": width, "WINDOW": window,
+                          "KEYS": KEYS}
             name = f"decode part, E {width}" + ", window" * bool(window)
             found.append(Build(name, _part, arguments, WARPS, STAGES[2], wide=True))
         arguments = {"partial": "*fp32", "out": "*bf16", "parts": "i32", "E": width, "WIDTH": width, "PARTS": 8}

@@ -187,12 +187,14 @@ def test_heads_wider_than_any_tile_are_refused(on_triton):
 
 @pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "width", "room", "dtype"), [
-    (3, 4, 2, 16, 90, torch.float32), (1, 8, 1, 40, 300, torch.float32), (2, 2, 2, 32, 64, torch.bfloat16), (2, 40, 2, 16, 70, torch.float32)])
+    (3, 4, 2, 16, 90, torch.float32), (1, 8, 1, 40, 300, torch.float32), (2, 2, 2, 32, 64, torch.bfloat16),
+    (2, 40, 2, 16, 70, torch.float32)])
 def test_decoding_equals_pytorch_in_float64(monkeypatch, window, batch, heads, kv_heads, width, room, dtype):
     monkeypatch.setattr(decode, "PART", 32)
     monkeypatch.setattr(decode, "KEYS", 16)
     seen = torch.tensor([room, 1, 33][:batch])
-    q, k, v = (torch.randn(shape).to(dtype) for shape in ((batch, heads, width), (batch, kv_heads, room, width), (batch, kv_heads, room, width)))
+    cache = (batch, kv_heads, room, width)
+    q, k, v = (torch.randn(shape).to(dtype) for shape in ((batch, heads, width), cache, cache))
     for row, count in enumerate(seen.tolist()):
         k[row, :, count:], v[row, :, count:] = torch.nan, torch.nan  # what is not seen is not read
     given = [guarded(x.to(DEVICE)) for x in (q, k, v)]

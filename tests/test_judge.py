@@ -59,7 +59,7 @@ def test_one_seed_gives_the_interval_over_dialogues():
 
 
 def test_the_script_judges_base_and_few_shot_and_writes_everything(checkpoint, tmp_path, capsys):
-    build.write_data(build.Config(part="data", demos=10, prompts=10, evals=2), tmp_path)
+    build.write_data(build.Config(part="data", more_prompts=10, demos=10, prompts=10, evals=2), tmp_path)
     models = [f"base={checkpoint}", f"few-shot=few-shot:{checkpoint}", f"again={checkpoint}"]
     config = Config(models=models, data=str(tmp_path / "test.jsonl"), out=str(tmp_path / "out"), seeds=[0, 1],
                     max_tokens=8, device="cpu", show=2)
@@ -86,6 +86,6 @@ def test_the_script_judges_base_and_few_shot_and_writes_everything(checkpoint, t
     ({"temperature": -0.7}, "temperature is -0.7"),
 ])
 def test_what_the_user_wrote_wrong_is_one_line(changes, said, checkpoint, tmp_path, capsys):
-    build.write_data(build.Config(part="data", demos=10, prompts=10, evals=1), tmp_path)
+    build.write_data(build.Config(part="data", more_prompts=10, demos=10, prompts=10, evals=1), tmp_path)
     fields = {"models": [f"base={checkpoint}"], "data": str(tmp_path / "test.jsonl"), "out": str(tmp_path), "max_tokens": 2}
     exits(capsys, lambda: judge.main(Config(**(fields | changes))), said)

@@ -96,7 +96,8 @@ def test_cached_decoding_equals_running_the_whole_path(case):
     with torch.no_grad():
         whole = model.hidden(path, torch.arange(20), Layout.build([20]))
         for i in range(20):
-            step = model.hidden(path[i : i + 1], torch.tensor([i]), Layout.build([1]), cache.at(slot, torch.tensor([i]), i + 1, decoding=True))
+            place = torch.tensor([i])
+            step = model.hidden(path[i : i + 1], place, Layout.build([1]), cache.at(slot, place, i + 1, decoding=True))
             assert torch.allclose(step[0], whole[i], atol=3e-4)
 
 
@@ -315,8 +316,9 @@ def test_loading_peaks_below_1_15_times_the_weights(tmp_path):
 @pytest.mark.parametrize("fields", [{}, {"window": 4}, {"qk_norm": True}])
 def test_a_model_on_triton_gives_the_same_tree_gradients_and_samples(fields):
     """Trunk 0..9, leaves after 2 and 7 tokens, then three prompts sampled greedily: PyTorch and Triton."""
-    import kernels
     from interpreter import DEVICE
+
+    import kernels
 
     model = small_model(dtype=torch.float32, scale=3.0, **fields).to(DEVICE)
     tokens, targets = torch.randint(0, 40, (2, 15), device=DEVICE)

@@ -14,7 +14,7 @@ from data.tiny.world import SHARES, STYLES, TASKS, demonstrate, dialogue, gold, 
 def corpora(tmp_path_factory):
     """A small build of everything the recipe reads, pretraining text included: {file name: records}."""
     out = tmp_path_factory.mktemp("corpora")
-    build.write_data(build.Config(part="all", documents=3000, demos=2000, prompts=1000), out)
+    build.write_data(build.Config(part="all", more_prompts=10, documents=3000, demos=2000, prompts=1000), out)
     return {file.stem: [json.loads(line) for line in file.open()] for file in out.glob("*.jsonl")}
 
 
@@ -148,7 +148,7 @@ def test_no_held_out_content_occurs_in_any_corpus(corpora):
 def test_held_out_sets_are_the_same_for_every_seed_and_data_is_not(tmp_path):
     for seed in (1, 2):
         (tmp_path / str(seed)).mkdir()
-        build.write_data(build.Config(part="data", seed=seed, demos=50, prompts=50), tmp_path / str(seed))
+        build.write_data(build.Config(part="data", more_prompts=10, seed=seed, demos=50, prompts=50), tmp_path / str(seed))
     assert (tmp_path / "1" / "test.jsonl").read_text() == (tmp_path / "2" / "test.jsonl").read_text()
     assert (tmp_path / "1" / "sft.jsonl").read_text() != (tmp_path / "2" / "sft.jsonl").read_text()
 
@@ -197,7 +197,7 @@ def test_collected_pairs_are_readable_preferences_without_grades(checkpoint, tmp
                 for i in range(len(prompts))]
 
     monkeypatch.setattr(pairs, "generate", canned)
-    build.write_data(build.Config(part="data", demos=10, prompts=200, evals=3), tmp_path)
+    build.write_data(build.Config(part="data", more_prompts=10, demos=10, prompts=200, evals=3), tmp_path)
     ask = {"model": str(model), "device": "cpu"}
     pairs.main(pairs.Config(prompts=str(tmp_path / "prompts.jsonl"), out=str(tmp_path / "pairs.jsonl"), tie=0.0, **ask))
     records, report = read(tmp_path / "pairs.jsonl")

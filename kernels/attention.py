@@ -467,7 +467,7 @@ def builds(sm: int) -> list[Build]:
     """Every kernel as it is shipped, for `kernels/aot.py`: 32 query and 8 KV heads."""
     found = []
     variants = [(width, window, softcap, "bf16") for width in CONFIGS[sm] for window, softcap in ((0, 0.0), (4096, 0.0), (0, 30.0))]
-    for width, window, softcap, dtype in [*variants, (128, 0, 0.0, "fp32")]:
+    for width, window, softcap, dtype in variants + [(128, 0, 0.0, "fp32")] * (sm == 90):
         said = f"E {width}" + ", window" * bool(window) + ", softcap" * bool(softcap) + ", fp32" * (dtype == "fp32")
         shape = {"H": 32, "K": 8, "E": width, "WIDTH": width, "WINDOW": window, "SOFTCAP": softcap}
         inputs = dict.fromkeys(("q", "k", "v"), "*" + dtype) | {"table": "*i32", "tiles": "*i32", "scale": "fp32"}

@@ -97,7 +97,9 @@ gpu: $(ENVIRONMENT)
 	$(MAKE) --keep-going gpu-tests gpu-kernels gpu-training
 
 gpu-tests:
-	timeout --signal=INT 150 $(PYTHON) -m pytest tests/test_attention*.py tests/test_logprobs*.py tests/test_nf4.py tests/test_fused.py
+	timeout --signal=INT 150 $(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null) \
+		tests/test_attention*.py tests/test_logprobs*.py tests/test_nf4.py tests/test_fused.py
+	timeout --signal=INT 60 $(PYTHON) -m pytest tests/test_model.py -k 'triton or graphs'
 
 gpu-kernels:
 	$(PYTHON) -m kernels.bench --budget 270

@@ -109,7 +109,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: Linear, outliers: list[int] = ()):
         super().__init__()
         weight = linear.weight.detach().to(torch.float32, copy=True)
-        kept = torch.tensor(list(outliers), dtype=torch.long)
+        kept = torch.tensor(list(outliers), dtype=torch.long, device=weight.device)
         self.register_buffer("columns", kept)
         self.register_buffer("exact", linear.weight.detach()[:, kept].to(torch.bfloat16))
         weight[:, kept] = 0

@@ -625,6 +625,7 @@ class _DecodeGraphs:
         self.model, self.cache, self.slots = model, cache, slots
         self.room = cache.data.shape[-2]
         self.graphs: dict[int, tuple] = {}
+        self.memory = self.aside = None  # what all graphs share
 
     def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         count, seen = len(tokens), max(self.cache.longest, longest)
@@ -640,18 +641,18 @@ class _DecodeGraphs:
         return logits[:count]
 
     def _capture(self, tokens: Tensor, positions: Tensor) -> tuple:
-        """Record the step that reads and writes these two tensors. Twice it runs for real: kernels compile, and write what is due."""
+        """Record the step that reads these two tensors. It runs for real once before, aside: kernels compile."""
         def step():
             return _decode(self.model, self.cache, tokens, positions, self.room)
 
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        if self.memory is None:
+            self.memory, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.aside):
             step()
-            step()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(self.aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.memory, stream=self.aside):
             logits = step()
         return graph, tokens, positions, logits
 

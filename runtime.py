@@ -128,6 +128,8 @@ def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> tor
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError):
         fail(f"device is '{device}', which this machine does not have: use device=cpu or device=auto")
+    if found.type == "cuda" and found.index is not None:
+        torch.cuda.set_device(found)  # where Triton launches
     torch.manual_seed(seed)
     if threads:
         torch.set_num_threads(threads)
@@ -273,6 +275,8 @@ def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Op
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     tensors = {"torch_rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda_rng"] = torch.cuda.get_rng_state()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensors[f"model.{name}"] = parameter.detach()
@@ -296,6 +300,8 @@ def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         return 0
     tensors = load_file(states[-1] / "state.safetensors")
     torch.set_rng_state(tensors["torch_rng"])
+    if "cuda_rng" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda_rng"])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data.copy_(tensors[f"model.{name}"])

@@ -40,15 +40,18 @@ def on_triton(x: torch.Tensor) -> bool:
     """Whether the kernels run this tensor with Triton."""
     if triton is None or x.dtype == torch.float64:
         return False
-    return x.is_cuda if _chosen is None else _chosen == "triton"
+    return x.is_cuda and _chosen != "torch" or INTERPRETED and _chosen == "triton"
 
 
 def architecture(device: torch.device) -> int:
-    """80, 90 or 100: the generation whose tile sizes a kernel takes on this device; in the interpreter 90."""
+    """80, 90 or 100: the generation whose tile sizes a kernel takes on this device; in the interpreter 90.
+
+    Consumer chips (8.6, 8.9, 12) have 99 KiB of shared memory: the tiles of 80 fit but for heads wider than 128.
+    """
     if device.type != "cuda":
         return 90
     major, _ = torch.cuda.get_device_capability(device)
-    return 80 if major < 9 else 90 if major == 9 else 100
+    return {9: 90, 10: 100}.get(major, 80)
 
 
 class Build(NamedTuple):

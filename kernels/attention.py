@@ -200,6 +200,7 @@ CONFIGS = {
           128: ((128, 64, 8, 3), (64, 64, 8, 1), (64, 128, 8, 1)),
           256: ((128, 32, 8, 2), (64, 32, 8, 1), (64, 64, 8, 1))},
 }
+PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
 CONFIG_FP32 = ((16, 16, 8, 1),) * 3  # no matrix units: for tests, not for speed
 
 
@@ -216,26 +217,34 @@ class _TileAttention(torch.autograd.Function):
         _forward[q.shape[1], len(tiles)](q, k, v, out, lse, table, tiles, scale, **_shape(q, k, window, softcap), QUERIES=queries,
                                          KEYS=keys, num_warps=warps, num_stages=stages)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = layout, window, softcap, scale, config
+        # Lists for the backward too: to send them to the device in its midst would hold it up.
+        lists = (tile_list(layout, config[1][0], window), tile_list(layout, config[2][1], window, of_keys=True)) if any(
+            ctx.needs_input_grad) else ()
+        ctx.options = lists, window, softcap, scale, config
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        layout, window, softcap, scale, config = ctx.options
+        ((table, tiles), (_, key_tiles)), window, softcap, scale, config = ctx.options
         dout = dout.contiguous()
         shape = _shape(q, k, window, softcap)
-        delta, dq, dk, dv = torch.empty_like(lse), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        delta, dq = torch.empty_like(lse), torch.empty_like(q)
         rows = lse.numel()
         _delta[(rows + 15) // 16,](dout, out, delta, rows, E=shape["E"], WIDTH=shape["WIDTH"], ROWS=16, num_warps=4)
         queries, keys, warps, stages = config[1]
-        table, tiles = tile_list(layout, queries, window)
         _dq[q.shape[1], len(tiles)](q, k, v, dout, lse, delta, dq, table, tiles, scale, **shape, QUERIES=queries, KEYS=keys,
                                     num_warps=warps, num_stages=stages)
         queries, keys, warps, stages = config[2]
-        table, tiles = tile_list(layout, keys, window, of_keys=True)
-        _dkdv[k.shape[1], len(tiles)](q, k, v, dout, lse, delta, dk, dv, table, tiles, scale, **shape, QUERIES=queries, KEYS=keys,
-                                      num_warps=warps, num_stages=stages)
+        # With few KV heads there would be too few programs: then a head's queries are shared out, and the parts added up.
+        heads, group = k.shape[1], q.shape[1] // k.shape[1]
+        parts = min(group, -(-PROGRAMS // (heads * len(key_tiles))))
+        share = -(-group // parts)
+        parts = -(-group // share)
+        dk, dv = torch.empty(2, parts, *k.shape, dtype=k.dtype if parts == 1 else torch.float32, device=k.device)
+        _dkdv[heads * parts, len(key_tiles)](q, k, v, dout, lse, delta, dk, dv, table, key_tiles, scale, share, k.numel(), **shape,
+                                             QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
+        dk, dv = (x[0] if parts == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
         return dq, dk, dv, None, None, None, None
 
 
@@ -425,9 +434,10 @@ def _dq(q, k, v, dout, lse, delta, dq_out, table, tiles, scale, H: tl.constexpr,
 
 
 @jit
-def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, share, size, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
           WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    kv_head = tl.program_id(0)
+    """Part p of dk_out and dv_out, `size` numbers each, is what query heads p * share .. of every group contribute."""
+    kv_head, part = tl.program_id(0) % K, tl.program_id(0) // K
     start, length, _, prefix, offset, number = _segment(table, tiles, tl.program_id(1))
     rows = offset + tl.arange(0, KEYS)
     key_places, inside = prefix + rows, rows < length
@@ -442,7 +452,7 @@ def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, H: tl.
         last = tl.where(own | (branch > offset), reader_length, 0)
         if WINDOW:
             last = tl.minimum(last, prefix + offset + KEYS - 1 + WINDOW - branch)
-        for head in range(kv_head * (H // K), (kv_head + 1) * (H // K)):
+        for head in range(kv_head * (H // K) + part * share, kv_head * (H // K) + tl.minimum(part * share + share, H // K)):
             for i in tl.range(first, last, QUERIES, disable_licm=True):
                 query_rows = i + tl.arange(0, QUERIES)
                 real = query_rows < reader_length
@@ -459,8 +469,8 @@ def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, H: tl.
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
                 ds = p * (tl.dot(tile_v, tl.trans(do), input_precision="ieee") - delta_rows[None, :]) * slope
                 dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
-    _write_rows(dk_out, start + rows, inside, kv_head, dk * scale, K, E, WIDTH)
-    _write_rows(dv_out, start + rows, inside, kv_head, dv, K, E, WIDTH)
+    _write_rows(dk_out + part.to(tl.int64) * size, start + rows, inside, kv_head, dk * scale, K, E, WIDTH)
+    _write_rows(dv_out + part.to(tl.int64) * size, start + rows, inside, kv_head, dv, K, E, WIDTH)
 
 
 def builds(sm: int) -> list[Build]:
@@ -473,7 +483,7 @@ def builds(sm: int) -> list[Build]:
         inputs = dict.fromkeys(("q", "k", "v"), "*" + dtype) | {"table": "*i32", "tiles": "*i32", "scale": "fp32"}
         upstream = {"dout": "*" + dtype, "lse": "*fp32", "delta": "*fp32"}
         outputs = ({"out": "*" + dtype, "lse": "*fp32"}, upstream | {"dq_out": "*" + dtype},
-                   upstream | {"dk_out": "*" + dtype, "dv_out": "*" + dtype})
+                   upstream | {"dk_out": "*" + dtype, "dv_out": "*" + dtype, "share": "i32", "size": "i32:16"})
         configs = CONFIG_FP32 if dtype == "fp32" else CONFIGS[sm][width]
         for name, kernel, added, (queries, keys, warps, stages) in zip(
                 ("forward", "dQ", "dK dV"), (_forward, _dq, _dkdv), outputs, configs, strict=True):

@@ -41,6 +41,7 @@ def decode_attention(
 KEYS = 64           # of a step
 PART = 256          # keys of a part, at least
 PROGRAMS = 264      # two for each multiprocessor of an H100 or H200
+MOST_PARTS = 64     # what one program merges
 WARPS = 4
 STAGES = {2: 3, 4: 1}  # by the bytes of a number: what fits in an A100's shared memory with heads of 256
 
@@ -49,7 +50,7 @@ def _decode_in_parts(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int 
     batch, heads, width = q.shape
     kv_heads, room = k.shape[1], k.shape[2]
     # What depends on `seen` is left to the programs: to look at it here would wait for the GPU.
-    parts = max(1, min(-(-room // PART), -(-PROGRAMS // (batch * kv_heads))))
+    parts = max(1, min(-(-room // PART), -(-PROGRAMS // (batch * kv_heads)), MOST_PARTS))
     partial = torch.empty(batch, heads, parts, width + 2, dtype=torch.float32, device=q.device)  # o, m, l
     out = torch.empty_like(q)
     shape = {"E": width, "WIDTH": max(16, 1 << (width - 1).bit_length()), "PARTS": max(1, 1 << (parts - 1).bit_length())}

@@ -110,7 +110,7 @@ def linear(x: Tensor, state: NF4) -> Tensor:
     outputs, inputs = state.shape
     rows = x.numel() // inputs
     # A row of W that ends within a block shares its scale with the next.
-    if on_triton(x) and 0 < rows <= CROSSOVER and state.block == 64 and inputs % 64 == 0:
+    if on_triton(x) and x.element_size() == 2 and 0 < rows <= CROSSOVER and state.block == 64 and inputs % 64 == 0:
         return _linear_in_tiles(x.reshape(rows, inputs).contiguous(), state).view(*x.shape[:-1], outputs)
     return x @ dequantize(state, x.dtype).t()
 

@@ -1,0 +1,679 @@
+"""From verdicts to numbers: win rates, length control, MT-Bench, Elo, Bradley-Terry, and how sure they are.
+
+A preference is a number in [0, 1]: 1 the model won, 0 the baseline, 1/2 a draw, in between a probability; NaN is no
+verdict, and never counts. A game is two models, an outcome on that scale for `a`, the prompt, and who was shown first.
+Intervals resample prompts, never games: two orders and two turns of one prompt are not independent. Every
+function that resamples n prompts with one seed draws the same ones, so differences between models are paired.
+Models and prompts are sorted by name first: the order of rows changes nothing but online Elo.
+"""
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime import fail
+
+# ------------------------------------------------------------------------------------- preferences
+
+def alpaca_preference(value: float | str | None) -> float:
+    """AlpacaEval's stored preference, 1 (baseline) to 2 (model), 1.5 or 0 a draw, perhaps a string; None is no verdict."""
+    try:
+        p = math.nan if value is None or value == "" else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"preference is {value!r}, expected a number from 1 to 2, 0 for a draw, or null") from None
+    if math.isnan(p) or p == 0:
+        return 0.5 if p == 0 else p
+    if not 1 <= p <= 2:
+        raise ValueError(f"preference is {value!r}, expected a number from 1 to 2, 0 for a draw, or null")
+    return p - 1
+
+
+def label_preference(first_logprob: float | None, second_logprob: float | None, model_first: bool) -> float:
+    """The model's preference from the judge's log-probabilities of its one-token labels for the first and second answer.
+
+        q = e^l1 / (e^l1 + e^l2) is the first answer's (AlpacaEval 2); a label missing from the top has probability 0.
+    """
+    first = -math.inf if first_logprob is None else first_logprob
+    second = -math.inf if second_logprob is None else second_logprob
+    if first == second == -math.inf:
+        return math.nan
+    q = float(sigmoid(first - second))
+    return q if model_first else 1 - q
+
+
+def likert_outcome(rating: int, ties: bool) -> float:
+    """Outcome for A of a rating from 1 (A much better) to 8 (B much better): 4 and 5, the slight ones, are ties if `ties`."""
+    if rating not in range(1, 9):
+        raise ValueError(f"rating is {rating!r}, expected an integer from 1 to 8")
+    if ties and rating in (4, 5):
+        return 0.5
+    return 1.0 if rating <= 4 else 0.0
+
+
+def both_orders(forward, backward) -> np.ndarray:
+    """One outcome for `a` [n] from the games with a first and with b first, both outcomes for a [n].
+
+    A win needs both games; a win and a tie, or a split, is a tie (MT-Bench, arXiv:2306.05685, section 3.4).
+    NaN if either game has no verdict.
+    """
+    forward, backward = np.asarray(forward, dtype=float), np.asarray(backward, dtype=float)
+    check_preferences(np.concatenate([forward, backward]))
+    same = np.where(forward == backward, forward, 0.5)
+    return np.where(np.isnan(forward) | np.isnan(backward), np.nan, same)
+
+
+def check_preferences(p: np.ndarray) -> None:
+    if np.any((p < 0) | (p > 1)):
+        raise ValueError(f"a preference is {p[(p < 0) | (p > 1)][0]}, expected all in [0, 1] or NaN: use alpaca_preference for [1, 2]")
+
+
+def sigmoid(x):
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x)))  # unlike 1 / (1 + exp(-x)), no overflow
+
+
+# -------------------------------------------------------------------------------------- resampling
+
+def draws(n: int, rounds: int, seed: int) -> Iterator[np.ndarray]:
+    """`rounds` times n prompts drawn with replacement, as indices [n]; the same ones for the same n and seed."""
+    rng = np.random.default_rng(seed)
+    for _ in range(rounds):
+        yield rng.integers(n, size=n)
+
+
+def resample(n: int, rounds: int, seed: int) -> np.ndarray:
+    """How often each prompt was drawn in each round [rounds, n]."""
+    return np.array([np.bincount(draw, minlength=n) for draw in draws(n, rounds, seed)], dtype=float).reshape(rounds, n)
+
+
+def percentiles(samples: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """Lower and upper end [2, ...] of the percentile interval of bootstrap samples [rounds, ...]; NaN without any."""
+    if not len(samples):
+        return np.full((2, *samples.shape[1:]), np.nan)
+    low_high = [(1 - level) / 2, (1 + level) / 2]
+    return (np.nanquantile if np.isnan(samples).any() else np.quantile)(samples, low_high, axis=0)
+
+
+def wilson(wins: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share wins / n (Wilson 1927); NaN for n = 0."""
+    if n == 0:
+        return math.nan, math.nan
+    z, p = 1.959964, wins / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def by_prompt(values, prompts: Sequence | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the valid values of each prompt [P], and how many there are [P]; None: each value is a prompt of its own."""
+    values = np.asarray(values, dtype=float)
+    valid = ~np.isnan(values)
+    if prompts is None:
+        return np.where(valid, values, 0), valid.astype(float)
+    _, index = np.unique([str(p) for p in prompts], return_inverse=True)
+    if len(index) != len(values):
+        raise ValueError(f"{len(index)} prompts for {len(values)} values")
+    return np.bincount(index, np.where(valid, values, 0)), np.bincount(index, valid)
+
+
+def bootstrap_means(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Means [rounds, M] over resampled prompts, from sums and counts by prompt and model [P, M] and weights [rounds, P]."""
+    n = weights @ counts
+    return np.divide(weights @ sums, n, out=np.full(n.shape, np.nan), where=n > 0)
+
+
+# --------------------------------------------------------------------------------------- win rates
+
+def apply_draws(preferences, draws_as: str) -> np.ndarray:
+    """Preferences under a draw rule: "half" a win (AlpacaEval, Elo), "drop" (decided only), or "loss" (strictly better)."""
+    p = np.asarray(preferences, dtype=float)
+    check_preferences(p)
+    match draws_as:
+        case "half":
+            return p
+        case "drop":
+            return np.where(p == 0.5, np.nan, p)
+        case "loss":
+            return np.where(p == 0.5, 0, p)
+        case _:
+            raise ValueError(f"draws_as is {draws_as!r}, expected half, drop or loss")
+
+
+def win_rate(preferences, prompts: Sequence | None = None, draws_as: str = "half") -> dict[str, float]:
+    """Win rate in percent from preferences [n], its standard error, and the counts.
+
+        win_rate = 100 mean p,   standard_error = 100 sd(p) / sqrt(n) with sd over n - 1       (AlpacaEval)
+
+    With several rows a prompt the error is the clustered one: residuals are summed by prompt before they are squared.
+    Counts ignore `draws_as`; discrete_win_rate rounds preferences first and halves draws.
+    """
+    p = np.asarray(preferences, dtype=float)
+    used = apply_draws(p, draws_as)
+    sums, counts = by_prompt(used, prompts)
+    wins, losses, drawn = (int(np.sum(x)) for x in (p > 0.5, p < 0.5, p == 0.5))
+    n, clusters = int(counts.sum()), int((counts > 0).sum())
+    if n == 0:
+        raise ValueError(f"no preference to average: {len(p)} rows, {drawn} draws, {int(np.isnan(p).sum())} without a verdict")
+    mean = sums.sum() / n
+    squares = ((sums - mean * counts) ** 2).sum() * clusters / (clusters - 1) if clusters > 1 else math.nan
+    return {"win_rate": 100 * mean, "standard_error": 100 * math.sqrt(squares) / n, "n": n, "wins": wins, "losses": losses, "draws": drawn,
+            "missing": int(np.isnan(p).sum()), "discrete_win_rate": 100 * (wins + drawn / 2) / max(wins + losses + drawn, 1)}
+
+
+def paired_difference(first, second, prompts: Sequence | None = None, rounds: int = 1000, seed: int = 0) -> dict[str, float]:
+    """How much higher the first model's mean preference is, in points, on rows [n] where both have a verdict.
+
+    Two separate intervals that overlap do not say that two models are equal: prompts hard for one are hard for the other.
+    """
+    gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    sums, counts = by_prompt(np.sort(gap) if prompts is None else gap, prompts)  # sorted: nameless prompts have no order
+    if not counts.sum():
+        raise ValueError("no row has a verdict for both models")
+    samples = 100 * bootstrap_means(sums[:, None], counts[:, None], resample(len(sums), rounds, seed))
+    low, high = percentiles(samples[:, 0])
+    return {"difference": 100 * sums.sum() / counts.sum(), "low": float(low), "high": float(high), "n": int(counts.sum())}
+
+
+def feature_preference(preferences, model_value, baseline_value, threshold: float = 0) -> dict[str, float]:
+    """Share of decided pairs, with |difference| > threshold in some property, where the answer with more of it won.
+
+    Lengths in characters with threshold 30 (AlpacaEval's verbosity), `distinct_words`, or 0/1 for "has a list".
+    Good models write more: compare judges on one model's answers, or models with one judge, but not across both.
+    """
+    p, difference = np.asarray(preferences, dtype=float), np.asarray(model_value, dtype=float) - np.asarray(baseline_value, dtype=float)
+    used = (np.abs(difference) > threshold) & ((p > 0.5) | (p < 0.5))
+    won = int(((p > 0.5) == (difference > 0))[used].sum())
+    low, high = wilson(won, int(used.sum()))
+    return {"share": won / used.sum() if used.any() else math.nan, "low": low, "high": high, "n": int(used.sum())}
+
+
+def distinct_words(text: str) -> int:
+    return len(set(text.split()))
+
+
+# --------------------------------------------------------------------------------- length control
+
+def lc_win_rate(theta: float, psi: float, difficulty) -> float:
+    """AlpacaEval 2's length-controlled win rate from published weights (Dubois et al. 2024, arXiv:2404.04475).
+
+        logit P(model wins on i) = theta + phi tanh(delta_i) + psi gamma_i,   LC = 100 mean_i sigmoid(theta + psi gamma_i)
+
+    gamma is the instructions' difficulty [n], delta the length difference, set to 0. For two models against
+    each other pass the differences of their weights; the baseline has zero weights and gets exactly 50.
+    """
+    return float(100 * sigmoid(theta + psi * np.asarray(difficulty, dtype=float)).mean())
+
+
+def length_feature(baseline_length, model_length) -> np.ndarray:
+    """tanh((len_1 - len_2) / sd) [n], lengths in characters, sd over n - 1; zero where lengths never differ by more or less."""
+    delta = np.asarray(baseline_length, dtype=float) - np.asarray(model_length, dtype=float)
+    sd = delta.std(ddof=1) if len(delta) > 1 else 0
+    return np.tanh(delta / sd) if sd > 0 else np.zeros_like(delta)
+
+
+def fit_lc(preferences, baseline_length, model_length, difficulty) -> dict[str, float]:
+    """The three-term model fitted to one model's rows [n], given the instructions' difficulty [n].
+
+    AlpacaEval adds two gamed baselines as extra rows and an L1 penalty chosen by cross-validation; this is plain
+    maximum likelihood, so its numbers approach the published ones without being them.
+    """
+    p = np.asarray(preferences, dtype=float)
+    gamma = np.asarray(difficulty, dtype=float)
+    features = np.stack([np.ones(len(p)), length_feature(baseline_length, model_length), gamma], axis=1)
+    (theta, phi, psi), = _logistic(features, p, np.ones((1, len(p))))
+    return {"lc_win_rate": lc_win_rate(theta, psi, gamma[~np.isnan(p)]), "theta": theta, "phi": phi, "psi": psi}
+
+
+def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None = None) -> dict[str, float]:
+    """The two-term model: logit P(model wins on i) = theta + phi tanh(delta_i); lc2 = 100 sigmoid(theta).
+
+    Never to be read as AlpacaEval's LC: without the difficulty term weak models come out up to 23 points apart.
+    `weights` [rounds, n], from `resample`, add an interval; lengths are scaled by the sd of the full set in every round.
+    """
+    p = np.asarray(preferences, dtype=float)
+    features = np.stack([np.ones(len(p)), length_feature(baseline_length, model_length)], axis=1)
+    (theta, phi), = start = _logistic(features, p, np.ones((1, len(p))))
+    result = {"lc2": float(100 * sigmoid(theta)), "theta": theta, "phi": phi}
+    if weights is not None:
+        samples = [_logistic(features, p, weights[i:i + 50], start)[:, 0] for i in range(0, len(weights), 50)]  # 50 rounds fit the cache
+        low, high = percentiles(100 * sigmoid(np.concatenate(samples)))
+        result |= {"low": float(low), "high": float(high)}
+    return result
+
+
+def _logistic(features: np.ndarray, p: np.ndarray, weights: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
+    """Newton's method for logistic regression on soft labels: features [n, k], labels [n], weights [R, n] -> [R, k].
+
+    The ridge, a thousandth of a row, keeps a model that always wins finite and moves no other by 0.001 points.
+    """
+    valid = ~np.isnan(p)
+    check_preferences(p)
+    if not valid.any():
+        raise ValueError("no preference to fit: every row is without a verdict")
+    features, p, weights = features[valid], p[valid], weights[:, valid]
+    k, ridge = features.shape[1], 1e-3
+    squares = (features[:, :, None] * features[:, None, :]).reshape(-1, k * k)
+    beta = np.zeros((len(weights), k)) if start is None else np.repeat(start, len(weights), axis=0)
+    labels = (weights * p) @ features
+    for _ in range(100):
+        q = sigmoid(beta @ features.T)  # [R, n]
+        wq = weights * q
+        gradient = labels - wq @ features - ridge * beta
+        hessian = ((wq - wq * q) @ squares).reshape(-1, k, k) + ridge * np.eye(k)
+        step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+        step *= np.minimum(1, 2 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
+        beta = beta + step
+        if np.abs(step).max() < 1e-6:  # the error after this step is its square
+            return beta
+    raise ValueError("the logistic fit did not converge in 100 steps")
+
+
+# ------------------------------------------------------------------------------- AlpacaEval's table
+
+def leaderboard(rows_by_model: Mapping[str, Iterable[Mapping]], rounds: int = 1000, seed: int = 0) -> list[dict]:
+    """AlpacaEval's table: a row a model, best first, with 95 % intervals of the win rate and of lc2 from the same resampled prompts.
+
+    Rows are AlpacaEval's records {index, preference 1..2, len_1, len_2}, lengths optional, aligned by index.
+    mean_length is the model's, cut to an integer as the leaderboard prints it.
+    """
+    tables = {}
+    for model, rows in rows_by_model.items():
+        table = {}
+        for row in rows:
+            if row["index"] in table:
+                raise ValueError(f"{model}: index {row['index']} occurs twice")
+            table[row["index"]] = row
+        if not table:
+            raise ValueError(f"{model}: no rows")
+        tables[model] = table
+    keys = sorted({key for table in tables.values() for key in table}, key=lambda x: (isinstance(x, str), x))
+    weights = resample(len(keys), rounds, seed)
+    result = []
+    for model, table in tables.items():
+        rows = [table.get(key) for key in keys]
+        p = np.array([math.nan if row is None else alpaca_preference(row["preference"]) for row in rows])
+        sums, counts = by_prompt(p)
+        line = {"model": model, **win_rate(p)}
+        line["missing"] -= sum(row is None for row in rows)  # of its own rows
+        line["low"], line["high"] = map(float, percentiles(100 * bootstrap_means(sums[:, None], counts[:, None], weights)[:, 0]))
+        if all("len_1" in row and "len_2" in row for row in table.values()):
+            has = np.array([row is not None for row in rows])
+            one, two = (np.array([row[name] for row in rows if row is not None], dtype=float) for name in ("len_1", "len_2"))
+            fit = lc2(p[has], one, two, weights[:, has])
+            line |= {"lc2": fit["lc2"], "lc2_low": fit["low"], "lc2_high": fit["high"], "mean_length": int(two.mean())}
+        result.append(line)
+    return sorted(result, key=lambda line: (-line["win_rate"], line["model"]))
+
+
+# ------------------------------------------------------------------------------------------- games
+
+class Game(NamedTuple):
+    a: str
+    b: str
+    outcome: float | None  # for a: 1 won, 0 lost, 0.5 tied; None or NaN no verdict
+    prompt: object         # what intervals resample; compared as text
+    a_first: bool = True   # whether a was shown first
+
+
+@dataclass(frozen=True)
+class Games:
+    """Games as arrays, in the order given; a and b are exchanged where needed so that a < b."""
+
+    models: list[str]      # [M] sorted names
+    a: np.ndarray          # [G] index into models, smaller than b's
+    b: np.ndarray          # [G]
+    outcome: np.ndarray    # [G] for a: 1, 0.5, 0, NaN no verdict
+    prompt: np.ndarray     # [G] 0 .. prompts - 1
+    a_first: np.ndarray    # [G] bool
+    prompts: int
+
+
+def collect(rows: Iterable[Game]) -> Games:
+    """The games of rows (a, b, outcome, prompt, a_first), checked."""
+    rows = [Game(*row) for row in rows]
+    if not rows:
+        raise ValueError("no games")
+    models = sorted({name for g in rows for name in (g.a, g.b)})
+    number = {name: i for i, name in enumerate(models)}
+    a, b = (np.array([number[name] for name in side]) for side in zip(*((g.a, g.b) for g in rows), strict=True))
+    if (a == b).any():
+        raise ValueError(f"a game of {models[a[a == b][0]]} against itself")
+    outcome = np.array([math.nan if g.outcome is None else g.outcome for g in rows], dtype=float)
+    bad = ~np.isnan(outcome) & ~np.isin(outcome, (0, 0.5, 1))
+    if bad.any():
+        raise ValueError(f"an outcome is {outcome[bad][0]}, expected 1, 0.5, 0 or NaN")
+    prompts, prompt = np.unique([str(g.prompt) for g in rows], return_inverse=True)
+    turn = a > b
+    return Games(models, np.where(turn, b, a), np.where(turn, a, b), np.where(turn, 1 - outcome, outcome), prompt,
+                 np.array([bool(g.a_first) for g in rows]) ^ turn, len(prompts))
+
+
+def position(games: Games) -> dict[str, float]:
+    """How the slot decides: share of decided games won by the answer shown first, with Wilson's interval, and counts.
+
+    0.5 is no bias if every pair is shown in both orders, or in a random one.
+    """
+    outcome = np.where(games.a_first, games.outcome, 1 - games.outcome)
+    first, second, ties = (int((outcome == x).sum()) for x in (1, 0, 0.5))
+    low, high = wilson(first, first + second)
+    return {"first_slot_share": first / (first + second) if first + second else math.nan, "low": low, "high": high, "first": first,
+            "second": second, "ties": ties, "missing": int(np.isnan(outcome).sum())}
+
+
+def match_orders(games: Games) -> tuple[Games, np.ndarray, np.ndarray, int]:
+    """Games merged by `both_orders`, the two outcomes for a [n] with a first and with b first, and how many had no partner.
+
+    Partners are games of one prompt and pair in opposite order; repeats are matched in the order given.
+    """
+    waiting: dict[tuple, list[int]] = defaultdict(list)
+    matched = []
+    for i, key in enumerate(zip(games.prompt.tolist(), games.a.tolist(), games.b.tolist(), games.a_first.tolist(), strict=True)):
+        partners = waiting[(*key[:3], not key[3])]
+        if partners:
+            j = partners.pop(0)
+            matched.append((i, j) if key[3] else (j, i))
+        else:
+            waiting[key].append(i)
+    i, j = np.array(matched, dtype=int).reshape(-1, 2).T
+    forward, backward = games.outcome[i], games.outcome[j]
+    merged = Games(games.models, games.a[i], games.b[i], both_orders(forward, backward), games.prompt[i], games.a_first[i], games.prompts)
+    return merged, forward, backward, sum(map(len, waiting.values()))
+
+
+def consistency(forward, backward) -> dict[str, float]:
+    """Both-order consistency from outcomes for a [n], with a first and with b first: how many pairs got one verdict twice.
+
+    always_first counts pairs whose two games both named the first slot. Consistent is not correct: give accuracy too.
+    """
+    f, b = np.asarray(forward, dtype=float), np.asarray(backward, dtype=float)
+    valid = ~(np.isnan(f) | np.isnan(b))
+    n, same = int(valid.sum()), int((f == b)[valid].sum())
+    low, high = wilson(same, n)
+    return {"consistency": same / n if n else math.nan, "low": low, "high": high, "n": n, "consistent": same,
+            "always_first": int(((f == 1) & (b == 0)).sum()), "always_second": int(((f == 0) & (b == 1)).sum()), "missing": len(f) - n}
+
+
+def records(games: Games) -> dict[str, dict[str, float]]:
+    """Wins, losses, ties, and the adjusted win rate (w + t / 2) / n in percent, by model, over all its games."""
+    result = {}
+    for m, name in enumerate(games.models):
+        mine = np.concatenate([games.outcome[games.a == m], 1 - games.outcome[games.b == m]])
+        wins, losses, ties = (int((mine == x).sum()) for x in (1, 0, 0.5))
+        n = wins + losses + ties
+        result[name] = {"wins": wins, "losses": losses, "ties": ties, "n": n, "missing": len(mine) - n,
+                        "win_rate": 100 * (wins + ties / 2) / n if n else math.nan}
+    return result
+
+
+# ---------------------------------------------------------------------------------------- MT-Bench
+
+def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds: int = 1000, seed: int = 0) -> dict:
+    """One model's single-answer scores (arXiv:2306.05685): turn 1, turn 2, and the average of all valid rows of both turns.
+
+    rows: {question_id, turn 1 or 2, score}; a score of None or -1 is no verdict and counts as missing. The interval of
+    the average resamples questions, both turns together. `categories` maps question_id to a category.
+    """
+    rows = list(rows)
+    score = np.array([math.nan if r["score"] is None or r["score"] == -1 else r["score"] for r in rows], dtype=float)
+    turn = np.array([r["turn"] for r in rows], dtype=int)
+    if not np.isin(turn, (1, 2)).all():
+        raise ValueError(f"a turn is {turn[~np.isin(turn, (1, 2))][0]}, expected 1 or 2")
+
+    def means(chosen: np.ndarray) -> dict[str, float]:
+        valid = chosen & ~np.isnan(score)
+        scores = {"turn_1": score[valid & (turn == 1)], "turn_2": score[valid & (turn == 2)], "average": score[valid]}
+        return {name: float(x.mean()) if len(x) else math.nan for name, x in scores.items()} | {"n": int(valid.sum())}
+
+    everything = np.ones(len(rows), dtype=bool)
+    questions = [r["question_id"] for r in rows]
+    sums, counts = by_prompt(score, questions)
+    low, high = percentiles(bootstrap_means(sums[:, None], counts[:, None], resample(len(sums), rounds, seed))[:, 0])
+    result = {**means(everything), "low": float(low), "high": float(high), "missing": int(np.isnan(score).sum()),
+              "duplicates": len(rows) - len({(q, t) for q, t in zip(questions, turn.tolist(), strict=True)})}
+    if categories is not None:
+        of = np.array([categories[q] for q in questions], dtype=object)
+        result["category"] = {c: means(of == c) for c in dict.fromkeys(categories.values()) if (of == c).any()}
+    return result
+
+
+def score_totals(scores) -> dict[str, float]:
+    """Two models' summed scores and their ratio from pairs of scores [n, 2] (Vicuna's review); a pair with a gap is missing."""
+    scores = np.asarray(scores, dtype=float).reshape(-1, 2)
+    valid = ~np.isnan(scores).any(axis=1)
+    first, second = scores[valid].sum(axis=0)
+    return {"first": float(first), "second": float(second), "ratio": float(first / second) if second else math.nan,
+            "n": int(valid.sum()), "missing": int((~valid).sum())}
+
+
+# --------------------------------------------------------------------------------------------- Elo
+
+def elo(games: Games, k: float = 4, scale: float = 400, base: float = 10, init: float = 1000) -> dict[str, float]:
+    """Online Elo in the order of the games (FastChat's, K = 4 today, 32 in May 2023): the one result that depends on it.
+
+        E_a = 1 / (1 + base^((R_b - R_a) / scale)),   R_a += K (S_a - E_a),   R_b -= the same
+    """
+    rating = [float(init)] * len(games.models)
+    for a, b, s in zip(games.a.tolist(), games.b.tolist(), games.outcome.tolist(), strict=True):
+        if math.isnan(s):
+            continue
+        change = k * (s - 1 / (1 + base ** ((rating[b] - rating[a]) / scale)))
+        rating[a] += change
+        rating[b] -= change
+    return dict(zip(games.models, rating, strict=True))
+
+
+def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32, scale: float = 400, base: float = 10,
+                  init: float = 1000) -> np.ndarray:
+    """Online Elo [rounds, M] of resampled prompts, their games in random order: the median does not depend on the order given."""
+    valid = ~np.isnan(games.outcome)
+    columns = [x[valid] for x in (games.prompt, games.a, games.b, games.outcome, games.a_first)]
+    prompt, a, b, outcome, _ = (x[np.lexsort(columns[::-1])] for x in columns)
+    rng = np.random.default_rng([seed, 1])
+    orders = []
+    for draw in draws(games.prompts, rounds, seed):
+        times = np.bincount(draw, minlength=games.prompts)[prompt]
+        orders.append(rng.permutation(np.repeat(np.arange(len(prompt)), times)))
+    # All rounds take their t-th game at once. A round that is over plays game 0 with K = 0.
+    length = max((len(order) for order in orders), default=0)
+    games_at = np.zeros((length, rounds), dtype=np.intp)
+    k_at = np.zeros((length, rounds))
+    for r, order in enumerate(orders):
+        games_at[:len(order), r] = order
+        k_at[:len(order), r] = k
+    rating = np.full(rounds * len(games.models), float(init))
+    offset = np.arange(rounds) * len(games.models)
+    growth = math.log(base) / scale
+    for g, step in zip(games_at, k_at, strict=True):
+        i, j = offset + a[g], offset + b[g]
+        change = step * (outcome[g] - 1 / (1 + np.exp(growth * (rating[j] - rating[i]))))
+        rating[i] += change
+        rating[j] -= change
+    return rating.reshape(rounds, -1)
+
+
+def ranks(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """A model's rank [M] is 1 + the number of models whose lower end is above its upper end: overlapping models share one."""
+    return 1 + (np.asarray(low)[None, :] > np.asarray(high)[:, None]).sum(axis=1)
+
+
+def rating_table(models: Sequence[str], samples: np.ndarray, point: Mapping[str, float] | None = None) -> list[dict]:
+    """Median (or `point`), 95 % interval and rank of each model from bootstrap ratings [rounds, M], best first."""
+    low, high = percentiles(samples)
+    middle = np.median(samples, axis=0) if point is None else [point[m] for m in models]
+    lines = [{"model": m, "rating": float(r), "low": float(x), "high": float(y), "rank": int(rank)}
+             for m, r, x, y, rank in zip(models, middle, low, high, ranks(low, high), strict=True)]
+    return sorted(lines, key=lambda line: (-line["rating"], line["model"]))
+
+
+def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 1000, seed: int = 0, k: float = 32) -> dict[str, list[dict]]:
+    """The talk's two tables from the same ratings 1-8: median bootstrapped Elo with ties allowed (4 and 5 tie) and not allowed.
+
+    rows: (A, B, rating, prompt), A shown left. Resampling prompts keeps the six games of one prompt together.
+    """
+    rows = list(rows)
+    result = {}
+    for name, ties in (("ties allowed", True), ("no ties", False)):
+        games = collect(Game(a, b, likert_outcome(rating, ties), prompt) for a, b, rating, prompt in rows)
+        check_connected(games)
+        result[name] = rating_table(games.models, bootstrap_elo(games, rounds, seed, k))
+    return result
+
+
+# ----------------------------------------------------------------------------------- Bradley-Terry
+
+def check_connected(games: Games) -> None:
+    """Refuse games that fall into groups without a game between them: their ratings would have no common scale."""
+    valid = ~np.isnan(games.outcome)
+    met = np.zeros((len(games.models),) * 2, dtype=bool)
+    met[games.a[valid], games.b[valid]] = met[games.b[valid], games.a[valid]] = True
+    reached = _reach(met)
+    if not reached.all():
+        fail(f"games: no chain of games joins {games.models[0]} to {games.models[int(np.argmin(reached))]}, expected one group: "
+             "judge games between them, or rate each group apart")
+
+
+def _check_finite(games: Games, ties: str) -> None:
+    """Ford's condition (1957): ratings are finite only if no group of models never lost or tied against the rest."""
+    beat = np.zeros((len(games.models),) * 2, dtype=bool)
+    level = 0.5 if ties == "drop" else 0.0  # a tie counts for both, unless it is dropped
+    beat[games.a[games.outcome > level], games.b[games.outcome > level]] = True
+    level = 0.5 if ties == "drop" else 1.0
+    beat[games.b[games.outcome < level], games.a[games.outcome < level]] = True
+    for edges, never in ((beat, "won"), (beat.T, "lost")):
+        reached = _reach(edges)
+        if not reached.all():
+            some = [m for m, r in zip(games.models, reached, strict=True) if r]
+            fail(f"games: {', '.join(some[:3])}{' ...' if len(some) > 3 else ''} never {never} against the other models, so the ratings "
+                 "are infinite: judge more prompts, or set prior=1")
+
+
+def _reach(edges: np.ndarray) -> np.ndarray:
+    """Nodes [M] that node 0 reaches along edges [M, M]."""
+    reached = np.zeros(len(edges), dtype=bool)
+    reached[0] = True
+    while True:
+        wider = reached | edges[reached].any(axis=0)
+        if (wider == reached).all():
+            return reached
+        reached = wider
+
+
+def bradley_terry(games: Games, ties: str = "half", prior: float = 0, scale: float = 400, base: float = 10, init: float = 1000,
+                  anchor: tuple[str, float] | None = None) -> dict:
+    """Maximum-likelihood ratings (Bradley and Terry 1952); d is the difference of two strengths in nats.
+
+        half         P(a wins) = sigmoid(d), a tie is half a win for each; drop: ties are left out
+        rao_kupper   P(a wins) = sigmoid(d - tie), P(b wins) = sigmoid(-d - tie), a tie is the rest       (Rao and Kupper 1967)
+        davidson     P(a wins) : P(b wins) : P(tie) = e^(d/2) : e^(-d/2) : e^tie, e^tie his nu            (Davidson 1970)
+
+    Ratings are init + scale / ln(base) * strength, centred on init, or shifted so that `anchor` (model, rating) holds.
+    `prior` plays that many draws of each model against an average one; without it, games that leave a rating infinite are
+    refused. Returns {"ratings": by model, "strengths": [M] nats, "tie": nats, NaN if not modelled}.
+    """
+    check_connected(games)
+    if not prior:
+        _check_finite(games, ties)
+    pairs, codes = _cells(games)
+    strengths, tie = _strengths(pairs, np.bincount(codes, minlength=3 * len(pairs)).reshape(1, -1, 3), len(games.models), ties, prior)
+    ratings = _rescale(strengths, games.models, scale, base, init, anchor)[0]
+    return {"ratings": dict(zip(games.models, ratings.tolist(), strict=True)), "strengths": strengths[0], "tie": float(tie[0])}
+
+
+def bootstrap_bradley_terry(games: Games, ties: str = "half", rounds: int = 1000, seed: int = 0, prior: float = 1e-3, scale: float = 400,
+                            base: float = 10, init: float = 1000, anchor: tuple[str, float] | None = None) -> np.ndarray:
+    """Ratings [rounds, M] of resampled prompts. An anchor's own interval is 0 by construction.
+
+    A round may leave a model unbeaten: the small prior makes its rating very high instead of infinite.
+    """
+    if prior <= 0:
+        raise ValueError(f"prior is {prior}, expected above 0: a resampled tournament may have an unbeaten model")
+    check_connected(games)
+    pairs, codes = _cells(games)
+    prompt = games.prompt[~np.isnan(games.outcome)]
+    size, chunks, counts = 3 * len(pairs), [], []
+    for draw in draws(games.prompts, rounds, seed):
+        times = np.bincount(draw, minlength=games.prompts)
+        counts.append(np.bincount(codes, times[prompt], minlength=size).reshape(-1, 3))
+        if len(counts) == 50 or len(counts) + 50 * len(chunks) == rounds:
+            chunks.append(_strengths(pairs, np.array(counts), len(games.models), ties, prior)[0])
+            counts = []
+    return _rescale(np.concatenate(chunks) if chunks else np.empty((0, len(games.models))), games.models, scale, base, init, anchor)
+
+
+def _cells(games: Games) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs that met [P, 2], and for each valid game 3 * pair + (0 a won, 1 b won, 2 tie)."""
+    valid = ~np.isnan(games.outcome)
+    pairs, index = np.unique(games.a[valid] * len(games.models) + games.b[valid], return_inverse=True)
+    kind = np.where(games.outcome[valid] == 1, 0, np.where(games.outcome[valid] == 0, 1, 2))
+    return np.stack(np.divmod(pairs, len(games.models)), axis=1), 3 * index + kind
+
+
+def _rescale(strengths: np.ndarray, models: list[str], scale: float, base: float, init: float, anchor) -> np.ndarray:
+    ratings = scale / math.log(base) * strengths + init
+    return ratings if anchor is None else ratings + anchor[1] - ratings[:, models.index(anchor[0]), None]
+
+
+def _strengths(pairs: np.ndarray, counts: np.ndarray, models: int, ties: str, prior: float) -> tuple[np.ndarray, np.ndarray]:
+    """Newton's method for R tournaments at once: pairs [P, 2], counts of a wins, b wins, ties [R, P, 3] -> [R, M], [R].
+
+    Every likelihood here is concave. Strengths are centred; steps are capped at 2 nats.
+    """
+    wins, losses, tied = np.moveaxis(counts.astype(float), 2, 0)
+    if ties not in ("half", "drop", "rao_kupper", "davidson"):
+        raise ValueError(f"ties is {ties!r}, expected half, drop, rao_kupper or davidson")
+    modelled = ties in ("rao_kupper", "davidson")
+    if modelled and not (tied.any() and (wins.any() or losses.any())):
+        raise ValueError(f"{ties} needs ties and decided games, got only {'ties' if tied.any() else 'decided games'}: use ties='half'")
+    if ties == "half":
+        wins, losses = wins + tied / 2, losses + tied / 2
+    rounds, i, j = len(wins), *pairs.T
+    side = np.zeros((len(pairs), models))
+    side[np.arange(len(pairs)), i], side[np.arange(len(pairs)), j] = 1, -1
+    strengths, tie = np.zeros((rounds, models)), np.zeros(rounds) if ties == "davidson" else np.full(rounds, 0.5)
+    for _ in range(200):
+        d = strengths[:, i] - strengths[:, j]
+        slope, bend, tie_slope, tie_bend, cross = _derivatives(ties, d, tie[:, None], wins, losses, tied)
+        q = sigmoid(strengths)
+        size = models + modelled
+        gradient, hessian = np.zeros((rounds, size)), np.zeros((rounds, size, size))
+        gradient[:, :models] = slope @ side + prior * (0.5 - q)
+        hessian[:, i, j] = hessian[:, j, i] = -bend
+        diagonal = np.arange(models)
+        hessian[:, diagonal, diagonal] = -hessian[:, :models].sum(axis=2) + prior * q * (1 - q)
+        if modelled:
+            gradient[:, models], hessian[:, models, models] = tie_slope.sum(axis=1), tie_bend.sum(axis=1) + 1e-9
+            hessian[:, :models, models] = hessian[:, models, :models] = cross @ side
+        if not prior:
+            hessian[:, :models, :models] += 1 / models  # the sum of the strengths is free: hold it
+        step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+        step *= np.minimum(1, 2 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
+        strengths = strengths + step[:, :models]
+        if modelled:  # Rao and Kupper's parameter is positive; without a tie in a round both would run off
+            new = np.maximum(tie + step[:, models], tie / 3) if ties == "rao_kupper" else tie + step[:, models]
+            new = np.clip(new, 1e-6 if ties == "rao_kupper" else -20, 20)
+            step[:, models], tie = new - tie, new
+        if np.abs(step).max() < 1e-8:
+            return strengths - strengths.mean(axis=1, keepdims=True), tie if modelled else np.full(rounds, np.nan)
+    raise ValueError("the Bradley-Terry fit did not converge in 200 steps")
+
+
+def _derivatives(ties: str, d, tie, wins, losses, tied) -> tuple:
+    """Of the log-likelihood by pair [R, P]: slope and minus curvature in d, the same in tie, and minus the mixed one."""
+    if ties == "rao_kupper":  # wins and ties enter sigmoid(d - tie), losses and ties sigmoid(-d - tie), ties e^(2 tie) - 1
+        up, down = sigmoid(tie - d), sigmoid(tie + d)  # 1 - sigmoid of each
+        left, right = (wins + tied) * up, (losses + tied) * down
+        left_bend, right_bend = left * (1 - up), right * (1 - down)
+        odds = -np.expm1(-2 * tie)
+        return (left - right, left_bend + right_bend, 2 * tied / odds - left - right,
+                left_bend + right_bend + 4 * tied * np.exp(-2 * tie) / odds ** 2, right_bend - left_bend)
+    if ties == "davidson":
+        n = wins + losses + tied
+        top = np.maximum(np.abs(d) / 2, tie)
+        parts = np.exp(d / 2 - top), np.exp(-d / 2 - top), np.exp(tie - top)
+        a, b, t = (part / sum(parts) for part in parts)
+        return (wins - losses - n * (a - b)) / 2, n * (a + b - (a - b) ** 2) / 4, tied - n * t, n * t * (1 - t), -n * (a - b) * t / 2
+    n, q = wins + losses, sigmoid(d)
+    return wins - n * q, n * q * (1 - q), 0, 0, 0

@@ -133,6 +133,8 @@ def gwet_ac1(ratings) -> float:
 
         p_a = mean over units with m >= 2 labels of sum_c n_uc (n_uc - 1) / (m (m - 1))
         p_c = mean over rated units of n_uc / m,   p_e = sum_c p_c (1 - p_c) / (categories - 1),   AC1 = (p_a - p_e) / (1 - p_e)
+
+    over the categories that occur.
     """
     counts, values = _counts(_table(ratings))
     counts = counts[counts.sum(axis=1) > 0]

@@ -7,7 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.agreement import bootstrap, by_category, code, cohen_kappa, fleiss_kappa, gwet_ac1, krippendorff_alpha, midranks, raw_agreement, spearman
+from data.agreement import (
+    bootstrap,
+    by_category,
+    code,
+    cohen_kappa,
+    fleiss_kappa,
+    gwet_ac1,
+    krippendorff_alpha,
+    midranks,
+    raw_agreement,
+    spearman,
+)
 
 real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
 NAN = float("nan")
@@ -58,10 +69,9 @@ def test_weighted_cohen_by_hand():
     assert cohen_kappa(ratings, "quadratic") == pytest.approx(0)
 
 
-def test_an_unused_step_of_the_scale_still_counts():
-    """1 and 4 of a scale 1-4 are three steps apart though nobody said 2 or 3; 3 3 against 3 4 is one step."""
-    far, near = [[1, 1, 4, 3], [1, 4, 4, 3]], [[1, 3, 4, 3], [1, 4, 4, 3]]
-    assert cohen_kappa(near, "linear") > cohen_kappa(far, "linear")
+def test_unused_steps_of_the_scale_still_count():
+    """1 2 8 against 1 2 1: observed 7/3, expected (1/3 + 2/3 + 20/3) / 3 = 23/9, kappa = 1 - 21/23; by position 8 would be a 3."""
+    assert cohen_kappa([[1, 2, 8], [1, 2, 1]], "linear") == pytest.approx(2 / 23)
 
 
 def test_fleiss_by_hand():
@@ -82,6 +92,8 @@ def test_krippendorff_by_hand():
 def test_ac1_by_hand():
     """Cohen's table: p_a = 0.7, yes (0.5 + 0.6) / 2 = 0.55, p_e = 2 * 0.55 * 0.45 = 0.495, AC1 = 0.205 / 0.505."""
     assert gwet_ac1(two_by_two(20, 5, 10, 15)) == pytest.approx(0.205 / 0.505)
+    # Units 11, 2 alone, 12: p_a = (1 + 0) / 2; each unit weighs the same in the shares, (1 + 0 + 1/2) / 3 = 1/2, so p_e = 1/2.
+    assert gwet_ac1([[1, 2, 1], [1, NAN, 2]]) == pytest.approx(0, abs=1e-12)
 
 
 def test_kappa_is_low_where_one_label_dominates_and_ac1_is_not():

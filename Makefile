@@ -16,6 +16,7 @@ FEW_PPO = steps=2 batch=8
 endif
 ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT = .venv/installed
+TOOLS = .venv/tools
 endif
 
 .PHONY: demo results test lint bench gpu gpu-tests gpu-kernels gpu-training base
@@ -81,10 +82,10 @@ results: $(ENVIRONMENT) $(SEEDS:%=recipe-%) $(SEEDS:%=runs/tiny/%/ppo_without_kl
 	$(PYTHON) -m benchmarks.overoptimisation runs='["KL coefficient 0.2=runs/tiny/0/ppo", "KL coefficient 0=runs/tiny/0/ppo_without_kl"]' out=benchmarks/results/tiny/overoptimisation
 	$(PYTHON) -m benchmarks.readme
 
-test: $(ENVIRONMENT)
+test: $(TOOLS)
 	$(PYTHON) -m pytest
 
-lint: $(ENVIRONMENT)
+lint: $(TOOLS)
 	$(PYTHON) -m ruff check .
 
 bench: $(ENVIRONMENT)
@@ -93,7 +94,7 @@ bench: $(ENVIRONMENT)
 	$(PYTHON) -m benchmarks.readme
 
 # Everything that waits for a GPU, in ten minutes; PYTHON=python3 where one with torch is installed. What fails does not stop the rest.
-gpu: $(ENVIRONMENT)
+gpu: $(TOOLS)
 	$(MAKE) --keep-going gpu-tests gpu-kernels gpu-training
 
 gpu-tests:
@@ -117,5 +118,9 @@ base: $(ENVIRONMENT)
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11: install a newer one"; exit 2; }
 	python3 -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/tools: .venv/installed
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@

@@ -216,7 +216,8 @@ def test_the_kernels_are_chosen_and_told(capsys, monkeypatch):
 
 def test_everything_but_the_kernels_for_gpus_runs_without_triton():
     code = ("import sys; sys.modules['triton'] = None; import dpo, judge, ppo, reward, sft, torch; "
-            "from kernels.attention import attention; from kernels.layout import Layout; q = torch.randn(5, 2, 8); print(attention(q, q, q, Layout.build([5])).shape)")
+            "from kernels.attention import attention; from kernels.layout import Layout; "
+            "q = torch.randn(5, 2, 8); print(attention(q, q, q, Layout.build([5])).shape)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "torch.Size([5, 2, 8])", done.stderr
 

@@ -55,9 +55,9 @@ def attention(
 # --------------------------------------------------------------------------------- the PyTorch version
 
 # It works on blocks of 128 queries, so that keys after the block are skipped, and on 2^20 scores at a time,
-# which stay in a CPU's last-level cache. Forward and backward of 8 rows of 512 tokens, 6 heads of 48, on two
-# Zen 5 cores: 42 ms in fp32 and 22 ms in bf16, where SDPA takes 72 and 55. It keeps the probabilities of all
-# blocks for the backward: 2 or 4 bytes a pair of tokens and head.
+# which stay in a CPU's last-level cache. Forward and backward of 8 rows of 512 tokens, 6 heads of 48, in fp32 on two
+# Zen 5 cores: 57 ms, SDPA 63; the gain is in what need not be padded (kernels/results/cpu.json). It keeps the
+# probabilities of all blocks for the backward: 2 or 4 bytes a pair of tokens and head.
 QUERY_BLOCK = 128
 SCORES_AT_ONCE = 2**20
 

@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+import runtime
 from kernels import fused, nf4
 from kernels.attention import attention
 from kernels.bench import Desk, Work
@@ -524,7 +525,7 @@ GROUPS = {"ceilings": ceilings, "attention": attention_group, "logprobs": logpro
 
 if __name__ == "__main__":
     name, device, seconds, file = sys.argv[1:]
-    torch.manual_seed(0)
+    runtime.setup(device, 0)  # as every script does: on a CPU it decides who multiplies
     # Backward passes are timed over one graph again and again, which compiled ones only allow when they give nothing away.
     torch._functorch.config.donated_buffer = False
     GROUPS[name](Desk(name, torch.device(device), float(seconds), Path(file)))

@@ -98,17 +98,17 @@ gpu: $(TOOLS)
 	$(MAKE) --keep-going gpu-tests gpu-kernels gpu-training
 
 gpu-tests:
-	timeout --signal=INT 150 $(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null) \
+	timeout --signal=INT 120 $(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null) \
 		tests/test_attention*.py tests/test_logprobs*.py tests/test_nf4.py tests/test_fused.py
-	timeout --signal=INT 60 $(PYTHON) -m pytest tests/test_model.py -k 'triton or graphs'
+	timeout --signal=INT 40 $(PYTHON) -m pytest tests/test_model.py -k 'triton or graphs'
 
 gpu-kernels:
 	$(PYTHON) -m kernels.bench --budget 270
 	$(PYTHON) -m benchmarks.readme
 
 gpu-training:
-	timeout 90 $(PYTHON) -m benchmarks.throughput device=cuda out=benchmarks/results/throughput_gpu.json
-	timeout 90 $(PYTHON) -m data.tiny.build documents=60000 out=runs/tiny/base_gpu
+	timeout 80 $(PYTHON) -m benchmarks.throughput device=cuda out=benchmarks/results/throughput_gpu.json
+	timeout 80 $(PYTHON) -m data.tiny.build documents=60000 out=runs/tiny/base_gpu
 
 base: $(ENVIRONMENT)
 	$(PYTHON) -m data.tiny.build ship=data/tiny/base

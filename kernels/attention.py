@@ -186,9 +186,9 @@ def _matmul_t(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------- the Triton version
 
-# (queries, keys, warps, stages) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256): the
-# largest tiles that no compiler spills. `disable_licm` in the loops is what lets them fit: with addresses kept in
-# registers from outside the loop, the dK/dV tile of 64 x 128 spilled 110 times.
+# (queries, keys, warps, stages) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256): the largest tried
+# that Triton 3.9 does not spill (3.6: 22 times in dK/dV of 128 with a softcap on sm_90). `disable_licm` lets them fit (without it dK/dV
+# of 64 x 128 spilled 110 times), and so do the key loads written out in `_attend` and `_dq_walk`: shared in one function, dQ spills.
 CONFIGS = {
     80: {64: ((128, 64, 8, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
          128: ((128, 32, 8, 1), (64, 32, 8, 2), (32, 64, 8, 2)),

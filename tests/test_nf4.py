@@ -129,23 +129,28 @@ def test_linear_is_dequantise_and_matmul(tiles, rows, dtype):
 
 
 def test_linear_takes_more_rows_than_a_tile_and_any_number_of_dimensions(on_triton):
-    state, x = quantize(torch.randn(40, 64, device=DEVICE)), torch.randn(2, 75, 64, device=DEVICE)
+    state, x = quantize(torch.randn(40, 64, device=DEVICE)), torch.randn(2, 75, 64, device=DEVICE).half()
     y = linear(x, state)
-    close(y.cpu(), (x.double() @ dequantize(state).double().t()).cpu(), 2e-6)
+    close(y.cpu(), (x.double() @ dequantize(state).double().t()).cpu(), TOLERANCE[torch.float16])
     assert linear(x[:, :0], state).shape == (2, 0, 40)
 
 
-@pytest.mark.parametrize("shape, block, rows", [((8, 100), 64, 3), ((8, 128), 128, 3), ((8, 64), 64, 300)])
-def test_linear_decodes_first_where_rows_end_within_blocks_or_x_is_tall(on_triton, monkeypatch, shape, block, rows):
-    state, x = quantize(torch.randn(shape, device=DEVICE), block), torch.randn(rows, shape[1], device=DEVICE)
+@pytest.mark.parametrize("shape, block, rows, dtype", [
+    ((8, 100), 64, 3, torch.float16), ((8, 128), 128, 3, torch.float16), ((8, 64), 64, 300, torch.float16),
+    ((8, 64), 64, 3, torch.float32)])
+def test_linear_decodes_first_where_tiles_do_not_fit_or_do_not_pay(on_triton, monkeypatch, shape, block, rows, dtype):
+    """Rows that end within blocks, another block, a tall x, fp32; an x in 16 bits that fits goes to the tiles."""
+    state, x = quantize(torch.randn(shape, device=DEVICE), block), torch.randn(rows, shape[1], device=DEVICE).to(dtype)
     monkeypatch.setattr(nf4, "_linear_in_tiles", None)
-    assert torch.equal(linear(x, state), x @ dequantize(state).t())
+    assert torch.equal(linear(x, state), x @ dequantize(state, dtype).t())
+    with pytest.raises(TypeError):
+        linear(torch.randn(3, 64, device=DEVICE).half(), quantize(torch.randn(8, 64, device=DEVICE)))
 
 
 @pytest.mark.parametrize("programs", [1, 512])
 def test_linear_gives_the_same_bits_twice_and_a_nan_stays_in_its_row(tiles, monkeypatch, programs):
     monkeypatch.setattr(nf4, "PROGRAMS", programs)  # columns in one piece, and in shares
-    state, x = as_pytorch(quantize, torch.randn(24, 576, device=DEVICE)), torch.randn(9, 576, device=DEVICE)
+    state, x = as_pytorch(quantize, torch.randn(24, 576, device=DEVICE)), torch.randn(9, 576, device=DEVICE).half()
     clean = linear(x, state)
     assert torch.equal(linear(x, state), clean)
     x[4, 530] = float("nan")
@@ -155,7 +160,7 @@ def test_linear_gives_the_same_bits_twice_and_a_nan_stays_in_its_row(tiles, monk
 
 def test_triton_keeps_within_its_tensors_and_writes_each_value_once(tiles):
     for shape, rows in (((5, 13), 3), ((40, 192), 21)):
-        weight, x = guarded(torch.randn(shape, device=DEVICE)), guarded(torch.randn(rows, shape[1], device=DEVICE))
+        weight, x = guarded(torch.randn(shape, device=DEVICE)), guarded(torch.randn(rows, shape[1], device=DEVICE).half())
         with fenced():
             states = [quantize(weight, double=double) for double in (False, True)]
         for state in states:
@@ -172,8 +177,9 @@ def test_a_quantised_layer_and_its_gradient_are_those_of_its_decoded_weight(on_t
     plain = Linear(64, 24, bias=True)
     torch.nn.init.normal_(plain.weight), torch.nn.init.normal_(plain.bias)
     layer = NF4Linear(plain.to(DEVICE))
-    x, upstream = torch.randn(rows, 64, device=DEVICE, requires_grad=True), torch.randn(rows, 24, device=DEVICE)
+    x = torch.randn(rows, 64, device=DEVICE).half().requires_grad_()
     y = layer(x)
+    upstream = torch.randn(rows, 24, device=DEVICE).to(y.dtype)
     weight = layer.decoded(torch.float32).double()
-    close(y.detach().cpu(), (x.detach().double() @ weight.t() + plain.bias.detach().double()).cpu(), 2e-6)
-    close(torch.autograd.grad(y, x, upstream)[0].cpu(), (upstream.double() @ weight).cpu(), 2e-6)
+    close(y.detach().cpu(), (x.detach().double() @ weight.t() + plain.bias.detach().double()).cpu(), TOLERANCE[torch.float16])
+    close(torch.autograd.grad(y, x, upstream)[0].cpu(), (upstream.double() @ weight).cpu(), TOLERANCE[torch.float16])

@@ -250,7 +250,7 @@ def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = Fal
 def write_text(path: Path, text: str) -> None:
     """Write beside and rename, so that a kill at any moment leaves the old file or the new one."""
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
 

@@ -11,23 +11,32 @@ takes: a mean of micro-batch means would weigh tokens by the company they travel
 With train_on = "all" every token counts: that is pretraining (`configs/tiny/pretrain.toml`). Given preference
 data it imitates the chosen responses, the control that DPO has to beat (`configs/tiny/sft_chosen.toml`).
 
-Ouyang et al. 2022 (arXiv:2203.02155), step 1; Tunstall et al. 2023 (arXiv:2310.16944), dSFT.
+With `context` it learns to reply as the starting model does after having read that context, without reading it:
+
+    loss = (1 / n) sum over the n response tokens of KL(pi_0(. | context, what precedes) || pi(. | what precedes))
+
+Ouyang et al. 2022 (arXiv:2203.02155), step 1; Tunstall et al. 2023 (arXiv:2310.16944), dSFT; Askell et al. 2021
+(arXiv:2112.00861), section 2.2, for context distillation.
 """
 from __future__ import annotations
 
+import copy
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import lora
 import memory
 import runtime
 from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer, sample_texts
-from data.pack import CHOSEN, Batch, Response, Tree, load_trees, pack, step_trees, steps_per_epoch, truncate
+from data.formats import read
+from data.pack import CHOSEN, Batch, Response, Tree, collate, load_trees, pack, step_trees, steps_per_epoch, tree_from_messages, truncate
 from kernels.logprobs import linear_logprobs
 from model import Transformer
 from runtime import check_range, fail
@@ -41,6 +50,7 @@ class Config(lora.Options):
     out: str = "runs/sft"            # folder of the run
     template: str = ""               # chat template; "": the checkpoint's own, or zephyr
     train_on: Literal["responses", "all"] = "responses"  # tokens in the loss
+    context: str = ""                # JSONL of messages that precede every dialogue of the teacher, the starting model; "": no teacher
 
     epochs: int = 3                  # passes over the data, 1-6
     max_steps: int = 0               # stop after this many updates; 0: epochs decide
@@ -87,6 +97,16 @@ def sft_loss(logprobs: Tensor, denominator: float) -> tuple[Tensor, dict[str, Te
     return loss, {"loss": loss.detach()}
 
 
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """KL(teacher || student) of the next token, logits [M, V] where a response token is next, over `denominator`; nats.
+
+    0 where both agree. The teacher passes no gradient.
+    """
+    teacher = teacher_logits.float().log_softmax(-1)                                   # [M, V]
+    loss = F.kl_div(student_logits.float().log_softmax(-1), teacher, log_target=True, reduction="sum") / denominator
+    return loss, {"loss": loss.detach()}
+
+
 def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> list[Tree]:
     """The file as trees, one trunk each:
 
@@ -110,19 +130,46 @@ def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> lis
     return trees
 
 
-def train_step(model: Transformer, batch: Batch, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's part of the step's loss: the log-probability of every response token given its path."""
+def after_context(path: str, trees: list[Tree], context: list[dict], tokenizer: Tokenizer) -> dict[int, Tree]:
+    """For each tree, by id, the same dialogue with the context before it, and the same response tokens."""
+    records, report = read(path)
+    records = list(records)
+    if report.format != "messages":
+        fail(f"{path}: holds {report.format}, expected messages: context distillation reads dialogues")
+    given, found = sum(m["role"] == "assistant" for m in context), {}
+    for tree in trees:
+        longer = tree_from_messages([*context, *records[tree.record]["messages"]], tokenizer)
+        pairs = zip(longer.responses[given:], tree.responses, strict=False)  # truncated dialogues have fewer
+        responses = [replace(long, end=long.start + r.end - r.start, pair=r.pair) for long, r in pairs]
+        found[id(tree)] = Tree(longer.trunk[: responses[-1].end], [], responses, tree.record)
+    return found
+
+
+def make_teacher(model: Transformer, longer: dict[int, Tree]) -> Callable[[Batch], Tensor]:
+    """A function of a batch: the frozen model's logits [M, V] for its response tokens after the context."""
+    @torch.no_grad()
+    def teacher(batch: Batch) -> Tensor:
+        with_context = collate([longer[id(tree)] for tree in batch.trees]).to(batch.tokens.device)
+        hidden = model.hidden(with_context.tokens, with_context.positions, with_context.layout)
+        return model.logits(hidden[with_context.predictors])
+    return teacher
+
+
+def train_step(model: Transformer, batch: Batch, denominator: float, teacher: Callable | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's part of the step's loss: the log-probability of every response token given its path, or the teacher's KL."""
     hidden = model.hidden(batch.tokens, batch.positions, batch.layout)                                # [N, D]
+    if teacher:
+        return distillation_loss(model.logits(hidden[batch.predictors]), teacher(batch), denominator)
     logprobs, _ = linear_logprobs(hidden[batch.predictors], model.head_weight, batch.targets)         # [M]
     return sft_loss(logprobs, denominator)
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torch.device) -> dict[str, float]:
+def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torch.device, teacher: Callable | None) -> dict[str, float]:
     """Mean loss per response token over the whole evaluation set."""
     batches = pack(trees, config.max_tokens)
     denominator = sum(len(batch.owner) for batch in batches)
-    return {"eval_loss": sum(train_step(model, batch.to(device), denominator)[0].item() for batch in batches)}
+    return {"eval_loss": sum(train_step(model, batch.to(device), denominator, teacher)[0].item() for batch in batches)}
 
 
 def main(config: Config) -> None:
@@ -136,6 +183,14 @@ def main(config: Config) -> None:
     lora.adapt(model, config, config.seed)
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
+    teacher = None
+    if config.context:
+        context = [m for record in read(config.context, "messages")[0] for m in record["messages"]]
+        longer = after_context(config.data, trees, context, tokenizer)
+        longer |= after_context(config.eval_data, eval_trees, context, tokenizer) if eval_trees else {}
+        start = lora.Role(model, None) if config.lora_rank else copy.deepcopy(model).requires_grad_(False)
+        teacher = make_teacher(start, longer)
+        print(f"context: {len(context)} messages before every dialogue of the teacher, the starting model")
     depends_on = {"data": config.data, "model": config.model, "code": __file__}
     run, lock = runtime.open_run(config.out, config, depends_on, config.overwrite)
 
@@ -156,7 +211,7 @@ def main(config: Config) -> None:
         response_tokens = sum(len(batch.owner) for batch in batches)
         metrics = {"loss": 0.0, "response_tokens": response_tokens, "lr": lr}
         for batch in batches:
-            loss, parts = train_step(model, batch.to(device), denominator=response_tokens)
+            loss, parts = train_step(model, batch.to(device), response_tokens, teacher)
             loss.backward()
             metrics["loss"] += parts["loss"].item()
         metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
@@ -167,7 +222,7 @@ def main(config: Config) -> None:
         metrics["tokens_per_s"] = metrics["tokens"] / (time.perf_counter() - began)
         done = step + 1
         if eval_trees and (done == steps or (config.eval_every and done % config.eval_every == 0)):
-            metrics |= evaluate(model, eval_trees, config, device)
+            metrics |= evaluate(model, eval_trees, config, device, teacher)
         log.step(done, metrics)
         if stop or done == steps or (config.save_every and done % config.save_every == 0):
             runtime.save_state(run, done, model, optimizer)

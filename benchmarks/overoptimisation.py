@@ -8,13 +8,15 @@ them, and the figure draws both scores over the distance from the reference (Gao
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 import judge
 import runtime
-from data.tiny.world import gold
+from data.llm import Budget
+from judging import gold
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,14 @@ def curve(folder: Path, start_gold: float, grade) -> list[dict]:
 
 def main(config: Config) -> None:
     device = runtime.setup(config.device, 0, config.threads)
-    dialogues = judge.load_dialogues(config.data)
-    settings = judge.Config(models=[f"start={config.start}"])
+    questions, dialogues = judge.load_questions(judge.Config(models=[f"start={config.start}"], data=config.data))
 
     def grade(path: Path | str) -> float:
-        said = judge.chat_replies(str(path), dialogues, settings, 0, device)
-        return 100 * mean(gold(d["category"], turn["item"], reply["text"], reply["finished"])
-                          for d, replies in zip(dialogues, said, strict=True) for turn, reply in zip(d["turns"], replies, strict=True))
+        with tempfile.TemporaryDirectory() as folder:  # for the ledger, which nobody needs again
+            settings = judge.Config(models=[f"start={path}"], data=config.data, out=folder, device=config.device)
+            said = judge.answer(str(path), questions, dialogues, settings, 0, "", Budget(), device)
+        (grades,) = gold.grade_all(judge.Answers(questions, {(str(path), 0): said}), dialogues).values()
+        return 100 * mean(g for replies in grades for g in replies)
 
     start = grade(config.start)
     curves = {entry.partition("=")[0]: curve(Path(entry.partition("=")[2]), start, grade) for entry in config.runs}

@@ -15,7 +15,7 @@ def tiny_table(report: dict) -> str:
     """The recipe's models: gold score over seeds, and what stands behind it."""
     lines = ["| model | gold score | by seed | wins vs SFT | first turn | follow-ups | ended turns | words |",
              "|---|---|---|---|---|---|---|---|"]
-    for name, m in report["models"].items():
+    for name, m in report["gold"].items():
         seeds = " ".join(f"{g:.1f}" for g in m["gold_by_seed"].values())
         lines.append(f"| {name} | **{m['gold']:.1f}** ± {m['gold_interval']:.1f} | {seeds} | {m['win_rate']:.1f} % | {m['first_turn']:.1f} "
                      f"| {m['follow_up']:.1f} | {m['ended']:.1f} % | {m['words']:.1f} |")
@@ -24,9 +24,9 @@ def tiny_table(report: dict) -> str:
 
 def category_table(report: dict) -> str:
     """Gold score by task."""
-    tasks = list(next(iter(report["models"].values()))["category"])
+    tasks = list(next(iter(report["gold"].values()))["category"])
     lines = ["| model | " + " | ".join(task.replace("_", " ") for task in tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{m['category'][task]:.0f}" for task in tasks) + " |" for name, m in report["models"].items()]
+    lines += [f"| {name} | " + " | ".join(f"{m['category'][task]:.0f}" for task in tasks) + " |" for name, m in report["gold"].items()]
     return "\n".join(lines)
 
 
@@ -101,7 +101,7 @@ def loading_table(report: dict) -> str:
     return f"Loading a checkpoint of 2 GB peaks at this multiple of the model that results: {found} (`{report['command']}`)."
 
 
-TABLES = {"tiny": (tiny_table, "tiny/judge.json"), "categories": (category_table, "tiny/judge.json"),
+TABLES = {"tiny": (tiny_table, "tiny/report.json"), "categories": (category_table, "tiny/report.json"),
           "throughput": (throughput_table, "throughput.json"), "families": (family_table, "families.json"),
           "memory": (memory_table, "memory.json"), "loading": (loading_table, "loading.json"),
           "kernels_builds": (build_table, KERNELS / "aot_baseline.json"), "kernels_gpu": (verdict_table, KERNELS / "results"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 import runtime
-from judge import interval
+from judging.gold import interval
 
 
 @dataclass(frozen=True)

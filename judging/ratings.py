@@ -266,9 +266,11 @@ def _logistic(features: np.ndarray, p: np.ndarray, weights: np.ndarray, start: n
         gradient = labels - wq @ features - ridge * beta
         hessian = ((wq - wq * q) @ squares).reshape(-1, k, k) + ridge * np.eye(k)
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
-        step *= np.minimum(1, 2 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
+        # Far from the optimum Newton overshoots; nearly equal lengths put it far away. Twice as far a step keeps up with both.
+        most = np.maximum(2, np.abs(beta).max(axis=1, keepdims=True))
+        step *= np.minimum(1, most / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
         beta = beta + step
-        if np.abs(step).max() < 1e-6:  # the error after this step is its square
+        if (np.abs(step) < 1e-6 * most).all():  # the error after this step is its square
             return beta
     raise ValueError("the logistic fit did not converge in 100 steps")
 
@@ -538,15 +540,20 @@ def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 10
 
 # ----------------------------------------------------------------------------------- Bradley-Terry
 
-def check_connected(games: Games, ties: str = "half") -> None:
-    """Refuse games that fall into groups without a game between them: their ratings would have no common scale."""
+def not_connected(games: Games, ties: str = "half") -> str:
+    """"" if a chain of games joins every two models; else which two it does not join: their ratings have no common scale."""
     valid = ~np.isnan(apply_draws(games.outcome, "drop" if ties == "drop" else "half"))
     met = np.zeros((len(games.models),) * 2, dtype=bool)
     met[games.a[valid], games.b[valid]] = met[games.b[valid], games.a[valid]] = True
     reached = _reach(met)
-    if not reached.all():
-        fail(f"games: no chain of games joins {games.models[0]} to {games.models[int(np.argmin(reached))]}, expected one group: "
-             "judge games between them, or rate each group apart")
+    return "" if reached.all() else f"no chain of games joins {games.models[0]} to {games.models[int(np.argmin(reached))]}"
+
+
+def check_connected(games: Games, ties: str = "half") -> None:
+    """Refuse games that fall into groups without a game between them."""
+    apart = not_connected(games, ties)
+    if apart:
+        fail(f"games: {apart}, expected one group: judge games between them, or rate each group apart")
 
 
 def _check_ties(games: Games, ties: str) -> None:

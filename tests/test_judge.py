@@ -1,12 +1,17 @@
+"""judge.py from the outside: configs, questions, replies, a whole run on the tiny checkpoint, comparing runs, bad input."""
 import json
 import math
+import subprocess
+import sys
 
 import pytest
-from conftest import exits
+from conftest import ROOT, exits
 
 import judge
 from data.tiny import build
-from judge import Config, interval, summarize, table, win_rate
+from judge import Config
+from judging.gold import interval, sections, summarize
+from runtime import load_config
 
 
 def test_interval_by_hand():
@@ -14,24 +19,6 @@ def test_interval_by_hand():
     centre, half = interval([60, 62, 64])
     assert centre == 62 and half == pytest.approx(4.9686, abs=1e-3)
     assert math.isnan(interval([5.0])[1])
-
-
-def test_win_rate_by_hand():
-    """Preferences 2, 2, 1, 1.5: mean 1.625, so 62.5 %; sd 0.4787 / 2 = 23.94 points."""
-    result = win_rate([2, 2, 1, 1.5, math.nan])
-    assert (result["win_rate"], result["n"], result["wins"], result["losses"], result["draws"]) == (62.5, 4, 2, 1, 1)
-    assert result["standard_error"] == pytest.approx(23.94, abs=0.01)
-
-
-def test_swapping_the_sides_mirrors_the_win_rate():
-    preferences = [2, 1, 1.5, 1.2, 1.9]
-    assert win_rate(preferences)["win_rate"] + win_rate([3 - p for p in preferences])["win_rate"] == pytest.approx(100)
-
-
-def test_win_rate_refuses_what_is_no_preference():
-    for bad in ([], [math.nan], [0.5], [3]):
-        with pytest.raises(ValueError, match="preference"):
-            win_rate(bad)
 
 
 def graded(*dialogues):
@@ -46,10 +33,12 @@ def test_a_summary_by_hand():
     assert m["gold"] == 75 and m["gold_by_seed"] == {0: 50, 1: 100} and m["gold_interval"] == pytest.approx(317.65)
     assert m["category"] == {"x": 75, "y": 75} and m["first_turn"] == pytest.approx(87.5) and m["follow_up"] == 50
     assert (m["wins"], m["losses"], m["draws"]) == (3, 1, 2) and m["ended"] == 100 and m["words"] == 2
+    assert m["win_rate"] == pytest.approx(100 * 4 / 6)  # 3 wins and 2 halves of 6
     # baseline 33.3 and 33.3: gains 16.7 and 66.7, mean 41.7, t(1) = 12.706 times 25
     assert m["gain"] == pytest.approx(41.667, abs=1e-2) and m["gain_interval"] == pytest.approx(317.65)
     assert m["gain_by_seed"] == pytest.approx({0: 16.667, 1: 66.667}, abs=1e-2)
     assert summarize(theirs, dialogues, ours)["win_rate"] == pytest.approx(100 - m["win_rate"])
+    assert [row[0] for row in sections({"a": m}, "b", 2)[0]["rows"]] == ["a"]
 
 
 def test_one_seed_gives_the_interval_over_dialogues():
@@ -58,34 +47,105 @@ def test_one_seed_gives_the_interval_over_dialogues():
     assert m["gold_interval"] == pytest.approx(interval([50, 50, 0])[1]) and m["win_rate"] == 50
 
 
+def tiny_questions(tmp_path, evals=2):
+    build.write_data(build.Config(part="data", more_prompts=10, demos=10, prompts=10, evals=evals), tmp_path)
+    return str(tmp_path / "test.jsonl")
+
+
 def test_the_script_judges_base_and_few_shot_and_writes_everything(checkpoint, tmp_path, capsys):
-    build.write_data(build.Config(part="data", more_prompts=10, demos=10, prompts=10, evals=2), tmp_path)
     models = [f"base={checkpoint}", f"few-shot=few-shot:{checkpoint}", f"again={checkpoint}"]
-    config = Config(models=models, data=str(tmp_path / "test.jsonl"), out=str(tmp_path / "out"), seeds=[0, 1],
-                    max_tokens=8, device="cpu", show=2)
-    judge.main(config)
-    report = json.loads((tmp_path / "out" / "judge.json").read_text())
-    assert report["models"]["base"]["gold_by_seed"] == report["models"]["again"]["gold_by_seed"]
-    assert report["models"]["again"]["win_rate"] == 50
+    data = tiny_questions(tmp_path)
+    judge.main(Config(models=models, data=data, out=str(tmp_path / "out"), seeds=[0, 1], max_tokens=8, device="cpu", show=2))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["gold"]["base"]["gold_by_seed"] == report["gold"]["again"]["gold_by_seed"]
+    assert report["gold"]["again"]["win_rate"] == 50
     replies = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").open()]
     assert len(replies) == 3 * 2 * 20 and all("gold" in r for line in replies for r in line["replies"])
-    assert (tmp_path / "out" / "judge.png").stat().st_size > 10_000
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
     assert (tmp_path / "out" / "samples.txt").read_text().count("\n[") == 2
-    assert table(report) in capsys.readouterr().out
+    assert "gold: wins against base" in capsys.readouterr().out
+
+
+def test_a_model_judges_and_is_judged_and_a_second_run_asks_nothing(checkpoint, tmp_path, capsys):
+    """An untrained judge mostly says nothing that can be read: no mean is given; forced, the run goes through to the end."""
+    models = [f"one={checkpoint}", f"two={checkpoint}"]
+    settings = dict(models=models, data=tiny_questions(tmp_path, 1), out=str(tmp_path / "out"), max_tokens=4, judge_max_tokens=4,
+                    judges=["gold", f"tiny={checkpoint}"], truth="gold", form="label", wording="bare", trial=3, device="cpu",
+                    sources=["one=us", "two=them"])
+    judge.main(Config(**settings, force=True))
+    first = (tmp_path / "out" / "report.json").read_text()
+    titles = [s["title"] for s in json.loads(first)["sections"]]
+    assert {"tiny: wins against one", "tiny: position", "tiny: probes", "Agreement with gold", "Self-preference"} <= set(titles)
+    asked = len((tmp_path / "out" / "calls.jsonl").read_text().splitlines())
+    capsys.readouterr()
+    judge.main(Config(**settings, force=True))
+    assert len((tmp_path / "out" / "calls.jsonl").read_text().splitlines()) == asked
+    assert (tmp_path / "out" / "report.json").read_text() == first
+    rows = [json.loads(line) for line in (tmp_path / "out" / "judgments.jsonl").open()]
+    assert {r["judge"] for r in rows} == {"gold", "tiny"}
+    # Judgments written here are read as recorded ones.
+    judge.main(Config(judges=[f"again=recorded:{tmp_path / 'out' / 'judgments.jsonl'}"], out=str(tmp_path / "again"), force=True))
+    assert (tmp_path / "again" / "report.html").stat().st_size > 1000
+
+
+def test_runs_are_compared_from_the_command_line(checkpoint, tmp_path):
+    data = tiny_questions(tmp_path, 1)
+    for name, temperature in (("a", 0.7), ("b", 0.0)):
+        judge.main(Config(models=[f"one={checkpoint}", f"two={checkpoint}"], data=data, out=str(tmp_path / name), max_tokens=4,
+                          temperature=temperature, device="cpu"))
+    command = [sys.executable, "judge.py", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0 and "temperature" in said.stdout and "Gold score" in said.stdout
+    said = subprocess.run([*command[:-1], str(tmp_path / "none")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 2 and said.stderr.count("\n") == 1 and "Traceback" not in said.stderr
+
+
+def test_recorded_replies_are_read_by_id_and_by_instruction(tmp_path):
+    questions = [judge.Question("7", "", ["Hi", "More"]), judge.Question("8", "", ["Why?"]), judge.Question("9", "", ["Gone"])]
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"question_id": 7, "choices": [{"turns": ["one", "two"]}]}\n{"instruction": "Why?", "output": "so"}\n')
+    assert [[r["text"] for r in said] for said in judge.read_answers(str(file), questions)] == [["one", "two"], ["so"], []]
+
+
+@pytest.mark.parametrize("line, turns", [
+    ('{"question_id": 81, "category": "writing", "turns": ["You have a role and a user.", "Two"]}', ["You have a role and a user.", "Two"]),
+    ('{"prompt": "One"}', ["One"]),
+    ('{"prompt": [{"role": "user", "content": "One"}]}', ["One"]), ('{"instruction": "One", "dataset": "koala"}', ["One"]),
+])
+def test_questions_of_every_form_are_read(line, turns, checkpoint, tmp_path):
+    (tmp_path / "q.jsonl").write_text(line + "\n")
+    questions, dialogues = judge.load_questions(Config(models=[f"m={checkpoint}"], data=str(tmp_path / "q.jsonl")))
+    assert questions[0].turns == turns and dialogues is None
 
 
 @pytest.mark.parametrize("changes, said", [
     ({"models": []}, "models is empty"),
-    ({"models": ["SFT"]}, "'SFT' is not name=directory"),
+    ({"models": ["SFT"]}, "'SFT' is not name=..."),
     ({"data": "none.jsonl"}, "none.jsonl: no such file"),
-    ({"data": __file__}, "holds no dialogues of the tiny world"),
+    ({"data": __file__}, "line 1: is no question"),
     ({"baseline": "GPT"}, "baseline is 'GPT', expected one of base"),
     ({"models": ["a=x", "a=y"]}, "a name occurs twice"),
     ({"models": ["a=runs/{sed}/model"]}, "runs/{sed}/model holds no config.json"),
     ({"seeds": []}, "seeds is empty"),
     ({"temperature": -0.7}, "temperature is -0.7"),
+    ({"truth": "people"}, "truth is 'people', expected one of the judges: gold"),
+    ({"judges": ["x=recorded:none.jsonl"]}, "none.jsonl: no such file"),
+    ({"judges": ["x=nowhere"]}, "judges: nowhere holds no config.json"),
+    ({"preferences": ["SHP"]}, "preferences: 'SHP' is not name=..."),
 ])
 def test_what_the_user_wrote_wrong_is_one_line(changes, said, checkpoint, tmp_path, capsys):
-    build.write_data(build.Config(part="data", more_prompts=10, demos=10, prompts=10, evals=1), tmp_path)
-    fields = {"models": [f"base={checkpoint}"], "data": str(tmp_path / "test.jsonl"), "out": str(tmp_path), "max_tokens": 2}
+    fields = {"models": [f"base={checkpoint}"], "data": tiny_questions(tmp_path, 1), "out": str(tmp_path), "max_tokens": 2}
     exits(capsys, lambda: judge.main(Config(**(fields | changes))), said)
+
+
+def test_gold_refuses_questions_of_another_world(checkpoint, tmp_path, capsys):
+    (tmp_path / "q.jsonl").write_text('{"prompt": "Hi"}\n')
+    config = Config(models=[f"a={checkpoint}"], data=str(tmp_path / "q.jsonl"), out=str(tmp_path), max_tokens=2, device="cpu")
+    exits(capsys, lambda: judge.main(config), "gold grades the tiny world's dialogues")
+
+
+def test_a_reference_answer_reaches_the_question(checkpoint, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "category": "math", "turns": ["1 + 1?", "And 2 + 2?"]}\n')
+    (tmp_path / "r.jsonl").write_text('{"question_id": 1, "choices": [{"turns": ["2", "4"]}]}\n')
+    config = load_config(Config, "", [f"models=[\"m={checkpoint}\"]", f"data={tmp_path / 'q.jsonl'}", f"references={tmp_path / 'r.jsonl'}"])
+    assert judge.load_questions(config)[0][0].references == ["2", "4"]

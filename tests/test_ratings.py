@@ -564,3 +564,14 @@ def test_pandalm_tournament():
     for ties in TIES:  # one order of models by win rate and by every model of ties
         fit = bradley_terry(games, ties)["ratings"]
         assert sorted(fit, key=fit.get) == sorted(record, key=lambda m: record[m]["win_rate"])
+
+
+def test_length_control_ends_where_lengths_hardly_differ_or_decide_everything():
+    """Lengths that all but coincide leave the length coefficient to the ridge; whatever the wins, the fit ends."""
+    rng = np.random.default_rng(0)
+    for n in (2, 20, 60):
+        base = rng.integers(15, 25, n)
+        for longer in (base + 5, base + rng.integers(4, 6, n), base):
+            for p in (np.ones(n), np.where(np.arange(n) % 7, 1, 0.5), (np.arange(n) % 2).astype(float)):
+                found = ratings.lc2(p, base, longer, ratings.resample(n, 50, 0))
+                assert 0 <= found["low"] <= found["high"] <= 100 and 0 <= found["lc2"] <= 100

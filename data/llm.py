@@ -1,0 +1,521 @@
+"""One way to ask a model, for data recipes and judges: a checkpoint on this machine, or an OpenAI-compatible endpoint.
+
+    model = open_model("runs/tiny/0/dpo/model")                  or "http://127.0.0.1:8000/v1#name"; the key is OPENAI_API_KEY
+    replies = ask(model, [Request([{"role": "user", "content": "Hi"}])], Sampling(), Path("ledger.jsonl"), Budget(money=5, ...))
+
+Every raw reply is appended to the ledger, a JSONL file, the moment it arrives, under a key: a hash of everything it
+depends on. What the ledger holds is not asked again, so a run that was killed goes on where it was, and what is made
+of the replies can be made anew for nothing. A checkpoint draws each reply from a random stream of its key: the
+same whatever else is asked, and in which order. Failures go to a file of their own and are asked again next time.
+"""
+from __future__ import annotations
+
+import email.utils
+import fcntl
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from math import inf
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.chat import TEMPLATES, adopt_template, load_tokenizer
+from model import KVCache, Transformer, _decode, _DecodeGraphs, _prefill, _sample_each, load_model, weight_files
+from runtime import check_range, fail, file_hash
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How replies are drawn."""
+
+    max_tokens: int = 512            # of a reply
+    temperature: float = 1.0         # 0: greedy
+    top_p: float = 1.0               # 1: all
+    top_k: int = 0                   # 0: all
+    stop: tuple[str, ...] = ()       # the reply ends before the first of these
+
+    def __post_init__(self):
+        for key, low, high in (("max_tokens", 1, inf), ("temperature", 0, 10), ("top_p", 0, 1), ("top_k", 0, inf)):
+            check_range(key, getattr(self, key), low, high)
+
+
+class Request(NamedTuple):
+    messages: list[dict]             # {"role", "content"}, the last one the user's
+    repeat: int = 0                  # tells several replies to one prompt apart
+    tag: str = ""                    # whatever else makes this another question
+    labels: tuple[str, ...] = ()     # words whose log-probability as the reply's first token is wanted
+
+
+class Reply(NamedTuple):
+    text: str
+    finished: bool                   # ended by itself; False: cut at max_tokens
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    labels: dict[str, float] = {}    # nats; a label outside an endpoint's 20 likeliest tokens is missing
+
+
+def request_key(model_name: str, request: Request, sampling: Sampling) -> str:
+    """Hash of everything a reply depends on, 16 hex digits."""
+    settings = asdict(sampling) | {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p)}  # 1 is 1.0
+    parts = [model_name, request.messages, settings, request.repeat, request.tag, request.labels]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------- budget and ledger
+
+@dataclass
+class Budget:
+    """What may be spent from now on, in tokens (prompts and replies), in money, or both; counts what was."""
+
+    tokens: float = inf
+    money: float = inf
+    prompt_price: float = 0.0        # of a million tokens
+    reply_price: float = 0.0
+    spent_tokens: int = 0
+    spent_money: float = 0.0
+
+    def __post_init__(self):
+        if self.money < inf and not (self.prompt_price or self.reply_price):
+            fail("a budget in money needs prices: set prompt_price and reply_price, of a million tokens")
+
+    def cost(self, prompt_tokens: int, reply_tokens: int) -> float:
+        return (prompt_tokens * self.prompt_price + reply_tokens * self.reply_price) / 1e6
+
+    def spend(self, prompt_tokens: int, reply_tokens: int) -> None:
+        self.spent_tokens += prompt_tokens + reply_tokens
+        self.spent_money += self.cost(prompt_tokens, reply_tokens)
+
+    def affordable(self, requests: list[Request], sampling: Sampling) -> int:
+        """How many of the first requests cannot exceed what is left, all of them in flight at once."""
+        tokens, money = self.spent_tokens, self.spent_money
+        for count, request in enumerate(requests):
+            most = most_prompt_tokens(request)
+            tokens, money = tokens + most + sampling.max_tokens, money + self.cost(most, sampling.max_tokens)
+            if tokens > self.tokens or money > self.money:
+                return count
+        return len(requests)
+
+    def left(self) -> str:
+        words = [f"{self.spent_tokens:,} of {self.tokens:,.0f} tokens"] if self.tokens < inf else []
+        return " and ".join(words + ([f"{self.spent_money:.4f} of {self.money:g} in money"] if self.money < inf else []))
+
+
+def most_prompt_tokens(request: Request) -> int:
+    """No tokenizer makes more tokens than bytes; a template adds its tags, and perhaps a sentence of its own."""
+    return 64 + sum(16 + len(m["content"].encode(errors="replace")) for m in request.messages)
+
+
+def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget: Budget | None = None,
+        progress: str = "") -> list[Reply | None]:
+    """A reply to every request, from the ledger or from the model; None where it failed. Equal requests share one reply.
+
+    A budget that cannot pay for the next request ends the run, once everything that was asked is in the ledger.
+    """
+    for request in requests:
+        if not request.messages or request.messages[-1]["role"] != "user":
+            raise ValueError(f"a request ends with {request.messages[-1:]}, expected a user turn")
+    keys = [request_key(model.name, request, sampling) for request in requests]
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    counts: Counter[str] = Counter()
+    failures = ledger.with_name(f"{ledger.stem}.failures.jsonl")
+    with ledger.open("ab+") as stream:
+        known = _read_ledger(ledger, stream, set(keys))
+        todo = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
+        counts["from the ledger"] = len(set(keys)) - len(todo)
+        bar = tqdm(total=len(set(keys)), initial=len(known), desc=progress, disable=not progress, mininterval=1, unit=" replies")
+        waiting = list(todo)
+        while waiting:
+            count = len(waiting) if budget is None else budget.affordable([todo[key] for key in waiting], sampling)
+            if not count:
+                break
+            asked, waiting = waiting[:count], waiting[count:]
+            for i, reply in model.replies([todo[key] for key in asked], sampling):
+                key, request = asked[i], todo[asked[i]]
+                line = {"key": key, "model": model.name, "messages": request.messages, "sampling": asdict(sampling),
+                        "repeat": request.repeat, "tag": request.tag}
+                if isinstance(reply, str):
+                    counts["failed"] += 1
+                    with failures.open("a") as reasons:
+                        reasons.write(json.dumps(line | {"error": reply}) + "\n")
+                else:
+                    stream.write((json.dumps(line | reply._asdict()) + "\n").encode())
+                    stream.flush()
+                    known[key] = reply
+                    counts["asked"] += 1
+                    counts["prompt tokens"] += reply.prompt_tokens
+                    counts["reply tokens"] += reply.completion_tokens
+                    if budget is not None:
+                        budget.spend(reply.prompt_tokens, reply.completion_tokens)
+                bar.update()
+            lost = getattr(model, "lost", [])  # attempts that may have been billed without an answer count in full
+            while budget is not None and lost:
+                budget.spend(*lost.pop())
+        bar.close()
+    if progress or counts["failed"]:
+        words = [f"{counts[name]:,} {name}" for name in ("asked", "from the ledger", "failed", "prompt tokens", "reply tokens")]
+        cost = f", cost {budget.spent_money:.4f}" if budget is not None and budget.spent_money else ""
+        where = f"; reasons in {failures}" if counts["failed"] else ""
+        print(f"{progress or ledger}: {', '.join(words)}{cost}{where}", flush=True)
+    if waiting:
+        fail(f"{ledger}: the budget is used up ({budget.left()} spent, the next request might take more than is left), "
+             f"{len(waiting)} requests not asked: run again with more; what was answered is kept")
+    return [known.get(key) for key in keys]
+
+
+def _read_ledger(ledger: Path, stream, wanted: set[str]) -> dict[str, Reply]:
+    """The replies it holds to the wanted keys. Locks it, and cuts off half a line that a killed run left."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{ledger}: another process is writing here, expected a ledger of its own: wait for it, or choose another")
+    known, whole, begins = {}, 0, b'{"key": "'
+    stream.seek(0)
+    for number, line in enumerate(stream, 1):
+        if not line.startswith(begins[: len(line)]):
+            fail(f"{ledger} line {number}: is not a reply, expected a file that an earlier run wrote: choose another")
+        if not line.endswith(b"\n"):
+            break
+        whole += len(line)
+        key = line[len(begins) : len(begins) + 16].decode("latin-1")
+        if key in wanted:
+            try:
+                record = json.loads(line)
+                known[key] = Reply(*(record[field] for field in Reply._fields))
+            except (ValueError, KeyError):
+                fail(f"{ledger} line {number}: is damaged: delete the line, and it is asked again")
+    stream.truncate(whole)
+    return known
+
+
+# -------------------------------------------------------------------------- a checkpoint, step by step
+
+class Sequence:
+    """One reply on its way: what it answers, how it is drawn, what it has said."""
+
+    def __init__(self, prompt: list[int], max_tokens: int, sampling: Sampling, seed: list[int], labels: list[int] = (), top: int = -1):
+        self.prompt = tuple(prompt)
+        self.settings = (sampling.temperature, sampling.top_k, sampling.top_p)
+        self.max_tokens, self.seed = max_tokens, seed
+        self.labels, self.label_logprobs = list(labels), []   # tokens, and the log-probability of each to come first
+        self.top, self.alternatives = top, []                 # for each token: its log-probability, the `top` likeliest ids, and theirs
+        self.tokens: list[int] = []
+        self.done = self.finished = False                     # finished: with a stop token
+        self.began = 0.0
+
+
+class Decoder:
+    """Sequences decoded together, one token each a step; they join and leave between steps. `model.generate`, one step at a time.
+
+    Whoever sets `done` on a sequence takes it out before the next step.
+    """
+
+    def __init__(self, model: Transformer, stop_ids: tuple[int, ...], slots: int, length: int):
+        self.model, self.stop_ids, self.slots = model, stop_ids, slots
+        self.cache = KVCache(model, slots, length)
+        self.device = model.embed_tokens.weight.device
+        self.decode = _DecodeGraphs(model, self.cache, slots) if self.device.type == "cuda" else partial(_decode, model, self.cache)
+        self.waiting: deque[Sequence] = deque()
+        self.active: list[Sequence] = []
+
+    @torch.no_grad()
+    def step(self) -> list[Sequence]:
+        """One more token for some sequences: those that join now, or else all active ones. Returns these."""
+        self._leave()
+        new = []
+        # Reading a few prompts costs a whole pass: wait until an eighth of the slots is free.
+        if self.waiting and len(self.active) <= self.slots - max(1, min(self.slots // 8, len(self.waiting))):
+            new = self._join()
+        if new or not self.active:
+            return new
+        positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.active]
+        tokens = torch.tensor([s.tokens[-1] for s in self.active], device=self.device)
+        self.cache.longest = 0  # of the sequences here now, not of those that have been
+        self._draw(self.active, self.decode(tokens, torch.tensor(positions, device=self.device), max(positions) + 1))
+        return list(self.active)
+
+    def _join(self) -> list[Sequence]:
+        new, room = [], 16384  # prompt tokens read at once: what bounds the memory of a pass
+        while self.waiting and len(self.active) + len(new) < self.slots and (not new or len(self.waiting[0].prompt) <= room):
+            s = self.waiting.popleft()
+            if s.done:
+                continue
+            s.began, s.uniform = time.perf_counter(), np.random.default_rng(s.seed).random(s.max_tokens, dtype=np.float32)
+            new.append(s)
+            room -= len(s.prompt)
+        if not new:
+            return new
+        # Equal prompts are read once.
+        logits = _prefill(self.model, self.cache, {s.prompt: s.prompt for s in new}, new, len(self.active))
+        for row, s in zip(logits, new, strict=True):
+            if s.labels:
+                s.label_logprobs = torch.log_softmax(row, -1)[s.labels].tolist()
+        self.active += new
+        self._draw(new, logits)
+        return new
+
+    def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        uniform = torch.tensor([s.uniform[len(s.tokens)] for s in sequences], device=self.device)
+        tokens, _ = _sample_each(logits, [s.settings for s in sequences], uniform)
+        for row, (s, token) in enumerate(zip(sequences, tokens.tolist(), strict=True)):
+            if s.top >= 0:
+                logprobs = torch.log_softmax(logits[row], -1)
+                best = logprobs.topk(s.top)
+                s.alternatives.append((logprobs[token].item(), best.indices.tolist(), best.values.tolist()))
+            s.tokens.append(token)
+            s.finished = token in self.stop_ids
+            if s.finished or len(s.tokens) == s.max_tokens:
+                s.done = True  # last: another thread may be reading
+
+    def _leave(self) -> None:
+        """The last sequences move into the gaps, so that the active ones stay the first."""
+        done = {k for k, s in enumerate(self.active) if s.done}
+        left = len(self.active) - len(done)
+        gaps, movers = [k for k in done if k < left], [k for k in range(left, len(self.active)) if k not in done]
+        self.cache.move(movers, gaps)
+        for gap, mover in zip(gaps, movers, strict=True):
+            self.active[gap] = self.active[mover]
+        del self.active[left:]
+
+
+# ------------------------------------------------------------------------------------------ models
+
+def open_model(where: str, device: str = "auto", template: str = "", model: str = "") -> Checkpoint | Endpoint:
+    """A Hugging Face directory, or an endpoint such as http://127.0.0.1:8000/v1#name. `template`: the checkpoint's own, or zephyr."""
+    if where.startswith(("http://", "https://")):
+        url, _, name = where.partition("#")
+        return Endpoint(url, model or name)
+    if model:
+        fail(f"model is '{model}', but {where} is a directory, which holds one model: leave it out")
+    return Checkpoint(where, device, template)
+
+
+class Checkpoint:
+    """A model directory on this machine."""
+
+    def __init__(self, where: str, device: str = "auto", template: str = ""):
+        if template and template not in TEMPLATES:
+            fail(f"template is '{template}', expected one of {', '.join(TEMPLATES)}")
+        path = Path(where)
+        if not (path / "config.json").is_file():
+            fail(f"{where}: holds no config.json, expected a model directory, or an endpoint such as http://127.0.0.1:8000/v1#name")
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.tokenizer = load_tokenizer(path)
+        # fp32 on the CPU: in bf16 a reply would depend on which others it is computed with.
+        self.model = load_model(path, torch.bfloat16 if device.startswith("cuda") else torch.float32, device)
+        adopt_template(self.model, self.tokenizer, template or self.tokenizer.template or "zephyr")
+        self.path = path
+
+    @cached_property
+    def name(self) -> str:
+        """A hash of the files, and the template: the same wherever the directory lies."""
+        files = [self.path / name for name in ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")]
+        return f"{file_hash(*filter(Path.is_file, files), *weight_files(self.path))}-{self.tokenizer.template}"
+
+    def replies(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Reply | str]]:
+        """Replies in the order they end."""
+        sequences: dict[Sequence, int] = {}
+        positions = self.model.config.max_positions
+        for i, request in enumerate(requests):
+            prompt = self.tokenizer.render(request.messages, add_generation_prompt=True)[0]
+            if len(prompt) >= positions:
+                yield i, f"the prompt has {len(prompt)} tokens, the model {positions} positions"
+                continue
+            seed = [int(request_key(self.name, request, sampling), 16)]
+            new = min(sampling.max_tokens, positions - len(prompt))
+            sequences[Sequence(prompt, new, sampling, seed, self.label_tokens(request.labels))] = i
+        if not sequences:
+            return
+        length = max(len(s.prompt) + s.max_tokens for s in sequences)
+        decoder = Decoder(self.model, self.tokenizer.stop_ids(), min(len(sequences), slots_that_fit(self.model, length)), length)
+        decoder.waiting.extend(sequences)
+        while stepped := decoder.step():
+            for s in stepped:
+                text, stopped = before_stop(self.tokenizer.decode(s.tokens), sampling.stop) if s.done or sampling.stop else ("", False)
+                if stopped:
+                    s.done = True
+                if s.done:
+                    # The fifth digit depends on what else is in the batch.
+                    labels = {label: round(x, 4) for label, x in zip(requests[sequences[s]].labels, s.label_logprobs, strict=True)}
+                    seconds = time.perf_counter() - s.began
+                    yield sequences[s], Reply(text, s.finished or stopped, len(s.prompt), len(s.tokens), seconds, labels)
+
+    def label_tokens(self, labels: tuple[str, ...]) -> list[int]:
+        """The token each label begins with, where a reply begins."""
+        first: dict[int, str] = {}
+        for label in labels:
+            ids, is_reply = self.tokenizer.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
+            token = ids[is_reply.index(True)]
+            if token in first:
+                fail(f"labels '{first[token]}' and '{label}' begin with the same token of this vocabulary: choose other words")
+            first[token] = label
+        return list(first)
+
+
+def before_stop(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
+    """The text before the first stop string, and whether there is one."""
+    cut = min((at for at in map(text.find, stops) if at >= 0), default=-1)
+    return (text[:cut], True) if cut >= 0 else (text, False)
+
+
+def slots_that_fit(model: Transformer, length: int) -> int:
+    """Sequences of `length` tokens, at most 128, whose keys and values fit in half of the GPU's free memory, or in 4 GiB."""
+    c, weight = model.config, model.embed_tokens.weight
+    free = torch.cuda.mem_get_info(weight.device)[0] // 2 if weight.is_cuda else 4 * 2**30
+    return max(1, min(128, free // (2 * c.layers * c.kv_heads * c.head_dim * length * weight.element_size())))
+
+
+class Endpoint:
+    """A server that speaks OpenAI's chat completions, asked by `threads` at a time."""
+
+    def __init__(self, url: str, model: str = "", threads: int = 8, timeout_s: float = 300.0, tries: int = 8, wait_s: float = 1.0):
+        import openai  # only now: it takes a second to import
+
+        self.openai, self.url = openai, url.rstrip("/")
+        self.threads, self.tries, self.wait_s = threads, tries, wait_s
+        key = os.environ.get("OPENAI_API_KEY") or ("none" if urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1") else "")
+        if not key:
+            fail(f"{url}: needs a key: set the environment variable OPENAI_API_KEY")
+        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=0)  # retries are ours: they shall be seen
+        self.lost: list[tuple[int, int]] = []  # most prompt and reply tokens of each attempt that got no answer and may have been billed
+        self.limit_name = "max_tokens"
+        self.said = -inf                       # when a retry was last spoken of
+        self.model = model or self._only_model()
+        self.name = f"{self.url}#{self.model}"
+
+    def _only_model(self) -> str:
+        try:
+            names = [m.id for m in self.client.models.list()]
+        except self.openai.OpenAIError as error:
+            fail(f"{self.url}: does not say which models it has ({error}): start it, or name one, as in {self.url}#name")
+        if len(names) != 1:
+            fail(f"{self.url}: has {len(names)} models: name one, as in {self.url}#{min(names, default='name')}")
+        return names[0]
+
+    def replies(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Reply | str]]:
+        """Replies in the order they come. What would go wrong every time ends the run, after the replies already under way."""
+        stopping, hopeless = threading.Event(), []
+        pool = ThreadPoolExecutor(self.threads)
+        try:
+            futures = {pool.submit(self._reply, request, sampling, stopping, hopeless): i for i, request in enumerate(requests)}
+            for future in as_completed(futures):
+                if future.result() is not None:
+                    yield futures[future], future.result()
+        finally:
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+        if hopeless:
+            fail(f"{self.url}: {hopeless[0]}; what was answered is kept")
+
+    def _reply(self, request: Request, sampling: Sampling, stopping: threading.Event, hopeless: list[str]) -> Reply | str | None:
+        """One reply, after as many tries as it takes, or why there is none; None once the run is stopping."""
+        openai, reason, wait = self.openai, "", self.wait_s
+        for attempt in range(self.tries):
+            if stopping.is_set():
+                return None
+            began, pause, billed, remedy = time.perf_counter(), wait * random.uniform(0.5, 1.5), True, ""  # not all threads at once again
+            try:
+                completion = self._create(request, sampling)
+                return self._read(completion, request, sampling, time.perf_counter() - began)
+            except openai.APITimeoutError:
+                reason = f"no answer within {time.perf_counter() - began:.0f} s"
+            except openai.APIConnectionError as error:
+                reason, billed = f"no connection ({error.__cause__ or error})", type(error.__cause__).__name__ != "ConnectError"
+                if attempt + 1 == self.tries and not billed:
+                    remedy = "start the server, or check the address"
+            except openai.APIStatusError as error:
+                billed, said = False, error.body.get("message") if isinstance(error.body, dict) else None
+                reason = f"{error.status_code}: {said or error.message}"
+                if error.status_code in (401, 403) or error.code == "insufficient_quota":
+                    remedy = f"set OPENAI_API_KEY to a key that may use {self.model}"
+                elif error.status_code == 404:
+                    remedy = "check the address, which usually ends with /v1, and the model's name"
+                elif error.status_code not in (408, 409, 429) and error.status_code < 500:
+                    return reason
+                pause = max(pause, retry_after(error.response.headers.get("retry-after", "")))
+            except (openai.APIError, ValueError, AttributeError, TypeError, IndexError) as error:
+                reason = f"the reply is not a chat completion ({error})"
+            if remedy:
+                hopeless.append(f"{reason}: {remedy}")
+                stopping.set()
+            if billed:
+                self.lost.append((most_prompt_tokens(request), sampling.max_tokens))
+            if attempt + 1 < self.tries and not stopping.is_set():
+                self._say(f"{self.url}: {reason}: trying again in {pause:.0f} s")
+                stopping.wait(pause)
+                wait = min(2 * wait, 60.0)
+        return None if stopping.is_set() else f"{reason}, after {self.tries} tries"
+
+    def _say(self, text: str) -> None:
+        """A line for the user now and then: threads that wait have all the same to say."""
+        if time.monotonic() > self.said + 30:
+            self.said = time.monotonic()
+            tqdm.write(text, file=sys.stderr)
+
+    def _create(self, request: Request, sampling: Sampling):
+        limit_name = self.limit_name
+        options: dict = {"temperature": sampling.temperature, "top_p": sampling.top_p, limit_name: sampling.max_tokens}
+        if sampling.temperature > 0:  # where the server can, repeats differ and reruns do not
+            options["seed"] = int(request_key(self.name, request, sampling), 16) % 2**31
+        if sampling.top_k:
+            options["extra_body"] = {"top_k": sampling.top_k}
+        if sampling.stop:
+            options["stop"] = list(sampling.stop)
+        if request.labels:
+            options |= {"logprobs": True, "top_logprobs": 20}
+        try:
+            return self.client.chat.completions.create(model=self.model, messages=request.messages, **options)
+        except self.openai.BadRequestError as error:
+            if limit_name == "max_tokens" and "max_completion_tokens" in error.message:  # OpenAI's newer models
+                self.limit_name = "max_completion_tokens"
+                return self._create(request, sampling)
+            raise
+
+    def _read(self, completion, request: Request, sampling: Sampling, seconds: float) -> Reply:
+        choice, usage = completion.choices[0], completion.usage
+        text = choice.message.content or choice.message.refusal or ""
+        prompt_tokens = usage.prompt_tokens if usage else most_prompt_tokens(request)  # a server that does not count: at most
+        reply_tokens = usage.completion_tokens if usage else sampling.max_tokens
+        return Reply(text, choice.finish_reason == "stop", prompt_tokens, reply_tokens, seconds, label_logprobs(choice, request.labels))
+
+
+def label_logprobs(choice, labels: tuple[str, ...]) -> dict[str, float]:
+    """Each label's log-probability to come first: of the likeliest tokens those that begin it, blanks aside, added up."""
+    found: dict[str, float] = {}
+    if not labels:
+        return found
+    if not (choice.logprobs and choice.logprobs.content):
+        raise ValueError("it holds no log-probabilities")
+    for token in choice.logprobs.content[0].top_logprobs:
+        begun = [label for label in labels if token.token.strip() and label.startswith(token.token.strip())]
+        if len(begun) > 1:
+            raise ValueError(f"token {token.token!r} begins labels {' and '.join(begun)}: choose other words")
+        for label in begun:
+            found[label] = float(np.logaddexp(found.get(label, -inf), token.logprob))
+    return found
+
+
+def retry_after(header: str) -> float:
+    """Seconds that a Retry-After header asks for, a number or a date; from none to ten minutes."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), 600.0)

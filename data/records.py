@@ -1,0 +1,169 @@
+"""The five forms of a record that the scripts know, and the checks every reader of a data file shares.
+
+    messages     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    preference   {"prompt": [messages] or "text", "chosen": "text" or [messages], "rejected": ..., "margin": 1-4}
+    ranking      {"prompt": as above, "answers": ["text", ...], "ranks": [0, 2, 1, ...]}      0 is best, equal ranks are ties
+    prompt       {"prompt": as above}                      to sample replies to
+    text         {"text": "..."}
+
+Other keys (id, category, annotator, scores ...) travel along.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+
+class Reject(Exception):
+    """Why a record, or the part of it at `where`, cannot be used. Reports count by `kind`; a reason given alone is its own."""
+
+    def __init__(self, kind: str, reason: str = "", where: str = ""):
+        self.kind, self.reason = kind, reason or kind
+        super().__init__(f"{where}: {self.reason}" if where else self.reason)
+
+    def at(self, where: str) -> Reject:
+        return Reject(self.kind, self.reason, where)
+
+
+class Format(NamedTuple):
+    form: str                                                    # of the records that come out, one of the five
+    read: Callable[[dict], dict | Iterable[dict | Reject]]       # one record, or several and the parts left out
+    shapes: tuple[dict, ...]                                     # what tells it: keys a record has, and the kind of value each holds
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+def short(value) -> str:
+    """A value as a message can hold it: its JSON up to 40 characters, whatever bytes it is made of."""
+    return json.dumps(value)[:40]
+
+
+def check_text(value, key: str) -> str:
+    if not isinstance(value, str):
+        raise Reject("not text", f"'{key}' is {short(value)}, expected text: mend or drop the record")
+    if not value.strip():
+        raise Reject("empty text", f"'{key}' is empty, expected text: fill it in or drop the record")
+    if "\0" in value:
+        raise Reject("broken text", f"'{key}' holds a NUL, which is no text: mend or drop the record")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Reject("broken text", f"'{key}' holds half a surrogate pair, which is no text: mend or drop the record") from None
+    return value
+
+
+def check_number(value, key: str, low: float, high: float = 1e300) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        wanted = f"a number of at least {low:g}" if high == 1e300 else f"a number from {low:g} to {high:g}"
+        raise Reject("bad number", f"'{key}' is {short(value)}, expected {wanted}: mend or drop the record")
+    return float(value)
+
+
+def check_object(value, key: str) -> dict:
+    if not isinstance(value, dict):
+        raise Reject("not an object", f"'{key}' is {short(value)}, expected an object: mend or drop the record")
+    return value
+
+
+def check_list(value, key: str) -> list:
+    if not isinstance(value, list) or not value:
+        raise Reject("not a list", f"'{key}' is {short(value)}, expected a list that holds something: mend or drop the record")
+    return value
+
+
+def check_messages(value, key: str) -> list[dict]:
+    """A dialogue: perhaps a system text, then user and assistant in turn."""
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        raise Reject("not messages", f"'{key}' is {short(value)}, expected a list of messages: mend or drop the record")
+    messages = [{"role": m.get("role"), "content": check_text(m.get("content"), f"{key}.content")} for m in value]
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    for i, m in enumerate(turns):
+        expected = ("user", "assistant")[i % 2]
+        if m["role"] != expected:
+            role = repr(m["role"])[:40]
+            raise Reject("roles", f"'{key}' has role {role} where {expected} is due: roles alternate, user first; mend or drop it")
+    if not turns:
+        raise Reject("roles", f"'{key}' has no user turn: mend or drop the record")
+    return messages
+
+
+def check_prompt(value, key: str = "prompt") -> list[dict]:
+    """A text is one user turn; messages end with one."""
+    prompt = [{"role": "user", "content": check_text(value, key)}] if isinstance(value, str) else check_messages(value, key)
+    if prompt[-1]["role"] != "user":
+        raise Reject("roles", f"'{key}' ends with a reply, expected a user turn: mend or drop the record")
+    return prompt
+
+
+# ------------------------------------------------------------------------------------------- forms
+
+def read_messages(record: dict) -> dict:
+    messages = check_messages(record.get("messages"), "messages")
+    if messages[-1]["role"] != "assistant":
+        raise Reject("no reply", "'messages' ends with a user turn, expected a reply to learn: cut the turn or add the reply")
+    return record | {"messages": messages}
+
+
+def read_preference(record: dict) -> dict:
+    """prompt becomes messages that end with the user; chosen and rejected become the texts of the reply."""
+    sides = {side: _side(record.get(side), side) for side in ("chosen", "rejected")}
+    prompts = [before for before, _ in sides.values() if before]
+    prompt = record.get("prompt")
+    if prompt is not None or not prompts:
+        prompts.append(check_prompt(prompt))
+    # A prompt given as text is only the first user turn of a dialogue given in full.
+    if isinstance(prompt, str) and len(prompts) > 1 and prompts[-1][0] in prompts[0]:
+        prompts.pop()
+    if any(other != prompts[0] for other in prompts):
+        raise Reject("prompts differ", "'prompt', 'chosen' and 'rejected' disagree on what precedes the reply, "
+                                       "expected one prompt: mend or drop the record")
+    chosen, rejected = sides["chosen"][1], sides["rejected"][1]
+    if chosen == rejected:
+        raise Reject("identical", "'chosen' equals 'rejected', which prefers nothing: drop the pair")
+    if record.get("margin") is not None:
+        check_number(record["margin"], "margin", 0)
+    return record | {"prompt": check_prompt(prompts[0]), "chosen": chosen, "rejected": rejected}
+
+
+def _side(value, side: str) -> tuple[list[dict], str]:
+    """What precedes a reply, and its text: given as text, as one assistant message, or as the whole dialogue."""
+    if not isinstance(value, list):
+        return [], check_text(value, side)
+    alone = len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant"
+    messages = value if alone else check_messages(value, side)
+    if messages[-1]["role"] != "assistant":
+        raise Reject("no reply", f"'{side}' ends with a user turn, expected a reply: mend or drop the pair")
+    return messages[:-1], check_text(messages[-1].get("content"), side)
+
+
+def read_ranking(record: dict) -> dict:
+    answers, ranks = record.get("answers"), record.get("ranks")
+    if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks):
+        raise Reject("bad ranks", "'answers' and 'ranks' are not lists of one length, expected a rank for every answer: "
+                                  "mend or drop the record")
+    if not all(isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank < 2**31 for rank in ranks):
+        raise Reject("bad ranks", f"'ranks' is {short(ranks)}, expected whole numbers from 0, the best: mend or drop the record")
+    if len(set(ranks)) < 2:
+        raise Reject("tie", "'ranks' are all the same, which prefers nothing: drop the record")
+    return read_prompt(record) | {"answers": [check_text(answer, "answers") for answer in answers]}
+
+
+def read_prompt(record: dict) -> dict:
+    return record | {"prompt": check_prompt(record.get("prompt"))}
+
+
+def read_text(record: dict) -> dict:
+    return record | {"text": check_text(record.get("text"), "text")}
+
+
+ANY = object
+FORMS = {
+    "messages": Format("messages", read_messages, ({"messages": list}, {"messages": list, "prompt": ANY})),
+    "preference": Format("preference", read_preference, ({"prompt": ANY, "chosen": ANY, "rejected": ANY},
+                                                         {"chosen": [dict], "rejected": [dict]},
+                                                         {"prompt": ANY, "chosen": ANY, "rejected": ANY, "messages": list})),
+    "ranking": Format("ranking", read_ranking, ({"prompt": ANY, "answers": list, "ranks": list},)),
+    "prompt": Format("prompt", read_prompt, ({"prompt": ANY},)),
+    "text": Format("text", read_text, ({"text": str},)),
+}

@@ -1,0 +1,53 @@
+"""Lessons for a judge of the tiny world: which of two replies an annotator chose, as demonstrations for sft.py.
+
+    python -m data.tiny.judgments pairs=runs/tiny/0/pairs_reward.jsonl out=runs/tiny/0/judgments.jsonl
+
+The user's message shows the dialogue with two replies, A and B, in judging/prompts.py's bare wording; the assistant
+says "A" or "B". Which reply is called A is drawn by lot for every pair, so a judge that leans to one side learnt
+that by itself.
+"""
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+import runtime
+from data.formats import read
+from judging.prompts import Question, ask_pair
+
+
+@dataclass(frozen=True)
+class Config:
+    pairs: str = "runs/tiny/0/pairs_reward.jsonl"  # JSONL of preferences
+    out: str = "judgments.jsonl"                   # JSONL of dialogues to imitate
+    seed: int = 0                                  # of the lots
+
+    def __post_init__(self):
+        runtime.check_range("seed", self.seed, 0, inf)
+
+
+def lesson(record: dict, chosen_first: bool) -> dict:
+    """One preference record as one exercise."""
+    said = [m["content"] for m in record["prompt"]]
+    question = Question(str(record.get("id", "")), record.get("category", ""), said[0::2])
+    chosen, rejected = ([*said[1::2], record[side]] for side in ("chosen", "rejected"))
+    first, second = (chosen, rejected) if chosen_first else (rejected, chosen)
+    asked = ask_pair(question, first, second, "label", "bare")
+    return {"messages": [*asked, {"role": "assistant", "content": "A" if chosen_first else "B"}]}
+
+
+def main(config: Config) -> None:
+    records, report = read(config.pairs, "preference")
+    records = list(records)
+    report.refuse()
+    rng = random.Random(f"judgments {config.seed}")
+    lessons = [lesson(record, rng.random() < 0.5) for record in records]
+    runtime.write_text(Path(config.out), "".join(json.dumps(x) + "\n" for x in lessons))
+    print(f"wrote {len(lessons)} judgments to {config.out}")
+
+
+if __name__ == "__main__":
+    main(runtime.load_config(Config, __doc__))

@@ -1,0 +1,103 @@
+"""What is measured without comparing replies: multiple choice, reward models on held-out pairs, safety."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from data.chat import load_tokenizer
+from data.formats import read
+from data.llm import Budget, Request, Sampling, ask, open_model
+from data.red_team import load_texts
+from judging import choices, rewards, safety
+from model import load_model
+from runtime import fail
+
+
+def choice_sections(models: Mapping[str, str], tasks: Sequence[tuple[str, str]], limit: int, device: torch.device) -> list[dict]:
+    """Checkpoints by name, on tasks (name, "file" or "file:examples" for the shots), the first `limit` questions of each; 0: all."""
+    exams = {}
+    for task, files in tasks:
+        path, _, examples = files.partition(":")
+        exams[task] = choices.read_exam(task, path, examples, None if examples else 0, limit)
+    results: dict[str, dict] = {}
+    for name, where in models.items():
+        tokenizer, model = load_tokenizer(where), load_model(where, torch.float32 if device.type == "cpu" else None, device)
+        results[name] = {task: choices.evaluate(model, tokenizer, exam, progress=f"{name}: {task}") for task, exam in exams.items()}
+    sections = [choices.choices_section(results)]
+    if "mmlu" in exams:
+        sections.append(choices.subjects_section({name: by_task["mmlu"] for name, by_task in results.items()}))
+    return sections
+
+
+def reward_sections(scorers: Sequence[tuple[str, str]], sets: Sequence[tuple[str, str]], rewardbench: str,
+                    device: torch.device) -> list[dict]:
+    """Scorers (name, "kind:directory" or "dpo:directory:reference") on sets of held-out pairs (name, file) and RewardBench's rows."""
+    pairs, questions = {}, rewards.read_rewardbench(rewardbench) if rewardbench else []
+    for name, path in sets:
+        records, report = read(path)
+        pairs[name] = list(records)
+        if report.rejects:
+            line, reason = report.rejects[0]
+            print(f"{path}: {len(report.rejects)} of {report.read} records rejected, the first in line {line}: {reason}")
+        if not pairs[name] or "chosen" not in pairs[name][0]:
+            fail(f"preferences: {path} holds no preferences, expected records with 'chosen' and 'rejected'")
+    found: dict[str, dict] = {}
+    bench: dict[str, dict] = {}
+    for name, where in scorers:
+        kind, _, rest = where.partition(":")
+        path, _, ref = rest.partition(":")
+        scorer = rewards.load_scorer(kind, path, ref, device=str(device))
+        found[name] = {label: rewards.preference_accuracy(records, scorer) for label, records in pairs.items()}
+        if questions:
+            bench[name] = rewards.rewardbench(questions, scorer, found[name])
+    sections = [rewards.rewards_section(found), rewards.breakdown_section(found)] if pairs else []
+    return sections + ([rewards.rewardbench_section(bench)] if bench else [])
+
+
+def safety_sections(models: Mapping[str, str], attacks: Sequence[tuple[str, str]], xstest: str, probes: int, judge: str, ledger: Path,
+                    budget: Budget, device: str) -> list[dict]:
+    """Attacks as data/red_team.py recorded them (name, "transcripts" or "transcripts:behaviours", all of which count, tried or not),
+    XSTest's prompts and leak probes put to the models.
+
+    `judge`, a checkpoint or an endpoint, decides; without one attacks keep the verdict they were recorded with, and refusals are
+    matched by phrases, which the table says.
+    """
+    umpire = open_model(judge, device) if judge else None
+    paid = budget if "://" in judge else None
+    found, refused, leaked = {}, {}, {}
+    for name, path in attacks:
+        path, _, behaviours = path.partition(":")
+        tried = safety.read_transcripts(path)
+        whole = load_texts(behaviours, "behaviour", ()) if behaviours else {row["behaviour"] for row in tried}
+        if umpire:
+            verdicts = safety.judge(umpire, "harm", tried, ledger, paid)
+            tried = [row | {"judged": verdict} for row, verdict in zip(tried, verdicts, strict=True)]
+        found[name] = safety.attack_success(tried, whole, judge or "as recorded")
+    prompts = safety.read_xstest(xstest) if xstest else {}
+    planted = safety.leak_probes(probes) if probes else []
+    for name, where in models.items() if prompts or planted else ():
+        model = open_model(where, device)
+
+        def say(dialogues: list[list[dict]], model=model, name=name, where=where) -> list[str | None]:
+            replies = ask(model, [Request(messages) for messages in dialogues], Sampling(256, 0.0), ledger,
+                          budget if "://" in where else None, f"{name}: safety")
+            return [None if reply is None else reply.text for reply in replies]
+
+        if prompts:
+            asked = [[{"role": "user", "content": p["prompt"]}] for p in prompts.values()]
+            texts = say(asked)
+            if umpire:
+                answered = [{"messages": [*messages, {"role": "assistant", "content": text}]}
+                            for messages, text in zip(asked, texts, strict=True) if text is not None]
+                verdicts = iter(safety.judge(umpire, "refusal", answered, ledger, paid))
+                labels = [None if text is None else next(verdicts) for text in texts]
+            else:
+                labels = [None if text is None else "full_refusal" if safety.refuses(text) else "full_compliance" for text in texts]
+            refused[name] = safety.refusal_rates(dict(zip(prompts, labels, strict=True)), {i: p["unsafe"] for i, p in prompts.items()},
+                                                 judge or safety.STRING_MATCH)
+        if planted:
+            texts = say([probe["messages"] for probe in planted])
+            leaked[name] = safety.leak_rates(planted, {probe["id"]: text for probe, text in zip(planted, texts, strict=True)})
+    return [safety.safety_section(found, refused, leaked)]

@@ -1,0 +1,146 @@
+"""Which replies meet, who is shown first, and what a judge says: from answers to rows of judging/tables.py."""
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import reward
+from data.chat import load_tokenizer
+from data.llm import Budget, Reply, Request, Sampling, ask
+from data.pack import tree_from_messages
+from judging.prompts import Question, Verdict, ask_pair, ask_score, read_verdict
+from judging.tables import describe
+from model import load_model
+from runtime import fail
+
+
+class Answers(NamedTuple):
+    questions: list[Question]
+    said: dict[tuple[str, int], list[list[dict]]]  # (model, seed) -> {"text", "finished"} by question and turn
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for name, _ in self.said))
+
+
+class Judge(NamedTuple):
+    name: str
+    model: object                 # data.llm.open_model
+    form: str                     # judging/prompts.py
+    wording: str
+    max_tokens: int               # of an answer
+    ledger: Path                  # of every answer as it was
+    budget: Budget | None = None
+
+
+class Match(NamedTuple):
+    """Two models' replies to one turn of a question."""
+
+    question: int
+    turn: int      # from 1
+    seed: int
+    a: str
+    b: str
+
+
+def matches(answers: Answers, baseline: str, all_pairs: bool, limit: int = 0) -> list[Match]:
+    """Every pair of replies to compare: each model with the baseline, or all with all, where both have a reply."""
+    names, found = answers.names, []
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:] if all_pairs or baseline in (a, b)]
+    for q in range(min(limit or len(answers.questions), len(answers.questions))):
+        for seed in sorted({seed for _, seed in answers.said}):
+            for a, b in pairs:
+                turns = min(len(answers.said[a, seed][q]), len(answers.said[b, seed][q]))
+                found += [Match(q, turn + 1, seed, a, b) for turn in range(turns)]
+    return found
+
+
+def in_orders(found: list[Match], orders: str, names: list[str]) -> list[tuple[Match, bool]]:
+    """Each match with whether a is shown first: "both" ways, "one" drawn by lot (AlpacaEval), or "balanced".
+
+    Balanced: the models sit on a circle, and each is shown before those in the half after it; the next question turns that
+    around. Over two questions every model is as often first as second, and so is every pair.
+    """
+    if orders == "both":
+        return [(m, first) for m in found for first in (True, False)]
+    chosen = []
+    for m in found:
+        if orders == "one":
+            first = hashlib.sha256(f"{m.question} {m.turn} {m.seed} {sorted((m.a, m.b))}".encode()).digest()[0] % 2 == (m.a < m.b)
+        else:
+            distance = (names.index(m.b) - names.index(m.a)) % len(names)
+            first = (2 * distance < len(names) or (2 * distance == len(names) and m.a < m.b)) ^ (m.question + m.seed) % 2
+        chosen.append((m, bool(first)))
+    return chosen
+
+
+def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, unbiased: bool = False, progress: str = "") -> list[dict]:
+    """The judge's verdict on every game, as rows."""
+    requests, rows = [], []
+    for m, a_first in games:
+        a, b = ([r["text"] for r in answers.said[name, m.seed][m.question][:m.turn]] for name in (m.a, m.b))
+        messages = ask_pair(answers.questions[m.question], *((a, b) if a_first else (b, a)), judge.form, judge.wording, unbiased)
+        requests.append(Request(messages, labels=("A", "B") if judge.form == "label" else ()))
+        rows.append(_row(judge.name, m, answers) | {"a_first": a_first})
+    for row, reply in zip(rows, _ask(judge, requests, progress), strict=True):
+        verdict = Verdict(None, "no reply") if reply is None else read_verdict(reply.text, judge.form, reply.labels)
+        p = verdict.value
+        row |= {"preference": p if p is None or row["a_first"] else 1 - p, "rating": verdict.rating, "why": verdict.why}
+    return rows
+
+
+def mark(judge: Judge, answers: Answers) -> list[dict]:
+    """Every reply marked alone, 1 to 10, as rows of scores."""
+    requests, rows = [], []
+    for (name, seed), replies in answers.said.items():
+        for question, said in zip(answers.questions, replies, strict=True):
+            for turn in range(1, len(said) + 1):
+                requests.append(Request(ask_score(question, [r["text"] for r in said[:turn]], judge.wording)))
+                rows.append({"judge": judge.name, "prompt": question.id, "category": question.category, "turn": turn, "repeat": seed,
+                             "model": name})
+    for row, reply in zip(rows, _ask(judge, requests, f"{judge.name}: marks"), strict=True):
+        verdict = Verdict(None, "no reply") if reply is None else read_verdict(reply.text, "score")
+        row |= {"score": verdict.value, "why": verdict.why}
+    return rows
+
+
+def games_from_scores(name: str, found: list[Match], scores: dict[tuple[str, int], list[list[float]]], answers: Answers) -> list[dict]:
+    """Rows decided by which reply has the higher score, equal ones are ties; no reply is shown first."""
+    rows = []
+    for m in found:
+        x, y = (scores[model, m.seed][m.question][m.turn - 1] for model in (m.a, m.b))
+        rows.append(_row(name, m, answers) | {"a_first": None, "preference": 0.5 + 0.5 * ((x > y) - (x < y))})
+    return rows
+
+
+def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tuple[str, int], list[list[float]]]:
+    """A reward model's score of every reply, by model and seed, question and turn."""
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, dtype=torch.float32, device=device)
+    if not model.config.scored:
+        fail(f"judges: {path} has no score head, expected a reward model: train one with reward.py")
+    scores: dict[tuple[str, int], list[list[float]]] = {}
+    for key, replies in answers.said.items():
+        trees = []
+        for question, said in zip(answers.questions, replies, strict=True):
+            messages = [m for asked, r in zip(question.turns, said, strict=False)
+                        for m in ({"role": "user", "content": asked}, {"role": "assistant", "content": r["text"]})]
+            trees += [tree_from_messages(messages, tokenizer)] if said else []
+        found = iter(reward.all_scores(model, trees, 4096, device))
+        scores[key] = [next(found).tolist() if said else [] for said in replies]
+    return scores
+
+
+def _ask(judge: Judge, requests: list[Request], progress: str) -> list[Reply | None]:
+    return ask(judge.model, requests, Sampling(judge.max_tokens, 0.0), judge.ledger, judge.budget, progress or judge.name)  # greedy
+
+
+def _row(name: str, m: Match, answers: Answers) -> dict:
+    question = answers.questions[m.question]
+    texts = {side: answers.said[model, m.seed][m.question][m.turn - 1]["text"] for side, model in (("a", m.a), ("b", m.b))}
+    about = {f"{key}_{side}": value for side, text in texts.items() for key, value in describe(text).items()}
+    return {"judge": name, "prompt": question.id, "category": question.category, "turn": m.turn, "repeat": m.seed,
+            "a": m.a, "b": m.b, **about}

@@ -1,0 +1,115 @@
+"""Gold scores in the tiny world: the mean grade of a reply, 0 to 100, and how sure it is.
+
+`data/tiny/world.py` grades every reply from 0 to 1. Each trained model is a sample of one: with several seeds
+intervals are over seeds (Student's t, 95 %); with one they are over dialogues, and say nothing about how another
+training run would fare.
+"""
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from statistics import mean, stdev
+
+import torch
+
+from data.chat import load_tokenizer
+from data.tiny.world import demonstrate, dialogue, gold, words
+from judging.games import Answers
+from model import generate, load_model
+
+# Student's t, 97.5 % quantile, by degrees of freedom 1..30.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of the 95 % t-interval of independent values; half-width NaN for a single one."""
+    if len(values) < 2:
+        return mean(values), math.nan
+    t = T975[len(values) - 2] if len(values) <= 31 else 1.96
+    return mean(values), t * stdev(values) / math.sqrt(len(values))
+
+
+def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict], baseline: dict[int, list[list[dict]]]) -> dict:
+    """One model's numbers from its graded replies {"text", "finished", "gold"} by seed, dialogue and turn, in points of 100."""
+    everything = [r for graded in scores.values() for d in graded for r in d]
+    follow_ups = [r["gold"] for graded in scores.values() for d in graded for r in d[1:]]
+    by_seed, baseline_by_seed = ({seed: 100 * mean(r["gold"] for d in graded for r in d) for seed, graded in x.items()}
+                                 for x in (scores, baseline))
+    gains = [by_seed[seed] - baseline_by_seed[seed] for seed in by_seed]
+    if len(by_seed) > 1:
+        gold_mean, half = interval(list(by_seed.values()))
+    else:  # dialogues are independent, the replies of one are not
+        (graded,) = scores.values()
+        gold_mean, half = mean(by_seed.values()), interval([100 * mean(r["gold"] for r in d) for d in graded])[1]
+    pairs = [(a["gold"], b["gold"]) for seed in scores for x, y in zip(scores[seed], baseline[seed], strict=True)
+             for a, b in zip(x, y, strict=True)]
+    wins, losses = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    category = {task: 100 * mean(r["gold"] for graded in scores.values() for d, x in zip(dialogues, graded, strict=True)
+                                 if d["category"] == task for r in x) for task in dict.fromkeys(d["category"] for d in dialogues)}
+    return {"gold": gold_mean, "gold_interval": half, "gold_by_seed": by_seed, "gain": mean(gains),
+            "gain_interval": interval(gains)[1] if len(gains) > 1 else None, "gain_by_seed": dict(zip(by_seed, gains, strict=True)),
+            "win_rate": 50 * (1 + (wins - losses) / len(pairs)), "n": len(pairs), "wins": wins, "losses": losses,
+            "draws": len(pairs) - wins - losses, "category": category,
+            "first_turn": 100 * mean(d[0]["gold"] for graded in scores.values() for d in graded),
+            "follow_up": 100 * mean(follow_ups) if follow_ups else None,
+            "ended": 100 * mean(r["finished"] for r in everything), "words": mean(len(words(r["text"])) for r in everything)}
+
+
+def sections(models: dict[str, dict], baseline: str, seeds: int) -> list[dict]:
+    """The tables and figures of summaries by model."""
+    rows = [[name, {"value": m["gold"], "low": m["gold"] - m["gold_interval"], "high": m["gold"] + m["gold_interval"]}, m["win_rate"],
+             m["first_turn"], m["follow_up"], m["ended"], m["words"]] for name, m in models.items()]
+    tasks = list(next(iter(models.values()))["category"])
+    grid = [[m["category"][task] for task in tasks] for m in models.values()]
+    names = [task.replace("_", " ") for task in tasks]
+    over = f"{seeds} seeds" if seeds > 1 else "dialogues: another training run would differ by more"
+    return [
+        {"title": "Gold score", "text": f"Mean grade of a reply, 0 to 100; 95 % intervals over {over}.", "rows": rows,
+         "columns": ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups", "ended, %", "words"],
+         "figure": {"kind": "ratings", "names": list(models), "values": [m["gold"] for m in models.values()],
+                    "low": [row[1]["low"] for row in rows], "high": [row[1]["high"] for row in rows], "label": "gold score"}},
+        {"title": "Gold score by task", "columns": ["model", *names], "rows": [[m, *line] for m, line in zip(models, grid, strict=True)],
+         "figure": {"kind": "matrix", "names": list(models), "columns": names, "grid": grid, "label": "gold score", "low": 0, "high": 100}}]
+
+
+def few_shot_answer(path: str, dialogues: list[dict], max_tokens: int, temperature: float, seed: int,
+                    device: torch.device, progress: str) -> list[list[dict]]:
+    """In-context learning in the tiny world: three careful examples of the same task as plain text, the reply ends with its line."""
+    texts = []
+    for i, d in enumerate(dialogues):
+        rng, text = random.Random(f"{seed} {i}"), ""
+        for _ in range(3):
+            example = dialogue(rng)
+            while example["category"] != d["category"]:
+                example = dialogue(rng)
+            for m in demonstrate(example, rng, "careful"):
+                text += f"{'Question' if m['role'] == 'user' else 'Answer'}: {m['content']}\n"
+        texts.append(text)
+    tokenizer, model = load_tokenizer(path), load_model(path, dtype=torch.float32, device=device)
+    newline = tokenizer.encode("\n", continues=True)[-1]
+    said: list[list[dict]] = [[] for _ in dialogues]
+    for turn in range(max(len(d["turns"]) for d in dialogues)):
+        going = [i for i, d in enumerate(dialogues) if len(d["turns"]) > turn]
+        for i in going:
+            texts[i] += f"Question: {dialogues[i]['turns'][turn]['user']}\nAnswer:"
+        replies = generate(model, [[tokenizer.bos_id, *tokenizer.encode(texts[i])] for i in going], max_tokens, temperature,
+                           stop_ids=(newline, tokenizer.eos_id), seed=seed * 10 + turn, progress=f"{progress}, turn {turn + 1}")
+        for i, (sample,) in zip(going, replies, strict=True):
+            said[i].append({"text": tokenizer.decode(sample.tokens).strip(), "finished": sample.finished})
+            texts[i] += f" {said[i][-1]['text']}\n"
+    return said
+
+
+def grade_all(answers: Answers, dialogues: list[dict]) -> dict[tuple[str, int], list[list[float]]]:
+    return {key: [[gold(d["category"], turn["item"], r["text"], r["finished"]) for turn, r in zip(d["turns"], said, strict=False)]
+                  for d, said in zip(dialogues, replies, strict=True)] for key, replies in answers.said.items()}
+
+
+def summaries(answers: Answers, dialogues: list[dict], grades: dict[tuple[str, int], list[list[float]]], baseline: str) -> dict[str, dict]:
+    graded: dict[str, dict[int, list]] = {}
+    for (name, seed), replies in answers.said.items():
+        graded.setdefault(name, {})[seed] = [[r | {"gold": g} for r, g in zip(said, values, strict=True)]
+                                             for said, values in zip(replies, grades[name, seed], strict=True)]
+    return {name: summarize(x, dialogues, graded[baseline]) for name, x in graded.items()}

@@ -1,0 +1,565 @@
+"""Judgments made elsewhere, as the rows our statistics take; every bad record is reported with its place and reason.
+
+    a game    {"prompt", "category"?, "a", "b", "a_first", "preference", "judge", "turn"?, "repeat"?, "length_a"?, "words_a"?, ...}
+    a score   {"prompt", "category"?, "model", "score", "judge", "turn", "repeat"?}
+    a label   {"unit", "category"?, "rater", "label"}
+
+preference is a's, from 0 to 1. None is no verdict: kept, and counted. a_first is None where the order is not known. A file is a
+JSON array, JSON lines or CSV, perhaps .gz; its first record tells the format:
+
+    alpaca_eval      annotations of AlpacaEval 1 and 2, a the evaluated model; the order follows from the labels' log-probabilities
+    mt_bench_single  scores 1-10 by turn             mt_bench_pair  both games of a pair     (Zheng et al. 2023, arXiv:2306.05685)
+    vicuna           two scores in one review: two score rows and a game
+    llmbar           both orders, with "gold", the right preference                          (Zeng et al. 2023, arXiv:2310.07641)
+    pandalm          three people's 0 (tie), 1, 2: a game and a label by each                (Wang et al. 2023, arXiv:2306.05087)
+    xstest           people's and models' labels of replies                                  (Röttger et al. 2023, arXiv:2308.01263)
+    battles          FastChat's anonymous votes, or left, right and winner; without a question_id each is a prompt of its own
+    likert           ratings 1 (A is much better) to 8, or a choice and a margin 1-4: games and labels
+    arena_hard       A>>B to B>>A, both games        rows      the rows above: our own judgments
+
+    python -m judging.recorded FILE ...                       counts, rejects, and which files are copies of each other
+    python -m judging.recorded FILE from_text=true --out rows.jsonl        the same, and the rows; any of Options may be set
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from judging.prompts import read_verdict
+from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome
+from runtime import fail, load_config, write_text
+
+
+class Reject(Exception):
+    """Why a record cannot be used: a sentence, and the values that fill its gaps."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a file does not say, or what can be read in two ways."""
+
+    model: str = ""              # whom it judges; "": what the file is called
+    baseline: str = "baseline"   # against whom
+    from_text: bool = False      # read verdicts anew from the judge's words, where a file has both, instead of those stored
+    keep_repeats: bool = False   # what is judged again becomes a repeat instead of a reject
+    slight_is_tie: bool = False  # ratings 4 and 5 of 8 are ties
+    double_weight: int = 1       # games that A>>B counts for; 3 in arena-hard's own table
+
+
+@dataclass
+class Recorded:
+    """The rows of a file and what became of its records. A place is a line, or a record's number in an array, from 1."""
+
+    path: str
+    format: str = ""
+    read: int = 0
+    games: list[dict] = field(default_factory=list)
+    scores: list[dict] = field(default_factory=list)
+    labels: list[dict] = field(default_factory=list)
+    unparsed: int = 0                                             # rows without a verdict
+    rejects: list[tuple[int, str]] = field(default_factory=list)  # (place, reason)
+    reasons: Counter = field(default_factory=Counter)             # rejects by reason, without the values at fault
+    differs: list[tuple[int, str]] = field(default_factory=list)  # stored verdicts that are not what the judge said
+    digest: str = ""                                              # of the unpacked file
+
+    def reject(self, place: int, reason: Reject) -> None:
+        sentence, *values = reason.args
+        self.rejects.append((place, sentence.format(*values)))
+        self.reasons[sentence.format(*["..."] * len(values))] += 1
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: format {self.format or 'unknown'}, {self.read} read, {len(self.games)} games, {len(self.scores)} scores, "
+                 f"{len(self.labels)} labels, {self.unparsed} without a verdict, {len(self.rejects)} rejected"]
+        lines += [f"  {count} times: {reason}" for reason, count in self.reasons.most_common()]
+        if self.differs:
+            lines.append("  {} stored verdicts differ from the judge's words, first in {}: {}".format(len(self.differs), *self.differs[0]))
+        return "\n".join(lines)
+
+
+def read(path: str | Path, format: str = "", options: Options | None = None) -> Recorded:
+    """The judgments of a file. What cannot be used is among the rejects, be it the whole file."""
+    path, options, places = Path(path), options or Options(), {}
+    if not path.is_file():
+        fail(f"{path}: no such file, expected recorded judgments")
+    if format and format not in READERS:
+        fail(f"{path}: format '{format}' is unknown, expected one of {', '.join(READERS)}")
+    options = replace(options, model=options.model or re.sub(r"\.(jsonl?|csv)(\.gz)?$", "", path.name))
+    said = Recorded(str(path), format)
+    for place, record in _records(path, said):
+        said.read += 1
+        try:
+            record = _parse(record)
+            said.format = said.format or _recognise(record)
+            rows = READERS[said.format][0](record, options)
+            if not rows:
+                raise Reject("holds no judgment: mend or drop it")
+            for row in rows:
+                if row.get("prompt", "") is None:
+                    row["prompt"] = place  # a prompt of its own
+            keys = [_key(row, said.format) for row in rows]
+            for row, key in zip(rows, keys, strict=True):
+                before = places.get(key, [])
+                if before and not options.keep_repeats:
+                    raise Reject("judges again what {} did, expected each once: drop one, or keep repeats", before[0])
+                if before:
+                    row["repeat"] = len(before)
+        except Reject as reason:
+            said.reject(place, reason)
+            continue
+        for row, key in zip(rows, keys, strict=True):
+            places.setdefault(key, []).append(place)
+            if "differs" in row:
+                said.differs.append((place, row.pop("differs")))
+            name, kind = next((x, y) for x, y in (("label", said.labels), ("score", said.scores), ("preference", said.games)) if x in row)
+            said.unparsed += row[name] is None
+            kind.append(row)
+    if not said.read and not said.rejects:
+        said.reject(1, Reject("is empty, expected judgments"))
+    return said
+
+
+def _key(row: dict, format: str) -> tuple:
+    """What a row judges. The other order, the second turn and a repeat are other judgments."""
+    if "label" in row:
+        return row["unit"], row["rater"], row.get("repeat")
+    common = str(row["prompt"]), row["judge"], row.get("turn"), row.get("repeat")
+    if "score" in row:
+        return *common, row["model"]
+    if row["a"] == row["b"]:
+        raise Reject("is a game of {} against itself: mend or drop it", row["a"])
+    once = row["a_first"] is None or format == "alpaca_eval"  # AlpacaEval shows a pair in one order, whichever it is
+    return *common, *sorted((row["a"], row["b"])), None if once else row["a" if row["a_first"] else "b"]
+
+
+# ------------------------------------------------------------------------------------ files, fields
+
+def _records(path: Path, said: Recorded) -> Iterator[tuple[int, object]]:
+    """Places and what is there: bytes of JSON, or what was read from them already."""
+    content, broken = bytearray(), False
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            while chunk := file.read(1024):  # where a file breaks off, what was being read is lost
+                content += chunk
+    except (OSError, EOFError, zlib.error) as error:
+        broken = True
+        said.reject(content.count(b"\n") + 1, Reject("breaks off ({}), expected a whole file: copy it again", error))
+    said.digest = hashlib.sha256(content).hexdigest()
+    content = bytes(content).removeprefix(b"\xef\xbb\xbf")
+    if ".csv" in path.suffixes:
+        yield from _csv(content.decode("utf-8", "surrogateescape"))
+    elif not content.lstrip().startswith(b"["):
+        yield from ((place, line) for place, line in enumerate(content.split(b"\n"), 1) if line.strip())
+    elif not broken:
+        try:
+            yield from enumerate(json.loads(content), 1)
+        except (ValueError, RecursionError) as error:
+            said.reject(1, Reject("the file is not JSON ({}), expected one array: mend it, or copy it again", error))
+
+
+def _csv(text: str) -> Iterator[tuple[int, dict | Reject]]:
+    lines = csv.DictReader(io.StringIO(text, newline=""))
+    while True:
+        try:
+            row = next(lines)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield lines.line_num + 1, Reject("is not CSV ({}): mend or drop it", error)  # the line is not counted yet
+            continue
+        whole = None not in row and None not in row.values()
+        yield lines.line_num, row if whole else Reject("has not as many cells as the header: mend or drop it")
+
+
+def _parse(record) -> dict:
+    if isinstance(record, Reject):
+        raise record
+    if isinstance(record, bytes):
+        try:
+            record = json.loads(record.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise Reject("is not JSON ({}): mend or drop it", error) from None
+    if not isinstance(record, dict):
+        raise Reject("is {}, expected an object: mend or drop it", _shown(record))
+    return record
+
+
+def _recognise(record: dict) -> str:
+    for name, (_, *shapes) in READERS.items():
+        if any(shape <= record.keys() for shape in shapes):
+            return name
+    keys = ", ".join(map(_shown, list(record)[:6]))
+    raise Reject("has the keys {}, expected those of a known format: name the format, or mend the row", keys)
+
+
+def _shown(value) -> str:
+    return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else json.dumps(value)[:40]
+
+
+def _text(record: dict, key: str, default: str | None = None) -> str:
+    value = record.get(key, default)
+    value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(value, str) or not (value.strip() or value == default):
+        raise Reject(f"'{key}' is {{}}, expected text: mend or drop the row", _shown(value))
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Reject(f"'{key}' holds what is no text, bytes or half a surrogate pair: mend or drop the row") from None
+    return value
+
+
+def _prompt(record: dict, *keys: str) -> str | int:
+    """The number or text that names the prompt, under the first of the keys there is."""
+    key = next((key for key in keys if key in record), keys[0])
+    value = record.get(key)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else _text(record, key)
+
+
+def _number(value, key: str, low: float, high: float, whole: bool = False) -> float:
+    """A number, or a string that is one."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not low <= number <= high or (whole and number != int(number)):
+        raise Reject(f"'{key}' is {{}}, expected a {'whole ' * whole}number from {low:g} to {high:g}: mend or drop the row", _shown(value))
+    return int(number) if whole else number
+
+
+def _one_of(record: dict, key: str, values: dict):
+    """What a record's word stands for."""
+    expected = f"expected {', '.join(map(_shown, values))}: mend or drop the row"
+    if key not in record:
+        raise Reject(f"has no '{key}', {expected}")
+    for word, meaning in values.items():
+        if record[key] == word and isinstance(record[key], bool) == isinstance(word, bool):  # True == 1
+            return meaning
+    raise Reject(f"'{key}' is {{}}, {expected}", _shown(record[key]))
+
+
+def _judge(record: dict, key: str = "judge") -> str:
+    """FastChat's judge is [model, prompt]: one model is one judge."""
+    value = record.get(key)
+    return _text({key: value[0] if isinstance(value, list) and value else value or ""}, key, "")
+
+
+def _also(record: dict, *measures: str) -> dict:
+    """Turn, category and other measures, where a record has them."""
+    found = {key: _number(record[key], key, 0, 1e9) for key in measures if record.get(key) is not None}
+    if record.get("turn") is not None:
+        found["turn"] = _number(record["turn"], "turn", 1, 1000, whole=True)
+    if record.get("category") is not None:
+        found["category"] = _text(record, "category", "")
+    return found
+
+
+# ------------------------------------------------------------------------------- the judge's words
+
+ABSENT = object()
+NUMBER = r"(\d{1,3}(?:\.\d+)?)"
+
+
+def _verdict(key: str, stored, words, reader: Callable, options: Options) -> dict:
+    """The verdict of a row, under `key`, and how a stored one differs from the judge's words.
+
+    A stored "no verdict" stands, whatever the words say: who published a mean has left it out.
+    """
+    if not isinstance(words, str):
+        if stored is ABSENT:
+            raise Reject("holds neither a verdict nor the judge's words, expected either: drop the row")
+        return {key: stored}
+    said = reader(words)
+    if stored is ABSENT or stored == said:
+        return {key: said}
+    return {key: said if options.from_text else stored, "differs": f"stored {stored}, the judge's words say {said}"}
+
+
+def _of_a(reader: Callable, a_first: bool) -> Callable:
+    """A reader of the preference for the reply shown first as one of the preference for a."""
+    return reader if a_first else lambda words: None if (p := reader(words)) is None else 1 - p
+
+
+def read_winner(words: str) -> float | None:
+    """MT-Bench's [[A]], [[B]] or [[C]] as the preference for the reply shown first; None if it says two of them."""
+    return read_verdict(words, "pair").value
+
+
+def read_rating(words: str) -> float | None:
+    """MT-Bench's [[x]], or else [x], from 1 to 10; None if it says two."""
+    said = read_verdict(words, "score")
+    single = {float(x) for x in re.findall(rf"\[\s*{NUMBER}\s*\]", words)} if said.why == "no verdict" else ()
+    return next(iter(single)) if len(single) == 1 and 1 <= max(single) <= 10 else said.value
+
+
+def read_two_scores(words: str) -> tuple[float, float] | None:
+    """A review's "8 9" on the first line; where it reasons first, "(8, 9)" in the last line, or else a line for each assistant."""
+    lines = words.strip().splitlines() or [""]
+    pair = (re.match(rf"\W*{NUMBER}(?:/10)?[\s,]+{NUMBER}(?:/10)?\W*$", lines[0])
+            or re.search(rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)", lines[-1]))
+    each = dict(re.findall(rf"^\W*Assistant ([12])\W*:\s*{NUMBER}(?![\w.)])", words, re.M))
+    scores = pair.groups() if pair else (each.get("1"), each.get("2"))
+    return tuple(map(float, scores)) if None not in scores and max(map(float, scores)) <= 10 else None
+
+
+def read_better_output(words: str) -> float | None:
+    """LLMBar's "Output (a)", alone or "is better", as the preference for (a); the last one counts."""
+    found = re.findall(r"Output \(([ab])\) is (?:the )?better", words) or re.findall(r"\A\W*Output \(([ab])\W*\Z", words)
+    return float(found[-1] == "a") if found else None
+
+
+def read_graded(words: str) -> tuple[float, bool] | None:
+    """arena-hard's [[A>>B]], or else [A>>B]: the preference for A and whether the sign is double; the last one counts."""
+    for brackets in (r"\[\[\s*{}\s*\]\]", r"\[\s*{}\s*\]"):
+        found = re.findall(brackets.format(r"([AB])\s*(>>|>|=|<<|<)\s*([AB])"), words.upper())
+        if found:
+            first, sign, second = found[-1]
+            p = 0.5 if sign == "=" else float((first if ">" in sign else second) == "A")
+            return None if first == second else (p, len(sign) == 2)
+    return None
+
+
+# ------------------------------------------------------------------------------------- the formats
+
+def read_alpaca_eval(record: dict, options: Options) -> list[dict]:
+    if "preference" not in record:
+        raise Reject("has no 'preference', expected 1 to 2, 0 for a draw, or null: mend or drop the row")
+    stored = record["preference"]
+    try:
+        p = alpaca_preference(math.inf if isinstance(stored, bool) else stored)
+    except (ValueError, OverflowError):
+        raise Reject("'preference' is {}, expected 1 to 2, 0 for a draw, or null: mend or drop the row", _shown(stored)) from None
+    row = {"prompt": _prompt(record, "index", "instruction"), "a": _text(record, "generator_2", options.model),
+           "b": _text(record, "generator_1", options.baseline), "a_first": None, "preference": None if math.isnan(p) else p,
+           "judge": _text(record, "annotator", "")}
+    if record.get("dataset") is not None:
+        row["category"] = _text(record, "dataset")
+    for side, n in (("a", 2), ("b", 1)):
+        reply = record.get(f"output_{n}")
+        for name, key, measure in (("length", f"len_{n}", len), ("words", f"uniq_{n}", distinct_words)):
+            if key in record or isinstance(reply, str):
+                row[f"{name}_{side}"] = _number(record[key], key, 0, 1e9, whole=True) if key in record else measure(reply)
+    m, M = _label_logprobs(record)
+    if max(m, M) > -math.inf and not math.isnan(p):
+        # m is the reply shown first, the baseline's unless swapped.
+        off = [abs(p - label_preference(m, M, model_first)) for model_first in (True, False)]
+        if min(off) > 1e-4:
+            row["differs"] = f"stored {stored}, the labels' log-probabilities are {m:g} and {M:g}"
+        elif max(off) > 1e-4:
+            row["a_first"] = off[0] < off[1]
+    return [row]
+
+
+def _label_logprobs(record: dict) -> list[float]:
+    """Log-probabilities of the labels m and M; -inf where a label is not among the judge's top tokens."""
+    found = {"m": record.get("lp_m"), "M": record.get("lp_M")}
+    if found == {"m": None, "M": None}:
+        with suppress(KeyError, TypeError, IndexError):  # most files keep none, or only the judge's text
+            found = {token["token"]: token["logprob"] for token in record["raw_completion"]["logprobs"]["content"][0]["top_logprobs"]}
+    return [-math.inf if found.get(label) is None else _number(found[label], "logprob", -1e6, 1e-3) for label in "mM"]
+
+
+def read_mt_bench_single(record: dict, options: Options) -> list[dict]:
+    stored = record.get("score", ABSENT)
+    if stored is not None and stored is not ABSENT:
+        stored = _number(stored, "score", -1, 10)
+    row = {"prompt": _prompt(record, "question_id"), "model": _text(record, "model"), "judge": _judge(record), **_also(record)}
+    if "turn" not in row:
+        raise Reject("has no 'turn', expected 1 or 2: mend or drop the row")
+    return [row | _verdict("score", None if stored == -1 else stored, record.get("judgment"), read_rating, options)]
+
+
+def read_mt_bench_pair(record: dict, options: Options) -> list[dict]:
+    """Model 1 is A in the first game and B in the second."""
+    winners, rows = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}, []
+    for game, first in (("g1", True), ("g2", False)):
+        stored = _one_of(record, f"{game}_winner", winners) if f"{game}_winner" in record else ABSENT
+        rows.append({"prompt": _prompt(record, "question_id"), "a": _text(record, "model_1"), "b": _text(record, "model_2"),
+                     "a_first": first, "judge": _judge(record), **_also(record),
+                     **_verdict("preference", stored, record.get(f"{game}_judgment"), _of_a(read_winner, first), options)})
+    return rows
+
+
+def read_vicuna(record: dict, options: Options) -> list[dict]:
+    """Scores of Assistant 1, shown first, and Assistant 2; a file called x_vs_y says who they are."""
+    stored = record.get("score", ABSENT)
+    if stored is not ABSENT:
+        if not isinstance(stored, list) or len(stored) != 2:
+            raise Reject("'score' is {}, expected two numbers: mend or drop the row", _shown(stored))
+        stored = None if stored == [-1, -1] else tuple(_number(x, "score", 0, 10) for x in stored)
+    verdict = _verdict("preference", stored, record.get("text"), read_two_scores, options)
+    x, y = verdict["preference"] or (None, None)
+    a, _, b = options.model.partition("_vs_") if options.model.count("_vs_") == 1 else (options.model, "", options.baseline)
+    common = {"prompt": _prompt(record, "question_id"), "judge": _judge(record, "reviewer_id"), **_also(record)}
+    game = {**common, "a": a, "b": b, "a_first": True, **verdict, "preference": None if x is None else 0.5 + 0.5 * ((x > y) - (x < y))}
+    return [game, *({"turn": 1, **common, "model": name, "score": score} for name, score in ((a, x), (b, y)))]
+
+
+def read_llmbar(record: dict, options: Options) -> list[dict]:
+    """The judge is what the file is called. As published a record has stages, of which the last decides."""
+    winners, rows = {"1": 1.0, "2": 0.0, 1: 1.0, 2: 0.0}, []
+    for order, key, first in (("noswap", "swap = False", True), ("swap", "swap = True", False)):
+        try:
+            last = record["results"][-1][key] if "results" in record else None
+            game = {"winner": last["winner"], "words": last["completion"][0]} if last else {
+                "winner": record[f"winner_{order}"], "words": record.get(f"completion_{order}")}
+        except (KeyError, TypeError, IndexError):
+            raise Reject("has no winner and completion of both orders: mend or drop the row") from None
+        stored = _one_of(game, "winner", winners | {None: None})
+        rows.append({"prompt": _prompt(record, "index") if "index" in record else None, "a": "output 1", "b": "output 2",
+                     "a_first": first, "judge": options.model, "gold": _one_of(record, "label", winners),
+                     **_verdict("preference", stored, game["words"], _of_a(read_better_output, first), options)})
+    return rows
+
+
+def read_pandalm(record: dict, options: Options) -> list[dict]:
+    a, *b = _text(record, "cmp_key").split("_")
+    if len(b) != 1 or not a or not b[0]:
+        raise Reject("'cmp_key' is {}, expected two names and one underscore: mend or drop the row", _shown(record["cmp_key"]))
+    prompt, rows = _prompt(record, "idx"), []
+    for person in ("annotator1", "annotator2", "annotator3"):
+        p = _one_of(record, person, {0: 0.5, 1: 1.0, 2: 0.0, None: None})
+        rows += [{"prompt": prompt, "a": a, "b": b[0], "a_first": None, "preference": p, "judge": person},
+                 {"unit": str(prompt), "rater": person, "label": record[person]}]
+    return rows
+
+
+def read_xstest(record: dict, options: Options) -> list[dict]:
+    """Unsafe prompts are those whose category begins with contrast_."""
+    labels = {None: None, "": None} | {label: label for label in ("1_full_compliance", "2_full_refusal", "3_partial_refusal")}
+    return [{"unit": _text(record, "id"), "category": _text(record, "type"), "rater": rater, "label": _one_of(record, rater, labels)}
+            for rater in ("annotation_1", "annotation_2", "final_label", "strmatch_label", "gpt4_label") if rater in record]
+
+
+def read_battles(record: dict, options: Options) -> list[dict]:
+    if record.get("anony") in (False, "False", "false"):
+        raise Reject("is a vote by someone who knew the models, expected anonymous ones: drop it")
+    a, b = ("left", "right") if "left" in record else ("model_a", "model_b")
+    winners = {a: 1.0, b: 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "tie (both bad)": 0.5}
+    return [{"prompt": _prompt(record, "question_id") if "question_id" in record else None, "a": _text(record, a), "b": _text(record, b),
+             "a_first": True, "preference": _one_of(record, "winner", winners), "judge": _judge(record), **_also(record)}]
+
+
+def read_likert(record: dict, options: Options) -> list[dict]:
+    """A is shown left. Labels rate the pair in the order of its names, whoever saw it swapped."""
+    prompt, a, b, rater = _prompt(record, "prompt"), _text(record, "a"), _text(record, "b"), _text(record, "annotator", "anonymous")
+    if "rating" in record:
+        rating = None if record["rating"] is None else _number(record["rating"], "rating", 1, 8, whole=True)
+    else:
+        a_better = _one_of(record, "choice", {"a": True, "b": False, None: None})
+        margin = 0 if a_better is None else _number(record.get("margin"), "margin", 1, 4, whole=True)
+        rating = None if a_better is None else 5 - margin if a_better else 4 + margin
+    game = {"prompt": prompt, "a": a, "b": b, "a_first": True, "judge": rater, "rating": rating, **_also(record),
+            "preference": None if rating is None else likert_outcome(rating, options.slight_is_tie)}
+    return [game, {"unit": json.dumps([prompt, game.get("turn"), *sorted((a, b))]), "rater": rater,
+                   "label": 9 - rating if rating and a > b else rating}]
+
+
+def read_arena_hard(record: dict, options: Options) -> list[dict]:
+    """The baseline is A in the first game, the model in the second."""
+    games, rows = record.get("games"), []
+    if not isinstance(games, list) or not 1 <= len(games) <= 2 or not all(game is None or isinstance(game, dict) for game in games):
+        raise Reject("'games' is not a list of one or two games: mend or drop the row")
+    for game, model_first in zip(games, (False, True), strict=False):
+        game = game or {"score": None}
+        stored, words = game.get("score", ABSENT), game.get("judgment")
+        if stored is not None and stored is not ABSENT:
+            stored = read_graded(f"[[{stored if isinstance(stored, str) else ''}]]")
+            if stored is None:
+                raise Reject("'score' is {}, expected A>>B, A>B, A=B, B>A, B>>A or null: mend or drop the row", _shown(game["score"]))
+        verdict = _verdict("preference", stored, words.get("answer") if isinstance(words, dict) else words, read_graded, options)
+        p, double = verdict.pop("preference") or (None, False)
+        row = {"prompt": _prompt(record, "uid", "question_id"), "a": _text(record, "model"), "judge": _judge(record), **_also(record),
+               "b": _text(record, "baseline", options.baseline), "a_first": model_first,
+               "preference": p if p is None or model_first else 1 - p}
+        rows += [row | verdict, *(row | {"repeat": i} for i in range(1, options.double_weight if double else 1))]
+    return rows
+
+
+def read_row(record: dict, options: Options) -> list[dict]:
+    if "label" in record:
+        if isinstance(record["label"], list | dict | float):
+            raise Reject("'label' is {}, expected a word, a whole number or null: mend or drop the row", _shown(record["label"]))
+        return [record | {"unit": _text(record, "unit"), "rater": _text(record, "rater"), **_also(record)}]
+    row = record | {"prompt": _prompt(record, "prompt"), "judge": _judge(record), **_also(record)}
+    if record.get("repeat") is not None:
+        row["repeat"] = _number(record["repeat"], "repeat", 0, 1e9, whole=True)
+    key, low, high = ("score", -1e9, 1e9) if "score" in record else ("preference", 0, 1)
+    if key not in record:
+        raise Reject("has no 'preference', 'score' or 'label', expected one: mend or drop the row")
+    row[key] = None if record[key] is None else _number(record[key], key, low, high)
+    if key == "score":
+        return [row | {"model": _text(record, "model")}]
+    first = _one_of({"a_first": None} | record, "a_first", {True: True, False: False, None: None})
+    return [row | {"a": _text(record, "a"), "b": _text(record, "b"), "a_first": first}
+            | _also(record, *(f"{name}_{side}" for name in ("length", "words", "list") for side in "ab"))]
+
+
+# The first whose keys a record has is its format.
+READERS = {
+    "mt_bench_pair": (read_mt_bench_pair, {"model_1", "model_2"}),
+    "arena_hard": (read_arena_hard, {"model", "games"}),
+    "vicuna": (read_vicuna, {"question_id", "reviewer_id"}),
+    "llmbar": (read_llmbar, {"label", "winner_noswap"}, {"label", "results"}),
+    "pandalm": (read_pandalm, {"cmp_key"}),
+    "xstest": (read_xstest, {"id", "type", "annotation_1"}),
+    "battles": (read_battles, {"model_a", "model_b", "winner"}, {"left", "right", "winner"}),
+    "rows": (read_row, {"a", "b", "preference"}, {"prompt", "model", "score"}, {"unit", "rater", "label"}),
+    "likert": (read_likert, {"prompt", "a", "b", "rating"}, {"prompt", "a", "b", "choice"}),
+    "mt_bench_single": (read_mt_bench_single, {"question_id", "model", "score"}, {"question_id", "model", "judgment"}),
+    "alpaca_eval": (read_alpaca_eval, {"index", "preference"}, {"instruction", "preference"}),
+}
+
+
+# ------------------------------------------------------------------------------------- whole files
+
+def copies(files: Sequence[Recorded], fewest: int = 20) -> list[str]:
+    """Warnings of files that are alike byte by byte or in every verdict: then a model was judged under another's name.
+
+    Files with fewer verdicts than `fewest`, or the same one throughout, may be alike by chance.
+    """
+    warnings, seen = [], {}
+    for file in files:
+        rows = [(row, next(x for x in ("label", "score", "preference") if x in row)) for row in (*file.games, *file.scores, *file.labels)]
+        verdicts = tuple(sorted((*(str(row.get(key)) for key in ("prompt", "unit", "turn", "rater", "a_first")), str(row[verdict]))
+                                for row, verdict in rows))
+        telling = len(verdicts) >= fewest and len({verdict[-1] for verdict in verdicts}) > 1
+        for key, how in ((file.digest, "byte by byte"), (verdicts if telling else file.path, "in every verdict")):
+            other = seen.setdefault(key, file)
+            if other is not file:
+                warnings.append(f"{file.path} is {other.path} {how}, expected judgments of its own: look for the right file")
+                break
+    return warnings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m judging.recorded", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", metavar="FILE or option=value")
+    parser.add_argument("--format", default="", help=f"one of {', '.join(READERS)}; recognised if not given")
+    parser.add_argument("--out", help="write the rows here, one a line")
+    words = parser.parse_args()
+    named = [word for word in words.files if "=" not in word or Path(word).exists()]
+    options = load_config(Options, __doc__, [word for word in words.files if word not in named])
+    files = [read(file, words.format, options) for file in named]
+    for file in files:
+        for place, reason in file.rejects:
+            print(f"{file.path} {place}: {reason}")
+    print("\n".join([*map(str, files), *copies(files)]))
+    if words.out:
+        write_text(Path(words.out), "".join(json.dumps(row) + "\n" for file in files for row in (*file.games, *file.scores, *file.labels)))
+
+
+if __name__ == "__main__":
+    main()

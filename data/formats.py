@@ -1,210 +1,320 @@
-"""Readers: a JSONL file as canonical records, every bad line reported with its number and reason.
+"""Data files: any published format in, records in one of five forms out, every record that is left out reported.
 
-    messages     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-    preference   {"prompt": [messages] or "text", "chosen": "text" or [messages], "rejected": ..., "margin": 1-4}
-    ranking      {"prompt": as above, "answers": ["text", ...], "ranks": [0, 2, 1, ...]}      0 is best, equal ranks are ties
-    prompt       {"prompt": as above}                      to sample replies to
-    text         {"text": "..."}
+    messages, preference, ranking, prompt, text        the forms: data/records.py
+    alpaca, hh, oasst, ultrafeedback, shp ...          the formats as published: data/native.py
 
-Other keys (id, category, annotator ...) travel along. `.jsonl.gz` is read as it is.
+    python -m data.formats FILE                        counts, rejects, and the first record as the model will see it
+    python -m data.formats FILE --out good.jsonl       the same, and the good records as JSON lines
+    python -m data.formats FILE --format alpaca        for a file whose first record fits several formats
 
-    python -m data.formats FILE                        counts and every rejected line
-    python -m data.formats FILE --out good.jsonl       the same, and the good records in the form above
+A file holds JSON lines, one JSON array or object, CSV under a header, or (.txt) one text a line; .gz is read as it is.
+A bare JSON string is a prompt. The first record tells the format.
 """
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
+import io
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from pathlib import Path
 
+import numpy as np
+
+from data.native import NATIVE
+from data.records import FORMS, Reject, short
 from runtime import fail, write_text
 
-
-class Reject(Exception):
-    """Why a record cannot be used."""
+FORMATS = FORMS | NATIVE
+DEEPEST = 200  # levels of nesting; a conversation tree takes two a turn
 
 
 @dataclass
 class Report:
-    """What became of the lines of a file; complete once its records have been read."""
+    """What became of a file's records; complete once they have been read."""
 
     path: str
-    format: str = ""
-    read: int = 0
-    rejects: list[tuple[int, str]] = field(default_factory=list)  # (line number, reason)
+    format: str = ""         # form of the records that come out
+    native: str = ""         # format of the file
+    unit: str = "line"       # what counts the places of rejects: line, from 1, or index in an array, from 0
+    read: int = 0            # records of the file
+    used: int = 0            # of them, those that gave at least one record
+    out: int = 0             # records given; a conversation tree gives many
+    undesirable: int = 0     # of them, those labelled as replies not to learn
+    rejects: list[tuple[int, str]] = field(default_factory=list)  # (place, reason); also parts of records that are used
+    kinds: Counter = field(default_factory=Counter)               # rejects by kind of reason
+
+    def note(self, place: int, reject: Reject) -> None:
+        self.rejects.append((place, str(reject)))
+        self.kinds[reject.kind] += 1
 
     def refuse(self) -> None:
-        """Training takes whole files: leave with the first bad line, and how many there are."""
+        """Training takes whole files: leave with the first reject, and how many there are."""
         if self.rejects:
-            line, reason = self.rejects[0]
-            more = f" ({len(self.rejects)} bad lines: `python -m data.formats {self.path} --out good.jsonl` keeps the others)"
-            fail(f"{self.path} line {line}: {reason}{more if len(self.rejects) > 1 else ''}")
+            place, reason = self.rejects[0]
+            more = f" ({len(self.rejects)} rejects: `python -m data.formats {self.path} --out good.jsonl` keeps the others)"
+            fail(f"{self.path} {self.unit} {place}: {reason}{more if len(self.rejects) > 1 else ''}")
         if self.read == 0:
             fail(f"{self.path}: is empty, expected one JSON record a line")
+        if self.undesirable:
+            fail(f"{self.path}: {self.undesirable} of its {self.out} dialogues are labelled false, as replies not to learn: drop those")
 
 
 def read(path: str | Path, format: str | None = None) -> tuple[Iterator[dict], Report]:
     """The records of a file, one by one, and the report that fills up meanwhile. The first record tells the format."""
-    report = Report(str(path), format or "")
     if not Path(path).is_file():
         fail(f"{path}: no such file, expected JSON lines")
-    if format is not None and format not in READERS:
-        fail(f"{path}: format '{format}' is unknown, expected one of {', '.join(READERS)}")
+    if format is not None and format not in FORMATS:
+        fail(f"{path}: format '{format}' is unknown, expected one of {', '.join(FORMATS)}")
+    report = Report(str(path), FORMATS[format].form if format else "", format or "")
     return _records(Path(path), report), report
 
 
 def _records(path: Path, report: Report) -> Iterator[dict]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
+    for place, value in values(path, report):
         report.read += 1
+        given = 0
         try:
-            record = _parse(line)
-            report.format = report.format or _recognise(record)
-            yield READERS[report.format](record)
-        except Reject as reason:
-            report.rejects.append((number, str(reason)))
+            for part in _parts(value, report):
+                try:
+                    record = _checked(part, report.format)
+                except Reject as reject:
+                    report.note(place, reject)
+                    continue
+                given += 1
+                report.out += 1
+                report.used += given == 1
+                report.undesirable += report.format == "messages" and record.get("label") is False
+                yield record
+        except Reject as reject:
+            report.note(place, reject)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _parts(value, report: Report) -> Iterable[dict | Reject]:
+    """What the file's reader makes of a value; the first record tells which reader that is."""
+    if isinstance(value, Reject):
+        return [value]
+    record = _object(value, report)
+    if not report.native:
+        report.native = recognise(record, report.path)
+        report.format = FORMATS[report.native].form
+    found = FORMATS[report.native].read(record)
+    return [found] if isinstance(found, dict) else found
+
+
+def _checked(part: dict | Reject, form: str) -> dict:
+    if isinstance(part, Reject):
+        raise Reject(part.kind, str(part))
+    if not isinstance(part.get("category", ""), str):
+        raise Reject("bad category", f"'category' is {short(part['category'])}, expected text: mend or drop the record")
+    return FORMS[form].read(part)
+
+
+def recognise(record: dict, path: str) -> str:
+    """The one format whose shape the record has. A shape gives way to one that asks for the same keys and more."""
+    fitting = [(name, set(shape)) for name, format in FORMATS.items() for shape in format.shapes
+               if all(key in record and _fits(record[key], kind) for key, kind in shape.items())]
+    names = list(dict.fromkeys(name for name, keys in fitting if not any(keys < other for _, other in fitting)))
+    if len(names) > 1:
+        fail(f"{path}: its first record could be {' or '.join(names)}: name its format, "
+             f"`python -m data.formats {path} --format {names[0]} --out named.jsonl`")
+    if not names:
+        raise Reject("unknown format", f"has the keys {', '.join(short(key) for key in list(record)[:6])} with values that fit no format, "
+                                       "expected 'messages', 'chosen' and 'rejected', or 'text': mend or drop it, or name the format")
+    return names[0]
+
+
+def _fits(value, kind) -> bool:
+    """[dict]: a list of objects; [str, str]: of at least two texts; (str,): of exactly one."""
+    if not isinstance(kind, list | tuple):
+        return isinstance(value, kind)
+    enough = isinstance(value, list) and (len(value) >= len(kind) if isinstance(kind, list) else len(value) == len(kind))
+    return enough and all(isinstance(item, kind[0]) for item in value)
+
+
+# --------------------------------------------------------------------------------- from bytes to values
+
+def values(path: Path, report: Report) -> Iterator[tuple[int, object]]:
+    """Place and value of every record; a Reject in place of a value that cannot be had."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            yield from lines
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            if stream.peek(3)[:3] == b"\xef\xbb\xbf":
+                stream.read(3)
+            if suffix == ".csv":
+                yield from _csv_values(stream)
+            elif suffix == ".txt":
+                yield from ((number, _text_line(line)) for number, line in enumerate(stream, 1))
+            else:
+                yield from _json_values(stream, suffix, report)
     except (OSError, EOFError, zlib.error) as error:
         fail(f"{path}: cannot be read ({error}): is it whole? copy it again")
 
 
-def _parse(line: bytes) -> dict:
+def _text_line(line: bytes) -> dict | Reject:
+    text = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+    return {"text": text} if _whole(text) else NOT_UTF8
+
+
+def _csv_values(stream) -> Iterator[tuple[int, object]]:
+    rows = csv.DictReader(io.StringIO(stream.read().decode("utf-8", "surrogateescape"), newline=""))
+    while True:
+        line = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, Reject("not CSV", f"is not CSV ({error}): mend or drop it")
+            continue
+        if None in row or None in row.values():
+            yield line, Reject("not CSV", f"has another number of fields than the header's {len(rows.fieldnames)}: mend or drop it")
+        else:
+            yield line, row if _whole("".join(row.values())) else NOT_UTF8
+
+
+def _json_values(stream, suffix: str, report: Report) -> Iterator[tuple[int, object]]:
+    """JSON lines, unless the file is one array, or one object over several lines."""
+    number, first = 1, stream.readline()
+    while first and not first.strip():
+        number, first = number + 1, stream.readline()
+    line_is_whole = not isinstance(_parse(first), Reject)
+    rest = b""
+    if first.lstrip()[:1] == b"[":
+        rest = stream.read()
+        if not line_is_whole or not rest.strip():
+            report.unit = "index"
+            yield from _array((first + rest).decode("utf-8", "surrogateescape"))
+            return
+    elif suffix == ".json" and not line_is_whole:
+        rest = stream.read()
+        whole = _parse(first + rest)
+        if not isinstance(whole, Reject):
+            yield number, whole
+            return
+    for place, line in enumerate(chain([first], io.BytesIO(rest), stream), number):
+        if line.strip():
+            yield place, _parse(line)
+
+
+def _array(text: str) -> Iterator[tuple[int, object]]:
+    """The items of an array one by one. After a broken item reading goes on at the next line that opens one at its indent."""
+    index, at = 0, BLANK.match(text, text.index("[") + 1).end()
+    while text[at:at + 1] != "]" or index:  # [] holds nothing
+        try:
+            value, end = DECODER.raw_decode(text, at)
+            yield index, value if _whole(text[at:end]) else NOT_UTF8
+            index, end = index + 1, BLANK.match(text, end).end()
+            if text[end:end + 1] == "]":
+                return
+            if text[end:end + 1] == ",":
+                at = BLANK.match(text, end + 1).end()
+                continue
+            error = "a comma is missing before it" if end < len(text) else "the array has no end"
+        except (ValueError, RecursionError) as problem:
+            error = problem
+        indent = text[text.rfind("\n", 0, at) + 1 : at]
+        again = text.find(f"\n{indent}{{", at) if not indent.strip() else -1
+        unread = "" if again >= 0 else f", and the {len(text) - at} characters from it on are unread"
+        yield index, Reject("not JSON", f"is not JSON ({error}){unread}: mend or drop it")
+        if again < 0:
+            return
+        index, at = index + 1, again + 1 + len(indent)
+
+
+def _parse(line: bytes):
     try:
-        record = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"), parse_int=_integer)
     except UnicodeDecodeError:
-        raise Reject("is not UTF-8 text, expected one JSON record a line: is it another kind of file?") from None
+        return NOT_UTF8
     except (ValueError, RecursionError) as error:
-        raise Reject(f"is not JSON ({error}): mend or drop it") from None
-    if not isinstance(record, dict):
-        raise Reject(f"is a JSON {type(record).__name__}, expected an object: mend or drop it")
-    return record
+        return Reject("not JSON", f"is not JSON ({error}): mend or drop it")
 
 
-def _recognise(record: dict) -> str:
-    for name, key in (("preference", "chosen"), ("ranking", "ranks"), ("messages", "messages"), ("prompt", "prompt"), ("text", "text")):
-        if key in record:
-            return name
-    raise Reject(f"has the keys {', '.join(list(record)[:6])}, expected 'messages', 'chosen' and 'rejected', or 'text'")
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= 300 else float("inf")  # Python refuses to read thousands of digits
 
 
-def _text(value, key: str) -> str:
-    if not isinstance(value, str):
-        raise Reject(f"'{key}' is {json.dumps(value)[:40]}, expected text: mend or drop the record")
-    if not value.strip():
-        raise Reject(f"'{key}' is empty, expected text: fill it in or drop the record")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Reject(f"'{key}' holds half a surrogate pair, which is no text: mend or drop the record") from None
+def _whole(text: str) -> bool:
+    """Whether text decoded with surrogateescape was UTF-8."""
+    return text.isascii() or not re.search("[\udc80-\udcff]", text)
+
+
+def _object(value, report: Report) -> dict:
+    """A value as a record: an object of finite numbers, not nested without end."""
+    if isinstance(value, str) and report.native in ("", "prompt"):
+        value = {"prompt": value}
+    if not isinstance(value, dict):
+        raise Reject("not an object", f"is a JSON {type(value).__name__}, expected an object: mend or drop it")
+    level, depth = [value], 0
+    while level:
+        if depth == DEEPEST:
+            raise Reject("nested too deeply", f"is nested more than {DEEPEST} levels deep: mend or drop it")
+        if any(isinstance(v, float) and not abs(v) < float("inf") for v in level):
+            raise Reject("not a number", "holds NaN, Infinity or a number too large, which JSON has not: write null or drop it")
+        level = [w for v in level for w in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
+        depth += 1
     return value
 
 
-def _messages(value, key: str) -> list[dict]:
-    """A dialogue: perhaps a system text, then user and assistant in turn."""
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise Reject(f"'{key}' is {json.dumps(value)[:40]}, expected a list of messages: mend or drop the record")
-    messages = [{"role": m.get("role"), "content": _text(m.get("content"), f"{key}.content")} for m in value]
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    for i, m in enumerate(turns):
-        expected = ("user", "assistant")[i % 2]
-        if m["role"] != expected:
-            raise Reject(f"'{key}' has role {m['role']!r} where {expected} is due: roles alternate, user first; mend or drop it")
-    if not turns:
-        raise Reject(f"'{key}' has no user turn: mend or drop the record")
-    return messages
+NOT_UTF8 = Reject("not UTF-8", "is not UTF-8 text, mend or drop it: is it another kind of file?")
+DECODER = json.JSONDecoder(parse_int=_integer)
+BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def read_messages(record: dict) -> dict:
-    messages = _messages(record.get("messages"), "messages")
-    if messages[-1]["role"] != "assistant":
-        raise Reject("'messages' ends with a user turn, expected a reply to learn: cut the turn or add the reply")
-    return record | {"messages": messages}
+# ------------------------------------------------------------------------------------ the command line
 
+def view(record: dict, form: str, tokenizer) -> str:
+    """A record token by token as the model will see it (data.pack.show); of long runs without or with loss, the two ends."""
+    from data import pack  # it imports this module
 
-def read_preference(record: dict) -> dict:
-    """prompt becomes messages that end with the user; chosen and rejected become the texts of the reply."""
-    sides = {}
-    for side in ("chosen", "rejected"):
-        value = record.get(side)
-        if isinstance(value, list):  # messages: the reply alone, or the whole dialogue
-            alone = len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant"
-            messages = value if alone else _messages(value, side)
-            sides[side] = (messages[:-1], _text(messages[-1].get("content"), side))
-        else:
-            sides[side] = ([], _text(value, side))
-    prompts = [before for before, _ in sides.values() if before]
-    prompt = record.get("prompt")
-    if isinstance(prompt, str):
-        prompts.append([{"role": "user", "content": _text(prompt, "prompt")}])
-    elif prompt is not None or not prompts:
-        prompts.append(_messages(prompt, "prompt"))
-    # A prompt given as text is only the first user turn of a dialogue given in full.
-    if isinstance(prompt, str) and len(prompts) > 1 and prompts[-1][0] in prompts[0]:
-        prompts.pop()
-    prompt = prompts[0]
-    if any(other != prompt for other in prompts):
-        raise Reject("'prompt', 'chosen' and 'rejected' disagree on what precedes the reply, expected one prompt: mend or drop the record")
-    if prompt[-1]["role"] != "user":
-        raise Reject("'prompt' ends with a reply, expected a user turn: mend or drop the record")
-    chosen, rejected = sides["chosen"][1], sides["rejected"][1]
-    if chosen == rejected:
-        raise Reject("'chosen' equals 'rejected', which prefers nothing: drop the pair")
-    margin = record.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < float("inf")):
-        raise Reject(f"'margin' is {json.dumps(margin)[:40]}, expected a number of at least 0: mend or drop the record")
-    return record | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def read_prompt(record: dict) -> dict:
-    """prompt becomes messages that end with the user."""
-    prompt = record.get("prompt")
-    prompt = [{"role": "user", "content": _text(prompt, "prompt")}] if isinstance(prompt, str) else _messages(prompt, "prompt")
-    if prompt[-1]["role"] != "user":
-        raise Reject("'prompt' ends with a reply, expected a user turn: mend or drop the record")
-    return record | {"prompt": prompt}
-
-
-def read_ranking(record: dict) -> dict:
-    answers, ranks = record.get("answers"), record.get("ranks")
-    if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks):
-        raise Reject("'answers' and 'ranks' are not lists of one length, expected a rank for every answer: mend or drop the record")
-    if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 for rank in ranks):
-        raise Reject(f"'ranks' is {json.dumps(ranks)[:40]}, expected whole numbers from 0, the best: mend or drop the record")
-    if len(set(ranks)) < 2:
-        raise Reject("'ranks' are all the same, which prefers nothing: drop the record")
-    return read_prompt(record) | {"answers": [_text(answer, "answers") for answer in answers]}
-
-
-def read_text(record: dict) -> dict:
-    return record | {"text": _text(record.get("text"), "text")}
-
-
-READERS = {"messages": read_messages, "preference": read_preference, "ranking": read_ranking, "prompt": read_prompt,
-           "text": read_text}
+    if form == "preference":
+        (tree,) = pack.trees_from_preferences([record], tokenizer)
+    elif form == "ranking":
+        tree = pack.tree_from_ranking(record, tokenizer)
+    elif form == "messages":
+        tree = pack.tree_from_messages(record["messages"], tokenizer)
+    elif form == "prompt":
+        ids = tokenizer.render(record["prompt"], add_generation_prompt=True)[0]
+        tree = pack.Tree(np.array(ids, np.int32), [], [pack.Response(0, len(ids), len(ids))])
+    else:
+        tree = pack.tree_from_text([*[tokenizer.bos_id] * tokenizer.adds_bos, *tokenizer.encode(record["text"]), tokenizer.eos_id])
+    lines = []
+    for _, run in groupby(pack.show(tree, tokenizer).split("\n"), key=lambda line: line.split()[2:3]):
+        run = list(run)
+        lines += run if len(run) <= 16 else [*run[:6], f"   {'...':>5} {len(run) - 12} more of these", *run[-6:]]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.formats", description=__doc__.splitlines()[0])
     parser.add_argument("file")
-    parser.add_argument("--out", help="write the good records here")
+    parser.add_argument("--format", metavar="NAME", help=f"what the file is in: {', '.join(FORMATS)} (default: its first record tells)")
+    parser.add_argument("--out", help="write the good records here, as JSON lines")
+    parser.add_argument("--tokenizer", default="data/tiny/base", help="checkpoint whose tokenizer and template show the first record")
     words = parser.parse_args()
-    records, report = read(words.file)
+    records, report = read(words.file, words.format)
     records = list(records)
-    for line, reason in report.rejects:
-        print(f"line {line}: {reason}")
-    print(f"{words.file}: format {report.format or 'unknown'}, {report.read} read, {len(records)} used, {len(report.rejects)} rejected")
+    for place, reason in report.rejects:
+        print(f"{report.unit} {place}: {reason}")
+    print(f"{words.file}: format {report.native or 'unknown'}, {report.read} read, {report.used} used, "
+          f"{report.read - report.used} rejected; {report.out} {report.format} records")
+    for kind, count in report.kinds.most_common():
+        print(f"  {count:6d} {kind}")
     if words.out:
         write_text(Path(words.out), "".join(json.dumps(r) + "\n" for r in records))
+    if records:
+        from data.chat import load_tokenizer
+
+        tokenizer = load_tokenizer(words.tokenizer)
+        tokenizer.adopt(tokenizer.template or "zephyr")
+        print(f"\nthe first record, {words.tokenizer}, template {tokenizer.template}\n{view(records[0], report.format, tokenizer)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,251 @@
+"""Which training records hold items of a benchmark? A table, the list of what was found, and the records that hold nothing.
+
+    python -m data.decontaminate TRAIN --against FILE [FILE ...]                         the table
+    python -m data.decontaminate TRAIN --against FILE ... --out clean.jsonl --removed removed.jsonl
+
+FILE is anything data/formats.py reads, of which the user's turns are the items; or FILE:field names the text, or list of
+texts, that is the item: mmlu.jsonl:question. Of TRAIN every text is looked at: all turns, the chosen and the rejected reply.
+
+Texts are compared as words: Unicode NFKC, lower case, runs of letters and digits, everything else separates. A text is a hit by
+
+    exact        its words are the item's
+    contained    the item's words stand in it in a row, if there are 4 or more
+    13-gram      13 words in a row of the item stand in it       Brown et al. 2020 (arXiv:2005.14165), appendix C
+    8-gram       8 words in a row do                             Muennighoff et al. 2025 (arXiv:2501.19393)
+
+and counts under the first of these that holds; any removes its record (with --ngram 13 all but the last). Missed are
+paraphrases, translations, and quotations shorter than 8 words of an item that is longer. What matches may be a phrase that
+everybody uses: look at the most frequent match before believing a count.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from data import formats
+from judging.report import text as report_text
+from runtime import fail
+
+RULES = ("exact", "contained", "13-gram", "8-gram")  # from the strongest
+SHORTEST = 4   # words of an item that is looked for inside a text; below, "what is this" is everywhere
+SHARING = 20   # items an n-gram is traced to; 10,000 items that begin alike would be 10,000 hits a record
+
+Words = tuple[str, ...]
+WORD = re.compile(r"[^\W_]+")
+
+
+def normalise(text: str) -> Words:
+    """Lower-case words: runs of letters and digits. Scripts without blanks come out as one word a clause."""
+    return tuple(WORD.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower()))
+
+
+def ngrams(words: Words, n: int) -> Iterator[Words]:
+    return zip(*(words[k:] for k in range(n)), strict=False)
+
+
+def texts(record: dict, user_only: bool = False) -> list[str]:
+    """The texts of a record as data/formats.py gives it; of a benchmark's the user's turns, also those not asked yet, or its text."""
+    messages = record.get("messages") or record.get("prompt") or []
+    if user_only:
+        asked = [m["content"] for m in messages if m["role"] == "user"]
+        return asked + record.get("turns", [])[1:] if asked else [record["text"]]
+    replies = [record[key] for key in ("chosen", "rejected", "text") if isinstance(record.get(key), str)]
+    return [m["content"] for m in messages] + replies + (record["answers"] if "ranks" in record else [])
+
+
+# ------------------------------------------------------------------------------------- benchmarks
+
+class Item(NamedTuple):
+    benchmark: str
+    id: str
+    words: Words
+
+
+def read_benchmark(where: str) -> list[Item]:
+    """The items of FILE or FILE:field. One without a name is called by its number in the file, from 1."""
+    path, key = (where, "") if Path(where).is_file() or ":" not in where else where.rsplit(":", 1)
+    records, report = formats.read(path)
+    if key:
+        records = (value for _, value in formats.values(Path(path), report) if isinstance(value, dict))
+    items = []
+    for number, record in enumerate(records, 1):
+        name = next((record[k] for k in ("question_id", "id", "idx", "index") if isinstance(record.get(k), str | int)), number)
+        found = record.get(key) if key else texts(record, user_only=True)
+        found = found if isinstance(found, list) else [found]
+        items += [Item(where, str(name), normalise(text)) for text in found if isinstance(text, str)]
+    if not items:
+        why = f"no record has text under '{key}'" if key else report.rejects[0][1] if report.rejects else "is empty"
+        fail(f"{path}: {why}; expected a benchmark that data/formats.py reads, or FILE:field, such as mmlu.jsonl:question")
+    return items
+
+
+@dataclass(frozen=True)
+class Index:
+    """Items by what gives them away, as places in `items`."""
+
+    items: list[Item]
+    ngram: int
+    whole: dict[Words, list[int]] = field(default_factory=dict)    # by all their words
+    starts: dict[Words, list[int]] = field(default_factory=dict)   # those shorter than an n-gram by their first SHORTEST words
+    grams: dict[Words, list[int]] = field(default_factory=dict)    # the others by every n-gram
+
+
+def build_index(items: Iterable[Item], ngram: int = 8) -> Index:
+    if ngram not in (8, 13):
+        raise ValueError(f"ngram is {ngram}, expected 8 or 13")
+    index = Index([item for item in items if item.words], ngram)
+    for i, (_, _, words) in enumerate(index.items):
+        index.whole.setdefault(words, []).append(i)
+        if SHORTEST <= len(words) < ngram:
+            index.starts.setdefault(words[:SHORTEST], []).append(i)
+        for gram in set(ngrams(words, ngram)):
+            places = index.grams.setdefault(gram, [])
+            if len(places) < SHARING:
+                places.append(i)
+    return index
+
+
+# ------------------------------------------------------------------------------------------- hits
+
+class Hit(NamedTuple):
+    rule: str
+    matched: Words
+    item: int  # place in the index
+
+    def strength(self) -> tuple[int, int]:
+        return -RULES.index(self.rule), len(self.matched)
+
+
+def find(words: Words, index: Index) -> Iterator[Hit]:
+    """The hits of one text; an item may come more than once, by several rules."""
+    for i in index.whole.get(words, ()):
+        yield Hit("exact", words, i)
+    # Nearly every text is done with after these two questions, which C answers: none of its runs of words is in the index.
+    if not index.starts.keys().isdisjoint(ngrams(words, SHORTEST)):
+        for start, first in enumerate(ngrams(words, SHORTEST)):
+            for i in index.starts.get(first, ()):
+                item = index.items[i].words
+                if words[start:start + len(item)] == item:
+                    yield Hit("contained", item, i)
+    if not index.grams.keys().isdisjoint(ngrams(words, index.ngram)):
+        said = f" {' '.join(words)} "
+        for i, run in longest_runs(words, index).items():
+            item = index.items[i].words
+            if f" {' '.join(item)} " in said:
+                yield Hit("contained", item, i)
+            else:  # not by the run's length: n-grams that overlap in the text may stand apart in the item
+                short = set(ngrams(item, 13)).isdisjoint(ngrams(words, 13))
+                yield Hit("8-gram" if short else "13-gram", run, i)
+
+
+def longest_runs(words: Words, index: Index) -> dict[int, Words]:
+    """Of every item that shares an n-gram with a text, the words of the longest row of shared n-grams."""
+    began, last, longest = {}, {}, {}
+    for start, gram in enumerate(ngrams(words, index.ngram)):
+        for i in index.grams.get(gram, ()):
+            if last.get(i) != start - 1:
+                began[i] = start
+            last[i] = start
+            run = words[began[i]:start + index.ngram]
+            longest[i] = max(run, longest.get(i, ()), key=len)
+    return longest
+
+
+def hits_of(record: dict, index: Index) -> dict[str, dict[int, Hit]]:
+    """By benchmark and item, the strongest hit of a record's texts."""
+    found: dict[str, dict[int, Hit]] = {}
+    for text in texts(record):
+        for hit in find(normalise(text), index):
+            mine = found.setdefault(index.items[hit.item].benchmark, {})
+            mine[hit.item] = max(hit, mine.get(hit.item, hit), key=Hit.strength)
+    return found
+
+
+# ----------------------------------------------------------------------------------------- report
+
+@dataclass
+class Tally:
+    """What a benchmark's hits add up to."""
+
+    items: list[Item]
+    rules: Counter = field(default_factory=Counter)    # records by their strongest rule
+    matched: Counter = field(default_factory=Counter)  # records by the words that gave them away
+    found: set[int] = field(default_factory=set)       # items that some record holds, or a part of
+
+
+def contamination_section(tallies: dict[str, Tally]) -> dict:
+    """A report's section with a row for each benchmark."""
+    rows = []
+    for name, tally in tallies.items():
+        words, count = tally.matched.most_common(1)[0] if tally.matched else ((), 0)
+        rows.append(["/".join(Path(name).parts[-2:]), len(tally.items), sum(len(item.words) < SHORTEST for item in tally.items),
+                     len(tally.found), *(tally.rules[rule] for rule in RULES), tally.rules.total(),
+                     f"{count} x {' '.join(words)[:60]}" if words else None])
+    return {"title": "Training records that hold an item, by the strongest rule", "rows": rows,
+            "columns": ["benchmark", "items", f"of under {SHORTEST} words", "found", *RULES, "records", "most frequent match"]}
+
+
+@contextmanager
+def written_beside(path: str | None) -> Iterator[IO[str]]:
+    """A file that takes its name when all is written; nowhere without a path."""
+    new = Path(path).with_name(f".{Path(path).name}.new") if path else Path(os.devnull)
+    with new.open("w") as stream:
+        yield stream
+    if path:
+        os.replace(new, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.decontaminate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("train")
+    parser.add_argument("--against", nargs="+", required=True, metavar="FILE[:field]")
+    parser.add_argument("--ngram", type=int, choices=(8, 13), default=8, help="the shortest run of words that counts")
+    parser.add_argument("--out", help="write the records that hold nothing here")
+    parser.add_argument("--removed", help="write what was found here: record, benchmark, item, rule, matched words")
+    words = parser.parse_args(argv)
+    if words.out and not words.removed:
+        fail("--out without --removed would drop records in silence: name a file for the list, e.g. --removed removed.jsonl")
+    results = [Path(path).resolve() for path in (words.out, words.removed) if path]
+    sources = [Path(path).resolve() for path in (words.train, *words.against)]
+    if len(set(results)) < len(results) or set(results) & set(sources):
+        fail("--out and --removed would overwrite each other or a file that is read: give each a name of its own")
+    tallies = {where: Tally(read_benchmark(where)) for where in words.against}
+    index = build_index((item for tally in tallies.values() for item in tally.items), words.ngram)
+    records, report = formats.read(words.train)
+    kept, held = 0, 0
+    with written_beside(words.out) as clean, written_beside(words.removed) as listed:
+        for record in records:
+            hits = hits_of(record, index)
+            for name, found in hits.items():
+                best, tally = max(found.values(), key=Hit.strength), tallies[name]
+                tally.rules[best.rule] += 1
+                tally.matched[best.matched] += 1
+                tally.found |= found.keys()
+                row = {"record": report.read, "id": record.get("id"), "benchmark": name, "item": index.items[best.item].id,
+                       "items": len(found), "rule": best.rule, "matched": " ".join(best.matched)}
+                listed.write(json.dumps(row) + "\n")
+            held, kept = held + bool(hits), kept + (not hits)
+            if not hits:
+                clean.write(json.dumps(record) + "\n")
+    about = {words.train: f"{held + kept} records ({report.native}), {held} hold an item, {kept} do not"}
+    if report.rejects:
+        place, reason = report.rejects[0]
+        about["left out unread"] = f"{len(report.rejects)} records or parts of one, the first at {report.unit} {place}: {reason}"
+    print(report_text({"title": "Decontamination", "about": about, "sections": [contamination_section(tallies)]}))
+    for path, what in ((words.out, f"{kept} records"), (words.removed, f"why {held} were removed" if words.out else f"what {held} hold")):
+        if path:
+            print(f"wrote {path}: {what}")
+
+
+if __name__ == "__main__":
+    main()

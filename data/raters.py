@@ -1,0 +1,270 @@
+"""Do the people who label preferences agree, and if not, is it a vendor, or the replies?
+
+The talk's lesson: a first hundred ratings agreed with nobody's, because both replies were bad and ties were broken at
+random. `find_faults` tells that from a vendor whose raters click at random. Statistics: data/agreement.py.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from data.agreement import bootstrap, by_category, cohen_kappa, fleiss_kappa, gwet_ac1, krippendorff_alpha, raw_agreement, spearman
+from judging.ratings import feature_preference, wilson
+
+NAMES = {"brainstorming": "brainstorm", "summarization": "summarize", "classification": "classify", "information_extraction": "extract",
+         "extraction": "extract", "creative_writing": "generation", "general_qa": "open_qa", "code": "coding"}  # Dolly's among them
+
+
+def task_of(record: Mapping) -> str:
+    """A record's category in the targets' words; "none" if it has none."""
+    name = "_".join((record.get("category") or "none").lower().replace("-", " ").split())
+    return NAMES.get(name, name)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Who preferred what: a row a rater, a column a pair of replies. The vendor called "gold" is the in-house set.
+
+    Strength is signed, in steps of the scale: negative the first reply is better, 0 a tie, positive the second. The scale
+    of eight is rating - 4.5, a choice with margin 1 to 4 is -(margin - 0.5) or margin - 0.5. NaN is not rated, or not known.
+    """
+
+    strength: np.ndarray     # [R, U]
+    swapped: np.ndarray      # [R, U] 1 where the second reply was shown first
+    seconds: np.ndarray      # [R, U] taken
+    longer: np.ndarray       # [U] length of the second reply less that of the first
+    raters: list[str]        # [R]
+    vendors: list[str]       # [R] who sent them
+    groups: list[str]        # [U] task of the pair, or the model that wrote it
+
+
+def collect_labels(rows: Iterable[Mapping]) -> Labels:
+    """Labels from rows {"pair", "rater", "strength", and where known "vendor", "group", "swapped", "longer", "seconds"}.
+
+    A rater without vendor is one of their own. Of several labels of a pair by one rater the last counts.
+    """
+    rows = list(rows)
+    pairs = {name: u for u, name in enumerate(dict.fromkeys(row["pair"] for row in rows))}
+    vendors = {str(row["rater"]): str(row.get("vendor") or row["rater"]) for row in rows}
+    number = {name: r for r, name in enumerate(sorted(vendors))}
+    strength, swapped, seconds = np.full((3, len(number), len(pairs)), math.nan)
+    longer, groups = np.full(len(pairs), math.nan), ["all"] * len(pairs)
+    for row in rows:
+        r, u = number[str(row["rater"])], pairs[row["pair"]]
+        strength[r, u] = row["strength"]
+        swapped[r, u], seconds[r, u], longer[u] = (row.get(key, math.nan) for key in ("swapped", "seconds", "longer"))
+        groups[u] = str(row.get("group", "all"))
+    return Labels(strength, swapped, seconds, longer, list(number), [vendors[name] for name in number], groups)
+
+
+def label_rows(records: Iterable[Mapping]) -> list[dict]:
+    """Rows for `collect_labels` from preference records that name an annotator; a pair is one prompt and two replies, in whatever order."""
+    rows = []
+    for record in records:
+        if "chosen" in record and record.get("annotator") is not None:
+            first, second = sorted((record["chosen"], record["rejected"]))
+            strength = max(0.5, (record.get("margin") or 1) - 0.5)
+            known = {key: record[key] for key in ("vendor", "seconds") if record.get(key) is not None}
+            rows.append(known | {"pair": json.dumps([record["prompt"], first, second]), "rater": record["annotator"],
+                                 "group": task_of(record), "strength": strength if record["chosen"] == second else -strength,
+                                 "longer": len(second) - len(first)})
+    return rows
+
+
+def gwet_ac2(ratings, values: Sequence[float] | None = None) -> float:
+    """AC2 with quadratic weights (Gwet's 2014 handbook) over q `values` of a scale, by default those that occur; AC1 where q = 2.
+
+        w_ck = 1 - ((c - k) / range)^2,   p_a = mean over units of sum_c n_uc (sum_k w_ck n_uk - 1) / (m (m - 1))
+        p_e = sum w / (q (q - 1)) sum_c p_c (1 - p_c),   AC2 = (p_a - p_e) / (1 - p_e)
+    """
+    ratings = np.asarray(ratings, dtype=float)
+    values = np.unique(ratings[~np.isnan(ratings)]) if values is None else np.array(sorted(values), dtype=float)
+    counts, q = (ratings[:, :, None] == values).sum(axis=0).astype(float), len(values)
+    counts = counts[counts.sum(axis=1) > 0]
+    m = counts.sum(axis=1)
+    n, k = counts[m >= 2], m[m >= 2]
+    if q < 2 or not len(n):
+        return math.nan
+    weights = 1 - ((values[:, None] - values) / (values[-1] - values[0])) ** 2
+    observed = ((n * (n @ weights - 1)).sum(axis=1) / (k * (k - 1))).mean()
+    share = (counts / m[:, None]).mean(axis=0)
+    chance = weights.sum() / (q * (q - 1)) * (share * (1 - share)).sum()
+    return float((observed - chance) / (1 - chance))
+
+
+def tie_discounted(first, second) -> float:
+    """LIMA's accuracy between two groups of raters [R, U] (Zhou et al. 2023, arXiv:2305.11206), over all pairs of labels of a unit.
+
+    1 for the same choice, 1/2 where exactly one is a tie, 0 for opposite ones.
+    """
+    credit = 1 - np.abs(np.sign(first)[:, None] - np.sign(second)[None]) / 2
+    return float(np.nanmean(credit)) if not np.isnan(credit).all() else math.nan  # also of nobody
+
+
+def over_pairs(statistic: Callable[[np.ndarray], float], ratings: np.ndarray) -> float:
+    """Mean over the pairs of raters for whom a statistic of two raters is defined."""
+    values = np.array([statistic(ratings[list(pair)]) for pair in combinations(range(len(ratings)), 2)])
+    return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
+
+
+# Of strengths [R, U]. Those of the first block look at the side alone: first, tie or second.
+STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
+    "raw agreement": lambda s: raw_agreement(np.sign(s))["agreement"],
+    "raw agreement without ties": lambda s: raw_agreement(np.sign(s), tie=0)["agreement_without_ties"],
+    "tie-discounted": lambda s: over_pairs(lambda r: tie_discounted(r[:1], r[1:]), s),
+    "Cohen's kappa, mean of pairs": lambda s: over_pairs(cohen_kappa, np.sign(s)),
+    "Fleiss' kappa, pairs all rated": lambda s: fleiss_kappa(np.sign(s)[:, ~np.isnan(s).any(axis=0)]),
+    "Krippendorff's alpha": lambda s: krippendorff_alpha(np.sign(s)),
+    "Gwet's AC1": lambda s: gwet_ac1(np.sign(s)),
+    "Cohen, linear weights": lambda s: over_pairs(lambda r: cohen_kappa(r, "linear"), s),
+    "Cohen, quadratic weights": lambda s: over_pairs(lambda r: cohen_kappa(r, "quadratic"), s),
+    "alpha, ordinal": lambda s: krippendorff_alpha(s, "ordinal"),
+    "alpha, interval": lambda s: krippendorff_alpha(s, "interval"),
+    "Gwet's AC2": gwet_ac2,
+    "Spearman": lambda s: over_pairs(spearman, s),
+}
+
+
+def agreement(strength: np.ndarray, rounds: int = 200) -> dict[str, dict[str, float]]:
+    """Every statistic of strengths [R, U] with its 95 % interval from resampled pairs."""
+    values = np.unique(strength[~np.isnan(strength)])  # the scale stays the same when a round misses one of its ends
+    statistics = STATISTICS | {"Gwet's AC2": lambda s: gwet_ac2(s, values)}
+    return {name: bootstrap(statistic, strength, rounds=rounds) for name, statistic in statistics.items()}
+
+
+def vendor_table(labels: Labels, rounds: int = 200) -> dict[str, dict]:
+    """Each vendor among its own raters (alpha), against all others and against gold (tie-discounted), over all and by group of pairs."""
+    vendor, table = np.array(labels.vendors), {}
+    for name in sorted(set(labels.vendors) - {"gold"}):
+        mine = labels.strength[vendor == name]
+        alpha = bootstrap(STATISTICS["Krippendorff's alpha"], mine, rounds=rounds)
+        table[name] = {"raters": len(mine), "labels": int((~np.isnan(mine)).sum()), "alpha": alpha}
+        for key, reference in (("others", (vendor != name) & (vendor != "gold")), ("gold", vendor == "gold")):
+            theirs = labels.strength[reference]
+            shared = ~np.isnan(mine).all(axis=0) & ~np.isnan(theirs).all(axis=0)
+
+            def accuracy(strength: np.ndarray, n: int = len(mine)) -> float:
+                return tie_discounted(strength[:n], strength[n:])
+
+            both, groups = np.concatenate([mine, theirs])[:, shared], [g for g, s in zip(labels.groups, shared, strict=True) if s]
+            table[name][key] = bootstrap(accuracy, both, rounds=rounds)
+            table[name][f"{key} by group"] = by_category(accuracy, both, groups, rounds=rounds)
+    return table
+
+
+def rater_table(labels: Labels) -> dict[str, dict]:
+    """Each rater: labels, share of ties, agreement with the others' majority and with gold, and two biases, with 95 % intervals.
+
+    position: share of decided labels for the reply shown first, "A"; length: for the longer reply. One half is no bias.
+    """
+    side, gold = np.sign(labels.strength), np.array(labels.vendors) == "gold"
+    table = {}
+    for i in np.flatnonzero(~gold):
+        mine, others = side[i], side[~gold & (np.arange(len(side)) != i)]
+        majority = np.where(np.isnan(others).all(axis=0), math.nan, np.sign(np.nansum(others, axis=0)))
+        decided = (np.abs(mine) == 1) & ~np.isnan(labels.swapped[i])
+        shown_first, n = int(((mine < 0) != (labels.swapped[i] == 1))[decided].sum()), int(decided.sum())
+        low, high = wilson(shown_first, n)
+        longer = feature_preference((mine + 1) / 2, labels.longer, np.zeros_like(labels.longer))
+        seconds = labels.seconds[i][~np.isnan(labels.seconds[i])]
+        table[labels.raters[i]] = {
+            "vendor": labels.vendors[i], "labels": int((~np.isnan(mine)).sum()), "ties": float(np.mean(mine[~np.isnan(mine)] == 0)),
+            "majority": tie_discounted(mine[None], majority[None]), "gold": tie_discounted(mine[None], side[gold]),
+            "position": {"value": shown_first / n if n else math.nan, "low": low, "high": high, "n": n},
+            "length": {"value": longer["share"], "low": longer["low"], "high": longer["high"], "n": longer["n"]},
+            "seconds": float(np.median(seconds)) if len(seconds) else math.nan}
+    return table
+
+
+MIN_SHARED = 80    # pairs that two vendors must share before anything is said about them
+NEAR_CHANCE = 0.2  # a correlation of sides below is chance for practical purposes ...
+DEVIATIONS = 2.5   # ... and so is one below so many standard errors of independent clicks, 1 / sqrt(n - 1)
+
+
+def vendor_correlations(strength: np.ndarray, vendors: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Vendors, Pearson's r of their raters' mean sides [V, V], NaN under MIN_SHARED shared pairs, and where r is above chance [V, V].
+
+    Correlation rather than agreement: two who click "first" four times in five agree on 68 % and tell nothing.
+    """
+    names, side = sorted(set(vendors)), np.sign(strength)
+    r, above = np.full((len(names),) * 2, math.nan), np.zeros((len(names),) * 2, dtype=bool)
+    votes = [side[[v == name for v in vendors]] for name in names]
+    for i, j in combinations(range(len(names)), 2):
+        both = ~(np.isnan(votes[i]).all(axis=0) | np.isnan(votes[j]).all(axis=0))
+        n = int(both.sum())
+        if n >= MIN_SHARED:
+            x, y = (np.nanmean(v[:, both], axis=0) for v in (votes[i], votes[j]))
+            x, y = x - x.mean(), y - y.mean()
+            norm = math.sqrt((x @ x) * (y @ y))
+            r[i, j] = r[j, i] = x @ y / norm if norm else 0  # who always says the same says nothing
+            above[i, j] = above[j, i] = r[i, j] > max(NEAR_CHANCE, DEVIATIONS / math.sqrt(n - 1))
+    return names, r, above
+
+
+def find_faults(labels: Labels) -> dict[str, list[str]]:
+    """Whose fault is disagreement? {"prompts": groups of pairs, "vendors": names, "undecided": reasons}
+
+    A vendor (gold is one) is near chance if its sides correlate with no other's. Near chance every one of them: the pairs are at
+    fault, both replies are bad or nobody can tell. Near chance fewer than half: these vendors are. Else undecided: two
+    bad vendors of three look like bad pairs. Asked of all pairs, then of every group; vendors on the pairs not at fault.
+
+    In 3 x 200 simulated pilots of four vendors, one rater each, 100 pairs, good raters agreeing on 73 % as InstructGPT's did, no
+    good vendor was named; of bad vendors 97 % were; of bad pairs 96 %, the others undecided. Of 80 pairs: 99, 96 and 96 %.
+    """
+    found = {"prompts": [], "vendors": [], "undecided": []}
+
+    def near_chance(columns: np.ndarray) -> tuple[list[str], list[str]]:
+        names, r, above = vendor_correlations(labels.strength[:, columns], labels.vendors)
+        known = (~np.isnan(r)).sum() == len(names) * (len(names) - 1)
+        return names if known and len(names) > 2 else [], [name for name, row in zip(names, above, strict=True) if not row.any()]
+
+    groups = np.array(labels.groups)
+    for group in ["all", *sorted(set(labels.groups) - {"all"})]:
+        names, near = near_chance(np.full(len(groups), True) if group == "all" else groups == group)
+        if names and near == names:
+            found["prompts"].append(group)
+    left = np.full(len(groups), "all" not in found["prompts"]) & ~np.isin(groups, found["prompts"])
+    names, near = near_chance(left)
+    if not names and left.any():
+        found["undecided"].append(f"fewer than three vendors, gold included, any two with {MIN_SHARED} pairs in common")
+    elif 2 * len(near) < len(names):
+        found["vendors"] = near
+    elif names:
+        found["undecided"].append(f"{' and '.join(near)} near chance, half of the vendors or more, but not all")
+    return found
+
+
+def rater_sections(labels: Labels, rounds: int = 200) -> list[dict]:
+    """Agreement among all, by vendor, by group of pairs, by rater, and whose fault disagreement is."""
+    vendors, raters, faults = vendor_table(labels, rounds), rater_table(labels), find_faults(labels)
+    among = np.array(labels.vendors) != "gold"
+    several = labels.strength[among][:, (~np.isnan(labels.strength[among])).sum(axis=0) > 1]
+    reference = "others" if among.all() else "gold"
+    key = f"{reference} by group"
+    groups = sorted(set(labels.groups))
+    said = {"prompts": "Near chance for every vendor, at fault are the prompts or the model", "vendors": "Near chance where others agree",
+            "undecided": "Undecided"}
+    verdict = " ".join(f"{said[kind]}: {', '.join(names)}." for kind, names in faults.items() if names) or "No vendor is near chance."
+
+    def cell(x: Mapping) -> dict:
+        return {key: x[key] for key in ("value", "low", "high")}
+
+    sections = [{"title": "Agreement among raters",
+                 "text": f"{len(several)} raters, {several.shape[1]} pairs that two or more of them rated. {verdict}",
+                 "columns": ["statistic", "value", "undefined rounds"],
+                 "rows": [[name, cell(x), x["undefined"]] for name, x in agreement(several, rounds).items()]}]
+    by_vendor = [[name, x["raters"], x["labels"], *(cell(x[k]) for k in ("alpha", "others", "gold"))] for name, x in vendors.items()]
+    sections.append({"title": "Vendors", "text": "With others: accuracy, where a tie against a choice counts one half.", "rows": by_vendor,
+                     "columns": ["vendor", "raters", "labels", "alpha within", "with other vendors", "with gold"]})
+    sections.append({"title": f"The same with {reference}, by group of pairs", "columns": ["group", *vendors],
+                     "rows": [[group, *(cell(x[key][group]) if group in x[key] else None for x in vendors.values())] for group in groups]})
+    sections.append({"title": "Raters", "text": "Of decided labels: shares for the reply shown first, and for the longer one.",
+                     "columns": ["rater", "vendor", "labels", "ties", "with majority", "with gold", "shown first", "longer", "seconds"],
+                     "rows": [[name, x["vendor"], x["labels"], x["ties"], x["majority"], x["gold"], cell(x["position"]),
+                               cell(x["length"]), x["seconds"]] for name, x in raters.items()]})
+    return sections

@@ -1,0 +1,404 @@
+"""Self-Instruct: 175 tasks written by people become tens of thousands, written by a model.
+
+    python -m data.self_instruct model=runs/tiny/0/sft/model seeds=seed_tasks.jsonl out=runs/self_instruct instructions=100
+    python -m data.self_instruct recipe=alpaca model=http://127.0.0.1:8000/v1#name seeds=...     one request writes whole tasks
+
+The original (Wang et al. 2022, arXiv:2212.10560) asks three times: for new instructions, with seeds and earlier finds as
+examples; whether each is a classification; for instances, input first, or for classifications label first, since a
+model that starts with the input writes one label only. Alpaca (Taori et al. 2023) asks once for all of it.
+
+    tasks.jsonl    what was made, in the form of the seeds             train.jsonl      the same as messages, shuffled
+    replies.jsonl  every raw reply: a run that was stopped goes on     dropped.jsonl    what was left out, and why
+
+Prompts are our own, their examples come from the seed file. Where we leave the published code:
+  - str.capitalize lowered all letters but the first ("NASA" became "nasa"): we raise the first and leave the rest
+  - an empty class label took the next line for the label: here the instance has no output, and is dropped
+  - the word "Example" inside a text split it: here only at the start of a line, with its number
+  - presence penalties (2 and 1.5) are left out, for not every model offers them, and Alpaca's ban of the end token
+  - 300 tokens are for classifications alone, where one in a batch of five had made it 300 for all
+  - chat models answer "Yes.", repeat the number or heading they were given, and put blank lines between the items of a list:
+    all is understood; a blank line, where replies were stopped, ends an item
+  - Alpaca kept tasks with an empty output: they are dropped
+"""
+from __future__ import annotations
+
+import json
+import random
+import re
+import string
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from math import inf
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+import runtime
+from data.llm import Budget, Reply, Request, Sampling, ask, open_model
+from data.records import Reject, check_messages
+from data.rouge import Pool
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = ""                  # checkpoint directory or endpoint
+    seeds: str = ""                  # JSONL of tasks: instruction, instances [{input, output}], is_classification
+    out: str = "runs/self_instruct"  # folder
+    recipe: Literal["original", "alpaca"] = "original"
+    instructions: int = 100          # to make (52,000 were published); the last batch may bring a few more
+    patience: int = 20               # batches in a row without a new instruction, then it goes on with what there is
+    neighbours: bool = True          # keep each instruction's ten nearest and mean similarity (2 minutes at 50,000)
+    seed: int = 0
+    device: str = "auto"
+    budget: int = 0                  # tokens this run may spend, 0: as many as it takes
+    requests: int = 5                # in a batch
+    examples: int = 8                # instructions shown in a request; the model goes on to twice as many, less one
+    machine_examples: int = 2        # of them written by the model, once there are some
+    max_tokens: int = 1024           # of new instructions
+    temperature: float = 0.7
+    top_p: float = 0.5
+    fewest_words: int = 4            # of an instruction
+    most_words: int = 150
+    similarity: float = 0.7          # ROUGE-L above which an instruction repeats another
+    yes_examples: int = 12           # tasks shown as a classification
+    no_examples: int = 19            # and as none
+    input_first_examples: int = 12   # tasks shown with an instance
+    output_first_examples: int = 17
+    instance_tokens: int = 350
+    classification_tokens: int = 300
+    instances: int = 5               # at most, of a task
+    alpaca_examples: int = 3         # tasks shown, all seeds
+    alpaca_tasks: int = 20           # asked for in one request, those shown included
+    alpaca_tokens: int = 3072
+    alpaca_temperature: float = 1.0
+    alpaca_top_p: float = 1.0
+
+    def __post_init__(self):
+        for key, low, high in (("instructions", 1, inf), ("patience", 1, inf), ("requests", 1, inf), ("examples", 1, inf),
+                               ("machine_examples", 0, self.examples), ("fewest_words", 1, self.most_words), ("similarity", 0.01, 1),
+                               ("yes_examples", 0, inf), ("no_examples", 0, inf), ("input_first_examples", 0, inf),
+                               ("output_first_examples", 0, inf), ("instances", 1, inf), ("alpaca_examples", 1, inf),
+                               ("alpaca_tasks", self.alpaca_examples + 1, inf), ("budget", 0, inf)):
+            runtime.check_range(key, getattr(self, key), low, high)
+
+
+def load_seeds(config: Config) -> list[dict]:
+    seeds, needed = [], config.alpaca_examples if config.recipe == "alpaca" else config.examples
+    try:
+        lines = Path(config.seeds).read_text(encoding="utf-8").rstrip().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        runtime.fail(f"seeds={config.seeds}: cannot be read ({error}), expected JSON lines with instruction, instances, is_classification")
+    for number, line in enumerate(lines, 1):
+        try:
+            seed = json.loads(line)
+            seeds.append({"instruction": str(seed["instruction"]), "is_classification": seed["is_classification"] is True,
+                          "instances": [{"input": str(i["input"]), "output": str(i["output"])} for i in seed["instances"]]})
+        except (ValueError, TypeError, KeyError):
+            runtime.fail(f"{config.seeds} line {number}: is no seed, expected instruction, instances (input, output), is_classification")
+    if len(seeds) < needed or not all(seed["instances"] for seed in seeds):
+        runtime.fail(f"{config.seeds}: has {len(seeds)} seeds, expected {needed} or more to show, each with an instance: add some")
+    return seeds
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+# --------------------------------------------------------------------------------- new instructions
+
+def list_prompt(seeds: list[dict], made: list[dict], config: Config, rng: random.Random) -> list[dict]:
+    """A numbered list of instructions, to be continued: at first 8 seeds, later 6 and 2 of the model's own."""
+    shown = rng.sample(made, min(config.machine_examples, len(made)))
+    shown += rng.sample(seeds, config.examples - len(shown))
+    rng.shuffle(shown)
+    lines = [f"{i}. {' '.join(task['instruction'].split()).rstrip(':')}" for i, task in enumerate(shown, 1)]
+    return user("Below begins a numbered list of tasks that people give to an assistant. They differ in subject, in form and in what is "
+                f"asked for. Go on with new tasks of your own up to number {2 * len(shown) - 1}, each on one line after its number. "
+                "Write the list and nothing else.\n\n" + "\n".join(lines) + f"\n{len(shown) + 1}.")
+
+
+def read_list(reply: Reply, config: Config) -> list[tuple[dict | None, str, str]]:
+    """What a reply proposes: (task, its text, "") or (None, the text, why it is none)."""
+    if not reply.finished:
+        return [(None, reply.text, "cut by length")]
+    before, *rest = re.split(r"(?:^|\n)\s*(\d+)\s?\. ", reply.text)
+    numbers, texts, found = rest[::2], rest[1::2], []
+    if before.strip() and numbers and numbers[0] == str(config.examples + 1):
+        found.append((None, before, "before the list"))
+    elif before.strip():  # what the bare number at the end of the prompt was waiting for
+        texts.insert(0, before)
+    for text in texts:
+        text, *more = re.split(r"\n\s*\n", text.strip(), maxsplit=1)
+        found += [({"instruction": text}, text, ""), *((None, part, "after a blank line") for part in more)]
+    return found or [(None, reply.text, "empty")]
+
+
+BANNED = ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot", "go to")
+ALPACA_BANNED = (*BANNED, "video", "audio", "music", "flowchart", "diagram")
+
+
+def fault(instruction: str, config: Config) -> str:
+    """Why an instruction is not taken, looked at by itself; "" if there is no reason."""
+    banned, words = ALPACA_BANNED if config.recipe == "alpaca" else BANNED, len(instruction.split())
+    if not words:
+        return "empty"
+    if words < config.fewest_words:
+        return f"fewer than {config.fewest_words} words"
+    if words > config.most_words:
+        return f"more than {config.most_words} words"
+    if re.search(rf"\b({'|'.join(banned)})\b", instruction, re.IGNORECASE):
+        return "speaks of what a text cannot hold"
+    if instruction.lower().startswith("write a program"):
+        return "starts with 'Write a program'"
+    if instruction[0] in string.punctuation:
+        return "starts with punctuation"
+    return "" if instruction[0].isascii() else "starts outside ASCII"
+
+
+def new_tasks(asking: Callable, seeds: list[dict], config: Config, dropped: list[dict]) -> list[dict]:
+    """Batches of requests until there are enough tasks: of each reply, what is sound and unlike everything before."""
+    if config.recipe == "alpaca":
+        prompt, read, last = alpaca_prompt, read_alpaca, config.alpaca_tasks
+        sampling = Sampling(config.alpaca_tokens, config.alpaca_temperature, config.alpaca_top_p, stop=(f"\n{last}.",))
+    else:
+        prompt, read, last = list_prompt, read_list, 2 * config.examples
+        sampling = Sampling(config.max_tokens, config.temperature, config.top_p, stop=(f"\n{last}", f"{last}.", f"{last} ."))
+    pool, known, made, idle = Pool([s["instruction"] for s in seeds], config.similarity), [s["instruction"] for s in seeds], [], 0
+    bar = tqdm(total=config.instructions, desc="instructions", mininterval=1)
+    for batch in count():
+        if len(made) >= config.instructions or idle == config.patience:
+            break
+        numbers = range(batch * config.requests, (batch + 1) * config.requests)
+        requests = [Request(prompt(seeds, made, config, random.Random(f"{config.seed} request {n}")), repeat=n) for n in numbers]
+        replies, before = asking(requests, sampling), len(made)
+        if not any(replies):
+            runtime.fail(f"{config.out}: no request of a batch was answered, see replies.failures.jsonl there: run again to go on")
+        for number, reply in zip(numbers, replies, strict=True):
+            for task, text, reason in read(reply, config) if reply else [(None, "", "no reply")]:
+                near = None
+                if task:
+                    instruction = " ".join(task["instruction"].split())
+                    instruction = instruction[:1].upper() + instruction[1:]
+                    reason = fault(instruction, config)
+                    near = None if reason else pool.too_similar(instruction)
+                if near or reason:
+                    dropped.append({"stage": "instruction", "request": number, "text": text, "reason": reason or "too similar"})
+                    dropped[-1] |= {"most_similar": {known[near[0]]: near[1]}} if near else {}
+                    continue
+                made.append(task | {"id": f"task_{len(made)}", "instruction": instruction, "request": number})
+                if config.neighbours:
+                    f = pool.similarities(instruction)
+                    made[-1] |= {"most_similar": {known[i]: float(f[i]) for i in (-f).argsort(kind="stable")[:10]},
+                                 "avg_similarity_score": float(f.mean())}
+                pool.add(instruction)
+                known.append(instruction)
+        idle = 0 if len(made) > before else idle + 1
+        bar.update(len(made) - before)
+    bar.close()
+    if len(made) < config.instructions:
+        print(f"only {len(made)} instructions: {config.patience} batches in a row brought none (more seeds or a higher temperature may)")
+    return made
+
+
+# ------------------------------------------------------------------------------ classification or not
+
+def mark_classifications(asking: Callable, seeds: list[dict], tasks: list[dict], config: Config) -> None:
+    """Ask of every task whether it is a classification. Only "Yes", "yes" and "YES" count; no reply is a no."""
+    rng = random.Random(f"{config.seed} classification")
+    shown = some_seeds(seeds, True, config.yes_examples, rng) + some_seeds(seeds, False, config.no_examples, rng)
+    rng.shuffle(shown)
+    text = "A task is a classification if its answer is one of a small set of labels. Is the last task one? Answer Yes or No.\n\n"
+    text += "".join(f"Task: {s['instruction']}\nClassification: {'Yes' if s['is_classification'] else 'No'}\n\n" for s in shown)
+    requests = [Request(user(f"{text}Task: {task['instruction']}\nClassification:")) for task in tasks]
+    for task, reply in zip(tasks, asking(requests, Sampling(3, 0.0, stop=("\n", "Task")), progress="classification or not"), strict=True):
+        task["is_classification"] = reply is not None and reply.text.strip().rstrip(".") in ("Yes", "yes", "YES")
+
+
+def some_seeds(seeds: list[dict], classification: bool, most: int, rng: random.Random) -> list[dict]:
+    kind = [seed for seed in seeds if seed["is_classification"] is classification]
+    return rng.sample(kind, min(most, len(kind)))
+
+
+# ----------------------------------------------------------------------------------------- instances
+
+def input_first_prompt(seeds: list[dict], config: Config) -> str:
+    text = ("Write examples of how a task can be set and done, under the headings Example 1, Example 2 and so on, at most five. Each has "
+            "an input, and the output that does the task for it. Where a task needs no input, write the output alone.\n\n")
+    for seed in some_seeds(seeds, False, config.input_first_examples, random.Random(f"{config.seed} input first")):
+        text += f"Task: {seed['instruction']}\n"
+        for number, i in enumerate(seed["instances"], 1):
+            text += f"Example {number}\n" + (f"Input: {i['input']}\n" if i["input"] else "") + f"Output: {i['output']}\n\n"
+    return text
+
+
+def output_first_prompt(seeds: list[dict], config: Config) -> str:
+    text = ("For a classification task, name a label after \"Class label:\", then write an input that this label and no other belongs to. "
+            "Go through several labels. If the task names its labels, use those.\n\n")
+    for seed in some_seeds(seeds, True, config.output_first_examples, random.Random(f"{config.seed} output first")):
+        text += f"Task: {seed['instruction']}\n" + "".join(f"Class label: {i['output']}\n{i['input']}\n\n" for i in seed["instances"])
+    return text
+
+
+def read_input_first(text: str) -> list[tuple[str, str]]:
+    """(input, output) of every "Example n", or of a lone "Output:"; no output heading means there is no input."""
+    before, *parts = re.split(r"(?m)^[ \t]*Example[ \t]*\d+[ \t]*[.:]?", text)
+    if re.search(r"Output\s*\d*\s*:", before):
+        parts.insert(0, before)
+    pairs = []
+    for part in filter(str.strip, parts):
+        given, *done = re.split(r"Output\s*\d*\s*:", part)
+        given, done = (given, done[0]) if done else ("", given)
+        pairs.append((re.sub(r"^\s*Input\s*\d*\s*:", "", given).strip(), re.split(r"Input\s*\d*\s*:", done)[0].strip()))
+    return pairs
+
+
+def read_output_first(text: str) -> list[tuple[str, str]]:
+    """(input, output) after every "Class label:": its line is the output, what follows the input."""
+    parts = [part.partition("\n") for part in text.split("Class label:")[1:]]
+    return [(given.strip(), label.strip()) for label, _, given in parts]
+
+
+def sound(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[object, str]]]:
+    """The instances of a task that can be used, and the others with the reason."""
+    kept, faults = [], []
+    for given, done in pairs:
+        reason = ("empty output" if not done else "input equals output" if given == done else
+                  "ends with a colon" if given.endswith(":") or done.endswith(":") else "repeated" if (given, done) in kept else "")
+        if reason:
+            faults.append(((given, done), reason))
+        else:
+            kept.append((given, done))
+    inputs = [given for given, _ in kept if given]
+    if len(set(inputs)) < len(inputs):
+        return [], faults + [(pair, "one input, two outputs: the whole task goes") for pair in kept]
+    return kept, faults
+
+
+def add_instances(asking: Callable, seeds: list[dict], tasks: list[dict], config: Config, dropped: list[dict]) -> None:
+    for classification, prompt, read, tokens, begin in (
+            (False, input_first_prompt, read_input_first, config.instance_tokens, "Example 1"),
+            (True, output_first_prompt, read_output_first, config.classification_tokens, "Class label:")):
+        some, text = [task for task in tasks if task["is_classification"] is classification], prompt(seeds, config)
+        requests = [Request(user(f"{text}Task: {task['instruction']}\n(Begin with \"{begin}\".)")) for task in some]
+        replies = asking(requests, Sampling(tokens, 0.0, stop=("Example 6", "Task:")), progress="instances, " + begin)
+        for task, reply in zip(some, replies, strict=True):
+            pairs, faults = (read(reply.text), []) if reply else ([], [])
+            if not pairs:
+                faults = [(reply.text, "no instance in the reply") if reply else ("", "no reply")]
+            elif not reply.finished:
+                faults = [(pairs.pop(), "cut by length")]
+            pairs, others = sound(pairs)
+            kept = random.Random(f"{config.seed} {task['id']}").sample(pairs, min(len(pairs), config.instances))
+            faults += others + [(pair, f"more than {config.instances} instances") for pair in pairs if pair not in kept]
+            task["instances"] = [{"input": given, "output": done} for given, done in kept]
+            dropped += [{"stage": "instance", "task": task["id"], "text": text, "reason": reason} for text, reason in faults]
+
+
+# ------------------------------------------------------------------------------------ training records
+
+WITH_INPUT = ("{i}\n{x}", "{i}\n\n{x}", "{i}\nInput: {x}", "{i}\n\nInput: {x}\n\nOutput:", "Task: {i}\nInput: {x}\nOutput:",
+              "Task: {i}\n\n{x}", "Task: {i}\n\n{x}\n\nOutput:")
+WITHOUT_INPUT = ("{i}", "{i}\nOutput:", "{i}\n\nOutput:", "Task: {i}", "Task: {i}\nOutput:", "Task: {i}\n\nOutput:")
+
+
+def as_prompt(instruction: str, given: str, rng: random.Random) -> str:
+    """One of the formats by lot; half of the time the input loses its only field name, and its blank lines."""
+    if rng.random() < 0.5:
+        fields = re.findall(r"(?m)^[A-Za-z][\w ]{0,30}:", given)
+        if len(fields) == 1:
+            given = given.replace(fields[0], "", 1).strip()
+        given = given.replace("\n\n", "\n")
+    return rng.choice(WITH_INPUT if given else WITHOUT_INPUT).format(i=instruction, x=given)
+
+
+def training_records(tasks: list[dict], source: str, config: Config, dropped: list[dict]) -> list[dict]:
+    rng, records = random.Random(f"{config.seed} formats"), {}
+    for task in tasks:
+        for number, i in enumerate(task["instances"]):
+            plain = task["instruction"] + (f"\n\n{i['input']}" if i["input"] else "")
+            prompt = plain if config.recipe == "alpaca" else as_prompt(task["instruction"], i["input"], rng)
+            messages = [*user(prompt), {"role": "assistant", "content": i["output"]}]
+            try:
+                check_messages(messages, "messages")
+                reason = "repeated" if (prompt, i["output"]) in records else ""
+            except Reject as reject:  # a NUL, half a surrogate pair
+                reason = reject.kind
+            if reason:
+                dropped.append({"stage": "record", "task": task["id"], "text": [prompt, i["output"]], "reason": reason})
+            else:
+                records[prompt, i["output"]] = {"id": f"{task['id']}_{number}", "messages": messages, "source": source}
+    shuffled = list(records.values())
+    rng.shuffle(shuffled)
+    return shuffled
+
+
+# -------------------------------------------------------------------------------------- Alpaca's variant
+
+ALPACA = """Write a list of {n} tasks that test an assistant which reads and writes text.
+1. No two instructions begin with the same verb.
+2. Their wording varies: orders, questions, requests.
+3. Their kinds vary: open questions, classification, rewriting, extraction, creative writing, advice and more.
+4. Text is all it takes: the assistant cannot see, hear, remind anybody or look things up.
+5. They are in English, one or two sentences long.
+6. A task that needs an input has one: a concrete case with real content of at most 100 words, no placeholder.
+7. Where none is needed, as for a general question, the input is <noinput>.
+8. The output does the task fully and correctly in at most 100 words.
+
+"""
+
+
+def alpaca_prompt(seeds: list[dict], made: list[dict], config: Config, rng: random.Random) -> list[dict]:
+    """Rules, and seeds as the first tasks of the list; those the model made are never shown."""
+    text = ALPACA.format(n=config.alpaca_tasks)
+    for number, seed in enumerate(rng.sample(seeds, config.alpaca_examples), 1):
+        i = seed["instances"][0]
+        text += f"###\n{number}. Instruction: {seed['instruction']}\n{number}. Input:\n{i['input'] or '<noinput>'}\n"
+        text += f"{number}. Output:\n{i['output']}\n"
+    return user(f"{text}###\n{config.alpaca_examples + 1}. Instruction:")
+
+
+def read_alpaca(reply: Reply, config: Config) -> list[tuple[dict | None, str, str]]:
+    """As read_list, of blocks between "###" with exactly an instruction, an input and an output."""
+    headings, text = r"\d+\s*\.\s*(Instruction|Input|Output)\s*:", reply.text
+    if not re.match(rf"\s*(###)?\s*{headings}", text):
+        text = "0. Instruction:" + text  # the prompt had begun it
+    found = []
+    for block in filter(str.strip, text.split("###")):
+        before, *fields = re.split(headings, block)
+        if before.strip() or fields[::2] != ["Instruction", "Input", "Output"]:
+            found.append((None, block, "not an instruction, an input and an output"))
+            continue
+        given, done = fields[3].strip(), fields[5].strip()
+        instance = {"input": "" if given.lower() == "<noinput>" else given, "output": done}
+        found.append(({"instruction": fields[1], "instances": [instance]}, block, "") if done else (None, block, "empty output"))
+    if not reply.finished and found:
+        found[-1] = (None, found[-1][1], "cut by length")
+    return found
+
+
+def generate(model, config: Config) -> None:
+    out, seeds, dropped = Path(config.out), load_seeds(config), []
+    asking = partial(ask, model, ledger=out / "replies.jsonl", budget=Budget(tokens=config.budget) if config.budget else None)
+    tasks = new_tasks(asking, seeds, config, dropped)
+    if config.recipe == "original":
+        mark_classifications(asking, seeds, tasks, config)
+        add_instances(asking, seeds, tasks, config, dropped)
+    records = training_records(tasks, f"self-instruct, {config.recipe}, by {model.name}", config, dropped)
+    for name, lines in (("tasks", [task for task in tasks if task["instances"]]), ("train", records), ("dropped", dropped)):
+        runtime.write_text(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{out}: {len(tasks)} instructions, {len(records)} training records; {len(dropped)} dropped, for reasons in dropped.jsonl")
+    for (stage, reason), number in Counter((d["stage"], d["reason"]) for d in dropped).most_common():
+        print(f"{number:8,}  {stage}: {reason}")
+
+
+def main(config: Config) -> None:
+    load_seeds(config)  # before a model is loaded
+    generate(open_model(config.model, config.device), config)
+
+
+if __name__ == "__main__":
+    main(runtime.load_config(Config, __doc__))

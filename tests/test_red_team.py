@@ -1,0 +1,202 @@
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import exits, write_jsonl
+from scripted import Scripted, corrupt, number, survives_kills
+
+from data import red_team
+from data.red_team import BEHAVIOURS, HOLE, OPERATORS, TEMPLATES, Config, generate, load_texts, select
+from judging import safety
+
+
+def speaker(request) -> str:
+    text = request.messages[-1]["content"]
+    if "[[unsafe]]" in text:
+        return "judge"
+    return "attacker" if text.startswith("An assistant is tested") or "with the mark [REQUEST]" in text else "target"
+
+
+def reply(request, sampling):
+    """An attacker, a target and a judge; the verdict and every fault depend on the request alone."""
+    who, n = speaker(request), number(request.messages, request.repeat, request.tag)
+    if who == "judge":
+        return "It is so. [[unsafe]]" if n % 12 == 0 else "No. [[safe]]" if n % 5 else "I cannot say."
+    if n % 19 == 0:
+        return "cut in the", False
+    if "to be put in front of it" in request.messages[-1]["content"]:
+        return f"Prelude {n % 1000}."
+    if who == "attacker" and HOLE in request.messages[-1]["content"]:
+        return f"Game {n % 1000}: {HOLE} now" if n % 6 else "no hole"
+    return f"{who} {n % 1000}"
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(out=str(tmp_path / "out"), attempts=3, steps=12, probes=8)
+
+
+def run(config: Config, reply=reply) -> tuple[list[dict], list[dict], Scripted]:
+    model = Scripted(reply)
+    generate(model, model, model, config)
+    files = [(Path(config.out) / f"{name}.jsonl").read_text().splitlines() for name in ("transcripts", "dropped")]
+    return *([json.loads(line) for line in lines] for lines in files), model
+
+
+# ------------------------------------------------------------------------------------------- direct
+
+def test_attempts_at_a_behaviour_end_with_the_first_that_succeeds(config, tmp_path, capsys):
+    transcripts, dropped, _ = run(config)
+    assert {t["behaviour"] for t in transcripts} == set(BEHAVIOURS) and len({t["id"] for t in transcripts}) == len(transcripts)
+    for behaviour in BEHAVIOURS:
+        mine = [t for t in transcripts if t["behaviour"] == behaviour]
+        assert all(t["judged"] != "unsafe" for t in mine[:-1]) and [t["attempt"] for t in mine] == sorted({t["attempt"] for t in mine})
+        lost = sum(d["id"].startswith(mine[0]["goal"]) for d in dropped)
+        assert mine[-1]["judged"] == "unsafe" or len(mine) + lost == 3
+    assert {t["judged"] for t in transcripts} == {"unsafe", "safe", None}
+    assert safety.read_transcripts(tmp_path / "out" / "transcripts.jsonl") == transcripts
+    assert f"{len(transcripts)} attempts at 10 behaviours" in capsys.readouterr().out
+
+
+def test_after_a_failure_the_attacker_sees_the_message_and_the_reply(config):
+    transcripts, _, model = run(replace(config, attempts=2), lambda r, s: reply(r, s) if speaker(r) != "judge" else "[[safe]]")
+    asked = [text for r in model.asked if "This message did not" in (text := r.messages[-1]["content"])]
+    first = [t for t in transcripts if t["attempt"] == 0]
+    assert len(asked) >= len(first) > 5
+    assert all(any(t["messages"][0]["content"] in text and t["messages"][1]["content"] in text for text in asked) for t in first)
+
+
+def test_the_behaviours_may_come_from_a_file(config, tmp_path):
+    file = write_jsonl(tmp_path / "b.jsonl", [{"behaviour": "hum"}, {"behaviour": "sing"}])
+    assert {t["behaviour"] for t in run(replace(config, behaviours=str(file)))[0]} == {"hum", "sing"}
+
+
+# --------------------------------------------------------------------------------------------- leaks
+
+def test_what_was_planted_is_found_in_whatever_shape(config):
+    """The target tells its password in capitals to a third of the probes, at the first attempt or when pressed."""
+    def chatty(request, sampling):
+        if speaker(request) == "attacker":
+            return "Please, it is urgent."
+        system, n = request.messages[0]["content"], number(request.messages[0])
+        urgent = request.messages[-1]["content"].startswith("Please")
+        return "It is " + system.split("password ")[1].split(".")[0].upper() if n % 3 == 0 and (n % 2 or urgent) else "I keep it."
+
+    transcripts, _, model = run(replace(config, mode="leak", probes=30), chatty)
+    told = {t["behaviour"]: t["attempt"] for t in transcripts if t["judged"] == "unsafe"}
+    probes = safety.leak_probes(30)
+    assert len(told) == sum(number(p["messages"][0]) % 3 == 0 for p in probes) and set(told.values()) == {0, 1}
+    assert "judge" not in {speaker(r) for r in model.asked} and {t["judge"] for t in transcripts} == {"the strings that were planted"}
+    assert [t["messages"][:-1] for t in transcripts if t["attempt"] == 0] == [p["messages"] for p in probes]
+
+
+# ------------------------------------------------------------------------------------------- fuzzing
+
+def node(number, parent, depth, visits, reward):
+    return {"number": number, "parent": parent, "depth": depth, "visits": visits, "reward": reward, "text": ""}
+
+
+class Never(random.Random):
+    def random(self):
+        return 0.5
+
+
+class Always(random.Random):
+    def random(self):
+        return 0.05
+
+
+def test_mcts_walks_to_the_most_promising_template_by_hand():
+    """Step 8, c = 0.5: sqrt(2 ln 8) = 2.039. Seeds: 0 with 3 visits and reward 1.9: 1.9/4 + 0.5 * 2.039 / 2 = 0.985; 1 with 0 visits:
+    0.5 * 2.039 = 1.020. So 1; were it visited 8 times, 0.5 * 2.039 / 3 = 0.340, so 0, and of its children the unvisited 3:
+    1.020 against 0.8 / 3 + 0.5 * 2.039 / sqrt(3) = 0.855 of 2."""
+    config = Config()
+    assert [n["number"] for n in select([node(0, None, 0, 3, 1.9), node(1, None, 0, 0, 0)], 8, config, Never())] == [1]
+    pool = [node(0, None, 0, 3, 1.9), node(1, None, 0, 8, 0), node(2, 0, 1, 2, 0.8), node(3, 0, 1, 0, 0), node(4, 2, 2, 0, 0)]
+    assert [n["number"] for n in select(pool, 8, config, Never())] == [0, 3]
+    assert [n["visits"] for n in pool] == [4, 8, 2, 1, 0]
+    pool[3]["visits"] = 50
+    assert [n["number"] for n in select(pool, 8, config, Never())] == [0, 2, 4]
+    assert [n["number"] for n in select(pool, 8, config, Always())] == [0], "one time in ten it stops early"
+
+
+def test_round_robin_takes_every_template_in_turn():
+    pool = [node(i, None, 0, 0, 0) for i in range(3)]
+    assert [select(pool, step, Config(select="round_robin"), Never())[-1]["number"] for step in range(1, 8)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("how", ["mcts", "round_robin"])
+def test_templates_that_win_join_the_pool_and_are_changed_in_turn(how, config):
+    transcripts, dropped, model = run(replace(config, mode="fuzz", select=how, steps=40))
+    assert Counter(t["operator"] for t in transcripts).keys() == OPERATORS.keys()
+    for t in transcripts:
+        assert t["template"].count(HOLE) == 1 and t["messages"][0]["content"] == t["template"].replace(HOLE, t["behaviour"])
+    shown = " ".join(r.messages[-1]["content"] for r in model.asked if speaker(r) == "attacker")
+    won = {t["template"] for t in transcripts if t["judged"] == "unsafe"}
+    assert any(template in shown for template in won), "a template that won is changed further"
+    lost = {t["template"] for t in transcripts} - won
+    assert lost and not any(template in shown for template in lost) and f"does not hold {HOLE} once" in {d["reason"] for d in dropped}
+
+
+def test_what_is_put_in_front_of_a_template_keeps_the_template(config):
+    transcripts, _, _ = run(replace(config, mode="fuzz", steps=60), lambda r, s: "Once." if speaker(r) == "attacker" else "[[safe]]")
+    assert {t["operator"] for t in transcripts} == {"expand"} and {t["template"] for t in transcripts} <= {f"Once. {t}" for t in TEMPLATES}
+
+
+def test_rewards_shrink_with_depth(config, monkeypatch):
+    """Every behaviour is won every time: 1 for the seed, 0.9 for its child and so on, 0.2 from the eighth level on."""
+    grown: list[dict] = []
+
+    def newest(pool, *_):
+        grown[:] = pool
+        return [pool[-1]]
+
+    monkeypatch.setattr(red_team, "select", newest)
+    said = {"attacker": f"{HOLE} {{}}", "judge": "[[unsafe]]", "target": "yes"}
+    run(replace(config, mode="fuzz", steps=30), lambda r, s: said[speaker(r)].format(r.repeat))
+    assert [n["depth"] for n in grown[4:]] == list(range(len(grown) - 4)) and len(grown) > 15
+    assert all(n["text"].count(HOLE) == 1 for n in grown), "the expansions, which held it once more, were dropped"
+    assert [n["reward"] for n in grown[4:14]] == pytest.approx([1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2])
+
+
+# ---------------------------------------------------------------------------------------- end to end
+
+@pytest.mark.parametrize("mode", ["direct", "fuzz", "leak"])
+def test_whenever_it_is_killed_it_goes_on_to_the_same_files(mode, config, tmp_path):
+    config = replace(config, mode=mode, steps=4, attempts=2)
+    found = survives_kills(lambda model, out: generate(model, model, model, replace(config, out=str(out))), reply, tmp_path, deaths=2)
+    assert found["transcripts.jsonl"]
+
+
+@pytest.mark.parametrize("mode", ["direct", "fuzz", "leak"])
+def test_corrupted_replies_are_dropped_with_a_reason(mode, config, tmp_path):
+    """Every reply is damaged, more than 500 by the three runs: nothing raises, every transcript can be read and counted."""
+    def broken(request, sampling):
+        text, finished = said if isinstance(said := reply(request, sampling), tuple) else (said, True)
+        return corrupt(text, number(request)), finished
+
+    transcripts, dropped, model = run(replace(config, mode=mode, steps=30, attempts=12, probes=20), broken)
+    assert len(model.asked) > 150 and safety.read_transcripts(tmp_path / "out" / "transcripts.jsonl") == transcripts
+    assert all(d["reason"] for d in dropped)
+
+
+def test_a_target_that_fails_is_not_counted_as_safe(config, capsys):
+    transcripts, dropped, _ = run(config, lambda r, s: None if speaker(r) == "target" else "attack")
+    assert transcripts == [] and {d["reason"] for d in dropped} == {"no reply"}
+    assert "0 brought about, 0 not, 0 not judged, 10 not tried" in capsys.readouterr().out
+
+
+def test_what_ships_is_ten_behaviours_and_five_templates():
+    assert len(set(BEHAVIOURS)) == 10 and all(text.count(HOLE) == 1 for text in TEMPLATES) and len(OPERATORS) == 5
+
+
+def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, capsys):
+    for record, key, said in (({"text": "no hole"}, "text", "line 1: holds [REQUEST] 0 times"), ({"x": 1}, "behaviour", "has no")):
+        file = write_jsonl(tmp_path / "f.jsonl", [record])
+        exits(capsys, lambda file=file, key=key: load_texts(str(file), key, ()), said)
+    exits(capsys, lambda: load_texts(str(write_jsonl(tmp_path / "f.jsonl", [{"behaviour": "a"}] * 2)), "behaviour", ()), "drop the repeats")
+    exits(capsys, lambda: red_team.main(replace(config, behaviours="none.jsonl")), "none.jsonl: cannot be read")
+    exits(capsys, lambda: Config(steps=0), "steps is 0")

@@ -78,6 +78,7 @@ runs/tiny/%/ppo_without_kl/model/config.json: runs/tiny/%/reward/model/config.js
 
 results: $(ENVIRONMENT) $(SEEDS:%=recipe-%) $(SEEDS:%=runs/tiny/%/ppo_without_kl/model/config.json)
 	$(PYTHON) judge.py --config configs/tiny/results.toml
+	cp runs/tiny/results/report.json runs/tiny/results/samples.txt benchmarks/results/tiny/
 	$(PYTHON) -m benchmarks.rlhf
 	$(PYTHON) -m benchmarks.overoptimisation runs='["KL coefficient 0.2=runs/tiny/0/ppo", "KL coefficient 0=runs/tiny/0/ppo_without_kl"]' out=benchmarks/results/tiny/overoptimisation
 	$(PYTHON) -m benchmarks.readme

@@ -280,12 +280,9 @@ def likert_sections(judge: str, rows: list[dict]) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------ report
 
-def judges_compared(found: dict[str, tuple[list[dict], list[dict]]], config: Config) -> list[dict]:
-    """The judges beside each other: their tastes, whether they agree with the truth, and for whom they have a weakness."""
-    by_judge = {judge: rows for judge, (rows, _) in found.items() if rows}
-    if not by_judge:
-        return []
-    sections = [trial.taste_section({judge: tables.merge_orders(rows)[0] for judge, rows in by_judge.items()})]
+def judges_compared(by_judge: dict[str, list[dict]], config: Config) -> list[dict]:
+    """The judges beside each other: whether they agree with the truth, and for whom they have a weakness."""
+    sections = []
     if config.truth in by_judge:
         sections += [trial.agreement_section(by_judge, config.truth), trial.category_agreement_section(by_judge, config.truth)]
     sections.append(trial.self_preference_section(by_judge, dict(config.named("sources")), config.truth))
@@ -332,7 +329,7 @@ def main(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     budget = Budget(money=config.budget or inf, prompt_price=config.prompt_price, reply_price=config.reply_price)
     result = {"title": "Models and their judges", "about": {"torch": torch.__version__}}
-    answers, dialogues, grades, sections, found = Answers([], {}), None, None, [], {}
+    answers, dialogues, grades, gold_sections, sections, found = Answers([], {}), None, None, [], [], {}
     graded = any(where == "gold" for _, where in config.named("judges"))
     if config.models and config.judges:
         questions, dialogues = load_questions(config)
@@ -349,14 +346,17 @@ def main(config: Config) -> None:
     if graded and answers.said:
         grades = gold.grade_all(answers, dialogues)
         result["gold"] = gold.summaries(answers, dialogues, grades, baseline)
-        sections += gold.sections(result["gold"], baseline, len(config.seeds))
+        gold_sections = gold.sections(result["gold"], baseline, len(config.seeds))
     for name, where in config.named("judges"):
         if answers.said or where.startswith("recorded:"):
             *found[name], about = hear(name, where, answers, dialogues, grades, baseline, config, budget, device)
             sections += about
-    sections += judges_compared(found, config)
+    heard = {name: rows for name, (rows, _) in found.items() if rows}
+    if heard:
+        sections.insert(0, trial.screen_section(heard, config.truth))
+    sections += judges_compared(heard, config)
     sections += boards_sections(config, budget, device)
-    result["sections"] = sections
+    result["sections"] = gold_sections + sections
     lines = (json.dumps(row) + "\n" for rows, marks in found.values() for row in [*rows, *marks])
     runtime.write_text(out / "judgments.jsonl", "".join(lines))
     if answers.said:

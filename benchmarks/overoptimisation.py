@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import torch
+
 import judge
 import runtime
 from data.llm import Budget
@@ -46,19 +48,24 @@ def curve(folder: Path, start_gold: float, grade) -> list[dict]:
     return points
 
 
+def grade(path: Path | str, data: str, device: torch.device) -> float:
+    """Gold score of a model on the dialogues of a file."""
+    with tempfile.TemporaryDirectory() as folder:  # for the ledger, which nobody needs again
+        settings = judge.Config(models=[f"model={path}"], data=data, out=folder, device=device.type)
+        questions, dialogues = judge.load_questions(settings)
+        said = judge.answer(str(path), questions, dialogues, settings, 0, "", Budget(), device)
+        (grades,) = gold.grade_all(judge.Answers(questions, {(str(path), 0): said}), dialogues).values()
+    return 100 * mean(g for replies in grades for g in replies)
+
+
 def main(config: Config) -> None:
     device = runtime.setup(config.device, 0, config.threads)
-    questions, dialogues = judge.load_questions(judge.Config(models=[f"start={config.start}"], data=config.data))
 
-    def grade(path: Path | str) -> float:
-        with tempfile.TemporaryDirectory() as folder:  # for the ledger, which nobody needs again
-            settings = judge.Config(models=[f"start={path}"], data=config.data, out=folder, device=config.device)
-            said = judge.answer(str(path), questions, dialogues, settings, 0, "", Budget(), device)
-        (grades,) = gold.grade_all(judge.Answers(questions, {(str(path), 0): said}), dialogues).values()
-        return 100 * mean(g for replies in grades for g in replies)
+    def graded(path: Path | str) -> float:
+        return grade(path, config.data, device)
 
-    start = grade(config.start)
-    curves = {entry.partition("=")[0]: curve(Path(entry.partition("=")[2]), start, grade) for entry in config.runs}
+    start = graded(config.start)
+    curves = {entry.partition("=")[0]: curve(Path(entry.partition("=")[2]), start, graded) for entry in config.runs}
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     runtime.write_text(out.with_suffix(".json"), json.dumps({"data": config.data, "curves": curves}, indent=1) + "\n")

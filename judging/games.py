@@ -77,19 +77,24 @@ def in_orders(found: list[Match], orders: str, names: list[str]) -> list[tuple[M
     return chosen
 
 
-def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, unbiased: bool = False, progress: str = "") -> list[dict]:
-    """The judge's verdict on every game, as rows."""
-    requests, rows = [], []
+def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, unbiased: bool = False, identical: bool = False,
+            progress: str = "") -> list[dict]:
+    """The judge's verdict on every game, as rows. Replies that are the same text tie unasked, once, unless `identical` is set."""
+    requests, asked, same = [], [], {}
     for m, a_first in games:
         a, b = ([r["text"] for r in answers.said[name, m.seed][m.question][:m.turn]] for name in (m.a, m.b))
+        row = _row(judge.name, m, answers)
+        if a == b and not identical:
+            same[m] = row | {"a_first": None, "preference": 0.5, "rating": None, "why": "identical replies"}
+            continue
         messages = ask_pair(answers.questions[m.question], *((a, b) if a_first else (b, a)), judge.form, judge.wording, unbiased)
         requests.append(Request(messages, labels=("A", "B") if judge.form == "label" else ()))
-        rows.append(_row(judge.name, m, answers) | {"a_first": a_first})
-    for row, reply in zip(rows, _ask(judge, requests, progress), strict=True):
+        asked.append(row | {"a_first": a_first})
+    for row, reply in zip(asked, _ask(judge, requests, progress), strict=True):
         verdict = Verdict(None, "no reply") if reply is None else read_verdict(reply.text, judge.form, reply.labels)
         p = verdict.value
         row |= {"preference": p if p is None or row["a_first"] else 1 - p, "rating": verdict.rating, "why": verdict.why}
-    return rows
+    return asked + list(same.values())
 
 
 def mark(judge: Judge, answers: Answers) -> list[dict]:

@@ -163,10 +163,11 @@ def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: st
               bounded(x["lc2"], x["lc2_low"], x["lc2_high"]) if "lc2" in x else None, x.get("length")] for x in lines]
     given = [x for x in lines if not x["refused"]]
     why = " ".join(dict.fromkeys(x["refused"] for x in lines if x["refused"]))
-    text = f"{unparsed(rows)[2]} {orders} A draw is half a win; intervals resample prompts. {why}"
+    text = f"{unparsed(rows)[2]} {orders} A draw is half a win; intervals resample prompts."
     if any("lc2" in x for x in lines):
         text += " lc2 is the win rate at equal length from a fit of two terms, not AlpacaEval's LC."
-    section = {"title": f"{judge}: wins against {baseline}", "text": text.strip(),
+    text = f"{text} {why}".strip()
+    section = {"title": f"{judge}: wins against {baseline}", "text": text,
                "columns": ["model", "win rate, %", "wins", "draws", "losses", "unread", "lc2, %", "characters"], "rows": table}
     if given:
         section["figure"] = {"kind": "ratings", "names": [x["model"] for x in given], "values": [x["win_rate"] for x in given],

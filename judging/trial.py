@@ -45,18 +45,19 @@ def cross_examine(judge: Judge, rows: Sequence[dict], marks: Sequence[dict], ans
     weaker = next(name for name in reversed(answers.names) if name != baseline)
     planted = f"{weaker} with a verdict planted"
 
-    def probe(name: str, of: str, change, orders: str) -> list[dict]:
+    def probe(name: str, of: str, change, orders: str, identical: bool = False) -> list[dict]:
         """Games of the baseline against a model that says what `of` said, changed."""
         said = {(n, seed): replies for (n, seed), replies in answers.said.items() if n == baseline}
         said |= {(name, seed): [[r | {"text": change(r["text"])} for r in d] for d in replies]
                  for (n, seed), replies in answers.said.items() if n == of}
         shown = Answers(answers.questions, said)
-        rows = compare(judge, in_orders(matches(shown, baseline, False), orders, shown.names), shown, progress=f"{judge.name}: {name}")
+        games = in_orders(matches(shown, baseline, False), orders, shown.names)
+        rows = compare(judge, games, shown, identical=identical, progress=f"{judge.name}: {name}")
         return against(rows, name, baseline)
 
     probes = {"a fixed sentence": (probe("a fixed sentence", baseline, lambda text: FIXED, "both"), None),
               planted: (probe(planted, weaker, lambda text: text + PLANTED, "both"), against(rows, weaker, baseline))}
-    identical = probe("itself", baseline, lambda text: text, "one")
+    identical = probe("itself", baseline, lambda text: text, "one", identical=True)
     merged = merge_orders(rows)[0]
     sections = [position_section(asked, judge.name), length_section(merged, judge.name), probes_section(identical, probes, judge.name),
                 wording_section(worded, baseline, judge.name), ranking_against_scoring(rows, marks, judge.name)]
@@ -102,32 +103,6 @@ def position_section(runs: Mapping[str, Sequence[dict]], judge: str) -> dict | N
 
 
 # ------------------------------------------------------------------------------------------- taste
-
-TASTES = (("longer by more than 30 characters", "length", 30), ("more distinct words", "words", 0), ("a list, the other none", "list", 0))
-
-
-def taste_section(by_judge: Mapping[str, Sequence[dict]]) -> dict | None:
-    """What the preferred replies have more of, by judge; None where rows do not describe replies. Rows after merge_orders.
-
-    Better replies may well be longer: what counts is where a judge differs from people on the same pairs.
-    """
-    lines = []
-    for label, name, threshold in TASTES:
-        cells = []
-        for rows in by_judge.values():
-            rows = [r for r in rows if f"{name}_a" in r and f"{name}_b" in r and r["preference"] is not None]
-            found = ratings.feature_preference([r["preference"] for r in rows], [r[f"{name}_a"] for r in rows],
-                                               [r[f"{name}_b"] for r in rows], threshold)
-            cells += [share(found, "share"), found["n"]]
-        if any(cells):
-            lines.append([label, *cells])
-    if not lines:
-        return None
-    columns = [x for judge in by_judge for x in (f"{judge}, %", "pairs")]
-    return {"title": "Taste", "columns": ["of the decided pairs, the winner is", *columns], "rows": lines,
-            "text": "Good replies may well be longer: what counts is where a judge differs from people, or from the truth, on the same "
-                    "pairs."}
-
 
 def length_section(rows: Sequence[dict], judge: str) -> dict | None:
     """Wins by how much longer a reply is, in eight bins of equal size. Rows after merge_orders."""
@@ -279,6 +254,37 @@ def category_agreement_section(by_judge: Mapping[str, Sequence[dict]], truth: st
     return {"title": f"Agreement with {truth} by category", "rows": list(cells.values()),
             "columns": ["category", *(x for judge in others for x in (f"{judge}: Spearman", "pairs"))],
             "text": "None where a category has fewer than eight pairs, or one side never changes its verdict."}
+
+
+TASTES = (("wins of the reply longer by over 30 characters, %", "length", 30), ("wins of more distinct words, %", "words", 0),
+          ("wins of the only reply with a list, %", "list", 0))
+
+
+def screen_section(by_judge: Mapping[str, Sequence[dict]], truth: str, seed: int = 0) -> dict:
+    """All judges on one screen: order, taste, and whether they are right. A row a measure, "-" where it does not apply.
+
+    Good replies may well be longer: what counts is where a judge differs from people, or the truth, on the same pairs.
+    """
+    columns: dict[str, list] = {}
+    agree = agreement_section(by_judge, truth, seed) if truth in by_judge else None
+    agrees = {row[0]: row[1] for row in agree["rows"]} if agree else {}
+    for judge, rows in by_judge.items():
+        found, merged = position(rows), [r for r in merge_orders(rows)[0] if r["preference"] is not None]
+        missing, count, _ = unparsed(rows)
+        first, right = found["first"], right_section(rows, judge)
+        column = [count, 100 * missing / count, share(first, "value") if first["games"] else None, share(found["both"], "consistency")]
+        for _, name, threshold in TASTES:
+            known = [r for r in merged if f"{name}_a" in r and f"{name}_b" in r]
+            taste = ratings.feature_preference([r["preference"] for r in known], [r[f"{name}_a"] for r in known],
+                                               [r[f"{name}_b"] for r in known], threshold)
+            column.append(share(taste, "share"))
+        columns[judge] = [*column, agrees.get(judge), right["rows"][0][1] if right else None]
+    names = ["verdicts", "not to be read, %", "wins of the first slot, %", "the same in both orders, %", *(label for label, _, _ in TASTES),
+             f"agrees with {truth or 'the truth'}, %", "right, %"]
+    lines = [[name, *cells] for name, *cells in zip(names, *columns.values(), strict=True) if any(cell is not None for cell in cells)]
+    return {"title": "The judges on trial", "columns": ["", *columns], "rows": lines,
+            "text": "Good replies may well be longer: what counts is where a judge differs from people, or from the truth, on the same "
+                    "pairs. A share without ties is of the decided pairs."}
 
 
 def self_preference_section(by_judge: Mapping[str, Sequence[dict]], sources: Mapping[str, str], truth: str) -> dict | None:

@@ -68,18 +68,21 @@ def test_the_script_judges_base_and_few_shot_and_writes_everything(checkpoint, t
 
 def test_a_model_judges_and_is_judged_and_a_second_run_asks_nothing(checkpoint, tmp_path, capsys):
     """An untrained judge mostly says nothing that can be read: no mean is given; forced, the run goes through to the end."""
-    models = [f"one={checkpoint}", f"two={checkpoint}"]
-    settings = dict(models=models, data=tiny_questions(tmp_path, 1), out=str(tmp_path / "out"), max_tokens=4, judge_max_tokens=4,
+    data = tiny_questions(tmp_path, 1)
+    asked = [json.loads(line) for line in open(data)]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"id": d["id"], "replies": ["Yes."] * len(d["turns"])}) + "\n" for d in asked))
+    models = [f"one={checkpoint}", f"two={tmp_path / 'two.jsonl'}"]
+    settings = dict(models=models, data=data, out=str(tmp_path / "out"), max_tokens=4, judge_max_tokens=4,
                     judges=["gold", f"tiny={checkpoint}"], truth="gold", form="label", wording="bare", trial=3, device="cpu",
                     sources=["one=us", "two=them"])
     judge.main(Config(**settings, force=True))
     first = (tmp_path / "out" / "report.json").read_text()
     titles = [s["title"] for s in json.loads(first)["sections"]]
     assert {"tiny: wins against one", "tiny: position", "tiny: probes", "Agreement with gold", "Self-preference"} <= set(titles)
-    asked = len((tmp_path / "out" / "calls.jsonl").read_text().splitlines())
+    calls = len((tmp_path / "out" / "calls.jsonl").read_text().splitlines())
     capsys.readouterr()
     judge.main(Config(**settings, force=True))
-    assert len((tmp_path / "out" / "calls.jsonl").read_text().splitlines()) == asked
+    assert len((tmp_path / "out" / "calls.jsonl").read_text().splitlines()) == calls
     assert (tmp_path / "out" / "report.json").read_text() == first
     rows = [json.loads(line) for line in (tmp_path / "out" / "judgments.jsonl").open()]
     assert {r["judge"] for r in rows} == {"gold", "tiny"}

@@ -299,3 +299,12 @@ def test_several_people_are_heard_as_their_majority():
     section = trial.people_section(rows, "people")
     assert section["rows"][0][:2] == [6, pytest.approx(100 / 6)]
     assert trial.people_section(rows[:2], "people") is None
+
+
+def test_equal_replies_tie_without_being_asked_and_tell_nothing_of_the_judge(tmp_path):
+    answers = answers_of(10, x=lambda i: f"reply {i}", y=lambda i: f"reply {i % 5}")
+    rows, judge = judged(lambda a, b: "[[A]]", answers, tmp_path, "y")
+    assert judge.model.asked == 10 and len(rows) == 15
+    assert [r["preference"] for r in rows if r["a_first"] is None] == [0.5] * 5
+    assert trial.position(rows)["first"]["games"] == 10 and trial.position(rows)["both"]["n"] == 5
+    assert sum(r["preference"] == 0.5 for r in tables.merge_orders(rows)[0]) == 10

@@ -28,8 +28,11 @@ demo: $(ENVIRONMENT) recipe-$(SEED)
 	$(PYTHON) judge.py --config configs/tiny/judge.toml seeds='[$(SEED)]' data=runs/tiny/$(SEED)/data/test.jsonl out=runs/tiny/$(SEED)/judge
 	$(PYTHON) -m benchmarks.overoptimisation runs='["PPO=runs/tiny/$(SEED)/ppo"]' start=runs/tiny/$(SEED)/sft/model data=runs/tiny/$(SEED)/data/dev.jsonl out=runs/tiny/$(SEED)/judge/overoptimisation
 
-recipe-%: $(addprefix runs/tiny/%/,$(addsuffix /model/config.json,dpo sft_chosen dpo_without_sft reward ppo))
-	@:
+# From the preferences on two jobs share the cores: sampling gains little from a second thread.
+recipe-%: runs/tiny/%/pairs.jsonl
+	OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) $(MAKE) --no-print-directory -j2 --output-sync=target \
+		runs/tiny/$*/pairs_reward.jsonl $(addprefix runs/tiny/$*/,$(addsuffix /model/config.json,dpo sft_chosen dpo_without_sft))
+	$(MAKE) --no-print-directory runs/tiny/$*/ppo/model/config.json
 
 runs/tiny/%/data/test.jsonl: | $(ENVIRONMENT)
 	@printf '\n== 1/9 data: demonstrations, prompts, held-out dialogues\n'

@@ -101,7 +101,21 @@ def loading_table(report: dict) -> str:
     return f"Loading a checkpoint of 2 GB peaks at this multiple of the model that results: {found} (`{report['command']}`)."
 
 
-TABLES = {"tiny": (tiny_table, "tiny/report.json"), "categories": (category_table, "tiny/report.json"),
+def screen_table(report: dict) -> str:
+    """The judges on trial, on one screen."""
+    section = next(s for s in report["sections"] if s["title"] == "The judges on trial")
+
+    def shown(cell) -> str:
+        if isinstance(cell, dict):
+            return f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
+        return "-" if cell is None else cell if isinstance(cell, str) else f"{cell:,.0f}" if cell == int(cell) else f"{cell:.1f}"
+
+    lines = ["| " + " | ".join(section["columns"]) + " |", "|---" * len(section["columns"]) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(shown, row)) + " |" for row in section["rows"]])
+
+
+TABLES = {"trial": (screen_table, "trial/report.json"), "recorded": (screen_table, "recorded/report.json"),
+          "tiny": (tiny_table, "tiny/report.json"), "categories": (category_table, "tiny/report.json"),
           "throughput": (throughput_table, "throughput.json"), "families": (family_table, "families.json"),
           "memory": (memory_table, "memory.json"), "loading": (loading_table, "loading.json"),
           "kernels_builds": (build_table, KERNELS / "aot_baseline.json"), "kernels_gpu": (verdict_table, KERNELS / "results"),

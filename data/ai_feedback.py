@@ -38,8 +38,8 @@ from typing import Literal
 
 import runtime
 from data.formats import read
-from data.llm import Budget, Reply, Request, Sampling, ask, open_model
-from data.records import Reject, check_text
+from data.llm import Budget, Request, Sampling, ask, open_model
+from data.records import fault
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,6 @@ def load_prompts(path: str) -> list[dict]:
                         "prompt": record["prompt"] if "prompt" in record else record["messages"][:-1]})
     report.refuse()
     return prompts
-
-
-def fault(reply: Reply | None) -> str:
-    """Why a reply cannot be used, "" if it can."""
-    if reply is None:
-        return "no reply"
-    try:
-        check_text(reply.text, "reply")
-    except Reject as reject:  # empty, a NUL, half a surrogate pair
-        return reject.kind
-    return "" if reply.finished else "cut by length"
 
 
 # ------------------------------------------------------------------------------------------ answers

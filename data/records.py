@@ -167,3 +167,14 @@ FORMS = {
     "prompt": Format("prompt", read_prompt, ({"prompt": ANY},)),
     "text": Format("text", read_text, ({"text": str},)),
 }
+
+
+def fault(reply) -> str:
+    """Why a model's reply (data/llm.py) cannot be used, "" if it can."""
+    if reply is None:
+        return "no reply"
+    try:
+        check_text(reply.text, "reply")
+    except Reject as reject:  # empty, a NUL, half a surrogate pair
+        return reject.kind
+    return "" if reply.finished else "cut by length"

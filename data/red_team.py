@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Literal
 
 import runtime
-from data.llm import Budget, Reply, Request, Sampling, ask, open_model
-from data.records import Reject, check_text
+from data.llm import Budget, Request, Sampling, ask, open_model
+from data.records import fault
 from judging import safety
 
 BEHAVIOURS = (
@@ -112,17 +112,6 @@ def load_texts(path: str, key: str, built_in: tuple[str, ...]) -> list[str]:
 
 def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
-
-
-def fault(reply: Reply | None) -> str:
-    """Why a reply cannot be used, "" if it can."""
-    if reply is None:
-        return "no reply"
-    try:
-        check_text(reply.text, "reply")
-    except Reject as reject:  # empty, a NUL, half a surrogate pair
-        return reject.kind
-    return "" if reply.finished else "cut by length"
 
 
 def send(asking: Callable, attacks: list[dict], verdicts: Callable, config: Config, dropped: list[dict]) -> list[dict]:

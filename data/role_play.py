@@ -35,8 +35,8 @@ from math import inf
 from pathlib import Path
 
 import runtime
-from data.llm import Budget, Reply, Request, Sampling, ask, open_model
-from data.records import Reject, check_text
+from data.llm import Budget, Request, Sampling, ask, open_model
+from data.records import fault
 
 DONE = "<CAMEL_TASK_DONE>"
 POLITE = ("goodbye", "good bye", "thank", "bye", "welcome", "language model")
@@ -102,17 +102,6 @@ def load_ideas(path: str) -> list[dict]:
 
 def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
-
-
-def fault(reply: Reply | None) -> str:
-    """Why a reply cannot be used, "" if it can."""
-    if reply is None:
-        return "no reply"
-    try:
-        check_text(reply.text, "reply")
-    except Reject as reject:  # empty, a NUL, half a surrogate pair
-        return reject.kind
-    return "" if reply.finished else "cut by length"
 
 
 # ----------------------------------------------------------------------------------------- the tasks

@@ -34,8 +34,8 @@ from typing import Literal
 import runtime
 from data.chat import load_tokenizer
 from data.formats import read
-from data.llm import Budget, Reply, Request, Sampling, ask, open_model
-from data.records import Reject, check_text
+from data.llm import Budget, Request, Sampling, ask, open_model
+from data.records import fault
 
 TOPICS = ("animals and plants", "architecture", "books", "careers", "chemistry and physics", "cities", "climate", "computers", "cooking",
           "economics", "family", "film and theatre", "gardening", "health", "history", "hobbies", "houses", "languages", "law",
@@ -101,17 +101,6 @@ def load_about(config: Config) -> list[str]:
 
 def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
-
-
-def fault(reply: Reply | None) -> str:
-    """Why a reply cannot be used, "" if it can."""
-    if reply is None:
-        return "no reply"
-    try:
-        check_text(reply.text, "reply")
-    except Reject as reject:  # empty, a NUL, half a surrogate pair
-        return reject.kind
-    return "" if reply.finished else "cut by length"
 
 
 # ---------------------------------------------------------------------------------- opening lines

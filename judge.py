@@ -58,6 +58,7 @@ class Config:
     wording: Literal["plain", "criteria", "solve", "bare"] = "plain"
     orders: Literal["both", "one", "balanced"] = "both"  # one: drawn by lot; balanced: by turns, each model as often left as right
     all_pairs: bool = False          # a tournament of all models instead of each against the baseline
+    difficulty: str = ""             # JSON {question id: difficulty} for the full length control; "": the two-term one alone
     marks: bool = False              # judges also mark every reply alone, 1 to 10
     trial: int = 0                   # questions for the probes of the judge itself; 0: none
     sources: list[str] = ()          # "model=where its training data came from", for the table of self-preference
@@ -259,7 +260,8 @@ def verdict_sections(judge: str, rows: list[dict], marks: list[dict], baseline: 
     if rows:
         merged = tables.merge_orders(rows)[0]
         if any(baseline in (r["a"], r["b"]) for r in merged):
-            sections.append(tables.win_rate_section(merged, baseline, judge, ORDERS[orders], force=config.force))
+            sections.append(tables.win_rate_section(merged, baseline, judge, ORDERS[orders], force=config.force,
+                                                    difficulty=load_difficulty(config, merged)))
         if len({x for r in merged for x in (r["a"], r["b"])}) > 2:
             sections += tables.ratings_sections(merged, judge, force=config.force)
         sections.append(tables.category_section(merged, baseline, judge))
@@ -268,6 +270,18 @@ def verdict_sections(judge: str, rows: list[dict], marks: list[dict], baseline: 
     if marks:
         sections += tables.score_sections(marks, judge, force=config.force)
     return [s for s in sections if s]
+
+
+def load_difficulty(config: Config, rows: list[dict]) -> dict[str, float]:
+    """AlpacaEval 2's difficulties of the instructions, or {}."""
+    if not config.difficulty:
+        return {}
+    try:
+        found = {str(name): float(value) for name, value in json.loads(Path(config.difficulty).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        fail(f"difficulty={config.difficulty}: cannot be read ({error}), expected JSON such as {{\"0\": -0.3, \"1\": 1.2}}")
+    lacking = {str(r["prompt"]) for r in rows} - found.keys()
+    return fail(f"difficulty={config.difficulty}: lacks {len(lacking)} questions, first {min(lacking)}: add them") if lacking else found
 
 
 def likert_sections(judge: str, rows: list[dict]) -> list[dict]:

@@ -51,6 +51,8 @@ class Sampling:
     def __post_init__(self):
         for key, low, high in (("max_tokens", 1, inf), ("temperature", 0, 10), ("top_p", 0, 1), ("top_k", 0, inf)):
             check_range(key, getattr(self, key), low, high)
+        if "" in self.stop:
+            fail("stop holds an empty text, which every reply begins with: leave it out")
 
 
 class Request(NamedTuple):
@@ -349,7 +351,7 @@ class Checkpoint:
                 if stopped:
                     s.done = True
                 if s.done:
-                    # The fifth digit depends on what else is in the batch.
+                    # What else is in the batch moves the sixth decimal.
                     labels = {label: round(x, 4) for label, x in zip(requests[sequences[s]].labels, s.label_logprobs, strict=True)}
                     seconds = time.perf_counter() - s.began
                     yield sequences[s], Reply(text, s.finished or stopped, len(s.prompt), len(s.tokens), seconds, labels)

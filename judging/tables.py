@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -133,8 +133,12 @@ def prompt_interval(p: np.ndarray, prompts: Sequence, rounds: int, seed: int) ->
     return float(low), float(high)
 
 
-def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, seed: int = 0, force: bool = False) -> list[dict]:
-    """By model, best first: ratings.win_rate, its interval over prompts, lc2 with interval where lengths are known; None where refused."""
+def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, seed: int = 0, force: bool = False,
+              difficulty: Mapping[str, float] | None = None) -> list[dict]:
+    """By model, best first: ratings.win_rate, its interval over prompts, lc2 with interval where lengths are known; None where refused.
+
+    With the prompts' difficulty also "lc", the three-term fit.
+    """
     lines = []
     for model in sorted({x for r in rows for x in (r["a"], r["b"])} - {baseline}):
         mine = against(rows, model, baseline)
@@ -151,13 +155,17 @@ def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, seed: int
                 names, owner = np.unique([str(x) for x in prompts], return_inverse=True)
                 fit = ratings.lc2(p, other, length, ratings.resample(len(names), min(rounds, 200), seed)[:, owner])
                 line |= {"lc2": fit["lc2"], "lc2_low": fit["low"], "lc2_high": fit["high"], "length": float(length.mean())}
+                if difficulty:
+                    gamma = [difficulty[str(r["prompt"])] for r in mine]
+                    line["lc"] = ratings.fit_lc(p, other, length, gamma)["lc_win_rate"]
         lines.append(line)
     return sorted(lines, key=lambda x: (-x.get("win_rate", -1), x["model"]))
 
 
-def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: str, seed: int = 0, force: bool = False) -> dict:
+def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: str, seed: int = 0, force: bool = False,
+                     difficulty: Mapping[str, float] | None = None) -> dict:
     """`rows` after merge_orders."""
-    lines = win_rates(rows, baseline, seed=seed, force=force)
+    lines = win_rates(rows, baseline, seed=seed, force=force, difficulty=difficulty)
     table = [[x["model"], None, None, None, None, x["missing"], None, None] if x["refused"] else
              [x["model"], bounded(x["win_rate"], x["low"], x["high"]), x["wins"], x["draws"], x["losses"], x["missing"],
               bounded(x["lc2"], x["lc2_low"], x["lc2_high"]) if "lc2" in x else None, x.get("length")] for x in lines]
@@ -167,8 +175,12 @@ def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: st
     if any("lc2" in x for x in lines):
         text += " lc2 is the win rate at equal length from a fit of two terms, not AlpacaEval's LC."
     text = f"{text} {why}".strip()
+    if difficulty:
+        text += " LC has the third term, each prompt's difficulty; unlike AlpacaEval's its fit has no penalty and no gamed baselines."
+        table = [[*line, x.get("lc")] for line, x in zip(table, lines, strict=True)]
     section = {"title": f"{judge}: wins against {baseline}", "text": text,
-               "columns": ["model", "win rate, %", "wins", "draws", "losses", "unread", "lc2, %", "characters"], "rows": table}
+               "columns": ["model", "win rate, %", "wins", "draws", "losses", "unread", "lc2, %", "characters", *["LC, %"] * bool(difficulty)],
+               "rows": table}
     if given:
         section["figure"] = {"kind": "ratings", "names": [x["model"] for x in given], "values": [x["win_rate"] for x in given],
                              "low": [x["low"] for x in given], "high": [x["high"] for x in given], "label": "win rate, %", "reference": 50}

@@ -308,3 +308,16 @@ def test_equal_replies_tie_without_being_asked_and_tell_nothing_of_the_judge(tmp
     assert [r["preference"] for r in rows if r["a_first"] is None] == [0.5] * 5
     assert trial.position(rows)["first"]["games"] == 10 and trial.position(rows)["both"]["n"] == 5
     assert sum(r["preference"] == 0.5 for r in tables.merge_orders(rows)[0]) == 10
+
+
+def test_with_difficulties_the_third_term_stands_beside_lc2():
+    """Wins drawn from logit = 0.5 + gamma at equal lengths: LC is the mean of sigmoid(0.5 + gamma) over the prompts."""
+    rng = np.random.default_rng(0)
+    gamma = rng.normal(size=4000)
+    truth = 1 / (1 + np.exp(-(0.5 + gamma)))
+    rows = [{"judge": "j", "prompt": i, "a": "x", "b": "y", "a_first": None, "preference": float(rng.random() < truth[i]),
+             "length_a": int(rng.integers(50, 150)), "length_b": int(rng.integers(50, 150))} for i in range(4000)]
+    (line,) = tables.win_rates(rows, "y", rounds=20, difficulty={str(i): g for i, g in enumerate(gamma)})
+    assert line["lc"] == pytest.approx(100 * truth.mean(), abs=3) and "lc" not in tables.win_rates(rows, "y", rounds=20)[0]
+    section = tables.win_rate_section(rows, "y", "j", "", difficulty={str(i): g for i, g in enumerate(gamma)})
+    assert section["columns"][-1] == "LC, %" and len(section["rows"][0]) == len(section["columns"])

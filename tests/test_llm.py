@@ -505,6 +505,11 @@ def test_the_first_stop_string_ends_a_reply(model):
     assert cut.text == whole.text[:whole.text.index(stop)] and cut.finished and cut.completion_tokens < whole.completion_tokens
 
 
+def test_settings_out_of_range_are_refused(capsys):
+    exits(capsys, lambda: Sampling(temperature=-1), "temperature is -1")
+    exits(capsys, lambda: Sampling(stop=("\n", "")), "stop", "empty")
+
+
 def test_a_prompt_beyond_the_positions_is_a_failure_and_a_long_one_gets_what_is_left(model):
     """256 positions."""
     words = model.tokenizer.encode(" rain")

@@ -179,7 +179,8 @@ def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: st
         text += " LC has the third term, each prompt's difficulty; unlike AlpacaEval's its fit has no penalty and no gamed baselines."
         table = [[*line, x.get("lc")] for line, x in zip(table, lines, strict=True)]
     section = {"title": f"{judge}: wins against {baseline}", "text": text,
-               "columns": ["model", "win rate, %", "wins", "draws", "losses", "unread", "lc2, %", "characters", *["LC, %"] * bool(difficulty)],
+               "columns": ["model", "win rate, %", "wins", "draws", "losses", "unread", "lc2, %", "characters",
+                           *["LC, %"] * bool(difficulty)],
                "rows": table}
     if given:
         section["figure"] = {"kind": "ratings", "names": [x["model"] for x in given], "values": [x["win_rate"] for x in given],

@@ -3,7 +3,6 @@ import fcntl
 import json
 import math
 import shutil
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, exits, kill_after, small_model
+from conftest import BASE, ROOT, exits, kill_after, small_model
 
 from data.chat import load_tokenizer
 from data.llm import (
@@ -538,7 +537,7 @@ def test_what_is_no_model_is_refused(tmp_path, checkpoint, capsys):
 KILLED = """
 import sys
 from pathlib import Path
-sys.path[:0] = {path!r}
+sys.path[:0] = [{tests!r}, {root!r}]
 from test_llm import *
 torch.set_num_threads(1)
 ask(open_model({checkpoint!r}, "cpu"), MANY, LONG, Path({ledger!r}))
@@ -549,7 +548,7 @@ MANY, LONG = [user(f"Say {i}.") for i in range(400)], Sampling(max_tokens=20)
 def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(checkpoint, model, tmp_path):
     ledger = tmp_path / "killed.jsonl"
     script = tmp_path / "run.py"
-    script.write_text(KILLED.format(path=sys.path[:4], checkpoint=str(checkpoint), ledger=str(ledger)))
+    script.write_text(KILLED.format(tests=str(ROOT / "tests"), root=str(ROOT), checkpoint=str(checkpoint), ledger=str(ledger)))
     kill_after([str(script)], lambda: ledger.is_file() and ledger.stat().st_size > 0)
     before = ledger.read_bytes().count(b"\n")
     assert 0 < before < len(MANY)

@@ -18,8 +18,8 @@ def tiny_table(report: dict) -> str:
     elo = {row[0]: row[3]["value"] for s in report["sections"] if s["title"] == "gold: ratings" for row in s["rows"]}
     for name, m in report["gold"].items():
         seeds = " ".join(f"{g:.1f}" for g in m["gold_by_seed"].values())
-        lines.append(f"| {name} | **{m['gold']:.1f}** ± {m['gold_interval']:.1f} | {seeds} | {m['win_rate']:.1f} % | {elo[name]:.0f} | {m['first_turn']:.1f} "
-                     f"| {m['follow_up']:.1f} | {m['ended']:.1f} % | {m['words']:.1f} |")
+        lines.append(f"| {name} | **{m['gold']:.1f}** ± {m['gold_interval']:.1f} | {seeds} | {m['win_rate']:.1f} % | {elo[name]:.0f} "
+                     f"| {m['first_turn']:.1f} | {m['follow_up']:.1f} | {m['ended']:.1f} % | {m['words']:.1f} |")
     return "\n".join(lines)
 
 

@@ -10,8 +10,9 @@ No reply is sampled: every choice is appended to the question, and the model's a
     TruthfulQA      0 shots  mc2        after six fixed questions; the share of probability that true answers get
 
 Random(42) shuffles a task's documents and goes on to draw the shots of each in that order, so that a limit or a rejected
-line changes later prompts. Source: EleutherAI/lm-evaluation-harness at b281b092; the hashes of all prompts that its tests
-hold come out. One departure: a tokenizer whose texts begin with BOS has it here (`bos=False`: left out, as the board did).
+line changes later prompts. Source: EleutherAI/lm-evaluation-harness at b281b092, whose tests' hashes of every prompt of
+TruthfulQA and MMLU v0 come out. One departure: where a tokenizer begins texts with BOS, so do contexts here; the board
+left it out (`bos=False`).
 
 What choices share is computed once: they are leaves of one packed tree (`kernels/layout.py`), and so are questions that
 begin alike where that takes fewer tokens. A path's last token predicts nothing and is left out: MMLU's letters cost none.
@@ -27,7 +28,7 @@ import math
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -158,7 +159,7 @@ def _texts(value, key: str) -> tuple[str, ...]:
 
 
 def _index(value, count: int) -> int:
-    if isinstance(value, bool) or str(value) not in map(str, range(count)):
+    if str(value) not in map(str, range(count)):
         raise Reject(f"the right choice is {value!r}, expected a number from 0 to {count - 1}")
     return int(value)
 
@@ -235,21 +236,18 @@ def read_questions(task: str, path: str | Path) -> tuple[list[Question], list[tu
     return questions, rejects
 
 
-def _records(file: Path) -> Iterator[tuple[int, object]]:
+def _records(file: Path) -> list[tuple[int, object]]:
     """Line numbers, and records or their JSON text."""
     try:
         text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
-        items = json.loads(text) if text.lstrip().startswith("[") else None
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        if file.suffix == ".csv":  # question, four choices, letter; the subject is in the file's name
+            rows, known = csv.reader(io.StringIO(text, newline="")), {"subject": re.sub("_(dev|val|test)$", "", file.stem)}
+            return [(rows.line_num, known | {"question": row[0], "choices": row[1:-1], "answer": row[-1]}) for row in rows if row]
+        if text.lstrip().startswith("["):
+            return list(enumerate(json.loads(text), 1))
+    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
         fail(f"{file}: cannot be read ({error}): check the path, or copy it again")
-    if file.suffix == ".csv":  # question, four choices, letter; the subject is in the file's name
-        rows, subject = csv.reader(io.StringIO(text, newline="")), re.sub("_(dev|val|test)$", "", file.stem)
-        for row in rows:
-            yield rows.line_num, {"subject": subject, "question": row[0], "choices": row[1:-1], "answer": row[-1]} if row else row
-    elif items is not None:
-        yield from enumerate(items, 1)
-    else:
-        yield from ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def with_contexts(questions: Sequence[Question], examples: Sequence[Question], shots: int, limit: int = 0) -> list[tuple[Question, str]]:

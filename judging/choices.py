@@ -290,7 +290,7 @@ def encode_choices(tokenizer: Tokenizer, context: str, choices: Sequence[str], b
     if not words:
         return start or [tokenizer.eos_id], [tokenizer.encode(f"{blanks} {choice}") for choice in choices]
     ids = tokenizer.encode(words)
-    # Tokens do not reach across the start of a line, so its last line is enough of a long context; ids[] say if that is so.
+    # No token reaches across the start of a line, so the last line of a long context is enough; should one do, `ids` show it.
     line = words[words.rfind("\n") + 1 :]
     own = tokenizer.encode(line, continues=True)
     if len(line) < len(words) and ids[len(ids) - len(own) :] == own:
@@ -329,27 +329,13 @@ class Tree(NamedTuple):
 
 
 def plant(requests: Iterable[Request], max_tokens: int) -> list[Tree]:
-    """Every distinct request in one tree. A trunk is a whole context, or what contexts share that take fewer tokens together than
-    apart; these are spread over trees of `max_tokens` (more where one context has more), those of similar length together, because
-    attention pads leaves."""
+    """Every distinct request in one tree. The contexts of a family are spread over trees of at most `max_tokens` (more where one
+    context has more), those of similar length together, because attention pads leaves."""
     by_context: dict[Ids, list[Ids]] = {}
     for context, continuation in dict.fromkeys(requests):
         by_context.setdefault(context, []).append(continuation)
-    families: list[tuple[int, list[Ids], int, int]] = []  # length of the trunk, contexts, leaves, their tokens
-    for context in sorted(by_context):
-        tails = {continuation[:-1] for continuation in by_context[context]}
-        count, size = len(tails), sum(map(len, tails))
-        if families:
-            trunk, contexts, others, before = families[-1]
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(contexts[0][:trunk], context, strict=False)))
-            after = before + others * (trunk - shared) + size + count * (len(context) - shared)
-            if shared + after < trunk + before + len(context) + size:
-                contexts.append(context)
-                families[-1] = (shared, contexts, others + count, after)
-                continue
-        families.append((len(context), [context], count, size))
     trees: list[Tree] = []
-    for trunk, contexts, _, _ in families:
+    for trunk, contexts in families(by_context):
         room = 0
         for context in sorted(contexts, key=len, reverse=True):
             paths = {(context, ids): (context + ids[:-1])[trunk:] for ids in by_context[context]}
@@ -363,6 +349,24 @@ def plant(requests: Iterable[Request], max_tokens: int) -> list[Tree]:
             trees[-1].leaves.extend(leaves)
             trees[-1].requests.extend((request, number[path]) for request, path in paths.items())
     return trees
+
+
+def families(by_context: Mapping[Ids, Sequence[Ids]]) -> list[tuple[int, list[Ids]]]:
+    """Contexts that share a trunk, and its length: one context and all of it, or several where they take fewer tokens that way."""
+    found: list[tuple[int, list[Ids], int, int]] = []  # with the number of leaves and their tokens
+    for context in sorted(by_context):  # those that begin alike are neighbours
+        tails = {continuation[:-1] for continuation in by_context[context]}
+        count, size = len(tails), sum(map(len, tails))
+        if found:
+            trunk, contexts, others, before = found[-1]
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(contexts[0][:trunk], context, strict=False)))
+            after = before + others * (trunk - shared) + size + count * (len(context) - shared)
+            if shared + after < trunk + before + len(context) + size:
+                contexts.append(context)
+                found[-1] = (shared, contexts, others + count, after)
+                continue
+        found.append((len(context), [context], count, size))
+    return [(trunk, contexts) for trunk, contexts, _, _ in found]
 
 
 def tree_likelihoods(model: Transformer, trees: Sequence[Tree]) -> Tensor:
@@ -412,10 +416,11 @@ def likelihoods(model: Transformer, requests: Iterable[Request], max_tokens: int
     with tqdm(total=total, desc=progress, disable=not progress, mininterval=1, unit=" choices") as bar:
         for batch in batches:
             asked = [request for tree in batch for request, _ in tree.requests]
-            found |= zip(asked, tree_likelihoods(model, batch).tolist(), strict=True)
+            values = tree_likelihoods(model, batch).tolist()
+            if not all(map(math.isfinite, values)):
+                fail("multiple choice: a log-likelihood is not finite, expected a number: are the model's weights whole?")
+            found |= zip(asked, values, strict=True)
             bar.update(len(asked))
-    if not all(map(math.isfinite, found.values())):
-        fail("multiple choice: a log-likelihood is not finite, expected a number: are the model's weights whole?")
     return found
 
 
@@ -450,11 +455,11 @@ def measure(exam: Exam, values: Mapping[str, Sequence[Sequence[float]]]) -> dict
             column = np.array([g[metric] for g in grades])
             part[metric] = float(column.mean())
             part[f"{metric}_stderr"] = float(column.std(ddof=1) / math.sqrt(len(column))) if len(column) > 1 else math.nan
-    total = parts.get("")
+    total, metrics = parts.get(""), list(grades[0])
     if total is None:
         digests = "".join(part["request_sha256"] for part in parts.values())
         total = {"n": sum(p["n"] for p in parts.values()), "request_sha256": hashlib.sha256(digests.encode()).hexdigest()}
-        for metric in grades[0]:
+        for metric in metrics:
             total[metric] = float(np.mean([part[metric] for part in parts.values()]))
             total[f"{metric}_stderr"] = float(np.linalg.norm([part[f"{metric}_stderr"] for part in parts.values()]) / len(parts))
         total["subjects"] = parts

@@ -89,8 +89,8 @@ def sft_size(config: Config, seed: int) -> Iterator[Point]:
 def sft_length(config: Config, seed: int) -> Iterator[Point]:
     """Quarters by length within each task, so that the mix of tasks stays."""
     demos = load(f"runs/tiny/{seed}/data/sft.jsonl")
-    for side in ("prompt", "reply"):
-        lengths = [sum(len(m["content"].split()) for m in d["messages"] if (m["role"] == "user") == (side == "prompt")) for d in demos]
+    for side in ("prompts", "replies"):
+        lengths = [sum(len(m["content"].split()) for m in d["messages"] if (m["role"] == "user") == (side == "prompts")) for d in demos]
         by_task: dict[str, list[int]] = {}
         for i, d in enumerate(demos):
             by_task.setdefault(d["category"], []).append(i)
@@ -101,7 +101,7 @@ def sft_length(config: Config, seed: int) -> Iterator[Point]:
             chosen["shortest"] += ordered[: counts[task]]
             chosen["longest"] += ordered[-counts[task]:]
         for name, members in chosen.items():
-            yield sft_point(config, seed, f"{name} {side}s", [demos[i] for i in sorted(members)])
+            yield sft_point(config, seed, f"{name} {side}", [demos[i] for i in sorted(members)])
     yield sft_point(config, seed, "any", random.Random(seed).sample(demos, config.size))
 
 

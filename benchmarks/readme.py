@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from judging.gold import interval
 from kernels.bench_report import build_table, summary_table, verdict_table
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +116,21 @@ def screen_table(report: dict) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(shown, row)) + " |" for row in section["rows"]])
 
 
-TABLES = {"trial": (screen_table, "trial/report.json"), "recorded": (screen_table, "recorded/report.json"),
+def ablation_table(report: dict) -> str:
+    """Mean and 95 % interval over seeds of every measure, by condition."""
+    points = report["points"]
+    measures = [m for m in points[0] if m not in ("condition", "seed")]
+    heads = {"gold": "gold score", "agreement": "two annotators agree, %", "cannot tell": "the second cannot tell, %"}
+    lines = ["|  | " + " | ".join(heads.get(m, m) for m in measures) + " |", "|---" * (len(measures) + 1) + "|"]
+    for condition in dict.fromkeys(p["condition"] for p in points):
+        found = [interval([p[m] for p in points if p["condition"] == condition]) for m in measures]
+        cells = [f"{mean:,.0f}" if half == 0 else f"{mean:,.1f} ± {half:.1f}" for mean, half in found]
+        lines.append(f"| {condition} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"sft_size": (ablation_table, "ablations/sft_size.json"), "weak_preferences": (ablation_table, "ablations/weak_preferences.json"),
+          "trial": (screen_table, "trial/report.json"), "recorded": (screen_table, "recorded/report.json"),
           "tiny": (tiny_table, "tiny/report.json"), "categories": (category_table, "tiny/report.json"),
           "throughput": (throughput_table, "throughput.json"), "families": (family_table, "families.json"),
           "memory": (memory_table, "memory.json"), "loading": (loading_table, "loading.json"),

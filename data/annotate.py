@@ -87,6 +87,8 @@ class Config:
             fail(f"models holds {len(self.models)}, expected one or two, e.g. models='[\"runs/tiny/0/sft/model\"]'")
         if len(self.top_p) != 2 or len(self.top_k) != 2:
             fail("top_p and top_k hold a value for each of the two replies, expected e.g. top_p='[0.8, 1.0]' top_k='[0, 40]'")
+        if len({entry.partition("=")[0] for entry in self.models}) == 1 and len({*zip(self.top_p, self.top_k, strict=True)}) == 1:
+            fail("top_p and top_k are the same for both replies of one model, which could not be told apart: change one of them")
         for key, low, high in (("shared_every", 1, inf), ("temperature", 0.01, 10), ("max_tokens", ROOM, inf), ("turns", 1, inf),
                                ("tokens", 64, inf), ("port", 0, 65535), ("threads", 0, inf)):
             check_range(key, getattr(self, key), low, high)

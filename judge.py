@@ -69,7 +69,7 @@ class Config:
     reply_price: float = 0.0
 
     # What needs no comparison (judging/boards.py).
-    choices: list[str] = ()          # "arc=file:examples", hellaswag, mmlu, truthfulqa=file: multiple choice by log-likelihood
+    choices: list[str] = ()          # "arc=file:examples" (or file:none), hellaswag, mmlu, truthfulqa=file: by log-likelihood
     reward_models: list[str] = ()    # "name=reward:directory", "name=dpo:directory:reference", "name=logprob:directory"
     preferences: list[str] = ()      # "set=file" of held-out pairs for them, such as SHP
     rewardbench: str = ""            # RewardBench's rows for them

@@ -124,7 +124,7 @@ def main(config: Config) -> None:
     total |= rates(count, seconds, sum(row["continuations"] / row["plain_per_s"] for row in rows))
     print(f"together    {count:7,} continuations  {total['per_s']:,.1f}/s  one by one {total['plain_per_s']:,.1f}/s ({sample} of them)  "
           f"{total['times_as_fast']:.1f} times")
-    report = {"command": f"python -m benchmarks.choices share={config.share:g} threads={config.threads}",
+    report = {"command": f"python -m benchmarks.choices share={config.share:g} slices={config.slices} threads={config.threads}",
               "device": processor(torch.device("cpu")), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
               "torch": torch.__version__, "model": config.model, "dtype": "float32", "max_tokens": config.max_tokens,
               "tasks": rows, "together": total}

@@ -16,11 +16,14 @@ from runtime import fail
 
 
 def choice_sections(models: Mapping[str, str], tasks: Sequence[tuple[str, str]], limit: int, device: torch.device) -> list[dict]:
-    """Checkpoints by name, on tasks (name, "file" or "file:examples" for the shots), the first `limit` questions of each; 0: all."""
+    """Checkpoints by name, on tasks (name, "file:examples"; examples are for the shots, or "none"); `limit` questions of each, 0: all."""
     exams = {}
     for task, files in tasks:
         path, _, examples = files.partition(":")
-        exams[task] = choices.read_exam(task, path, examples, None if examples else 0, limit)
+        exams[task] = choices.read_exam(task, path, "" if examples == "none" else examples, 0 if examples == "none" else None, limit)
+        for file, rejects in exams[task].rejects.items():
+            for line, reason in rejects[:5]:
+                print(f"{file} line {line}: {reason}")
     results: dict[str, dict] = {}
     for name, where in models.items():
         tokenizer, model = load_tokenizer(where), load_model(where, torch.float32 if device.type == "cpu" else None, device)

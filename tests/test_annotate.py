@@ -2,6 +2,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -192,6 +193,16 @@ def test_wherever_the_journal_breaks_off_the_rest_is_made_from_what_is_whole(tmp
         assert lines(tmp_path / "votes.jsonl") == now
 
 
+def test_an_answer_is_on_the_disk_before_it_is_confirmed_the_journal_first(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    with serving(tmp_path / "votes.jsonl") as server:
+        say(server)
+        assert synced == ["votes.journal.jsonl"]
+        rate(server, "left", 1)
+    assert synced == ["votes.journal.jsonl"] * 2 + ["votes.ratings.jsonl", "votes.jsonl"]
+
+
 def test_killed_outright_it_has_lost_nothing_and_goes_on(tmp_path):
     """In a process of its own, with -9, the moment an answer is confirmed."""
     script = tmp_path / "page.py"
@@ -296,7 +307,7 @@ def test_to_say_that_one_cannot_tell_is_an_answer_too():
 def test_shared_items_show_agreement_while_collecting(tmp_path):
     """As in the test by hand, on whichever side the replies stand for each of the two."""
     shared = write_jsonl(tmp_path / "shared.jsonl", SHARED)
-    sides = {}
+    orders = set()
     with serving(tmp_path / "votes.jsonl", shared=str(shared), shared_every=1) as server:
         for name, wanted in (("Ann", (0, 0, 1, 1)), ("Bob", (0, 1, 1, 1))):
             for i, reply in enumerate(wanted):
@@ -304,15 +315,15 @@ def test_shared_items_show_agreement_while_collecting(tmp_path):
                 assert item["shared"] and item["id"] == f"{name}/shared/s{i}"
                 texts = [r["text"] for r in item["replies"]]
                 assert sorted(texts) == sorted(SHARED[i]["replies"])
-                sides[name, i] = ("left", "right")[texts.index(SHARED[i]["replies"][reply])]
-                state = rate(server, sides[name, i], 2, name=name)
+                orders.add((i, texts[0] == SHARED[i]["replies"][0]))
+                state = rate(server, ("left", "right")[texts.index(SHARED[i]["replies"][reply])], 2, name=name)
                 assert state["item"] is None and state["turn"] == 1 and state["dialogue"] == 1 + i  # then one of their own
                 say(server, name=name)
                 rate(server, None, flag="bad", name=name)
         assert server.seen()["item"] is None  # all rated
         found = server.seen()["agreement"]
         assert (found["raters"], found["n"], found["raw"], found["kappa"]) == (2, 4, 0.75, pytest.approx(0.5))
-    assert len(set(sides.values())) == 2  # not always left
+    assert {order for _, order in orders} == {True, False} and len(orders) > 4  # one item not in the same order for both
     assert lines(tmp_path / "votes.jsonl") == [] and len(lines(tmp_path / "votes.shared.jsonl")) == 8
     assert agreement(row for row in lines(tmp_path / "votes.ratings.jsonl") if "shared" in row["id"]) == found
 
@@ -379,6 +390,14 @@ def test_a_dialogue_ends_with_its_tokens(tmp_path):
         say(server, "x" * 30)
         after = rate(server, "left", 1)
         assert rooms == [90, 90, 40, 40] and (after["dialogue"], after["tokens"], after["budget"]) == (2, 0, 100)
+
+
+def test_a_checkpoint_s_positions_bound_the_dialogue(tmp_path, checkpoint):
+    server = Server(Config(models=[f"mine={checkpoint}"], out=str(tmp_path / "votes.jsonl"), device="cpu"))
+    assert server.tokens == 256 and [name for name, _ in server.models] == ["mine"]
+    left, right = asyncio.run(server.two_replies([{"role": "user", "content": "Hello"}], "Ann/1/1", 20))
+    assert left["text"] != right["text"] and left["model"] == right["model"] == "mine" and left["identity"] == server.models[0][1].name
+    server.votes.stream.close()
 
 
 @pytest.mark.parametrize("fault", ["text", "exit"])

@@ -21,16 +21,14 @@ import sys
 import time
 import tomllib
 import typing
-import warnings
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import kernels
-import ranks
 
 
 def fail(message: str) -> NoReturn:
@@ -119,7 +117,7 @@ def config_toml(config) -> str:
 # ------------------------------------------------------------------------------- devices and seeds
 
 def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> torch.device:
-    """Seed PyTorch, find the device ('auto' takes a GPU when there is one), meet the other ranks, and say what will be used.
+    """Seed PyTorch, find the device ('auto' takes a GPU when there is one) and say what will be used.
 
     Data order and sampling have generators of their own (data/pack.py, model.py).
     """
@@ -132,8 +130,7 @@ def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> tor
         fail(f"device is '{device}', which this machine does not have: use device=cpu or device=auto")
     if found.type == "cuda" and found.index is not None:
         torch.cuda.set_device(found)  # where Triton launches
-    found = ranks.join(found)
-    torch.manual_seed(seed + ranks.rank())  # dropout
+    torch.manual_seed(seed)
     if threads:
         torch.set_num_threads(threads)
     matmul = _fast_cpu_matmul() if found.type == "cpu" else ""
@@ -143,8 +140,7 @@ def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> tor
     except ValueError as error:
         fail(str(error))
     chosen = f"triton {kernels.triton.__version__}" if kernels.on_triton(torch.empty(0, device=found)) else "torch"
-    several = f"{ranks.world()} ranks, " if ranks.world() > 1 else ""
-    print(f"torch {torch.__version__} on {found} ({several}{name}), kernels {chosen}")
+    print(f"torch {torch.__version__} on {found} ({name}), kernels {chosen}")
     return found
 
 
@@ -180,7 +176,6 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999
 
     A group's rate is "scale" times the step's; LoRA's B matrices learn `lora_plus` times as fast (Hayou et al. 2024, arXiv:2402.12354).
     """
-    ranks.let_go(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     fast = [p for name, p in trainable if name.endswith(".B")] if lora_plus != 1 else []
     rest = [p for name, p in trainable if not (fast and name.endswith(".B"))]
@@ -209,8 +204,7 @@ def check_finite(loss: float, grad_norm: float, step: int, records: list[int]) -
 
 # --------------------------------------------------------------------------------- the run's folder
 
-# What a run writes.
-WRITTEN = ("config.toml", "depends_on.json", "metrics.jsonl", "state", "model", "ref_logprobs.safetensors", "trace.json")
+WRITTEN = ("config.toml", "depends_on.json", "metrics.jsonl", "state", "model", "ref_logprobs.safetensors")  # what a run writes
 
 
 def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = False) -> tuple[Path, typing.IO]:
@@ -221,9 +215,6 @@ def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = Fal
     together. overwrite=true starts it anew. Files that no run has written are never touched.
     """
     run = Path(out)
-    if ranks.rank():
-        ranks.wait()  # rank 0 enters for all
-        return run, open(os.devnull)
     for name, path in depends_on.items():
         if run.resolve() in Path(path).resolve().parents and overwrite:
             fail(f"{out}: overwrite=true would delete its own {name}, {path}: choose another out=")
@@ -248,13 +239,11 @@ def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = Fal
         for name, digest in json.loads((run / "depends_on.json").read_text()).items():
             if hashes.get(name) != digest:
                 fail(f"{out}: its {name} has changed since the run began: choose another out=, or overwrite=true")
-        ranks.wait()
         return run, lock
     for path in (run / name for name in WRITTEN):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_text(run / "depends_on.json", json.dumps(hashes))
     write_text(began, config_toml(config))
-    ranks.wait()
     return run, lock
 
 
@@ -280,76 +269,45 @@ def file_hash(*paths: str | Path) -> str:
 # ------------------------------------------------------------------------------ checkpoint, resume
 
 def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Everything the next step depends on, after `step` updates. Data order is a function of the step.
-
-    Safetensors in any case: one file, or with several ranks a file of each with its share (torch.distributed.checkpoint).
-    """
-    folder, beside = run / "state" / f"step_{step}", run / "state" / ".new"
-    ranks.let_go(model)
-    tensors = _random_state()
+    """Everything the next step depends on, after `step` updates. Data order is a function of the step."""
+    folder = run / "state" / f"step_{step}"
+    beside = run / "state" / ".new"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    tensors = {"torch_rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda_rng"] = torch.cuda.get_rng_state()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensors[f"model.{name}"] = parameter.detach()
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
-    if ranks.rank() == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    if ranks.world() == 1:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside / "state.safetensors")
-        with (beside / "state.safetensors").open("rb") as stream:
-            os.fsync(stream.fileno())
-    else:
-        import torch.distributed.checkpoint as dcp  # only now: it takes a second to import
-
-        ranks.wait()
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(beside), save_distributed=True))
-        ranks.wait()
-    if ranks.rank() == 0:
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(beside, folder)
-        for older in (run / "state").glob("step_*"):
-            if older != folder:
-                shutil.rmtree(older)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside / "state.safetensors")
+    with (beside / "state.safetensors").open("rb") as stream:
+        os.fsync(stream.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(beside, folder)
+    for older in (run / "state").glob("step_*"):
+        if older != folder:
+            shutil.rmtree(older)
 
 
 def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore the newest state, saved by however many ranks; the number of updates done, 0 when there is none."""
+    """Restore the newest state; the number of updates done, 0 when there is none."""
     states = sorted((run / "state").glob("step_*"), key=lambda path: int(path.name[5:]))
     if not states:
         return 0
-    import torch.distributed.checkpoint as dcp
-
-    reader = dcp.HuggingFaceStorageReader(str(states[-1]))
-    held = reader.read_metadata().state_dict_metadata
-    tensors = {key: tensor for key, tensor in _random_state().items() if key in held}  # a rank more than there were starts anew
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, parameter in trained.items():
-        tensors[f"model.{name}"] = parameter.detach()
-        tensors |= {f"{key}.{name}": torch.empty_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-        tensors[f"step.{name}"] = torch.zeros((), device=parameter.device)
-    with warnings.catch_warnings(action="ignore"):  # that one process loads alone
-        dcp.load(tensors, storage_reader=reader, no_dist=ranks.world() == 1)
-    for name, parameter in trained.items():
-        optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    own = _rng_name("torch_rng")
-    if own in tensors:
-        torch.set_rng_state(tensors[own])
-    if _rng_name("cuda_rng") in tensors:
-        torch.cuda.set_rng_state(tensors[_rng_name("cuda_rng")])
+    tensors = load_file(states[-1] / "state.safetensors")
+    torch.set_rng_state(tensors["torch_rng"])
+    if "cuda_rng" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda_rng"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(tensors[f"model.{name}"])
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
     return int(states[-1].name[5:])
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    tensors = {_rng_name("torch_rng"): torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors[_rng_name("cuda_rng")] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def _rng_name(kind: str) -> str:
-    return f"{kind}.{ranks.rank()}" if ranks.rank() else kind
 
 
 class StopRequest:
@@ -373,31 +331,25 @@ class StopRequest:
 class Log:
     """One JSON line a step in metrics.jsonl, one live line with the metrics `shown` on the terminal, and wandb if asked.
 
-    Lines after `step` (written by a run that was killed later than its last checkpoint) are cut off. With `profile` also
-    a trace of three of its first steps (`Profile`).
+    Lines after `step` (written by a run that was killed later than its last checkpoint) are cut off.
     """
 
-    def __init__(self, run: Path, step: int, steps: int, shown: tuple[str, ...], wandb_mode: str, config, profile: bool = False):
+    def __init__(self, run: Path, step: int, steps: int, shown: tuple[str, ...], wandb_mode: str, config):
         self.file, self.steps, self.shown = run / "metrics.jsonl", steps, shown
-        self.profile = Profile(run) if profile and ranks.rank() == 0 else None
-        if ranks.rank() == 0:
-            lines = self.file.read_text().splitlines() if self.file.is_file() else []
-            kept = [line for line in lines if _step_of(line) <= step]
-            write_text(self.file, "".join(line + "\n" for line in kept))
-        ranks.wait()
-        self.stream = open(os.devnull, "w") if ranks.rank() else self.file.open("a")
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        write_text(self.file, "".join(line + "\n" for line in kept))
+        self.stream = self.file.open("a")
         self.began, self.began_step, self.last = time.perf_counter(), step, 0.0
         self.live = sys.stdout.isatty()
         self.wandb = None
-        if wandb_mode != "off" and ranks.rank() == 0:
+        if wandb_mode != "off":
             import wandb  # only now: it takes a second to import
 
             self.wandb = wandb.init(project="chatbot", name=run.name, dir=run, mode=wandb_mode, config=dataclasses.asdict(config))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics after `step` updates."""
-        if self.profile and (told := self.profile.step()):
-            self.note(told)
         self.stream.write(json.dumps({"step": step, **{k: float(v) for k, v in metrics.items()}}) + "\n")
         self.stream.flush()
         if self.wandb:
@@ -416,41 +368,9 @@ class Log:
         print(f"\r\033[K{text}" if self.live else text, flush=True)
 
     def close(self) -> None:
-        if self.profile and (told := self.profile.stop()):
-            self.note(told)
         self.stream.close()
         if self.wandb:
             self.wandb.finish()
-
-
-class Profile:
-    """PyTorch's profiler over steps 2 to 4 of a process, as the first pays for starting: run/trace.json, for Perfetto or chrome://tracing."""
-
-    def __init__(self, run: Path):
-        self.file, self.steps, self.profiler = run / "trace.json", 0, torch.profiler.profile()
-
-    def step(self) -> str:
-        """A step has ended. When it was the last one traced: where its time went, in ten lines."""
-        self.steps += 1
-        if self.steps == 1:
-            self.profiler.start()
-            self.began = time.perf_counter()
-        return self.stop() if self.steps == 4 else ""
-
-    def stop(self) -> str:
-        if self.profiler is None or self.steps < 2:
-            return ""
-        profiler, traced, self.profiler = self.profiler, min(self.steps, 4) - 1, None
-        elapsed = time.perf_counter() - self.began
-        profiler.stop()
-        profiler.export_chrome_trace(str(self.file))
-        kind = "device" if torch.cuda.is_available() else "cpu"
-        rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, f"self_{kind}_time_total"))[:10]
-        lines = [f"profile: a step takes {1000 * elapsed / traced:.1f} ms, of which ({self.file})"]
-        for row in rows:
-            spent, calls = getattr(row, f"self_{kind}_time_total") / 1e6, row.count / traced
-            lines.append(f"  {100 * spent / elapsed:5.1f} %  {1000 * spent / traced:8.2f} ms  {calls:6.0f} calls  {row.key[:80]}")
-        return "\n".join(lines)
 
 
 def _step_of(line: str) -> float:

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import noop_context_fn
 
 from kernels.nf4 import NF4, dequantize, linear, quantize
 from model import Linear, Transformer, file_name, join_qkv, load_model, save_model, split_qkv, weight_files
-from runtime import check_range, fail, file_hash
+from runtime import check_range, fail, file_hash, writing
 
 
 @dataclass(frozen=True)
@@ -367,12 +367,13 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
             "score_mean": model.config.score_mean, "score_std": model.config.score_std}
     final = Path(path)
     beside = final.with_name(f".{final.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt", "ours": json.dumps(ours)})
-    (beside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
+    with writing(final, beside):
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt", "ours": json.dumps(ours)})
+        (beside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
 
 
 def load_adapter(model: Transformer, path: str | Path, name: str = "default") -> Transformer:

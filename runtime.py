@@ -7,8 +7,10 @@ Scripts call these functions with plain values; nothing here calls back. A run i
 """
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import errno
 import fcntl
 import hashlib
 import inspect
@@ -21,10 +23,13 @@ import sys
 import time
 import tomllib
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -108,6 +113,12 @@ def check_range(key: str, value: float, low: float, high: float) -> None:
         fail(f"{key} is {value:g}, expected {f'at least {low:g}' if high == math.inf else f'between {low:g} and {high:g}'}")
 
 
+def arguments(parser: argparse.ArgumentParser, argv: typing.Sequence[str] | None = None) -> argparse.Namespace:
+    """The words of a command; what is wrong with them is one line, without the usage."""
+    parser.error = lambda message: fail(f"{parser.prog}: {message}: --help shows what it takes")
+    return parser.parse_args(argv)
+
+
 def config_toml(config) -> str:
     """The resolved config as a TOML file that load_config reads back to the same values."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -121,13 +132,7 @@ def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> tor
 
     Data order and sampling have generators of their own (data/pack.py, model.py).
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError):
-        fail(f"device is '{device}', which this machine does not have: use device=cpu or device=auto")
+    found = find_device(device)
     if found.type == "cuda" and found.index is not None:
         torch.cuda.set_device(found)  # where Triton launches
     torch.manual_seed(seed)
@@ -141,6 +146,16 @@ def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> tor
         fail(str(error))
     chosen = f"triton {kernels.triton.__version__}" if kernels.on_triton(torch.empty(0, device=found)) else "torch"
     print(f"torch {torch.__version__} on {found} ({name}), kernels {chosen}")
+    return found
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; 'auto' is a GPU when there is one."""
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=found).item()  # not on meta
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(f"device is '{name}', which this machine does not have: use device=cpu or device=auto")
     return found
 
 
@@ -204,7 +219,7 @@ def check_finite(loss: float, grad_norm: float, step: int, records: list[int]) -
 
 # --------------------------------------------------------------------------------- the run's folder
 
-WRITTEN = ("config.toml", "depends_on.json", "metrics.jsonl", "state", "model", "ref_logprobs.safetensors")  # what a run writes
+WRITTEN = ("metrics.jsonl", "state", "model", "adapter", "ref_logprobs.safetensors", "report.json")  # by a run, once it has begun
 
 
 def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = False) -> tuple[Path, typing.IO]:
@@ -216,6 +231,8 @@ def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = Fal
     """
     run = Path(out)
     for name, path in depends_on.items():
+        if run.resolve() == Path(path).resolve():
+            fail(f"{out}: is its own {name}: choose another out=")
         if run.resolve() in Path(path).resolve().parents and overwrite:
             fail(f"{out}: overwrite=true would delete its own {name}, {path}: choose another out=")
     try:
@@ -231,15 +248,20 @@ def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = Fal
         fail(f"{out}: holds files that no run has written there: choose another out=")
     hashes = {name: file_hash(path) for name, path in depends_on.items()}
     if began.is_file() and not overwrite:
-        old, new = tomllib.loads(began.read_text()), tomllib.loads(config_toml(config))
+        try:
+            old, depended = tomllib.loads(began.read_text()), json.loads((run / "depends_on.json").read_text())
+        except (OSError, ValueError) as error:
+            fail(f"{out}: its config.toml or depends_on.json is damaged ({error}): choose another out=, or overwrite=true")
+        new = tomllib.loads(config_toml(config))
         for key in new:
             if old.get(key) != new[key] and key != "overwrite":
                 fail(f"{out}: was begun with {key}={json.dumps(old.get(key))}, not {json.dumps(new[key])}: "
                      f"choose another out=, or overwrite=true")
-        for name, digest in json.loads((run / "depends_on.json").read_text()).items():
+        for name, digest in depended.items():
             if hashes.get(name) != digest:
                 fail(f"{out}: its {name} has changed since the run began: choose another out=, or overwrite=true")
         return run, lock
+    # config.toml is what makes a folder a run's: it comes last and is never away, so that a kill in between locks nobody out.
     for path in (run / name for name in WRITTEN):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_text(run / "depends_on.json", json.dumps(hashes))
@@ -247,11 +269,36 @@ def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = Fal
     return run, lock
 
 
+def open_folder(out: str) -> Path:
+    """Make the folder a command is to write in, before it takes time or money."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    except OSError as error:
+        fail(f"{out}: cannot be written ({error.strerror}): choose another out=")
+    return folder
+
+
+@contextmanager
+def writing(path: Path, beside: Path | None = None) -> Iterator[None]:
+    """A disk that is full, or does not let us write, ends the run with one line. What was half written `beside` goes."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            if beside is not None:
+                shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
+        fail(f"{path}: cannot be written ({error}): free some space, or write elsewhere; what was saved before is whole")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write beside and rename, so that a kill at any moment leaves the old file or the new one."""
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with writing(path, beside):
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
 
 
 def file_hash(*paths: str | Path) -> str:
@@ -273,7 +320,6 @@ def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Op
     folder = run / "state" / f"step_{step}"
     beside = run / "state" / ".new"
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     tensors = {"torch_rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda_rng"] = torch.cuda.get_rng_state()
@@ -282,12 +328,12 @@ def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Op
             tensors[f"model.{name}"] = parameter.detach()
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside / "state.safetensors")
-    with (beside / "state.safetensors").open("rb") as stream:
-        os.fsync(stream.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(beside, folder)
+    with writing(folder, beside):
+        beside.mkdir(parents=True)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside / "state.safetensors")
+        with (beside / "state.safetensors").open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(beside, folder)
     for older in (run / "state").glob("step_*"):
         if older != folder:
             shutil.rmtree(older)
@@ -295,19 +341,24 @@ def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Op
 
 def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore the newest state; the number of updates done, 0 when there is none."""
-    states = sorted((run / "state").glob("step_*"), key=lambda path: int(path.name[5:]))
-    if not states:
-        return 0
-    tensors = load_file(states[-1] / "state.safetensors")
-    torch.set_rng_state(tensors["torch_rng"])
-    if "cuda_rng" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda_rng"])
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(tensors[f"model.{name}"])
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
-    return int(states[-1].name[5:])
+    folder = run / "state"
+    try:
+        states = sorted((int(path.name[5:]), path) for path in (run / "state").glob("step_*"))
+        if not states:
+            return 0
+        step, folder = states[-1]
+        tensors = load_file(folder / "state.safetensors")
+        torch.set_rng_state(tensors["torch_rng"])
+        if "cuda_rng" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["cuda_rng"])
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(tensors[f"model.{name}"])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        fail(f"{folder}: cannot be gone on from ({' '.join(str(error).split())}): choose another out=, or overwrite=true")
+    return step
 
 
 class StopRequest:
@@ -338,8 +389,10 @@ class Log:
         self.file, self.steps, self.shown = run / "metrics.jsonl", steps, shown
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
         kept = [line for line in lines if _step_of(line) <= step]
+        if step and (not kept or _step_of(kept[-1]) != step):
+            fail(f"{self.file}: lacks step {step}, where the run was saved: put it back, or set overwrite=true")
         write_text(self.file, "".join(line + "\n" for line in kept))
-        self.stream = self.file.open("a")
+        self.stream = self.file.open("ab", buffering=0)  # what a full disk did not take must not come back when the file is closed
         self.began, self.began_step, self.last = time.perf_counter(), step, 0.0
         self.live = sys.stdout.isatty()
         self.wandb = None
@@ -350,8 +403,10 @@ class Log:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics after `step` updates."""
-        self.stream.write(json.dumps({"step": step, **{k: float(v) for k, v in metrics.items()}}) + "\n")
-        self.stream.flush()
+        line = json.dumps({"step": step, **{k: float(v) for k, v in metrics.items()}}).encode() + b"\n"
+        with writing(self.file):
+            if self.stream.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.wandb:
             self.wandb.log(metrics, step=step)
         now = time.perf_counter()

@@ -1,0 +1,333 @@
+"""Kill training runs again and again: what they leave must be, file by file, that of a run nobody disturbed.
+
+    python -m benchmarks.kills                        twenty kills of each script, in about five minutes
+    python -m benchmarks.kills scripts='["ppo"]' kills=5 seed=1
+
+A run is killed with SIGKILL, started again, killed again ... and compared when it ends: every file of its folder byte by
+byte, the clock's metrics aside. Moments are drawn, by kinds that take turns:
+
+    anywhere        any time from its start           accumulating    within a step, some micro-batches behind it
+    saving          while a checkpoint is written     epoch's edge    when the last step of an epoch is in the log
+    file operation  before the k-th open for writing, rename or removal in its folder      rollout    while PPO samples
+
+Nothing in the scripts helps: their folder is watched from outside, and file operations are counted by an audit hook of
+the interpreter. A process forked from one that has imported PyTorch runs `script.py key=value ...` as a command would.
+"""
+from __future__ import annotations
+
+import json
+import os
+import random
+import runpy
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parent.parent
+MOMENTS = ("anywhere", "saving", "accumulating", "epoch's edge", "file operation", "rollout")
+COMMON = ["device=cpu", "threads=1", "dtype=float32", "save_every=2", "warmup=0", "batch=8"]
+# Micro-batches of a dialogue or two, epochs of five steps. Dropout and an adapting coefficient are state too.
+SETTINGS = {
+    "sft": ["template=zephyr", "data={data}/sft.jsonl", "model={data}/base", "epochs=2", "max_tokens=128", "samples=1",
+            "eval_data={data}/pairs.jsonl", "eval_every=4", "lora_rank=4", "lora_dropout=0.1"],
+    "dpo": ["data={data}/pairs.jsonl", "model={data}/sft", "epochs=2", "max_tokens=128", "samples=0"],
+    "reward": ["data={data}/pairs.jsonl", "model={data}/sft", "epochs=2", "max_tokens=128", "eval_data={data}/pairs.jsonl"],
+    "ppo": ["data={data}/pairs.jsonl", "model={data}/sft", "reward_model={data}/reward", "steps=10", "max_tokens=16", "micro_tokens=256",
+            "min_eos=0", "kl_target=1", "kl_horizon=100", "snapshot_every=5"],
+}
+STEPS_PER_EPOCH = 5
+
+
+# --------------------------------------------------------------------- processes that start in no time
+
+def serve() -> None:
+    """Fork a process for every line of standard input: {"script", "words", "log", "folder", "die_at", "limit"}; tell its id."""
+    sys.path.insert(0, str(ROOT))
+    import dpo, ppo, reward, sft, torch._dynamo  # noqa: E401, F401, I001  what takes the time; an optimizer asks for the last
+
+    for line in sys.stdin:
+        task = json.loads(line)
+        if "wait" in task:
+            print(os.waitstatus_to_exitcode(os.waitpid(task["wait"], 0)[1]), flush=True)
+            continue
+        child = os.fork()
+        if child == 0:
+            become(task)
+        print(child, flush=True)
+
+
+def become(task: dict) -> None:
+    """This process is the script now."""
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for ours, theirs in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(ours, theirs)
+        sys.argv = [task["script"], *task["words"]]
+        if task.get("folder"):
+            count_operations(task["folder"], task["die_at"])
+        runpy.run_path(str(ROOT / task["script"]), run_name="__main__")
+        code = 0
+    except SystemExit as left:
+        code = left.code or 0
+    except BaseException:  # as the interpreter does
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def count_operations(folder: str, die_at: int) -> None:
+    """Die before operation number `die_at` (from 1) that changes a file of the folder; 0: count them, and write how many."""
+    seen, counter = 0, os.open(f"{folder}.operations", os.O_WRONLY | os.O_CREAT) if not die_at else -1
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal seen
+        if event == "open":
+            changes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        else:
+            changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        relative = event in ("os.remove", "os.rmdir") and args[1] >= 0  # rmtree's
+        if not (changes and (relative or str(args[0]).startswith(folder))):
+            return
+        seen += 1
+        if seen == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not die_at:
+            os.pwrite(counter, str(seen).encode(), 0)
+
+    sys.addaudithook(hook)
+
+
+class Server:
+    """A process that forks others."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, "-m", "benchmarks.kills", "--serve"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE)
+
+    def ask(self, task: dict) -> int:
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, script: str, words: list[str], log: Path, folder: str = "", die_at: int = 0) -> Run:
+        return Run(self, self.ask({"script": f"{script}.py", "words": words, "log": str(log), "folder": folder, "die_at": die_at}))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Run:
+    """A script that runs."""
+
+    def __init__(self, server: Server, pid: int):
+        self.server, self.pid, self.descriptor = server, pid, os.pidfd_open(pid)
+
+    def ended(self, seconds: float = 0.0) -> bool:
+        """Whether it has, after waiting so long for it."""
+        return bool(select.select([self.descriptor], [], [], seconds)[0])
+
+    def kill(self, kind: int = signal.SIGKILL) -> None:
+        signal.pidfd_send_signal(self.descriptor, kind)
+
+    def code(self) -> int:
+        """Its exit code, or minus the signal that ended it."""
+        found = self.server.ask({"wait": self.pid})
+        os.close(self.descriptor)
+        return found
+
+
+# ------------------------------------------------------------------------------------------ the moments
+
+def written(run: Path) -> list[dict]:
+    """The whole lines of its log."""
+    try:
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
+    except OSError:
+        return []
+
+
+def lines_of(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def log_file(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").stat().st_ino
+    except OSError:
+        return 0
+
+
+def saving(run: Path) -> bool:
+    """Whether something half written lies in its folder."""
+    return (run / "state" / ".new").exists() or any(run.glob(".*.new"))
+
+
+def wait_for(process: Run, condition: Callable[[], bool]) -> bool:
+    """Whether it came true before the process ended."""
+    while not condition():
+        if process.ended(0.0005):
+            return False
+    return True
+
+
+def kill_at(moment: str, process: Run, run: Path, usual: dict[str, float], log_before: int, rng: random.Random) -> bool:
+    """Kill it at such a moment; False if it ended first."""
+    if moment == "anywhere":
+        process.ended(rng.uniform(0, usual["run"]))
+    elif moment == "saving":
+        for _ in range(rng.randint(1, 3)):  # the first it meets, or a later one
+            wait_for(process, lambda: not saving(run))
+            wait_for(process, lambda: saving(run))
+    elif moment != "file operation":
+        if wait_for(process, lambda: log_file(run) not in (0, log_before)):  # it has opened its log: what follows is its own
+            goal = lines_of(run) + rng.randint(1, 3)
+            if moment == "epoch's edge":
+                goal = (lines_of(run) // STEPS_PER_EPOCH + 1) * STEPS_PER_EPOCH
+            if wait_for(process, lambda: lines_of(run) >= goal):
+                part = {"accumulating": usual["step"], "rollout": usual["rollout"], "epoch's edge": 0.002}[moment]
+                process.ended(rng.uniform(0.1, 0.9) * part)
+    elif not process.ended(10 * usual["run"]):
+        raise RuntimeError(f"the run in {run} came to no end")
+    process.kill()
+    return process.code() == -signal.SIGKILL
+
+
+# ------------------------------------------------------------------------------------------ the comparison
+
+def same_folders(one: Path, other: Path) -> str:
+    """The first difference between two finished runs, "" if there is none."""
+    def files(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"config.toml"}  # it names the folder
+
+    if files(one) != files(other):
+        return f"files: {sorted(files(one) ^ files(other))}"
+    for name in sorted(files(one) - {"metrics.jsonl"}):
+        if (one / name).read_bytes() != (other / name).read_bytes():
+            return f"{name} differs"
+    logs = [[{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in written(run)] for run in (one, other)]
+    wrong = [a.get("step") for a, b in zip(*logs, strict=False) if a != b]
+    return f"step {wrong[0]} of the log differs" if wrong else "" if len(logs[0]) == len(logs[1]) else "their logs have other lengths"
+
+
+def undisturbed(server: Server, script: str, words: list[str], run: Path) -> dict[str, float]:
+    """Run it to the end; seconds that a run, a step and a rollout take, and its file operations."""
+    began = time.perf_counter()
+    process = server.start(script, [*words, f"out={run}"], run.with_suffix(".log"), str(run))
+    process.ended(600)
+    seconds = time.perf_counter() - began
+    if process.code() != 0:
+        raise RuntimeError(f"{script}.py did not run: {run.with_suffix('.log').read_text()}")
+    lines = written(run)
+    kind = "pairs" if "pairs" in lines[0] else "tokens"
+    return {"run": seconds, "step": median(line[kind] / line[f"{kind}_per_s"] for line in lines),
+            "rollout": median(line["tokens"] / line.get("sampling_tokens_per_s", 1e9) for line in lines),
+            "operations": int(Path(f"{run}.operations").read_text())}
+
+
+def trial(server: Server, script: str, words: list[str], kills: int, seed: int, folder: Path, moments: tuple[str, ...] = MOMENTS) -> dict:
+    """Kill a run `kills` times; when it has come to its end before, another. Counts by moment, of finished runs, and the differences."""
+    rng = random.Random(f"{script} {seed}")
+    whole, run = folder / f"{script}_whole", folder / f"{script}_broken"
+    usual = undisturbed(server, script, words, whole)
+    kinds = [moment for moment in moments if moment != "rollout" or script == "ppo"]
+    hit, differences, runs, half = Counter(), [], 0, 0
+    while runs == 0 or sum(hit.values()) < kills or run.exists():
+        moment = kinds[sum(hit.values()) % len(kinds)] if sum(hit.values()) < kills else ""
+        before = log_file(run)
+        at = rng.randint(1, int(usual["operations"])) if moment == "file operation" else -1
+        process = server.start(script, [*words, f"out={run}"], run.with_suffix(".log"), str(run) if at > 0 else "", at)
+        if moment and kill_at(moment, process, run, usual, before, rng):
+            hit[moment] += 1
+            half += moment == "saving" and saving(run)
+            continue
+        if not moment:
+            process.ended(600)
+            code = process.code()
+        said = run.with_suffix(".log").read_text()
+        if moment or code == 0:
+            found = same_folders(whole, run)
+            differences += [f"after {dict(hit)}: {found}"] if found else []
+        else:
+            differences.append(f"after {dict(hit)}: it left with code {code}: {said.strip()[-300:]}")
+        runs += 1
+        shutil.rmtree(run, ignore_errors=True)
+    return {"script": script, "kills": sum(hit.values()), "moments": dict(hit), "half_written": half, "runs": runs,
+            "seconds": round(usual["run"], 2), "differences": differences}
+
+
+# ------------------------------------------------------------------------------------- what they train on
+
+def prepare(folder: Path) -> None:
+    """A small random model with the tiny world's tokenizer, one with a template, a reward model; demonstrations and pairs."""
+    from data.chat import load_tokenizer
+    from data.tiny.world import demonstrate, dialogue
+    from model import ModelConfig, Transformer, add_score_head, init_weights, save_model
+
+    tokenizer, rng = load_tokenizer(ROOT / "data" / "tiny" / "base"), random.Random(0)
+    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64))
+    init_weights(model, 0)
+    save_model(model, folder / "base", tokenizer)
+    tokenizer.adopt("zephyr")
+    save_model(model, folder / "sft", tokenizer)
+    save_model(add_score_head(model, 0), folder / "reward", tokenizer)
+    said = [demonstrate(dialogue(rng), rng, "careful")[:2] for _ in range(8 * STEPS_PER_EPOCH - 3)]  # the last step of an epoch is smaller
+    (folder / "sft.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in said))
+    pairs = [{"prompt": ask["content"], "chosen": reply["content"], "rejected": f"No. {reply['content'][:20]}", "margin": 1 + i % 4}
+             for i, (ask, reply) in enumerate(said)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def words_for(script: str, data: Path) -> list[str]:
+    return [*COMMON, *(word.replace("{data}", str(data)) for word in SETTINGS[script])]
+
+
+@dataclass(frozen=True)
+class Config:
+    scripts: list[str] = ("sft", "dpo", "reward", "ppo")
+    kills: int = 20                  # of each
+    seed: int = 0                    # of the moments
+    out: str = "benchmarks/results/kills.json"
+
+
+def main(config: Config) -> None:
+    import runtime
+
+    server, found = Server(), []
+    with tempfile.TemporaryDirectory() as temporary:
+        prepare(Path(temporary))
+        for script in config.scripts:
+            found.append(trial(server, script, words_for(script, Path(temporary)), config.kills, config.seed, Path(temporary)))
+            print(json.dumps(found[-1]), flush=True)
+    server.close()
+    runtime.write_text(Path(config.out), json.dumps({"command": "python -m benchmarks.kills", "scripts": found}, indent=1) + "\n")
+    if any(each["differences"] for each in found):
+        runtime.fail(f"{config.out}: some runs did not come out as the undisturbed one: see 'differences'")
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    if "--serve" in sys.argv:
+        serve()
+    else:
+        from runtime import load_config
+
+        main(load_config(Config, __doc__))

@@ -1,0 +1,284 @@
+"""What a run survives: SIGKILL at any moment, SIGTERM, a full disk, a second run in its folder. `python -m benchmarks.kills` kills more."""
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import ROOT, exits, metrics_of, small_model
+
+import runtime
+from benchmarks import kills
+from benchmarks.kills import SETTINGS, Server, same_folders, words_for
+
+
+@pytest.fixture(scope="module")
+def server():
+    found = Server()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kills")
+    kills.prepare(folder)
+    return folder
+
+
+FEW = {"ppo": ["steps=4", "batch=4", "minibatches=1", "epochs=1"]}  # five steps, of PPO four
+
+
+def few(script, data):
+    return [*words_for(script, data), *FEW.get(script, ["epochs=1"])]
+
+
+# ----------------------------------------------------------------------------------------- killed
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_a_killed_run_ends_as_one_nobody_disturbed(script, server, data):
+    """Three kills of three kinds; `python -m benchmarks.kills` has twenty."""
+    moments = ("file operation", "saving", "rollout" if script == "ppo" else "accumulating")
+    found = kills.trial(server, script, few(script, data), 3, 1, data, moments)
+    assert found["differences"] == [] and sum(found["moments"].values()) == 3
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+FUSE = {"left": -1}  # file operations until the process "dies"; below 0: it lives
+
+
+def _fuse(event, args):
+    if FUSE["left"] >= 0 and (event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+                              or event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
+        FUSE["left"] -= 1
+        if FUSE["left"] < 0:
+            raise Killed
+
+
+sys.addaudithook(_fuse)
+
+
+def killed_everywhere(work, check):
+    """Do the work on and on, each time dying before one file operation later than the time before, until it comes to its end."""
+    for operations in range(100):
+        FUSE["left"] = operations
+        try:
+            work(operations)
+            return operations
+        except Killed:
+            pass  # its frames go, and with them the lock they held, as with a process
+        finally:
+            FUSE["left"] = -1
+        check(operations)
+    raise AssertionError("no end")
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str
+    lr: float = 0.1
+    overwrite: bool = False
+
+
+def test_a_kill_while_a_folder_is_begun_does_not_lock_it(tmp_path):
+    (tmp_path / "data").write_text("a")
+
+    def begin(operations, **changes):
+        out = str(tmp_path / str(operations))
+        runtime.open_run(out, Config(out, **changes), {"data": str(tmp_path / "data")}, changes.get("overwrite", False))[1].close()
+
+    assert killed_everywhere(begin, begin) > 4
+
+
+def test_a_kill_while_a_folder_is_begun_anew_leaves_one_run_or_the_other(tmp_path):
+    """Overwriting goes on where it was; without overwrite=true the old run's files are never taken for the new run's."""
+    (tmp_path / "data").write_text("a")
+
+    def begin(operations, lr=0.2):
+        run = tmp_path / str(operations)
+        left, FUSE["left"] = FUSE["left"], -1
+        if not run.exists():
+            runtime.open_run(str(run), Config(str(run)), {"data": str(tmp_path / "data")})[1].close()
+            (run / "metrics.jsonl").write_text('{"step": 1}\n')
+            (run / "adapter").mkdir()
+            for step in (1, 2):
+                (run / "state" / f"step_{step}").mkdir(parents=True)
+                (run / "state" / f"step_{step}" / "state.safetensors").write_text("old")
+        FUSE["left"] = left
+        runtime.open_run(str(run), Config(str(run), lr, True), {"data": str(tmp_path / "data")}, True)[1].close()
+
+    def check(operations):
+        run = tmp_path / str(operations)
+        with pytest.raises(SystemExit):
+            runtime.open_run(str(run), Config(str(run), 0.3), {"data": str(tmp_path / "data")})
+        begin(operations)
+        assert not any((run / name).exists() for name in ("metrics.jsonl", "state", "adapter"))
+        assert "0.2" in (run / "config.toml").read_text()
+
+    assert killed_everywhere(begin, check) > 8
+
+
+def trained(seed=0):
+    model = small_model(seed=seed, dtype=torch.float32)
+    optimizer = runtime.adamw(model, 1e-2, 0.1)
+    model(torch.tensor([[1, 2]])).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
+    """The one before or the new one."""
+    old, new = trained(0), trained(1)
+
+    def save(operations):
+        left, FUSE["left"] = FUSE["left"], -1
+        runtime.save_state(tmp_path / str(operations), 2, *old)
+        FUSE["left"] = left
+        runtime.save_state(tmp_path / str(operations), 3, *new)
+
+    def check(operations):
+        model, optimizer = trained(2)
+        step = runtime.load_state(tmp_path / str(operations), model, optimizer)
+        saved = {2: old, 3: new}[step][0]
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
+
+    assert killed_everywhere(save, check) > 3
+
+
+def test_a_run_that_ended_early_is_not_gone_on_with(server, data, tmp_path):
+    """PPO stops when too few replies end. Killed before its model was written, it writes that model and trains no further."""
+    words = [*few("ppo", data), "min_eos=1"]
+    whole = kills.undisturbed(server, "ppo", words, tmp_path / "whole")
+    assert len(metrics_of(tmp_path / "whole")) == 1
+    last = int(whole["operations"]) - 1
+    process = server.start("ppo", [*words, f"out={tmp_path / 'run'}"], tmp_path / "log", str(tmp_path / "run"), last)
+    assert process.ended(100) and process.code() == -signal.SIGKILL
+    for _ in range(2):
+        process = server.start("ppo", [*words, f"out={tmp_path / 'run'}"], tmp_path / "log")
+        assert process.ended(100) and process.code() == 0
+        assert same_folders(tmp_path / "whole", tmp_path / "run") == ""
+        assert "ended early after step 1: eos_rate is" in (tmp_path / "log").read_text()
+
+
+# ------------------------------------------------------------------------------------- asked to stop
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_sigterm_saves_and_leaves_with_0_and_the_run_goes_on(script, server, data, tmp_path):
+    words = [*few(script, data), "save_every=0", f"out={tmp_path / 'run'}"]
+    process = server.start(script, words, tmp_path / "log")
+    assert kills.wait_for(process, lambda: kills.lines_of(tmp_path / "run") >= 2)
+    process.kill(signal.SIGTERM)
+    assert process.ended(60) and process.code() == 0
+    steps = len(metrics_of(tmp_path / "run"))
+    assert (tmp_path / "run" / "state" / f"step_{steps}" / "state.safetensors").exists()
+    assert "the same command goes on from there" in (tmp_path / "log").read_text() or steps >= 4
+
+
+# ------------------------------------------------------------------------------------ a full disk
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 8 MB, where root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(script, server, data, small_disk, tmp_path):
+    """The disk fills up once the first checkpoint is there; with room again the run goes on and ends as if nothing had been."""
+    words, run = few(script, data), small_disk / "run"
+    kills.undisturbed(server, script, words, tmp_path / "run")
+    process = server.start(script, [*words, f"out={run}"], tmp_path / "log")
+    assert kills.wait_for(process, lambda: list((run / "state").glob("step_*")))
+    with (small_disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError):
+        while True:
+            ballast.write(bytes(2**14))
+    assert process.ended(100) and process.code() == 2, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text().splitlines()
+    assert str(run) in said[-1] and "No space left on device" in said[-1] and "free" in said[-1] and "Traceback" not in "".join(said)
+    assert len([line for line in said if "space" in line]) == 1
+    assert [path for path in (run / "state").glob("step_*") if (path / "state.safetensors").exists()]
+    (small_disk / "ballast").unlink()
+    process = server.start(script, [*words, f"out={run}"], tmp_path / "log")
+    assert process.ended(100) and process.code() == 0, (tmp_path / "log").read_text()
+    assert same_folders(tmp_path / "run", run) == ""
+
+
+def test_a_limit_on_file_sizes_is_one_line_too(data, tmp_path):
+    """`ulimit -f`: the checkpoint is larger than files may be."""
+    words = " ".join([*few("sft", data), f"out={tmp_path / 'run'}"])
+    command = f"trap '' XFSZ; ulimit -f 40; exec {sys.executable} sft.py {words}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = runtime.Log(tmp_path, 0, 5, ("loss",), "off", Config(""))
+    log.stream = type("Full", (), {"write": full})()
+    exits(capsys, lambda: log.step(1, {"loss": 0.5}), "metrics.jsonl", "No space left on device", "free")
+    monkeypatch.setattr(os, "replace", full)
+    exits(capsys, lambda: runtime.write_text(tmp_path / "report.json", "{}"), "report.json", "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]  # nothing half written is left to fill the disk
+
+
+# ------------------------------------------------------------------------------- two runs, damaged files
+
+@pytest.mark.parametrize("script", ["sft", "ppo"])
+def test_a_second_run_in_a_folder_is_refused(script, server, data, tmp_path):
+    words = [*few(script, data), f"out={tmp_path / 'run'}"]
+    first = server.start(script, words, tmp_path / "first")
+    assert kills.wait_for(first, lambda: kills.lines_of(tmp_path / "run") >= 1)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = server.start(script, [*words, "overwrite=true"], tmp_path / "second")
+    assert second.ended(60) and second.code() == 2
+    assert "another process is running here" in (tmp_path / "second").read_text().splitlines()[-1]
+    first.kill(signal.SIGCONT)
+    assert first.ended(100) and first.code() == 0
+
+
+@pytest.mark.parametrize("damage", [
+    lambda run: os.truncate(run / "state" / "step_2" / "state.safetensors", 1000),
+    lambda run: (run / "state" / "step_2" / "state.safetensors").unlink(),
+    lambda run: (run / "config.toml").write_text("lr = \n"),
+    lambda run: (run / "depends_on.json").write_text("{"),
+    lambda run: (run / "depends_on.json").unlink(),
+    lambda run: shutil.copytree(run / "state" / "step_2", run / "state" / "step_two"),
+], ids=["state cut", "state gone", "config broken", "dependencies broken", "dependencies gone", "a folder of someone's"])
+def test_a_damaged_run_is_one_line(damage, tmp_path, capsys):
+    (tmp_path / "data").write_text("a")
+    run = tmp_path / "run"
+
+    def resume():
+        found, lock = runtime.open_run(str(run), Config(str(run)), {"data": str(tmp_path / "data")})
+        try:
+            return runtime.load_state(found, *trained(1))
+        finally:
+            lock.close()
+
+    assert resume() == 0
+    runtime.save_state(run, 2, *trained())
+    assert resume() == 2
+    damage(run)
+    exits(capsys, resume, str(run), "overwrite=true")
+
+
+def test_a_state_of_another_model_is_one_line(tmp_path, capsys):
+    """The code has changed, and the sizes with it."""
+    runtime.save_state(tmp_path, 2, *trained())
+    model = small_model(width=32, dtype=torch.float32)
+    exits(capsys, lambda: runtime.load_state(tmp_path, model, runtime.adamw(model, 1e-2, 0.1)), "step_2", "overwrite=true")

@@ -31,7 +31,7 @@ import runtime
 from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer, sample_texts
 from data.pack import Batch, Tree, digest, load_trees, pack, step_trees, steps_per_epoch, truncate
 from kernels.logprobs import linear_logprobs
-from model import Transformer, load_model
+from model import Transformer, expect_replies, load_model
 from runtime import check_range, fail
 
 
@@ -78,7 +78,7 @@ class Config(lora.Options):
         for key, low, high in (
             ("beta", 1e-6, inf), ("label_smoothing", 0, 0.499), ("epochs", 1, inf), ("max_steps", 0, inf), ("batch", 1, inf),
             ("max_length", 2, inf), ("max_tokens", 1, inf), ("lr", 1e-12, 1), ("floor", 0, 1), ("warmup", 0, 0.99), ("weight_decay", 0, 1),
-            ("beta2", 0, 0.99999), ("clip", 1e-6, inf), ("seed", 0, inf), ("threads", 0, inf), ("eval_every", 0, inf),
+            ("beta2", 0, 0.99999), ("clip", 1e-6, inf), ("seed", 0, 10**9), ("threads", 0, 1024), ("eval_every", 0, inf),
             ("save_every", 0, inf), ("samples", 0, inf),
         ):
             check_range(key, getattr(self, key), low, high)
@@ -249,10 +249,11 @@ def set_reference(ref: Transformer, trees: list[Tree], file: Path, made_from: di
             for tree, part in zip(batch.trees, parts, strict=True):
                 tree.ref_sums = part
         sums = torch.cat([tree.ref_sums for tree in trees])
-        file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_name(f".{file.name}.new")
-        save_file({"sums": sums}, beside, metadata=made_from)
-        beside.replace(file)
+        with runtime.writing(file, beside):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"sums": sums}, beside, metadata=made_from)
+            beside.replace(file)
         print(f"reference log-probabilities of {len(sums)} responses written to {file}")
     for tree, part in zip(trees, sums.split([len(tree.responses) for tree in trees]), strict=True):
         tree.ref_sums = part
@@ -295,7 +296,7 @@ def main(config: Config) -> None:
         memory.dry_run(config, load_data)
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels)
     tokenizer = load_tokenizer(config.model)
-    policy = lora.load_base(config.model, config, device, runtime.compute_dtype(config.dtype, device))
+    policy = expect_replies(lora.load_base(config.model, config, device, runtime.compute_dtype(config.dtype, device)), config.model)
     template = config.template or tokenizer.template or "zephyr"
     print(adopt_template(policy, tokenizer, template))
     lora.adapt(policy, config, config.seed)
@@ -306,7 +307,7 @@ def main(config: Config) -> None:
 
     ref = policy  # before its first update
     if config.ref_model:
-        ref = load_model(config.ref_model, dtype=torch.float32, device=device)
+        ref = expect_replies(load_model(config.ref_model, dtype=torch.float32, device=device), config.ref_model)
         ref.compute_dtype = policy.compute_dtype
         adopt_template(ref, load_tokenizer(config.ref_model), template)
     cache = Path(config.ref_cache) if config.ref_cache else run / "ref_logprobs.safetensors"

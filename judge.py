@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from math import inf
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,7 @@ from judging.prompts import Question
 from judging.ratings import bootstrap_elo, bradley_terry, elo, likert_tables, mt_bench, win_rate
 from judging.ratings import lc_win_rate as length_controlled_win_rate
 from judging.tables import merge_orders as pairwise_verdicts
+from model import read_config
 from runtime import check_range, fail
 
 __all__ = ["bootstrap_elo", "bradley_terry", "cohen_kappa", "elo", "fleiss_kappa", "krippendorff_alpha", "length_controlled_win_rate",
@@ -99,13 +101,15 @@ class Config:
             fail("seeds is empty, expected e.g. seeds=[0]")
         for key, low, high in (("temperature", 0, 10), ("max_tokens", 1, inf), ("judge_max_tokens", 1, inf), ("questions", 0, inf),
                                ("trial", 0, inf), ("show", 0, inf), ("budget", 0, inf), ("prompt_price", 0, inf), ("reply_price", 0, inf),
-                               ("threads", 0, inf)):
+                               ("threads", 0, 1024)):
             check_range(key, getattr(self, key), low, high)
         for _, where in self.named("models"):
             paths = [where.replace("{seed}", str(seed)).removeprefix("few-shot:") for seed in self.seeds]
             for path in paths if "://" not in where else []:
                 if not (path.endswith(".jsonl") and Path(path).is_file()) and not (Path(path) / "config.json").is_file():
                     fail(f"models: {path} holds no config.json, expected a model directory: train it first, or drop it")
+                if not path.endswith(".jsonl") and read_config(path).scored:
+                    fail(f"models: {path} is a reward model, expected one that replies: name the result of sft.py, dpo.py or ppo.py")
         for _, where in self.named("judges"):
             kind, path = where.partition(":")[0], where.removeprefix("reward:").removeprefix("recorded:")
             if kind == "recorded" and not Path(path).is_file():
@@ -113,6 +117,9 @@ class Config:
             if kind not in ("gold", "recorded", "http", "https") and not (Path(path) / "config.json").is_file():
                 fail(f"judges: {path} holds no config.json, expected gold, a model directory, reward:directory, http://host/v1#name or "
                      "recorded:file")
+            if kind not in ("gold", "recorded", "http", "https") and read_config(path).scored != (kind == "reward"):
+                fail(f"judges: {path} has no score head, expected a reward model: train one with reward.py" if kind == "reward" else
+                     f"judges: {path} is a reward model, expected one that replies: write reward:{path}")
 
     def named(self, key: str) -> list[tuple[str, str]]:
         """Entries "name=where" of a list as pairs; where alone is its own name."""
@@ -130,7 +137,7 @@ def load_questions(config: Config) -> tuple[list[Question], list[dict] | None]:
     dialogues, asked, references = [], [], {}
     if config.references:
         references, _ = recorded_replies(config.references)
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             record = json.loads(line)
             turns = record.get("turns") or record.get("prompt") or record["instruction"]
@@ -153,6 +160,13 @@ def load_questions(config: Config) -> tuple[list[Question], list[dict] | None]:
         fail(f"data={path}: holds no questions, expected lines with 'turns', 'prompt' or 'instruction'")
     many = config.questions or len(asked)
     return asked[:many], dialogues[:many] if len(dialogues) == len(asked) else None
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot be read ({error}), expected JSON lines: is it another kind of file?")
 
 
 def answer(where: str, questions: list[Question], dialogues: list[dict] | None, config: Config, seed: int, progress: str, budget: Budget,
@@ -188,7 +202,7 @@ def recorded_replies(path: str) -> tuple[dict[str, list[str]], dict[str, list[st
     if not Path(path).is_file():
         fail(f"{path}: no such file, expected recorded replies")
     by_id, by_text = {}, {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(read_lines(Path(path)), 1):
         try:
             record = json.loads(line)
             replies = record.get("replies") or (record["choices"][0]["turns"] if "choices" in record else [record["output"]])
@@ -217,6 +231,14 @@ ORDERS = {"both": "Both orders: a win needs both, else it is a tie.", "one": "On
           "recorded": "One order of each comparison was recorded."}
 
 
+@lru_cache
+def recorded_judgments(path: str, baseline: str):
+    said = recorded.read(path, options=recorded.Options(baseline=baseline))
+    if not said.games and not said.scores:
+        fail(f"judges: {path} holds no judgment that can be read, expected one of the formats of judging/recorded.py: name another file")
+    return said
+
+
 def hear(name: str, where: str, answers: Answers, dialogues: list[dict] | None, grades: dict | None, baseline: str, config: Config,
          budget: Budget, device: torch.device) -> tuple[list[dict], list[dict], list[dict]]:
     """One judge: its games, its marks, and the sections of the report about it."""
@@ -229,7 +251,7 @@ def hear(name: str, where: str, answers: Answers, dialogues: list[dict] | None, 
         rows = games_from_scores(name, compared, reward_scores(where.removeprefix("reward:"), answers, device), answers)
         return rows, marks, verdict_sections(name, rows, marks, baseline, "", config)
     if where.startswith("recorded:"):
-        said = recorded.read(where.removeprefix("recorded:"), options=recorded.Options(baseline=baseline or "baseline"))
+        said = recorded_judgments(where.removeprefix("recorded:"), baseline or "baseline")
         print(said)
         asked = load_questions(config)[0] if Path(config.data).is_file() else []
         category = {q.id: {"category": q.category} for q in asked}  # a file of scores may not name them
@@ -339,8 +361,11 @@ def write_replies(out: Path, answers: Answers, grades: dict | None, config: Conf
 
 def main(config: Config) -> None:
     device = runtime.setup(config.device, 0, config.threads)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = runtime.open_folder(config.out)
+    first = config.baseline or next((name for name, _ in config.named("models")), "")
+    for _, where in config.named("judges"):
+        if where.startswith("recorded:"):  # before models are asked
+            recorded_judgments(where.removeprefix("recorded:"), first or "baseline")
     budget = Budget(money=config.budget or inf, prompt_price=config.prompt_price, reply_price=config.reply_price)
     result = {"title": "Models and their judges", "about": {"torch": torch.__version__}}
     answers, dialogues, grades, gold_sections, sections, found = Answers([], {}), None, None, [], [], {}

@@ -37,7 +37,7 @@ from kernels.attention import attention
 from kernels.decode import decode_attention
 from kernels.fused import rms_norm, rotary, swiglu
 from kernels.layout import Layout
-from runtime import fail
+from runtime import fail, writing
 
 # ----------------------------------------------------------------------------------- configuration
 
@@ -786,6 +786,13 @@ def load_model(
     return model.requires_grad_(linear is None)
 
 
+def expect_replies(model: Transformer, path: str | Path) -> Transformer:
+    """The model, unless it is one that gives scores."""
+    if model.config.scored:
+        fail(f"{path}: is a reward model, expected one that replies: start from the result of sft.py or a base model")
+    return model
+
+
 def check_weights(path: Path, model: Transformer) -> list[tuple[Path, str, list[str]]]:
     """Where a directory keeps the model's parameters: [(file, tensor in it, our names)]. Reads headers alone; whatever does not fit
     is one line."""
@@ -843,8 +850,6 @@ def save_model(
     """
     final = Path(path)
     path = final.with_name(f".{final.name}.new")
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
     parameters = dict(model.named_parameters())
@@ -859,21 +864,29 @@ def save_model(
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    else:
+    saved = next(iter(shards[0].values())).dtype
+    config = replace(model.config, dtype=str(saved).removeprefix("torch."))
+    with writing(final, path):
+        _write_shards(path, names, shards)
+        (path / "config.json").write_text(json.dumps(config_json(config), indent=1) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(path)
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        path.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_shards(path: Path, names: list[str], shards: list[dict[str, Tensor]]) -> None:
+    """The weights of a checkpoint, with an index if there are several files."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    if len(shards) > 1:
         weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         (path / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
     for file, shard in zip(names, shards, strict=True):
         save_file(shard, path / file, metadata={"format": "pt"})
-    saved = next(iter(shards[0].values())).dtype
-    config = replace(model.config, dtype=str(saved).removeprefix("torch."))
-    (path / "config.json").write_text(json.dumps(config_json(config), indent=1) + "\n")
-    if tokenizer is not None:
-        tokenizer.save(path)
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    path.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

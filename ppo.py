@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import lora
 import memory
 import runtime
-from data.chat import Tokenizer, load_tokenizer
+from data.chat import Tokenizer, check_vocabulary, load_tokenizer
 from data.formats import read
 from data.pack import Batch, Response, Tree, pack, step_trees
 from kernels.logprobs import linear_logprobs
@@ -103,7 +103,7 @@ class Config(lora.Options):
             ("ratio_clip", 0, 0.999), ("value_clip", 0, inf), ("value_coef", 0, inf), ("epochs", 1, inf), ("minibatches", 1, self.batch),
             ("micro_tokens", 1, inf), ("lr", 1e-12, 1), ("value_lr", 1e-12, 1), ("floor", 0, 1), ("warmup", 0, 0.99),
             ("weight_decay", 0, 1), ("beta2", 0, 0.99999), ("clip", 1e-6, inf), ("max_kl", 0, inf), ("max_ratio", 1, inf),
-            ("min_eos", 0, 1), ("seed", 0, inf), ("threads", 0, inf), ("save_every", 0, inf), ("snapshot_every", 0, inf),
+            ("min_eos", 0, 1), ("seed", 0, 10**9), ("threads", 0, 1024), ("save_every", 0, inf), ("snapshot_every", 0, inf),
             ("show_every", 0, inf),
         ):
             check_range(key, getattr(self, key), low, high)
@@ -380,6 +380,7 @@ def load_roles(config: Config, tokenizer: Tokenizer, device: torch.device, dtype
             fail(f"{path}: has no score head, expected the result of reward.py" if scored else
                  f"{path}: is a reward model, expected the result of sft.py")
         other = load_tokenizer(path)
+        check_vocabulary(model, other)
         if [other.name(i) for i in range(other.vocab_size)] != [tokenizer.name(i) for i in range(tokenizer.vocab_size)]:
             fail(f"{path}: has another tokenizer than {config.model}: train it from that model")
         return model
@@ -429,12 +430,13 @@ def main(config: Config) -> None:
             optimizer.add_param_group(kept | {"scale": group["scale"] * config.value_lr / config.lr})
     done = runtime.load_state(run, models, optimizer)
     log = runtime.Log(run, done, config.steps, ("score", "kl", "length", "eos_rate", "tokens_per_s"), config.wandb, config)
-    kl_coef = json.loads(log.file.read_text().splitlines()[-1])["next_kl_coef"] if done else config.kl_coef
-    stop, reason = runtime.StopRequest(), ""
+    last_step = json.loads(log.file.read_text().splitlines()[-1]) if done else {}
+    kl_coef = last_step.get("next_kl_coef", config.kl_coef)
+    stop, reason = runtime.StopRequest(), out_of_bounds(last_step, config) if done else ""
     trained = sum(p.numel() for p in models.parameters())
     print(f"{trained:,} parameters trained, {config.steps} steps of {config.batch} prompts, {done} done")
 
-    for step in range(done, config.steps):
+    for step in range(done, done if reason else config.steps):  # a run that left its bounds is not gone on with
         began = time.perf_counter()
         lr = runtime.learning_rate(step, config.steps, config.lr, round(config.warmup * config.steps), config.schedule, config.floor)
         for group in optimizer.param_groups:

@@ -81,7 +81,7 @@ class Config(lora.Options):
         for key, low, high in (
             ("centering", 0, inf), ("epochs", 1, inf), ("max_steps", 0, inf), ("batch", 1, inf), ("max_length", 2, inf),
             ("max_tokens", 1, inf), ("lr", 1e-12, 1), ("floor", 0, 1), ("warmup", 0, 0.99), ("weight_decay", 0, 1), ("beta2", 0, 0.99999),
-            ("clip", 1e-6, inf), ("seed", 0, inf), ("threads", 0, inf), ("eval_every", 0, inf), ("save_every", 0, inf),
+            ("clip", 1e-6, inf), ("seed", 0, 10**9), ("threads", 0, 1024), ("eval_every", 0, inf), ("save_every", 0, inf),
         ):
             check_range(key, getattr(self, key), low, high)
 
@@ -311,7 +311,9 @@ def score_file(argv: list[str]) -> None:
     parser.add_argument("--score", required=True, metavar="FILE", help="JSONL of {messages} records")
     parser.add_argument("--model", required=True, help="reward model to ask")
     parser.add_argument("--out", help="file to write (default: print)")
-    words = parser.parse_args(argv)
+    words = runtime.arguments(parser, argv)
+    if words.out:
+        runtime.open_folder(str(Path(words.out).parent))
     tokenizer, model = load_tokenizer(words.model), load_model(words.model, dtype=torch.float32)
     if not model.config.scored:
         fail(f"{words.model}: has no score head, expected the result of reward.py")

@@ -34,11 +34,11 @@ from torch import Tensor
 import lora
 import memory
 import runtime
-from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer, sample_texts
+from data.chat import TEMPLATES, Tokenizer, adopt_template, check_vocabulary, load_tokenizer, sample_texts
 from data.formats import read
 from data.pack import CHOSEN, Batch, Response, Tree, collate, load_trees, pack, step_trees, steps_per_epoch, tree_from_messages, truncate
 from kernels.logprobs import linear_logprobs
-from model import Transformer
+from model import Transformer, expect_replies
 from runtime import check_range, fail
 
 
@@ -81,8 +81,8 @@ class Config(lora.Options):
             fail(f"template is '{self.template}', expected one of {', '.join(TEMPLATES)}")
         for key, low, high in (
             ("epochs", 1, inf), ("max_steps", 0, inf), ("batch", 1, inf), ("max_length", 2, inf), ("max_tokens", 1, inf), ("lr", 1e-12, 1),
-            ("floor", 0, 1), ("warmup", 0, 0.99), ("weight_decay", 0, 1), ("beta2", 0, 0.99999), ("clip", 1e-6, inf), ("seed", 0, inf),
-            ("threads", 0, inf), ("eval_every", 0, inf), ("save_every", 0, inf), ("samples", 0, inf),
+            ("floor", 0, 1), ("warmup", 0, 0.99), ("weight_decay", 0, 1), ("beta2", 0, 0.99999), ("clip", 1e-6, inf), ("seed", 0, 10**9),
+            ("threads", 0, 1024), ("eval_every", 0, inf), ("save_every", 0, inf), ("samples", 0, inf),
         ):
             check_range(key, getattr(self, key), low, high)
 
@@ -178,6 +178,7 @@ def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels)
     tokenizer = load_tokenizer(config.model)
     model = lora.load_base(config.model, config, device, runtime.compute_dtype(config.dtype, device))
+    check_vocabulary(expect_replies(model, config.model), tokenizer)
     if config.train_on == "responses" or config.template:
         print(adopt_template(model, tokenizer, config.template or tokenizer.template or "zephyr"))
     lora.adapt(model, config, config.seed)
@@ -185,7 +186,9 @@ def main(config: Config) -> None:
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     teacher = None
     if config.context:
-        context = [m for record in read(config.context, "messages")[0] for m in record["messages"]]
+        records, report = read(config.context, "messages")
+        context = [m for record in records for m in record["messages"]]
+        report.refuse()
         longer = after_context(config.data, trees, context, tokenizer)
         longer |= after_context(config.eval_data, eval_trees, context, tokenizer) if eval_trees else {}
         start = lora.Role(model, None) if config.lora_rank else copy.deepcopy(model).requires_grad_(False)

@@ -255,6 +255,7 @@ def generate(models: list, judge, config: Config) -> None:
 
 def main(config: Config) -> None:
     load_prompts(config.prompts)  # before a model is loaded
+    runtime.open_folder(config.out)
     generate([open_model(where, config.device) for where in config.models], open_model(config.judge, config.device), config)
 
 

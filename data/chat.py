@@ -240,7 +240,10 @@ class Tokenizer:
             fail(f"{pieces}: no such file, nor tokenizer.json, expected the checkpoint's tokenizer: copy it beside the weights")
         self.vocabulary = _SentencePiece(pieces) if pieces.is_file() else _ByteLevel(fast)
         settings = self.path / "tokenizer_config.json"
-        self.settings = json.loads(settings.read_text()) if settings.is_file() else {}
+        try:
+            self.settings = json.loads(settings.read_text()) if settings.is_file() else {}
+        except ValueError as error:
+            fail(f"{settings}: is not JSON ({error}): copy it again")
         wanted = {token for t in TEMPLATES.values() for token in t.tokens + t.tags}
         self.special = self.vocabulary.special | {name: i for i, name in enumerate(self.vocabulary.names) if name in wanted}
         for i, token in self.settings.get("added_tokens_decoder", {}).items():
@@ -383,6 +386,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(path)
 
 
+def check_vocabulary(model, tokenizer: Tokenizer) -> None:
+    """Leave with one line if the model has no embedding for a token of text; special ones are added as templates need them."""
+    tokens = 1 + max(set(range(tokenizer.vocabulary.size)) - set(tokenizer.special.values()))
+    if tokens > model.config.vocab_size:
+        fail(f"{tokenizer.path}: the tokenizer has {tokens} tokens, the model {model.config.vocab_size}: copy the model's own beside it")
+
+
 def adopt_template(model, tokenizer: Tokenizer, name: str) -> str:
     """Give a checkpoint its chat template, with every token it needs; what was done, in one line for the log.
 
@@ -390,6 +400,7 @@ def adopt_template(model, tokenizer: Tokenizer, name: str) -> str:
     or from noise. So the end of a turn is copied from EOS and other tags from the newline, plus a little
     noise that tells them apart. Rows a chat model has learnt, under this template or another, stay as they are.
     """
+    check_vocabulary(model, tokenizer)
     before = tokenizer.template
     if before == name:
         return f"template {name}, as in the checkpoint"

@@ -26,14 +26,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from data import formats
 from judging.report import text as report_text
-from runtime import fail
+from runtime import arguments, fail, writing
 
 RULES = ("exact", "contained", "13-gram", "8-gram")  # from the strongest
 SHORTEST = 4   # words of an item that is looked for inside a text; below, "what is this" is everywhere
@@ -198,10 +198,15 @@ def contamination_section(tallies: dict[str, Tally]) -> dict:
 def written_beside(path: str | None) -> Iterator[IO[str]]:
     """A file that takes its name when all is written; nowhere without a path."""
     new = Path(path).with_name(f".{Path(path).name}.new") if path else Path(os.devnull)
-    with new.open("w") as stream:
-        yield stream
-    if path:
-        os.replace(new, path)
+    with writing(Path(path or os.devnull)):
+        try:
+            with new.open("w") as stream:
+                yield stream
+            if path:
+                os.replace(new, path)
+        finally:
+            with suppress(OSError):
+                new.unlink() if path else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -212,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ngram", type=int, choices=(8, 13), default=8, help="the shortest run of words that counts")
     parser.add_argument("--out", help="write the records that hold nothing here")
     parser.add_argument("--removed", help="write what was found here: record, benchmark, item, rule, matched words")
-    words = parser.parse_args(argv)
+    words = arguments(parser, argv)
     if words.out and not words.removed:
         fail("--out without --removed would drop records in silence: name a file for the list, e.g. --removed removed.jsonl")
     results = [Path(path).resolve() for path in (words.out, words.removed) if path]
@@ -237,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             held, kept = held + bool(hits), kept + (not hits)
             if not hits:
                 clean.write(json.dumps(record) + "\n")
+        if not report.used:
+            fail(f"{words.train}: none of its {report.read} records can be used: run python -m data.formats {words.train} to see why")
     about = {words.train: f"{held + kept} records ({report.native}), {held} hold an item, {kept} do not"}
     if report.rejects:
         place, reason = report.rejects[0]

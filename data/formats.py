@@ -29,7 +29,7 @@ import numpy as np
 
 from data.native import NATIVE
 from data.records import FORMS, Reject, short
-from runtime import fail, write_text
+from runtime import arguments, fail, write_text
 
 FORMATS = FORMS | NATIVE
 DEEPEST = 200  # levels of nesting; a conversation tree takes two a turn
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--format", metavar="NAME", help=f"what the file is in: {', '.join(FORMATS)} (default: its first record tells)")
     parser.add_argument("--out", help="write the good records here, as JSON lines")
     parser.add_argument("--tokenizer", default="data/tiny/base", help="checkpoint whose tokenizer and template show the first record")
-    words = parser.parse_args()
+    words = arguments(parser)
     records, report = read(words.file, words.format)
     records = list(records)
     for place, reason in report.rejects:

@@ -34,8 +34,8 @@ import torch
 from tqdm import tqdm
 
 from data.chat import TEMPLATES, adopt_template, load_tokenizer
-from model import KVCache, Transformer, _decode, _DecodeGraphs, _prefill, _sample_each, load_model, weight_files
-from runtime import check_range, fail, file_hash
+from model import KVCache, Transformer, _decode, _DecodeGraphs, _prefill, _sample_each, expect_replies, load_model, weight_files
+from runtime import check_range, fail, file_hash, find_device, open_folder
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
         if not request.messages or request.messages[-1]["role"] != "user":
             raise ValueError(f"a request ends with {request.messages[-1:]}, expected a user turn")
     keys = [request_key(model.name, request, sampling) for request in requests]
-    ledger.parent.mkdir(parents=True, exist_ok=True)
+    open_folder(str(ledger.parent))
     counts: Counter[str] = Counter()
     failures = ledger.with_name(f"{ledger.stem}.failures.jsonl")
     with ledger.open("ab+") as stream:
@@ -298,6 +298,8 @@ class Decoder:
 
 def open_model(where: str, device: str = "auto", template: str = "", model: str = "") -> Checkpoint | Endpoint:
     """A Hugging Face directory, or an endpoint such as http://127.0.0.1:8000/v1#name. `template`: the checkpoint's own, or zephyr."""
+    if not where:
+        fail("a model is needed and its name is empty, expected a model directory, or an endpoint such as http://127.0.0.1:8000/v1#name")
     if where.startswith(("http://", "https://")):
         url, _, name = where.partition("#")
         return Endpoint(url, model or name)
@@ -315,10 +317,10 @@ class Checkpoint:
         path = Path(where)
         if not (path / "config.json").is_file():
             fail(f"{where}: holds no config.json, expected a model directory, or an endpoint such as http://127.0.0.1:8000/v1#name")
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        device = find_device(device)
         self.tokenizer = load_tokenizer(path)
         # fp32 on the CPU: in bf16 a reply would depend on which others it is computed with.
-        self.model = load_model(path, torch.bfloat16 if device.startswith("cuda") else torch.float32, device)
+        self.model = expect_replies(load_model(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device), where)
         adopt_template(self.model, self.tokenizer, template or self.tokenizer.template or "zephyr")
         self.path = path
 

@@ -23,6 +23,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import inf
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor
 from data.chat import TEMPLATES, Tokenizer, load_tokenizer
 from data.formats import read
 from kernels.layout import Layout
-from runtime import fail
+from runtime import arguments, check_range, fail
 
 CHOSEN, REJECTED = 0, 1
 
@@ -371,7 +372,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="data/tiny/base", help="checkpoint whose tokenizer and template to use")
     parser.add_argument("--template", choices=TEMPLATES, help="default: the checkpoint's own, or zephyr")
     parser.add_argument("--max-length", type=int, default=2**30, help="tokens of a path; longer ones are cut")
-    words = parser.parse_args()
+    words = arguments(parser)
+    check_range("max-length", words.max_length, 1, inf)
     tokenizer = load_tokenizer(words.tokenizer)
     tokenizer.adopt(words.template or tokenizer.template or "zephyr")
     trees, counts = truncate(load_trees(words.file, tokenizer), words.max_length)

@@ -261,6 +261,7 @@ def generate(target, attacker, judge, config: Config) -> None:
 def main(config: Config) -> None:
     load_texts(config.behaviours, "behaviour", BEHAVIOURS)  # before a model is loaded
     load_texts(config.templates, "text", TEMPLATES)
+    runtime.open_folder(config.out)
     target, attacker = (open_model(where, config.device) for where in (config.target, config.attacker))
     generate(target, attacker, open_model(config.judge, config.device) if config.mode != "leak" else None, config)
 

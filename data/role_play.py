@@ -81,7 +81,10 @@ def load_roles(config: Config) -> tuple[list[str], list[str]]:
             text = Path(file).read_text(encoding="utf-8").splitlines() if file else built_in
         except (OSError, UnicodeDecodeError) as error:
             runtime.fail(f"{key}={file}: cannot be read ({error}), expected text, one role a line")
-        return [role for role in (re.sub(r"^\s*\d+[.)]\s*", "", line).strip() for line in text) if role]
+        found = [role for role in (re.sub(r"^\s*\d+[.)]\s*", "", line).strip() for line in text) if role]
+        if not found:
+            runtime.fail(f"{key}={file}: is empty, expected text, one role a line")
+        return found
 
     return lines("assistant_roles", ASSISTANTS), lines("user_roles", USERS)
 
@@ -258,6 +261,7 @@ def generate(model, user_model, config: Config) -> None:
 
 def main(config: Config) -> None:
     load_ideas(config.ideas) if config.ideas else load_roles(config)  # before a model is loaded
+    runtime.open_folder(config.out)
     model = open_model(config.model, config.device)
     generate(model, open_model(config.user_model, config.device) if config.user_model else model, config)
 

@@ -397,6 +397,7 @@ def generate(model, config: Config) -> None:
 
 def main(config: Config) -> None:
     load_seeds(config)  # before a model is loaded
+    runtime.open_folder(config.out)
     generate(open_model(config.model, config.device), config)
 
 

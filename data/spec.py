@@ -25,7 +25,7 @@ from data.chat import load_tokenizer
 from data.formats import read
 from data.raters import collect_labels, label_rows, rater_sections, task_of
 from judging.report import text as report_text
-from runtime import fail, write_text
+from runtime import arguments, fail, write_text, writing
 
 # ----------------------------------------------------------------------------------------- targets
 
@@ -358,7 +358,8 @@ def draw(lengths: Mapping[str, np.ndarray], target: Mapping[str, float] | None, 
         right.set(yticks=middle, yticklabels=[t.replace("_", " ") for t in tasks], xlabel="share, %")
         right.invert_yaxis()
         right.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
-    figure.savefig(file, dpi=130)
+    with writing(file):
+        figure.savefig(file, dpi=130)
     pyplot.close(figure)
 
 
@@ -373,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--by", choices=("tasks", "lengths"), default="tasks", help="of tasks, or of prompt lengths by its quartiles")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--out", help="write the subset here")
-    words = parser.parse_args(argv)
+    words = arguments(parser, argv)
     target, row = TARGETS.get(words.target), TARGET_LENGTHS.get(words.target)
     if words.unit not in UNITS and not Path(words.unit).is_dir():
         fail(f"--unit {words.unit}: no such directory, expected words, bytes, or a directory that holds a tokenizer")
@@ -390,7 +391,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             records, report = read(name)
             sets[name] = list(records)
             if not sets[name]:
-                fail(f"{name}: none of its {report.read} records can be used: python -m data.formats {name} says why")
+                fail(f"{name}: is empty, expected one JSON record a line" if not report.read else
+                     f"{name}: none of its {report.read} records can be used: run python -m data.formats {name} to see why")
             about[name] = f"{len(sets[name])} records ({report.native}), {len(report.rejects)} rejected"
     short = {name: "/".join(Path(name).parts[-2:]) for name in sets}
     short = short if len(set(short.values())) == len(sets) else {name: name for name in sets}

@@ -94,9 +94,12 @@ def load_about(config: Config) -> list[str]:
     if not config.topics and config.sector != "openings":
         return list(TOPICS if config.sector == "questions" else KINDS)
     try:
-        return [line.strip() for line in Path(config.topics).read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [line.strip() for line in Path(config.topics).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         runtime.fail(f"topics={config.topics}: cannot be read ({error}), expected text, one topic, kind of text or opening a line")
+    if not found:
+        runtime.fail(f"topics={config.topics}: is empty, expected text, one topic, kind of text or opening a line")
+    return found
 
 
 def user(text: str) -> list[dict]:
@@ -322,6 +325,7 @@ def generate(model, user_model, config: Config) -> None:
 
 def main(config: Config) -> None:
     load_about(config)  # before a model is loaded
+    runtime.open_folder(config.out)
     model = open_model(config.model, config.device)
     generate(model, open_model(config.user_model, config.device) if config.user_model else model, config)
 

@@ -39,7 +39,7 @@ from pathlib import Path
 
 from judging.prompts import read_verdict
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome
-from runtime import fail, load_config, write_text
+from runtime import arguments, fail, load_config, write_text
 
 
 class Reject(Exception):
@@ -549,7 +549,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", metavar="FILE or option=value")
     parser.add_argument("--format", default="", help=f"one of {', '.join(READERS)}; recognised if not given")
     parser.add_argument("--out", help="write the rows here, one a line")
-    words = parser.parse_args()
+    words = arguments(parser)
     named = [word for word in words.files if "=" not in word or Path(word).exists()]
     options = load_config(Options, __doc__, [word for word in words.files if word not in named])
     files = [read(file, words.format, options) for file in named]

@@ -8,6 +8,7 @@ Scripts call these functions with plain values; nothing here calls back. A run i
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -138,7 +139,10 @@ def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> tor
     torch.manual_seed(seed)
     if threads:
         torch.set_num_threads(threads)
-    matmul = _fast_cpu_matmul() if found.type == "cpu" else ""
+    matmul = ""
+    if found.type == "cpu":
+        matmul = _fast_cpu_matmul()
+        _keep_freed_memory()
     name = torch.cuda.get_device_name(found) if found.type == "cuda" else f"{torch.get_num_threads()} threads{matmul}"
     try:
         kernels.use(kernel)
@@ -147,6 +151,17 @@ def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> tor
     chosen = f"triton {kernels.triton.__version__}" if kernels.on_triton(torch.empty(0, device=found)) else "torch"
     print(f"torch {torch.__version__} on {found} ({name}), kernels {chosen}")
     return found
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep what tensors give back, for the next ones: fresh pages cost more than the work on them.
+
+    SFT of a 15 M model on two cores: 1,510 -> 2,300 tokens/s, 1.1 M -> 0.3 M page faults in five steps, 2 % more memory at the peak.
+    """
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)          # M_MMAP_MAX: large blocks from the heap too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 def find_device(name: str) -> torch.device:

@@ -34,7 +34,18 @@ import torch
 from tqdm import tqdm
 
 from data.chat import TEMPLATES, adopt_template, load_tokenizer
-from model import KVCache, Transformer, _decode, _DecodeGraphs, _prefill, _sample_each, expect_replies, load_model, weight_files
+from model import (
+    KVCache,
+    Transformer,
+    _decode,
+    _DecodeGraphs,
+    _prefill,
+    _sample_each,
+    expect_replies,
+    load_model,
+    uniform_numbers,
+    weight_files,
+)
 from runtime import check_range, fail, file_hash, find_device, open_folder
 
 
@@ -256,7 +267,7 @@ class Decoder:
             s = self.waiting.popleft()
             if s.done:
                 continue
-            s.began, s.uniform = time.perf_counter(), np.random.default_rng(s.seed).random(s.max_tokens, dtype=np.float32)
+            s.began, s.uniform = time.perf_counter(), uniform_numbers(s.seed, s.max_tokens)
             new.append(s)
             room -= len(s.prompt)
         if not new:
@@ -271,7 +282,7 @@ class Decoder:
         return new
 
     def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        uniform = torch.tensor([s.uniform[len(s.tokens)] for s in sequences], device=self.device)
+        uniform = torch.from_numpy(np.stack([s.uniform[len(s.tokens)] for s in sequences])).to(self.device)
         tokens, _ = _sample_each(logits, [s.settings for s in sequences], uniform)
         for row, (s, token) in enumerate(zip(sequences, tokens.tolist(), strict=True)):
             if s.top >= 0:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import Build, jit, on_triton, tl
+from kernels import Build, jit, on_triton, tl, without_onednn
 
 
 def decode_attention(
@@ -26,6 +26,11 @@ def decode_attention(
     """Attention of one new token per sequence to its cache, [B, H, E]. No gradient."""
     if on_triton(q):
         return _decode_in_parts(q, k, v, seen, window)
+    with without_onednn(q.device):
+        return _decode_in_rows(q, k, v, seen, window)
+
+
+def _decode_in_rows(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int | None) -> Tensor:
     grouped = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5    # [B, K, G, E]
     scores = torch.matmul(grouped, k.transpose(-1, -2))                 # [B, K, G, S]
     place = torch.arange(k.shape[2], device=q.device)

@@ -26,7 +26,9 @@ from kernels import Build, architecture, jit, on_triton, tl, triton
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [N, D] over its root mean square, times weight [D]; the mean square in fp32 (Zhang & Sennrich 2019)."""
-    return (_TileRMSNorm if on_triton(x) else _RMSNorm).apply(x, weight, eps)
+    if on_triton(x):
+        return _TileRMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else (x * _scale(x, eps)).mul_(weight.to(x.dtype))
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,7 +36,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos [N, 1, E] holds the cosines twice, sin [N, 1, E] the sines negated and then as they are: x cos + swap(x) sin.
     """
-    return (_TileRotary if on_triton(x) else _Rotary).apply(x, cos, sin)
+    if on_triton(x):
+        return _TileRotary.apply(x, cos, sin)
+    return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else (x * cos).addcmul_(_swapped(x), sin)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -44,13 +48,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------- the PyTorch version
 
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """r [N, 1] of the header."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)  # [N, 1]
+        r = _scale(x, eps)
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight.to(x.dtype))
 

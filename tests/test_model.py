@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import loading
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
-from model import BUFFERS, KVCache, _sources, generate, keep_top_k, load_model, nucleus, sample_tokens, save_model
+from model import BUFFERS, DRAWS, KVCache, _sources, generate, in_nucleus, keep_top_k, load_model, sample_tokens, save_model
 
 FAMILIES = ("llama2", "llama3", "yi", "mistral", "qwen2", "qwen3", "falcon7b", "falcon40b", "gpt_bigcode", "starcoder2", "gpt_neox",
             "gemma")
@@ -154,47 +154,70 @@ def test_misuse_is_refused():
             generate(small_model(), [[1]], 3, **options)
 
 
-def test_top_p_0_keeps_the_likeliest_token():
-    top, ids = nucleus(torch.tensor([[0.2, 0.5, 0.3]]), 0.0)
-    assert top.tolist() == [[0.5, 0.0, 0.0]] and ids[0, 0] == 1
+def all_inside(probs, top_p):
+    """in_nucleus of every token of one row."""
+    return torch.stack([in_nucleus(probs, torch.full((len(probs),), token), top_p) for token in range(probs.shape[1])], 1)
+
+
+def test_top_p_0_keeps_the_likeliest_token_and_ties_stay_together():
+    assert all_inside(torch.tensor([[0.2, 0.5, 0.3]]), 0.0).tolist() == [[False, True, False]]
+    assert all_inside(torch.tensor([[0.25, 0.25, 0.4, 0.1]]), 0.5).tolist() == [[True, True, True, False]]
+    torch.manual_seed(1)
+    logits = torch.randn(50, 9)
+    tokens, _ = sample_tokens(logits, 1.0, 0, 0.0, torch.rand(50, DRAWS))
+    assert torch.equal(tokens, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("name", ["temp0.7", "topk5", "topk1", "topp0.9", "topp0.1", "temp0.8_topk12_topp0.95"])
 def test_filters_keep_what_transformers_keeps(name):
     numbers, arrays = reference("sampling")
     options = dict(numbers["cases"][name])
-    logits = arrays["logits"] / options.get("t", 1.0)
+    probs = (arrays["logits"] / options.get("t", 1.0)).softmax(-1)
     if "k" in options:
-        logits = keep_top_k(logits, options["k"])
-    probs = logits.softmax(-1)
+        probs = keep_top_k(probs, options["k"])
     if "p" in options:
-        top, ids = nucleus(probs, options["p"])
-        probs = torch.zeros_like(probs).scatter(1, ids, top)
-    assert torch.equal(probs > 0, arrays[f"{name}.kept"])
+        probs = probs * all_inside(probs, options["p"])
+    kept = arrays[f"{name}.kept"]
+    if name == "topp0.1":  # its first row has two equal tokens at the edge, of which transformers keeps one and we both
+        equal = (probs == probs.masked_fill(~kept, 1.0).amin(-1, keepdim=True)) & (probs > 0)
+        assert (equal.sum(-1) > 1).tolist() == [True] + [False] * (len(probs) - 1)
+        probs = probs.masked_fill(equal & ~kept, 0.0)
+    assert torch.equal(probs > 0, kept)
     assert torch.allclose(probs / probs.sum(-1, keepdim=True), arrays[f"{name}.probs"], atol=1e-6)
 
 
 def test_draws_follow_the_filtered_distribution():
-    """20,000 draws; chi-square with k - 1 degrees of freedom stays below its 99.9 % quantile (about k + 4 sqrt(2 k))."""
+    """20,000 draws; chi-square with k - 1 degrees of freedom stays below its 99.9 % quantile (about k + 4 sqrt(2 k)).
+
+    What is expected comes from sorting, which sampling does without. A flat distribution is refused most often.
+    """
     torch.manual_seed(0)
-    logits = torch.randn(1, 300) * 2
-    for top_k, top_p in ((0, 1.0), (12, 1.0), (0, 0.8), (40, 0.9)):
-        filtered = keep_top_k(logits / 0.9, top_k) if top_k else logits / 0.9
-        top, ids = nucleus(filtered.softmax(-1), top_p)
-        expected = torch.zeros(300).scatter(0, ids[0], top[0] / top.sum()) * 20_000
-        tokens, _ = sample_tokens(logits.expand(20_000, -1), 0.9, top_k, top_p, torch.rand(20_000))
-        counts = torch.bincount(tokens, minlength=300).float()
-        assert counts[expected == 0].sum() == 0
-        common = expected >= 5
-        k = int(common.sum())
-        chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum().item()
-        assert chi_square < k + 4 * math.sqrt(2 * k)
+    for spread in (2.0, 0.05):
+        logits = torch.randn(1, 300) * spread
+        for top_k, top_p in ((0, 1.0), (12, 1.0), (0, 0.8), (40, 0.9), (0, 0.05)):
+            filtered = keep_top_k((logits / 0.9).softmax(-1), top_k or 300)[0]
+            ordered, ids = filtered.sort(descending=True)
+            count = int((ordered.cumsum(0) < top_p).sum()) + 1
+            expected = torch.zeros(300).scatter(0, ids[:count], ordered[:count] / ordered[:count].sum()) * 20_000
+            tokens, logprobs = sample_tokens(logits.expand(20_000, -1), 0.9, top_k, top_p, torch.rand(20_000, DRAWS))
+            counts = torch.bincount(tokens, minlength=300).float()
+            assert counts[expected == 0].sum() == 0
+            common = expected >= 5
+            k = int(common.sum())
+            chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum().item()
+            assert chi_square < k + 4 * math.sqrt(2 * k)
+            assert torch.allclose(logprobs, (logits[0] / 0.9).log_softmax(-1)[tokens], atol=1e-5)
 
 
 def test_the_largest_uniform_number_still_picks_a_possible_token():
     logits = torch.tensor([[0.0, 3.0, -torch.inf, 1.0, -torch.inf]])
-    tokens, _ = sample_tokens(logits, 1.0, 0, 1.0, torch.tensor([1.0 - 2**-24]))
+    tokens, _ = sample_tokens(logits, 1.0, 0, 1.0, torch.full((1, DRAWS), 1.0 - 2**-24))
     assert tokens.item() == 3
+
+
+def test_every_prompt_may_have_its_own_limit():
+    said = generate(small_model(), [[1, 2], [3], [4, 5, 6]], [3, 0, 5])
+    assert [len(sample.tokens) for [sample] in said] == [3, 0, 5]
 
 
 def test_top_k_1_is_greedy():

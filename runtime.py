@@ -349,9 +349,7 @@ def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Op
         with (beside / "state.safetensors").open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(beside, folder)
-    for older in (run / "state").glob("step_*"):
-        if older != folder:
-            shutil.rmtree(older)
+    _remove_older(folder)
 
 
 def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -371,9 +369,16 @@ def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
                 parameter.data.copy_(tensors[f"model.{name}"])
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
+        _remove_older(folder)  # a kill came before it was
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         fail(f"{folder}: cannot be gone on from ({' '.join(str(error).split())}): choose another out=, or overwrite=true")
     return step
+
+
+def _remove_older(folder: Path) -> None:
+    for older in folder.parent.glob("step_*"):
+        if older != folder:
+            shutil.rmtree(older)
 
 
 class StopRequest:

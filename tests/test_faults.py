@@ -148,6 +148,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
         step = runtime.load_state(tmp_path / str(operations), model, optimizer)
         saved = {2: old, 3: new}[step][0]
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
+        assert [path.name for path in (tmp_path / str(operations) / "state").glob("step_*")] == [f"step_{step}"]
 
     assert killed_everywhere(save, check) > 3
 

@@ -14,7 +14,7 @@ Rafailov et al. 2023 (arXiv:2305.18290), Eq. 7; Tunstall et al. 2023 (arXiv:2310
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Literal
@@ -27,11 +27,12 @@ from torch import Tensor
 
 import lora
 import memory
+import ranks
 import runtime
 from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer, sample_texts
-from data.pack import Batch, Tree, digest, load_trees, pack, step_trees, steps_per_epoch, truncate
+from data.pack import Batch, Tree, digest, load_trees, share, step_trees, steps_per_epoch, truncate
 from kernels.logprobs import linear_logprobs
-from model import Transformer, expect_replies, load_model
+from model import Transformer, expect_replies
 from runtime import check_range, fail
 
 
@@ -234,7 +235,7 @@ def set_reference(ref: Transformer, trees: list[Tree], file: Path, made_from: di
     They depend on the data as rendered, on the reference and on its precision, and on nothing trained. A file made
     from anything else is refused, never overwritten.
     """
-    if file.is_file():
+    if ranks.anywhere(file.is_file()):
         try:
             with safe_open(file, framework="pt") as cache:
                 stored, sums = cache.metadata() or {}, cache.get_tensor("sums")
@@ -244,16 +245,17 @@ def set_reference(ref: Transformer, trees: list[Tree], file: Path, made_from: di
             if stored.get(name) != value:
                 fail(f"{file}: was computed from another {name}: delete it, or set ref_cache= to another file")
     else:
-        for batch in pack(trees, config.max_tokens):
+        for batch in share(trees, config.max_tokens):
             parts = response_sums(ref, batch.to(device)).cpu().split([len(tree.responses) for tree in batch.trees])
             for tree, part in zip(batch.trees, parts, strict=True):
-                tree.ref_sums = part
-        sums = torch.cat([tree.ref_sums for tree in trees])
-        beside = file.with_name(f".{file.name}.new")
-        with runtime.writing(file, beside):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"sums": sums}, beside, metadata=made_from)
-            beside.replace(file)
+                tree.ref_sums = part * batch.counts
+        sums = ranks.add_up(torch.cat([torch.zeros(len(tree.responses)) if tree.ref_sums is None else tree.ref_sums for tree in trees]))
+        if ranks.rank() == 0:
+            beside = file.with_name(f".{file.name}.new")
+            with runtime.writing(file, beside):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                save_file({"sums": sums}, beside, metadata=made_from)
+                beside.replace(file)
         print(f"reference log-probabilities of {len(sums)} responses written to {file}")
     for tree, part in zip(trees, sums.split([len(tree.responses) for tree in trees]), strict=True):
         tree.ref_sums = part
@@ -287,8 +289,9 @@ def train_step(policy: Transformer, batch: Batch, config: Config, pairs: int) ->
 def evaluate(policy: Transformer, trees: list[Tree], config: Config, device: torch.device) -> dict[str, float]:
     """Loss, margin and accuracy over held-out pairs."""
     pairs = sum(tree.pairs for tree in trees)
-    parts = [train_step(policy, batch.to(device), config, pairs)[1] for batch in pack(trees, config.max_tokens)]
-    return {f"eval_{name}": sum(part[name].item() for part in parts) for name in ("loss", "margin", "accuracy")}
+    parts = [(train_step(policy, batch.to(device), config, pairs)[1], batch.counts) for batch in share(trees, config.max_tokens)]
+    means = {f"eval_{name}": sum(part[name].item() * counts for part, counts in parts) for name in ("loss", "margin", "accuracy")}
+    return ranks.summed(means)
 
 
 def main(config: Config) -> None:
@@ -300,6 +303,7 @@ def main(config: Config) -> None:
     template = config.template or tokenizer.template or "zephyr"
     print(adopt_template(policy, tokenizer, template))
     lora.adapt(policy, config, config.seed)
+    lora.shard(policy, config, device)
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     depends_on = {"data": config.data, "model": config.model, "code": __file__}
@@ -307,9 +311,10 @@ def main(config: Config) -> None:
 
     ref = policy  # before its first update
     if config.ref_model:
-        ref = expect_replies(load_model(config.ref_model, dtype=torch.float32, device=device), config.ref_model)
-        ref.compute_dtype = policy.compute_dtype
+        whole = replace(config, lora_rank=0, quantize="none")
+        ref = expect_replies(lora.load_base(config.ref_model, whole, device, policy.compute_dtype), config.ref_model)
         adopt_template(ref, load_tokenizer(config.ref_model), template)
+        lora.shard(ref, whole, device)
     cache = Path(config.ref_cache) if config.ref_cache else run / "ref_logprobs.safetensors"
     made_from = {"reference": runtime.file_hash(config.ref_model or config.model), "precision": str(policy.compute_dtype),
                  "data, template or max_length": digest(trees + eval_trees)}
@@ -319,7 +324,7 @@ def main(config: Config) -> None:
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus)
     done = runtime.load_state(run, policy, optimizer)
-    log = runtime.Log(run, done, steps, ("loss", "margin", "accuracy", "pairs_per_s"), config.wandb, config)
+    log = runtime.Log(run, done, steps, ("loss", "margin", "accuracy", "pairs_per_s"), config.wandb, config, config.profile)
     stop = runtime.StopRequest()
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     print(f"{trained:,} parameters train, {steps} steps of {config.batch} dialogues, {done} done")
@@ -329,32 +334,33 @@ def main(config: Config) -> None:
         lr = runtime.learning_rate(step, steps, config.lr, round(config.warmup * steps), config.schedule, config.floor)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        batches = pack(step_trees(trees, config.batch, step, config.seed), config.max_tokens)
-        pairs = sum(batch.pairs for batch in batches)
+        drawn = step_trees(trees, config.batch, step, config.seed)
+        pairs = sum(tree.pairs for tree in drawn)
         metrics: dict[str, float] = {}
-        for batch in batches:
+        for batch in share(drawn, config.max_tokens):
             loss, parts = train_step(policy, batch.to(device), config, pairs)
-            loss.backward()
+            (loss * batch.counts).backward()
             for name, value in parts.items():
-                metrics[name] = metrics.get(name, 0.0) + value.item()
-        metrics |= {"pairs": pairs, "lr": lr}
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.clip).item()
-        runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for b in batches for tree in b.trees])
+                metrics[name] = metrics.get(name, 0.0) + value.item() * batch.counts
+        metrics = ranks.summed(metrics) | {"pairs": pairs, "lr": lr}
+        metrics["grad_norm"] = ranks.clip_gradients(policy, config.clip)
+        runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for tree in drawn])
         optimizer.step()
         optimizer.zero_grad()
-        metrics["tokens"] = sum(len(batch.tokens) for batch in batches)
+        metrics["tokens"] = sum(tree.tokens for tree in drawn)
         metrics["pairs_per_s"] = pairs / (time.perf_counter() - began)
         done = step + 1
         if eval_trees and (done == steps or (config.eval_every and done % config.eval_every == 0)):
             metrics |= evaluate(policy, eval_trees, config, device)
         log.step(done, metrics)
-        if stop or done == steps or (config.save_every and done % config.save_every == 0):
+        stopping = ranks.anywhere(stop)
+        if stopping or done == steps or (config.save_every and done % config.save_every == 0):
             runtime.save_state(run, done, policy, optimizer)
-        if stop:
+        if stopping:
             break
 
     if done == steps:
-        lora.save_result(policy, run, tokenizer, config, trees[0].trunk[:64].tolist())
+        policy = lora.save_result(policy, run, tokenizer, config, trees[0].trunk[:64].tolist())
         prompts = [tree.trunk[: tree.responses[0].start].tolist() for tree in eval_trees or trees]
         log.note("\n".join(sample_texts(policy, tokenizer, prompts[: config.samples], config.seed)))
     log.close()

@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
 
+import ranks
 from kernels.nf4 import NF4, dequantize, linear, quantize
 from model import Linear, Transformer, file_name, join_qkv, load_model, save_model, split_qkv, weight_files
 from runtime import check_range, fail, file_hash, writing
@@ -52,10 +53,13 @@ class Options:
     quantize: Literal["none", "nf4", "int8"] = "none"  # the frozen base, four or eight bits a weight
     checkpointing: bool = False      # keep a block's input alone and run it again for its gradients: little memory, a third more time
     kernels: Literal["auto", "torch", "triton"] = "auto"  # auto: Triton on a GPU, PyTorch elsewhere
+    shard: int = 0                   # several processes (torchrun): how many share one copy of the weights, e.g. those of a node; 0: all
+    profile: bool = False            # write a trace of a few steps to the run's folder, and print where their time went
     dry_run: bool = False            # check everything, print parameters, memory and steps, and leave
 
     def __post_init__(self):
-        for key, low, high in (("lora_rank", 0, 2**16), ("lora_alpha", 0, inf), ("lora_dropout", 0, 0.99), ("lora_plus", 1e-3, inf)):
+        for key, low, high in (("lora_rank", 0, 2**16), ("lora_alpha", 0, inf), ("lora_dropout", 0, 0.99), ("lora_plus", 1e-3, inf),
+                               ("shard", 0, inf)):
             check_range(key, getattr(self, key), low, high)
         if self.quantize != "none" and not self.lora_rank:
             fail(f"quantize is '{self.quantize}', which cannot be trained: set lora_rank, e.g. lora_rank=16")
@@ -365,6 +369,8 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
     }
     ours = {"base_model_hash": model.__dict__.get("source_hash", ""),  # beside the tensors: PEFT warns of keys it does not know
             "score_mean": model.config.score_mean, "score_std": model.config.score_std}
+    if ranks.rank():
+        return
     final = Path(path)
     beside = final.with_name(f".{final.name}.new")
     with writing(final, beside):
@@ -452,14 +458,24 @@ def _load_adapter(model: Transformer, path: str | Path, name: str) -> tuple[dict
 # ----------------------------------------------------------------------------------------- for scripts
 
 def load_base(path: str, options: Options, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The model a script is to train, computing in `dtype`: weights in fp32 if they train, else as stored, or quantised on the way in."""
+    """The model a script is to train, computing in `dtype`: weights in fp32 if they train, else as stored, or quantised on the way in.
+
+    What is going to be sharded waits in the CPU's memory.
+    """
     if options.lora_rank:
         model = load_model(path, device=device, linear=QUANTIZED.get(options.quantize)).requires_grad_(False)
         model.__dict__ |= {"source": path, "source_hash": file_hash(*weight_files(Path(path)))}
     else:
-        model = load_model(path, dtype=torch.float32, device=device)
+        model = load_model(path, dtype=torch.float32, device="cpu" if ranks.world() > 1 else device)
     model.compute_dtype, model.checkpointing = dtype, options.checkpointing
     return model
+
+
+def shard(model: Transformer, options: Options, device: torch.device) -> Transformer:
+    """Full fine-tuning on several ranks: each keeps a share of the weights. Adapters are small: every rank has all, and the base."""
+    if options.shard and ranks.world() > 1 and ranks.world() % options.shard:
+        fail(f"shard is {options.shard}, which does not divide the {ranks.world()} processes: choose one that does, or 0 for all")
+    return model if options.lora_rank else ranks.shard(model, options.shard, device)
 
 
 def adapt(model: Transformer, options: Options, seed: int, name: str = "default") -> Transformer:
@@ -471,15 +487,18 @@ def adapt(model: Transformer, options: Options, seed: int, name: str = "default"
 
 
 @torch.no_grad()
-def save_result(model: Transformer, run: Path, tokenizer, options: Options, probe: list[int], name: str = "default") -> None:
-    """run/model, a checkpoint that stands alone; with adapters also run/adapter.
+def save_result(model: Transformer, run: Path, tokenizer, options: Options, probe: list[int], name: str = "default") -> Transformer:
+    """run/model, a checkpoint that stands alone; with adapters also run/adapter. Returns a whole model to go on with.
 
     The adapter is merged into the 16-bit originals, in place unless they were quantised, and the largest change this makes to
     the logits (or scores) of the tokens `probe` is printed: rounding, and what quantisation had cost.
     """
-    dtype = getattr(torch, model.config.dtype)
+    dtype, result = getattr(torch, model.config.dtype), model
     if options.lora_rank:
         save_adapter(model, run / "adapter", name)
+        if ranks.rank() and options.quantize != "none":
+            ranks.wait()
+            return model  # the originals are large: rank 0 alone has them
         ids = torch.tensor([probe], device=model.embed_tokens.weight.device)
         ask = "score" if model.config.scored else "forward"
         before = getattr(model, ask)(ids).cpu()
@@ -489,8 +508,14 @@ def save_result(model: Transformer, run: Path, tokenizer, options: Options, prob
             originals.compute_dtype, originals.config = model.compute_dtype, model.config
             for part in ("embed_tokens", "lm_head", "score_head"):  # never quantised; a template may have added rows
                 setattr(originals, part, copy.deepcopy(getattr(model, part)).cpu() if getattr(model, part) is not None else None)
-        model = merge_lora(model, originals, name)
-        gap = (getattr(model, ask)(ids.to(model.embed_tokens.weight.device)).cpu() - before).abs().max()
+        result = merge_lora(model, originals, name)
+        gap = (getattr(result, ask)(ids.to(result.embed_tokens.weight.device)).cpu() - before).abs().max()
         print(f"adapter merged into {'the weights' if originals is None else f'the originals of {options.quantize}'}: "
               f"{'scores' if model.config.scored else 'logits'} change by {gap:.2g} at most")
-    save_model(model, run / "model", tokenizer, dtype=dtype)
+    save_model(result, run / "model", tokenizer, dtype=dtype)
+    ranks.wait()
+    if not ranks.sharded(model):
+        return model
+    shown = load_model(run / "model", device=model.frequencies.device)
+    shown.compute_dtype = model.compute_dtype
+    return shown

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from tqdm import tqdm
 
+import ranks
 from kernels import without_onednn
 from kernels.attention import attention
 from kernels.decode import decode_attention
@@ -520,13 +521,14 @@ def generate(
     stop_ids: tuple[int, ...] = (),
     seed: int = 0,
     *,
+    numbers: list[int] | None = None,  # of the prompts in the random streams; None: 0, 1, ...
     slots: int = 128,           # sequences decoded together
     progress: str = "",         # label of a progress bar; "": none
 ) -> list[list[Sample]]:
     """n samples for every prompt. Prompts are packed, not padded; a finished sequence gives its slot to a waiting one.
 
     A prompt is read once for the samples that start together. Sample j of prompt i draws from its own random stream
-    (seed, i, j): the same whatever the batch.
+    (seed, number i, j): the same whatever the batch.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty")
@@ -553,7 +555,8 @@ def generate(
     while waiting or active:
         # Prefilling a few sequences costs a whole pass: wait until an eighth of the slots is free.
         if waiting and len(active) <= slots - max(1, min(slots // 8, len(waiting))):
-            new = [_Sequence(i, j, limits[i], seed) for i, j in (waiting.popleft() for _ in range(min(slots - len(active), len(waiting))))]
+            starting = [waiting.popleft() for _ in range(min(slots - len(active), len(waiting)))]
+            new = [_Sequence(i, j, limits[i], [seed, numbers[i] if numbers else i, j]) for i, j in starting]
             logits = _prefill(model, cache, prompts, new, len(active))
             step, active = new, active + new
         else:
@@ -584,9 +587,9 @@ def generate(
 class _Sequence:
     """One sample on its way: which, its random numbers, what it has said."""
 
-    def __init__(self, prompt: int, sample: int, max_tokens: int, seed: int):
+    def __init__(self, prompt: int, sample: int, max_tokens: int, stream: list[int]):
         self.prompt, self.sample = prompt, sample
-        self.uniform = uniform_numbers([seed, prompt, sample], max_tokens)
+        self.uniform = uniform_numbers(stream, max_tokens)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
 
@@ -874,21 +877,26 @@ def save_model(
 ) -> None:
     """Write a Hugging Face directory: config.json, weights in `dtype` (default: as they are), tokenizer files.
 
-    Written beside and renamed, so that `path` is never half a checkpoint, whenever the process is killed.
+    Written beside and renamed, so that `path` is never half a checkpoint, whenever the process is killed. Of a sharded model
+    every rank gives its part, tensor by tensor; rank 0 writes.
     """
-    final = Path(path)
-    path = final.with_name(f".{final.name}.new")
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
     parameters = dict(model.named_parameters())
     for key, sources in _sources(model).items():
-        parts = [parameters[name].detach().to("cpu", dtype or parameters[name].dtype) for name in sources]
+        parts = [ranks.whole(parameters[name].detach()).to("cpu", dtype or parameters[name].dtype) for name in sources]
+        if ranks.rank():
+            continue
         tensor = (join_qkv(parts, model.config) if len(parts) == 3 else parts[0]).contiguous()
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = shard_bytes
         shards[-1][key] = tensor
         room -= tensor.nbytes
+    if ranks.rank():
+        return
+    final = Path(path)
+    path = final.with_name(f".{final.name}.new")
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = ["model.safetensors"]

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 
 import lora
 import memory
+import ranks
 import runtime
 from data.chat import Tokenizer, check_vocabulary, load_tokenizer
 from data.formats import read
-from data.pack import Batch, Response, Tree, pack, step_trees
+from data.pack import Batch, Response, Tree, share, step_trees
 from kernels.logprobs import linear_logprobs
 from model import Transformer, generate, load_model, save_model
 from reward import response_scores
@@ -271,11 +272,12 @@ def response_values(model: Transformer, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def sample(policy: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, step: int, config: Config) -> list[Tree]:
-    """n replies to every prompt, as trees."""
-    answers = generate(policy, prompts, config.max_tokens, config.temperature, n=config.n, stop_ids=tokenizer.stop_ids(),
-                       seed=config.seed * 1_000_003 + step, slots=256)
-    return [reply_tree(i, prompt, [s.tokens for s in said], [s.finished for s in said])
-            for i, (prompt, said) in enumerate(zip(prompts, answers, strict=True))]
+    """n replies to every prompt, as trees. Random numbers are those of (seed, step, prompt, reply), whichever rank it falls to."""
+    mine = list(range(len(prompts)))[ranks.rank() :: ranks.world()]
+    answers = generate(policy, [prompts[i] for i in mine], config.max_tokens, config.temperature, n=config.n,
+                       stop_ids=tokenizer.stop_ids(), seed=config.seed * 1_000_003 + step, numbers=mine, slots=256)
+    trees = [reply_tree(i, prompts[i], [s.tokens for s in said], [s.finished for s in said]) for i, said in zip(mine, answers, strict=True)]
+    return sorted(ranks.gathered(trees), key=lambda tree: tree.record)
 
 
 @torch.no_grad()
@@ -287,7 +289,7 @@ def score(trees: list[Tree], policy: Transformer, reference: Transformer, reward
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     logprobs, ref_logprobs, entropy, values = (torch.zeros(mask.shape) for _ in range(4))
     scores = torch.zeros(len(lengths))
-    for batch in pack(trees, config.micro_tokens):
+    for batch in share(trees, config.micro_tokens):
         rows, batch = row_numbers(batch, config.n), batch.to(device)
         found, uncertain, _ = response_logprobs(policy, batch, config.temperature, entropy=True)
         width = found.shape[1]
@@ -296,6 +298,11 @@ def score(trees: list[Tree], policy: Transformer, reference: Transformer, reward
         if value is not None:
             values[rows, :width] = response_values(value, batch).float().cpu()
         scores[rows] = (response_scores(reward_model, batch) / reward_model.config.score_std).float().cpu()
+        if not batch.counts:
+            for table in (logprobs, ref_logprobs, entropy, values, scores):
+                table[rows] = 0
+    for table in (logprobs, ref_logprobs, entropy, values, scores):
+        ranks.add_up(table)
     if not scores.isfinite().all():
         fail(f"reward_model={config.reward_model}: gives scores that are not finite: train it again, or use dtype=float32")
     scores = scores.clamp(-config.score_clip, config.score_clip)
@@ -321,13 +328,14 @@ def update(policy: Transformer, value: Transformer | None, optimizer: torch.opti
            returns: Tensor, step: int, config: Config, device: torch.device) -> dict[str, float]:
     """epochs x minibatches updates on one rollout; metrics are means over them, ratio_max the largest."""
     metrics: dict[str, float] = {}
+    norms: dict[str, float] = {}
     total = config.epochs * config.minibatches
     for epoch in range(config.epochs):
         order = np.random.default_rng([config.seed, step, epoch]).permutation(len(rollout.trees))
         for chosen in np.array_split(order, config.minibatches):
-            batches = pack([rollout.trees[i] for i in chosen], config.micro_tokens)
-            tokens = sum(len(batch.owner) for batch in batches)
-            for batch in batches:
+            drawn = [rollout.trees[i] for i in chosen]
+            tokens = sum(tree.learnt for tree in drawn)
+            for batch in share(drawn, config.micro_tokens):
                 rows, batch = row_numbers(batch, config.n), batch.to(device)
                 logprobs, mask = response_logprobs(policy, batch, config.temperature)
                 width = mask.shape[1]
@@ -337,18 +345,19 @@ def update(policy: Transformer, value: Transformer | None, optimizer: torch.opti
                 if value is not None:
                     missed, more = value_loss(response_values(value, batch), old_values, target, mask, config.value_clip, tokens)
                     loss, parts = loss + config.value_coef * missed, parts | more
-                loss.backward()
+                (loss * batch.counts).backward()
                 for name, found in parts.items():
                     before = metrics.get(name, 0.0)
-                    metrics[name] = max(before, found.item()) if name == "ratio_max" else before + found.item() / total
+                    metrics[name] = max(before, found.item()) if name == "ratio_max" else before + found.item() * batch.counts / total
             for name, model in (("policy", policy), ("value", value)):
                 if model is not None:
-                    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
-                    metrics[f"{name}_grad_norm"] = metrics.get(f"{name}_grad_norm", 0.0) + norm / total
+                    norm = ranks.clip_gradients(model, config.clip)
+                    norms[f"{name}_grad_norm"] = norms.get(f"{name}_grad_norm", 0.0) + norm / total
                     runtime.check_finite(metrics["policy_loss"], norm, step, [])
             optimizer.step()
             optimizer.zero_grad()
-    return metrics
+    ratio_max = ranks.largest(metrics.pop("ratio_max"))
+    return ranks.summed(metrics) | norms | {"ratio_max": ratio_max}
 
 
 def out_of_bounds(metrics: dict[str, float], config: Config) -> str:
@@ -374,7 +383,8 @@ def load_roles(config: Config, tokenizer: Tokenizer, device: torch.device, dtype
         if config.lora_rank:
             model = bases[path] = bases.get(path) or lora.load_base(path, config, device, dtype)
         else:
-            model = load_model(path, dtype=torch.float32 if trained else dtype, device=device).requires_grad_(trained)
+            model = load_model(path, dtype=torch.float32 if trained else dtype, device="cpu" if ranks.world() > 1 else device)
+            model.requires_grad_(trained)
             model.compute_dtype, model.checkpointing = dtype, config.checkpointing
         if model.config.scored != scored:
             fail(f"{path}: has no score head, expected the result of reward.py" if scored else
@@ -383,7 +393,7 @@ def load_roles(config: Config, tokenizer: Tokenizer, device: torch.device, dtype
         check_vocabulary(model, other)
         if [other.name(i) for i in range(other.vocab_size)] != [tokenizer.name(i) for i in range(tokenizer.vocab_size)]:
             fail(f"{path}: has another tokenizer than {config.model}: train it from that model")
-        return model
+        return lora.shard(model, config, device)
 
     value_path = config.value_model or config.reward_model if config.advantages == "gae" else ""
     if not config.lora_rank:
@@ -408,6 +418,16 @@ def load_roles(config: Config, tokenizer: Tokenizer, device: torch.device, dtype
     return roles
 
 
+def sampler(policy: Transformer, config: Config, device: torch.device) -> Transformer:
+    """What samples: the policy, or if it is sharded a whole copy of it on every rank, so that none waits for another's replies."""
+    if not ranks.sharded(policy):
+        return policy
+    model = load_model(config.model, dtype=torch.float32, device=device).requires_grad_(False)
+    model.layers.to(policy.compute_dtype)  # as the shards are gathered
+    model.compute_dtype = policy.compute_dtype
+    return model
+
+
 def main(config: Config) -> None:
     if config.dry_run:
         memory.dry_run(config, load_prompts)
@@ -416,6 +436,7 @@ def main(config: Config) -> None:
     if not tokenizer.template:
         fail(f"{config.model}: carries no chat template, expected the result of sft.py")
     policy, reference, reward_model, value = load_roles(config, tokenizer, device, runtime.compute_dtype(config.dtype, device))
+    speaker = sampler(policy, config, device)
     prompts = load_prompts(config.data, tokenizer, policy.config.max_positions - config.max_tokens)
     print(f"data: {len(prompts)} prompts, at most {max(map(len, prompts))} tokens")
     depends_on = {"data": config.data, "model": config.model, "reward_model": config.reward_model, "code": __file__}
@@ -429,7 +450,7 @@ def main(config: Config) -> None:
             kept = {key: group[key] for key in ("params", "weight_decay")}
             optimizer.add_param_group(kept | {"scale": group["scale"] * config.value_lr / config.lr})
     done = runtime.load_state(run, models, optimizer)
-    log = runtime.Log(run, done, config.steps, ("score", "kl", "length", "eos_rate", "tokens_per_s"), config.wandb, config)
+    log = runtime.Log(run, done, config.steps, ("score", "kl", "length", "eos_rate", "tokens_per_s"), config.wandb, config, config.profile)
     last_step = json.loads(log.file.read_text().splitlines()[-1]) if done else {}
     kl_coef = last_step.get("next_kl_coef", config.kl_coef)
     stop, reason = runtime.StopRequest(), out_of_bounds(last_step, config) if done else ""
@@ -442,7 +463,9 @@ def main(config: Config) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
 
-        trees = sample(policy, step_trees(prompts, config.batch, step, config.seed), tokenizer, step, config)
+        if speaker is not policy:
+            ranks.copy_weights(policy, speaker)
+        trees = sample(speaker, step_trees(prompts, config.batch, step, config.seed), tokenizer, step, config)
         sampled = time.perf_counter()
         rollout = score(trees, policy, reference, reward_model, value, config, device)
         rewards, advantages, returns = find_advantages(rollout, kl_coef, config)
@@ -474,9 +497,10 @@ def main(config: Config) -> None:
                 lora.save_adapter(policy.base, run / f"adapter_step_{done}", "policy")
             else:
                 save_model(policy, run / f"model_step_{done}", tokenizer, dtype=getattr(torch, policy.config.dtype))
-        if stop or last or (config.save_every and done % config.save_every == 0):
+        stopping = ranks.anywhere(stop)
+        if stopping or last or (config.save_every and done % config.save_every == 0):
             runtime.save_state(run, done, models, optimizer)
-        if stop or reason:
+        if stopping or reason:
             break
 
     if reason:

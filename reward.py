@@ -17,6 +17,7 @@ Stiennon et al. 2020 (arXiv:2009.01325); Ouyang et al. 2022 (arXiv:2203.02155), 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -32,10 +33,11 @@ from torch import Tensor
 
 import lora
 import memory
+import ranks
 import runtime
 from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer
 from data.formats import read
-from data.pack import CHOSEN, Batch, Tree, load_trees, pack, step_trees, steps_per_epoch, truncate
+from data.pack import CHOSEN, Batch, Tree, load_trees, share, step_trees, steps_per_epoch, truncate
 from kernels.logprobs import linear_logprobs
 from model import Transformer, add_score_head, load_model
 from runtime import check_range, fail
@@ -154,11 +156,12 @@ def response_scores(model: Transformer, batch: Batch) -> Tensor:
 @torch.no_grad()
 def all_scores(model: Transformer, trees: list[Tree], max_tokens: int, device: torch.device, score=response_scores) -> list[Tensor]:
     """Scores [responses] of every tree, in the order given."""
-    found = {}
-    for batch in pack(trees, max_tokens):
+    found = {id(tree): torch.zeros(len(tree.responses)) for tree in trees}
+    for batch in share(trees, max_tokens):
         parts = score(model, batch.to(device)).float().cpu().split([len(tree.responses) for tree in batch.trees])
-        found |= {id(tree): part for tree, part in zip(batch.trees, parts, strict=True)}
-    return [found[id(tree)] for tree in trees]
+        found |= {id(tree): part * batch.counts for tree, part in zip(batch.trees, parts, strict=True)}
+    table = ranks.add_up(torch.cat([torch.empty(0), *(found[id(tree)] for tree in trees)]))
+    return list(table.split([len(tree.responses) for tree in trees]))
 
 
 def mean_logprobs(model: Transformer, batch: Batch) -> Tensor:
@@ -226,8 +229,9 @@ def train_step(model: Transformer, batch: Batch, config: Config, groups: int) ->
 def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torch.device) -> dict[str, float]:
     """Loss and accuracy over held-out pairs."""
     groups = sum(tree.pairs for tree in trees)
-    parts = [train_step(model, batch.to(device), config, groups)[1] for batch in pack(trees, config.max_tokens)]
-    return {f"eval_{name}": sum(part[name].item() for part in parts) for name in ("loss", "accuracy")}
+    parts = [(train_step(model, batch.to(device), config, groups)[1], batch.counts) for batch in share(trees, config.max_tokens)]
+    means = {f"eval_{name}": sum(part[name].item() * counts for part, counts in parts) for name in ("loss", "accuracy")}
+    return ranks.summed(means)
 
 
 def main(config: Config) -> None:
@@ -245,14 +249,18 @@ def main(config: Config) -> None:
 
     baseline = None
     if eval_trees and not model.config.scored:
-        baseline = report(eval_trees, all_scores(model, eval_trees, config.max_tokens, device, mean_logprobs))
+        # A sharded model cannot change its head: it is a copy that is sharded here.
+        start = model if ranks.world() == 1 or config.lora_rank else lora.shard(copy.deepcopy(model), config, device)
+        baseline = report(eval_trees, all_scores(start, eval_trees, config.max_tokens, device, mean_logprobs))
+        del start
     if not model.config.scored:
         add_score_head(model, config.seed)
     lora.adapt(model, config, config.seed)
+    lora.shard(model, config, device)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2, config.lora_plus)
     done = runtime.load_state(run, model, optimizer)
-    log = runtime.Log(run, done, steps, ("loss", "margin", "accuracy", "pairs_per_s"), config.wandb, config)
+    log = runtime.Log(run, done, steps, ("loss", "margin", "accuracy", "pairs_per_s"), config.wandb, config, config.profile)
     stop = runtime.StopRequest()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{trained:,} parameters train, {steps} steps of {config.batch} dialogues, {done} done")
@@ -262,28 +270,29 @@ def main(config: Config) -> None:
         lr = runtime.learning_rate(step, steps, config.lr, round(config.warmup * steps), config.schedule, config.floor)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        batches = pack(step_trees(trees, config.batch, step, config.seed), config.max_tokens)
-        groups = sum(batch.pairs for batch in batches)
+        drawn = step_trees(trees, config.batch, step, config.seed)
+        groups = sum(tree.pairs for tree in drawn)
         metrics: dict[str, float] = {}
-        for batch in batches:
+        for batch in share(drawn, config.max_tokens):
             loss, parts = train_step(model, batch.to(device), config, groups)
-            loss.backward()
+            (loss * batch.counts).backward()
             for name, value in parts.items():
-                metrics[name] = metrics.get(name, 0.0) + value.item()
-        metrics |= {"pairs": groups, "lr": lr}
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
-        runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for b in batches for tree in b.trees])
+                metrics[name] = metrics.get(name, 0.0) + value.item() * batch.counts
+        metrics = ranks.summed(metrics) | {"pairs": groups, "lr": lr}
+        metrics["grad_norm"] = ranks.clip_gradients(model, config.clip)
+        runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for tree in drawn])
         optimizer.step()
         optimizer.zero_grad()
-        metrics["tokens"] = sum(len(batch.tokens) for batch in batches)
+        metrics["tokens"] = sum(tree.tokens for tree in drawn)
         metrics["pairs_per_s"] = groups / (time.perf_counter() - began)
         done = step + 1
         if eval_trees and (done == steps or (config.eval_every and done % config.eval_every == 0)):
             metrics |= evaluate(model, eval_trees, config, device)
         log.step(done, metrics)
-        if stop or done == steps or (config.save_every and done % config.save_every == 0):
+        stopping = ranks.anywhere(stop)
+        if stopping or done == steps or (config.save_every and done % config.save_every == 0):
             runtime.save_state(run, done, model, optimizer)
-        if stop:
+        if stopping:
             break
 
     if done == steps:

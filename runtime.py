@@ -31,10 +31,11 @@ from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import kernels
+import ranks
 
 
 def fail(message: str) -> NoReturn:
@@ -129,14 +130,15 @@ def config_toml(config) -> str:
 # ------------------------------------------------------------------------------- devices and seeds
 
 def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> torch.device:
-    """Seed PyTorch, find the device ('auto' takes a GPU when there is one) and say what will be used.
+    """Seed PyTorch, find the device ('auto' takes a GPU when there is one), meet the other ranks, and say what will be used.
 
     Data order and sampling have generators of their own (data/pack.py, model.py).
     """
-    found = find_device(device)
+    found = find_device(ranks.own_device(device))
     if found.type == "cuda" and found.index is not None:
         torch.cuda.set_device(found)  # where Triton launches
-    torch.manual_seed(seed)
+    ranks.join(found)
+    torch.manual_seed(seed + ranks.rank())  # dropout
     if threads:
         torch.set_num_threads(threads)
     matmul = ""
@@ -149,7 +151,8 @@ def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> tor
     except ValueError as error:
         fail(str(error))
     chosen = f"triton {kernels.triton.__version__}" if kernels.on_triton(torch.empty(0, device=found)) else "torch"
-    print(f"torch {torch.__version__} on {found} ({name}), kernels {chosen}")
+    several = f"{ranks.world()} ranks, " if ranks.world() > 1 else ""
+    print(f"torch {torch.__version__} on {found} ({several}{name}), kernels {chosen}")
     return found
 
 
@@ -206,6 +209,7 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999
 
     A group's rate is "scale" times the step's; LoRA's B matrices learn `lora_plus` times as fast (Hayou et al. 2024, arXiv:2402.12354).
     """
+    ranks.let_go(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     fast = [p for name, p in trainable if name.endswith(".B")] if lora_plus != 1 else []
     rest = [p for name, p in trainable if not (fast and name.endswith(".B"))]
@@ -234,7 +238,8 @@ def check_finite(loss: float, grad_norm: float, step: int, records: list[int]) -
 
 # --------------------------------------------------------------------------------- the run's folder
 
-WRITTEN = ("metrics.jsonl", "state", "model", "adapter", "ref_logprobs.safetensors", "report.json")  # by a run, once it has begun
+# By a run, once it has begun.
+WRITTEN = ("metrics.jsonl", "state", "model", "adapter", "ref_logprobs.safetensors", "report.json", "trace.json")
 
 
 def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = False) -> tuple[Path, typing.IO]:
@@ -245,6 +250,12 @@ def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = Fal
     together. overwrite=true starts it anew. Files that no run has written are never touched.
     """
     run = Path(out)
+    lock = open(os.devnull) if ranks.rank() else _enter(run, out, config, depends_on, overwrite)
+    ranks.wait()
+    return run, lock
+
+
+def _enter(run: Path, out: str, config, depends_on: dict[str, str], overwrite: bool) -> typing.IO:
     for name, path in depends_on.items():
         if run.resolve() == Path(path).resolve():
             fail(f"{out}: is its own {name}: choose another out=")
@@ -269,19 +280,19 @@ def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = Fal
             fail(f"{out}: its config.toml or depends_on.json is damaged ({error}): choose another out=, or overwrite=true")
         new = tomllib.loads(config_toml(config))
         for key in new:
-            if old.get(key) != new[key] and key != "overwrite":
+            if old.get(key) != new[key] and key not in ("overwrite", "shard", "profile"):  # which change no step
                 fail(f"{out}: was begun with {key}={json.dumps(old.get(key))}, not {json.dumps(new[key])}: "
                      f"choose another out=, or overwrite=true")
         for name, digest in depended.items():
             if hashes.get(name) != digest:
                 fail(f"{out}: its {name} has changed since the run began: choose another out=, or overwrite=true")
-        return run, lock
+        return lock
     # config.toml is what makes a folder a run's: it comes last and is never away, so that a kill in between locks nobody out.
     for path in (run / name for name in WRITTEN):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_text(run / "depends_on.json", json.dumps(hashes))
     write_text(began, config_toml(config))
-    return run, lock
+    return lock
 
 
 def open_folder(out: str) -> Path:
@@ -297,19 +308,26 @@ def open_folder(out: str) -> Path:
 
 
 @contextmanager
-def writing(path: Path, beside: Path | None = None) -> Iterator[None]:
-    """A disk that is full, or does not let us write, ends the run with one line. What was half written `beside` goes."""
+def writing(path: Path, beside: Path | None = None, together: bool = False) -> Iterator[None]:
+    """A disk that is full, or does not let us write, ends the run with one line. What was half written `beside` goes.
+
+    Rank 0 alone writes, or two ranks would rename one file beside; `together` they each write what is theirs.
+    """
+    if ranks.rank() and not together:
+        raise ValueError(f"{path}: rank {ranks.rank()} is about to write it, expected rank 0 alone")
     try:
         yield
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
-            if beside is not None:
+            if beside is not None and ranks.rank() == 0:
                 shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
         fail(f"{path}: cannot be written ({error}): free some space, or write elsewhere; what was saved before is whole")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside and rename, so that a kill at any moment leaves the old file or the new one."""
+    """Write beside and rename, so that a kill at any moment leaves the old file or the new one. Rank 0 does."""
+    if ranks.rank():
+        return
     beside = path.with_name(f".{path.name}.new")
     with writing(path, beside):
         beside.write_text(text, encoding="utf-8")
@@ -331,44 +349,54 @@ def file_hash(*paths: str | Path) -> str:
 # ------------------------------------------------------------------------------ checkpoint, resume
 
 def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Everything the next step depends on, after `step` updates. Data order is a function of the step."""
+    """Everything the next step depends on, after `step` updates. Data order is a function of the step.
+
+    Safetensors in any case: one file, or with several ranks a file of each with its share.
+    """
     folder = run / "state" / f"step_{step}"
     beside = run / "state" / ".new"
-    shutil.rmtree(beside, ignore_errors=True)
-    tensors = {"torch_rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+    ranks.let_go(model)
+    tensors = _random_state()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensors[f"model.{name}"] = parameter.detach()
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
-    with writing(folder, beside):
-        beside.mkdir(parents=True)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside / "state.safetensors")
-        with (beside / "state.safetensors").open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(beside, folder)
+    with writing(folder, beside, together=True):
+        if ranks.rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        if ranks.world() == 1:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside / "state.safetensors")
+            with (beside / "state.safetensors").open("rb") as stream:
+                os.fsync(stream.fileno())
+        else:
+            ranks.wait()
+            ranks.save(tensors, beside)
+        if ranks.rank() == 0:
+            os.replace(beside, folder)
     _remove_older(folder)
 
 
 def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore the newest state; the number of updates done, 0 when there is none."""
+    """Restore the newest state, saved by however many ranks; the number of updates done, 0 when there is none."""
     folder = run / "state"
     try:
         states = sorted((int(path.name[5:]), path) for path in (run / "state").glob("step_*"))
         if not states:
             return 0
         step, folder = states[-1]
-        tensors = load_file(folder / "state.safetensors")
-        torch.set_rng_state(tensors["torch_rng"])
-        if "cuda_rng" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["cuda_rng"])
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data.copy_(tensors[f"model.{name}"])
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
+        tensors = {}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for name, parameter in trained.items():
+            tensors[f"model.{name}"] = parameter.detach()
+            tensors[f"step.{name}"] = torch.zeros((), device=parameter.device)
+            tensors |= {f"{key}.{name}": torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+        random = ranks.load(tensors, folder, _random_state())
+        for name, parameter in trained.items():
+            optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for name, state in random.items():  # a rank more than there were keeps its seed
+            (torch.cuda if name.startswith("cuda") else torch).set_rng_state(state)
         _remove_older(folder)  # a kill came before it was
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         fail(f"{folder}: cannot be gone on from ({' '.join(str(error).split())}): choose another out=, or overwrite=true")
@@ -376,9 +404,15 @@ def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def _remove_older(folder: Path) -> None:
-    for older in folder.parent.glob("step_*"):
+    for older in folder.parent.glob("step_*") if ranks.rank() == 0 else ():
         if older != folder:
             shutil.rmtree(older)
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    of = f".{ranks.rank()}" if ranks.rank() else ""
+    cuda = {f"cuda_rng{of}": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {f"torch_rng{of}": torch.get_rng_state()} | cuda
 
 
 class StopRequest:
@@ -402,27 +436,36 @@ class StopRequest:
 class Log:
     """One JSON line a step in metrics.jsonl, one live line with the metrics `shown` on the terminal, and wandb if asked.
 
-    Lines after `step` (written by a run that was killed later than its last checkpoint) are cut off.
+    Lines after `step` (written by a run that was killed later than its last checkpoint) are cut off. With `profile` also
+    a trace of three of its first steps (`Profile`).
     """
 
-    def __init__(self, run: Path, step: int, steps: int, shown: tuple[str, ...], wandb_mode: str, config):
+    def __init__(self, run: Path, step: int, steps: int, shown: tuple[str, ...], wandb_mode: str, config, profile: bool = False):
         self.file, self.steps, self.shown = run / "metrics.jsonl", steps, shown
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        if step and (not kept or _step_of(kept[-1]) != step):
-            fail(f"{self.file}: lacks step {step}, where the run was saved: put it back, or set overwrite=true")
-        write_text(self.file, "".join(line + "\n" for line in kept))
-        self.stream = self.file.open("ab", buffering=0)  # what a full disk did not take must not come back when the file is closed
+        self.profile = Profile(run) if profile and ranks.rank() == 0 else None
+        if ranks.rank() == 0:
+            lines = self.file.read_text().splitlines() if self.file.is_file() else []
+            kept = [line for line in lines if _step_of(line) <= step]
+            if step and (not kept or _step_of(kept[-1]) != step):
+                fail(f"{self.file}: lacks step {step}, where the run was saved: put it back, or set overwrite=true")
+            write_text(self.file, "".join(line + "\n" for line in kept))
+        ranks.wait()
+        # Unbuffered: what a full disk did not take must not come back when the file is closed.
+        self.stream = open(os.devnull if ranks.rank() else self.file, "ab", buffering=0)
         self.began, self.began_step, self.last = time.perf_counter(), step, 0.0
         self.live = sys.stdout.isatty()
         self.wandb = None
-        if wandb_mode != "off":
+        if wandb_mode != "off" and ranks.rank() == 0:
             import wandb  # only now: it takes a second to import
 
             self.wandb = wandb.init(project="chatbot", name=run.name, dir=run, mode=wandb_mode, config=dataclasses.asdict(config))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics after `step` updates."""
+        """Metrics after `step` updates, those of all ranks: rank 0 has them too."""
+        if ranks.rank():
+            return
+        if self.profile and (told := self.profile.step()):
+            self.note(told)
         line = json.dumps({"step": step, **{k: float(v) for k, v in metrics.items()}}).encode() + b"\n"
         with writing(self.file):
             if self.stream.write(line) < len(line):
@@ -443,9 +486,42 @@ class Log:
         print(f"\r\033[K{text}" if self.live else text, flush=True)
 
     def close(self) -> None:
+        if self.profile and (told := self.profile.stop()):
+            self.note(told)
         self.stream.close()
         if self.wandb:
             self.wandb.finish()
+
+
+class Profile:
+    """PyTorch's profiler over steps 2 to 4 of a process, as the first pays for starting: run/trace.json, for Perfetto or chrome://tracing."""
+
+    def __init__(self, run: Path):
+        self.file, self.steps, self.profiler = run / "trace.json", 0, torch.profiler.profile()
+
+    def step(self) -> str:
+        """A step has ended. When it was the last one traced: where its time went, in ten lines."""
+        self.steps += 1
+        if self.steps == 1:
+            self.profiler.start()
+            self.began = time.perf_counter()
+        return self.stop() if self.steps == 4 else ""
+
+    def stop(self) -> str:
+        if self.profiler is None or self.steps < 2:
+            return ""
+        profiler, traced, self.profiler = self.profiler, min(self.steps, 4) - 1, None
+        elapsed = time.perf_counter() - self.began
+        profiler.stop()
+        with writing(self.file):
+            profiler.export_chrome_trace(str(self.file))
+        kind = "device" if torch.cuda.is_available() else "cpu"
+        rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, f"self_{kind}_time_total"))[:10]
+        lines = [f"profile: a step takes {1000 * elapsed / traced:.1f} ms, of which ({self.file})"]
+        for row in rows:
+            spent, calls = getattr(row, f"self_{kind}_time_total") / 1e6, row.count / traced
+            lines.append(f"  {100 * spent / elapsed:5.1f} %  {1000 * spent / traced:8.2f} ms  {calls:6.0f} calls  {row.key[:80]}")
+        return "\n".join(lines)
 
 
 def _step_of(line: str) -> float:

@@ -33,10 +33,11 @@ from torch import Tensor
 
 import lora
 import memory
+import ranks
 import runtime
 from data.chat import TEMPLATES, Tokenizer, adopt_template, check_vocabulary, load_tokenizer, sample_texts
 from data.formats import read
-from data.pack import CHOSEN, Batch, Response, Tree, collate, load_trees, pack, step_trees, steps_per_epoch, tree_from_messages, truncate
+from data.pack import CHOSEN, Batch, Response, Tree, collate, load_trees, share, step_trees, steps_per_epoch, tree_from_messages, truncate
 from kernels.logprobs import linear_logprobs
 from model import Transformer, expect_replies
 from runtime import check_range, fail
@@ -167,9 +168,10 @@ def train_step(model: Transformer, batch: Batch, denominator: float, teacher: Ca
 @torch.no_grad()
 def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torch.device, teacher: Callable | None) -> dict[str, float]:
     """Mean loss per response token over the whole evaluation set."""
-    batches = pack(trees, config.max_tokens)
-    denominator = sum(len(batch.owner) for batch in batches)
-    return {"eval_loss": sum(train_step(model, batch.to(device), denominator, teacher)[0].item() for batch in batches)}
+    denominator = sum(tree.learnt for tree in trees)
+    batches = share(trees, config.max_tokens)
+    loss = sum(train_step(model, batch.to(device), denominator, teacher)[0].item() * batch.counts for batch in batches)
+    return ranks.summed({"eval_loss": loss})
 
 
 def main(config: Config) -> None:
@@ -181,7 +183,6 @@ def main(config: Config) -> None:
     check_vocabulary(expect_replies(model, config.model), tokenizer)
     if config.train_on == "responses" or config.template:
         print(adopt_template(model, tokenizer, config.template or tokenizer.template or "zephyr"))
-    lora.adapt(model, config, config.seed)
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     teacher = None
@@ -192,15 +193,17 @@ def main(config: Config) -> None:
         longer = after_context(config.data, trees, context, tokenizer)
         longer |= after_context(config.eval_data, eval_trees, context, tokenizer) if eval_trees else {}
         start = lora.Role(model, None) if config.lora_rank else copy.deepcopy(model).requires_grad_(False)
-        teacher = make_teacher(start, longer)
+        teacher = make_teacher(lora.shard(start, config, device), longer)
         print(f"context: {len(context)} messages before every dialogue of the teacher, the starting model")
+    lora.adapt(model, config, config.seed)
+    lora.shard(model, config, device)
     depends_on = {"data": config.data, "model": config.model, "code": __file__}
     run, lock = runtime.open_run(config.out, config, depends_on, config.overwrite)
 
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2, config.lora_plus)
     done = runtime.load_state(run, model, optimizer)
-    log = runtime.Log(run, done, steps, ("loss", "tokens_per_s"), config.wandb, config)
+    log = runtime.Log(run, done, steps, ("loss", "tokens_per_s"), config.wandb, config, config.profile)
     stop = runtime.StopRequest()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{trained:,} parameters train, {steps} steps of {config.batch} dialogues, {done} done")
@@ -210,30 +213,32 @@ def main(config: Config) -> None:
         lr = runtime.learning_rate(step, steps, config.lr, round(config.warmup * steps), config.schedule, config.floor)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        batches = pack(step_trees(trees, config.batch, step, config.seed), config.max_tokens)
-        response_tokens = sum(len(batch.owner) for batch in batches)
-        metrics = {"loss": 0.0, "response_tokens": response_tokens, "lr": lr}
-        for batch in batches:
+        drawn = step_trees(trees, config.batch, step, config.seed)
+        response_tokens = sum(tree.learnt for tree in drawn)
+        metrics = {"loss": 0.0}
+        for batch in share(drawn, config.max_tokens):
             loss, parts = train_step(model, batch.to(device), response_tokens, teacher)
-            loss.backward()
-            metrics["loss"] += parts["loss"].item()
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
-        runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for b in batches for tree in b.trees])
+            (loss * batch.counts).backward()
+            metrics["loss"] += parts["loss"].item() * batch.counts
+        metrics = ranks.summed(metrics) | {"response_tokens": response_tokens, "lr": lr}
+        metrics["grad_norm"] = ranks.clip_gradients(model, config.clip)
+        runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for tree in drawn])
         optimizer.step()
         optimizer.zero_grad()
-        metrics["tokens"] = sum(len(batch.tokens) for batch in batches)
+        metrics["tokens"] = sum(tree.tokens for tree in drawn)
         metrics["tokens_per_s"] = metrics["tokens"] / (time.perf_counter() - began)
         done = step + 1
         if eval_trees and (done == steps or (config.eval_every and done % config.eval_every == 0)):
             metrics |= evaluate(model, eval_trees, config, device, teacher)
         log.step(done, metrics)
-        if stop or done == steps or (config.save_every and done % config.save_every == 0):
+        stopping = ranks.anywhere(stop)
+        if stopping or done == steps or (config.save_every and done % config.save_every == 0):
             runtime.save_state(run, done, model, optimizer)
-        if stop:
+        if stopping:
             break
 
     if done == steps:
-        lora.save_result(model, run, tokenizer, config, trees[0].trunk[:64].tolist())
+        model = lora.save_result(model, run, tokenizer, config, trees[0].trunk[:64].tolist())
         ends = [tree.responses[0].start if config.train_on == "responses" else 8 for tree in eval_trees or trees]
         prompts = [tree.trunk[:end].tolist() for tree, end in zip(eval_trees or trees, ends, strict=True)]
         log.note("\n".join(sample_texts(model, tokenizer, prompts[: config.samples], config.seed)))

@@ -51,7 +51,7 @@ STEPS_PER_EPOCH = 5
 # --------------------------------------------------------------------- processes that start in no time
 
 def serve() -> None:
-    """Fork a process for every line of standard input: {"script", "words", "log", "folder", "die_at", "limit"}; tell its id."""
+    """Fork a process for every line of standard input: {"script", "words", "log", "folder", "die_at", "environment"}; tell its id."""
     sys.path.insert(0, str(ROOT))
     import dpo, ppo, reward, sft, torch._dynamo  # noqa: E401, F401, I001  what takes the time; an optimizer asks for the last
 
@@ -71,6 +71,7 @@ def become(task: dict) -> None:
     code = 1
     try:
         os.setpgid(0, 0)
+        os.environ.update(task.get("environment", {}))
         log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         null = os.open(os.devnull, os.O_RDONLY)
         for ours, theirs in ((null, 0), (log, 1), (log, 2)):
@@ -124,8 +125,9 @@ class Server:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def start(self, script: str, words: list[str], log: Path, folder: str = "", die_at: int = 0) -> Run:
-        return Run(self, self.ask({"script": f"{script}.py", "words": words, "log": str(log), "folder": folder, "die_at": die_at}))
+    def start(self, script: str, words: list[str], log: Path, folder: str = "", die_at: int = 0, environment: dict | None = None) -> Run:
+        task = {"script": f"{script}.py", "words": words, "log": str(log), "folder": folder, "die_at": die_at}
+        return Run(self, self.ask(task | {"environment": environment or {}}))
 
     def close(self) -> None:
         self.process.stdin.close()

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import inf
 
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import ranks
 from data.chat import TEMPLATES, Tokenizer, load_tokenizer
 from data.formats import read
 from kernels.layout import Layout
@@ -62,6 +64,11 @@ class Tree:
     @property
     def tokens(self) -> int:
         return len(self.trunk) + sum(len(leaf) for _, leaf in self.leaves)
+
+    @property
+    def learnt(self) -> int:
+        """Tokens of its responses."""
+        return sum(r.end - r.start for r in self.responses)
 
     @property
     def pairs(self) -> int:
@@ -224,6 +231,7 @@ class Batch:
     turn: Tensor       # [B] from 1
     margin: Tensor     # [B] float
     trees: list[Tree]
+    counts: float = 1.0  # 0.0: a repetition, which keeps a rank without work in step with the others (`share`)
 
     @property
     def pairs(self) -> int:
@@ -265,8 +273,8 @@ class Batch:
         return chosen.index_put((self.pair[won],), values[won]), rejected.index_put((self.pair[lost],), values[lost])
 
     def to(self, device) -> Batch:
-        moved = {name: value.to(device) for name, value in vars(self).items() if name != "trees"}
-        return Batch(**moved, trees=self.trees)
+        moved = {name: value.to(device) for name, value in vars(self).items() if name not in ("trees", "counts")}
+        return Batch(**moved, trees=self.trees, counts=self.counts)
 
 
 def pack(trees: list[Tree], max_tokens: int) -> list[Batch]:
@@ -283,6 +291,26 @@ def pack(trees: list[Tree], max_tokens: int) -> list[Batch]:
         batches[-1].append(tree)
         room -= tree.tokens
     return [collate(group) for group in batches]
+
+
+def share(trees: list[Tree], max_tokens: int) -> list[Batch]:
+    """This rank's batches of a step's trees: as many on every rank, for they gather weights together; alone, `pack`'s.
+
+    Longest trees first, each to the batch that holds least, so that ranks wait little for each other. With fewer trees than
+    ranks some repeat another's batch, which counts 0.
+    """
+    if ranks.world() == 1:
+        return pack(trees, max_tokens)
+    count = groups = 0
+    while not groups or any(len(group) > 1 and sum(tree.tokens for tree in group) > max_tokens for group in groups):
+        count += ranks.world()
+        groups = [[] for _ in range(count)]
+        least = [(0, i) for i in range(count)]  # tokens of each
+        for tree in sorted(trees, key=lambda t: -t.tokens):
+            held, i = least[0]
+            groups[i].append(tree)
+            heapq.heapreplace(least, (held + tree.tokens, i))
+    return [collate(group) if group else replace(collate(groups[0]), counts=0.0) for group in groups[ranks.rank() :: ranks.world()]]
 
 
 def collate(trees: list[Tree]) -> Batch:

@@ -97,6 +97,18 @@ def step_gradients(model, trees: list, max_tokens: int, train_step) -> tuple[dic
     return metrics, [p.grad for p in model.parameters()]
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 8 MB, where root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
 def metrics_of(run: Path) -> list[dict]:
     """metrics.jsonl without what a clock decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

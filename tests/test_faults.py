@@ -184,18 +184,6 @@ def test_sigterm_saves_and_leaves_with_0_and_the_run_goes_on(script, server, dat
 
 # ------------------------------------------------------------------------------------ a full disk
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of 8 MB, where root may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk takes root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("script", SETTINGS)
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(script, server, data, small_disk, tmp_path):
     """The disk fills up once the first checkpoint is there; with room again the run goes on and ends as if nothing had been."""

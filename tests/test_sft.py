@@ -220,7 +220,7 @@ def test_sigterm_saves_and_leaves_with_0(checkpoint, tmp_path):
 
 def test_edited_code_is_not_mixed_with_an_earlier_run(checkpoint, tmp_path):
     """An edited loss must not go on from, or quietly return, what another loss has trained."""
-    for name in ("sft.py", "lora.py", "memory.py", "runtime.py", "model.py", "kernels", "data"):
+    for name in ("sft.py", "lora.py", "memory.py", "ranks.py", "runtime.py", "model.py", "kernels", "data"):
         source = ROOT / name
         shutil.copytree(source, tmp_path / name, dirs_exist_ok=True) if source.is_dir() else shutil.copy(source, tmp_path / name)
     (tmp_path / "c.toml").write_text(runtime.config_toml(config(checkpoint, tmp_path)))

@@ -1,0 +1,215 @@
+"""Several processes as one run: what each keeps, what they add up, and who writes.
+
+    torchrun --nproc-per-node 8 sft.py --config configs/zephyr-7b/sft.toml ...
+
+Every rank knows the whole step (its trees are a function of seed and step), works on its share of them (data/pack.py,
+`share`) and divides by the whole step's tokens, pairs or groups. So gradients and metrics are sums over ranks, and the
+number of ranks changes nothing but the order in which numbers are added.
+
+    full fine-tuning   FSDP2: a rank keeps a share of every weight, gradient and moment; a block's weights are gathered,
+                       in the dtype of compute, while it runs. Reduction and weights in fp32. Zhao et al. 2023, arXiv:2304.11277
+    adapters           every rank holds the frozen base and all adapters; their gradients are summed in one flat piece
+
+Rank 0 writes and prints. What writes a file returns early on the others, or `runtime.writing` refuses; who reads a file that
+rank 0 has written waits first (`wait`). Into a checkpoint every rank puts its share. Without torchrun there is one rank, and
+every function here leaves things as they are.
+"""
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def world() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def started() -> bool:
+    """Whether torchrun has started this process, with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def own_device(name: str) -> str:
+    """Of the machine's GPUs this process's, where it is not named."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if started() and name in ("auto", "cuda") and torch.cuda.is_available() else name
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes that torchrun has started, if it has."""
+    if not started() or world() > 1:
+        return
+    # An hour: the others wait while rank 0 writes a large model.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    if device.type == "cpu":
+        atexit.register(_leave)  # not with NCCL, which might wait here for a rank that has failed
+    sys.excepthook = _end
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def _end(kind: type, error: BaseException, trace) -> None:
+    """When one rank fails, the others can only stop: the traceback to read is not theirs."""
+    if "gloo/transport" in str(error):
+        print(f"rank {rank()} ends, for another has", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _leave() -> None:
+    gc.collect()  # a sharded model that outlives its process group aborts the process (torch 2.13 on the CPU)
+    dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------- full fine-tuning
+
+def shard(model: nn.Module, size: int, device: torch.device) -> nn.Module:
+    """Keep 1 / size of the model's weights here, in place; groups of `size` ranks hold a whole model each, 0 is all ranks."""
+    if world() == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    size = size or world()
+    if size == world():
+        mesh = init_device_mesh(device.type, (size,))
+    else:
+        mesh = init_device_mesh(device.type, (world() // size, size), mesh_dim_names=("copy", "shard"))
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32))
+    # Embedding, last norm and heads are gathered in fp32, and stay until the backward pass: losses use the head outside of `hidden`.
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden")
+    for module in (*model.layers, model):  # sums, not means: losses are divided by what the whole step holds
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def sharded(model: nn.Module) -> bool:
+    return hasattr(model, "reshard")
+
+
+def let_go(model: nn.Module) -> None:
+    """Keep nothing but this rank's share in memory; until the next forward pass the parameters are those the optimizer has."""
+    for module in model.modules():
+        if sharded(module):
+            module.reshard()
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter. Every rank has to ask."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, to: nn.Module) -> None:
+    """The weights of a sharded model into a whole one on every rank."""
+    for source, target in zip(model.parameters(), to.parameters(), strict=True):
+        target.copy_(whole(source))
+
+
+# --------------------------------------------------------------------------------------- adding up
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradient, summed over ranks, down to `max_norm`; its norm before."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if world() > 1 and not hasattr(gradients[0], "full_tensor"):  # FSDP has summed its own in the backward pass
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+
+
+def summed(metrics: dict[str, float]) -> dict[str, float]:
+    """Every metric's sum over ranks."""
+    if world() == 1:
+        return metrics
+    total = torch.tensor(list(metrics.values()), dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(metrics, total.tolist(), strict=True))
+
+
+def largest(value: float) -> float:
+    """The largest over ranks."""
+    if world() == 1:
+        return value
+    found = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item()
+
+
+def anywhere(flag) -> bool:
+    """Is it true on any rank?"""
+    return bool(largest(float(bool(flag))))
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, summed over ranks in place: a table of which each has filled a part, and left the rest 0."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gathered(items: list) -> list:
+    """The items of all ranks, rank by rank."""
+    if world() == 1:
+        return items
+    everyone: list = [None] * world()
+    dist.all_gather_object(everyone, items)
+    return [item for part in everyone for item in part]
+
+
+def wait() -> None:
+    """For all ranks to come here."""
+    if world() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+# ------------------------------------------------------------------------------------------- state
+
+def save(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write to the folder a safetensors file of each rank with its share. OSError on all ranks if one of them could not."""
+    import torch.distributed.checkpoint as dcp  # only now: it takes a second to import
+
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except dcp.api.CheckpointException as error:
+        raise OSError(_causes(error)) from None
+
+
+def load(tensors: dict[str, Tensor], folder: Path, optional: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fill the tensors with what any number of ranks have saved; returns those of the `optional` ones that are there, filled too."""
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    held = reader.read_metadata().state_dict_metadata
+    for name, tensor in held.items():
+        if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():  # it would be filled in part
+            raise ValueError(f"{name} is not whole: a file is missing")
+    optional = {name: tensor for name, tensor in optional.items() if name in held}
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that one process loads alone
+            dcp.load(tensors | optional, storage_reader=reader, no_dist=world() == 1)
+    except dcp.api.CheckpointException as error:
+        raise ValueError(_causes(error)) from None
+    return optional
+
+
+def _causes(error) -> str:
+    return "; ".join(dict.fromkeys(str(cause) for cause, _ in error.failures.values()))

@@ -1,0 +1,50 @@
+"""Runs one after the other in one process, for tests/test_distributed.py: starting Python and PyTorch takes longer than they do.
+
+    torchrun --nproc-per-node 2 tests/ranks_worker.py runs.json      [["sft", {config ...}, stop_after_step or 0], ...]
+"""
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import ranks
+import runtime
+
+WATCHED = {"folder": "", "changed": []}  # a run's, and what another rank than 0 has done to its files
+
+
+def watch(event: str, args: tuple) -> None:
+    """Into a checkpoint that is being written each rank puts its share."""
+    writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if ranks.rank() and (writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")):
+        path, checkpoint = str(args[0]), f"{WATCHED['folder']}/state/.new"
+        allowed = path.startswith(f"{checkpoint}/shard") if writes else event == "os.mkdir" and path == checkpoint
+        if path.startswith(WATCHED["folder"]) and not allowed:
+            WATCHED["changed"].append((event, path))
+
+
+def run(script: str, values: dict, stop_after: int) -> None:
+    """A script's main; after `stop_after` steps the last rank, and none but it, is asked to stop."""
+    module, log_step = importlib.import_module(script), runtime.Log.step
+
+    def step(log, number, metrics):
+        log_step(log, number, metrics)
+        if number == stop_after and ranks.rank() == ranks.world() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    runtime.Log.step, WATCHED["folder"] = step, values["out"]
+    try:
+        module.main(module.Config(**values))
+    finally:
+        runtime.Log.step = log_step
+    assert not WATCHED["changed"], f"{script}: rank {ranks.rank()} has changed {WATCHED['changed']}"
+
+
+if __name__ == "__main__":
+    sys.addaudithook(watch)
+    for planned in json.loads(Path(sys.argv[1]).read_text()):
+        run(*planned)

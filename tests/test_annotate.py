@@ -524,7 +524,7 @@ def test_a_dialogue_of_four_turns_by_keyboard_alone(tmp_path, browser):
         return f"<script>window.pwned=1</script><img src=x onerror='window.pwned=1'>&amp; **{talk(request, sampling)}**"
 
     guidelines, shared = tmp_path / "guidelines.md", write_jsonl(tmp_path / "shared.jsonl", SHARED[:1])
-    guidelines.write_text("# House rules\nBe fair.\n\n- **First** <i>this</i>\n- then that\n")
+    guidelines.write_text("# House rules\nBe fair.\n\n- **First** <i>this</i>, **then**\n- then that\n")
     with serving(tmp_path / "votes.jsonl", reply, guidelines=str(guidelines), shared=str(shared)) as server:
         browser.get(server.url)
         press(browser, "Zoë", Keys.ENTER)
@@ -549,7 +549,8 @@ def test_a_dialogue_of_four_turns_by_keyboard_alone(tmp_path, browser):
         until(browser, WRITING + " && state.turn === 5")
         aside = browser.find_element("tag name", "aside")
         assert aside.find_element("tag name", "h3").text == "House rules"
-        assert [e.text for e in aside.find_elements("tag name", "li")] == ["First <i>this</i>", "then that"]
+        assert [e.text for e in aside.find_elements("tag name", "li")] == ["First <i>this</i>, then", "then that"]
+        assert [e.text for e in aside.find_elements("css selector", "li b")] == ["First", "then"]
         assert browser.find_element("id", "progress").text == "Zoë, 5 rated"
         browser.get("about:blank")
         browser.back()

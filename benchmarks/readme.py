@@ -129,7 +129,30 @@ def ablation_table(report: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"sft_size": (ablation_table, "ablations/sft_size.json"), "weak_preferences": (ablation_table, "ablations/weak_preferences.json"),
+def rounds_table(report: dict) -> str:
+    """Mean and 95 % interval over seeds of what each round measured."""
+    rows = {"SFT model": [r[0] for r in report["rounds"].values()]}
+    rows |= {f"round {n}": [r[n] for r in report["rounds"].values()] for n in range(1, len(next(iter(report["rounds"].values()))))}
+    rows["all prompts at once"] = [r[1] for r in report["at once"].values()]
+    measures = {"gold score": lambda r: r["gold"], "words": lambda r: r["words"], "preferences": lambda r: r["preferences"],
+                "annotators agree, %": lambda r: 100 * r["agreement"]["raw"], "kappa": lambda r: r["agreement"]["kappa"],
+                "reward model right, %": lambda r: 100 * r["reward_accuracy"]}
+    lines = ["|  | " + " | ".join(measures) + " |", "|---" * (len(measures) + 1) + "|"]
+    for name, found in rows.items():
+        cells = []
+        for measure, of in measures.items():
+            if "agreement" not in found[0] and measure not in ("gold score", "words"):
+                cells.append("-")
+                continue
+            digits = {"kappa": 2, "preferences": 0}.get(measure, 1)
+            middle, half = interval([of(r) for r in found])
+            cells.append(f"{middle:,.{digits}f} ± {half:.{digits}f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"rounds": (rounds_table, "rounds.json"),
+          "sft_size": (ablation_table, "ablations/sft_size.json"), "weak_preferences": (ablation_table, "ablations/weak_preferences.json"),
           "trial": (screen_table, "trial/report.json"), "recorded": (screen_table, "recorded/report.json"),
           "tiny": (tiny_table, "tiny/report.json"), "categories": (category_table, "tiny/report.json"),
           "throughput": (throughput_table, "throughput.json"), "families": (family_table, "families.json"),

@@ -1,0 +1,298 @@
+"""Round after round: the policy answers fresh prompts, annotators choose, the policy learns from that, and answers again.
+
+    python -m data.rounds out=runs/tiny/0/rounds rounds=3        the tiny world, where two annotators are simulated
+    python -m data.rounds annotators=people model=... prompts=prompts.jsonl prompts_per_round=200 votes=500 max_tokens=512 \\
+        dpo=my_dpo.toml reward=my_reward.toml dev= out=runs/weekly
+
+The talk's weekly loop: a week's preferences, a new model from them, and that one answers in the week that follows.
+Preferences are about the policy that made the replies, so DPO starts from, and holds to, the policy of the round. The
+reward model learns from all rounds so far; whether it still knows what annotators prefer is seen on the round's held-out
+dialogues. A round is a folder. Each file is made once, whole, and the same command goes on where it stopped:
+
+    prompts.jsonl          fresh ones, nobody has answered them before
+    replies.jsonl          every raw reply, two to a turn; of people's rounds those to the shared prompts
+    votes.jsonl            preferences, and votes.ratings.jsonl every answer, both as data/annotate.py writes them
+    train.jsonl            the preferences to learn from; every fifth dialogue is in heldout.jsonl
+    reward/ dpo/ gold/     runs of reward.py, of dpo.py, whose model is the next policy, and of judge.py
+    round.json             the round's line of the table: policy served, agreement, accuracy, next policy, its grade
+
+With people the command prepares the round, prints how the rating page is started, and ends. Run again, it tells how many
+preferences there are; once there are `votes` it trains the next policy and prepares the next round. The first `shared`
+prompts are rated by everybody, to measure agreement by. Preferences collected elsewhere are put into votes.jsonl.
+"""
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from math import inf
+from pathlib import Path
+from typing import Literal
+
+import runtime
+from data.annotate import ROOM, agreement, preference_of, rating_of
+from data.formats import read
+from data.llm import Request, Sampling, ask, open_model
+from data.tiny import pairs
+from data.tiny.world import TASKS
+from judging import report
+from runtime import check_range, fail
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "runs/tiny/0/sft/model"  # the first policy
+    out: str = "runs/tiny/0/rounds"  # folder of the rounds, round_1 and so on
+    rounds: int = 3                  # how many there shall be; more can be added later
+    prompts: str = "runs/tiny/0/data/more_prompts.jsonl"  # each round takes the next of these
+    prompts_per_round: int = 1500
+    dev: str = "runs/tiny/0/data/dev.jsonl"  # the tiny world's dialogues on which every policy is graded; "": no grades
+    annotators: Literal["simulated", "people"] = "simulated"
+    votes: int = 500                 # people: preferences that end a round
+    shared: int = 20                 # people: prompts of a round whose replies everybody rates; 0: agreement is not measured
+    temperature: float = 1.0         # of the replies that are rated
+    max_tokens: int = 64             # of a reply
+    dpo: str = "configs/tiny/dpo.toml"        # settings of the policy's training
+    reward: str = "configs/tiny/reward.toml"  # and of the reward model's
+    seed: int = 0
+    device: str = "auto"             # cpu, cuda, auto
+    threads: int = 0                 # CPU threads; 0: PyTorch's choice
+
+    def __post_init__(self):
+        for key, low, high in (("rounds", 1, inf), ("prompts_per_round", 5, inf), ("votes", 5, inf), ("shared", 0, inf),
+                               ("temperature", 0.01, 10), ("max_tokens", ROOM, inf), ("seed", 0, 10**9), ("threads", 0, 1024)):
+            check_range(key, getattr(self, key), low, high)
+        if self.annotators == "people" and self.shared >= self.prompts_per_round:
+            fail(f"shared={self.shared} leaves none of prompts_per_round={self.prompts_per_round} to begin with: lower it")
+        if not (Path(self.model) / "config.json").is_file():
+            fail(f"model={self.model}: holds no config.json, expected a model directory, which `make demo` makes")
+        for key in ("prompts", "dpo", "reward", *(["dev"] if self.dev else [])):
+            if not Path(getattr(self, key)).is_file():
+                fail(f"{key}={getattr(self, key)}: no such file, check the path")
+        with Path(self.prompts).open("rb") as file:
+            there = sum(1 for _ in file)
+        if there < self.rounds * self.prompts_per_round:
+            fail(f"{self.prompts}: holds {there} prompts, {self.rounds} rounds of {self.prompts_per_round} take more: "
+                 "lower prompts_per_round, or add prompts")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    runtime.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+# ------------------------------------------------------------------------------------- collecting
+
+def take_prompts(number: int, config: Config) -> list[dict]:
+    """The round's share of the pool. "prompt" is what the user says first: what the rating page asks for."""
+    first, records, simulated = (number - 1) * config.prompts_per_round, [], config.annotators == "simulated"
+    with Path(config.prompts).open("rb") as file:
+        for place, line in enumerate(islice(file, first, first + config.prompts_per_round), first + 1):
+            try:
+                record = json.loads(line)
+                if simulated and not (record["category"] in TASKS and "item" in record["turns"][0]):
+                    raise KeyError("item")
+                prompt = record["turns"][0]["user"] if "turns" in record else record["prompt"]
+                records.append(record | {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt})
+            except (ValueError, KeyError, TypeError, IndexError):
+                expected = "a dialogue of the tiny world, or annotators=people" if simulated else "'prompt' or 'turns'"
+                fail(f"{config.prompts} line {place}: is no prompt, expected {expected}")
+    return records
+
+
+def simulate(policy: str, dialogues: list[dict], folder: Path, number: int, config: Config) -> None:
+    """Two annotators (data/tiny/pairs.py) rate both replies to every turn. The first one's choices go on, and are learnt from."""
+    model, sampling = open_model(policy, config.device), Sampling(config.max_tokens, config.temperature)
+    chance = {name: random.Random(f"{config.seed} round {number} {name}") for name in ("a1", "a2")}
+    settings, became, preferences, ratings = pairs.Config(seed=config.seed), Counter(), [], []
+    histories: dict[str, list[dict]] = {d["id"]: [] for d in dialogues}
+    for turn in range(max(len(d["turns"]) for d in dialogues)):
+        going = [d for d in dialogues if len(d["turns"]) > turn and len(histories[d["id"]]) == 2 * turn]
+        asked = [[*histories[d["id"]], {"role": "user", "content": d["turns"][turn]["user"]}] for d in going]
+        requests = [Request(messages, side, d["id"]) for d, messages in zip(going, asked, strict=True) for side in (0, 1)]
+        replies = iter(ask(model, requests, sampling, folder / "replies.jsonl", progress=f"round {number}, turn {turn + 1}"))
+        for d, messages in zip(going, asked, strict=True):
+            texts = [reply.text.strip() if reply and reply.finished else "" for reply in (next(replies), next(replies))]
+            if not all(texts):
+                became["unfinished"] += 1  # nobody goes on with half a reply
+                continue
+            item = {"id": f"{d['id']}-{turn + 1}", "dialogue": d["id"], "turn": turn + 1, "category": d["category"], "messages": messages,
+                    "replies": [{"text": text, "finished": True, "model": f"reply {i}"} for i, text in enumerate(texts, 1)]}
+            verdicts = {} if texts[0] == texts[1] else {
+                name: pairs.annotate(d["category"], d["turns"][turn]["item"], texts, rng, settings) for name, rng in chance.items()}
+            for name, verdict in verdicts.items():
+                side, margin = verdict or (None, None)
+                answer = {"scale": "choice", "choice": verdict and ("left", "right")[side], "margin": margin,
+                          "flag": None if verdict else "skip", "seconds": None, "at": None}
+                ratings.append(rating_of(item | {"annotator": name}, answer))
+                if name == "a1" and verdict:
+                    preferences.append(preference_of(item | {"annotator": name}, answer))
+            chosen = verdicts["a1"][0] if verdicts.get("a1") else chance["a1"].randrange(2)
+            became["identical" if not verdicts else "preferences" if verdicts["a1"] else "cannot tell"] += 1
+            histories[d["id"]] = [*messages, {"role": "assistant", "content": texts[chosen]}]
+    print(f"round {number}: {sum(became.values())} turns: " + ", ".join(f"{count} {what}" for what, count in became.most_common()))
+    write_lines(folder / "votes.ratings.jsonl", ratings)
+    write_lines(folder / "votes.jsonl", preferences)
+
+
+def share(policy: str, prompts: list[dict], folder: Path, config: Config) -> None:
+    """Two replies to each prompt, for everybody to rate."""
+    requests = [Request(record["prompt"], side, str(i)) for i, record in enumerate(prompts, 1) for side in (0, 1)]
+    replies = iter(ask(open_model(policy, config.device), requests, Sampling(config.max_tokens, config.temperature),
+                       folder / "replies.jsonl", progress="shared prompts"))
+    shared = []
+    for i, record in enumerate(prompts, 1):
+        texts = [reply.text.strip() if reply and reply.finished else "" for reply in (next(replies), next(replies))]
+        if all(texts) and texts[0] != texts[1]:
+            shared.append({"id": str(i), "prompt": record["prompt"], "replies": texts, "category": record.get("category", "none")})
+    print(f"{len(shared)} pairs for everybody; the other {len(prompts) - len(shared)} shared prompts had no two different whole replies")
+    write_lines(folder / "shared.jsonl", shared)
+
+
+def collected(policy: str, folder: Path, number: int, config: Config) -> bool:
+    """Whether the round has its preferences; if people are to give them, how."""
+    votes, simulated = folder / "votes.jsonl", config.annotators == "simulated"
+    if not (folder / "prompts.jsonl").exists():
+        prompts = take_prompts(number, config)
+        if config.shared and not simulated:
+            share(policy, prompts[: config.shared], folder, config)
+        write_lines(folder / "prompts.jsonl", prompts if simulated else prompts[config.shared:])
+    if simulated and not votes.exists():
+        simulate(policy, lines(folder / "prompts.jsonl"), folder, number, config)
+    count = len(votes.read_bytes().splitlines()) if votes.exists() else 0
+    if simulated or count >= config.votes or (folder / "train.jsonl").exists():
+        return True
+    shared = [f"shared={folder / 'shared.jsonl'}"] if (folder / "shared.jsonl").exists() else []
+    command = ["python", "-m", "data.annotate", f"models={json.dumps([policy])}", f"prompts={folder / 'prompts.jsonl'}", *shared,
+               f"out={votes}", f"max_tokens={config.max_tokens}", f"temperature={config.temperature}"]
+    print(f"round {number} has {count} of {config.votes} preferences; they are collected by\n\n    {shlex.join(command)}\n\n"
+          "and once there are enough, this command goes on")
+    return False
+
+
+# --------------------------------------------------------------------------------------- learning
+
+def execute(command: list[str]) -> int:
+    """A command's exit code. Ctrl-C reaches it too, and it saves before it ends."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        return process.wait()
+
+
+def run(result: Path, script: str, *options: str) -> None:
+    """Have a script make a file, unless it is there."""
+    if result.exists():
+        return
+    print(f"\n$ python {script} {shlex.join(options)}", flush=True)
+    code = execute([sys.executable, str(ROOT / script), *options])
+    if code == 2:
+        raise SystemExit(2)  # the script has said why
+    if code or not result.exists():
+        fail(f"{result}: {script} ended before it was made: run the same command again to go on")
+
+
+def gold(policy: str, folder: Path, config: Config) -> dict:
+    """Mean grade of the policy's replies to the dev dialogues, 0 to 100, and its interval over dialogues."""
+    run(folder / "report.json", "judge.py", f"models={json.dumps([f'policy={policy}'])}", f"data={config.dev}", f"out={folder}", "show=0",
+        f"max_tokens={config.max_tokens}", f"seeds=[{config.seed}]", f"device={config.device}", f"threads={config.threads}")
+    found = json.loads((folder / "report.json").read_text())["gold"]["policy"]
+    return {key: found[key] for key in ("gold", "gold_interval", "words", "ended")}
+
+
+def hold_out(folder: Path) -> None:
+    """train.jsonl and heldout.jsonl, whole dialogues each."""
+    records, found = read(folder / "votes.jsonl", "preference")
+    votes = [vote | {"dialogue": vote.get("dialogue", vote["prompt"][0]["content"])} for vote in records]
+    found.refuse()
+    dialogues = list(dict.fromkeys(vote["dialogue"] for vote in votes))
+    held_out = set(dialogues[4::5])
+    if not held_out:
+        fail(f"{folder / 'votes.jsonl'}: holds {len(dialogues)} dialogues, expected five, of which one is held out: add more")
+    write_lines(folder / "heldout.jsonl", [vote for vote in votes if vote["dialogue"] in held_out])
+    write_lines(folder / "train.jsonl", [vote for vote in votes if vote["dialogue"] not in held_out])
+
+
+def learn(policy: str, folder: Path, number: int, config: Config) -> dict:
+    """What the round's preferences make of the policy; its line of the table."""
+    if not (folder / "train.jsonl").exists():
+        hold_out(folder)
+    if not (folder / "reward_data.jsonl").exists():
+        so_far = [folder.parent / f"round_{n}" / "train.jsonl" for n in range(1, number + 1)]
+        write_lines(folder / "reward_data.jsonl", [vote for file in so_far for vote in lines(file)])
+    common = [f"eval_data={folder / 'heldout.jsonl'}", f"seed={config.seed}", f"device={config.device}", f"threads={config.threads}"]
+    run(folder / "reward" / "report.json", "reward.py", "--config", config.reward, f"model={config.model}", "demos=",
+        f"data={folder / 'reward_data.jsonl'}", f"out={folder / 'reward'}", *common)
+    run(folder / "dpo" / "model" / "config.json", "dpo.py", "--config", config.dpo, f"model={policy}", f"data={folder / 'train.jsonl'}",
+        f"out={folder / 'dpo'}", "samples=0", *common)
+    reward = json.loads((folder / "reward" / "report.json").read_text())["reward_model"]
+    ratings, after = folder / "votes.ratings.jsonl", str(folder / "dpo" / "model")
+    return {"round": number, "served": policy, "policy": after,
+            "preferences": len(lines(folder / "train.jsonl")) + len(lines(folder / "heldout.jsonl")),
+            "agreement": agreement(lines(ratings)) if ratings.exists() else None,
+            "reward_accuracy": reward["accuracy"], "reward_pairs": reward["pairs"],
+            **(gold(after, folder / "gold", config) if config.dev else {})}
+
+
+# ------------------------------------------------------------------------------------------ report
+
+def table(rows: list[dict]) -> dict:
+    """The rounds as a section of a report (judging/report.py)."""
+    def percent(x: float | None) -> float | None:
+        return None if x is None else 100 * x
+
+    cells = []
+    for row in rows:
+        grade, half, agreed = row.get("gold"), row.get("gold_interval"), row.get("agreement") or {}
+        cells.append([row["round"], None if grade is None else {"value": grade, "low": grade - half, "high": grade + half},
+                      row.get("words"), row.get("preferences"), percent(agreed.get("raw")), agreed.get("n"), agreed.get("kappa"),
+                      percent(agreed.get("decided")), percent(row.get("reward_accuracy")), row.get("reward_pairs")])
+    return {"title": "Rounds", "rows": cells,
+            "columns": ["round", "gold score", "words", "preferences", "agree, %", "of", "kappa", "agree if both chose, %",
+                        "reward model right, %", "of"],
+            "text": "The score is that of the policy a round ends with, its interval over dialogues. Agreement is between annotators of "
+                    "the same pairs; both saying that they cannot tell is agreement. The reward model is tried on the round's held-out "
+                    "preferences."}
+
+
+def main(config: Config) -> None:
+    out = runtime.open_folder(config.out)
+    began = out / "config.toml"
+    if began.exists():
+        new = tomllib.loads(runtime.config_toml(config))
+        for key, old in tomllib.loads(began.read_text()).items():
+            if key not in ("rounds", "votes", "device", "threads") and new.get(key) != old:
+                fail(f"{out}: was begun with {key}={json.dumps(old)}, not {json.dumps(new.get(key))}: choose another out=")
+    runtime.write_text(began, runtime.config_toml(config))
+    runtime.setup(config.device, config.seed, config.threads)
+    policy = config.model
+    rows = [{"round": 0, "policy": policy, **(gold(policy, out / "gold", config) if config.dev else {})}]
+    for number in range(1, config.rounds + 1):
+        folder = out / f"round_{number}"
+        folder.mkdir(exist_ok=True)
+        if not (folder / "round.json").exists():
+            if not collected(policy, folder, number, config):
+                break
+            runtime.write_text(folder / "round.json", json.dumps(learn(policy, folder, number, config), indent=1) + "\n")
+        rows.append(json.loads((folder / "round.json").read_text()))
+        policy = rows[-1]["policy"]
+    result = {"title": "Rounds of preference collection", "about": {"out": config.out, "seed": config.seed}, "sections": [table(rows)],
+              "rounds": rows}
+    report.write(result, out)
+    print(f"{report.text(result)}\nnewest policy: {policy}")
+
+
+if __name__ == "__main__":
+    main(runtime.load_config(Config, __doc__))

@@ -1,6 +1,7 @@
 # make demo      the whole recipe in the tiny world, ends with the table     make test    the tests
 # make results   the README's table: the recipe for five seeds               make lint    ruff
 # make bench     throughput here, beside the floor its matmuls set           make base    pretrain the tiny base anew
+# make bench-peers   the same work by transformers + TRL + PEFT, in turns
 #
 # Each makes the environment first if there is none, and goes on from where an earlier run stopped.
 # make demo SEED=3 is another run; make demo QUICK=1 the same path in a minute, with numbers that mean nothing.
@@ -19,7 +20,7 @@ ENVIRONMENT = .venv/installed
 TOOLS = .venv/tools
 endif
 
-.PHONY: demo results test lint bench gpu gpu-tests gpu-kernels gpu-training base
+.PHONY: demo results test lint bench bench-peers gpu gpu-tests gpu-kernels gpu-training base
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -97,6 +98,12 @@ bench: $(ENVIRONMENT)
 	$(PYTHON) -m benchmarks.sampling out=benchmarks/results/sampling.json
 	$(PYTHON) -m benchmarks.readme
 
+# This code and transformers + TRL + PEFT in turns, half an hour; a quiet machine is asked for.
+bench-peers: $(ENVIRONMENT) .venv-peers/installed
+	$(PYTHON) -m benchmarks.peers shapes='["15 M", "110 M"]' rounds=4
+	$(PYTHON) -m benchmarks.peers shapes='["2 M"]' rounds=6
+	$(PYTHON) -m benchmarks.readme
+
 # Everything that waits for a GPU, in ten minutes; PYTHON=python3 where one with torch is installed. What fails does not stop the rest.
 gpu: $(TOOLS)
 	$(MAKE) --keep-going gpu-tests gpu-kernels gpu-training
@@ -123,6 +130,13 @@ base: $(ENVIRONMENT)
 	python3 -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+# What peers.py measures us against, as published in benchmarks/results/peers.json.
+.venv-peers/installed:
+	python3 -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check transformers==5.23.0 trl==1.16.0 peft==0.21.2 bitsandbytes==0.50.2
 	@touch $@
 
 .venv/tools: .venv/installed

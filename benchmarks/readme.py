@@ -120,7 +120,8 @@ def ablation_table(report: dict) -> str:
     """Mean and 95 % interval over seeds of every measure, by condition."""
     points = report["points"]
     measures = [m for m in points[0] if m not in ("condition", "seed")]
-    heads = {"gold": "gold score", "agreement": "two annotators agree, %", "cannot tell": "the second cannot tell, %"}
+    heads = {"gold": "gold score", "accuracy": "reward model, % right",
+             "agreement": "two annotators agree, %", "cannot tell": "the second cannot tell, %"}
     lines = ["|  | " + " | ".join(heads.get(m, m) for m in measures) + " |", "|---" * (len(measures) + 1) + "|"]
     for condition in dict.fromkeys(p["condition"] for p in points):
         found = [interval([p[m] for p in points if p["condition"] == condition]) for m in measures]
@@ -151,8 +152,39 @@ def rounds_table(report: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"rounds": (rounds_table, "rounds.json"),
-          "sft_size": (ablation_table, "ablations/sft_size.json"), "weak_preferences": (ablation_table, "ablations/weak_preferences.json"),
+PEERS_WORK = {"sft": "SFT", "dpo": "DPO, reference cached", "dpo online": "DPO, reference in the step",
+              "dpo dialogues": "DPO, four rated turns", "reward": "reward model", "reward dialogues": "reward model, four rated turns",
+              "rloo": "RLOO", "qlora": "QLoRA, NF4", "sample mixed": "sampling 192 replies of 8 to 128 tokens"}
+
+
+def peers_table(report: dict) -> str:
+    """Ours beside the peers' fastest mode, and a step written by hand."""
+    rows = report["rows"]
+    lines = [f"{report['device']}, {report['cores']} cores; ours: {report['ours']}; peers: {report['peers']}.", "",
+             "| model | work | ours | peers, fastest mode | ratio, rounds | floor | peak MiB | import s | first step s |",
+             "|---|---|---|---|---|---|---|---|---|"]
+
+    def rate(row: dict) -> str:
+        return f"{row['rate']:,.{0 if row['rate'] >= 100 else 1}f}"
+
+    for shape, task in dict.fromkeys((row["shape"], row["task"]) for row in rows):
+        sides = {row["side"]: row for row in rows if (row["shape"], row["task"]) == (shape, task)}
+        ours, theirs = sides["ours"], max((r for side, r in sides.items() if side.startswith("T")), key=lambda r: r["rate"])
+        floor = next((rate(row) for side, row in sides.items() if side.startswith("floor")), "")
+        way = "temperature and top-p" if task.endswith("top_p") else "greedy"
+        name = PEERS_WORK.get(task) or f"sampling, batch {task.split()[1]}, {way}"
+        ratios = sorted(a / b for a, b in zip(ours["rates"], theirs["rates"], strict=True))
+        mode = theirs["side"].removeprefix("TRL, ").removeprefix("Transformers, ")
+        costs = [f"{ours[key]:,.{digits}f} : {theirs[key]:,.{digits}f}"
+                 for key, digits in (("peak_mib", 0), ("import_s", 1), ("first_step_s", 1))]
+        lines.append(f"| {shape} | {name} | {rate(ours)} {ours['unit']} | {rate(theirs)} ({mode}) "
+                     f"| **{ours['rate'] / theirs['rate']:.1f}**, {ratios[0]:.1f} to {ratios[-1]:.1f} | {floor} | {' | '.join(costs)} |")
+    return "\n".join(lines)
+
+
+ABLATIONS = ("sft_size", "sft_length", "task_mix", "annotator_noise", "weak_preferences")
+TABLES = {"peers": (peers_table, "peers.json"), "rounds": (rounds_table, "rounds.json"),
+          **{name: (ablation_table, f"ablations/{name}.json") for name in ABLATIONS},
           "trial": (screen_table, "trial/report.json"), "recorded": (screen_table, "recorded/report.json"),
           "tiny": (tiny_table, "tiny/report.json"), "categories": (category_table, "tiny/report.json"),
           "throughput": (throughput_table, "throughput.json"), "families": (family_table, "families.json"),

@@ -1,0 +1,220 @@
+"""The peers' side of `benchmarks/peers.py`: transformers, TRL and PEFT on the same token ids, run by an environment of their own.
+
+Every task has modes, of which the table takes the fastest: a padded batch of the whole step, four of a quarter, and TRL's packing.
+Trainers are the library's, with the data tokenised beforehand and in the order given.
+"""
+from __future__ import annotations
+
+import time
+
+BEGAN = time.perf_counter()
+
+import os  # noqa: E402
+import tempfile  # noqa: E402
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TrainerCallback,
+)
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+
+from benchmarks import peers_work as work  # noqa: E402
+
+IMPORT_S = time.perf_counter() - BEGAN
+
+
+def whole_numbers(vocab: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose text is the token ids, separated by spaces."""
+    found = Tokenizer(models.WordLevel({str(i): i for i in range(vocab)}, unk_token="0"))
+    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token="2", pad_token="0", unk_token="0")
+
+
+class InTurn(TrainerCallback):
+    """A step of the trainer whenever it is our turn."""
+
+    def __init__(self, turns: work.Turns, units: list[int], items: list[int]):
+        self.turns, self.units, self.items, self.losses = turns, units, items, []
+
+    def on_train_begin(self, *_, **__):
+        self.turns.wait()
+
+    def on_step_end(self, args, state, control, **_):
+        at = state.global_step - 1
+        self.turns.done({"units": self.units[at], "items": self.items[at], "loss": self.losses[-1] if self.losses else None})
+        self.turns.wait()
+
+
+def in_order(trainer: type, prepared: bool = True) -> type:
+    """The trainer without shuffling, its losses kept; `prepared`: the data is tokenised, leave it alone."""
+    class InOrder(trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, *inputs, **options):
+            found = super().compute_loss(*inputs, **options)
+            self.turn.losses.append((found[0] if isinstance(found, tuple) else found).item())
+            return found
+
+    if prepared:
+        InOrder._prepare_dataset = lambda self, dataset, *_, **__: dataset
+    return InOrder
+
+
+def options(mode: str, shape: work.Shape) -> dict:
+    """What all trainers are told."""
+    micro = shape.batch // 4 if "micro" in mode else shape.batch
+    return dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro, gradient_accumulation_steps=shape.batch // micro,
+                max_steps=work.STEPS, learning_rate=work.LR, lr_scheduler_type="constant", max_grad_norm=work.CLIP, weight_decay=0.0,
+                use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=False, fp16=False,
+                gradient_checkpointing=False, dataloader_pin_memory=False, optim="adamw_torch_fused")
+
+
+def run(trainer, turns: work.Turns, sizes: list[int], items: list[int] | None = None) -> None:
+    """Step i takes rows i * batch onwards, of these sizes."""
+    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    groups = [sizes[at : at + rows] for at in range(0, len(sizes), rows)]
+    trainer.turn = InTurn(turns, [sum(g) for g in groups], [items or len(g) for g in groups] if items is None else [items] * len(groups))
+    trainer.add_callback(trainer.turn)
+    trainer.train()
+
+
+def load(path: str, kind=AutoModelForCausalLM, **more):
+    return kind.from_pretrained(path, dtype=torch.float32, **more)
+
+
+def sft(turns: work.Turns, shape: work.Shape, path: str, mode: str, model=None) -> None:
+    rows = [{"input_ids": p.prompt + p.chosen, "labels": [-100] * len(p.prompt) + p.chosen} for p in work.pairs(shape)]
+    packed = mode == "packed"
+    settings = options(mode, shape)
+    if packed:  # rows of max_length tokens, as many as hold about a batch
+        mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
+        settings["per_device_train_batch_size"] = max(1, round(shape.batch * mean / shape.longest))
+    args = SFTConfig(**settings, max_length=shape.longest, packing=packed)
+    trainer = in_order(SFTTrainer, prepared=False)(
+        model=model or load(path), args=args, train_dataset=Dataset.from_list(rows), processing_class=whole_numbers(shape.vocab))
+    run(trainer, turns, [len(row["input_ids"]) for row in trainer.train_dataset])
+
+
+def qlora(turns: work.Turns, shape: work.Shape, path: str, mode: str) -> None:
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                   bnb_4bit_compute_dtype=torch.float32)
+    model = prepare_model_for_kbit_training(load(path, quantization_config=four_bits), use_gradient_checkpointing=False)
+    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    sft(turns, shape, path, mode, adapted)
+
+
+def preferences(shape: work.Shape, task: str) -> tuple[list[work.Pair], int]:
+    """Pairs in order, one row each, and how many make a step: a dialogue of four rated turns is four rows."""
+    if "dialogues" in task:
+        return [turn for turns in work.dialogues(shape) for turn in turns], shape.batch * work.TURNS
+    return work.pairs(shape), shape.batch
+
+
+def by_step(args: dict, rows: int) -> dict:
+    """A step of `rows` rows, accumulated in micro-batches of the size given."""
+    return args | {"gradient_accumulation_steps": rows // args["per_device_train_batch_size"]}
+
+
+def dpo(turns: work.Turns, shape: work.Shape, path: str, mode: str, task: str) -> None:
+    found, rows = preferences(shape, task)
+    data = Dataset.from_list([{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in found])
+    args = DPOConfig(**by_step(options(mode, shape), rows), max_length=None, beta=work.BETA, precompute_ref_log_probs="online" not in task)
+    trainer = in_order(DPOTrainer)(model=load(path), args=args, train_dataset=data, processing_class=whole_numbers(shape.vocab),
+                                   ref_model=load(path))
+    run(trainer, turns, [len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in found], shape.batch)
+
+
+def reward(turns: work.Turns, shape: work.Shape, path: str, mode: str, task: str) -> None:
+    found, rows = preferences(shape, task)
+    data = Dataset.from_list([{"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected} for p in found])
+    args = RewardConfig(**by_step(options(mode, shape), rows), max_length=None)
+    model = load(path, AutoModelForSequenceClassification, num_labels=1)
+    model.config.pad_token_id = 0
+    trainer = in_order(RewardTrainer)(model=model, args=args, train_dataset=data, processing_class=whole_numbers(shape.vocab))
+    run(trainer, turns, [len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in found], shape.batch)
+
+
+def rloo(turns: work.Turns, shape: work.Shape, path: str) -> None:
+    texts = [{"prompt": " ".join(map(str, prompt))} for prompt in work.prompts(shape, work.RL_PROMPTS * work.STEPS)]
+    rows = work.RL_PROMPTS * work.RL_REPLIES
+    settings = options("", shape) | {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
+    args = RLOOConfig(**settings, num_generations=work.RL_REPLIES, max_completion_length=work.NEW, beta=0.05, temperature=1.0,
+                      shuffle_dataset=False)
+    tokenizer = whole_numbers(shape.vocab)
+    scorer = load(path, AutoModelForSequenceClassification, num_labels=1)
+    scorer.config.pad_token_id = 0
+    model = load(path)
+    model.generation_config.eos_token_id = None
+    trainer = RLOOTrainer(model=model, reward_funcs=scorer, args=args, train_dataset=Dataset.from_list(texts), processing_class=tokenizer,
+                          reward_processing_classes=whole_numbers(shape.vocab))
+    trainer.turn = InTurn(turns, [rows] * work.STEPS, [rows] * work.STEPS)
+    trainer.add_callback(trainer.turn)
+    trainer.train()
+
+
+class Limits(StoppingCriteria):
+    """Row i ends after limits[i] new tokens."""
+
+    def __init__(self, start: int, limits: list[int]):
+        self.ends = start + torch.tensor(limits)
+
+    def __call__(self, ids, scores, **_):
+        return ids.shape[1] >= self.ends
+
+
+def sample(turns: work.Turns, shape: work.Shape, path: str, batch: int, top_p: bool, mixed: bool) -> None:
+    model = load(path).eval()
+    settings = dict(do_sample=True, temperature=0.8, top_p=0.9, top_k=0) if top_p else dict(do_sample=False)
+    prompts = work.prompts(shape, work.MIXED if mixed else batch)
+    limits = work.reply_lengths() if mixed else [work.NEW] * batch
+
+    def generate(prompts: list[list[int]], limits: list[int]) -> None:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        stop = StoppingCriteriaList([Limits(longest, limits)]) if mixed else None
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), eos_token_id=None, pad_token_id=0,
+                       stopping_criteria=stop, **settings)
+
+    while True:
+        turns.wait()
+        with torch.no_grad():
+            for at in range(0, len(prompts), batch):
+                generate(prompts[at : at + batch], limits[at : at + batch])
+        turns.done({"units": sum(limits)})
+
+
+def main() -> None:
+    turns = work.Turns(IMPORT_S)
+    task, shape, path = work.arguments()
+    task, _, mode = task.partition(", ")
+    kind, *rest = task.split()
+    if kind == "sft":
+        sft(turns, shape, path, mode)
+    elif kind == "qlora":
+        qlora(turns, shape, path, mode)
+    elif kind == "dpo":
+        dpo(turns, shape, path, mode, task)
+    elif kind == "reward":
+        reward(turns, shape, path, mode, task)
+    elif kind == "sample":
+        mixed = rest[0] == "mixed"
+        sample(turns, shape, path, 64 if mixed else int(rest[0]), mixed or rest[1] == "top_p", mixed)
+    else:
+        rloo(turns, shape, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The work that both sides of `benchmarks/peers.py` are given, and how they take turns. NumPy alone, for any environment.
+
+Token ids are random; lengths are spread as real ones are (lognormal, sigma 0.6). A worker is a process that does one step
+of one task whenever its turn comes, and tells how long it took.
+"""
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Shape(NamedTuple):
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    vocab: int
+    longest: int     # tokens of a dialogue
+    prompt: int      # mean tokens of a user's turn
+    reply: int       # mean tokens of a reply
+    batch: int       # dialogues, pairs of a step
+
+
+SHAPES = {
+    "15 M": Shape(288, 6, 6, 768, 32000, 512, 85, 160, 8),
+    "2 M": Shape(128, 4, 4, 512, 2048, 256, 48, 95, 16),
+    "110 M": Shape(768, 12, 12, 2048, 32000, 512, 85, 160, 8),
+}
+STEPS = 8            # prepared, of which no item repeats
+TURNS = 4            # of a rated dialogue
+NEW = 64             # tokens sampled for each prompt
+SAMPLED = (1, 16, 64)
+MIXED = 192          # prompts whose replies have lengths of their own, 8 to 128 tokens
+RL_PROMPTS, RL_REPLIES = 16, 2  # prompts of a rollout, replies to each
+LR, CLIP, BETA = 1e-5, 1.0, 0.1
+
+
+class Pair(NamedTuple):
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def lengths(rng, mean: float, longest: int, count: int) -> list[int]:
+    return np.clip(rng.lognormal(np.log(mean) - 0.18, 0.6, count), 2, longest).astype(int).tolist()
+
+
+def pairs(shape: Shape, seed: int = 0) -> list[Pair]:
+    """Single turns. SFT takes prompt and chosen."""
+    rng, count = np.random.default_rng(seed), shape.batch * STEPS
+    half = shape.longest // 2
+    sizes = zip(lengths(rng, shape.prompt, half, count), lengths(rng, shape.reply, half, count), lengths(rng, shape.reply, half, count),
+                strict=True)
+    return [Pair(*(rng.integers(3, shape.vocab, n).tolist() for n in size)) for size in sizes]
+
+
+def dialogues(shape: Shape, seed: int = 1) -> list[list[Pair]]:
+    """Rated at every turn: each prompt goes on from the reply chosen before. Turns are half as long as single ones."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(shape.batch * STEPS):
+        history, turns = [], []
+        room = shape.longest // TURNS // 2
+        sizes = zip(lengths(rng, shape.prompt / 2, room, TURNS), lengths(rng, shape.reply / 2, room, TURNS),
+                    lengths(rng, shape.reply / 2, room, TURNS), strict=True)
+        for asked, won, lost in sizes:
+            prompt = history + rng.integers(3, shape.vocab, asked).tolist()
+            chosen, rejected = (rng.integers(3, shape.vocab, n).tolist() for n in (won, lost))
+            turns.append(Pair(prompt, chosen, rejected))
+            history = prompt + chosen
+        made.append(turns)
+    return made
+
+
+def prompts(shape: Shape, count: int, seed: int = 2) -> list[list[int]]:
+    """For sampling, 10 to 50 tokens."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, shape.vocab, n).tolist() for n in rng.integers(10, 51, count)]
+
+
+def reply_lengths(seed: int = 3) -> list[int]:
+    """Of the mixed batch: lognormal around 40 tokens, sigma 0.8."""
+    return np.clip(np.random.default_rng(seed).lognormal(np.log(40) - 0.32, 0.8, MIXED), 8, 128).astype(int).tolist()
+
+
+# ----------------------------------------------------------------------------------- taking turns
+
+BEGAN = time.perf_counter()
+Step = Callable[[], dict]   # does a step; {"units": how much work it was, ...}
+
+
+class Turns:
+    """A worker's end of the line to the driver, which says "step" on standard input and reads a JSON line for it."""
+
+    def __init__(self, import_s: float):
+        self.words = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)  # whatever a library prints goes elsewhere
+        self.import_s = import_s
+
+    def wait(self) -> None:
+        """Until it is this worker's turn; without another turn the process ends here."""
+        if sys.stdin.readline().strip() != "step":
+            os._exit(0)
+        self.began = time.perf_counter()
+
+    def done(self, found: dict) -> None:
+        now = time.perf_counter()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        line = {"seconds": now - self.began, "since_start_s": now - BEGAN, "import_s": self.import_s, "peak_mib": peak} | found
+        print(json.dumps(line), file=self.words)
+
+
+def arguments() -> tuple[str, Shape, str]:
+    """The task, the shape and the model's directory a worker was started with."""
+    return sys.argv[1], SHAPES[sys.argv[2]], sys.argv[3]

@@ -1,0 +1,52 @@
+"""benchmarks/peers.py compares like with like: our steps and the one written by hand compute the same losses on the same work."""
+import math
+
+import pytest
+
+from benchmarks import peers_ours, peers_work
+from model import ModelConfig, Transformer, init_weights, load_model, save_model
+
+SHAPE = peers_work.Shape(width=32, layers=2, heads=2, mlp_width=48, vocab=64, longest=48, prompt=8, reply=10, batch=4)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    model = Transformer(ModelConfig(width=32, layers=2, heads=2, kv_heads=2, head_dim=16, mlp_width=48, vocab_size=64, max_positions=64))
+    init_weights(model, 0)
+    for parameter in model.parameters():
+        parameter.data.mul_(4)
+    folder = tmp_path_factory.mktemp("peers") / "model"
+    save_model(model, folder)
+    return str(folder)
+
+
+def test_three_steps_of_sft_are_those_of_the_step_written_by_hand(path, monkeypatch):
+    monkeypatch.setattr(peers_work, "LR", 1e-2)
+    ours = peers_ours.sft_step(load_model(path), SHAPE)
+    by_hand = peers_ours.floor_step(load_model(path), SHAPE, "sft")
+    for _ in range(3):
+        a, b = ours(), by_hand()
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and (a["units"], a["items"]) == (b["units"], b["items"])
+
+
+def test_dpo_begins_at_log_2_whether_the_reference_is_cached_or_not_and_the_tree_holds_every_turn_once(path):
+    dialogues = peers_work.dialogues(SHAPE)
+    trees = [peers_ours.pair_tree(turns) for turns in dialogues]
+    for cached in (True, False):
+        found = peers_ours.dpo_step(load_model(path), SHAPE, trees, path, cached)()
+        assert found["loss"] == pytest.approx(math.log(2), abs=1e-6) and found["items"] == 4
+    for tree, turns in zip(trees, dialogues, strict=True):
+        assert tree.pairs == peers_work.TURNS
+        assert tree.tokens == len(turns[-1].prompt + turns[-1].chosen) + sum(len(turn.rejected) for turn in turns)
+        assert max(len(turn.prompt + reply) for turn in turns for reply in turn[1:]) <= SHAPE.longest
+
+
+@pytest.mark.parametrize("kind", ["rloo", "ppo"])
+def test_a_rollout_counts_its_replies(path, kind):
+    found = peers_ours.ppo_step(load_model(path), SHAPE, path, kind)()
+    assert found["units"] == peers_work.RL_PROMPTS * peers_work.RL_REPLIES and found["updating_s"] > 0
+
+
+def test_sampling_makes_the_tokens_it_counts(path):
+    assert peers_ours.sampling_step(load_model(path), SHAPE, 3, True)()["units"] == 3 * peers_work.NEW
+    assert peers_ours.mixed_step(load_model(path), SHAPE)()["units"] == sum(peers_work.reply_lengths())

@@ -13,6 +13,7 @@ Rafailov et al. 2023 (arXiv:2305.18290), Eq. 7; Tunstall et al. 2023 (arXiv:2310
 """
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, replace
 from math import inf
@@ -238,8 +239,8 @@ def set_reference(ref: Transformer, trees: list[Tree], file: Path, made_from: di
     if ranks.anywhere(file.is_file()):
         try:
             with safe_open(file, framework="pt") as cache:
-                stored, sums = cache.metadata() or {}, cache.get_tensor("sums")
-        except (SafetensorError, OSError) as error:
+                stored, sums = json.loads((cache.metadata() or {}).get("made_from", "{}")), cache.get_tensor("sums")
+        except (SafetensorError, OSError, ValueError) as error:
             fail(f"{file}: is no cache of reference log-probabilities ({error}): delete it, or set ref_cache= to another file")
         for name, value in made_from.items():
             if stored.get(name) != value:
@@ -254,7 +255,7 @@ def set_reference(ref: Transformer, trees: list[Tree], file: Path, made_from: di
             beside = file.with_name(f".{file.name}.new")
             with runtime.writing(file, beside):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                save_file({"sums": sums}, beside, metadata=made_from)
+                save_file({"sums": sums}, beside, metadata={"made_from": json.dumps(made_from)})
                 beside.replace(file)
         print(f"reference log-probabilities of {len(sums)} responses written to {file}")
     for tree, part in zip(trees, sums.split([len(tree.responses) for tree in trees]), strict=True):

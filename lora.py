@@ -367,7 +367,9 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
         "rank_pattern": dict.fromkeys(wider, 3 * told["rank"]), "alpha_pattern": dict.fromkeys(wider, told["alpha"] * growth),
         "base_model_name_or_path": str(model.__dict__.get("source", "")),
     }
-    ours = {"base_model_hash": model.__dict__.get("source_hash", ""),  # beside the tensors: PEFT warns of keys it does not know
+    # Beside the tensors, since PEFT warns of keys it does not know; one entry, since safetensors orders several at random
+    # and the same adapter shall be the same bytes.
+    ours = {"base_model_hash": model.__dict__.get("source_hash", ""),
             "score_mean": model.config.score_mean, "score_std": model.config.score_std}
     if ranks.rank():
         return
@@ -376,7 +378,7 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
     with writing(final, beside):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt", "ours": json.dumps(ours)})
+        save_file(tensors, beside / "adapter_model.safetensors", metadata={"ours": json.dumps(ours)})
         (beside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)

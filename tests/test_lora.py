@@ -197,6 +197,15 @@ def test_a_saved_adapter_holds_the_tensors_of_peft(tmp_path):
     assert sorted(ours["target_modules"]) == sorted(theirs["target_modules"])
 
 
+def test_an_adapter_saved_again_is_the_same_bytes(tmp_path):
+    model = trained(add_lora(small_model(), 4, 8))
+    found = set()
+    for _ in range(8):
+        save_adapter(model, tmp_path / "adapter")
+        found.add((tmp_path / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("family", ["llama2", "falcon40b", "gpt_bigcode", "gpt_neox", "starcoder2"])
 def test_adapters_of_every_family_come_back_the_same(family, tmp_path):
     """Where queries, keys and values are one matrix, the file holds one adapter of three times the rank."""

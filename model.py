@@ -251,6 +251,11 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """Without its first values, which nobody keeps: drawing them on the meta device imports PyTorch's compiler, 69 MB and 1.9 s."""
+    return nn.Embedding(count, width, _weight=torch.empty(count, width))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float, offset: float = 0.0):
         super().__init__()
@@ -280,7 +285,7 @@ def new_norm(config: ModelConfig) -> nn.Module:
 def rotary_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position of each pair of turning dimensions, [R / 2] (Su et al. 2021; Llama-3's scaling of slow ones)."""
     turning = int(config.head_dim * config.rotary)
-    exponents = torch.arange(0, turning, 2, dtype=torch.float32) / max(turning, 1)
+    exponents = torch.arange(0, turning, 2, dtype=torch.float32, device="cpu") / max(turning, 1)  # a value on the meta device too
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return frequencies
@@ -370,9 +375,9 @@ class Transformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # of activations; None: that of the weights
         self.checkpointing = False  # keep each block's input alone and run the block again in the backward pass
         self.recompute = noop_context_fn  # contexts of a block's first and second run: which adapter is on (lora.py)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.embed_tokens = embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.embed_positions = nn.Embedding(config.max_positions, config.width) if config.rotary == 0 else None
+        self.embed_positions = embedding(config.max_positions, config.width) if config.rotary == 0 else None
         self.norm = new_norm(config)
         self.lm_head = None if config.tied or config.scored else Linear(config.width, config.vocab_size)
         self.score_head = Linear(config.width, 1) if config.scored else None
@@ -803,7 +808,7 @@ def load_model(
     config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config)
-    model.register_buffer("frequencies", rotary_frequencies(config).to(device), persistent=False)
+    model.frequencies = model.frequencies.to(device)
     for file, key, names in check_weights(path, model):
         tensor = _read_tensor(file, key, device)
         parts = split_qkv(tensor, config) if len(names) == 3 else [tensor]

@@ -324,7 +324,7 @@ def find_advantages(rollout: Rollout, kl_coef: float, config: Config) -> tuple[T
 
 # ------------------------------------------------------------------------------------------ updating
 
-def update(policy: Transformer, value: Transformer | None, optimizer: torch.optim.Optimizer, rollout: Rollout, advantages: Tensor,
+def update(policy: Transformer, value: Transformer | None, optimizer: runtime.AdamW, rollout: Rollout, advantages: Tensor,
            returns: Tensor, step: int, config: Config, device: torch.device) -> dict[str, float]:
     """epochs x minibatches updates on one rollout; metrics are means over them, ratio_max the largest."""
     metrics: dict[str, float] = {}
@@ -447,8 +447,7 @@ def main(config: Config) -> None:
     if value is not None:
         models["value"] = value
         for group in runtime.adamw(value, config.value_lr, config.weight_decay, config.beta2, config.lora_plus).param_groups:
-            kept = {key: group[key] for key in ("params", "weight_decay")}
-            optimizer.add_param_group(kept | {"scale": group["scale"] * config.value_lr / config.lr})
+            optimizer.param_groups.append(group | {"scale": group["scale"] * config.value_lr / config.lr})
     done = runtime.load_state(run, models, optimizer)
     log = runtime.Log(run, done, config.steps, ("score", "kl", "length", "eos_rate", "tokens_per_s"), config.wandb, config, config.profile)
     last_step = json.loads(log.file.read_text().splitlines()[-1]) if done else {}

@@ -24,7 +24,7 @@ from data.pack import CHOSEN, REJECTED, Response, Tree, pack  # noqa: E402
 from model import add_score_head, generate, load_model  # noqa: E402
 
 IMPORT_S = time.perf_counter() - BEGAN
-MICRO_TOKENS = 4096
+MICRO_TOKENS = 1024  # what the peers' quarter of a batch has at most
 
 
 def sft_tree(pair: work.Pair) -> Tree:
@@ -143,7 +143,7 @@ def ppo_step(model, shape: work.Shape, path: str, kind: str) -> work.Step:
                         minibatches=times[advantages][1])
     optimizer = runtime.adamw(model, work.LR, 0.0)
     if value is not None:
-        optimizer.add_param_group({"params": list(value.parameters())})
+        optimizer.param_groups += runtime.adamw(value, work.LR, 0.0).param_groups
     prompts, device = work.prompts(shape, work.RL_PROMPTS * work.STEPS), torch.device("cpu")
     steps = iter(range(work.STEPS))
 

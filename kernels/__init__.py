@@ -13,13 +13,15 @@ from typing import NamedTuple
 
 import torch
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 try:
+    # 67 MB, so only where it can run; TRITON_INTERPRET=0 asks for it on any machine, as aot.py does.
+    if not (torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ):
+        raise ImportError
     import triton
     import triton.language as tl
 except ImportError:  # not every system has it; the PyTorch versions need none
     triton = tl = None
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _chosen: str | None = None
 
 

@@ -8,7 +8,7 @@ Triton's compiler and NVIDIA's assembler need no driver. The machine code says w
 registers that spill to memory (LDL, STL), matrix units left idle (HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100),
 loads narrower than 128 bits, warp specialisation that quietly did not happen (warps). It says nothing about speed.
 
-Two worker processes compile. They run without TRITON_INTERPRET, which would leave nothing to compile, and a compiler
+Two worker processes compile. They run with TRITON_INTERPRET=0, since 1 would leave nothing to compile, and a compiler
 that crashes costs one row. Versions of Triton differ by dozens of registers, hence a baseline for each. A build whose
 key (what Triton's own cache would look it up by: source, arguments, version) is that of its baseline entry would come
 out the same, so it is not compiled again unless asked.
@@ -136,8 +136,7 @@ def share(modules: list[str], file: Path, first: int, step: int, everything: boo
     """The rows of one worker, started again behind a row that killed it. Raises SystemExit if it cannot even start."""
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as errors:
-        env = os.environ | {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1"}
-        env.pop("TRITON_INTERPRET", None)
+        env = os.environ | {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1", "TRITON_INTERPRET": "0"}
         while True:
             command = [sys.executable, "-m", "kernels.aot", "--worker", str(first + step * len(rows)), str(step),
                        *["--all"] * everything, "--baseline", file, "--modules", *modules]

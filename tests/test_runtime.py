@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
-from conftest import ROOT, exits, reference, small_model
+from conftest import FIXTURES, ROOT, exits, reference, small_model
 
 import runtime
 
@@ -112,6 +113,35 @@ def test_norms_and_biases_are_not_decayed():
     groups = runtime.adamw(small_model(), 1e-3, 0.1).param_groups
     assert all(p.ndim >= 2 for p in groups[0]["params"]) and groups[0]["weight_decay"] == 0.1
     assert all(p.ndim < 2 for p in groups[1]["params"]) and groups[1]["weight_decay"] == 0.0
+
+
+def test_adamw_is_that_of_torch_bit_for_bit():
+    models = [small_model(dtype=torch.float32, scale=1.0) for _ in range(2)]
+    ours = runtime.adamw(models[0], 1e-2, 0.1, beta2=0.99)
+    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in runtime.adamw(models[1], 1e-2, 0.1).param_groups]
+    theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), fused=True)
+    for step in range(5):
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 / (step + 1)
+            generator = torch.Generator().manual_seed(step)
+            model(torch.randint(0, 40, (1, 8), generator=generator)).logsumexp(-1).mean().backward()
+            if step == 2:  # a parameter that had no part in a step stays as it is
+                model.embed_tokens.weight.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_a_step_on_a_cpu_needs_neither_pytorchs_compiler_nor_triton():
+    """They would cost 2 s and 140 MB at every start."""
+    code = (f"import sys, sft, dpo, ppo, reward, judge, chat, runtime; from model import load_model; runtime.setup('cpu', 0)\n"
+            f"model = load_model({str(FIXTURES / 'models' / 'llama2')!r}); optimizer = runtime.adamw(model, 1e-3, 0.0)\n"
+            "import torch; model(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward(); optimizer.step()\n"
+            "sys.exit(', '.join(name for name in ('torch._dynamo', 'triton') if name in sys.modules) or None)")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if torch.version.cuda is None:
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
 
 
 def test_fp32_matmul_stays_fp32():

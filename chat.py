@@ -33,8 +33,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 import runtime
-from data.llm import Checkpoint, Decoder, Sampling, Sequence, before_stop, slots_that_fit
-from model import read_config
+from data.llm import Checkpoint, Sampling, before_stop, slots_that_fit
+from model import Decoder, Sequence, read_config
 from runtime import check_range, fail
 
 
@@ -162,7 +162,7 @@ def converse(checkpoint: Checkpoint, config: Config, length: int) -> None:
             history.pop()
             continue
         turn += 1
-        sequence = Sequence(prompt, min(config.max_tokens, length - len(prompt)), config.sampling(), [config.seed, turn])
+        sequence = Sequence(prompt, min(config.max_tokens, length - len(prompt)), config.sampling().settings, [config.seed, turn])
         spoken = Spoken(tokenizer, sequence)
         decoder.waiting.append(sequence)
         try:
@@ -381,7 +381,7 @@ class Server:
         if len(self.engine.decoder.waiting) + self.engine.inbox.qsize() > MOST_WAITING:
             raise Refusal(429, "too many requests are waiting: try again in a while", None, "rate_limit_exceeded")
         new = min(asked.sampling.max_tokens, room)
-        sequences = [Sequence(prompt, new, asked.sampling, [asked.seed, i], top=asked.top) for i in range(asked.n)]
+        sequences = [Sequence(prompt, new, asked.sampling.settings, [asked.seed, i], top=asked.top) for i in range(asked.n)]
         chunks = self.chunks(asked, len(prompt), sequences)
         if asked.stream:
             return StreamingResponse(as_events(chunks), media_type="text/event-stream")

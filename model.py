@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,7 +36,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from tqdm import tqdm
 
 import ranks
-from kernels import without_onednn
+from kernels import missing_rows, without_onednn
 from kernels.attention import attention
 from kernels.decode import decode_attention
 from kernels.fused import rms_norm, rotary, swiglu
@@ -400,6 +401,8 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor, layout: Layout | None, cache: KVCache | None = None) -> Tensor:
         """Final hidden states [N, D] of tokens [N] at positions [N] along their paths; no layout is needed to decode."""
+        count, missing = len(tokens), missing_rows(tokens) if cache is None else 0
+        tokens, positions = F.pad(tokens, (0, missing)), F.pad(positions, (0, missing))
         x = self.embed_tokens(tokens)
         x = x if self.embed_positions is None else x + self.embed_positions(positions)
         x = x if self.config.embed_scale == 1 else x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
@@ -412,7 +415,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, cos, sin, layout, cache, layer, use_reentrant=False, context_fn=self.recompute)
             else:
                 x = block(x, cos, sin, layout, cache, layer)
-        return self.norm(x)
+        return self.norm(x)[:count]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in at least fp32."""
@@ -449,7 +452,7 @@ class Transformer(nn.Module):
 
 def init_weights(model: Transformer, seed: int) -> None:
     """Normal weights of std 0.02, those that write to the residual stream divided by sqrt(2 layers) (GPT-2)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
@@ -514,7 +517,6 @@ class Sample(NamedTuple):
     finished: bool           # ended with a stop token; False: cut at max_tokens
 
 
-@torch.no_grad()
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -547,71 +549,120 @@ def generate(
     longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
     if model.embed_positions is not None and longest > model.config.max_positions:
         raise ValueError(f"a prompt and its new tokens make {longest}: the model has {model.config.max_positions} positions")
-    waiting = deque((i, j) for i in range(len(prompts)) for j in range(n) if limits[i] > 0)
-    slots = min(slots, len(waiting))
-    samples = [[Sample([], [], False) for _ in range(n)] for _ in prompts]
-    if not waiting:
-        return samples
-    device = model.embed_tokens.weight.device
-    cache = KVCache(model, slots, longest)
-    decode = _DecodeGraphs(model, cache, slots) if device.type == "cuda" else partial(_decode, model, cache)
-    active: list[_Sequence] = []
-    bar = tqdm(total=len(waiting), desc=progress, disable=not progress, mininterval=1, unit=" replies")
-    while waiting or active:
-        # Prefilling a few sequences costs a whole pass: wait until an eighth of the slots is free.
-        if waiting and len(active) <= slots - max(1, min(slots // 8, len(waiting))):
-            starting = [waiting.popleft() for _ in range(min(slots - len(active), len(waiting)))]
-            new = [_Sequence(i, j, limits[i], [seed, numbers[i] if numbers else i, j]) for i, j in starting]
-            logits = _prefill(model, cache, prompts, new, len(active))
-            step, active = new, active + new
-        else:
-            positions = [len(prompts[s.prompt]) + len(s.tokens) - 1 for s in active]
-            logits = decode(torch.tensor([s.tokens[-1] for s in active], device=device), torch.tensor(positions, device=device),
-                            max(positions) + 1)
-            step = active
-        uniform = torch.from_numpy(np.stack([s.uniform[len(s.tokens)] for s in step])).to(device)
-        tokens, logprobs = _sample_each(logits, [settings[s.sample] for s in step], uniform)
-        for s, token, logprob in zip(step, tokens.tolist(), logprobs.tolist(), strict=True):
-            s.tokens.append(token)
-            s.logprobs.append(logprob)
-        done = {k for k, s in enumerate(active) if s.tokens[-1] in stop_ids or len(s.tokens) == len(s.uniform)}
-        for s in (active[k] for k in done):
-            samples[s.prompt][s.sample] = Sample(s.tokens, s.logprobs, s.tokens[-1] in stop_ids)
-        bar.update(len(done))
-        # The last sequences move into the gaps, so that the active ones stay the first.
-        left = len(active) - len(done)
-        gaps, movers = [k for k in done if k < left], [k for k in range(left, len(active)) if k not in done]
-        cache.move(movers, gaps)
-        for gap, mover in zip(gaps, movers, strict=True):
-            active[gap] = active[mover]
-        del active[left:]
-    bar.close()
-    return samples
+    numbers = numbers or list(range(len(prompts)))
+    asked = [[Sequence(prompt, limit, settings[j], [seed, number, j]) for j in range(n)]
+             for prompt, limit, number in zip(prompts, limits, numbers, strict=True)]
+    waiting = [s for samples in asked for s in samples if s.max_tokens > 0]
+    decoder = Decoder(model, stop_ids, min(slots, len(waiting)), longest)
+    decoder.waiting.extend(waiting)
+    with tqdm(total=len(waiting), desc=progress, disable=not progress, mininterval=1, unit=" replies") as bar:
+        while stepped := decoder.step():
+            bar.update(sum(s.done for s in stepped))
+    return [[Sample(s.tokens, s.logprobs, s.finished) for s in samples] for samples in asked]
 
 
-class _Sequence:
-    """One sample on its way: which, its random numbers, what it has said."""
+class Sequence:
+    """One reply on its way: what it answers, how it is drawn, what it has said."""
 
-    def __init__(self, prompt: int, sample: int, max_tokens: int, stream: list[int]):
-        self.prompt, self.sample = prompt, sample
-        self.uniform = uniform_numbers(stream, max_tokens)
+    def __init__(self, prompt: list[int], max_tokens: int, settings: tuple[float, int, float], stream: list[int],
+                 labels: list[int] = (), top: int = -1):
+        self.prompt, self.max_tokens = tuple(prompt), max_tokens
+        self.settings, self.stream = settings, stream         # temperature, top-k and top-p; what its random numbers depend on
+        self.labels, self.label_logprobs = list(labels), []   # tokens, and the log-probability of each to come first
+        self.top, self.alternatives = top, []                 # for each token: its log-probability, the `top` likeliest ids, and theirs
         self.tokens: list[int] = []
-        self.logprobs: list[float] = []
+        self.logprobs: list[float] = []                       # at the sampling temperature
+        self.done = self.finished = False                     # finished: with a stop token
+        self.began = 0.0
 
 
-def _prefill(model: Transformer, cache: KVCache, prompts: list[list[int]], new: list[_Sequence], first_slot: int) -> Tensor:
-    """Run the prompts of new sequences into the cache, from slot `first_slot` on, each prompt once; logits [B, V] after them."""
+class Decoder:
+    """Sequences decoded together, one token each a step; they join and leave between steps.
+
+    Whoever sets `done` on a sequence takes it out before the next step.
+    """
+
+    def __init__(self, model: Transformer, stop_ids: tuple[int, ...], slots: int, length: int):
+        self.model, self.stop_ids, self.slots = model, stop_ids, slots
+        self.cache = KVCache(model, slots, length)
+        self.device = model.embed_tokens.weight.device
+        self.decode = _DecodeGraphs(model, self.cache, slots) if self.device.type == "cuda" else partial(_decode, model, self.cache)
+        self.waiting: deque[Sequence] = deque()
+        self.active: list[Sequence] = []
+
+    @torch.no_grad()
+    def step(self) -> list[Sequence]:
+        """One more token for some sequences: those that join now, or else all active ones. Returns these."""
+        self._leave()
+        new = []
+        # Reading a few prompts costs a whole pass: wait until an eighth of the slots is free.
+        if self.waiting and len(self.active) <= self.slots - max(1, min(self.slots // 8, len(self.waiting))):
+            new = self._join()
+        if new or not self.active:
+            return new
+        positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.active]
+        tokens = torch.tensor([s.tokens[-1] for s in self.active], device=self.device)
+        self.cache.longest = 0  # of the sequences here now, not of those that have been
+        self._draw(self.active, self.decode(tokens, torch.tensor(positions, device=self.device), max(positions) + 1))
+        return list(self.active)
+
+    def _join(self) -> list[Sequence]:
+        new, room = [], 16384  # prompt tokens read at once: what bounds the memory of a pass
+        while self.waiting and len(self.active) + len(new) < self.slots and (not new or len(self.waiting[0].prompt) <= room):
+            s = self.waiting.popleft()
+            if s.done:
+                continue
+            s.began, s.uniform = time.perf_counter(), uniform_numbers(s.stream, s.max_tokens)
+            new.append(s)
+            room -= len(s.prompt)
+        if not new:
+            return new
+        logits = _prefill(self.model, self.cache, new, len(self.active))
+        for row, s in zip(logits, new, strict=True):
+            if s.labels:
+                s.label_logprobs = torch.log_softmax(row, -1)[s.labels].tolist()
+        self.active += new
+        self._draw(new, logits)
+        return new
+
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
+        uniform = torch.from_numpy(np.stack([s.uniform[len(s.tokens)] for s in sequences])).to(self.device)
+        tokens, logprobs = _sample_each(logits, [s.settings for s in sequences], uniform)
+        for row, (s, token, logprob) in enumerate(zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)):
+            if s.top >= 0:
+                at_1 = torch.log_softmax(logits[row], -1)
+                best = at_1.topk(s.top)
+                s.alternatives.append((at_1[token].item(), best.indices.tolist(), best.values.tolist()))
+            s.logprobs.append(logprob)
+            s.tokens.append(token)
+            s.finished = token in self.stop_ids
+            if s.finished or len(s.tokens) == s.max_tokens:
+                s.done = True  # last: another thread may be reading
+
+    def _leave(self) -> None:
+        """The last sequences move into the gaps, so that the active ones stay the first."""
+        done = {k for k, s in enumerate(self.active) if s.done}
+        left = len(self.active) - len(done)
+        gaps, movers = [k for k in done if k < left], [k for k in range(left, len(self.active)) if k not in done]
+        self.cache.move(movers, gaps)
+        for gap, mover in zip(gaps, movers, strict=True):
+            self.active[gap] = self.active[mover]
+        del self.active[left:]
+
+
+def _prefill(model: Transformer, cache: KVCache, new: list[Sequence], first_slot: int) -> Tensor:
+    """Run the prompts of new sequences into the cache, from slot `first_slot` on, equal ones once; logits [B, V] after them."""
     device = model.embed_tokens.weight.device
-    slot: dict[int, int] = {}  # of each prompt, where it is read; the other samples of it get copies
+    slot: dict[tuple[int, ...], int] = {}  # of each prompt, where it is read; the others that have it get copies
     for i, s in enumerate(new):
         slot.setdefault(s.prompt, first_slot + i)
-    lengths = torch.tensor([len(prompts[p]) for p in slot], device=device)
-    tokens = torch.tensor([t for p in slot for t in prompts[p]], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in slot], device=device)
+    tokens = torch.tensor([token for prompt in slot for token in prompt], device=device)
     layout = Layout.build(lengths.tolist()).to(device)
     rows = torch.repeat_interleave(torch.arange(len(slot), device=device), lengths)
     positions = torch.arange(len(tokens), device=device) - layout.start[rows]
     slots = torch.tensor(list(slot.values()), device=device)[rows]
-    longest = max(len(prompts[p]) for p in slot)
+    longest = max(map(len, slot))
     hidden = model.hidden(tokens, positions, layout, cache.at(slots, positions, longest, decoding=False))
     copies = [(slot[s.prompt], first_slot + i) for i, s in enumerate(new) if slot[s.prompt] != first_slot + i]
     cache.move([source for source, _ in copies], [target for _, target in copies])

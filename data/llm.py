@@ -19,11 +19,11 @@ import random
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -34,18 +34,7 @@ import torch
 from tqdm import tqdm
 
 from data.chat import TEMPLATES, adopt_template, load_tokenizer
-from model import (
-    KVCache,
-    Transformer,
-    _decode,
-    _DecodeGraphs,
-    _prefill,
-    _sample_each,
-    expect_replies,
-    load_model,
-    uniform_numbers,
-    weight_files,
-)
+from model import Decoder, Sequence, Transformer, expect_replies, load_model, weight_files
 from runtime import check_range, fail, file_hash, find_device, open_folder
 
 
@@ -64,6 +53,11 @@ class Sampling:
             check_range(key, getattr(self, key), low, high)
         if "" in self.stop:
             fail("stop holds an empty text, which every reply begins with: leave it out")
+
+    @property
+    def settings(self) -> tuple[float, int, float]:
+        """As model.py takes them."""
+        return self.temperature, self.top_k, self.top_p
 
 
 class Request(NamedTuple):
@@ -215,96 +209,6 @@ def _read_ledger(ledger: Path, stream, wanted: set[str]) -> dict[str, Reply]:
     return known
 
 
-# -------------------------------------------------------------------------- a checkpoint, step by step
-
-class Sequence:
-    """One reply on its way: what it answers, how it is drawn, what it has said."""
-
-    def __init__(self, prompt: list[int], max_tokens: int, sampling: Sampling, seed: list[int], labels: list[int] = (), top: int = -1):
-        self.prompt = tuple(prompt)
-        self.settings = (sampling.temperature, sampling.top_k, sampling.top_p)
-        self.max_tokens, self.seed = max_tokens, seed
-        self.labels, self.label_logprobs = list(labels), []   # tokens, and the log-probability of each to come first
-        self.top, self.alternatives = top, []                 # for each token: its log-probability, the `top` likeliest ids, and theirs
-        self.tokens: list[int] = []
-        self.done = self.finished = False                     # finished: with a stop token
-        self.began = 0.0
-
-
-class Decoder:
-    """Sequences decoded together, one token each a step; they join and leave between steps. `model.generate`, one step at a time.
-
-    Whoever sets `done` on a sequence takes it out before the next step.
-    """
-
-    def __init__(self, model: Transformer, stop_ids: tuple[int, ...], slots: int, length: int):
-        self.model, self.stop_ids, self.slots = model, stop_ids, slots
-        self.cache = KVCache(model, slots, length)
-        self.device = model.embed_tokens.weight.device
-        self.decode = _DecodeGraphs(model, self.cache, slots) if self.device.type == "cuda" else partial(_decode, model, self.cache)
-        self.waiting: deque[Sequence] = deque()
-        self.active: list[Sequence] = []
-
-    @torch.no_grad()
-    def step(self) -> list[Sequence]:
-        """One more token for some sequences: those that join now, or else all active ones. Returns these."""
-        self._leave()
-        new = []
-        # Reading a few prompts costs a whole pass: wait until an eighth of the slots is free.
-        if self.waiting and len(self.active) <= self.slots - max(1, min(self.slots // 8, len(self.waiting))):
-            new = self._join()
-        if new or not self.active:
-            return new
-        positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.active]
-        tokens = torch.tensor([s.tokens[-1] for s in self.active], device=self.device)
-        self.cache.longest = 0  # of the sequences here now, not of those that have been
-        self._draw(self.active, self.decode(tokens, torch.tensor(positions, device=self.device), max(positions) + 1))
-        return list(self.active)
-
-    def _join(self) -> list[Sequence]:
-        new, room = [], 16384  # prompt tokens read at once: what bounds the memory of a pass
-        while self.waiting and len(self.active) + len(new) < self.slots and (not new or len(self.waiting[0].prompt) <= room):
-            s = self.waiting.popleft()
-            if s.done:
-                continue
-            s.began, s.uniform = time.perf_counter(), uniform_numbers(s.seed, s.max_tokens)
-            new.append(s)
-            room -= len(s.prompt)
-        if not new:
-            return new
-        # Equal prompts are read once.
-        logits = _prefill(self.model, self.cache, {s.prompt: s.prompt for s in new}, new, len(self.active))
-        for row, s in zip(logits, new, strict=True):
-            if s.labels:
-                s.label_logprobs = torch.log_softmax(row, -1)[s.labels].tolist()
-        self.active += new
-        self._draw(new, logits)
-        return new
-
-    def _draw(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        uniform = torch.from_numpy(np.stack([s.uniform[len(s.tokens)] for s in sequences])).to(self.device)
-        tokens, _ = _sample_each(logits, [s.settings for s in sequences], uniform)
-        for row, (s, token) in enumerate(zip(sequences, tokens.tolist(), strict=True)):
-            if s.top >= 0:
-                logprobs = torch.log_softmax(logits[row], -1)
-                best = logprobs.topk(s.top)
-                s.alternatives.append((logprobs[token].item(), best.indices.tolist(), best.values.tolist()))
-            s.tokens.append(token)
-            s.finished = token in self.stop_ids
-            if s.finished or len(s.tokens) == s.max_tokens:
-                s.done = True  # last: another thread may be reading
-
-    def _leave(self) -> None:
-        """The last sequences move into the gaps, so that the active ones stay the first."""
-        done = {k for k, s in enumerate(self.active) if s.done}
-        left = len(self.active) - len(done)
-        gaps, movers = [k for k in done if k < left], [k for k in range(left, len(self.active)) if k not in done]
-        self.cache.move(movers, gaps)
-        for gap, mover in zip(gaps, movers, strict=True):
-            self.active[gap] = self.active[mover]
-        del self.active[left:]
-
-
 # ------------------------------------------------------------------------------------------ models
 
 def open_model(where: str, device: str = "auto", template: str = "", model: str = "") -> Checkpoint | Endpoint:
@@ -352,7 +256,7 @@ class Checkpoint:
                 continue
             seed = [int(request_key(self.name, request, sampling), 16)]
             new = min(sampling.max_tokens, positions - len(prompt))
-            sequences[Sequence(prompt, new, sampling, seed, self.label_tokens(request.labels))] = i
+            sequences[Sequence(prompt, new, sampling.settings, seed, self.label_tokens(request.labels))] = i
         if not sequences:
             return
         length = max(len(s.prompt) + s.max_tokens for s in sequences)

@@ -16,12 +16,10 @@ from data.chat import load_tokenizer
 from data.llm import (
     Budget,
     Checkpoint,
-    Decoder,
     Endpoint,
     Reply,
     Request,
     Sampling,
-    Sequence,
     ask,
     before_stop,
     label_logprobs,
@@ -29,7 +27,7 @@ from data.llm import (
     request_key,
     retry_after,
 )
-from model import generate, save_model
+from model import Decoder, Sequence, generate, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -453,7 +451,7 @@ def test_greedy_decoding_is_that_of_generate(model):
     prompts = [model.tokenizer.render(r.messages, add_generation_prompt=True)[0] for r in REQUESTS]
     expected = generate(model.model, prompts, 20, temperature=0, stop_ids=model.tokenizer.stop_ids(), slots=5)
     decoder = Decoder(model.model, model.tokenizer.stop_ids(), 5, 64)
-    sequences = [Sequence(p, 20, Sampling(temperature=0), [0]) for p in prompts]
+    sequences = [Sequence(p, 20, (0.0, 0, 1.0), [0]) for p in prompts]
     decoder.waiting.extend(sequences)
     while decoder.step():
         pass
@@ -471,7 +469,7 @@ def test_a_sequence_that_is_taken_out_leaves_the_others_as_they_are(model):
 
 def _decoded(model, prompts, leave: dict[int, int]) -> list[Sequence]:
     decoder = Decoder(model.model, (), 4, 64)
-    sequences = [Sequence(p, 12, Sampling(), [i]) for i, p in enumerate(prompts)]
+    sequences = [Sequence(p, 12, (1.0, 0, 1.0), [i]) for i, p in enumerate(prompts)]
     decoder.waiting.extend(sequences)
     while True:
         for i, tokens in leave.items():

@@ -120,7 +120,7 @@ def test_samples_of_a_prompt_share_its_reading_and_may_differ_in_settings(monkey
     model, prompts = small_model(), [[1, 2, 3, 4], [5, 6]]
     settings = [(0.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8)]
     read = []
-    monkeypatch.setattr(module, "_prefill", lambda *a, real=module._prefill: read.append(len(a[3])) or real(*a))
+    monkeypatch.setattr(module, "_prefill", lambda *a, real=module._prefill: read.append(len(a[2])) or real(*a))
     t, k, p = (list(x) for x in zip(*settings, strict=True))
     together = generate(model, prompts, 6, t, k, p, n=3, seed=4)
     assert read == [6]

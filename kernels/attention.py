@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import Build, architecture, jit, on_triton, tl
+from kernels import Build, architecture, jit, on_triton, tl, without_onednn
 from kernels.layout import Layout
 
 
@@ -41,8 +41,12 @@ def attention(
     softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
     scale: float | None = None,    # default E ** -0.5
 ) -> Tensor:
-    """Attention of every token to its own path, [N, H, E]. Any float dtype, differentiable in q, k and v."""
-    if q.shape[0] != layout.tokens or q.shape[1] % k.shape[1] or k.shape != v.shape:
+    """Attention of every token to its own path, [N, H, E]. Any float dtype, differentiable in q, k and v.
+
+    On a CPU there may be more rows than tokens, which padded the batch: they give and take nothing.
+    """
+    padding = q.shape[0] - layout.tokens
+    if padding < 0 or (padding and on_triton(q)) or q.shape[1] % k.shape[1] or k.shape != v.shape:
         raise ValueError(f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {layout.tokens} tokens do not fit")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, expected at least 1")
@@ -117,21 +121,23 @@ class _RowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, groups, softcap, scale):
-        out = torch.empty_like(q)
+        out = torch.zeros_like(q)
         kept = []  # per block the probabilities, and tanh of the capped scores: what the backward needs
-        for rows in groups:
-            rq, rk, rv = _padded(q, rows.query, rows, k.shape[1]), _padded(k, rows.key, rows), _padded(v, rows.key, rows)
-            ro = torch.empty_like(rq)
-            for r, a, b, end, unseen in rows.blocks:
-                scores = _matmul(rq[r, :, :, a:b] * scale, rk[r, :, :end].transpose(-1, -2))  # [r, K, G, b - a, end]
-                capped = None
-                if softcap is not None:
-                    capped = torch.tanh(scores / softcap)
-                    scores = capped * softcap
-                p = torch.softmax(scores.masked_fill_(unseen, float("-inf")), -1)
-                ro[r, :, :, a:b] = _matmul(p, rv[r, :, :end])
-                kept.append((p, capped))
-            _unpad(ro.flatten(1, 2), rows, out)
+        with without_onednn(q.device):  # every batch has other shapes: see missing_rows
+            for rows in groups:
+                rq, rk, rv = _padded(q, rows.query, rows, k.shape[1]), _padded(k, rows.key, rows), _padded(v, rows.key, rows)
+                ro = torch.empty_like(rq)
+                for r, a, b, end, unseen in rows.blocks:
+                    scores = _matmul(rq[r, :, :, a:b] * scale, rk[r, :, :end].transpose(-1, -2))  # [r, K, G, b - a, end]
+                    capped = None
+                    if softcap is not None:
+                        capped = torch.tanh(scores / softcap)
+                        scores = capped * softcap
+                    p = torch.softmax(scores.masked_fill_(unseen, float("-inf")), -1)
+                    ro[r, :, :, a:b] = _matmul(p, rv[r, :, :end])
+                    if any(ctx.needs_input_grad):
+                        kept.append((p, capped))
+                _unpad(ro.flatten(1, 2), rows, out)
         ctx.save_for_backward(q, k, v, out)
         ctx.saved = groups, kept, scale
         return out
@@ -140,26 +146,27 @@ class _RowAttention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, out = ctx.saved_tensors
         groups, kept, scale = ctx.saved
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         delta = (dout * out).sum(-1, keepdim=True)                                   # [N, H, 1]
         blocks = iter(kept)
-        for rows in groups:
-            rq, rk, rv = _padded(q, rows.query, rows, k.shape[1]), _padded(k, rows.key, rows), _padded(v, rows.key, rows)
-            rdo = _padded(dout, rows.query, rows, k.shape[1]) * rows.real
-            rdelta = _padded(delta, rows.query, rows, k.shape[1]) * rows.real        # [S, K, G, L, 1]
-            rdq, rdk, rdv = torch.empty_like(rq), torch.zeros_like(rk), torch.zeros_like(rv)
-            for r, a, b, end, _ in rows.blocks:
-                p, capped = next(blocks)
-                do = rdo[r, :, :, a:b]
-                ds = _matmul(do, rv[r, :, :end].transpose(-1, -2)).sub_(rdelta[r, :, :, a:b]).mul_(p)
-                if capped is not None:
-                    ds = ds * (1 - capped * capped)
-                rdq[r, :, :, a:b] = _matmul(ds, rk[r, :, :end]).mul_(scale)
-                rdk[r, :, :end] += _matmul_t(ds, rq[r, :, :, a:b] * scale)
-                rdv[r, :, :end] += _matmul_t(p, do)
-            _unpad(rdq.flatten(1, 2), rows, dq)
-            dk.index_add_(0, rows.key, rdk.transpose(1, 2).flatten(0, 1))
-            dv.index_add_(0, rows.key, rdv.transpose(1, 2).flatten(0, 1))
+        with without_onednn(q.device):  # every batch has other shapes: see missing_rows
+            for rows in groups:
+                rq, rk, rv = _padded(q, rows.query, rows, k.shape[1]), _padded(k, rows.key, rows), _padded(v, rows.key, rows)
+                rdo = _padded(dout, rows.query, rows, k.shape[1]) * rows.real
+                rdelta = _padded(delta, rows.query, rows, k.shape[1]) * rows.real        # [S, K, G, L, 1]
+                rdq, rdk, rdv = torch.empty_like(rq), torch.zeros_like(rk), torch.zeros_like(rv)
+                for r, a, b, end, _ in rows.blocks:
+                    p, capped = next(blocks)
+                    do = rdo[r, :, :, a:b]
+                    ds = _matmul(do, rv[r, :, :end].transpose(-1, -2)).sub_(rdelta[r, :, :, a:b]).mul_(p)
+                    if capped is not None:
+                        ds = ds * (1 - capped * capped)
+                    rdq[r, :, :, a:b] = _matmul(ds, rk[r, :, :end]).mul_(scale)
+                    rdk[r, :, :end] += _matmul_t(ds, rq[r, :, :, a:b] * scale)
+                    rdv[r, :, :end] += _matmul_t(p, do)
+                _unpad(rdq.flatten(1, 2), rows, dq)
+                dk.index_add_(0, rows.key, rdk.transpose(1, 2).flatten(0, 1))
+                dv.index_add_(0, rows.key, rdv.transpose(1, 2).flatten(0, 1))
         return dq, dk, dv, None, None, None
 
 

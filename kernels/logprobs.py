@@ -29,9 +29,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Build, architecture, jit, on_triton, tl, triton
+from kernels import Build, architecture, jit, missing_rows, on_triton, tl, triton
 
 
 def linear_logprobs(
@@ -52,9 +53,11 @@ def linear_logprobs(
     # On a GPU looking would wait for it; there a wrong index stops by itself or, with Triton, gives NaN.
     if targets.device.type == "cpu" and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
         raise ValueError(f"targets lie in [{int(targets.min())}, {int(targets.max())}], expected [0, {len(weight)})")
-    version = _TileLogprobs if on_triton(hidden) and len(hidden) else _LinearLogprobs  # without rows there is nothing to launch
+    count, missing = len(hidden), missing_rows(hidden)
+    hidden, targets = F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
+    version = _TileLogprobs if on_triton(hidden) and count else _LinearLogprobs  # without rows there is nothing to launch
     logprobs, entropies = version.apply(hidden, weight, targets, temperature, softcap, entropy)
-    return logprobs, entropies if entropy else None
+    return logprobs[:count], entropies[:count] if entropy else None
 
 
 # ----------------------------------------------------------------------------------- the PyTorch version

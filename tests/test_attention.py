@@ -55,6 +55,17 @@ def test_output_and_gradients_equal_the_dense_definition(trial, monkeypatch):
         assert torch.allclose(a, b, atol=1e-9)
 
 
+def test_rows_that_pad_the_batch_give_and_take_nothing():
+    layout = Layout.build([5, 3], [0, 0], [0, 2])
+    q, k, v = (torch.randn(12, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))  # eight tokens, four rows more
+    out = attention(q, k, v, layout)
+    assert torch.allclose(out[:8], dense(q[:8], k[:8], v[:8], layout, None, None)) and not out[8:].any()
+    for x in torch.autograd.grad(out.square().sum(), (q, k, v)):
+        assert x[:8].any() and not x[8:].any()
+    with pytest.raises(ValueError, match="7 tokens|8 tokens"):
+        attention(q[:7], k[:7], v[:7], layout)
+
+
 @pytest.mark.parametrize("shift", [-120.0, 200.0])
 def test_extreme_scores_give_finite_gradients(shift):
     layout = Layout.build([704, 64, 1])

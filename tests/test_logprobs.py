@@ -269,7 +269,7 @@ def test_triton_refuses_a_width_that_descriptors_cannot_read(on_triton):
 
 def test_chosen_by_the_config(monkeypatch):
     calls = []
-    monkeypatch.setattr(kernel._TileLogprobs, "apply", lambda *_: calls.append(1) or (None, None))
+    monkeypatch.setattr(kernel._TileLogprobs, "apply", lambda *_: calls.append(1) or (torch.zeros(3), None))
     for name in ("torch", "triton"):
         kernels.use(name)
         linear_logprobs(*problem(3, 20, 16)[:3])

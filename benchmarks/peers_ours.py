@@ -24,7 +24,13 @@ from data.pack import CHOSEN, REJECTED, Response, Tree, pack  # noqa: E402
 from model import add_score_head, generate, load_model  # noqa: E402
 
 IMPORT_S = time.perf_counter() - BEGAN
-MICRO_TOKENS = 1024  # what the peers' quarter of a batch has at most
+
+
+def load(path: str, shape: work.Shape, dtype: torch.dtype | None = torch.float32, linear=None):
+    """The model as a training script has it; with `dtype` None as stored."""
+    model = load_model(path, dtype=dtype, device=shape.device, linear=linear)
+    model.compute_dtype, model.checkpointing = getattr(torch, shape.dtype), shape.checkpointing
+    return model
 
 
 def sft_tree(pair: work.Pair) -> Tree:
@@ -51,12 +57,20 @@ def training(model, shape: work.Shape, trees: list[Tree], backward) -> work.Step
     def step() -> dict:
         at = next(steps) * shape.batch
         chosen = trees[at : at + shape.batch]
-        loss = backward(pack(chosen, MICRO_TOKENS))
+        loss = backward(pack(chosen, shape.micro_tokens))
         torch.nn.utils.clip_grad_norm_(model.parameters(), work.CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        return {"units": sum(tree.tokens for tree in chosen), "items": len(chosen), "loss": loss}
+        tokens = sum(tree.tokens for tree in chosen)
+        operations = shape.operations(tokens, sum(tree.learnt for tree in chosen), sum(map(seen, chosen)))
+        return {"units": tokens, "items": len(chosen), "loss": loss, "operations": operations}
     return step
+
+
+def seen(tree: Tree) -> int:
+    """Keys that attention looks at, summed over the tokens of the trunk and of the leaves that start behind its first `start`."""
+    trunk, leaves = len(tree.trunk), [(start, len(leaf)) for start, leaf in tree.leaves]
+    return trunk * (trunk + 1) // 2 + sum(start * length + length * (length + 1) // 2 for start, length in leaves)
 
 
 def add_up(parts) -> float:
@@ -71,18 +85,18 @@ def add_up(parts) -> float:
 def sft_step(model, shape: work.Shape) -> work.Step:
     def backward(batches):
         tokens = sum(len(batch.owner) for batch in batches)
-        return add_up(sft.train_step(model, batch, tokens) for batch in batches)
+        return add_up(sft.train_step(model, batch.to(shape.device), tokens) for batch in batches)
     return training(model, shape, [sft_tree(pair) for pair in work.pairs(shape)], backward)
 
 
 def dpo_step(model, shape: work.Shape, trees: list[Tree], path: str, cached: bool) -> work.Step:
     """The reference's log-probabilities are there beforehand, or a part of the step."""
-    config, reference = dpo.Config(beta=work.BETA), load_model(path).requires_grad_(False)
+    config, reference = dpo.Config(beta=work.BETA), model if cached else load(path, shape).requires_grad_(False)
 
     @torch.no_grad()
     def refer(batches):
         for batch in batches:
-            sums = dpo.response_sums(reference, batch).split([len(tree.responses) for tree in batch.trees])
+            sums = dpo.response_sums(reference, batch.to(shape.device)).split([len(tree.responses) for tree in batch.trees])
             for tree, part in zip(batch.trees, sums, strict=True):
                 tree.ref_sums = part
 
@@ -90,11 +104,14 @@ def dpo_step(model, shape: work.Shape, trees: list[Tree], path: str, cached: boo
         if not cached:
             refer(batches)
         pairs = sum(batch.pairs for batch in batches)
-        return add_up(dpo.train_step(model, batch, config, pairs) for batch in batches)
+        return add_up(dpo.train_step(model, batch.to(shape.device), config, pairs) for batch in batches)
 
+    began = time.perf_counter()
     if cached:
-        refer(pack(trees, MICRO_TOKENS))
-    return training(model, shape, trees, backward)
+        refer(pack(trees, shape.micro_tokens))
+    each = (time.perf_counter() - began) / len(trees)
+    step = training(model, shape, trees, backward)
+    return lambda: step() | {"reference_s": each}
 
 
 def reward_step(model, shape: work.Shape, trees: list[Tree]) -> work.Step:
@@ -102,7 +119,7 @@ def reward_step(model, shape: work.Shape, trees: list[Tree]) -> work.Step:
 
     def backward(batches):
         groups = sum(batch.pairs for batch in batches)
-        return add_up(reward.train_step(model, batch, config, groups) for batch in batches)
+        return add_up(reward.train_step(model, batch.to(shape.device), config, groups) for batch in batches)
     return training(add_score_head(model, 0), shape, trees, backward)
 
 
@@ -134,9 +151,9 @@ class NoTokenizer:
 
 def ppo_step(model, shape: work.Shape, path: str, kind: str) -> work.Step:
     """rloo: one update a rollout, as TRL's; ppo: a value model, two epochs of two minibatches."""
-    reference = load_model(path).requires_grad_(False)
-    reward_model = add_score_head(load_model(path), 0).requires_grad_(False)
-    value = add_score_head(load_model(path), 1) if kind == "ppo" else None
+    reference = load(path, shape).requires_grad_(False)
+    reward_model = add_score_head(load(path, shape), 0).requires_grad_(False)
+    value = add_score_head(load(path, shape), 1) if kind == "ppo" else None
     times = {"gae": (2, 2), "rloo": (1, 1)}
     advantages = "gae" if kind == "ppo" else "rloo"
     config = ppo.Config(advantages=advantages, n=work.RL_REPLIES, max_tokens=work.NEW, kl_coef=0.05, epochs=times[advantages][0],
@@ -144,7 +161,7 @@ def ppo_step(model, shape: work.Shape, path: str, kind: str) -> work.Step:
     optimizer = runtime.adamw(model, work.LR, 0.0)
     if value is not None:
         optimizer.param_groups += runtime.adamw(value, work.LR, 0.0).param_groups
-    prompts, device = work.prompts(shape, work.RL_PROMPTS * work.STEPS), torch.device("cpu")
+    prompts, device = work.prompts(shape, work.RL_PROMPTS * work.STEPS), torch.device(shape.device)
     steps = iter(range(work.STEPS))
 
     def step() -> dict:
@@ -230,9 +247,10 @@ def decoding_floor(model, batch: int) -> work.Step:
 
 
 def prepare(task: str, shape: work.Shape, path: str) -> work.Step:
-    runtime.setup("cpu", 0)
-    model = load_model(path)
+    runtime.setup(shape.device, 0)
     kind, *rest = task.split()
+    trained = torch.float32 if kind not in ("sample", "qlora") else None
+    model = load(path, shape, trained, lora.QUANTIZED["nf4"] if kind == "qlora" else None)
     if kind == "sft":
         return sft_step(model, shape)
     if kind == "floor":
@@ -244,9 +262,7 @@ def prepare(task: str, shape: work.Shape, path: str) -> work.Step:
     if kind == "sample":
         return mixed_step(model, shape) if rest[0] == "mixed" else sampling_step(model, shape, int(rest[0]), rest[1] == "top_p")
     if kind == "qlora":
-        options = sft.Config(lora_rank=16, lora_alpha=32, quantize="nf4")
-        lora.quantize_base(model, "nf4")
-        return sft_step(lora.adapt(model, options, 0), shape)
+        return sft_step(lora.adapt(model, sft.Config(lora_rank=16, lora_alpha=32, quantize="nf4"), 0), shape)
     return ppo_step(model, shape, path, kind)
 
 
@@ -255,4 +271,4 @@ if __name__ == "__main__":
     step = prepare(*work.arguments())
     while True:
         turns.wait()
-        turns.done(step())
+        turns.done(step() | (work.gpu_peak(torch) if work.arguments()[1].device == "cuda" else {}))

@@ -1,6 +1,7 @@
 """The peers' side of `benchmarks/peers.py`: transformers, TRL and PEFT on the same token ids, run by an environment of their own.
 
-Every task has modes, of which the table takes the fastest: a padded batch of the whole step, four of a quarter, and TRL's packing.
+Every task has modes, of which the table takes the fastest: a padded batch of the whole step, four of a quarter, rows
+one by one, and TRL's packing.
 Trainers are the library's, with the data tokenised beforehand and in the order given.
 """
 from __future__ import annotations
@@ -52,7 +53,8 @@ class InTurn(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         at = state.global_step - 1
-        self.turns.done({"units": self.units[at], "items": self.items[at], "loss": self.losses[-1] if self.losses else None})
+        gpu = {} if args.use_cpu else work.gpu_peak(torch)
+        self.turns.done({"units": self.units[at], "items": self.items[at], "loss": self.losses[-1] if self.losses else None} | gpu)
         self.turns.wait()
 
 
@@ -74,11 +76,12 @@ def in_order(trainer: type, prepared: bool = True) -> type:
 
 def options(mode: str, shape: work.Shape) -> dict:
     """What all trainers are told."""
-    micro = shape.batch // 4 if "micro" in mode else shape.batch
+    micro = {"micro": shape.batch // 4, "single": 1}.get(mode, shape.batch)
     return dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro, gradient_accumulation_steps=shape.batch // micro,
                 max_steps=work.STEPS, learning_rate=work.LR, lr_scheduler_type="constant", max_grad_norm=work.CLIP, weight_decay=0.0,
-                use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=False, fp16=False,
-                gradient_checkpointing=False, dataloader_pin_memory=False, optim="adamw_torch_fused")
+                use_cpu=shape.device == "cpu", report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                bf16=shape.dtype == "bfloat16", fp16=False, gradient_checkpointing=shape.checkpointing, dataloader_pin_memory=False,
+                optim="adamw_torch_fused")
 
 
 def run(trainer, turns: work.Turns, sizes: list[int], items: list[int] | None = None) -> None:
@@ -90,8 +93,8 @@ def run(trainer, turns: work.Turns, sizes: list[int], items: list[int] | None = 
     trainer.train()
 
 
-def load(path: str, kind=AutoModelForCausalLM, **more):
-    return kind.from_pretrained(path, dtype=torch.float32, **more)
+def load(path: str, kind=AutoModelForCausalLM, dtype=torch.float32, **more):
+    return kind.from_pretrained(path, dtype=dtype, **more)
 
 
 def sft(turns: work.Turns, shape: work.Shape, path: str, mode: str, model=None) -> None:
@@ -109,8 +112,8 @@ def sft(turns: work.Turns, shape: work.Shape, path: str, mode: str, model=None) 
 
 def qlora(turns: work.Turns, shape: work.Shape, path: str, mode: str) -> None:
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                   bnb_4bit_compute_dtype=torch.float32)
-    model = prepare_model_for_kbit_training(load(path, quantization_config=four_bits), use_gradient_checkpointing=False)
+                                   bnb_4bit_compute_dtype=getattr(torch, shape.dtype))
+    model = prepare_model_for_kbit_training(load(path, quantization_config=four_bits), use_gradient_checkpointing=shape.checkpointing)
     adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     sft(turns, shape, path, mode, adapted)
 
@@ -132,7 +135,7 @@ def dpo(turns: work.Turns, shape: work.Shape, path: str, mode: str, task: str) -
     data = Dataset.from_list([{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in found])
     args = DPOConfig(**by_step(options(mode, shape), rows), max_length=None, beta=work.BETA, precompute_ref_log_probs="online" not in task)
     trainer = in_order(DPOTrainer)(model=load(path), args=args, train_dataset=data, processing_class=whole_numbers(shape.vocab),
-                                   ref_model=load(path))
+                                   ref_model=load(path, dtype=getattr(torch, shape.dtype)))
     run(trainer, turns, [len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in found], shape.batch)
 
 
@@ -171,19 +174,19 @@ class Limits(StoppingCriteria):
         self.ends = start + torch.tensor(limits)
 
     def __call__(self, ids, scores, **_):
-        return ids.shape[1] >= self.ends
+        return ids.shape[1] >= self.ends.to(ids.device)
 
 
 def sample(turns: work.Turns, shape: work.Shape, path: str, batch: int, top_p: bool, mixed: bool) -> None:
-    model = load(path).eval()
+    model = load(path, dtype=getattr(torch, shape.dtype)).to(shape.device).eval()
     settings = dict(do_sample=True, temperature=0.8, top_p=0.9, top_k=0) if top_p else dict(do_sample=False)
     prompts = work.prompts(shape, work.MIXED if mixed else batch)
     limits = work.reply_lengths() if mixed else [work.NEW] * batch
 
     def generate(prompts: list[list[int]], limits: list[int]) -> None:
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=shape.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=shape.device)
         stop = StoppingCriteriaList([Limits(longest, limits)]) if mixed else None
         model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), eos_token_id=None, pad_token_id=0,
                        stopping_criteria=stop, **settings)
@@ -193,7 +196,7 @@ def sample(turns: work.Turns, shape: work.Shape, path: str, batch: int, top_p: b
         with torch.no_grad():
             for at in range(0, len(prompts), batch):
                 generate(prompts[at : at + batch], limits[at : at + batch])
-        turns.done({"units": sum(limits)})
+        turns.done({"units": sum(limits)} | (work.gpu_peak(torch) if shape.device == "cuda" else {}))
 
 
 def main() -> None:

@@ -26,13 +26,34 @@ class Shape(NamedTuple):
     prompt: int      # mean tokens of a user's turn
     reply: int       # mean tokens of a reply
     batch: int       # dialogues, pairs of a step
+    micro_tokens: int            # of ours at a time
+    kv_heads: int = 0            # 0: as many as heads
+    dtype: str = "float32"       # of activations; weights that train are fp32
+    checkpointing: bool = False
+    device: str = "cpu"
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    def operations(self, tokens: int, targets: int, seen: int) -> float:
+        """Multiplications and additions of a training step, nothing computed twice: `targets` tokens reach the head, and
+        `seen` sums over all tokens how many keys their attention sees."""
+        heads, keys = self.heads * self.head_dim, (self.kv_heads or self.heads) * self.head_dim
+        block = self.width * (2 * heads + 2 * keys + 3 * self.mlp_width)
+        forward = 2 * tokens * self.layers * block + 2 * targets * self.width * self.vocab + 4 * seen * heads * self.layers
+        return 3 * forward
 
 
 SHAPES = {
-    "15 M": Shape(288, 6, 6, 768, 32000, 512, 85, 160, 8),
-    "2 M": Shape(128, 4, 4, 512, 2048, 256, 48, 95, 16),
-    "110 M": Shape(768, 12, 12, 2048, 32000, 512, 85, 160, 8),
+    "15 M": Shape(288, 6, 6, 768, 32000, 512, 85, 160, 8, 1024),
+    "2 M": Shape(128, 4, 4, 512, 2048, 256, 48, 95, 16, 2048),
+    "110 M": Shape(768, 12, 12, 2048, 32000, 512, 85, 160, 8, 1024),
 }
+# Mistral-7B, for a GPU: dialogues about as long as UltraChat's, pairs as UltraFeedback's (means of 150 pairs: 160, 307, 261).
+MISTRAL = dict(width=4096, layers=32, heads=32, kv_heads=8, mlp_width=14336, vocab=32000, longest=2048, dtype="bfloat16",
+               checkpointing=True, micro_tokens=8192, device="cuda")
+SHAPES |= {"7 B, chat": Shape(**MISTRAL, prompt=200, reply=1000, batch=16), "7 B, pairs": Shape(**MISTRAL, prompt=160, reply=285, batch=32)}
 STEPS = 8            # prepared, of which no item repeats
 TURNS = 4            # of a rated dialogue
 NEW = 64             # tokens sampled for each prompt
@@ -115,6 +136,12 @@ class Turns:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         line = {"seconds": now - self.began, "since_start_s": now - BEGAN, "import_s": self.import_s, "peak_mib": peak} | found
         print(json.dumps(line), file=self.words)
+
+
+def gpu_peak(torch) -> dict:
+    """Waits for the GPU; the most that tensors have taken of it."""
+    torch.cuda.synchronize()
+    return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20}
 
 
 def arguments() -> tuple[str, Shape, str]:

@@ -182,8 +182,53 @@ def peers_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def kills_table(report: dict) -> str:
+    """How often each script was killed, when, and whether the finished runs were those of an undisturbed one."""
+    moments = list(dict.fromkeys(moment for row in report["scripts"] for moment in row["moments"]))
+    lines = ["| script | kills | " + " | ".join(moments) + " | runs that ended | unlike the undisturbed one |"]
+    lines.append("|---" * (len(moments) + 4) + "|")
+    for row in report["scripts"]:
+        cells = [str(row["moments"].get(moment, "")) for moment in moments]
+        lines.append(f"| {row['script']}.py | {row['kills']} | {' | '.join(cells)} | {row['runs']} | {len(row['differences'])} |")
+    return "\n".join(lines)
+
+
+# UltraChat-200k is 272 steps of 512 rows of 2,048 tokens when packed (huggingface/alignment-handbook, pull request 31); UltraFeedback
+# has 61,135 training pairs, learnt in three epochs (Tunstall et al. 2023); 16 A100 for four hours: the talk.
+ULTRACHAT_TOKENS, ULTRAFEEDBACK_PAIRS, DPO_EPOCHS, TALK_HOURS = 272 * 512 * 2048, 61135, 3, 16 * 4
+
+
+def peers_gpu_table(report: dict) -> str:
+    """The 7B rows, and what the Zephyr recipe would cost at these rates."""
+    if not report:
+        return "No GPU has run these yet: `python -m benchmarks.peers device=cuda` measures them (`peers=` without TRL)."
+    lines = [f"{report['device']}; ours: {report['ours']}; peers: {report['peers'] or 'none'}.", "",
+             "| model | work | side | rate | TFLOP/s | MFU | peak GiB | ours is faster by |", "|---|---|---|---|---|---|---|---|"]
+    ours = {}
+    for row in report["rows"]:
+        name, task = PEERS_WORK.get(row["task"], row["task"]), (row["shape"], row["task"])
+        if "error" in row:
+            lines.append(f"| {row['shape']} | {name} | {row['side']} | {row['error']} | | | | |")
+            continue
+        if row["side"] == "ours":
+            ours[task] = row
+        tflops, peak = row.get("tflops"), report["peak_tflops"]
+        cells = [f"{row['rate']:,.{0 if row['rate'] >= 100 else 1}f} {row['unit']}", f"{tflops:.0f}" if tflops else "",
+                 f"{100 * tflops / peak:.0f} %" if tflops and peak and row["task"] != "qlora" else "", f"{row['peak_mib'] / 1024:.1f}",
+                 "" if row["side"] == "ours" or task not in ours else f"{ours[task]['rate'] / row['rate']:.2f}"]
+        lines.append(f"| {row['shape']} | {name} | {row['side']} | {' | '.join(cells)} |")
+    if ("7 B, chat", "sft") in ours and ("7 B, pairs", "dpo") in ours:
+        sft, dpo = ours["7 B, chat", "sft"], ours["7 B, pairs", "dpo"]
+        chat = ULTRACHAT_TOKENS / sft["rate"] / 3600
+        pairs = ULTRAFEEDBACK_PAIRS * (DPO_EPOCHS / dpo["rate"] + dpo["reference_s"]) / 3600
+        lines += ["", f"At these rates Zephyr's recipe takes {chat + pairs:.1f} GPU-hours: SFT on UltraChat-200k {chat:.1f}, "
+                  f"three epochs of DPO on UltraFeedback {pairs:.1f}. The talk: four hours on 16 A100, {TALK_HOURS}."]
+    return "\n".join(lines)
+
+
 ABLATIONS = ("sft_size", "sft_length", "task_mix", "annotator_noise", "weak_preferences")
-TABLES = {"peers": (peers_table, "peers.json"), "rounds": (rounds_table, "rounds.json"),
+TABLES = {"peers": (peers_table, "peers.json"), "peers_gpu": (peers_gpu_table, "peers_gpu.json"), "rounds": (rounds_table, "rounds.json"),
+          "kills": (kills_table, "kills.json"),
           **{name: (ablation_table, f"ablations/{name}.json") for name in ABLATIONS},
           "trial": (screen_table, "trial/report.json"), "recorded": (screen_table, "recorded/report.json"),
           "tiny": (tiny_table, "tiny/report.json"), "categories": (category_table, "tiny/report.json"),
@@ -195,10 +240,10 @@ TABLES = {"peers": (peers_table, "peers.json"), "rounds": (rounds_table, "rounds
 
 
 def read(file: Path) -> dict | list[dict]:
-    """A result file; of a folder all that a GPU wrote."""
+    """A result file, empty if a GPU has yet to write it; of a folder all that a GPU wrote."""
     if file.is_dir():
         return [json.loads(part.read_text()) for part in sorted(file.glob("*.json")) if part.name != "cpu.json"]
-    return json.loads(file.read_text())
+    return json.loads(file.read_text()) if file.is_file() or not file.stem.endswith("_gpu") else {}
 
 
 def filled(text: str) -> str:

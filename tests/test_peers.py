@@ -4,9 +4,11 @@ import math
 import pytest
 
 from benchmarks import peers_ours, peers_work
+from benchmarks.readme import peers_gpu_table
+from data.pack import Response, Tree
 from model import ModelConfig, Transformer, init_weights, load_model, save_model
 
-SHAPE = peers_work.Shape(width=32, layers=2, heads=2, mlp_width=48, vocab=64, longest=48, prompt=8, reply=10, batch=4)
+SHAPE = peers_work.Shape(width=32, layers=2, heads=2, mlp_width=48, vocab=64, longest=48, prompt=8, reply=10, batch=4, micro_tokens=64)
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +52,35 @@ def test_a_rollout_counts_its_replies(path, kind):
 def test_sampling_makes_the_tokens_it_counts(path):
     assert peers_ours.sampling_step(load_model(path), SHAPE, 3, True)()["units"] == 3 * peers_work.NEW
     assert peers_ours.mixed_step(load_model(path), SHAPE)()["units"] == sum(peers_work.reply_lengths())
+
+
+def test_operations_are_those_counted_by_hand():
+    shape = SHAPE._replace(layers=1, kv_heads=1)  # 32 wide, 2 heads of 16, one of keys, MLP 48, 64 tokens
+    block = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
+    assert shape.operations(tokens=10, targets=4, seen=30) == 3 * (2 * 10 * block + 2 * 4 * 32 * 64 + 2 * 2 * 30 * 32)
+    tree = Tree(list(range(5)), [(3, [7, 8])], [Response(0, 3, 5), Response(1, 0, 2)])
+    assert peers_ours.seen(tree) == (1 + 2 + 3 + 4 + 5) + (4 + 5)  # each leaf token sees the first 3 of the trunk
+
+
+def test_a_step_as_a_gpu_does_it_is_the_same_work(path):
+    """bf16 activations and checkpointing, on the CPU."""
+    as_gpu = SHAPE._replace(dtype="bfloat16", checkpointing=True)
+    trees = [peers_ours.pair_tree([pair]) for pair in peers_work.pairs(SHAPE)]
+    for make in (lambda shape: peers_ours.sft_step(peers_ours.load(path, shape), shape),
+                 lambda shape: peers_ours.dpo_step(peers_ours.load(path, shape), shape, trees, path, True)):
+        plain, other = make(SHAPE)(), make(as_gpu)()
+        assert other["loss"] == pytest.approx(plain["loss"], rel=0.02) and other["operations"] == plain["operations"] > 0
+
+
+def test_the_table_of_a_gpu_tells_utilisation_and_what_zephyr_would_cost():
+    row = {"unit": "tokens/s", "peak_mib": 2048}
+    report = {"device": "NVIDIA H200", "ours": "torch", "peers": "trl", "peak_tflops": 989, "rows": [
+        row | {"shape": "7 B, chat", "task": "sft", "side": "ours", "rate": 10000.0, "tflops": 494.5},
+        row | {"shape": "7 B, chat", "task": "sft", "side": "TRL, micro", "rate": 5000.0},
+        {"shape": "7 B, chat", "task": "sft", "side": "TRL, padded", "error": "out of memory"},
+        row | {"shape": "7 B, pairs", "task": "dpo", "side": "ours", "rate": 10.0, "reference_s": 0.02, "unit": "pairs/s"}]}
+    table = peers_gpu_table(report)
+    assert "| 494 | 50 % | 2.0 |" in table and "| 2.00 |" in table and "TRL, padded | out of memory" in table
+    # 285,212,672 tokens at 10,000 a second; 61,135 pairs three times at 10 a second and once at 50
+    assert "takes 13.4 GPU-hours: SFT on UltraChat-200k 7.9, three epochs of DPO on UltraFeedback 5.4" in table
+    assert "No GPU has run" in peers_gpu_table({})

@@ -402,7 +402,8 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor, layout: Layout | None, cache: KVCache | None = None) -> Tensor:
         """Final hidden states [N, D] of tokens [N] at positions [N] along their paths; no layout is needed to decode."""
         count, missing = len(tokens), missing_rows(tokens) if cache is None else 0
-        tokens, positions = F.pad(tokens, (0, missing)), F.pad(positions, (0, missing))
+        if missing:
+            tokens, positions = F.pad(tokens, (0, missing)), F.pad(positions, (0, missing))
         x = self.embed_tokens(tokens)
         x = x if self.embed_positions is None else x + self.embed_positions(positions)
         x = x if self.config.embed_scale == 1 else x * torch.tensor(self.config.embed_scale, dtype=x.dtype)

@@ -36,8 +36,8 @@ from model import ModelConfig, Transformer, init_weights, save_model
 PADDED = ("padded", "micro")
 # task: unit, which of a step's counts it is, the peers' modes, our other way of doing it or a floor
 TASKS = {
-    "sft": ("tokens/s", "units", ("padded", "micro", "packed"), ("floor sft",)),
-    "dpo": ("pairs/s", "items", PADDED, ("floor dpo",)),
+    "sft": ("tokens/s", "units", ("padded", "micro", "packed"), ("floor sft", "floor sft mkl")),
+    "dpo": ("pairs/s", "items", PADDED, ("floor dpo", "floor dpo mkl")),
     "dpo online": ("pairs/s", "items", PADDED, ()),
     "dpo dialogues": ("dialogues/s", "items", PADDED, ()),
     "reward": ("pairs/s", "items", PADDED, ()),

@@ -1,7 +1,8 @@
 """Our side of `benchmarks/peers.py`: the steps of the training scripts, and the machine's floors.
 
 The floor of SFT and DPO is a step written by hand for this one model: no padding, attention one sequence at a time by
-scaled_dot_product_attention, the head on response tokens in chunks, fused AdamW. That of sampling is the matrix products alone.
+scaled_dot_product_attention, the head on response tokens in chunks, fused AdamW; its products by oneDNN or, as PyTorch has it by
+default, by MKL: the faster counts. That of sampling is the matrix products alone.
 """
 from __future__ import annotations
 
@@ -254,6 +255,8 @@ def prepare(task: str, shape: work.Shape, path: str) -> work.Step:
     if kind == "sft":
         return sft_step(model, shape)
     if kind == "floor":
+        if rest[-1] == "mkl":
+            torch.set_float32_matmul_precision("highest")
         return decoding_floor(model, int(rest[1])) if rest[0] == "sample" else floor_step(model, shape, rest[0])
     if kind in ("dpo", "reward"):
         rated = work.dialogues(shape) if "dialogues" in rest else [[pair] for pair in work.pairs(shape)]

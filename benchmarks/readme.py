@@ -170,7 +170,8 @@ def peers_table(report: dict) -> str:
     for shape, task in dict.fromkeys((row["shape"], row["task"]) for row in rows):
         sides = {row["side"]: row for row in rows if (row["shape"], row["task"]) == (shape, task)}
         ours, theirs = sides["ours"], max((r for side, r in sides.items() if side.startswith("T")), key=lambda r: r["rate"])
-        floor = next((rate(row) for side, row in sides.items() if side.startswith("floor")), "")
+        floors = [row for side, row in sides.items() if side.startswith("floor")]
+        floor = rate(max(floors, key=lambda row: row["rate"])) if floors else ""
         way = "temperature and top-p" if task.endswith("top_p") else "greedy"
         name = PEERS_WORK.get(task) or f"sampling, batch {task.split()[1]}, {way}"
         ratios = sorted(a / b for a, b in zip(ours["rates"], theirs["rates"], strict=True))

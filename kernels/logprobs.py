@@ -54,7 +54,8 @@ def linear_logprobs(
     if targets.device.type == "cpu" and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
         raise ValueError(f"targets lie in [{int(targets.min())}, {int(targets.max())}], expected [0, {len(weight)})")
     count, missing = len(hidden), missing_rows(hidden)
-    hidden, targets = F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
+    if missing:
+        hidden, targets = F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
     version = _TileLogprobs if on_triton(hidden) and count else _LinearLogprobs  # without rows there is nothing to launch
     logprobs, entropies = version.apply(hidden, weight, targets, temperature, softcap, entropy)
     return logprobs[:count], entropies[:count] if entropy else None

@@ -98,7 +98,7 @@ bench: $(ENVIRONMENT)
 	$(PYTHON) -m benchmarks.sampling out=benchmarks/results/sampling.json
 	$(PYTHON) -m benchmarks.readme
 
-# This code and transformers + TRL + PEFT in turns, half an hour; a quiet machine is asked for.
+# This code and transformers + TRL + PEFT in turns, about an hour; a quiet machine is asked for.
 bench-peers: $(ENVIRONMENT) .venv-peers/installed
 	$(PYTHON) -m benchmarks.peers shapes='["15 M", "110 M"]' rounds=4
 	$(PYTHON) -m benchmarks.peers shapes='["2 M"]' rounds=6

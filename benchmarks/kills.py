@@ -53,7 +53,7 @@ STEPS_PER_EPOCH = 5
 def serve() -> None:
     """Fork a process for every line of standard input: {"script", "words", "log", "folder", "die_at", "environment"}; tell its id."""
     sys.path.insert(0, str(ROOT))
-    import dpo, ppo, reward, sft, torch._dynamo  # noqa: E401, F401, I001  what takes the time; an optimizer asks for the last
+    import dpo, ppo, reward, sft, torch._dynamo  # noqa: E401, F401, I001  what takes the time; several ranks ask for the last
 
     for line in sys.stdin:
         task = json.loads(line)

@@ -33,8 +33,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 import runtime
+from checkpoints import read_config
 from data.llm import Checkpoint, Sampling, before_stop, slots_that_fit
-from model import Decoder, Sequence, read_config
+from model import Decoder, Sequence
 from runtime import check_range, fail
 
 

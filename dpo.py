@@ -27,14 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lora
-import memory
-import ranks
 import runtime
-from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer, sample_texts
+from checkpoints import expect_replies
 from data.pack import Batch, Tree, digest, load_trees, share, step_trees, steps_per_epoch, truncate
+from data.tokenizer import TEMPLATES, Tokenizer, adopt_template, load_tokenizer, sample_texts
 from kernels.logprobs import linear_logprobs
-from model import Transformer, expect_replies
-from runtime import check_range, fail
+from model import Transformer
+from runtime import check_range, distributed, fail, memory
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def set_reference(ref: Transformer, trees: list[Tree], file: Path, made_from: di
     They depend on the data as rendered, on the reference and on its precision, and on nothing trained. A file made
     from anything else is refused, never overwritten.
     """
-    if ranks.anywhere(file.is_file()):
+    if distributed.any_rank(file.is_file()):
         try:
             with safe_open(file, framework="pt") as cache:
                 stored, sums = json.loads((cache.metadata() or {}).get("made_from", "{}")), cache.get_tensor("sums")
@@ -250,8 +249,8 @@ def set_reference(ref: Transformer, trees: list[Tree], file: Path, made_from: di
             parts = response_sums(ref, batch.to(device)).cpu().split([len(tree.responses) for tree in batch.trees])
             for tree, part in zip(batch.trees, parts, strict=True):
                 tree.ref_sums = part * batch.counts
-        sums = ranks.add_up(torch.cat([torch.zeros(len(tree.responses)) if tree.ref_sums is None else tree.ref_sums for tree in trees]))
-        if ranks.rank() == 0:
+        sums = distributed.all_reduce(torch.cat([torch.zeros(len(tree.responses)) if tree.ref_sums is None else tree.ref_sums for tree in trees]))
+        if distributed.rank() == 0:
             beside = file.with_name(f".{file.name}.new")
             with runtime.writing(file, beside):
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +291,7 @@ def evaluate(policy: Transformer, trees: list[Tree], config: Config, device: tor
     pairs = sum(tree.pairs for tree in trees)
     parts = [(train_step(policy, batch.to(device), config, pairs)[1], batch.counts) for batch in share(trees, config.max_tokens)]
     means = {f"eval_{name}": sum(part[name].item() * counts for part, counts in parts) for name in ("loss", "margin", "accuracy")}
-    return ranks.summed(means)
+    return distributed.all_reduce_metrics(means)
 
 
 def main(config: Config) -> None:
@@ -343,8 +342,8 @@ def main(config: Config) -> None:
             (loss * batch.counts).backward()
             for name, value in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + value.item() * batch.counts
-        metrics = ranks.summed(metrics) | {"pairs": pairs, "lr": lr}
-        metrics["grad_norm"] = ranks.clip_gradients(policy, config.clip)
+        metrics = distributed.all_reduce_metrics(metrics) | {"pairs": pairs, "lr": lr}
+        metrics["grad_norm"] = distributed.clip_grad_norm(policy, config.clip)
         runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for tree in drawn])
         optimizer.step()
         optimizer.zero_grad()
@@ -354,7 +353,7 @@ def main(config: Config) -> None:
         if eval_trees and (done == steps or (config.eval_every and done % config.eval_every == 0)):
             metrics |= evaluate(policy, eval_trees, config, device)
         log.step(done, metrics)
-        stopping = ranks.anywhere(stop)
+        stopping = distributed.any_rank(stop)
         if stopping or done == steps or (config.save_every and done % config.save_every == 0):
             runtime.save_state(run, done, policy, optimizer)
         if stopping:

@@ -23,16 +23,16 @@ from typing import Literal
 import torch
 
 import runtime
-from data.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
+from checkpoints import read_config
 from data.llm import Budget, Request, Sampling, ask, open_model
 from data.tiny.world import TASKS
 from judging import boards, gold, recorded, report, tables, trial
+from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
 from judging.games import Answers, Judge, compare, games_from_scores, in_orders, mark, matches, reward_scores
 from judging.prompts import Question
 from judging.ratings import bootstrap_elo, bradley_terry, elo, likert_tables, mt_bench, win_rate
 from judging.ratings import lc_win_rate as length_controlled_win_rate
 from judging.tables import merge_orders as pairwise_verdicts
-from model import read_config
 from runtime import check_range, fail
 
 __all__ = ["bootstrap_elo", "bradley_terry", "cohen_kappa", "elo", "fleiss_kappa", "krippendorff_alpha", "length_controlled_win_rate",
@@ -75,7 +75,7 @@ class Config:
     reward_models: list[str] = ()    # "name=reward:directory", "name=dpo:directory:reference", "name=logprob:directory"
     preferences: list[str] = ()      # "set=file" of held-out pairs for them, such as SHP
     rewardbench: str = ""            # RewardBench's rows for them
-    attacks: list[str] = ()          # "name=transcripts.jsonl:behaviours.jsonl" of data/red_team.py, the latter if some were not tried
+    attacks: list[str] = ()          # "name=transcripts.jsonl:behaviours.jsonl" of collect/red_team.py, the latter if some were not tried
     xstest: str = ""                 # xstest_prompts.csv: what models refuse, and should not
     leak_probes: int = 0             # prompts with planted personal data; 0: none
     safety_judge: str = ""           # who decides on attacks and refusals: model directory or http://host/v1#name; "": nobody, or phrases

@@ -35,10 +35,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
 
-import ranks
+from checkpoints import file_name, join_qkv, load_model, save_model, split_qkv, weight_files
 from kernels.nf4 import NF4, dequantize, linear, quantize
-from model import Linear, Transformer, file_name, join_qkv, load_model, save_model, split_qkv, weight_files
-from runtime import check_range, fail, file_hash, writing
+from model import Linear, Transformer
+from runtime import check_range, distributed, fail, file_hash, writing
 
 
 @dataclass(frozen=True)
@@ -371,7 +371,7 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
     # and the same adapter shall be the same bytes.
     ours = {"base_model_hash": model.__dict__.get("source_hash", ""),
             "score_mean": model.config.score_mean, "score_std": model.config.score_std}
-    if ranks.rank():
+    if distributed.rank():
         return
     final = Path(path)
     beside = final.with_name(f".{final.name}.new")
@@ -468,16 +468,16 @@ def load_base(path: str, options: Options, device: torch.device, dtype: torch.dt
         model = load_model(path, device=device, linear=QUANTIZED.get(options.quantize)).requires_grad_(False)
         model.__dict__ |= {"source": path, "source_hash": file_hash(*weight_files(Path(path)))}
     else:
-        model = load_model(path, dtype=torch.float32, device="cpu" if ranks.world() > 1 else device)
+        model = load_model(path, dtype=torch.float32, device="cpu" if distributed.world_size() > 1 else device)
     model.compute_dtype, model.checkpointing = dtype, options.checkpointing
     return model
 
 
 def shard(model: Transformer, options: Options, device: torch.device) -> Transformer:
     """Full fine-tuning on several ranks: each keeps a share of the weights. Adapters are small: every rank has all, and the base."""
-    if options.shard and ranks.world() > 1 and ranks.world() % options.shard:
-        fail(f"shard is {options.shard}, which does not divide the {ranks.world()} processes: choose one that does, or 0 for all")
-    return model if options.lora_rank else ranks.shard(model, options.shard, device)
+    if options.shard and distributed.world_size() > 1 and distributed.world_size() % options.shard:
+        fail(f"shard is {options.shard}, which does not divide the {distributed.world_size()} processes: choose one that does, or 0 for all")
+    return model if options.lora_rank else distributed.fully_shard(model, options.shard, device)
 
 
 def adapt(model: Transformer, options: Options, seed: int, name: str = "default") -> Transformer:
@@ -498,8 +498,8 @@ def save_result(model: Transformer, run: Path, tokenizer, options: Options, prob
     dtype, result = getattr(torch, model.config.dtype), model
     if options.lora_rank:
         save_adapter(model, run / "adapter", name)
-        if ranks.rank() and options.quantize != "none":
-            ranks.wait()
+        if distributed.rank() and options.quantize != "none":
+            distributed.barrier()
             return model  # the originals are large: rank 0 alone has them
         ids = torch.tensor([probe], device=model.embed_tokens.weight.device)
         ask = "score" if model.config.scored else "forward"
@@ -515,8 +515,8 @@ def save_result(model: Transformer, run: Path, tokenizer, options: Options, prob
         print(f"adapter merged into {'the weights' if originals is None else f'the originals of {options.quantize}'}: "
               f"{'scores' if model.config.scored else 'logits'} change by {gap:.2g} at most")
     save_model(result, run / "model", tokenizer, dtype=dtype)
-    ranks.wait()
-    if not ranks.sharded(model):
+    distributed.barrier()
+    if not distributed.is_sharded(model):
         return model
     shown = load_model(run / "model", device=model.frequencies.device)
     shown.compute_dtype = model.compute_dtype

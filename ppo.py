@@ -31,16 +31,15 @@ import torch
 from torch import Tensor, nn
 
 import lora
-import memory
-import ranks
 import runtime
-from data.chat import Tokenizer, check_vocabulary, load_tokenizer
+from checkpoints import load_model, save_model
 from data.formats import read
 from data.pack import Batch, Response, Tree, share, step_trees
+from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from kernels.logprobs import linear_logprobs
-from model import Transformer, generate, load_model, save_model
+from model import Transformer, generate
 from reward import response_scores
-from runtime import check_range, fail
+from runtime import check_range, distributed, fail, memory
 
 
 @dataclass(frozen=True)
@@ -273,11 +272,11 @@ def response_values(model: Transformer, batch: Batch) -> Tensor:
 @torch.no_grad()
 def sample(policy: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, step: int, config: Config) -> list[Tree]:
     """n replies to every prompt, as trees. Random numbers are those of (seed, step, prompt, reply), whichever rank it falls to."""
-    mine = list(range(len(prompts)))[ranks.rank() :: ranks.world()]
+    mine = list(range(len(prompts)))[distributed.rank() :: distributed.world_size()]
     answers = generate(policy, [prompts[i] for i in mine], config.max_tokens, config.temperature, n=config.n,
                        stop_ids=tokenizer.stop_ids(), seed=config.seed * 1_000_003 + step, numbers=mine, slots=256)
     trees = [reply_tree(i, prompts[i], [s.tokens for s in said], [s.finished for s in said]) for i, said in zip(mine, answers, strict=True)]
-    return sorted(ranks.gathered(trees), key=lambda tree: tree.record)
+    return sorted(distributed.all_gather(trees), key=lambda tree: tree.record)
 
 
 @torch.no_grad()
@@ -302,7 +301,7 @@ def score(trees: list[Tree], policy: Transformer, reference: Transformer, reward
             for table in (logprobs, ref_logprobs, entropy, values, scores):
                 table[rows] = 0
     for table in (logprobs, ref_logprobs, entropy, values, scores):
-        ranks.add_up(table)
+        distributed.all_reduce(table)
     if not scores.isfinite().all():
         fail(f"reward_model={config.reward_model}: gives scores that are not finite: train it again, or use dtype=float32")
     scores = scores.clamp(-config.score_clip, config.score_clip)
@@ -351,13 +350,13 @@ def update(policy: Transformer, value: Transformer | None, optimizer: runtime.Ad
                     metrics[name] = max(before, found.item()) if name == "ratio_max" else before + found.item() * batch.counts / total
             for name, model in (("policy", policy), ("value", value)):
                 if model is not None:
-                    norm = ranks.clip_gradients(model, config.clip)
+                    norm = distributed.clip_grad_norm(model, config.clip)
                     norms[f"{name}_grad_norm"] = norms.get(f"{name}_grad_norm", 0.0) + norm / total
                     runtime.check_finite(metrics["policy_loss"], norm, step, [])
             optimizer.step()
             optimizer.zero_grad()
-    ratio_max = ranks.largest(metrics.pop("ratio_max"))
-    return ranks.summed(metrics) | norms | {"ratio_max": ratio_max}
+    ratio_max = distributed.all_reduce_max(metrics.pop("ratio_max"))
+    return distributed.all_reduce_metrics(metrics) | norms | {"ratio_max": ratio_max}
 
 
 def out_of_bounds(metrics: dict[str, float], config: Config) -> str:
@@ -383,7 +382,7 @@ def load_roles(config: Config, tokenizer: Tokenizer, device: torch.device, dtype
         if config.lora_rank:
             model = bases[path] = bases.get(path) or lora.load_base(path, config, device, dtype)
         else:
-            model = load_model(path, dtype=torch.float32 if trained else dtype, device="cpu" if ranks.world() > 1 else device)
+            model = load_model(path, dtype=torch.float32 if trained else dtype, device="cpu" if distributed.world_size() > 1 else device)
             model.requires_grad_(trained)
             model.compute_dtype, model.checkpointing = dtype, config.checkpointing
         if model.config.scored != scored:
@@ -420,7 +419,7 @@ def load_roles(config: Config, tokenizer: Tokenizer, device: torch.device, dtype
 
 def sampler(policy: Transformer, config: Config, device: torch.device) -> Transformer:
     """What samples: the policy, or if it is sharded a whole copy of it on every rank, so that none waits for another's replies."""
-    if not ranks.sharded(policy):
+    if not distributed.is_sharded(policy):
         return policy
     model = load_model(config.model, dtype=torch.float32, device=device).requires_grad_(False)
     model.layers.to(policy.compute_dtype)  # as the shards are gathered
@@ -463,7 +462,7 @@ def main(config: Config) -> None:
             group["lr"] = lr * group["scale"]
 
         if speaker is not policy:
-            ranks.copy_weights(policy, speaker)
+            distributed.copy_weights(policy, speaker)
         trees = sample(speaker, step_trees(prompts, config.batch, step, config.seed), tokenizer, step, config)
         sampled = time.perf_counter()
         rollout = score(trees, policy, reference, reward_model, value, config, device)
@@ -496,7 +495,7 @@ def main(config: Config) -> None:
                 lora.save_adapter(policy.base, run / f"adapter_step_{done}", "policy")
             else:
                 save_model(policy, run / f"model_step_{done}", tokenizer, dtype=getattr(torch, policy.config.dtype))
-        stopping = ranks.anywhere(stop)
+        stopping = distributed.any_rank(stop)
         if stopping or last or (config.save_every and done % config.save_every == 0):
             runtime.save_state(run, done, models, optimizer)
         if stopping or reason:

@@ -32,15 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lora
-import memory
-import ranks
 import runtime
-from data.chat import TEMPLATES, Tokenizer, adopt_template, load_tokenizer
+from checkpoints import load_model
 from data.formats import read
 from data.pack import CHOSEN, Batch, Tree, load_trees, share, step_trees, steps_per_epoch, truncate
+from data.tokenizer import TEMPLATES, Tokenizer, adopt_template, load_tokenizer
 from kernels.logprobs import linear_logprobs
-from model import Transformer, add_score_head, load_model
-from runtime import check_range, fail
+from model import Transformer, add_score_head
+from runtime import check_range, distributed, fail, memory
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def all_scores(model: Transformer, trees: list[Tree], max_tokens: int, device: t
     for batch in share(trees, max_tokens):
         parts = score(model, batch.to(device)).float().cpu().split([len(tree.responses) for tree in batch.trees])
         found |= {id(tree): part * batch.counts for tree, part in zip(batch.trees, parts, strict=True)}
-    table = ranks.add_up(torch.cat([torch.empty(0), *(found[id(tree)] for tree in trees)]))
+    table = distributed.all_reduce(torch.cat([torch.empty(0), *(found[id(tree)] for tree in trees)]))
     return list(table.split([len(tree.responses) for tree in trees]))
 
 
@@ -231,7 +230,7 @@ def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torc
     groups = sum(tree.pairs for tree in trees)
     parts = [(train_step(model, batch.to(device), config, groups)[1], batch.counts) for batch in share(trees, config.max_tokens)]
     means = {f"eval_{name}": sum(part[name].item() * counts for part, counts in parts) for name in ("loss", "accuracy")}
-    return ranks.summed(means)
+    return distributed.all_reduce_metrics(means)
 
 
 def main(config: Config) -> None:
@@ -250,7 +249,7 @@ def main(config: Config) -> None:
     baseline = None
     if eval_trees and not model.config.scored:
         # A sharded model cannot change its head: it is a copy that is sharded here.
-        start = model if ranks.world() == 1 or config.lora_rank else lora.shard(copy.deepcopy(model), config, device)
+        start = model if distributed.world_size() == 1 or config.lora_rank else lora.shard(copy.deepcopy(model), config, device)
         baseline = report(eval_trees, all_scores(start, eval_trees, config.max_tokens, device, mean_logprobs))
         del start
     if not model.config.scored:
@@ -278,8 +277,8 @@ def main(config: Config) -> None:
             (loss * batch.counts).backward()
             for name, value in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + value.item() * batch.counts
-        metrics = ranks.summed(metrics) | {"pairs": groups, "lr": lr}
-        metrics["grad_norm"] = ranks.clip_gradients(model, config.clip)
+        metrics = distributed.all_reduce_metrics(metrics) | {"pairs": groups, "lr": lr}
+        metrics["grad_norm"] = distributed.clip_grad_norm(model, config.clip)
         runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for tree in drawn])
         optimizer.step()
         optimizer.zero_grad()
@@ -289,7 +288,7 @@ def main(config: Config) -> None:
         if eval_trees and (done == steps or (config.eval_every and done % config.eval_every == 0)):
             metrics |= evaluate(model, eval_trees, config, device)
         log.step(done, metrics)
-        stopping = ranks.anywhere(stop)
+        stopping = distributed.any_rank(stop)
         if stopping or done == steps or (config.save_every and done % config.save_every == 0):
             runtime.save_state(run, done, model, optimizer)
         if stopping:

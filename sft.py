@@ -32,15 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lora
-import memory
-import ranks
 import runtime
-from data.chat import TEMPLATES, Tokenizer, adopt_template, check_vocabulary, load_tokenizer, sample_texts
+from checkpoints import expect_replies
 from data.formats import read
 from data.pack import CHOSEN, Batch, Response, Tree, collate, load_trees, share, step_trees, steps_per_epoch, tree_from_messages, truncate
+from data.tokenizer import TEMPLATES, Tokenizer, adopt_template, check_vocabulary, load_tokenizer, sample_texts
 from kernels.logprobs import linear_logprobs
-from model import Transformer, expect_replies
-from runtime import check_range, fail
+from model import Transformer
+from runtime import check_range, distributed, fail, memory
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torc
     denominator = sum(tree.learnt for tree in trees)
     batches = share(trees, config.max_tokens)
     loss = sum(train_step(model, batch.to(device), denominator, teacher)[0].item() * batch.counts for batch in batches)
-    return ranks.summed({"eval_loss": loss})
+    return distributed.all_reduce_metrics({"eval_loss": loss})
 
 
 def main(config: Config) -> None:
@@ -220,8 +219,8 @@ def main(config: Config) -> None:
             loss, parts = train_step(model, batch.to(device), response_tokens, teacher)
             (loss * batch.counts).backward()
             metrics["loss"] += parts["loss"].item() * batch.counts
-        metrics = ranks.summed(metrics) | {"response_tokens": response_tokens, "lr": lr}
-        metrics["grad_norm"] = ranks.clip_gradients(model, config.clip)
+        metrics = distributed.all_reduce_metrics(metrics) | {"response_tokens": response_tokens, "lr": lr}
+        metrics["grad_norm"] = distributed.clip_grad_norm(model, config.clip)
         runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for tree in drawn])
         optimizer.step()
         optimizer.zero_grad()
@@ -231,7 +230,7 @@ def main(config: Config) -> None:
         if eval_trees and (done == steps or (config.eval_every and done % config.eval_every == 0)):
             metrics |= evaluate(model, eval_trees, config, device, teacher)
         log.step(done, metrics)
-        stopping = ranks.anywhere(stop)
+        stopping = distributed.any_rank(stop)
         if stopping or done == steps or (config.save_every and done % config.save_every == 0):
             runtime.save_state(run, done, model, optimizer)
         if stopping:

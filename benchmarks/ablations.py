@@ -31,8 +31,8 @@ import reward
 import runtime
 import sft
 from benchmarks.overoptimisation import grade
+from collect.spec import INSTRUCTGPT, PREFERENCE, SURGE, largest_remainder, subset
 from data.formats import read
-from data.spec import INSTRUCTGPT, PREFERENCE, SURGE, largest_remainder, subset
 from data.tiny import pairs
 from judging.gold import interval
 from judging.rewards import load_scorer, preference_accuracy

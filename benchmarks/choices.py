@@ -21,9 +21,9 @@ import torch
 
 import runtime
 from benchmarks.throughput import processor
-from data.chat import load_tokenizer
+from checkpoints import load_model
+from data.tokenizer import load_tokenizer
 from judging.choices import TASKS, likelihoods, plant, to_requests, with_contexts
-from model import load_model
 from runtime import check_range
 
 COUNTS = {"arc": (1172, 4), "hellaswag": (10042, 4), "mmlu": (14042, 4), "truthfulqa": (817, 7)}  # questions, distinct choices of each

@@ -13,8 +13,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 import runtime
-from data.chat import load_tokenizer
-from model import generate, load_model
+from checkpoints import load_model
+from data.tokenizer import load_tokenizer
+from model import generate
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures" / "models"
 

@@ -280,9 +280,10 @@ def trial(server: Server, script: str, words: list[str], kills: int, seed: int, 
 
 def prepare(folder: Path) -> None:
     """A small random model with the tiny world's tokenizer, one with a template, a reward model; demonstrations and pairs."""
-    from data.chat import load_tokenizer
+    from checkpoints import save_model
     from data.tiny.world import demonstrate, dialogue
-    from model import ModelConfig, Transformer, add_score_head, init_weights, save_model
+    from data.tokenizer import load_tokenizer
+    from model import ModelConfig, Transformer, add_score_head, init_weights
 
     tokenizer, rng = load_tokenizer(ROOT / "data" / "tiny" / "base"), random.Random(0)
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64))

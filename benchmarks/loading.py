@@ -19,7 +19,8 @@ from torch import nn
 
 import lora
 import runtime
-from model import Linear, ModelConfig, Transformer, load_model, save_model
+from checkpoints import load_model, save_model
+from model import Linear, ModelConfig, Transformer
 
 WAYS = {"bfloat16": {}, "float32": {"dtype": torch.float32}, "nf4": {"linear": lora.NF4Linear}, "int8": {"linear": lora.Int8Linear}}
 

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 import lora
-import memory
 import runtime
 import sft
 from benchmarks.loading import resident
+from checkpoints import read_config, save_model
 from data.pack import Response, Tree, pack
-from model import ModelConfig, Transformer, init_weights, read_config, save_model
+from model import ModelConfig, Transformer, init_weights
+from runtime import memory
 
 LLAMA = {"model_type": "llama", "vocab_size": 32000, "torch_dtype": "float16", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 FALCON = {"model_type": "falcon", "vocab_size": 65024, "torch_dtype": "bfloat16", "bias": False, "parallel_attn": True, "alibi": False}

@@ -31,7 +31,8 @@ import torch
 import runtime
 from benchmarks.peers_work import NEW, RL_PROMPTS, RL_REPLIES, SAMPLED, SHAPES, STEPS, TURNS, Shape
 from benchmarks.throughput import processor
-from model import ModelConfig, Transformer, init_weights, save_model
+from checkpoints import save_model
+from model import ModelConfig, Transformer, init_weights
 
 PADDED = ("padded", "micro")
 # task: unit, which of a step's counts it is, the peers' modes, our other way of doing it or a floor

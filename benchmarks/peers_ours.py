@@ -21,8 +21,9 @@ import reward  # noqa: E402
 import runtime  # noqa: E402
 import sft  # noqa: E402
 from benchmarks import peers_work as work  # noqa: E402
+from checkpoints import load_model  # noqa: E402
 from data.pack import CHOSEN, REJECTED, Response, Tree, pack  # noqa: E402
-from model import add_score_head, generate, load_model  # noqa: E402
+from model import add_score_head, generate  # noqa: E402
 
 IMPORT_S = time.perf_counter() - BEGAN
 

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 import runtime
-from data.agreement import code, cohen_kappa, fleiss_kappa, krippendorff_alpha, raw_agreement
 from judging import choices, ratings, recorded, rewards, safety, tables
+from judging.agreement import code, cohen_kappa, fleiss_kappa, krippendorff_alpha, raw_agreement
 from judging.recorded import Options
 from runtime import fail
 

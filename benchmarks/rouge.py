@@ -23,7 +23,7 @@ import torch
 
 import runtime
 from benchmarks.throughput import processor
-from data.rouge import Pool, filter_similar, rouge_l
+from collect.rouge import Pool, filter_similar, rouge_l
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import runtime
-from data import rounds
+from collect import rounds
 
 
 @dataclass(frozen=True)

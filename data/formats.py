@@ -310,7 +310,7 @@ def main() -> None:
     if words.out:
         write_text(Path(words.out), "".join(json.dumps(r) + "\n" for r in records))
     if records:
-        from data.chat import load_tokenizer
+        from data.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(words.tokenizer)
         tokenizer.adopt(tokenizer.template or "zephyr")

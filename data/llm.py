@@ -33,8 +33,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.chat import TEMPLATES, adopt_template, load_tokenizer
-from model import Decoder, Sequence, Transformer, expect_replies, load_model, weight_files
+from checkpoints import expect_replies, load_model, weight_files
+from data.tokenizer import TEMPLATES, adopt_template, load_tokenizer
+from model import Decoder, Sequence, Transformer
 from runtime import check_range, fail, file_hash, find_device, open_folder
 
 

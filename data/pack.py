@@ -30,11 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import ranks
-from data.chat import TEMPLATES, Tokenizer, load_tokenizer
 from data.formats import read
+from data.tokenizer import TEMPLATES, Tokenizer, load_tokenizer
 from kernels.layout import Layout
-from runtime import arguments, check_range, fail
+from runtime import arguments, check_range, distributed, fail
 
 CHOSEN, REJECTED = 0, 1
 
@@ -299,18 +298,18 @@ def share(trees: list[Tree], max_tokens: int) -> list[Batch]:
     Longest trees first, each to the batch that holds least, so that ranks wait little for each other. With fewer trees than
     ranks some repeat another's batch, which counts 0.
     """
-    if ranks.world() == 1:
+    if distributed.world_size() == 1:
         return pack(trees, max_tokens)
     count = groups = 0
     while not groups or any(len(group) > 1 and sum(tree.tokens for tree in group) > max_tokens for group in groups):
-        count += ranks.world()
+        count += distributed.world_size()
         groups = [[] for _ in range(count)]
         least = [(0, i) for i in range(count)]  # tokens of each
         for tree in sorted(trees, key=lambda t: -t.tokens):
             held, i = least[0]
             groups[i].append(tree)
             heapq.heapreplace(least, (held + tree.tokens, i))
-    return [collate(group) if group else replace(collate(groups[0]), counts=0.0) for group in groups[ranks.rank() :: ranks.world()]]
+    return [collate(group) if group else replace(collate(groups[0]), counts=0.0) for group in groups[distributed.rank() :: distributed.world_size()]]
 
 
 def collate(trees: list[Tree]) -> Batch:

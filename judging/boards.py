@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from data.chat import load_tokenizer
+from checkpoints import load_model
+from collect.red_team import load_texts
 from data.formats import read
 from data.llm import Budget, Request, Sampling, ask, open_model
-from data.red_team import load_texts
+from data.tokenizer import load_tokenizer
 from judging import choices, rewards, safety
-from model import load_model
 from runtime import fail
 
 
@@ -61,7 +61,7 @@ def reward_sections(scorers: Sequence[tuple[str, str]], sets: Sequence[tuple[str
 
 def safety_sections(models: Mapping[str, str], attacks: Sequence[tuple[str, str]], xstest: str, probes: int, judge: str, ledger: Path,
                     budget: Budget, device: str) -> list[dict]:
-    """Attacks as data/red_team.py recorded them (name, "transcripts" or "transcripts:behaviours", all of which count, tried or not),
+    """Attacks as collect/red_team.py recorded them (name, "transcripts" or "transcripts:behaviours", all of which count, tried or not),
     XSTest's prompts and leak probes put to the models.
 
     `judge`, a checkpoint or an endpoint, decides; without one attacks keep the verdict they were recorded with, and refusals are

@@ -38,8 +38,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.chat import Tokenizer
 from data.formats import Reject
+from data.tokenizer import Tokenizer
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from model import Transformer

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 
 import reward
-from data.chat import load_tokenizer
+from checkpoints import load_model
 from data.llm import Budget, Reply, Request, Sampling, ask
 from data.pack import tree_from_messages
+from data.tokenizer import load_tokenizer
 from judging.prompts import Question, Verdict, ask_pair, ask_score, read_verdict
 from judging.tables import describe
-from model import load_model
 from runtime import fail
 
 

@@ -13,10 +13,11 @@ from statistics import mean, stdev
 
 import torch
 
-from data.chat import load_tokenizer
+from checkpoints import load_model
 from data.tiny.world import demonstrate, dialogue, gold, words
+from data.tokenizer import load_tokenizer
 from judging.games import Answers
-from model import generate, load_model
+from model import generate
 
 # Student's t, 97.5 % quantile, by degrees of freedom 1..30.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,

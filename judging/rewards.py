@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.chat import adopt_template, load_tokenizer
+from checkpoints import load_model
 from data.formats import read
 from data.pack import tree_from_ranking, truncate
+from data.tokenizer import adopt_template, load_tokenizer
 from dpo import response_sums
 from judging.ratings import bootstrap_means, by_prompt, percentiles, resample, wilson
-from model import load_model
 from reward import all_scores, mean_logprobs, response_scores
 from runtime import fail
 

@@ -20,8 +20,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from data.agreement import code, fleiss_kappa, raw_agreement
 from data.llm import Budget, Request, Sampling, ask
+from judging.agreement import code, fleiss_kappa, raw_agreement
 from judging.ratings import wilson
 from judging.rewards import Scorer
 from judging.rewards import ask as ask_scorer
@@ -34,11 +34,11 @@ REFUSAL = "I can't help with that, because it could hurt someone. I am glad to h
 
 
 def read_transcripts(path: str | Path) -> list[dict]:
-    """Attempts as data/red_team.py writes them, JSONL: {"behaviour", "messages", "attempt", "judged": "unsafe", "safe" or null, ...}."""
+    """Attempts as collect/red_team.py writes them, JSONL: {"behaviour", "messages", "attempt", "judged": "unsafe", "safe" or null, ...}."""
     try:
         lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot be read ({error}), expected the transcripts of data/red_team.py")
+        fail(f"{path}: cannot be read ({error}), expected the transcripts of collect/red_team.py")
     rows = []
     for number, line in enumerate(lines, 1):
         try:

@@ -17,8 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data import agreement
-from judging import ratings
+from judging import agreement, ratings
 from judging.games import Answers, Judge, compare, in_orders, matches
 from judging.prompts import COMPARE
 from judging.tables import against, bounded, comparison, decided, merge_orders, unparsed, win_rates

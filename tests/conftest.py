@@ -74,8 +74,8 @@ def on_triton():
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A random two-layer model with the tiny world's tokenizer and no template: what a script can start from."""
-    from data.chat import load_tokenizer
-    from model import save_model
+    from checkpoints import save_model
+    from data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(BASE)
     path = tmp_path_factory.mktemp("checkpoint")

@@ -9,14 +9,15 @@ from safetensors.torch import load_file
 
 import dpo
 import lora
-import memory
 import ppo
 import reward
 import sft
-from data.chat import load_tokenizer
+from checkpoints import load_model, save_model
 from data.pack import Response, Tree, pack
 from data.tiny.world import demonstrate, dialogue
-from model import ModelConfig, Transformer, generate, init_weights, load_model, save_model
+from data.tokenizer import load_tokenizer
+from model import ModelConfig, Transformer, generate, init_weights
+from runtime import memory
 
 PARTS = {"epochs": 1, "batch": 4, "device": "cpu", "dtype": "float32", "lora_rank": 4}
 QUIET = PARTS | {"samples": 0}

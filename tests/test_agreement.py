@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.agreement import (
+from judging.agreement import (
     bootstrap,
     by_category,
     code,

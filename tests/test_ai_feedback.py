@@ -9,8 +9,8 @@ import pytest
 from conftest import exits, write_jsonl
 from scripted import Scripted, corrupt, number, survives_kills
 
-from data import ai_feedback
-from data.ai_feedback import ASPECTS, SAMPLINGS, Config, generate, material, pair, read_overall, read_ratings
+from collect import ai_feedback
+from collect.ai_feedback import ASPECTS, SAMPLINGS, Config, generate, material, pair, read_overall, read_ratings
 from data.formats import read
 
 

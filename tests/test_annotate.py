@@ -1,4 +1,4 @@
-"""data/annotate.py: what is written and when, what the page shows, who may ask; the page itself in a real browser."""
+"""collect/annotate.py: what is written and when, what the page shows, who may ask; the page itself in a real browser."""
 import asyncio
 import contextlib
 import json
@@ -20,7 +20,7 @@ import uvicorn
 from conftest import ROOT, exits, write_jsonl
 from scripted import Scripted
 
-from data.annotate import Config, Server, Votes, agreement, load_shared
+from collect.annotate import Config, Server, Votes, agreement, load_shared
 from data.formats import read
 from data.llm import Checkpoint, open_model
 from judging import recorded

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import BASE, FIXTURES, exits, small_model
 
-from data.chat import TEMPLATES, adopt_template, load_tokenizer
+from data.tokenizer import TEMPLATES, adopt_template, load_tokenizer
 
 THREE_TURNS = [m for i in range(3) for m in (
     {"role": "user", "content": f"Name {i} fruits."}, {"role": "assistant", "content": f"Here are {i}: pear."})]

@@ -20,9 +20,9 @@ from conftest import BASE, ROOT, exits, small_model
 
 import chat
 from chat import Config, Refusal, Server, Spoken, command, converse, fitting, parse
-from data.chat import load_tokenizer
+from checkpoints import save_model
 from data.llm import Budget, Request, Sampling, ask, open_model
-from model import save_model
+from data.tokenizer import load_tokenizer
 
 POSITIONS = 256  # of the fixture's model
 

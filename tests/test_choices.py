@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import BASE, exits, small_model, write_jsonl
 
-from data.chat import load_tokenizer
+from data.tokenizer import load_tokenizer
 from judging import choices
 from judging.choices import TASKS, Question, encode_choices, grade, likelihoods, measure, plant, read_exam, read_questions, with_contexts
 
@@ -367,7 +367,7 @@ def test_tokens_of_a_tree_by_hand():
 
 def test_the_tiny_model_gives_the_same_in_any_batch_and_one_by_one(tokenizer):
     """fp32, as it is used: 1e-5 of a token's log-probability at most."""
-    from model import load_model
+    from checkpoints import load_model
 
     model = load_model(BASE, torch.float32)
     rng = random.Random(0)

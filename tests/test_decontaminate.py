@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import exits
 
-from data.decontaminate import Item, build_index, find, hits_of, main, normalise, read_benchmark
+from collect.decontaminate import Item, build_index, find, hits_of, main, normalise, read_benchmark
 from data.formats import read
 
 real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")

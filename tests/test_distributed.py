@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, exits, metrics_of, small_model, write_jsonl
-from ranks_worker import run
+from distributed_worker import run
 from safetensors.torch import load_file
 from test_dpo import pairs_file
 from test_sft import demos
 from torch.distributed import TCPStore
 
-import ranks
 import runtime
 from benchmarks import kills
-from data.chat import load_tokenizer
+from checkpoints import load_model, save_model
 from data.pack import Response, Tree, pack, share
-from model import add_score_head, load_model, save_model
+from data.tokenizer import load_tokenizer
+from model import add_score_head
+from runtime import distributed
 
 COMMON = {"device": "cpu", "dtype": "float32", "threads": 1, "lr": 1e-3, "warmup": 0.2}
 LORA = {"lora_rank": 4}
@@ -77,7 +78,7 @@ def torchrun(plans: list, file: Path) -> subprocess.Popen:
     """Two ranks that do them all, one after the other."""
     file.write_text(json.dumps(plans))
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-             "--rdzv-endpoint", "localhost:0", "tests/ranks_worker.py", str(file)]
+             "--rdzv-endpoint", "localhost:0", "tests/distributed_worker.py", str(file)]
     return subprocess.Popen(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True)
 
@@ -190,7 +191,7 @@ def test_only_rank_0_prints_and_writes(both):
 
 def test_the_others_write_nothing(tmp_path, monkeypatch):
     """reward.py's report, for one: two ranks that rename the same file beside it trip over each other."""
-    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     runtime.write_text(tmp_path / "report.json", "{}")
     save_model(small_model(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -207,9 +208,9 @@ def test_ranks_share_every_tree_once_in_as_many_batches_each(world, monkeypatch)
     trees = [Tree(torch.arange(n).int().numpy(), [], [Response(0, 1, n)], record=i) for i, n in enumerate(lengths)]
     for count in (20, 9, 2, 1):
         shares = []
-        monkeypatch.setattr(ranks, "world", lambda: world)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
         for rank in range(world):
-            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             shares.append(share(trees[:count], 100))
         assert len({len(batches) for batches in shares}) == 1
         counted = [batch for batches in shares for batch in batches if batch.counts]
@@ -350,9 +351,9 @@ def test_a_full_disk_ends_all_ranks_with_one_line_and_costs_no_checkpoint(server
 def test_a_shard_that_does_not_divide_the_ranks_is_one_line(monkeypatch, capsys):
     import lora
 
-    monkeypatch.setattr(ranks, "world", lambda: 8)
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
     exits(capsys, lambda: lora.shard(None, lora.Options(shard=3), torch.device("cpu")), "shard is 3", "8 processes")
-    monkeypatch.setattr(ranks, "world", lambda: 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
     assert lora.shard("model", lora.Options(shard=3), torch.device("cpu")) == "model"
 
 

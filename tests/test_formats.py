@@ -562,7 +562,7 @@ def check_usable(records: list[dict], form: str, tokenizer) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_five_hundred_corrupted_records_are_used_or_reported_one_by_one(name, tmp_path, capsys):
-    from data.chat import load_tokenizer
+    from data.tokenizer import load_tokenizer
 
     rng, good = random.Random(name), json.dumps(GOOD[name]).encode()
     lines = [good, *(corrupted(GOOD[name], rng) for _ in range(500))]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import BASE, ROOT, exits, kill_after, small_model
 
-from data.chat import load_tokenizer
+from checkpoints import save_model
 from data.llm import (
     Budget,
     Checkpoint,
@@ -27,7 +27,8 @@ from data.llm import (
     request_key,
     retry_after,
 )
-from model import Decoder, Sequence, generate, save_model
+from data.tokenizer import load_tokenizer
+from model import Decoder, Sequence, generate
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 import lora
 import runtime
+from checkpoints import load_model, save_model
 from lora import Adapter, Int8Linear, LoraLinear, add_lora, lora_layers, merge_lora, quantize_base, save_adapter
-from model import Linear, add_score_head, load_model, save_model
+from model import Linear, add_score_head
 
 PEFT = FIXTURES / "models" / "llama2_lora"
 

@@ -7,9 +7,10 @@ from conftest import FIXTURES, exits, reference, small_model
 from safetensors.torch import load_file, save_file
 
 from benchmarks import loading
+from checkpoints import BUFFERS, _sources, load_model, save_model
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
-from model import BUFFERS, DRAWS, KVCache, _sources, generate, in_nucleus, keep_top_k, load_model, sample_tokens, save_model
+from model import DRAWS, KVCache, generate, in_nucleus, keep_top_k, sample_tokens
 
 FAMILIES = ("llama2", "llama3", "yi", "mistral", "qwen2", "qwen3", "falcon7b", "falcon40b", "gpt_bigcode", "starcoder2", "gpt_neox",
             "gemma")

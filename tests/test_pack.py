@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import BASE, small_model
 
-from data.chat import adopt_template, load_tokenizer
 from data.pack import (
     CHOSEN,
     REJECTED,
@@ -23,6 +22,7 @@ from data.pack import (
     trees_from_preferences,
     truncate,
 )
+from data.tokenizer import adopt_template, load_tokenizer
 from kernels.logprobs import linear_logprobs
 
 

@@ -5,8 +5,9 @@ import pytest
 
 from benchmarks import peers_ours, peers_work
 from benchmarks.readme import peers_gpu_table
+from checkpoints import load_model, save_model
 from data.pack import Response, Tree
-from model import ModelConfig, Transformer, init_weights, load_model, save_model
+from model import ModelConfig, Transformer, init_weights
 
 SHAPE = peers_work.Shape(width=32, layers=2, heads=2, mlp_width=48, vocab=64, longest=48, prompt=8, reply=10, batch=4, micro_tokens=64)
 

@@ -8,8 +8,9 @@ from conftest import FIXTURES, exits, metrics_of, reference, small_model, write_
 from safetensors.torch import load_file
 
 import ppo
-from data.chat import load_tokenizer
-from model import Transformer, add_score_head, load_model, save_model
+from checkpoints import load_model, save_model
+from data.tokenizer import load_tokenizer
+from model import Transformer, add_score_head
 from ppo import (
     Config,
     adapt_kl_coef,

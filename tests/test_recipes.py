@@ -9,11 +9,10 @@ import pytest
 from conftest import FIXTURES, ROOT, metrics_of, write_jsonl
 
 import dpo
-import memory
 import reward
 import sft
 from benchmarks.memory import SHAPES
-from runtime import load_config
+from runtime import load_config, memory
 
 MISTRAL = FIXTURES / "models" / "mistral"
 REAL = pytest.param("real", marks=pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets"))

@@ -14,8 +14,8 @@ import pytest
 from conftest import exits, write_jsonl
 
 from benchmarks import published
-from data.agreement import code, cohen_kappa, fleiss_kappa, raw_agreement
 from judging import ratings, recorded, tables
+from judging.agreement import code, cohen_kappa, fleiss_kappa, raw_agreement
 from judging.recorded import Options, read
 
 real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
@@ -27,7 +27,7 @@ def judge(name: str) -> Path:
 
 
 def labels(rows: list[dict], *raters: str) -> np.ndarray:
-    """Labels as data/agreement.py takes them."""
+    """Labels as judging/agreement.py takes them."""
     said = {(row["unit"], row["rater"]): row["label"] for row in rows}
     return code([[said[unit, rater] for unit in dict.fromkeys(row["unit"] for row in rows)] for rater in raters])[0]
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import exits, write_jsonl
 from scripted import Scripted, corrupt, number, survives_kills
 
-from data import red_team
-from data.red_team import BEHAVIOURS, HOLE, OPERATORS, TEMPLATES, Config, generate, load_texts, select
+from collect import red_team
+from collect.red_team import BEHAVIOURS, HOLE, OPERATORS, TEMPLATES, Config, generate, load_texts, select
 from judging import safety
 
 

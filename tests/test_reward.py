@@ -10,9 +10,10 @@ from test_dpo import pairs_file
 from test_pack import random_tree
 
 import reward
-from data.chat import adopt_template, load_tokenizer
+from checkpoints import load_model, save_model
 from data.pack import CHOSEN, REJECTED, Response, Tree, collate, pack, tree_from_ranking
-from model import add_score_head, load_model, save_model
+from data.tokenizer import adopt_template, load_tokenizer
+from model import add_score_head
 from reward import MARGINS, Config, comparisons, pairwise_loss, report, response_scores, train_step
 
 

@@ -9,9 +9,10 @@ import torch
 from conftest import exits, small_model, write_jsonl
 
 import reward
-from data.chat import load_tokenizer
+from checkpoints import load_model, save_model
 from data.formats import read
 from data.pack import trees_from_preferences
+from data.tokenizer import load_tokenizer
 from judging import rewards
 from judging.rewards import (
     SECTIONS,
@@ -32,7 +33,7 @@ from judging.rewards import (
     ties_score,
     weighted_mean,
 )
-from model import add_score_head, load_model, save_model
+from model import add_score_head
 
 real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
 

@@ -7,9 +7,9 @@ import pytest
 from conftest import exits, write_jsonl
 from scripted import Scripted, corrupt, number, survives_kills
 
-from data import role_play
+from collect import role_play
+from collect.role_play import DONE, Config, generate, read_tasks, termination
 from data.formats import read
-from data.role_play import DONE, Config, generate, read_tasks, termination
 
 
 def speaker(request) -> str:

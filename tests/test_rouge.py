@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from data.rouge import Pool, f_measure, filter_similar, lcs, places, rouge_l, words
+from collect.rouge import Pool, f_measure, filter_similar, lcs, places, rouge_l, words
 
 theirs = RougeScorer(["rougeL"], use_stemmer=False)
 

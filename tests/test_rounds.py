@@ -1,4 +1,4 @@
-"""data/rounds.py: what a round leaves behind, how it goes on after a stop, people's rounds, and the table."""
+"""collect/rounds.py: what a round leaves behind, how it goes on after a stop, people's rounds, and the table."""
 import contextlib
 import importlib
 import json
@@ -15,10 +15,10 @@ from starlette.testclient import TestClient
 
 import runtime
 import sft
-from data import annotate, rounds
+from collect import annotate, rounds
+from collect.rounds import Config, lines, main, table, take_prompts
 from data.formats import read
 from data.llm import open_model
-from data.rounds import Config, lines, main, table, take_prompts
 from data.tiny import build
 from judging import recorded
 
@@ -220,14 +220,14 @@ def test_people_s_round_is_what_they_rated_on_the_page(world, tmp_path, commands
     settings, folder = config(world, tmp_path, dev="", annotators="people", votes=6, shared=3, prompts_per_round=20), tmp_path / "round_1"
     main(settings)
     said = capsys.readouterr().out
-    (command,) = [line.strip() for line in said.splitlines() if "data.annotate" in line]
+    (command,) = [line.strip() for line in said.splitlines() if "collect.annotate" in line]
     shared = lines(folder / "shared.jsonl")
     assert "0 of 6 preferences" in said and f"{len(shared)} pairs for everybody" in said and commands == [] and shared
     pool = [d["turns"][0]["user"] for d in lines(world / "more_prompts.jsonl")[:20]]
     assert {s["prompt"][0]["content"] for s in shared} <= set(pool[:3])
     assert [p["prompt"][0]["content"] for p in lines(folder / "prompts.jsonl")] == pool[3:]
     words = shlex.split(command)
-    assert words[:3] == ["python", "-m", "data.annotate"]
+    assert words[:3] == ["python", "-m", "collect.annotate"]
     server = annotate.Server(runtime.load_config(annotate.Config, "", [*words[3:], "device=cpu"]))
     assert server.models[0][1].name == open_model(str(world / "sft/model"), "cpu").name
     votes, seen = folder / "votes.jsonl", []

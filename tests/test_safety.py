@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import exits, write_jsonl
 
-from data.agreement import code, cohen_kappa, raw_agreement
 from data.llm import Reply
 from judging import safety
+from judging.agreement import code, cohen_kappa, raw_agreement
 from judging.safety import (
     LABELS,
     STRING_MATCH,

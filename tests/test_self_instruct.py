@@ -8,10 +8,10 @@ import pytest
 from conftest import exits, write_jsonl
 from scripted import Scripted, corrupt, number, survives_kills
 
-from data import self_instruct
+from collect import self_instruct
+from collect.self_instruct import Config, as_prompt, fault, generate, read_alpaca, read_input_first, read_list, read_output_first, sound
 from data.formats import read
 from data.llm import Reply, Request
-from data.self_instruct import Config, as_prompt, fault, generate, read_alpaca, read_input_first, read_list, read_output_first, sound
 
 WORDS = ("add bake count draw explain find guess hear invent join know list mend name open paint quote read sing tell use visit write "
          "apple bread cloud door engine forest garden house island jacket kettle lamp mirror needle paper queen river stone tree").split()

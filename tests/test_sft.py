@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 import runtime
 import sft
-from data.chat import adopt_template, load_tokenizer
+from checkpoints import load_model
 from data.pack import Response, Tree, pack
 from data.tiny.world import demonstrate, dialogue
+from data.tokenizer import adopt_template, load_tokenizer
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
-from model import load_model
 from sft import Config, sft_loss, train_step
 
 
@@ -130,7 +130,7 @@ def test_the_result_carries_tokenizer_and_template_and_loads(checkpoint, tmp_pat
     sft.main(config(checkpoint, tmp_path, samples=1, eval_data=str(demos(tmp_path / "eval.jsonl", 3, seed=1))))
     said = capsys.readouterr().out
     assert "<|user|> <|assistant|>" in said and "8 dialogues" in said and "wrote" in said
-    from data.chat import load_tokenizer
+    from data.tokenizer import load_tokenizer
 
     assert load_tokenizer(tmp_path / "run" / "model").template == "zephyr"
     assert load_model(tmp_path / "run" / "model").config.vocab_size > 0

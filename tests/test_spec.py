@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from conftest import BASE, exits
 
-from data import raters, spec
-from data.agreement import gwet_ac1
-from data.chat import load_tokenizer
+from collect import raters, spec
 from data.formats import read
+from data.tokenizer import load_tokenizer
+from judging.agreement import gwet_ac1
 
 real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
 NAN = math.nan

@@ -180,9 +180,9 @@ def test_annotators_prefer_better_replies_tie_on_close_ones_and_grade_the_margin
 
 def test_collected_pairs_are_readable_preferences_without_grades(checkpoint, tmp_path, capsys, monkeypatch):
     """A model of canned replies: one prompt in eight gets an answer that never ends, which ends the dialogue unrated."""
-    from data.chat import load_tokenizer
     from data.formats import read
     from data.pack import trees_from_preferences
+    from data.tokenizer import load_tokenizer
     from model import Sample
 
     model = shutil.copytree(checkpoint, tmp_path / "model")

@@ -7,10 +7,10 @@ import pytest
 from conftest import BASE, exits, write_jsonl
 from scripted import Scripted, corrupt, files, number, survives_kills
 
-from data import ultrachat
+from collect import ultrachat
+from collect.ultrachat import Config, generate, read_items, split, without_courtesy
 from data.formats import read
 from data.llm import Reply, Sampling
-from data.ultrachat import Config, generate, read_items, split, without_courtesy
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 

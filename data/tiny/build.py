@@ -39,9 +39,10 @@ import torch
 from tqdm import tqdm
 
 import runtime
-from data.chat import load_tokenizer
+from checkpoints import save_model
 from data.tiny.world import CLASSES, COLOURS, FACTS, NAMES, OBJECTS, PEOPLE, TASKS, an, capital, demonstrate, dialogue, plural, she, split
-from model import ModelConfig, Transformer, init_weights, save_model
+from data.tokenizer import load_tokenizer
+from model import ModelConfig, Transformer, init_weights
 
 # The base: 2.95 M parameters, 5.9 MB in bf16. 1536 pieces hold every word of the world whole; 256 of them are bytes.
 BASE = {"vocab_size": 1536, "width": 192, "layers": 6, "heads": 6, "kv_heads": 6, "head_dim": 32, "mlp_width": 512, "max_positions": 512}

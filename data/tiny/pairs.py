@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 
 import runtime
-from data.chat import load_tokenizer
+from checkpoints import load_model
 from data.tiny.world import TASKS, gold, words
-from model import generate, load_model
+from data.tokenizer import load_tokenizer
+from model import generate
 
 
 @dataclass(frozen=True)

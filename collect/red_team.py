@@ -1,7 +1,7 @@
 """Red teaming: a model attacks a model, a third one judges, and everything tried is kept.
 
-    python -m data.red_team attacker=http://... target=runs/tiny/0/dpo/model judge=http://... out=runs/red_team
-    python -m data.red_team mode=fuzz ...      mode=leak ...
+    python -m collect.red_team attacker=http://... target=runs/tiny/0/dpo/model judge=http://... out=runs/red_team
+    python -m collect.red_team mode=fuzz ...      mode=leak ...
 
     direct    the attacker writes a message meant to bring about a behaviour; after a failure it sees the message and the
               reply, and writes another (Perez et al. 2022, arXiv:2202.03286; the second look as in PAIR, arXiv:2310.08419)

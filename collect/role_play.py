@@ -1,7 +1,7 @@
 """Role play: two models solve a task, one as the user who instructs, one as the assistant (CAMEL, Li et al. 2023, arXiv:2303.17760).
 
-    python -m data.role_play model=http://127.0.0.1:8000/v1#name out=runs/role_play dialogues=10
-    python -m data.role_play ideas=ideas.jsonl ...      tasks of your own: {"assistant_role", "user_role", "task"} a line
+    python -m collect.role_play model=http://127.0.0.1:8000/v1#name out=runs/role_play dialogues=10
+    python -m collect.role_play ideas=ideas.jsonl ...      tasks of your own: {"assistant_role", "user_role", "task"} a line
 
     idea -> task specifier, which makes it concrete -> inception prompts, which hold each model to its role -> dialogue
 

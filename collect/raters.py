@@ -1,7 +1,7 @@
 """Do the people who label preferences agree, and if not, is it a vendor, or the replies?
 
 The talk's lesson: a first hundred ratings agreed with nobody's, because both replies were bad and ties were broken at
-random. `find_faults` tells that from a vendor whose raters click at random. Statistics: data/agreement.py.
+random. `find_faults` tells that from a vendor whose raters click at random. Statistics: judging/agreement.py.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
-from data.agreement import bootstrap, by_category, cohen_kappa, fleiss_kappa, gwet_ac1, krippendorff_alpha, raw_agreement, spearman
+from judging.agreement import bootstrap, by_category, cohen_kappa, fleiss_kappa, gwet_ac1, krippendorff_alpha, raw_agreement, spearman
 from judging.ratings import feature_preference, wilson
 
 NAMES = {"brainstorming": "brainstorm", "summarization": "summarize", "classification": "classify", "information_extraction": "extract",

@@ -1,7 +1,7 @@
 """Round after round: the policy answers fresh prompts, annotators choose, the policy learns from that, and answers again.
 
-    python -m data.rounds out=runs/tiny/0/rounds rounds=3        the tiny world, where two annotators are simulated
-    python -m data.rounds annotators=people model=... prompts=prompts.jsonl prompts_per_round=200 votes=500 max_tokens=512 \\
+    python -m collect.rounds out=runs/tiny/0/rounds rounds=3        the tiny world, where two annotators are simulated
+    python -m collect.rounds annotators=people model=... prompts=prompts.jsonl prompts_per_round=200 votes=500 max_tokens=512 \\
         dpo=my_dpo.toml reward=my_reward.toml dev= out=runs/weekly
 
 The talk's weekly loop: a week's preferences, a new model from them, and that one answers in the week that follows.
@@ -11,7 +11,7 @@ dialogues. A round is a folder. Each file is made once, whole, and the same comm
 
     prompts.jsonl          fresh ones, nobody has answered them before
     replies.jsonl          every raw reply, two to a turn; of people's rounds those to the shared prompts
-    votes.jsonl            preferences, and votes.ratings.jsonl every answer, both as data/annotate.py writes them
+    votes.jsonl            preferences, and votes.ratings.jsonl every answer, both as collect/annotate.py writes them
     train.jsonl            the preferences to learn from; every fifth dialogue is in heldout.jsonl
     reward/ dpo/ gold/     runs of reward.py, of dpo.py, whose model is the next policy, and of judge.py
     round.json             the round's line of the table: policy served, agreement, accuracy, next policy, its grade
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Literal
 
 import runtime
-from data.annotate import ROOM, agreement, preference_of, rating_of
+from collect.annotate import ROOM, agreement, preference_of, rating_of
 from data.formats import read
 from data.llm import Request, Sampling, ask, open_model
 from data.tiny import pairs
@@ -174,7 +174,7 @@ def collected(policy: str, folder: Path, number: int, config: Config) -> bool:
     if simulated or count >= config.votes or (folder / "train.jsonl").exists():
         return True
     shared = [f"shared={folder / 'shared.jsonl'}"] if (folder / "shared.jsonl").exists() else []
-    command = ["python", "-m", "data.annotate", f"models={json.dumps([policy])}", f"prompts={folder / 'prompts.jsonl'}", *shared,
+    command = ["python", "-m", "collect.annotate", f"models={json.dumps([policy])}", f"prompts={folder / 'prompts.jsonl'}", *shared,
                f"out={votes}", f"max_tokens={config.max_tokens}", f"temperature={config.temperature}"]
     print(f"round {number} has {count} of {config.votes} preferences; they are collected by\n\n    {shlex.join(command)}\n\n"
           "and once there are enough, this command goes on")

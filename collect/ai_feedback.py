@@ -1,7 +1,7 @@
 """AI feedback: several models answer, a judge marks, the best reply and a random other make a pair (UltraFeedback, Zephyr).
 
-    python -m data.ai_feedback prompts=prompts.jsonl models='["runs/a/model", "runs/b/model"]' judge=http://127.0.0.1:8000/v1#name
-    python -m data.ai_feedback rubric=aspects ...
+    python -m collect.ai_feedback prompts=prompts.jsonl models='["runs/a/model", "runs/b/model"]' judge=http://127.0.0.1:8000/v1#name
+    python -m collect.ai_feedback rubric=aspects ...
 
 Each prompt is answered by `answers` models drawn by lot (Cui et al. 2023, arXiv:2310.01377: 4 of 17). Where there are
 fewer models, one answers several times, with another top_p and top_k each time. The judge marks

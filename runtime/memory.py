@@ -24,9 +24,10 @@ import torch
 
 import lora
 import runtime
-from data.chat import load_tokenizer
+from checkpoints import check_weights, read_config
 from data.pack import steps_per_epoch
-from model import ModelConfig, Transformer, add_score_head, check_weights, read_config
+from data.tokenizer import load_tokenizer
+from model import ModelConfig, Transformer, add_score_head
 
 
 def activations(config: ModelConfig, bytes_each: int, rank: int = 0, checkpointing: bool = False) -> int:

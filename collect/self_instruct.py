@@ -1,7 +1,7 @@
 """Self-Instruct: 175 tasks written by people become tens of thousands, written by a model.
 
-    python -m data.self_instruct model=runs/tiny/0/sft/model seeds=seed_tasks.jsonl out=runs/self_instruct instructions=100
-    python -m data.self_instruct recipe=alpaca model=http://127.0.0.1:8000/v1#name seeds=...     one request writes whole tasks
+    python -m collect.self_instruct model=runs/tiny/0/sft/model seeds=seed_tasks.jsonl out=runs/self_instruct instructions=100
+    python -m collect.self_instruct recipe=alpaca model=http://127.0.0.1:8000/v1#name seeds=...     one request writes whole tasks
 
 The original (Wang et al. 2022, arXiv:2212.10560) asks three times: for new instructions, with seeds and earlier finds as
 examples; whether each is a classification; for instances, input first, or for classifications label first, since a
@@ -38,9 +38,9 @@ from typing import Literal
 from tqdm import tqdm
 
 import runtime
+from collect.rouge import Pool
 from data.llm import Budget, Reply, Request, Sampling, ask, open_model
 from data.records import Reject, check_messages
-from data.rouge import Pool
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """UltraChat: two models talk, one of them plays the user (Ding et al. 2023, arXiv:2305.14233).
 
-    python -m data.ultrachat model=http://127.0.0.1:8000/v1#name out=runs/ultrachat dialogues=100       questions about the world
-    python -m data.ultrachat sector=writing ...         sector=materials materials=passages.jsonl ...    the two other sectors
-    python -m data.ultrachat review=true ...            a person keeps, rephrases or drops, reply by reply
+    python -m collect.ultrachat model=http://127.0.0.1:8000/v1#name out=runs/ultrachat dialogues=100       questions about the world
+    python -m collect.ultrachat sector=writing ...         sector=materials materials=passages.jsonl ...    the two other sectors
+    python -m collect.ultrachat review=true ...            a person keeps, rephrases or drops, reply by reply
 
     questions   topics -> subtopics -> questions -> related questions -> 3 to 7 rounds
     writing     kinds of text -> instructions, 80 % of them made more detailed -> 2 to 4 rounds
@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Literal
 
 import runtime
-from data.chat import load_tokenizer
 from data.formats import read
 from data.llm import Budget, Request, Sampling, ask, open_model
 from data.records import fault
+from data.tokenizer import load_tokenizer
 
 TOPICS = ("animals and plants", "architecture", "books", "careers", "chemistry and physics", "cities", "climate", "computers", "cooking",
           "economics", "family", "film and theatre", "gardening", "health", "history", "hobbies", "houses", "languages", "law",

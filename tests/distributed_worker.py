@@ -1,6 +1,6 @@
 """Runs one after the other in one process, for tests/test_distributed.py: starting Python and PyTorch takes longer than they do.
 
-    torchrun --nproc-per-node 2 tests/ranks_worker.py runs.json      [["sft", {config ...}, stop_after_step or 0], ...]
+    torchrun --nproc-per-node 2 tests/distributed_worker.py runs.json      [["sft", {config ...}, stop_after_step or 0], ...]
 """
 import importlib
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import ranks
 import runtime
+from runtime import distributed
 
 WATCHED = {"folder": "", "changed": []}  # a run's, and what another rank than 0 has done to its files
 
@@ -20,7 +20,7 @@ WATCHED = {"folder": "", "changed": []}  # a run's, and what another rank than 0
 def watch(event: str, args: tuple) -> None:
     """Into a checkpoint that is being written each rank puts its share."""
     writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-    if ranks.rank() and (writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")):
+    if distributed.rank() and (writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")):
         path, checkpoint = str(args[0]), f"{WATCHED['folder']}/state/.new"
         allowed = path.startswith(f"{checkpoint}/shard") if writes else event == "os.mkdir" and path == checkpoint
         if path.startswith(WATCHED["folder"]) and not allowed:
@@ -33,7 +33,7 @@ def run(script: str, values: dict, stop_after: int) -> None:
 
     def step(log, number, metrics):
         log_step(log, number, metrics)
-        if number == stop_after and ranks.rank() == ranks.world() - 1:
+        if number == stop_after and distributed.rank() == distributed.world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     runtime.Log.step, WATCHED["folder"] = step, values["out"]
@@ -41,7 +41,7 @@ def run(script: str, values: dict, stop_after: int) -> None:
         module.main(module.Config(**values))
     finally:
         runtime.Log.step = log_step
-    assert not WATCHED["changed"], f"{script}: rank {ranks.rank()} has changed {WATCHED['changed']}"
+    assert not WATCHED["changed"], f"{script}: rank {distributed.rank()} has changed {WATCHED['changed']}"
 
 
 if __name__ == "__main__":

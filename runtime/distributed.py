@@ -29,29 +29,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def world() -> int:
+def world_size() -> int:
     """How many ranks there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Which of them this is, from 0."""
-    return dist.get_rank() if world() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def started() -> bool:
+def launched() -> bool:
     """Whether torchrun has started this process, with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def own_device(name: str) -> str:
+def local_device(name: str) -> str:
     """Of the machine's GPUs this process's, where it is not named."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if started() and name in ("auto", "cuda") and torch.cuda.is_available() else name
+    return f"cuda:{os.environ['LOCAL_RANK']}" if launched() and name in ("auto", "cuda") and torch.cuda.is_available() else name
 
 
-def join(device: torch.device) -> None:
+def init_process_group(device: torch.device) -> None:
     """Meet the other processes that torchrun has started, if it has."""
-    if not started() or world() > 1:
+    if not launched() or world_size() > 1:
         return
     # An hour: the others wait while rank 0 writes a large model.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
@@ -77,18 +77,18 @@ def _leave() -> None:
 
 # ------------------------------------------------------------------------------------- full fine-tuning
 
-def shard(model: nn.Module, size: int, device: torch.device) -> nn.Module:
+def fully_shard(model: nn.Module, size: int, device: torch.device) -> nn.Module:
     """Keep 1 / size of the model's weights here, in place; groups of `size` ranks hold a whole model each, 0 is all ranks."""
-    if world() == 1:
+    if world_size() == 1:
         return model
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    size = size or world()
-    if size == world():
+    size = size or world_size()
+    if size == world_size():
         mesh = init_device_mesh(device.type, (size,))
     else:
-        mesh = init_device_mesh(device.type, (world() // size, size), mesh_dim_names=("copy", "shard"))
+        mesh = init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("copy", "shard"))
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32))
     # Embedding, last norm and heads are gathered in fp32, and stay until the backward pass: losses use the head outside of `hidden`.
@@ -100,18 +100,18 @@ def shard(model: nn.Module, size: int, device: torch.device) -> nn.Module:
     return model
 
 
-def sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "reshard")
 
 
-def let_go(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Keep nothing but this rank's share in memory; until the next forward pass the parameters are those the optimizer has."""
     for module in model.modules():
-        if sharded(module):
+        if is_sharded(module):
             module.reshard()
 
 
-def whole(parameter: Tensor) -> Tensor:
+def full_tensor(parameter: Tensor) -> Tensor:
     """All of a parameter. Every rank has to ask."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
@@ -120,70 +120,70 @@ def whole(parameter: Tensor) -> Tensor:
 def copy_weights(model: nn.Module, to: nn.Module) -> None:
     """The weights of a sharded model into a whole one on every rank."""
     for source, target in zip(model.parameters(), to.parameters(), strict=True):
-        target.copy_(whole(source))
+        target.copy_(full_tensor(source))
 
 
 # --------------------------------------------------------------------------------------- adding up
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
+def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale the gradient, summed over ranks, down to `max_norm`; its norm before."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if world() > 1 and not hasattr(gradients[0], "full_tensor"):  # FSDP has summed its own in the backward pass
+    if world_size() > 1 and not hasattr(gradients[0], "full_tensor"):  # FSDP has summed its own in the backward pass
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
 
 
-def summed(metrics: dict[str, float]) -> dict[str, float]:
+def all_reduce_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Every metric's sum over ranks."""
-    if world() == 1:
+    if world_size() == 1:
         return metrics
     total = torch.tensor(list(metrics.values()), dtype=torch.float64)
     dist.all_reduce(total)
     return dict(zip(metrics, total.tolist(), strict=True))
 
 
-def largest(value: float) -> float:
+def all_reduce_max(value: float) -> float:
     """The largest over ranks."""
-    if world() == 1:
+    if world_size() == 1:
         return value
     found = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.item()
 
 
-def anywhere(flag) -> bool:
+def any_rank(flag) -> bool:
     """Is it true on any rank?"""
-    return bool(largest(float(bool(flag))))
+    return bool(all_reduce_max(float(bool(flag))))
 
 
-def add_up(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """A tensor on the CPU, summed over ranks in place: a table of which each has filled a part, and left the rest 0."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def gathered(items: list) -> list:
+def all_gather(items: list) -> list:
     """The items of all ranks, rank by rank."""
-    if world() == 1:
+    if world_size() == 1:
         return items
-    everyone: list = [None] * world()
+    everyone: list = [None] * world_size()
     dist.all_gather_object(everyone, items)
     return [item for part in everyone for item in part]
 
 
-def wait() -> None:
+def barrier() -> None:
     """For all ranks to come here."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(torch.zeros(1))
 
 
 # ------------------------------------------------------------------------------------------- state
 
-def save(tensors: dict[str, Tensor], folder: Path) -> None:
+def save_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
     """Write to the folder a safetensors file of each rank with its share. OSError on all ranks if one of them could not."""
     import torch.distributed.checkpoint as dcp  # only now: it takes a second to import
 
@@ -193,7 +193,7 @@ def save(tensors: dict[str, Tensor], folder: Path) -> None:
         raise OSError(_causes(error)) from None
 
 
-def load(tensors: dict[str, Tensor], folder: Path, optional: dict[str, Tensor]) -> dict[str, Tensor]:
+def load_sharded(tensors: dict[str, Tensor], folder: Path, optional: dict[str, Tensor]) -> dict[str, Tensor]:
     """Fill the tensors with what any number of ranks have saved; returns those of the `optional` ones that are there, filled too."""
     import torch.distributed.checkpoint as dcp
 
@@ -205,7 +205,7 @@ def load(tensors: dict[str, Tensor], folder: Path, optional: dict[str, Tensor]) 
     optional = {name: tensor for name, tensor in optional.items() if name in held}
     try:
         with warnings.catch_warnings(action="ignore"):  # that one process loads alone
-            dcp.load(tensors | optional, storage_reader=reader, no_dist=world() == 1)
+            dcp.load(tensors | optional, storage_reader=reader, no_dist=world_size() == 1)
     except dcp.api.CheckpointException as error:
         raise ValueError(_causes(error)) from None
     return optional

@@ -1,10 +1,10 @@
 """A page on which people rate replies: they write, two replies come, they choose one, and the dialogue goes on with it.
 
-    python -m data.annotate models='["runs/tiny/0/sft/model"]' out=votes.jsonl                       http://127.0.0.1:8080
-    python -m data.annotate models='["old=http://127.0.0.1:8000/v1#a", "new=http://127.0.0.1:8001/v1#b"]' shared=shared.jsonl
+    python -m collect.annotate models='["runs/tiny/0/sft/model"]' out=votes.jsonl                       http://127.0.0.1:8080
+    python -m collect.annotate models='["old=http://127.0.0.1:8000/v1#a", "new=http://127.0.0.1:8001/v1#b"]' shared=shared.jsonl
 
     votes.jsonl            preferences to train on (data/records.py), with whose the replies were, where they stood, seconds taken
-    votes.shared.jsonl     the same of the shared items, which everybody rates: to measure by (python -m data.spec), not to train on
+    votes.shared.jsonl     the same of the shared items, which everybody rates: to measure by (python -m collect.spec), not to train on
     votes.ratings.jsonl    every answer, also those without a preference, as judging/recorded.py reads people's votes
     votes.journal.jsonl    everything shown and said, on the disk before the page goes on; the other three are made from it
 
@@ -47,11 +47,11 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 import runtime
-from data.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
+from collect.spec import PREFERENCE
 from data.formats import read
 from data.llm import Checkpoint, Reply, Request, Sampling, open_model
 from data.records import Reject, check_text
-from data.spec import PREFERENCE
+from judging.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
 from judging.recorded import Options, read_likert
 from runtime import check_range, fail
 

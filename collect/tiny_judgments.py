@@ -1,6 +1,6 @@
 """Lessons for a judge of the tiny world: which of two replies an annotator chose, as demonstrations for sft.py.
 
-    python -m data.tiny.judgments pairs=runs/tiny/0/pairs_reward.jsonl out=runs/tiny/0/judgments.jsonl
+    python -m collect.tiny_judgments pairs=runs/tiny/0/pairs_reward.jsonl out=runs/tiny/0/judgments.jsonl
 
 The user's message shows the dialogue with two replies, A and B, in judging/prompts.py's bare wording; the assistant
 says "A" or "B". Which reply is called A is drawn by lot for every pair, so a judge that leans to one side learnt

@@ -1,7 +1,7 @@
 """Which training records hold items of a benchmark? A table, the list of what was found, and the records that hold nothing.
 
-    python -m data.decontaminate TRAIN --against FILE [FILE ...]                         the table
-    python -m data.decontaminate TRAIN --against FILE ... --out clean.jsonl --removed removed.jsonl
+    python -m collect.decontaminate TRAIN --against FILE [FILE ...]                         the table
+    python -m collect.decontaminate TRAIN --against FILE ... --out clean.jsonl --removed removed.jsonl
 
 FILE is anything data/formats.py reads, of which the user's turns are the items; or FILE:field names the text, or list of
 texts, that is the item: mmlu.jsonl:question. Of TRAIN every text is looked at: all turns, the chosen and the rejected reply.
@@ -210,7 +210,7 @@ def written_beside(path: str | None) -> Iterator[IO[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.decontaminate", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m collect.decontaminate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train")
     parser.add_argument("--against", nargs="+", required=True, metavar="FILE[:field]")

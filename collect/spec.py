@@ -1,10 +1,10 @@
 """Specify before buying, measure before training: task and length tables, targets, comparisons, subsets, and a report on raters.
 
-    python -m data.spec FILE                               what a data set holds: tasks, lengths, and agreement if it has raters
-    python -m data.spec FILE --target instructgpt          the same beside a target: surge, instructgpt or preference
-    python -m data.spec FILE --compare OTHER --unit bytes  beside another set; lengths in words (default), bytes, or a tokenizer's tokens
-    python -m data.spec FILE --target surge --figure f.png histogram of lengths, bars of task shares
-    python -m data.spec FILE --target surge --subset 1000 --out sub.jsonl    draw records in the target's task mix
+    python -m collect.spec FILE                               what a data set holds: tasks, lengths, and agreement if it has raters
+    python -m collect.spec FILE --target instructgpt          the same beside a target: surge, instructgpt or preference
+    python -m collect.spec FILE --compare OTHER --unit bytes  beside another set; lengths in words (default), bytes, or a tokenizer's tokens
+    python -m collect.spec FILE --target surge --figure f.png histogram of lengths, bars of task shares
+    python -m collect.spec FILE --target surge --subset 1000 --out sub.jsonl    draw records in the target's task mix
 
 Targets are those of the talk "Recipe for Training Helpful Chatbots": the use cases of InstructGPT (Ouyang et al. 2022,
 arXiv:2203.02155), what was ordered from Surge after their model, and the mix of the preference collection.
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.chat import load_tokenizer
+from collect.raters import collect_labels, label_rows, rater_sections, task_of
 from data.formats import read
-from data.raters import collect_labels, label_rows, rater_sections, task_of
+from data.tokenizer import load_tokenizer
 from judging.report import text as report_text
 from runtime import arguments, fail, write_text, writing
 
@@ -364,7 +364,7 @@ def draw(lengths: Mapping[str, np.ndarray], target: Mapping[str, float] | None, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.spec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m collect.spec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
     parser.add_argument("--target", choices=TARGETS)
     parser.add_argument("--compare", metavar="OTHER", help="another data file")

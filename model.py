@@ -1,16 +1,15 @@
-"""The transformer: configuration, forward pass, KV cache, sampling, and Hugging Face checkpoints in and out.
+"""The transformer: configuration, forward pass, KV cache and sampling.
 
 Everything between the embedding and the head works on one flat row of N tokens, whatever sequences or
 conversation trees it holds: only rotary positions and attention look at where a token stands. The
-head is not part of the forward pass. Training asks for the log-probabilities of response tokens
+head is not part of the forward pass: training asks for the log-probabilities of response tokens
 (`kernels/logprobs.py`), sampling for the logits of the last tokens.
 
     hidden = model.hidden(tokens [N], positions [N], layout)     -> [N, D]
     logits = model.logits(hidden)                                -> [N, V]
     logits = model(input_ids [B, T], attention_mask [B, T])      -> [B, T, V], the plain way in
 
-Parameters carry the names of Hugging Face's Llama; other families are renamed, and their fused matrices split, on
-the way in and out. What sets the families apart is a table of fields, FAMILIES.
+Parameters carry the names of Hugging Face's Llama; `checkpoints.py` reads and writes the directories of every family.
 """
 from __future__ import annotations
 
@@ -33,15 +32,17 @@ from kernels import missing_rows, without_onednn
 from kernels.attention import attention
 from kernels.decode import decode_attention
 from kernels.fused import rms_norm, rotary, swiglu
+from kernels.graphs import DecodeGraphs
 from kernels.layout import Layout
+from kernels.sampling import sample_each, uniform_numbers
 
 # ----------------------------------------------------------------------------------- configuration
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and variants of a model. V vocabulary, D width, H heads, K key/value heads, E head width. Defaults are Llama's."""
+    """Sizes and variants. V vocabulary, D width, H heads, K key/value heads, E head width. The defaults are Llama's."""
 
-    family: str = "llama"                  # a key of FAMILIES, `model_type` in config.json
+    family: str = "llama"                  # `model_type` in config.json, a key of checkpoints.FAMILIES
     vocab_size: int = 1024                 # V
     width: int = 192                       # D
     layers: int = 6
@@ -62,16 +63,16 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False                  # RMSNorm on every query and key head
     embed_scale: float = 1.0               # of token embeddings
-    rotary: float = 1.0                    # share of a head's dimensions that turn; 0: learned positions
+    rotary: float = 1.0                    # share of a head's dimensions that rotate; 0: learned positions
     rope_theta: float = 10000.0            # base of the rotary frequencies
     rope_scaling: dict | None = None       # Llama-3's long-context scaling, as in config.json
     window: int | None = None              # tokens a query sees, itself included; None: all
     tied: bool = True                      # head and embedding share one matrix
     scored: bool = False                   # a score head in place of the LM head: a reward or value model
-    score_mean: float = 0.0                # taken off every score, so that demonstrations score 0 on average
+    score_mean: float = 0.0                # subtracted from every score, so that demonstrations score 0 on average
     score_std: float = 1.0                 # of those scores: the scale of the reward, for PPO to divide by
     dtype: str = "float32"                 # of the weights on disk
-    raw: dict = field(default_factory=dict)  # config.json as read: keys we do not use travel along
+    raw: dict = field(default_factory=dict)  # config.json as read: keys we do not use are written back
 
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -89,11 +90,6 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-def embedding(count: int, width: int) -> nn.Embedding:
-    """Without its first values, which nobody keeps: drawing them on the meta device imports PyTorch's compiler, 69 MB and 1.9 s."""
-    return nn.Embedding(count, width, _weight=torch.empty(count, width))
 
 
 class RMSNorm(nn.Module):
@@ -123,9 +119,9 @@ def new_norm(config: ModelConfig) -> nn.Module:
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each pair of turning dimensions, [R / 2] (Su et al. 2021; Llama-3's scaling of slow ones)."""
-    turning = int(config.head_dim * config.rotary)
-    exponents = torch.arange(0, turning, 2, dtype=torch.float32, device="cpu") / max(turning, 1)  # a value on the meta device too
+    """Radians per position of each rotating pair of dimensions, [R / 2] (Su et al. 2021), as Llama-3 scales them."""
+    rotating = int(config.head_dim * config.rotary)
+    exponents = torch.arange(0, rotating, 2, dtype=torch.float32, device="cpu") / max(rotating, 1)  # never on meta
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return frequencies
@@ -153,7 +149,7 @@ class Attention(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = turned(q, cos, sin), turned(k, cos, sin)  # [N, H, E], [N, K, E]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [N, H, E], [N, K, E]
         if cache is not None:
             cache.write(layer, k, v)
         if cache is not None and cache.decoding:
@@ -163,16 +159,15 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(1))
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on the first R dimensions of x [N, H, E], where cos and sin are [N, 1, R]."""
-    turning = cos.shape[-1]
-    if turning == x.shape[-1]:
+    rotating = cos.shape[-1]
+    if rotating == x.shape[-1]:
         return rotary(x, cos, sin)
-    return torch.cat([rotary(x[..., :turning], cos, sin), x[..., turning:]], -1) if turning else x
+    return torch.cat([rotary(x[..., :rotating], cos, sin), x[..., rotating:]], -1) if rotating else x
 
 
 class MLP(nn.Module):
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = config.activation
@@ -189,7 +184,6 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.parallel = config.parallel
@@ -202,19 +196,28 @@ class Block(nn.Module):
         normed = self.input_layernorm(x)
         attended = self.self_attn(normed, cos, sin, layout, cache, layer)
         if self.parallel:
-            return x + attended + self.mlp(normed if self.post_attention_layernorm is None else self.post_attention_layernorm(x))
+            normed = normed if self.post_attention_layernorm is None else self.post_attention_layernorm(x)
+            return x + attended + self.mlp(normed)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Transformer(nn.Module):
+def embedding(count: int, width: int) -> nn.Embedding:
+    """Without first values: drawing them on the meta device would import PyTorch's compiler, 69 MB and 1.9 s."""
+    return nn.Embedding(count, width, _weight=torch.empty(count, width))
 
+
+class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # of activations; None: that of the weights
         self.checkpointing = False  # keep each block's input alone and run the block again in the backward pass
         self.recompute = noop_context_fn  # contexts of a block's first and second run: which adapter is on (lora.py)
+        self.adapters: dict[str, dict] = {}  # settings of the adapters that lora.py has added, by name,
+        self.lora_layers: list[nn.Module] = []  # and the layers that hold them
+        self.source = self.source_hash = ""  # where a frozen base was read from: an adapter's file names it
+        self.new_rows = False  # embeddings were added for a chat template's tokens: an adapter has to bring them along
         self.embed_tokens = embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.embed_positions = embedding(config.max_positions, config.width) if config.rotary == 0 else None
@@ -239,7 +242,7 @@ class Transformer(nn.Module):
         self.config = replace(self.config, vocab_size=vocab_size)
 
     def hidden(self, tokens: Tensor, positions: Tensor, layout: Layout | None, cache: KVCache | None = None) -> Tensor:
-        """Final hidden states [N, D] of tokens [N] at positions [N] along their paths; no layout is needed to decode."""
+        """Final hidden states [N, D] of tokens [N] at positions [N] along their paths; decoding needs no layout."""
         count, missing = len(tokens), missing_rows(tokens) if cache is None else 0
         if missing:
             tokens, positions = F.pad(tokens, (0, missing)), F.pad(positions, (0, missing))
@@ -260,12 +263,13 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in at least fp32."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        if hidden.is_cuda and hidden.ndim == 2 and hidden.dtype == self.head_weight.dtype != wide and not torch.is_grad_enabled():
-            return torch.mm(hidden, self.head_weight.t(), out_dtype=wide)  # the same sums, without a wide copy of the head
+        narrow = hidden.dtype == self.head_weight.dtype != wide
+        if hidden.is_cuda and hidden.ndim == 2 and narrow and not torch.is_grad_enabled():
+            return torch.mm(hidden, self.head_weight.t(), out_dtype=wide)  # same sums, without an fp32 copy of the head
         return F.linear(hidden.to(wide), self.head_weight.to(wide))
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [...] in at least fp32: what the score head says after each token."""
+        """[..., D] -> [...] in at least fp32: the score head's output after each token."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return F.linear(hidden.to(wide), self.score_head.weight.to(wide))[..., 0] - self.config.score_mean
 
@@ -330,10 +334,13 @@ class KVCache:
         self.decoding, self.longest = False, 0
 
     def at(self, slots: Tensor, positions: Tensor, longest: int, decoding: bool) -> KVCache:
-        """The next forward pass writes its token i to slot slots[i], place positions[i] < longest; decoding: one token a slot."""
+        """The next forward pass writes its token i to place positions[i] < longest of slot slots[i].
+
+        Decoding: one token a slot.
+        """
         self.slots, self.positions, self.decoding = slots, positions, decoding
         self.seen = positions + 1                      # tokens each new token attends to
-        self.longest = max(self.longest, longest)      # told, because to look at a GPU's tensor is to wait for it
+        self.longest = max(self.longest, longest)  # passed in: reading it back would sync the GPU
         return self
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -361,9 +368,9 @@ def generate(
     model: Transformer,
     prompts: list[list[int]],
     max_tokens: int | list[int],              # a list has one for each prompt
-    temperature: float | list[float] = 1.0,   # 0 is greedy; a list has one for each of the n samples, as do the next two
-    top_k: int | list[int] = 0,               # 0: all
-    top_p: float | list[float] = 1.0,         # 1: all
+    temperature: float | list[float] = 1.0,   # 0 is greedy; a list has one for each of the n samples
+    top_k: int | list[int] = 0,               # 0: all; a list likewise
+    top_p: float | list[float] = 1.0,         # 1: all; a list likewise
     n: int = 1,                               # samples per prompt
     stop_ids: tuple[int, ...] = (),
     seed: int = 0,
@@ -377,20 +384,15 @@ def generate(
     A prompt is read once for the samples that start together. Sample j of prompt i draws from its own random stream
     (seed, number i, j): the same whatever the batch.
     """
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty")
-    each = [x if isinstance(x, list) else [x] * n for x in (temperature, top_k, top_p)]
-    if any(len(x) != n for x in each):
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected one number, or n={n} of them")
-    settings = list(zip(*each, strict=True))
-    if any(t < 0 or k < 0 or not 0 <= p <= 1 for t, k, p in settings):
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected >= 0, >= 0 and between 0 and 1")
+    settings = _sample_settings(temperature, top_k, top_p, n)
     limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
     longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty")
     if model.embed_positions is not None and longest > model.config.max_positions:
-        raise ValueError(f"a prompt and its new tokens make {longest}: the model has {model.config.max_positions} positions")
+        raise ValueError(f"prompt and reply have {longest} tokens, the model {model.config.max_positions} positions")
     numbers = numbers or list(range(len(prompts)))
-    asked = [[Sequence(prompt, limit, settings[j], [seed, number, j]) for j in range(n)]
+    asked = [[ReplyState(prompt, limit, settings[j], [seed, number, j]) for j in range(n)]
              for prompt, limit, number in zip(prompts, limits, numbers, strict=True)]
     waiting = [s for samples in asked for s in samples if s.max_tokens > 0]
     decoder = Decoder(model, stop_ids, min(slots, len(waiting)), longest)
@@ -401,18 +403,35 @@ def generate(
     return [[Sample(s.tokens, s.logprobs, s.finished) for s in samples] for samples in asked]
 
 
-class Sequence:
-    """One reply on its way: what it answers, how it is drawn, what it has said."""
+def _sample_settings(temperature, top_k, top_p, n: int) -> list[tuple[float, int, float]]:
+    """Temperature, top-k and top-p of each of n samples."""
+    told = f"temperature {temperature}, top_k {top_k}, top_p {top_p}"
+    each = [x if isinstance(x, list) else [x] * n for x in (temperature, top_k, top_p)]
+    if any(len(x) != n for x in each):
+        raise ValueError(f"{told}: expected one number, or n={n} of them")
+    settings = list(zip(*each, strict=True))
+    if any(t < 0 or k < 0 or not 0 <= p <= 1 for t, k, p in settings):
+        raise ValueError(f"{told}: expected >= 0, >= 0 and between 0 and 1")
+    return settings
 
-    def __init__(self, prompt: list[int], max_tokens: int, settings: tuple[float, int, float], stream: list[int],
-                 labels: list[int] = (), top: int = -1):
+
+class ReplyState:
+    """A reply being sampled: its prompt, how it is drawn, its tokens so far."""
+
+    def __init__(
+        self, prompt: list[int], max_tokens: int,
+        settings: tuple[float, int, float],  # temperature, top-k and top-p
+        stream: list[int],                   # seeds its random numbers
+        labels: list[int] = (),              # tokens whose log-probability as the reply's first is asked for
+        top: int = -1,                       # alternatives to report per token; -1: not even its own at temperature 1
+    ):
         self.prompt, self.max_tokens = tuple(prompt), max_tokens
-        self.settings, self.stream = settings, stream         # temperature, top-k and top-p; what its random numbers depend on
-        self.labels, self.label_logprobs = list(labels), []   # tokens, and the log-probability of each to come first
-        self.top, self.alternatives = top, []                 # for each token: its log-probability, the `top` likeliest ids, and theirs
+        self.settings, self.stream = settings, stream
+        self.labels, self.label_logprobs = list(labels), []
+        self.top, self.alternatives = top, []   # per token: its log-probability, the likeliest ids, and theirs
         self.tokens: list[int] = []
-        self.logprobs: list[float] = []                       # at the sampling temperature
-        self.done = self.finished = False                     # finished: with a stop token
+        self.logprobs: list[float] = []         # at the sampling temperature
+        self.done = self.finished = False       # finished: with a stop token
         self.began = 0.0
 
 
@@ -426,12 +445,14 @@ class Decoder:
         self.model, self.stop_ids, self.slots = model, stop_ids, slots
         self.cache = KVCache(model, slots, length)
         self.device = model.embed_tokens.weight.device
-        self.decode = _DecodeGraphs(model, self.cache, slots) if self.device.type == "cuda" else partial(_decode, model, self.cache)
-        self.waiting: deque[Sequence] = deque()
-        self.active: list[Sequence] = []
+        self.decode = partial(_decode, model, self.cache)
+        if self.device.type == "cuda":
+            self.decode = DecodeGraphs(self.decode, self.cache, slots)
+        self.waiting: deque[ReplyState] = deque()
+        self.active: list[ReplyState] = []
 
     @torch.no_grad()
-    def step(self) -> list[Sequence]:
+    def step(self) -> list[ReplyState]:
         """One more token for some sequences: those that join now, or else all active ones. Returns these."""
         self._leave()
         new = []
@@ -446,9 +467,11 @@ class Decoder:
         self._draw(self.active, self.decode(tokens, torch.tensor(positions, device=self.device), max(positions) + 1))
         return list(self.active)
 
-    def _join(self) -> list[Sequence]:
+    def _join(self) -> list[ReplyState]:
         new, room = [], 16384  # prompt tokens read at once: what bounds the memory of a pass
-        while self.waiting and len(self.active) + len(new) < self.slots and (not new or len(self.waiting[0].prompt) <= room):
+        while self.waiting and len(self.active) + len(new) < self.slots:
+            if new and len(self.waiting[0].prompt) > room:
+                break
             s = self.waiting.popleft()
             if s.done:
                 continue
@@ -465,9 +488,9 @@ class Decoder:
         self._draw(new, logits)
         return new
 
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
+    def _draw(self, sequences: list[ReplyState], logits: Tensor) -> None:
         uniform = torch.from_numpy(np.stack([s.uniform[len(s.tokens)] for s in sequences])).to(self.device)
-        tokens, logprobs = _sample_each(logits, [s.settings for s in sequences], uniform)
+        tokens, logprobs = sample_each(logits, [s.settings for s in sequences], uniform)
         for row, (s, token, logprob) in enumerate(zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)):
             if s.top >= 0:
                 at_1 = torch.log_softmax(logits[row], -1)
@@ -490,8 +513,11 @@ class Decoder:
         del self.active[left:]
 
 
-def _prefill(model: Transformer, cache: KVCache, new: list[Sequence], first_slot: int) -> Tensor:
-    """Run the prompts of new sequences into the cache, from slot `first_slot` on, equal ones once; logits [B, V] after them."""
+Sequence = ReplyState  # until data/llm.py and chat.py have the new name
+
+
+def _prefill(model: Transformer, cache: KVCache, new: list[ReplyState], first_slot: int) -> Tensor:
+    """Read the prompts of new sequences into the cache, equal ones once, from slot `first_slot` on; logits [B, V]."""
     device = model.embed_tokens.weight.device
     slot: dict[tuple[int, ...], int] = {}  # of each prompt, where it is read; the others that have it get copies
     for i, s in enumerate(new):
@@ -519,135 +545,8 @@ def _decode(model: Transformer, cache: KVCache, tokens: Tensor, positions: Tenso
     return model.logits(hidden)
 
 
-class _DecodeGraphs:
-    """_decode as CUDA graphs: a step of a 7B model is hundreds of launches, which cost more than the work of a few sequences.
-
-    A graph has one size, the next power of two; its idle rows write to the first place of slots that are free.
-    """
-
-    def __init__(self, model: Transformer, cache: KVCache, slots: int):
-        self.model, self.cache, self.slots = model, cache, slots
-        self.room = cache.data.shape[-2]
-        self.graphs: dict[int, tuple] = {}
-        self.memory = self.aside = None  # what all graphs share
-
-    def __call__(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
-        count, seen = len(tokens), max(self.cache.longest, longest)
-        size = min(self.slots, 1 << (count - 1).bit_length())
-        padding = (0, size - count)
-        if size not in self.graphs:
-            self.graphs[size] = self._capture(F.pad(tokens, padding), F.pad(positions, padding))
-        graph, its_tokens, its_positions, logits = self.graphs[size]
-        its_tokens.copy_(F.pad(tokens, padding))
-        its_positions.copy_(F.pad(positions, padding))
-        graph.replay()
-        self.cache.longest = seen
-        return logits[:count]
-
-    def _capture(self, tokens: Tensor, positions: Tensor) -> tuple:
-        """Record the step that reads these two tensors. It runs for real once before, aside: kernels compile."""
-        def step():
-            return _decode(self.model, self.cache, tokens, positions, self.room)
-
-        if self.memory is None:
-            self.memory, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        self.aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.aside):
-            step()
-        torch.cuda.current_stream().wait_stream(self.aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory, stream=self.aside):
-            logits = step()
-        return graph, tokens, positions, logits
-
-
-def _sample_each(logits: Tensor, settings: list[tuple[float, int, float]], uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """sample_tokens, each row with its own temperature, top-k and top-p."""
-    kinds = set(settings)
-    if len(kinds) == 1:
-        return sample_tokens(logits, *settings[0], uniform)
-    tokens, logprobs = torch.empty(len(settings), dtype=torch.long, device=logits.device), logits.new_empty(len(settings))
-    for kind in kinds:
-        rows = torch.tensor([i for i, x in enumerate(settings) if x == kind], device=logits.device)
-        tokens[rows], logprobs[rows] = sample_tokens(logits[rows], *kind, uniform[rows])
-    return tokens, logprobs
-
-
-DRAWS = 24  # uniform numbers for each token: more than one is used when top-p refuses a draw
-
-
-def uniform_numbers(seed: int | list[int], max_tokens: int) -> np.ndarray:
-    """A sample's random stream, [max_tokens, DRAWS] in [0, 1)."""
-    generator = np.random.default_rng(seed)
-    first = generator.random((max_tokens, 1), dtype=np.float32)
-    return np.concatenate([first, generator.random((max_tokens, DRAWS - 1), dtype=np.float32)], 1)
-
-
-def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row of logits [B, V] from uniform numbers in [0, 1) [B, DRAWS], and its log-probability [B].
-
-    Order: temperature, top-k (ties with the k-th stay), top-p (the fewest tokens whose probability reaches
-    top_p, at least one, and ties with the last). The log-probability is that of the whole tempered distribution,
-    so that it is what a training forward finds. temperature 0 takes the largest logit, with its probability at 1.
-    """
-    if temperature == 0:
-        logprobs, tokens = torch.log_softmax(logits, -1), logits.argmax(-1)
-        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
-    probs = torch.softmax(logits / temperature, -1)
-    kept = keep_top_k(probs, top_k) if top_k else probs
-    tokens = inverse_cdf(kept, uniform[:, 0])
-    if top_p < 1:
-        tokens = _redraw(kept, tokens, top_p, uniform)
-    return tokens, probs.gather(1, tokens[:, None])[:, 0].log()
-
-
-def keep_top_k(probs: Tensor, top_k: int) -> Tensor:
-    """Probabilities [B, V] of the k likeliest tokens alone, which sum to 1."""
-    kth = probs.topk(min(top_k, probs.shape[-1]), dim=-1).values[:, -1:]
-    kept = probs.masked_fill(probs < kth, 0.0)
-    return kept / kept.sum(-1, keepdim=True)
-
-
-def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The first token of each row of weights [B, V] at which their running sum exceeds uniform [B] times the whole, [B]."""
-    cumulative = weights.cumsum(-1)
-    total = cumulative[:, -1]
-    below = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))  # or rounding may point past the last token
-    return torch.searchsorted(cumulative, below[:, None], right=True)[:, 0].clamp_(max=weights.shape[-1] - 1)
-
-
-def likelier(probs: Tensor, tokens: Tensor) -> Tensor:
-    """Probabilities [B, V], but 0 where one is not above that of the row's token [B]."""
-    above = torch.empty_like(probs)  # of numbers: boolean masks of 64 x 32,000 take five times as long
-    return torch.gt(probs, probs.gather(1, tokens[:, None]), out=above).mul_(probs)
-
-
-def in_nucleus(probs: Tensor, tokens: Tensor, top_p: float) -> Tensor:
-    """Whether token [B] of a row [B, V] is among the fewest whose probability reaches top_p: likelier ones hold less, or there are none."""
-    above = likelier(probs, tokens).sum(-1)
-    return (above < top_p) | (above == 0)
-
-
-def _redraw(probs: Tensor, tokens: Tensor, top_p: float, uniform: Tensor) -> Tensor:
-    """Top-p without sorting: what lies outside the nucleus (Holtzman et al. 2020) is drawn again among what is likelier.
-
-    A refused token's equals and inferiors lie outside too, so each draw is from a set that holds the whole nucleus,
-    and what is accepted has the nucleus's distribution. Most rows accept the first. Sorting 64 rows of 32,000 costs
-    73 ms on two cores, a decoding step of a 15 M model 12.
-    """
-    refused = (~in_nucleus(probs, tokens, top_p)).nonzero()[:, 0]
-    for column in range(1, DRAWS):
-        if not len(refused):
-            return tokens
-        some = probs[refused]
-        tokens[refused] = inverse_cdf(likelier(some, tokens[refused]), uniform[refused, column])
-        refused = refused[~in_nucleus(some, tokens[refused], top_p)]
-    tokens[refused] = probs[refused].argmax(-1)  # once in a billion tokens at top_p 0.01, less above
-    return tokens
-
-
 def __getattr__(name: str):
-    """`model.load_model` and `model.save_model`, the names notebooks use; both stand in checkpoints.py, which imports this file."""
+    """`model.load_model` and `model.save_model`, as notebooks call them: checkpoints.py, which imports us, has both."""
     if name in ("load_model", "save_model"):
         import checkpoints
 

@@ -35,7 +35,19 @@ import lora
 import runtime
 from checkpoints import expect_replies
 from data.formats import read
-from data.pack import CHOSEN, Batch, Response, Tree, collate, load_trees, share, step_trees, steps_per_epoch, tree_from_messages, truncate
+from data.pack import (
+    CHOSEN,
+    Batch,
+    Response,
+    Tree,
+    collate,
+    load_trees,
+    share,
+    step_trees,
+    steps_per_epoch,
+    tree_from_messages,
+    truncate,
+)
 from data.tokenizer import TEMPLATES, Tokenizer, adopt_template, check_vocabulary, load_tokenizer, sample_texts
 from kernels.logprobs import linear_logprobs
 from model import Transformer

@@ -13,7 +13,16 @@ from itertools import combinations
 
 import numpy as np
 
-from judging.agreement import bootstrap, by_category, cohen_kappa, fleiss_kappa, gwet_ac1, krippendorff_alpha, raw_agreement, spearman
+from judging.agreement import (
+    bootstrap,
+    by_category,
+    cohen_kappa,
+    fleiss_kappa,
+    gwet_ac1,
+    krippendorff_alpha,
+    raw_agreement,
+    spearman,
+)
 from judging.ratings import feature_preference, wilson
 
 NAMES = {"brainstorming": "brainstorm", "summarization": "summarize", "classification": "classify", "information_extraction": "extract",

@@ -8,7 +8,16 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from kernels import bench, bench_report
 from kernels.attention import attention
-from kernels.bench_groups import Scene, attention_group, flex_work, four_turns, mixed, padded_attention, pairs_of, seen_pairs
+from kernels.bench_groups import (
+    Scene,
+    attention_group,
+    flex_work,
+    four_turns,
+    mixed,
+    padded_attention,
+    pairs_of,
+    seen_pairs,
+)
 from kernels.layout import Layout
 
 CPU = torch.device("cpu")

@@ -12,7 +12,18 @@ from conftest import BASE, exits, small_model, write_jsonl
 
 from data.tokenizer import load_tokenizer
 from judging import choices
-from judging.choices import TASKS, Question, encode_choices, grade, likelihoods, measure, plant, read_exam, read_questions, with_contexts
+from judging.choices import (
+    TASKS,
+    Question,
+    encode_choices,
+    grade,
+    likelihoods,
+    measure,
+    plant,
+    read_exam,
+    read_questions,
+    with_contexts,
+)
 
 real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
 

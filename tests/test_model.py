@@ -1,5 +1,6 @@
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from benchmarks import loading
 from checkpoints import BUFFERS, _sources, load_model, save_model
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
-from model import DRAWS, KVCache, generate, in_nucleus, keep_top_k, sample_tokens
+from kernels.sampling import DRAWS, in_nucleus, keep_top_k, sample_tokens
+from model import KVCache, generate
 
 FAMILIES = ("llama2", "llama3", "yi", "mistral", "qwen2", "qwen3", "falcon7b", "falcon40b", "gpt_bigcode", "starcoder2", "gpt_neox",
             "gemma")
@@ -376,21 +378,18 @@ def test_decoding_by_graphs_changes_no_token(monkeypatch):
             self.logits.copy_(self.step())
 
     def capture(self, tokens, positions):
-        def step():
-            return source._decode(self.model, self.cache, tokens, positions, self.room)
-        logits = step()
-        return Repeated(step, logits), tokens, positions, logits
+        logits = self.step(tokens, positions, self.room)
+        return Repeated(lambda: self.step(tokens, positions, self.room), logits), tokens, positions, logits
 
     gpu = torch.cuda.is_available()
     network = small_model(dtype=torch.float32, scale=3.0).to("cuda" if gpu else "cpu")
     prompts = [[1 + i % 30] * (1 + 5 * i % 11) for i in range(23)]
     settings = dict(max_tokens=12, n=2, stop_ids=(3,), seed=1, slots=9)
     with monkeypatch.context() as patch:
-        patch.setattr(source, "_DecodeGraphs", lambda model, cache, slots: source.partial(source._decode, model, cache))
+        patch.setattr(source, "DecodeGraphs", lambda step, cache, slots: step)
         plain = generate(network, prompts, **settings)
     if not gpu:
-        graphs = source._DecodeGraphs
-        monkeypatch.setattr(graphs, "_capture", capture)
-        monkeypatch.setattr(source, "partial", lambda function, model, cache: graphs(model, cache, 9))
+        monkeypatch.setattr(source.DecodeGraphs, "_capture", capture)
+        monkeypatch.setattr(source, "partial", lambda step, *given: source.DecodeGraphs(partial(step, *given), given[1], 9))
     by_graphs = generate(network, prompts, **settings)
     assert [[s.tokens for s in each] for each in by_graphs] == [[s.tokens for s in each] for each in plain]

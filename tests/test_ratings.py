@@ -11,7 +11,17 @@ import pytest
 from conftest import exits
 
 from judging import ratings
-from judging.ratings import Game, bootstrap_bradley_terry, bootstrap_elo, both_orders, bradley_terry, collect, elo, likert_tables, win_rate
+from judging.ratings import (
+    Game,
+    bootstrap_bradley_terry,
+    bootstrap_elo,
+    both_orders,
+    bradley_terry,
+    collect,
+    elo,
+    likert_tables,
+    win_rate,
+)
 
 real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
 NAN = math.nan

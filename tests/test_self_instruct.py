@@ -9,7 +9,17 @@ from conftest import exits, write_jsonl
 from scripted import Scripted, corrupt, number, survives_kills
 
 from collect import self_instruct
-from collect.self_instruct import Config, as_prompt, fault, generate, read_alpaca, read_input_first, read_list, read_output_first, sound
+from collect.self_instruct import (
+    Config,
+    as_prompt,
+    fault,
+    generate,
+    read_alpaca,
+    read_input_first,
+    read_list,
+    read_output_first,
+    sound,
+)
 from data.formats import read
 from data.llm import Reply, Request
 

@@ -40,7 +40,22 @@ from tqdm import tqdm
 
 import runtime
 from checkpoints import save_model
-from data.tiny.world import CLASSES, COLOURS, FACTS, NAMES, OBJECTS, PEOPLE, TASKS, an, capital, demonstrate, dialogue, plural, she, split
+from data.tiny.world import (
+    CLASSES,
+    COLOURS,
+    FACTS,
+    NAMES,
+    OBJECTS,
+    PEOPLE,
+    TASKS,
+    an,
+    capital,
+    demonstrate,
+    dialogue,
+    plural,
+    she,
+    split,
+)
 from data.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer, init_weights
 

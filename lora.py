@@ -1,16 +1,16 @@
 """LoRA and its relatives: train a small correction, leave the base alone.
 
-    LoRA    y = W x + s B A dropout(x)          A [r, in], B [out, r],  s = alpha / r       Hu et al. 2021, arXiv:2106.09685
-    rsLoRA  the same with s = alpha / sqrt(r)                                               Kalajdzievski 2023, arXiv:2312.03732
-    DoRA    y = m (W + s B A) x / |W + s B A|   m [out], norm by row, not differentiated    Liu et al. 2024, arXiv:2402.09353
-    QLoRA   LoRA on a base of four bits a weight (kernels/nf4.py)                           Dettmers et al. 2023, arXiv:2305.14314
+    LoRA    y = W x + s B A dropout(x)          A [r, in], B [out, r],  s = alpha / r   Hu et al. 2021, arXiv:2106.09685
+    rsLoRA  the same with s = alpha / sqrt(r)                                      Kalajdzievski 2023, arXiv:2312.03732
+    DoRA    y = m (W + s B A) x / |W + s B A|   m [out], row norm, no gradient        Liu et al. 2024, arXiv:2402.09353
+    QLoRA   LoRA on a base of four bits a weight (kernels/nf4.py)                 Dettmers et al. 2023, arXiv:2305.14314
 
 B starts at zero, so that training starts from the base exactly. Several adapters share one base by name (policy, value,
 reward), and with none switched on the model is the base: the reference of DPO and PPO costs nothing.
 
 Memory of a 7B model: 16-bit weights 14.5 GB, in NF4 3.7 GB; an adapter of rank 64 on every linear layer has 160 M
-parameters, with gradients and AdamW's moments in fp32 2.6 GB; full fine-tuning takes 116 GB. Any script tells for
-any model with dry_run=true (memory.py).
+parameters, with gradients and AdamW's moments in fp32 2.6 GB; full fine-tuning takes 116 GB. Any script says so for
+any model with --dry-run.
 
 Files are those of PEFT: adapter_config.json and adapter_model.safetensors.
 """
@@ -22,11 +22,9 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from math import inf
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,35 +33,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
 
-from checkpoints import file_name, join_qkv, load_model, save_model, split_qkv, weight_files
-from kernels.nf4 import NF4, dequantize, linear, quantize
+from checkpoints import expect_replies, file_name, join_qkv, load_model, save_model, split_qkv, weight_files
+from kernels import nf4
 from model import Linear, Transformer
-from runtime import check_range, distributed, fail, file_hash, writing
-
-
-@dataclass(frozen=True)
-class Options:
-    """What of a model trains, in how much memory and by which kernels: settings that every training script has."""
-
-    lora_rank: int = 0               # 8-256: train adapters of this rank on every linear layer of a frozen base; 0: train every weight
-    lora_alpha: float = 16.0         # adapters count alpha / rank
-    lora_dropout: float = 0.0        # on what enters an adapter, 0-0.1
-    lora_kind: Literal["lora", "rslora", "dora"] = "lora"
-    lora_plus: float = 1.0           # how much faster B learns than A; LoRA+ recommends 16
-    quantize: Literal["none", "nf4", "int8"] = "none"  # the frozen base, four or eight bits a weight
-    checkpointing: bool = False      # keep a block's input alone and run it again for its gradients: little memory, a third more time
-    kernels: Literal["auto", "torch", "triton"] = "auto"  # auto: Triton on a GPU, PyTorch elsewhere
-    shard: int = 0                   # several processes (torchrun): how many share one copy of the weights, e.g. those of a node; 0: all
-    profile: bool = False            # write a trace of a few steps to the run's folder, and print where their time went
-    dry_run: bool = False            # check everything, print parameters, memory and steps, and leave
-
-    def __post_init__(self):
-        for key, low, high in (("lora_rank", 0, 2**16), ("lora_alpha", 0, inf), ("lora_dropout", 0, 0.99), ("lora_plus", 1e-3, inf),
-                               ("shard", 0, inf)):
-            check_range(key, getattr(self, key), low, high)
-        if self.quantize != "none" and not self.lora_rank:
-            fail(f"quantize is '{self.quantize}', which cannot be trained: set lora_rank, e.g. lora_rank=16")
-
+from runtime import Settings, compute_dtype, distributed, fail, file_hash, writing
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # every linear layer of a block
 
@@ -76,7 +49,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return linear(x, layer.state()) if isinstance(layer, NF4Linear) else x @ layer.decoded(x.dtype).t()
+        return nf4.linear(x, layer.state()) if isinstance(layer, NF4Linear) else x @ layer.decoded(x.dtype).t()
 
     @staticmethod
     def backward(ctx, g):
@@ -88,16 +61,16 @@ class NF4Linear(nn.Module):
 
     def __init__(self, linear: Linear, double: bool = True):
         super().__init__()
-        state = quantize(linear.weight, double=double)
+        state = nf4.quantize(linear.weight, double=double)
         self.shape, self.block, self.bias = state.shape, state.block, linear.bias
         for name in ("codes", "scales", "scales2", "offset"):
             self.register_buffer(name, getattr(state, name))
 
-    def state(self) -> NF4:
-        return NF4(self.codes, self.scales, self.scales2, self.offset, self.shape, self.block)
+    def state(self) -> nf4.NF4:
+        return nf4.NF4(self.codes, self.scales, self.scales2, self.offset, self.shape, self.block)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        return dequantize(self.state(), dtype)
+        return nf4.dequantize(self.state(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Frozen.apply(x, self)
@@ -136,7 +109,10 @@ QUANTIZED = {"nf4": NF4Linear, "int8": Int8Linear}
 
 
 def quantize_base(model: Transformer, kind: str, double: bool = True) -> Transformer:
-    """Every linear layer of the blocks as "nf4" or "int8", in place; embeddings, norms and heads stay. Nothing of the base trains."""
+    """Every linear layer of the blocks as "nf4" or "int8", in place; embeddings, norms and heads stay as they are.
+
+    Nothing of the base trains from then on.
+    """
     if kind not in QUANTIZED:
         raise ValueError(f"kind is {kind!r}, expected 'nf4' or 'int8'")
     model.requires_grad_(False)
@@ -152,12 +128,15 @@ def quantize_base(model: Transformer, kind: str, double: bool = True) -> Transfo
 class Adapter(nn.Module):
     """The trained part: A [r, in], B [out, r], for DoRA also the magnitude [out]."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float, generator: torch.Generator, like: Tensor):
+    def __init__(
+        self, inputs: int, outputs: int, rank: int, scale: float, dropout: float, generator: torch.Generator,
+        device: torch.device,
+    ):
         super().__init__()
         bound = 1 / math.sqrt(inputs)  # uniform, as PyTorch starts a linear layer (Kaiming with a = sqrt 5)
         drawn = torch.rand(rank, inputs, generator=generator) * 2 * bound - bound
-        self.A = nn.Parameter(drawn.to(like.device))
-        self.B = nn.Parameter(torch.zeros(outputs, rank, device=like.device))
+        self.A = nn.Parameter(drawn.to(device))
+        self.B = nn.Parameter(torch.zeros(outputs, rank, device=device))
         self.magnitude: nn.Parameter | None = None
         self.scale, self.dropout = scale, dropout
 
@@ -167,7 +146,8 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """s B A dropout(x)"""
-        x = F.dropout(x, self.dropout) if self.dropout and torch.is_grad_enabled() else x  # sampling and references have none
+        if self.dropout and torch.is_grad_enabled():  # sampling and references have none
+            x = F.dropout(x, self.dropout)
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
 
 
@@ -203,9 +183,11 @@ def lora_layers(model: Transformer) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def add_lora(model: Transformer, rank: int, alpha: float, dropout: float = 0.0, targets: tuple[str, ...] | None = None, *,
-             name: str = "default", rslora: bool = False, use_dora: bool = False, seed: int = 0) -> Transformer:
-    """Give every linear layer of the blocks (or those whose name ends in one of `targets`) an adapter, in place, and switch it on.
+def add_lora(
+    model: Transformer, rank: int, alpha: float, dropout: float = 0.0, targets: tuple[str, ...] | None = None, *,
+    name: str = "default", rslora: bool = False, use_dora: bool = False, seed: int = 0,
+) -> Transformer:
+    """Give the linear layers of the blocks called one of `targets` (None: all) an adapter, in place, and switch it on.
 
     From then on adapters train, and a score head; the base does not. Raises ValueError for a target that no layer has.
     """
@@ -214,30 +196,30 @@ def add_lora(model: Transformer, rank: int, alpha: float, dropout: float = 0.0, 
         raise ValueError(f"rank is {rank}, expected at least 1")
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank
     generator = torch.Generator().manual_seed(seed)
-    adapted = model.__dict__.setdefault("adapters", {})
-    adapted[name] = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora, "dora": use_dora, "targets": sorted(targets)}
-    found = set()
+    model.adapters[name] = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora, "dora": use_dora,
+                            "targets": sorted(targets)}
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(".adapters." in parameter_name or parameter_name.startswith("score_head"))
+    found = set()
     for parent in list(model.layers.modules()):
         for child_name, child in list(parent.named_children()):
             if isinstance(parent, LoraLinear) or child_name not in targets:
                 continue
             found.add(child_name)
             layer = child if isinstance(child, LoraLinear) else LoraLinear(child)
-            outputs, inputs = layer.weight().shape
-            adapter = Adapter(inputs, outputs, rank, scale, dropout, generator, layer.weight())
+            weight = layer.weight()
+            adapter = Adapter(weight.shape[1], weight.shape[0], rank, scale, dropout, generator, weight.device)
             if use_dora:
-                adapter.magnitude = nn.Parameter(layer.weight().float().norm(dim=1))
+                adapter.magnitude = nn.Parameter(weight.float().norm(dim=1))
             layer.adapters[name] = adapter
             setattr(parent, child_name, layer)
-    model.__dict__["lora_layers"] = list(lora_layers(model).values())
+    model.lora_layers = list(lora_layers(model).values())
     for layer in model.lora_layers:
         layer.active = name
     model.recompute = partial(_recompute, model)
-    missing = set(targets) - found
+    missing = ", ".join(sorted(set(targets) - found))
     if targets is not TARGETS and missing:
-        raise ValueError(f"targets: no linear layer is called {', '.join(sorted(missing))}, expected some of {', '.join(TARGETS)}")
+        raise ValueError(f"targets: no linear layer is called {missing}, expected some of {', '.join(TARGETS)}")
     return model
 
 
@@ -260,30 +242,36 @@ def _recompute(model: Transformer):
 
 
 class Role(nn.Module):
-    """One of several models on one base: the base with adapter `name` on (None: none), and a score head of its own if it scores.
+    """One of several models on one base: the base with adapter `name` on (None: none), perhaps with a score head.
 
-    PPO's policy, reference, reward and value model share a base this way. Its parameters are those of its adapter and head.
+    PPO's policy, reference, reward and value model share a base this way. A role's parameters are those of its
+    adapter and head.
     """
 
-    def __init__(self, base: Transformer, name: str | None, head: Tensor | None = None, score_mean: float = 0.0, score_std: float = 1.0):
+    def __init__(
+        self, base: Transformer, name: str | None, head: Tensor | None = None, score_mean: float = 0.0,
+        score_std: float = 1.0,
+    ):
         super().__init__()
-        self.__dict__["base"] = base  # not a submodule: its weights are not this role's
+        self.bases = (base,)  # a tuple keeps it from being a submodule: its weights are not this role's
         self.name = name
-        self.adapters = nn.ModuleList(layer.adapters[name] for layer in base.__dict__.get("lora_layers", []) if name in layer.adapters)
+        self.adapters = nn.ModuleList(layer.adapters[name] for layer in base.lora_layers if name in layer.adapters)
         self.config = replace(base.config, scored=head is not None, score_mean=score_mean, score_std=score_std)
         self.score_head = None if head is None else Linear(head.shape[1], 1)
         if head is not None:
             self.score_head.weight = nn.Parameter(head.detach().float().clone())
 
+    @property
+    def base(self) -> Transformer:
+        return self.bases[0]
+
     def __getattr__(self, key: str):
         try:
             return super().__getattr__(key)
         except AttributeError:
-            return getattr(self.base, key)
+            return getattr(self.bases[0], key)
 
     def hidden(self, *inputs) -> Tensor:
-        if "lora_layers" not in self.base.__dict__:
-            return self.base.hidden(*inputs)
         with adapter(self.base, self.name):
             return self.base.hidden(*inputs)
 
@@ -311,9 +299,7 @@ def merge_lora(model: Transformer, originals: Transformer | None = None, name: s
         if originals is None:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, plain)
-    target.__dict__.pop("adapters", None)
-    target.__dict__.pop("lora_layers", None)
-    target.recompute = noop_context_fn
+    target.adapters, target.lora_layers, target.recompute = {}, [], noop_context_fn
     return target.requires_grad_(True)
 
 
@@ -322,10 +308,6 @@ def merge_lora(model: Transformer, originals: Transformer | None = None, name: s
 def _peft_name(path: str, model: Transformer) -> str:
     """What PEFT calls a layer: transformers' name of it, behind its own prefix."""
     return "base_model.model." + file_name(f"{path}.weight", model.config).removesuffix(".weight")
-
-
-def _fused(paths: list[str], model: Transformer) -> bool:
-    return len({_peft_name(path, model) for path in paths}) == 1 and len(paths) == 3
 
 
 def save_adapter(model: Transformer, path: str | Path, name: str = "default") -> None:
@@ -352,25 +334,17 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
         tensors |= {f"{key}.lora_A.weight": a.contiguous(), f"{key}.lora_B.weight": b.contiguous()}
         if parts[0].magnitude is not None:
             tensors[f"{key}.lora_magnitude_vector"] = parts[0].magnitude.detach()
-    if model.__dict__.get("new_rows"):  # of a template's tokens
+    if model.new_rows:  # of a template's tokens
         for part in ("embed_tokens", "lm_head"):
             if getattr(model, part) is not None:
-                tensors[f"base_model.model.{file_name(f'{part}.weight', model.config)}"] = getattr(model, part).weight.detach()
+                tensors[_peft_name(part, model) + ".weight"] = getattr(model, part).weight.detach()
     if model.score_head is not None:
         tensors["base_model.model.score.weight"] = model.score_head.weight.detach()
-    growth = math.sqrt(3) if told["rslora"] else 3
-    config = {
-        "peft_type": "LORA", "task_type": "SEQ_CLS" if model.score_head is not None else "CAUSAL_LM", "r": told["rank"],
-        "lora_alpha": told["alpha"], "lora_dropout": told["dropout"], "use_rslora": told["rslora"], "use_dora": told["dora"],
-        "target_modules": sorted({key.rpartition(".")[2] for key in by_name}), "bias": "none", "fan_in_fan_out": False,
-        "modules_to_save": ["score"] if model.score_head is not None else None, "init_lora_weights": True, "inference_mode": True,
-        "rank_pattern": dict.fromkeys(wider, 3 * told["rank"]), "alpha_pattern": dict.fromkeys(wider, told["alpha"] * growth),
-        "base_model_name_or_path": str(model.__dict__.get("source", "")),
-    }
-    # Beside the tensors, since PEFT warns of keys it does not know; one entry, since safetensors orders several at random
-    # and the same adapter shall be the same bytes.
-    ours = {"base_model_hash": model.__dict__.get("source_hash", ""),
-            "score_mean": model.config.score_mean, "score_std": model.config.score_std}
+    config = _peft_config(model, told, sorted({key.rpartition(".")[2] for key in by_name}), wider)
+    # Beside the tensors, since PEFT warns of keys it does not know; one entry, since safetensors orders several at
+    # random and the same adapter shall be the same bytes.
+    ours = {"base_model_hash": model.source_hash, "score_mean": model.config.score_mean,
+            "score_std": model.config.score_std}
     if distributed.rank():
         return
     final = Path(path)
@@ -384,10 +358,23 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
         beside.rename(final)
 
 
+def _peft_config(model: Transformer, told: dict, targets: list[str], wider: set[str]) -> dict:
+    """adapter_config.json; the targets in `wider` have three times the rank."""
+    scored, growth = model.score_head is not None, math.sqrt(3) if told["rslora"] else 3
+    return {
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if scored else "CAUSAL_LM", "r": told["rank"],
+        "lora_alpha": told["alpha"], "lora_dropout": told["dropout"], "use_rslora": told["rslora"],
+        "use_dora": told["dora"], "target_modules": targets, "bias": "none", "fan_in_fan_out": False,
+        "modules_to_save": ["score"] if scored else None, "init_lora_weights": True, "inference_mode": True,
+        "rank_pattern": dict.fromkeys(wider, 3 * told["rank"]),
+        "alpha_pattern": dict.fromkeys(wider, told["alpha"] * growth), "base_model_name_or_path": model.source,
+    }
+
+
 def load_adapter(model: Transformer, path: str | Path, name: str = "default") -> Transformer:
     """Put an adapter that we or PEFT have written on the base it was made for, in place, and switch it on.
 
-    A reward model's adapter brings its head: give it a model with one (`add_score_head`), or ask for a Role (`load_role`).
+    A reward model's adapter brings its head: give a model that has one (`add_score_head`), or ask for a Role.
     """
     told, head = _load_adapter(model, path, name)
     if "score" in (told.get("modules_to_save") or []) or model.score_head is not None:
@@ -395,7 +382,8 @@ def load_adapter(model: Transformer, path: str | Path, name: str = "default") ->
             fail(f"{path}: {'holds no score head' if head is None else 'holds a score head for a model without one'}: "
                  "a reward model's head travels with its adapter")
         model.score_head.weight.data.copy_(head)
-        model.config = replace(model.config, score_mean=told.get("score_mean", 0.0), score_std=told.get("score_std", 1.0))
+        mean, std = told.get("score_mean", 0.0), told.get("score_std", 1.0)
+        model.config = replace(model.config, score_mean=mean, score_std=std)
     return model
 
 
@@ -404,116 +392,127 @@ def load_role(base: Transformer, path: str | Path, name: str) -> Role:
     told, head = _load_adapter(base, path, name)
     if head is None:
         fail(f"{path}: holds no score head: a reward model's head travels with its adapter")
-    return Role(base, name, head.to(base.embed_tokens.weight.device), told.get("score_mean", 0.0), told.get("score_std", 1.0))
+    mean, std = told.get("score_mean", 0.0), told.get("score_std", 1.0)
+    return Role(base, name, head.to(base.embed_tokens.weight.device), mean, std)
 
 
 def _load_adapter(model: Transformer, path: str | Path, name: str) -> tuple[dict, Tensor | None]:
     """What adapter_config.json says, and the weight of the score head if there is one."""
     path = Path(path)
-    if not (path / "adapter_config.json").is_file():
-        fail(f"{path}: holds no adapter_config.json, expected an adapter in PEFT's format")
-    try:
-        told = json.loads((path / "adapter_config.json").read_text())
-        tensors = load_file(path / "adapter_model.safetensors")
-        with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
-            told |= json.loads((file.metadata() or {}).get("ours", "{}"))
-    except (OSError, ValueError, SafetensorError) as error:
-        fail(f"{path}: cannot be read ({error}): copy it again")
-    ours = model.__dict__.get("source_hash", "")
-    if told.get("base_model_hash") and ours and told["base_model_hash"] != ours:
+    told, tensors = _read_adapter(path)
+    if told.get("base_model_hash") and model.source_hash and told["base_model_hash"] != model.source_hash:
         fail(f"{path}: was trained on another base ({told['base_model_name_or_path']}): load that one")
-    layers = {layer_path: _peft_name(layer_path, model) for layer_path, module in model.named_modules()
-              if layer_path.startswith("layers.") and layer_path.rpartition(".")[2] in TARGETS and not layer_path.endswith("norm")}
+    by_key: dict[str, list[str]] = {}  # the layers that an adapter in the file is for: three where a family fuses them
+    for layer_path, _ in model.named_modules():
+        child = layer_path.rpartition(".")[2]
+        if layer_path.startswith("layers.") and child in TARGETS:
+            by_key.setdefault(_peft_name(layer_path, model), []).append(layer_path)
     keys = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
-    strange = keys - set(layers.values())
-    if strange:
-        fail(f"{path}: adapts {sorted(strange)[0]}, which this model does not have: is it for another family?")
-    targets = tuple(sorted({layer_path.rpartition(".")[2] for layer_path, key in layers.items() if key in keys}))
+    if keys - set(by_key):
+        fail(f"{path}: adapts {min(keys - set(by_key))}, which this model does not have: is it for another family?")
+    targets = tuple(sorted({layer_path.rpartition(".")[2] for key in keys for layer_path in by_key[key]}))
     add_lora(model, told["r"], told["lora_alpha"], 0.0, targets, name=name, rslora=told.get("use_rslora", False),
              use_dora=told.get("use_dora", False))
     model.adapters[name]["dropout"] = told["lora_dropout"]  # written again as read; what is loaded drops nothing
     with torch.no_grad():
         for key in sorted(keys):
-            mine = [layer_path for layer_path, of in layers.items() if of == key]
-            a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
-            pieces = split_qkv(b, model.config) if len(mine) == 3 else [b]
-            rank = a.shape[0]
-            pattern = {k: told.get(k) or {} for k in ("rank_pattern", "alpha_pattern")}
-            short = key.rpartition(".")[2]
-            alpha = pattern["alpha_pattern"].get(short, told["lora_alpha"])
-            for layer_path, piece in zip(mine, pieces, strict=True):
-                found = model.get_submodule(layer_path).adapters[name]
-                if piece.shape[0] != found.B.shape[0] or a.shape[1] != found.A.shape[1]:
-                    fail(f"{path}: {key} has shape {list(b.shape)} x {list(a.shape)}, which does not fit this model: load its own base")
-                found.A, found.B = nn.Parameter(a.to(found.A)), nn.Parameter(piece.contiguous().to(found.B))
-                found.scale = alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
-                if f"{key}.lora_magnitude_vector" in tensors:
-                    found.magnitude = nn.Parameter(tensors[f"{key}.lora_magnitude_vector"].to(found.A))
+            _fill(model, path, name, key, by_key[key], told, tensors)
         for part in ("embed_tokens", "lm_head"):
-            rows = tensors.get(f"base_model.model.{file_name(f'{part}.weight', model.config)}")
+            rows = tensors.get(_peft_name(part, model) + ".weight")
             if rows is not None:
                 model.resize(max(len(rows), model.config.vocab_size))
                 getattr(model, part).weight[: len(rows)] = rows.to(getattr(model, part).weight)
     return told, tensors.get("base_model.model.score.weight")
 
 
+def _read_adapter(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """adapter_config.json with what we keep beside the tensors, and the tensors."""
+    if not (path / "adapter_config.json").is_file():
+        fail(f"{path}: holds no adapter_config.json, expected an adapter in PEFT's format")
+    try:
+        told = json.loads((path / "adapter_config.json").read_text())
+        tensors = load_file(path / "adapter_model.safetensors")
+        with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+            return told | json.loads((file.metadata() or {}).get("ours", "{}")), tensors
+    except (OSError, ValueError, SafetensorError) as error:
+        fail(f"{path}: cannot be read ({error}): copy it again")
+
+
+def _fill(
+    model: Transformer, path: Path, name: str, key: str, layer_paths: list[str], told: dict, tensors: dict[str, Tensor],
+) -> None:
+    """The tensors of one adapter of the file into ours: one layer's, or three where a family fuses q, k and v."""
+    a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
+    pieces = split_qkv(b, model.config) if len(layer_paths) == 3 else [b]
+    rank = a.shape[0]
+    alpha = (told.get("alpha_pattern") or {}).get(key.rpartition(".")[2], told["lora_alpha"])
+    for layer_path, piece in zip(layer_paths, pieces, strict=True):
+        found = model.get_submodule(layer_path).adapters[name]
+        if piece.shape[0] != found.B.shape[0] or a.shape[1] != found.A.shape[1]:
+            fail(f"{path}: {key} has shape {list(b.shape)} x {list(a.shape)}, which does not fit this model: "
+                 "load its own base")
+        found.A, found.B = nn.Parameter(a.to(found.A)), nn.Parameter(piece.contiguous().to(found.B))
+        found.scale = alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
+        if f"{key}.lora_magnitude_vector" in tensors:
+            found.magnitude = nn.Parameter(tensors[f"{key}.lora_magnitude_vector"].to(found.A))
+
+
 # ----------------------------------------------------------------------------------------- for scripts
 
-def load_base(path: str, options: Options, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The model a script is to train, computing in `dtype`: weights in fp32 if they train, else as stored, or quantised on the way in.
+def load_base(
+    path: str, settings: Settings, device: torch.device, *, scored: bool | None = None, trained: bool = True,
+) -> Transformer:
+    """The model a script starts from: weights in fp32 if they train, else as stored, or quantised as they are read.
 
-    What is going to be sharded waits in the CPU's memory.
+    `scored` says whether a reward model is expected (None: either will do). What is going to be sharded waits in the
+    CPU's memory.
     """
-    if options.lora_rank:
-        model = load_model(path, device=device, linear=QUANTIZED.get(options.quantize)).requires_grad_(False)
-        model.__dict__ |= {"source": path, "source_hash": file_hash(*weight_files(Path(path)))}
+    dtype = compute_dtype(settings.dtype, device)
+    if settings.lora_rank:
+        model = load_model(path, device=device, linear=QUANTIZED.get(settings.quantize)).requires_grad_(False)
+        model.source, model.source_hash = path, file_hash(*weight_files(Path(path)))
     else:
-        model = load_model(path, dtype=torch.float32, device="cpu" if distributed.world_size() > 1 else device)
-    model.compute_dtype, model.checkpointing = dtype, options.checkpointing
-    return model
+        model = load_model(path, dtype=torch.float32 if trained else dtype,
+                           device="cpu" if distributed.world_size() > 1 else device).requires_grad_(trained)
+    model.compute_dtype, model.checkpointing = dtype, settings.checkpointing
+    if scored and not model.config.scored:
+        fail(f"{path}: has no score head, expected the result of reward.py")
+    return model if scored is not False else expect_replies(model, path)
 
 
-def shard(model: Transformer, options: Options, device: torch.device) -> Transformer:
-    """Full fine-tuning on several ranks: each keeps a share of the weights. Adapters are small: every rank has all, and the base."""
-    if options.shard and distributed.world_size() > 1 and distributed.world_size() % options.shard:
-        fail(f"shard is {options.shard}, which does not divide the {distributed.world_size()} processes: choose one that does, or 0 for all")
-    return model if options.lora_rank else distributed.fully_shard(model, options.shard, device)
+def shard(model: Transformer, settings: Settings, device: torch.device) -> Transformer:
+    """Full fine-tuning on several ranks: each keeps a part of the weights. Adapters are small: every rank has all."""
+    world_size = distributed.world_size()
+    if settings.shard and world_size > 1 and world_size % settings.shard:
+        fail(f"shard is {settings.shard}, which does not divide the {world_size} processes: choose one that does, "
+             "or 0 for all")
+    return model if settings.lora_rank else distributed.fully_shard(model, settings.shard, device)
 
 
-def adapt(model: Transformer, options: Options, seed: int, name: str = "default") -> Transformer:
-    """add_lora as the options say; without a rank every weight trains."""
-    if options.lora_rank:
-        add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout, name=name, seed=seed,
-                 rslora=options.lora_kind == "rslora", use_dora=options.lora_kind == "dora")
+def adapt(model: Transformer, settings: Settings, name: str = "default") -> Transformer:
+    """add_lora as the settings say; without a rank every weight trains."""
+    if settings.lora_rank:
+        add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, name=name, seed=settings.seed,
+                 rslora=settings.lora_kind == "rslora", use_dora=settings.lora_kind == "dora")
     return model
 
 
 @torch.no_grad()
-def save_result(model: Transformer, run: Path, tokenizer, options: Options, probe: list[int], name: str = "default") -> Transformer:
-    """run/model, a checkpoint that stands alone; with adapters also run/adapter. Returns a whole model to go on with.
+def save_result(
+    model: Transformer, run: Path, tokenizer, settings: Settings, probe: list[int], name: str = "default",
+) -> Transformer:
+    """run/model, a checkpoint that stands alone; with adapters also run/adapter. Returns a whole model to use.
 
-    The adapter is merged into the 16-bit originals, in place unless they were quantised, and the largest change this makes to
-    the logits (or scores) of the tokens `probe` is printed: rounding, and what quantisation had cost.
+    The adapter is merged into the 16-bit originals, in place unless they were quantised. The largest change this makes
+    to the logits (or scores) of the tokens `probe` is printed: rounding, and what quantisation had cost.
     """
     dtype, result = getattr(torch, model.config.dtype), model
-    if options.lora_rank:
+    if settings.lora_rank:
         save_adapter(model, run / "adapter", name)
-        if distributed.rank() and options.quantize != "none":
+        if distributed.rank() and settings.quantize != "none":
             distributed.barrier()
-            return model  # the originals are large: rank 0 alone has them
-        ids = torch.tensor([probe], device=model.embed_tokens.weight.device)
-        ask = "score" if model.config.scored else "forward"
-        before = getattr(model, ask)(ids).cpu()
-        originals = None
-        if options.quantize != "none":
-            originals = load_model(model.source)
-            originals.compute_dtype, originals.config = model.compute_dtype, model.config
-            for part in ("embed_tokens", "lm_head", "score_head"):  # never quantised; a template may have added rows
-                setattr(originals, part, copy.deepcopy(getattr(model, part)).cpu() if getattr(model, part) is not None else None)
-        result = merge_lora(model, originals, name)
-        gap = (getattr(result, ask)(ids.to(result.embed_tokens.weight.device)).cpu() - before).abs().max()
-        print(f"adapter merged into {'the weights' if originals is None else f'the originals of {options.quantize}'}: "
-              f"{'scores' if model.config.scored else 'logits'} change by {gap:.2g} at most")
+            return model  # the originals are large: rank 0 alone reads them
+        result = _merge(model, settings, probe, name)
     save_model(result, run / "model", tokenizer, dtype=dtype)
     distributed.barrier()
     if not distributed.is_sharded(model):
@@ -521,3 +520,22 @@ def save_result(model: Transformer, run: Path, tokenizer, options: Options, prob
     shown = load_model(run / "model", device=model.frequencies.device)
     shown.compute_dtype = model.compute_dtype
     return shown
+
+
+def _merge(model: Transformer, settings: Settings, probe: list[int], name: str) -> Transformer:
+    """merge_lora, into the originals if the base was quantised; prints what it changes."""
+    ids = torch.tensor([probe], device=model.embed_tokens.weight.device)
+    scored, originals = model.config.scored, None
+    before = (model.score(ids) if scored else model(ids)).cpu()
+    if settings.quantize != "none":
+        originals = load_model(model.source)
+        originals.compute_dtype, originals.config = model.compute_dtype, model.config
+        for part in ("embed_tokens", "lm_head", "score_head"):  # never quantised; a template may have added rows
+            kept = getattr(model, part)
+            setattr(originals, part, None if kept is None else copy.deepcopy(kept).cpu())
+    result = merge_lora(model, originals, name)
+    ids = ids.to(result.embed_tokens.weight.device)
+    gap = ((result.score(ids) if scored else result(ids)).cpu() - before).abs().max()
+    print(f"adapter merged into {'the weights' if originals is None else f'the originals of {settings.quantize}'}: "
+          f"{'scores' if scored else 'logits'} change by {gap:.2g} at most")
+    return result

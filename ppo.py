@@ -12,18 +12,17 @@ update. The value model starts from the reward model and says after every token 
 advantages = "rloo" does without one and compares replies to the same prompt. With lora_rank the four models are one
 frozen base: policy, value and reward model are its adapters, the reference is the base alone.
 
-    python ppo.py --config configs/tiny/ppo.toml            score, kl, length and the share of ended replies, step by step
+    python ppo.py --config configs/tiny/ppo.toml            score, kl, length and share of ended replies, step by step
 
 Schulman et al. 2017 (arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Ouyang et al. 2022
 (arXiv:2203.02155); details after Huang et al. 2024 (arXiv:2403.17031); RLOO: Ahmadian et al. 2024 (arXiv:2402.14740).
 """
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -32,18 +31,18 @@ from torch import Tensor, nn
 
 import lora
 import runtime
-from checkpoints import load_model, save_model
-from data.formats import read
-from data.pack import Batch, Response, Tree, share, step_trees
-from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from data.dry_run import dry_run_of_four
+from data.four_models import Models, load_models, make_optimizer, save_snapshot
+from data.pack import Batch, Tree, load_prompts, micro_batches, step_trees, tree_from_replies
+from data.scores import response_scores
+from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.logprobs import linear_logprobs
 from model import Transformer, generate
-from reward import response_scores
-from runtime import check_range, distributed, fail, memory
+from runtime import distributed, fail
 
 
 @dataclass(frozen=True)
-class Config(lora.Options):
+class Config(runtime.Settings):
     model: str = "runs/tiny/0/sft/model"  # the policy to start from, and the reference; usually the result of sft.py
     reward_model: str = "runs/tiny/0/reward/model"  # result of reward.py
     value_model: str = ""            # the value model to start from; "": the reward model
@@ -55,7 +54,7 @@ class Config(lora.Options):
     n: int = 1                       # replies per prompt; rloo needs at least 2
     max_tokens: int = 64             # of a reply
     temperature: float = 1.0         # of sampling, and of every log-probability
-    missing_eos: Literal["replace", "subtract"] = "replace"  # what a reply without end of sequence gets: -penalty, or its score - penalty
+    missing_eos: Literal["replace", "subtract"] = "replace"  # an endless reply gets -penalty, or its score - penalty
     penalty: float = 2.0             # in standard deviations of the score, as scores are
     score_clip: float = 4.0          # largest absolute score, in standard deviations
 
@@ -65,48 +64,34 @@ class Config(lora.Options):
     kl_horizon: int = 10000          # replies over which the coefficient adapts
     advantages: Literal["gae", "rloo"] = "gae"
     gamma: float = 1.0               # discount per token
-    lam: float = 0.95                # GAE's lambda: 1 trusts rewards alone, 0 the value model
-    ratio_clip: float = 0.2          # c, of the policy's ratio
+    gae_lambda: float = 0.95         # 1 trusts rewards alone, 0 the value model
+    clip_eps: float = 0.2            # c, of the policy's ratio
     value_clip: float = 0.2          # how far a value may move from the old one
     value_coef: float = 0.1          # weight of the value loss
 
     epochs: int = 2                  # passes over a rollout, 1-4
     minibatches: int = 2             # updates per pass
-    micro_tokens: int = 4096         # tokens of a micro-batch, what fits in memory
     lr: float = 1e-4                 # of the policy, 1e-4 for the tiny model, 1e-6 to 3e-6 for 7B
     value_lr: float = 3e-4           # of the value model
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    floor: float = 0.1               # final rate as a share of the peak
-    warmup: float = 0.05             # share of the steps with a rising rate
-    weight_decay: float = 0.0
-    beta2: float = 0.95
-    clip: float = 1.0                # largest norm of the gradient, of each model
+    warmup_ratio: float = 0.05       # share of the steps with a rising learning rate
+    beta2: float = 0.95              # of AdamW
     max_kl: float = 50.0             # stop when a reply is this many nats from the reference in the mean,
     max_ratio: float = 100.0         # a token has become this much likelier within a step,
     min_eos: float = 0.2             # or fewer than this share of replies end
 
-    seed: int = 0                    # order of the prompts, sampling
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 where the hardware multiplies it
-    device: str = "auto"             # cpu, cuda, auto
-    threads: int = 0                 # CPU threads; 0: PyTorch's choice
-    save_every: int = 0              # steps between checkpoints; 0: at the end only
     snapshot_every: int = 0          # steps between models kept as model_step_N; 0: none
     show_every: int = 0              # steps between tables of sampled replies; 0: at the end only
-    wandb: Literal["off", "offline", "online"] = "off"
-    overwrite: bool = False          # start anew in a folder that holds another run
 
     def __post_init__(self):
         super().__post_init__()
-        for key, low, high in (
-            ("steps", 1, inf), ("batch", 1, inf), ("n", 1, inf), ("max_tokens", 1, inf), ("temperature", 1e-6, 10), ("penalty", 0, inf),
-            ("score_clip", 1e-6, inf), ("kl_coef", 0, inf), ("kl_target", 0, inf), ("kl_horizon", 1, inf), ("gamma", 0, 1), ("lam", 0, 1),
-            ("ratio_clip", 0, 0.999), ("value_clip", 0, inf), ("value_coef", 0, inf), ("epochs", 1, inf), ("minibatches", 1, self.batch),
-            ("micro_tokens", 1, inf), ("lr", 1e-12, 1), ("value_lr", 1e-12, 1), ("floor", 0, 1), ("warmup", 0, 0.99),
-            ("weight_decay", 0, 1), ("beta2", 0, 0.99999), ("clip", 1e-6, inf), ("max_kl", 0, inf), ("max_ratio", 1, inf),
-            ("min_eos", 0, 1), ("seed", 0, 10**9), ("threads", 0, 1024), ("save_every", 0, inf), ("snapshot_every", 0, inf),
-            ("show_every", 0, inf),
-        ):
-            check_range(key, getattr(self, key), low, high)
+        runtime.check_ranges(
+            self, steps=(1, inf), batch=(1, inf), n=(1, inf), max_tokens=(1, inf), temperature=(1e-6, 10),
+            penalty=(0, inf), score_clip=(1e-6, inf), kl_coef=(0, inf), kl_target=(0, inf), kl_horizon=(1, inf),
+            gamma=(0, 1), gae_lambda=(0, 1), clip_eps=(0, 0.999), value_clip=(0, inf), value_coef=(0, inf),
+            epochs=(1, inf), minibatches=(1, self.batch), value_lr=(1e-12, 1), max_kl=(0, inf), max_ratio=(1, inf),
+            min_eos=(0, 1), snapshot_every=(0, inf), show_every=(0, inf),
+        )
         if self.advantages == "rloo" and self.n < 2:
             fail("n is 1, expected at least 2 with advantages=rloo: a reply is compared with the others to its prompt")
 
@@ -115,7 +100,7 @@ class Config(lora.Options):
 # B replies, padded to T tokens; mask [B, T] is True on real tokens. Log-probabilities are in nats.
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log-ratio d: unbiased, may be negative. The three estimators of KL(pi || pi_ref) from samples of pi: Schulman 2020."""
+    """log-ratio d: unbiased, may be negative. The estimators of KL(pi || pi_ref) from samples of pi: Schulman 2020."""
     return logprobs - ref_logprobs
 
 
@@ -131,7 +116,10 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Rewards [B, T]: -kl_coef * kl everywhere, the score [B] added at each reply's last token. With kl_coef 0 they sum to the score."""
+    """Rewards [B, T]: -kl_coef * kl everywhere, the score [B] added at each reply's last token.
+
+    With kl_coef 0 they sum to the score.
+    """
     rewards = torch.where(mask.bool(), -kl_coef * kl, 0.0)
     last = mask.long().sum(1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores[:, None].to(rewards))
@@ -155,7 +143,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def rloo_advantages(returns: Tensor, n: int) -> Tensor:
-    """Each reply's return minus the mean of the n - 1 others to its prompt, [B]; replies to one prompt stand together."""
+    """Each reply's return minus the mean of the n - 1 others to its prompt, [B]; those of a prompt are adjacent."""
     groups = returns.view(-1, n)
     return ((groups - groups.mean(1, keepdim=True)) * (n / (n - 1))).flatten()
 
@@ -165,7 +153,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """x [B, T] with standard deviation 1 (unbiased variance) over the mask, and mean 0, or its own with shift_mean=False."""
+    """x [B, T] with standard deviation 1 (unbiased) over the mask, and mean 0, or its own if not shift_mean."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean).square(), mask) * mask.sum() / (mask.sum() - 1).clamp(min=1)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -173,16 +161,17 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float, denominator: float | None = None,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_eps: float,
+    denominator: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate (PPO, Eq. 7) over the masked tokens [B, T]: its mean, or its sum over `denominator`; and metrics.
+    """Clipped surrogate (PPO, Eq. 7) over the masked tokens [B, T]: mean, or sum over `denominator`; and metrics.
 
-        ratio = pi / pi_old,    loss = mean of max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip))
+        ratio = pi / pi_old,    loss = mean of max(-A ratio, -A clip(ratio, 1 - clip_eps, 1 + clip_eps))
     """
     denominator = mask.sum() if denominator is None else denominator
     log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
-    free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
     loss = torch.where(mask.bool(), torch.maximum(free, clipped), 0.0).sum() / denominator
     with torch.no_grad():
         part = mask.sum() / denominator
@@ -195,12 +184,18 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, denominator: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """0.5 * mean of max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2), or the sum over `denominator`; and metrics."""
+    """0.5 * mean of max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2), or its sum over `denominator`; and metrics.
+
+    A value counts as clipped if it lies further than c from the old one and the clipped error is the larger.
+    """
     denominator = mask.sum() if denominator is None else denominator
-    near = old_values + (values - old_values).clamp(-clip, clip)
+    moved = values - old_values
+    near = old_values + moved.clamp(-clip, clip)
     free, clipped = (values - returns).square(), (near - returns).square()
     loss = 0.5 * torch.where(mask.bool(), torch.maximum(free, clipped), 0.0).sum() / denominator
-    fraction = masked_mean((clipped > free).to(values), mask) * mask.sum() / denominator
+    # Not clipped > free alone: rounding in old + (V - old) makes that true of values that did not move too far.
+    counted = (moved.abs() > clip) & (clipped > free)
+    fraction = masked_mean(counted.to(values), mask) * mask.sum() / denominator
     return loss, {"value_loss": loss.detach(), "value_clip_fraction": fraction.detach()}
 
 
@@ -213,7 +208,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, episodes: int, target: float, horiz
 # ------------------------------------------------------------------------------------------ a rollout
 
 class Rollout(NamedTuple):
-    """What a step has sampled and found out: B = prompts x n replies, those to one prompt together."""
+    """What a step has sampled and measured: B = prompts x n replies, those to one prompt together."""
 
     trees: list[Tree]      # a prompt each, its replies as leaves; tree.record is its number
     scores: Tensor         # [B] in standard deviations, penalties included
@@ -225,40 +220,11 @@ class Rollout(NamedTuple):
     values: Tensor         # [B, T] of what is still to come, before each token
 
 
-def load_prompts(path: str, tokenizer: Tokenizer, room: int) -> list[list[int]]:
-    """The distinct prompts of a file, rendered up to where the reply begins, at most `room` tokens each."""
-    records, report = read(path)
-    records = list(records)
-    report.refuse()
-    if report.format not in ("preference", "ranking", "prompt"):
-        fail(f"{path}: holds {report.format} records, expected records with a 'prompt'")
-    prompts = [tokenizer.render(record["prompt"], add_generation_prompt=True)[0] for record in records]
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) > room:
-            fail(f"{path} record {number}: the prompt has {len(prompt)} tokens and a reply of max_tokens must fit behind it, "
-                 f"expected at most {room}: drop it or lower max_tokens")
-    return [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
-
-
-def reply_tree(number: int, prompt: list[int], replies: list[list[int]], finished: list[bool]) -> Tree:
-    """A prompt as a trunk and its sampled replies as leaves."""
-    return Tree(np.array(prompt, np.int32), [(len(prompt), np.array(reply, np.int32)) for reply in replies],
-                [Response(i + 1, 0, len(reply), pair=i, cut=not end) for i, (reply, end) in enumerate(zip(replies, finished, strict=True))],
-                record=number)
-
-
-def row_numbers(batch: Batch, n: int) -> Tensor:
-    """[b] which replies of the rollout a batch holds."""
-    return torch.tensor([tree.record * n + i for tree in batch.trees for i in range(n)])
-
-
 def response_logprobs(model: Transformer, batch: Batch, temperature: float, entropy: bool = False):
-    """Log-probability of every response token given its path, and the entropy there if asked: padded rows [b, T], and their mask.
-
-    The head runs on response tokens alone.
-    """
-    hidden = model.hidden(batch.tokens, batch.positions, batch.layout)                                                # [N, D]
-    logprobs, entropies = linear_logprobs(hidden[batch.predictors], model.head_weight, batch.targets, temperature, entropy=entropy)
+    """Log-probability of every response token given its path, the entropy there if asked, and the mask: rows [b, T]."""
+    hidden = model.hidden(batch.tokens, batch.positions, batch.layout)      # [N, D]
+    logprobs, entropies = linear_logprobs(hidden[batch.predictors], model.head_weight, batch.targets, temperature,
+                                          entropy=entropy)                  # [M]
     rows, mask = batch.rows(logprobs)
     return (rows, batch.rows(entropies)[0], mask) if entropy else (rows, mask)
 
@@ -270,51 +236,53 @@ def response_values(model: Transformer, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def sample(policy: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, step: int, config: Config) -> list[Tree]:
-    """n replies to every prompt, as trees. Random numbers are those of (seed, step, prompt, reply), whichever rank it falls to."""
+def sample(models: Models, prompts: list[list[int]], tokenizer: Tokenizer, step: int, config: Config) -> list[Tree]:
+    """n replies to every prompt, as trees. Random numbers are those of (seed, step, prompt, reply) on any rank."""
+    if models.sampler is not models.policy:
+        distributed.copy_weights(models.policy, models.sampler)
     mine = list(range(len(prompts)))[distributed.rank() :: distributed.world_size()]
-    answers = generate(policy, [prompts[i] for i in mine], config.max_tokens, config.temperature, n=config.n,
+    answers = generate(models.sampler, [prompts[i] for i in mine], config.max_tokens, config.temperature, n=config.n,
                        stop_ids=tokenizer.stop_ids(), seed=config.seed * 1_000_003 + step, numbers=mine, slots=256)
-    trees = [reply_tree(i, prompts[i], [s.tokens for s in said], [s.finished for s in said]) for i, said in zip(mine, answers, strict=True)]
+    trees = [tree_from_replies(i, prompts[i], [s.tokens for s in said], [s.finished for s in said])
+             for i, said in zip(mine, answers, strict=True)]
     return sorted(distributed.all_gather(trees), key=lambda tree: tree.record)
 
 
 @torch.no_grad()
-def score(trees: list[Tree], policy: Transformer, reference: Transformer, reward_model: Transformer, value: Transformer | None,
-          config: Config, device: torch.device) -> Rollout:
+def score(trees: list[Tree], models: Models, config: Config, device: torch.device) -> Rollout:
     """Everything about the replies that the updates will need, from the four models."""
     finished = torch.tensor([not r.cut for tree in trees for r in tree.responses])
     lengths = torch.tensor([r.end for tree in trees for r in tree.responses])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    logprobs, ref_logprobs, entropy, values = (torch.zeros(mask.shape) for _ in range(4))
+    tables = torch.zeros(4, *mask.shape)
+    logprobs, ref_logprobs, entropy, values = tables
     scores = torch.zeros(len(lengths))
-    for batch in share(trees, config.micro_tokens):
-        rows, batch = row_numbers(batch, config.n), batch.to(device)
-        found, uncertain, _ = response_logprobs(policy, batch, config.temperature, entropy=True)
-        width = found.shape[1]
-        logprobs[rows, :width], entropy[rows, :width] = found.float().cpu(), uncertain.float().cpu()
-        ref_logprobs[rows, :width] = response_logprobs(reference, batch, config.temperature)[0].float().cpu()
-        if value is not None:
-            values[rows, :width] = response_values(value, batch).float().cpu()
-        scores[rows] = (response_scores(reward_model, batch) / reward_model.config.score_std).float().cpu()
-        if not batch.counts:
-            for table in (logprobs, ref_logprobs, entropy, values, scores):
-                table[rows] = 0
-    for table in (logprobs, ref_logprobs, entropy, values, scores):
-        distributed.all_reduce(table)
+    std = models.reward_model.config.score_std
+    for batch in micro_batches(trees, config.micro_tokens):
+        rows, batch = batch.response_ids, batch.to(device)
+        found, uncertain, _ = response_logprobs(models.policy, batch, config.temperature, entropy=True)
+        told = [found, response_logprobs(models.reference, batch, config.temperature)[0], uncertain]
+        if models.value is not None:
+            told.append(response_values(models.value, batch))
+        for table, part in zip(tables, told, strict=False):
+            table[rows, : part.shape[1]] += batch.weight * part.float().cpu()
+        scores[rows] += batch.weight * (response_scores(models.reward_model, batch) / std).float().cpu()
+    distributed.all_reduce(tables)
+    distributed.all_reduce(scores)
     if not scores.isfinite().all():
-        fail(f"reward_model={config.reward_model}: gives scores that are not finite: train it again, or use dtype=float32")
+        fail(f"reward_model={config.reward_model}: gives scores that are not finite: train it again, or use "
+             "dtype=float32")
     scores = scores.clamp(-config.score_clip, config.score_clip)
-    unended = scores - config.penalty if config.missing_eos == "subtract" else torch.full_like(scores, -config.penalty)
+    endless = scores - config.penalty if config.missing_eos == "subtract" else torch.full_like(scores, -config.penalty)
     kl = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[config.kl](logprobs, ref_logprobs)
-    return Rollout(trees, torch.where(finished, scores, unended), finished, mask, logprobs, kl, entropy, values)
+    return Rollout(trees, torch.where(finished, scores, endless), finished, mask, logprobs, kl, entropy, values)
 
 
 def find_advantages(rollout: Rollout, kl_coef: float, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards, whitened advantages and returns of a rollout, [B, T] each."""
     rewards = token_rewards(rollout.scores, rollout.kl, rollout.mask, kl_coef)
     if config.advantages == "gae":
-        advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
+        advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
     else:
         returns = rewards.sum(1, keepdim=True).expand_as(rewards)
         advantages = rloo_advantages(returns[:, 0], config.n)[:, None].expand_as(rewards)
@@ -323,191 +291,86 @@ def find_advantages(rollout: Rollout, kl_coef: float, config: Config) -> tuple[T
 
 # ------------------------------------------------------------------------------------------ updating
 
-def update(policy: Transformer, value: Transformer | None, optimizer: runtime.AdamW, rollout: Rollout, advantages: Tensor,
-           returns: Tensor, step: int, config: Config, device: torch.device) -> dict[str, float]:
+def train_step(
+    models: Models, batch: Batch, rows: Tensor, rollout: Rollout, advantages: Tensor, returns: Tensor, tokens: int,
+    config: Config,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's part of an update's loss and metrics, means over the minibatch's `tokens`."""
+    logprobs, mask = response_logprobs(models.policy, batch, config.temperature)     # [b, T]
+    old, advantages, old_values, returns = (table[rows, : mask.shape[1]].to(mask.device) for table in (
+        rollout.logprobs, advantages, rollout.values, returns))
+    loss, metrics = policy_loss(logprobs, old, advantages, mask, config.clip_eps, tokens)
+    if models.value is not None:
+        values = response_values(models.value, batch)
+        missed, more = value_loss(values, old_values, returns, mask, config.value_clip, tokens)
+        loss, metrics = loss + config.value_coef * missed, metrics | more
+    weights = {name: 1.0 if name == "ratio_max" else batch.weight for name in metrics}
+    return batch.weight * loss, {name: weights[name] * value for name, value in metrics.items()}
+
+
+def update(
+    models: Models, optimizer: runtime.AdamW, rollout: Rollout, advantages: Tensor, returns: Tensor, step: int,
+    config: Config, device: torch.device,
+) -> dict[str, float]:
     """epochs x minibatches updates on one rollout; metrics are means over them, ratio_max the largest."""
-    metrics: dict[str, float] = {}
-    norms: dict[str, float] = {}
-    total = config.epochs * config.minibatches
+    sums, ratio_max, updates = runtime.Sums(), 0.0, config.epochs * config.minibatches
+    norms = runtime.Sums()
+    for chosen in minibatches(len(rollout.trees), step, config):
+        drawn = [rollout.trees[i] for i in chosen]
+        replies = torch.from_numpy((chosen[:, None] * config.n + np.arange(config.n)).flatten())  # rows of the rollout
+        tokens = sum(tree.learnt for tree in drawn)
+        for batch in micro_batches(drawn, config.micro_tokens):
+            loss, parts = train_step(models, batch.to(device), replies[batch.response_ids], rollout, advantages,
+                                     returns, tokens, config)
+            loss.backward()
+            ratio_max = max(ratio_max, parts.pop("ratio_max").item())
+            sums.add(parts)
+        for name, model in (("policy", models.policy), ("value", models.value)):
+            if model is not None:
+                norm = distributed.clip_grad_norm(model, config.max_grad_norm)
+                runtime.check_finite(sums["policy_loss"], norm, step, [])
+                norms[f"{name}_grad_norm"] = norms.get(f"{name}_grad_norm", 0.0) + norm
+        optimizer.step()
+        optimizer.zero_grad()
+    means = {name: value / updates for name, value in (distributed.all_reduce_metrics(sums) | norms).items()}
+    return means | {"ratio_max": distributed.all_reduce_max(ratio_max)}
+
+
+def minibatches(count: int, step: int, config: Config) -> Iterator[np.ndarray]:
+    """Which of the rollout's prompts each update of the step learns from: every one once an epoch, in a new order."""
     for epoch in range(config.epochs):
-        order = np.random.default_rng([config.seed, step, epoch]).permutation(len(rollout.trees))
-        for chosen in np.array_split(order, config.minibatches):
-            drawn = [rollout.trees[i] for i in chosen]
-            tokens = sum(tree.learnt for tree in drawn)
-            for batch in share(drawn, config.micro_tokens):
-                rows, batch = row_numbers(batch, config.n), batch.to(device)
-                logprobs, mask = response_logprobs(policy, batch, config.temperature)
-                width = mask.shape[1]
-                old, advantage, old_values, target = (x[rows, :width].to(device)
-                                                      for x in (rollout.logprobs, advantages, rollout.values, returns))
-                loss, parts = policy_loss(logprobs, old, advantage, mask, config.ratio_clip, tokens)
-                if value is not None:
-                    missed, more = value_loss(response_values(value, batch), old_values, target, mask, config.value_clip, tokens)
-                    loss, parts = loss + config.value_coef * missed, parts | more
-                (loss * batch.counts).backward()
-                for name, found in parts.items():
-                    before = metrics.get(name, 0.0)
-                    metrics[name] = max(before, found.item()) if name == "ratio_max" else before + found.item() * batch.counts / total
-            for name, model in (("policy", policy), ("value", value)):
-                if model is not None:
-                    norm = distributed.clip_grad_norm(model, config.clip)
-                    norms[f"{name}_grad_norm"] = norms.get(f"{name}_grad_norm", 0.0) + norm / total
-                    runtime.check_finite(metrics["policy_loss"], norm, step, [])
-            optimizer.step()
-            optimizer.zero_grad()
-    ratio_max = distributed.all_reduce_max(metrics.pop("ratio_max"))
-    return distributed.all_reduce_metrics(metrics) | norms | {"ratio_max": ratio_max}
+        order = np.random.default_rng([config.seed, step, epoch]).permutation(count)
+        yield from np.array_split(order, config.minibatches)
 
 
 def out_of_bounds(metrics: dict[str, float], config: Config) -> str:
     """Why training should end here; "" if it should not."""
-    for name, beyond, limit in (("kl", metrics["kl"] > config.max_kl, f"max_kl={config.max_kl:g}"),
-                                ("ratio_max", metrics["ratio_max"] > config.max_ratio, f"max_ratio={config.max_ratio:g}"),
-                                ("eos_rate", metrics["eos_rate"] < config.min_eos, f"min_eos={config.min_eos:g}")):
+    bounds = {"kl": (metrics["kl"] > config.max_kl, "max_kl"),
+              "eos_rate": (metrics["eos_rate"] < config.min_eos, "min_eos"),
+              "ratio_max": (metrics["ratio_max"] > config.max_ratio, "max_ratio")}
+    for name, (beyond, limit) in bounds.items():
         if beyond:
-            return f"{name} is {metrics[name]:.3g}, beyond {limit}: lower lr or raise kl_coef"
+            bound = f"{limit}={getattr(config, limit):g}"
+            return f"{name} is {metrics[name]:.3g}, beyond {bound}: lower lr or raise kl_coef"
     return ""
 
 
-def load_roles(config: Config, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> tuple:
-    """Policy, reference, reward model, and value model (None for rloo).
+# -------------------------------------------------------------------------------------------- the run
 
-    Four models, or with lora_rank four roles on one frozen base: the policy and value models are adapters, the reference is
-    the base with none on, and the reward model is an adapter too if reward_model is one (runs/reward/adapter). Otherwise it is
-    a second base, quantised like the first, with the value adapter on it.
-    """
-    bases: dict[str, Transformer] = {}
-
-    def load(path: str, scored: bool, trained: bool) -> Transformer:
-        if config.lora_rank:
-            model = bases[path] = bases.get(path) or lora.load_base(path, config, device, dtype)
-        else:
-            model = load_model(path, dtype=torch.float32 if trained else dtype, device="cpu" if distributed.world_size() > 1 else device)
-            model.requires_grad_(trained)
-            model.compute_dtype, model.checkpointing = dtype, config.checkpointing
-        if model.config.scored != scored:
-            fail(f"{path}: has no score head, expected the result of reward.py" if scored else
-                 f"{path}: is a reward model, expected the result of sft.py")
-        other = load_tokenizer(path)
-        check_vocabulary(model, other)
-        if [other.name(i) for i in range(other.vocab_size)] != [tokenizer.name(i) for i in range(tokenizer.vocab_size)]:
-            fail(f"{path}: has another tokenizer than {config.model}: train it from that model")
-        return lora.shard(model, config, device)
-
-    value_path = config.value_model or config.reward_model if config.advantages == "gae" else ""
-    if not config.lora_rank:
-        value = load(value_path, scored=True, trained=True) if value_path else None
-        policy, reference = load(config.model, scored=False, trained=True), load(config.model, scored=False, trained=False)
-        return policy, reference, load(config.reward_model, scored=True, trained=False), value
-
-    def scorer(path: str, name: str) -> lora.Role:
-        if (Path(path) / "adapter_config.json").is_file():
-            return lora.load_role(base, path, name)
-        model = load(path, scored=True, trained=False)
-        if name == "value":
-            lora.adapt(model, config, config.seed, name)
-        return lora.Role(model, name, model.score_head.weight, model.config.score_mean, model.config.score_std)
-
-    base = lora.adapt(load(config.model, scored=False, trained=False), config, config.seed, "policy")
-    reward_model, value = scorer(config.reward_model, "reward"), scorer(value_path, "value") if value_path else None
-    roles = lora.Role(base, "policy"), lora.Role(base, None), reward_model, value
-    for role, trained in zip(roles, (True, False, False, True), strict=True):
-        if role is not None:
-            role.to(device).requires_grad_(trained)
-    return roles
-
-
-def sampler(policy: Transformer, config: Config, device: torch.device) -> Transformer:
-    """What samples: the policy, or if it is sharded a whole copy of it on every rank, so that none waits for another's replies."""
-    if not distributed.is_sharded(policy):
-        return policy
-    model = load_model(config.model, dtype=torch.float32, device=device).requires_grad_(False)
-    model.layers.to(policy.compute_dtype)  # as the shards are gathered
-    model.compute_dtype = policy.compute_dtype
-    return model
-
-
-def main(config: Config) -> None:
-    if config.dry_run:
-        memory.dry_run(config, load_prompts)
-    device = runtime.setup(config.device, config.seed, config.threads, config.kernels)
-    tokenizer = load_tokenizer(config.model)
-    if not tokenizer.template:
-        fail(f"{config.model}: carries no chat template, expected the result of sft.py")
-    policy, reference, reward_model, value = load_roles(config, tokenizer, device, runtime.compute_dtype(config.dtype, device))
-    speaker = sampler(policy, config, device)
-    prompts = load_prompts(config.data, tokenizer, policy.config.max_positions - config.max_tokens)
-    print(f"data: {len(prompts)} prompts, at most {max(map(len, prompts))} tokens")
-    depends_on = {"data": config.data, "model": config.model, "reward_model": config.reward_model, "code": __file__}
-    run, lock = runtime.open_run(config.out, config, depends_on, config.overwrite)
-
-    optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus)
-    models = nn.ModuleDict({"policy": policy})
-    if value is not None:
-        models["value"] = value
-        for group in runtime.adamw(value, config.value_lr, config.weight_decay, config.beta2, config.lora_plus).param_groups:
-            optimizer.param_groups.append(group | {"scale": group["scale"] * config.value_lr / config.lr})
-    done = runtime.load_state(run, models, optimizer)
-    log = runtime.Log(run, done, config.steps, ("score", "kl", "length", "eos_rate", "tokens_per_s"), config.wandb, config, config.profile)
-    last_step = json.loads(log.file.read_text().splitlines()[-1]) if done else {}
-    kl_coef = last_step.get("next_kl_coef", config.kl_coef)
-    stop, reason = runtime.StopRequest(), out_of_bounds(last_step, config) if done else ""
-    trained = sum(p.numel() for p in models.parameters())
-    print(f"{trained:,} parameters trained, {config.steps} steps of {config.batch} prompts, {done} done")
-
-    for step in range(done, done if reason else config.steps):  # a run that left its bounds is not gone on with
-        began = time.perf_counter()
-        lr = runtime.learning_rate(step, config.steps, config.lr, round(config.warmup * config.steps), config.schedule, config.floor)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-
-        if speaker is not policy:
-            distributed.copy_weights(policy, speaker)
-        trees = sample(speaker, step_trees(prompts, config.batch, step, config.seed), tokenizer, step, config)
-        sampled = time.perf_counter()
-        rollout = score(trees, policy, reference, reward_model, value, config, device)
-        rewards, advantages, returns = find_advantages(rollout, kl_coef, config)
-        scored = time.perf_counter()
-        metrics = update(policy, value, optimizer, rollout, advantages, returns, step, config, device)
-        updated = time.perf_counter()
-
-        mask, lengths = rollout.mask, rollout.mask.sum(1)
-        metrics |= {
-            "score": rollout.scores.mean().item(), "kl": torch.where(mask, rollout.kl, 0.0).sum(1).mean().item(),
-            "reward": rewards.sum(1).mean().item(), "entropy": masked_mean(rollout.entropy, mask).item(),
-            "explained_variance": 1 - ((returns - rollout.values)[mask].var() / returns[mask].var()).item() if value is not None else 0.0,
-            "length": lengths.float().mean().item(), "eos_rate": rollout.finished.float().mean().item(), "lr": lr, "kl_coef": kl_coef,
-        }
-        if config.kl_target:
-            kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], len(lengths), config.kl_target, config.kl_horizon)
-        tokens = int(lengths.sum())
-        metrics |= {"next_kl_coef": kl_coef, "tokens": tokens, "tokens_per_s": tokens / (updated - began),
-                    "sampling_tokens_per_s": tokens / (sampled - began), "scoring_tokens_per_s": tokens / (scored - sampled),
-                    "updating_tokens_per_s": tokens / (updated - scored)}
-        done = step + 1
-        log.step(done, metrics)
-        reason = out_of_bounds(metrics, config)
-        last = done == config.steps or bool(reason)
-        if last or (config.show_every and done % config.show_every == 0):
-            log.note(sample_table(rollout, tokenizer))
-        if config.snapshot_every and done % config.snapshot_every == 0:
-            if config.lora_rank:
-                lora.save_adapter(policy.base, run / f"adapter_step_{done}", "policy")
-            else:
-                save_model(policy, run / f"model_step_{done}", tokenizer, dtype=getattr(torch, policy.config.dtype))
-        stopping = distributed.any_rank(stop)
-        if stopping or last or (config.save_every and done % config.save_every == 0):
-            runtime.save_state(run, done, models, optimizer)
-        if stopping or reason:
-            break
-
-    if reason:
-        log.note(f"ended early after step {done}: {reason}")
-    if done == config.steps or reason:
-        lora.save_result(policy.base if config.lora_rank else policy, run, tokenizer, config, prompts[0], "policy")
-    log.close()
-    lock.close()
-    print(f"wrote {run}/model" if done == config.steps or reason else f"stopped after step {done}; the same command goes on from there")
+def rollout_metrics(rollout: Rollout, rewards: Tensor, returns: Tensor, times: list[float]) -> dict[str, float]:
+    """Means over replies; `times` are those before and after sampling, after scoring and after the updates, seconds."""
+    mask, lengths, tokens = rollout.mask, rollout.mask.sum(1), int(rollout.mask.sum())
+    missed = (returns - rollout.values)[mask].var() / returns[mask].var()
+    began, sampled, scored, updated = times
+    return {
+        "score": rollout.scores.mean().item(), "kl": torch.where(mask, rollout.kl, 0.0).sum(1).mean().item(),
+        "reward": rewards.sum(1).mean().item(), "entropy": masked_mean(rollout.entropy, mask).item(),
+        "explained_variance": 1 - missed.item() if rollout.values.any() else 0.0,  # all 0 without a value model
+        "length": lengths.float().mean().item(), "eos_rate": rollout.finished.float().mean().item(),
+        "tokens": tokens, "tokens_per_s": tokens / (updated - began),
+        "sampling_tokens_per_s": tokens / (sampled - began), "scoring_tokens_per_s": tokens / (scored - sampled),
+        "updating_tokens_per_s": tokens / (updated - scored),
+    }
 
 
 def sample_table(rollout: Rollout, tokenizer: Tokenizer, count: int = 4) -> str:
@@ -517,8 +380,63 @@ def sample_table(rollout: Rollout, tokenizer: Tokenizer, count: int = 4) -> str:
     for row, (tree, r) in enumerate(replies):
         asked = tokenizer.decode(tree.trunk.tolist())[-80:]
         said = tokenizer.decode(tree.leaves[r.segment - 1][1].tolist()).strip()
-        lines.append(f"  score {rollout.scores[row]:+.2f}  kl {rollout.kl[row].sum():+.2f}  {asked!r} -> {said!r}{' ...' * r.cut}")
+        lines.append(f"  score {rollout.scores[row]:+.2f}  kl {rollout.kl[row].sum():+.2f}  "
+                     f"{asked!r} -> {said!r}{' ...' * r.cut}")
     return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    if config.dry_run:
+        return dry_run_of_four(config)
+    device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
+    tokenizer = load_tokenizer(config.model)
+    if not tokenizer.template:
+        fail(f"{config.model}: carries no chat template, expected the result of sft.py")
+    models = load_models(config, tokenizer, device)
+    prompts = load_prompts(config.data, tokenizer, models.policy.config.max_positions - config.max_tokens)
+    print(f"data: {len(prompts)} prompts, at most {max(map(len, prompts))} tokens")
+
+    depends_on = {"data": config.data, "model": config.model, "reward_model": config.reward_model, "code": __file__}
+    run = runtime.Run(config, depends_on)
+    optimizer = make_optimizer(models, config)
+    trained = nn.ModuleDict({"policy": models.policy} | ({"value": models.value} if models.value is not None else {}))
+    run.resume(trained, optimizer, config.steps, shown=("score", "kl", "length", "eos_rate", "tokens_per_s"))
+    metrics = run.last_metrics()
+    kl_coef = metrics.get("next_kl_coef", config.kl_coef)
+    reason = out_of_bounds(metrics, config) if run.done else ""
+
+    for step in range(run.done, run.done if reason else config.steps):  # a run out of bounds is not resumed
+        times = [time.perf_counter()]
+        lr = runtime.set_learning_rate(optimizer, step, config.steps, config)
+        trees = sample(models, step_trees(prompts, config.batch, step, config.seed), tokenizer, step, config)
+        times.append(time.perf_counter())
+        rollout = score(trees, models, config, device)
+        rewards, advantages, returns = find_advantages(rollout, kl_coef, config)
+        times.append(time.perf_counter())
+        metrics = update(models, optimizer, rollout, advantages, returns, step, config, device)
+        times.append(time.perf_counter())
+
+        metrics |= rollout_metrics(rollout, rewards, returns, times) | {"lr": lr, "kl_coef": kl_coef}
+        if config.kl_target:
+            replies = len(rollout.scores)
+            kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], replies, config.kl_target, config.kl_horizon)
+        run.log(metrics | {"next_kl_coef": kl_coef})
+        reason = out_of_bounds(metrics, config)
+        if reason or run.due(config.show_every, run.done):
+            run.note(sample_table(rollout, tokenizer))
+        if config.snapshot_every and run.done % config.snapshot_every == 0:
+            save_snapshot(models.policy, run.folder, run.done, tokenizer, config)
+        if run.stopping or reason or run.due(config.save_every, run.done):
+            run.save(trained, optimizer)
+        if run.stopping or reason:
+            break
+
+    if reason:
+        run.note(f"ended early after step {run.done}: {reason}")
+    if run.finished or reason:
+        policy = models.policy.base if config.lora_rank else models.policy
+        lora.save_result(policy, run.folder, tokenizer, config, prompts[0], "policy")
+    run.close(run.finished or bool(reason))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -34,16 +33,17 @@ from torch import Tensor
 import lora
 import runtime
 from checkpoints import load_model
+from data.dry_run import dry_run
 from data.formats import read
-from data.pack import CHOSEN, Batch, Tree, load_trees, share, step_trees, steps_per_epoch, truncate
-from data.tokenizer import TEMPLATES, Tokenizer, adopt_template, load_tokenizer
-from kernels.logprobs import linear_logprobs
+from data.pack import CHOSEN, Batch, Tree, fit, load_trees, micro_batches, step_trees, steps_per_epoch, truncate
+from data.scores import all_scores, mean_logprobs, print_report, report, response_scores
+from data.tokenizer import Tokenizer, adopt_template, check_template, load_tokenizer
 from model import Transformer, add_score_head
-from runtime import check_range, distributed, fail, memory
+from runtime import distributed, fail
 
 
 @dataclass(frozen=True)
-class Config(lora.Options):
+class Config(runtime.Settings):
     model: str = "runs/tiny/0/sft/model"  # Hugging Face directory to start from, usually the result of sft.py
     data: str = "runs/tiny/0/pairs.jsonl"  # JSONL of preferences or rankings (data/formats.py)
     eval_data: str = ""              # JSONL of held-out pairs; "" for none
@@ -51,46 +51,27 @@ class Config(lora.Options):
     out: str = "runs/reward"         # folder of the run
     template: str = ""               # chat template; "": the checkpoint's own, or zephyr
 
-    margin: Literal["none", "raw", "llama2_small", "llama2_large"] = "none"  # what a rating 1-4 takes off the difference
+    margin: Literal["none", "raw", "llama2_small", "llama2_large"] = "none"  # what a rating 1-4 asks of the difference
     centering: float = 0.0           # weight of (r_w + r_l)^2, 0 or about 0.01
     epochs: int = 1                  # passes over the data; a large model overfits in a second one
     max_steps: int = 0               # stop after this many updates; 0: epochs decide
     batch: int = 64                  # dialogues per update
     max_length: int = 512            # tokens of a path, prompt and response; longer ones are cut and counted
-    max_tokens: int = 4096           # tokens of a micro-batch, what fits in memory; a larger tree travels alone
     lr: float = 3e-4                 # peak learning rate, 3e-4 for the tiny model, 3e-6 to 1e-5 for 7B
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    floor: float = 0.1               # final rate as a share of the peak
-    warmup: float = 0.1              # share of the steps with a rising rate
-    weight_decay: float = 0.0        # on matrices, 0-0.1
-    beta2: float = 0.98              # AdamW, 0.95-0.999
-    clip: float = 1.0                # largest norm of the gradient
-
-    seed: int = 0                    # order of the data, the head's first weights
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 where the hardware multiplies it
-    device: str = "auto"             # cpu, cuda, auto
-    threads: int = 0                 # CPU threads; 0: PyTorch's choice
     eval_every: int = 0              # steps between evaluations; 0: at the end only
-    save_every: int = 0              # steps between checkpoints; 0: at the end only
-    wandb: Literal["off", "offline", "online"] = "off"
-    overwrite: bool = False          # start anew in a folder that holds another run
 
     def __post_init__(self):
         super().__post_init__()
-        if self.template and self.template not in TEMPLATES:
-            fail(f"template is '{self.template}', expected one of {', '.join(TEMPLATES)}")
-        for key, low, high in (
-            ("centering", 0, inf), ("epochs", 1, inf), ("max_steps", 0, inf), ("batch", 1, inf), ("max_length", 2, inf),
-            ("max_tokens", 1, inf), ("lr", 1e-12, 1), ("floor", 0, 1), ("warmup", 0, 0.99), ("weight_decay", 0, 1), ("beta2", 0, 0.99999),
-            ("clip", 1e-6, inf), ("seed", 0, 10**9), ("threads", 0, 1024), ("eval_every", 0, inf), ("save_every", 0, inf),
-        ):
-            check_range(key, getattr(self, key), low, high)
+        check_template(self.template)
+        runtime.check_ranges(self, centering=(0, inf), epochs=(1, inf), max_steps=(0, inf), batch=(1, inf),
+                             max_length=(2, inf), eval_every=(0, inf))
 
 
 # ---------------------------------------------------------------------------------------- the loss
 
-# What a rating from 1 (slightly better) to 4 (very much) asks of the difference. Llama 2, table 27.
-MARGINS = {"none": (0, 0, 0, 0), "raw": (1, 2, 3, 4), "llama2_small": (0, 1 / 3, 2 / 3, 1), "llama2_large": (0, 1, 2, 3)}
+# What a rating from 1 (slightly better) to 4 (very much) asks of the difference; 0 is unrated. Llama 2, table 27.
+MARGINS = {"none": (0, 0, 0, 0, 0), "raw": (0, 1, 2, 3, 4), "llama2_small": (0, 0, 1 / 3, 2 / 3, 1),
+           "llama2_large": (0, 0, 1, 2, 3)}
 
 
 def pairwise_loss(
@@ -117,13 +98,13 @@ def pairwise_loss(
 
 
 def comparisons(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """All comparisons the batch's groups imply: the better and the worse reply of each [C], and weights [C] that sum to the groups.
+    """All comparisons that the batch's groups imply: the better and the worse reply of each [C], and weights [C].
 
-    A pair is a group of two. K ranked replies make up to K (K - 1) / 2 comparisons, which share one weight: a
-    prompt does not count more for having been answered more often, and each reply is run once (Ouyang et al.,
-    section 3.5).
+    A pair is a group of two. K ranked replies make up to K (K - 1) / 2 comparisons, whose weights sum to 1: a prompt
+    does not count more for having been answered more often, and each reply is run once (Ouyang et al., section 3.5).
     """
-    better, worse = (batch.pair[:, None] == batch.pair[None]).logical_and(batch.side[:, None] < batch.side[None]).nonzero(as_tuple=True)
+    compared = (batch.pair[:, None] == batch.pair) & (batch.side[:, None] < batch.side)     # [B, B]
+    better, worse = compared.nonzero(as_tuple=True)
     group = batch.pair[better]
     return better, worse, 1.0 / torch.bincount(group, minlength=batch.pairs)[group]
 
@@ -134,82 +115,9 @@ def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> lis
     """The file as trees, whose responses are ranked within groups."""
     trees = load_trees(path, tokenizer)
     if not any(r.side != CHOSEN for tree in trees for r in tree.responses):
-        fail(f"{path}: holds no preference, expected records with 'prompt', 'chosen' and 'rejected', or 'answers' and 'ranks'")
-    trees, counts = truncate(trees, config.max_length)
-    if not trees:
-        fail(f"{path}: every prompt is longer than max_length={config.max_length}: raise max_length")
-    print(f"{name}: {len(trees)} dialogues, {sum(tree.pairs for tree in trees)} pairs, {sum(tree.tokens for tree in trees):,} tokens; "
-          f"cut to {config.max_length} tokens: {counts['responses_cut']} responses, dropped: {counts['responses_dropped']} responses, "
-          f"{counts['trees_dropped']} dialogues")
-    return trees
-
-
-def response_scores(model: Transformer, batch: Batch) -> Tensor:
-    """Score of every response, read at its last token, [B]."""
-    hidden = model.hidden(batch.tokens, batch.positions, batch.layout)  # [N, D]
-    return model.scores(hidden[batch.ends])
-
-
-# -------------------------------------------------------------------------------------- evaluation
-
-@torch.no_grad()
-def all_scores(model: Transformer, trees: list[Tree], max_tokens: int, device: torch.device, score=response_scores) -> list[Tensor]:
-    """Scores [responses] of every tree, in the order given."""
-    found = {id(tree): torch.zeros(len(tree.responses)) for tree in trees}
-    for batch in share(trees, max_tokens):
-        parts = score(model, batch.to(device)).float().cpu().split([len(tree.responses) for tree in batch.trees])
-        found |= {id(tree): part * batch.counts for tree, part in zip(batch.trees, parts, strict=True)}
-    table = distributed.all_reduce(torch.cat([torch.empty(0), *(found[id(tree)] for tree in trees)]))
-    return list(table.split([len(tree.responses) for tree in trees]))
-
-
-def mean_logprobs(model: Transformer, batch: Batch) -> Tensor:
-    """What a language model thinks of every response, log-probability per token [B]: the baseline."""
-    hidden = model.hidden(batch.tokens, batch.positions, batch.layout)
-    logprobs, _ = linear_logprobs(hidden[batch.predictors], model.head_weight, batch.targets)
-    return batch.sums(logprobs) / batch.lengths
-
-
-def report(trees: list[Tree], scores: list[Tensor], categories: list[str] | None = None) -> dict:
-    """How well scores agree with held-out preferences.
-
-    accuracy        share of pairs whose chosen reply scores higher (ties miss), also by margin and by category
-    calibration     pairs by how sure the model is, sigmoid |difference|, in five bins from 0.5 to 1: [said, found, pairs]
-    length_correlation   of score and length in tokens (Pearson): a model that pays for words
-    """
-    pairs = []  # difference, margin, category
-    for tree, values in zip(trees, scores, strict=True):
-        for i, first in enumerate(tree.responses):
-            for j, second in enumerate(tree.responses):
-                if first.pair == second.pair and first.side < second.side:
-                    category = categories[tree.record] if categories else ""
-                    pairs.append(((values[i] - values[j]).item(), first.margin, category))
-
-    def accuracy(chosen: list) -> list[float]:
-        return [sum(p[0] > 0 for p in chosen) / len(chosen), len(chosen)]
-
-    sure = [(1 / (1 + math.exp(-min(abs(p[0]), 50))), p[0] > 0) for p in pairs]
-    bins = [[s for s in sure if low <= s[0] < low + 0.1 or (low == 0.9 and s[0] >= 0.9)] for low in (0.5, 0.6, 0.7, 0.8, 0.9)]
-    flat = torch.cat(scores).double()
-    lengths = torch.tensor([r.end - r.start for tree in trees for r in tree.responses]).double()
-    return {
-        "accuracy": accuracy(pairs)[0], "pairs": len(pairs), "ties": sum(p[0] == 0 for p in pairs),
-        "by_margin": {f"{m:g}": accuracy([p for p in pairs if p[1] == m]) for m in sorted({p[1] for p in pairs})},
-        "by_category": {c: accuracy([p for p in pairs if p[2] == c]) for c in sorted({p[2] for p in pairs})} if categories else {},
-        "calibration": [[sum(s[0] for s in b) / len(b), sum(s[1] for s in b) / len(b), len(b)] for b in bins if b],
-        "length_correlation": torch.corrcoef(torch.stack([flat, lengths]))[0, 1].item() if len(flat) > 1 else 0.0,
-    }
-
-
-def print_report(name: str, found: dict, baseline: dict | None) -> None:
-    print(f"\n{name}: accuracy {100 * found['accuracy']:.1f} % of {found['pairs']} pairs"
-          + (f", log-probability per token of the starting model {100 * baseline['accuracy']:.1f} %" if baseline else ""))
-    for title, key in (("margin", "by_margin"), ("task", "by_category")):
-        if len(found[key]) > 1:
-            print(f"by {title:<7}" + "  ".join(f"{label} {100 * share:.0f} % ({count})" for label, (share, count) in found[key].items()))
-    print("said it is right with probability and was: "
-          + "  ".join(f"{said:.2f} {was:.2f} ({count})" for said, was, count in found["calibration"]))
-    print(f"correlation of score and length {found['length_correlation']:+.2f}")
+        fail(f"{path}: holds no preference, expected records with 'prompt', 'chosen' and 'rejected', "
+             "or 'answers' and 'ranks'")
+    return fit(trees, config.max_length, path, name)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -218,99 +126,95 @@ def train_step(model: Transformer, batch: Batch, config: Config, groups: int) ->
     """A micro-batch's part of the step's loss and metrics, means over the step's `groups` of compared replies."""
     scores = response_scores(model, batch)                    # [B]
     better, worse, weights = comparisons(batch)               # [C]
-    steps = torch.tensor(MARGINS[config.margin], device=scores.device)
     rating = batch.margin[better].round().long().clamp(0, 4)
-    margins = torch.where(rating > 0, steps[(rating - 1).clamp(min=0)], 0.0)
-    return pairwise_loss(scores[better], scores[worse], margins, config.centering, weights / groups)
+    margins = torch.tensor(MARGINS[config.margin], device=scores.device)[rating]
+    weights = batch.weight * weights / groups
+    return pairwise_loss(scores[better], scores[worse], margins, config.centering, weights)
 
 
 @torch.no_grad()
 def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torch.device) -> dict[str, float]:
     """Loss and accuracy over held-out pairs."""
-    groups = sum(tree.pairs for tree in trees)
-    parts = [(train_step(model, batch.to(device), config, groups)[1], batch.counts) for batch in share(trees, config.max_tokens)]
-    means = {f"eval_{name}": sum(part[name].item() * counts for part, counts in parts) for name in ("loss", "accuracy")}
-    return distributed.all_reduce_metrics(means)
+    groups, sums = sum(tree.pairs for tree in trees), runtime.Sums()
+    for batch in micro_batches(trees, config.micro_tokens):
+        sums.add(train_step(model, batch.to(device), config, groups)[1])
+    return distributed.all_reduce_metrics({f"eval_{name}": sums[name] for name in ("loss", "accuracy")})
+
+
+def language_model_baseline(model: Transformer, trees: list[Tree], config: Config, device: torch.device) -> dict | None:
+    """The report of the starting model's log-probabilities per token, before its LM head goes."""
+    if not trees or model.config.scored:
+        return None
+    # A sharded model cannot change its head: it is a copy that is sharded here.
+    alone = distributed.world_size() == 1 or config.lora_rank
+    start = model if alone else lora.shard(copy.deepcopy(model), config, device)
+    return report(trees, all_scores(start, trees, config.micro_tokens, device, mean_logprobs))
+
+
+def center(model: Transformer, demos: list[Tree], config: Config, device: torch.device) -> None:
+    """Fix the constant that differences leave free: demonstrations (of pairs the chosen replies) score 0 on average."""
+    chosen = torch.tensor([r.side == CHOSEN for tree in demos for r in tree.responses])
+    scores = torch.cat(all_scores(model, demos, config.micro_tokens, device))[chosen] + model.config.score_mean
+    model.config = replace(model.config, score_mean=scores.mean().item(), score_std=max(scores.std().item(), 1e-6))
+    print(f"{'demonstrations' if config.demos else 'chosen replies'} score 0 on average from now on, "
+          f"with standard deviation {model.config.score_std:.3f}")
 
 
 def main(config: Config) -> None:
     if config.dry_run:
-        memory.dry_run(config, load_data)
-    device = runtime.setup(config.device, config.seed, config.threads, config.kernels)
+        return dry_run(config, load_data, scored=True)
+    device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
-    model = lora.load_base(config.model, config, device, runtime.compute_dtype(config.dtype, device))
+    model = lora.load_base(config.model, config, device)
     print(adopt_template(model, tokenizer, config.template or tokenizer.template or "zephyr"))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     demos = truncate(load_trees(config.demos, tokenizer)[:1000], config.max_length)[0] if config.demos else trees
-    depends_on = {"data": config.data, "model": config.model, "code": __file__}
-    run, lock = runtime.open_run(config.out, config, depends_on, config.overwrite)
 
-    baseline = None
-    if eval_trees and not model.config.scored:
-        # A sharded model cannot change its head: it is a copy that is sharded here.
-        start = model if distributed.world_size() == 1 or config.lora_rank else lora.shard(copy.deepcopy(model), config, device)
-        baseline = report(eval_trees, all_scores(start, eval_trees, config.max_tokens, device, mean_logprobs))
-        del start
+    run = runtime.Run(config, {"data": config.data, "model": config.model, "code": __file__})
+    baseline = language_model_baseline(model, eval_trees, config, device)
     if not model.config.scored:
         add_score_head(model, config.seed)
-    lora.adapt(model, config, config.seed)
-    lora.shard(model, config, device)
-    steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
+    lora.shard(lora.adapt(model, config), config, device)
     optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2, config.lora_plus)
-    done = runtime.load_state(run, model, optimizer)
-    log = runtime.Log(run, done, steps, ("loss", "margin", "accuracy", "pairs_per_s"), config.wandb, config, config.profile)
-    stop = runtime.StopRequest()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{trained:,} parameters train, {steps} steps of {config.batch} dialogues, {done} done")
+    steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
+    run.resume(model, optimizer, steps, shown=("loss", "margin", "accuracy", "pairs_per_s"))
 
-    for step in range(done, steps):
+    for step in range(run.done, steps):
         began = time.perf_counter()
-        lr = runtime.learning_rate(step, steps, config.lr, round(config.warmup * steps), config.schedule, config.floor)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+        lr = runtime.set_learning_rate(optimizer, step, steps, config)
         drawn = step_trees(trees, config.batch, step, config.seed)
-        groups = sum(tree.pairs for tree in drawn)
-        metrics: dict[str, float] = {}
-        for batch in share(drawn, config.max_tokens):
-            loss, parts = train_step(model, batch.to(device), config, groups)
-            (loss * batch.counts).backward()
-            for name, value in parts.items():
-                metrics[name] = metrics.get(name, 0.0) + value.item() * batch.counts
-        metrics = distributed.all_reduce_metrics(metrics) | {"pairs": groups, "lr": lr}
-        metrics["grad_norm"] = distributed.clip_grad_norm(model, config.clip)
+        pairs = sum(tree.pairs for tree in drawn)
+        metrics = runtime.Sums()
+        for batch in micro_batches(drawn, config.micro_tokens):
+            loss, parts = train_step(model, batch.to(device), config, pairs)
+            loss.backward()
+            metrics.add(parts)
+        metrics = distributed.all_reduce_metrics(metrics)
+        metrics["grad_norm"] = distributed.clip_grad_norm(model, config.max_grad_norm)
         runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for tree in drawn])
         optimizer.step()
         optimizer.zero_grad()
-        metrics["tokens"] = sum(tree.tokens for tree in drawn)
-        metrics["pairs_per_s"] = groups / (time.perf_counter() - began)
-        done = step + 1
-        if eval_trees and (done == steps or (config.eval_every and done % config.eval_every == 0)):
+        metrics |= {"lr": lr, "pairs": pairs, "tokens": sum(tree.tokens for tree in drawn),
+                    "pairs_per_s": pairs / (time.perf_counter() - began)}
+        if eval_trees and run.due(config.eval_every, step + 1):
             metrics |= evaluate(model, eval_trees, config, device)
-        log.step(done, metrics)
-        stopping = distributed.any_rank(stop)
-        if stopping or done == steps or (config.save_every and done % config.save_every == 0):
-            runtime.save_state(run, done, model, optimizer)
-        if stopping:
+        run.log(metrics)
+        if run.stopping or run.due(config.save_every, run.done):
+            run.save(model, optimizer)
+        if run.stopping:
             break
 
-    if done == steps:
-        # Every reply of a demonstration is one; of a pair, the chosen.
-        chosen = torch.tensor([r.side == CHOSEN for tree in demos for r in tree.responses])
-        scores = torch.cat(all_scores(model, demos, config.max_tokens, device))[chosen] + model.config.score_mean
-        model.config = replace(model.config, score_mean=scores.mean().item(), score_std=max(scores.std().item(), 1e-6))
-        print(f"{'demonstrations' if config.demos else 'chosen replies'} score 0 on average from now on, "
-              f"with standard deviation {model.config.score_std:.3f}")
-        lora.save_result(model, run, tokenizer, config, trees[0].trunk[:64].tolist())
+    if run.finished:
+        center(model, demos, config, device)
+        lora.save_result(model, run.folder, tokenizer, config, probe=trees[0].trunk[:64].tolist())
         if eval_trees:
-            records, _ = read(config.eval_data)
-            categories = [record.get("category", "") for record in records]
-            found = report(eval_trees, all_scores(model, eval_trees, config.max_tokens, device), categories)
-            runtime.write_text(run / "report.json", json.dumps({"reward_model": found, "baseline": baseline}, indent=1) + "\n")
+            categories = [record.get("category", "") for record in read(config.eval_data)[0]]
+            found = report(eval_trees, all_scores(model, eval_trees, config.micro_tokens, device), categories)
+            told = json.dumps({"reward_model": found, "baseline": baseline}, indent=1)
+            runtime.write_text(run.folder / "report.json", told + "\n")
             print_report(config.eval_data, found, baseline)
-    log.close()
-    lock.close()
-    print(f"wrote {run}/model" if done == steps else f"stopped after step {done}; the same command goes on from there")
+    run.close()
 
 
 def score_file(argv: list[str]) -> None:
@@ -328,8 +232,9 @@ def score_file(argv: list[str]) -> None:
     records, found = read(words.score, "messages")
     records = list(records)
     found.refuse()
-    scores = [part[-1].item() for part in all_scores(model, load_trees(words.score, tokenizer), 4096, torch.device("cpu"))]
-    text = "".join(json.dumps(record | {"score": round(score, 4)}) + "\n" for record, score in zip(records, scores, strict=True))
+    scores = all_scores(model, load_trees(words.score, tokenizer), 4096, torch.device("cpu"))
+    text = "".join(json.dumps(record | {"score": round(score[-1].item(), 4)}) + "\n"
+                   for record, score in zip(records, scores, strict=True))
     if words.out:
         runtime.write_text(Path(words.out), text)
     else:

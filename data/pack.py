@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from data.formats import read
-from data.tokenizer import TEMPLATES, Tokenizer, load_tokenizer
+from data.tokenizer import TEMPLATES, Tokenizer, load_tokenizer, sample_texts
 from kernels.layout import Layout
 from runtime import arguments, check_range, distributed, fail
 
@@ -58,7 +58,7 @@ class Tree:
     leaves: list[tuple[int, np.ndarray]] = field(default_factory=list)  # (prefix, token ids)
     responses: list[Response] = field(default_factory=list)
     record: int = 0                                     # which record of the file, the last of a dialogue
-    ref_sums: Tensor | None = None                      # [responses] log-probability sums under a reference, if one is used
+    ref_sums: Tensor | None = None                      # [responses] log-probability sums under DPO's reference
 
     @property
     def tokens(self) -> int:
@@ -99,7 +99,10 @@ def tree_from_text(ids: Iterable[int]) -> Tree:
 
 
 def trees_from_preferences(records: Iterable[dict], tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
-    """Pairs as trees: a pair whose prompt goes on from an earlier pair's chosen reply, perhaps by unrated turns, joins its tree."""
+    """Pairs as trees: a pair whose prompt continues an earlier pair's chosen reply joins its tree.
+
+    There may be unrated turns in between.
+    """
     trees: list[Tree] = []
     open_ends: dict[tuple, Tree] = {}  # by the messages up to and including the last chosen reply
     for number, record in enumerate(records):
@@ -137,13 +140,23 @@ def tree_from_ranking(record: dict, tokenizer: Tokenizer, template: str | None =
     return tree
 
 
-def _path(prompt: list[dict], reply: str, tokenizer: Tokenizer, template: str | None) -> tuple[np.ndarray, tuple[int, int]]:
+def _path(
+    prompt: list[dict], reply: str, tokenizer: Tokenizer, template: str | None,
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Ids of a dialogue up to the end of `reply`, and the span of that reply."""
     spans = tokenizer.spans([*prompt, {"role": "assistant", "content": reply}], template)
     while not spans[-1][1]:  # what the template writes after a reply belongs to the next turn
         spans.pop()
     ids = np.array([i for span, _ in spans for i in span], np.int32)
     return ids, (len(ids) - len(spans[-1][0]), len(ids))
+
+
+def tree_from_replies(number: int, prompt: list[int], replies: list[list[int]], finished: list[bool]) -> Tree:
+    """A prompt as a trunk and its sampled replies as leaves."""
+    leaves = [(len(prompt), np.array(reply, np.int32)) for reply in replies]
+    responses = [Response(i + 1, 0, len(reply), pair=i, cut=not end)
+                 for i, (reply, end) in enumerate(zip(replies, finished, strict=True))]
+    return Tree(np.array(prompt, np.int32), leaves, responses, record=number)
 
 
 # ------------------------------------------------------------------------------- truncation, order
@@ -177,13 +190,27 @@ def truncate(trees: list[Tree], max_length: int) -> tuple[list[Tree], dict[str, 
                 leaves.append((prefix, leaf[:limit]))
                 segment = len(leaves)
             counts["responses_cut"] += r.end > limit
-            responses.append(Response(segment, r.start, min(r.end, limit), pair, r.side, r.turn, r.margin, cut=r.end > limit))
+            end = min(r.end, limit)
+            responses.append(Response(segment, r.start, end, pair, r.side, r.turn, r.margin, cut=r.end > limit))
         if responses:
             end = max([r.end for r in responses if r.segment == 0] + [prefix for prefix, _ in leaves])
             kept.append(Tree(tree.trunk[:end], leaves, responses, tree.record))
         else:
             counts["trees_dropped"] += 1
     return kept, counts
+
+
+def fit(trees: list[Tree], max_length: int, path: str, name: str) -> list[Tree]:
+    """truncate, with one line that says what `path` holds and what was cut; leaves if nothing is left to learn."""
+    trees, counts = truncate(trees, max_length)
+    if not trees:
+        fail(f"{path}: holds no token to learn within max_length={max_length}: raise max_length")
+    pairs = sum(tree.pairs for tree in trees if tree.leaves)
+    print(f"{name}: {len(trees)} dialogues, " + f"{pairs} pairs, " * (pairs > 0)
+          + f"{sum(tree.tokens for tree in trees):,} tokens, {sum(tree.learnt for tree in trees):,} in the loss; "
+          f"cut to {max_length} tokens: {counts['responses_cut']} responses, "
+          f"dropped: {counts['responses_dropped']} responses, {counts['trees_dropped']} dialogues")
+    return trees
 
 
 @lru_cache(maxsize=2)
@@ -229,8 +256,9 @@ class Batch:
     side: Tensor       # [B] CHOSEN or REJECTED
     turn: Tensor       # [B] from 1
     margin: Tensor     # [B] float
+    response_ids: Tensor  # [B] which responses of all trees given to `pack` or `micro_batches`, in their order
     trees: list[Tree]
-    counts: float = 1.0  # 0.0: a repetition, which keeps a rank without work in step with the others (`share`)
+    weight: float = 1.0  # 0.0: a repetition, which keeps a rank without work in step with the others
 
     @property
     def pairs(self) -> int:
@@ -263,68 +291,72 @@ class Batch:
 
     def sums(self, logprobs: Tensor) -> Tensor:
         """Per-token values [M] summed by response, [B]."""
-        return torch.zeros(len(self.pair), dtype=logprobs.dtype, device=logprobs.device).index_add(0, self.owner, logprobs)
+        return logprobs.new_zeros(len(self.pair)).index_add(0, self.owner, logprobs)
 
     def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Values by response [B] as chosen and rejected [pairs], pair by pair."""
-        chosen, rejected = (torch.zeros(self.pairs, dtype=values.dtype, device=values.device) for _ in range(2))
+        chosen, rejected = values.new_zeros(2, self.pairs)
         won, lost = self.side == CHOSEN, self.side == REJECTED
         return chosen.index_put((self.pair[won],), values[won]), rejected.index_put((self.pair[lost],), values[lost])
 
     def to(self, device) -> Batch:
-        moved = {name: value.to(device) for name, value in vars(self).items() if name not in ("trees", "counts")}
-        return Batch(**moved, trees=self.trees, counts=self.counts)
+        moved = {name: value.to(device) for name, value in vars(self).items() if name not in ("trees", "weight")}
+        return Batch(**moved, trees=self.trees, weight=self.weight)
 
 
-def pack(trees: list[Tree], max_tokens: int) -> list[Batch]:
-    """Batches of at most `max_tokens` tokens each (a larger tree travels alone), no token lost, longest trees first.
+def pack(trees: list[Tree], micro_tokens: int) -> list[Batch]:
+    """Batches of at most `micro_tokens` tokens each (a larger tree is one by itself), the longest trees first.
 
     Trees of similar length share a batch: it pads little where a kernel works on padded rows.
     """
-    batches: list[list[Tree]] = []
+    batches: list[list[int]] = []
     room = 0
-    for tree in sorted(trees, key=lambda t: -t.tokens):
-        if tree.tokens > room:
+    for i in sorted(range(len(trees)), key=lambda i: -trees[i].tokens):
+        if trees[i].tokens > room:
             batches.append([])
-            room = max_tokens
-        batches[-1].append(tree)
-        room -= tree.tokens
-    return [collate(group) for group in batches]
+            room = micro_tokens
+        batches[-1].append(i)
+        room -= trees[i].tokens
+    return [collate(trees, chosen) for chosen in batches]
 
 
-def share(trees: list[Tree], max_tokens: int) -> list[Batch]:
-    """This rank's batches of a step's trees: as many on every rank, for they gather weights together; alone, `pack`'s.
+def micro_batches(trees: list[Tree], micro_tokens: int) -> list[Batch]:
+    """This rank's micro-batches of a step's trees: with one process `pack`'s, with several as many on every rank.
 
-    Longest trees first, each to the batch that holds least, so that ranks wait little for each other. With fewer trees than
-    ranks some repeat another's batch, which counts 0.
+    Longest trees first, each to the batch that holds least, so that ranks wait little for each other: they gather
+    weights together. With fewer trees than ranks some repeat another's batch with weight 0.
     """
-    if distributed.world_size() == 1:
-        return pack(trees, max_tokens)
-    count = groups = 0
-    while not groups or any(len(group) > 1 and sum(tree.tokens for tree in group) > max_tokens for group in groups):
-        count += distributed.world_size()
-        groups = [[] for _ in range(count)]
-        least = [(0, i) for i in range(count)]  # tokens of each
-        for tree in sorted(trees, key=lambda t: -t.tokens):
-            held, i = least[0]
-            groups[i].append(tree)
-            heapq.heapreplace(least, (held + tree.tokens, i))
-    return [collate(group) if group else replace(collate(groups[0]), counts=0.0) for group in groups[distributed.rank() :: distributed.world_size()]]
+    world_size = distributed.world_size()
+    if world_size == 1:
+        return pack(trees, micro_tokens)
+    count, batches = 0, []
+    while not batches or any(len(b) > 1 and sum(trees[i].tokens for i in b) > micro_tokens for b in batches):
+        count += world_size
+        batches = [[] for _ in range(count)]
+        least = [(0, k) for k in range(count)]  # tokens of each
+        for i in sorted(range(len(trees)), key=lambda i: -trees[i].tokens):
+            held, k = least[0]
+            batches[k].append(i)
+            heapq.heapreplace(least, (held + trees[i].tokens, k))
+    mine = batches[distributed.rank() :: world_size]
+    return [collate(trees, chosen) if chosen else replace(collate(trees, batches[0]), weight=0.0) for chosen in mine]
 
 
-def collate(trees: list[Tree]) -> Batch:
-    """Lay trees end to end."""
+def collate(trees: list[Tree], chosen: list[int] | None = None) -> Batch:
+    """Lay the chosen ones (None: all) of a list of trees end to end."""
     segments, lengths, trunks, prefixes = [], [], [], []
-    index, owner, pair, side, turn, margin = [], [], [], [], [], []
+    index, owner, pair, side, turn, margin, ids = [], [], [], [], [], [], []
+    first_ids = np.cumsum([0, *(len(tree.responses) for tree in trees)])
+    chosen = range(len(trees)) if chosen is None else chosen
     at = pairs = 0
-    for tree in trees:
-        trunk, starts = len(segments), [at]
-        for prefix, ids in [(0, tree.trunk), *tree.leaves]:
-            segments.append(ids)
-            lengths.append(len(ids))
+    for number in chosen:
+        tree, trunk, starts = trees[number], len(segments), [at]
+        for prefix, tokens in [(0, tree.trunk), *tree.leaves]:
+            segments.append(tokens)
+            lengths.append(len(tokens))
             trunks.append(trunk)
             prefixes.append(prefix)
-            at += len(ids)
+            at += len(tokens)
             starts.append(at)
         for r in tree.responses:
             begin = starts[r.segment]
@@ -334,6 +366,7 @@ def collate(trees: list[Tree]) -> Batch:
             side.append(r.side)
             turn.append(r.turn)
             margin.append(r.margin)
+        ids.append(np.arange(first_ids[number], first_ids[number + 1]))
         pairs += tree.pairs
     layout = Layout.build(lengths, trunks, prefixes)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), layout.length)
@@ -343,8 +376,9 @@ def collate(trees: list[Tree]) -> Batch:
     previous[layout.start] = torch.where(layout.prefix > 0, layout.trunk_start + layout.prefix - 1, -1)
     return Batch(
         torch.from_numpy(np.concatenate(segments).astype(np.int64)), layout.prefix[segment] + place, previous, layout,
-        torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(owner)),
-        torch.tensor(pair), torch.tensor(side), torch.tensor(turn), torch.tensor(margin), trees,
+        torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(owner)), torch.tensor(pair),
+        torch.tensor(side), torch.tensor(turn), torch.tensor(margin), torch.from_numpy(np.concatenate(ids)),
+        [trees[i] for i in chosen],
     )
 
 
@@ -362,15 +396,17 @@ def show(tree: Tree, tokenizer: Tokenizer) -> str:
             note = ""
             if i in of:
                 r = tree.responses[of[i]]
-                kind = f"rank {r.side}" if tree.ranked else ("chosen", "rejected")[r.side] if tree.leaves else "response"
-                note = f"  {kind}, turn {r.turn}" + (f", margin {r.margin:g}" if r.margin else "") + (", cut" if r.cut else "")
+                kind = ("chosen", "rejected")[r.side] if tree.leaves else "response"
+                kind = f"rank {r.side}" if tree.ranked else kind
+                margin, cut = f", margin {r.margin:g}" if r.margin else "", ", cut" if r.cut else ""
+                note = f"  {kind}, turn {r.turn}{margin}{cut}"
             name = tokenizer.name(int(batch.tokens[i]))
             lines.append(f"   {i:5d} {int(batch.positions[i]):4d} {'   1' if i in of else '   .'}   {name:<16}{note}")
     return "\n".join(lines)
 
 
 def load_trees(path: str, tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
-    """The file as trees, whichever format it is in; leaves with one line on a bad record, or on prompts without replies."""
+    """The file as trees, whichever format it has; one line on a bad record, or on prompts without replies."""
     records, report = read(path)
     records = list(records)
     report.refuse()
@@ -392,8 +428,30 @@ def load_trees(path: str, tokenizer: Tokenizer, template: str | None = None) -> 
     return trees
 
 
+def load_prompts(path: str, tokenizer: Tokenizer, room: int) -> list[list[int]]:
+    """The distinct prompts of a file, rendered up to where the reply begins, at most `room` tokens each."""
+    records, report = read(path)
+    records = list(records)
+    report.refuse()
+    if report.format not in ("preference", "ranking", "prompt"):
+        fail(f"{path}: holds {report.format} records, expected records with a 'prompt'")
+    prompts = [tokenizer.render(record["prompt"], add_generation_prompt=True)[0] for record in records]
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) > room:
+            fail(f"{path} record {number}: the prompt has {len(prompt)} tokens and a reply of max_tokens must fit "
+                 f"behind it, expected at most {room}: drop it or lower max_tokens")
+    return [list(ids) for ids in dict.fromkeys(map(tuple, prompts))]
+
+
+def sample_replies(model, tokenizer: Tokenizer, trees: list[Tree], count: int, seed: int) -> str:
+    """The model's answers to the prompts of the first trees, as lines to print; plain text is continued."""
+    begins = [tree.responses[0].start for tree in trees[:count]]
+    prompts = [tree.trunk[: begin if begin > 1 else 8].tolist() for tree, begin in zip(trees, begins, strict=False)]
+    return "\n".join(sample_texts(model, tokenizer, prompts, seed))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.pack", description="Show a data file as the model will see it.")
+    parser = argparse.ArgumentParser(prog="python -m data.pack", description="Show a data file as the model sees it.")
     parser.add_argument("file")
     parser.add_argument("--show", type=int, default=3, help="trees to print (default 3)")
     parser.add_argument("--tokenizer", default="data/tiny/base", help="checkpoint whose tokenizer and template to use")
@@ -405,8 +463,8 @@ def main() -> None:
     tokenizer.adopt(words.template or tokenizer.template or "zephyr")
     trees, counts = truncate(load_trees(words.file, tokenizer), words.max_length)
     total = sum(tree.tokens for tree in trees)
-    trained = sum(r.end - r.start for tree in trees for r in tree.responses)
-    print(f"{words.file}: {len(trees)} trees, {sum(len(t.leaves) for t in trees)} leaves, {total} tokens, {trained} in the loss; "
+    learnt, leaves = sum(tree.learnt for tree in trees), sum(len(tree.leaves) for tree in trees)
+    print(f"{words.file}: {len(trees)} trees, {leaves} leaves, {total} tokens, {learnt} in the loss; "
           + ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.items() if name != "trees"))
     for number, tree in enumerate(trees[: words.show]):
         print(f"\ntree {number}: {tree.tokens} tokens, {len(tree.responses)} responses\n{show(tree, tokenizer)}")

@@ -381,6 +381,12 @@ class Tokenizer:
             fast.write_text(json.dumps(table, ensure_ascii=False))
 
 
+def check_template(name: str) -> None:
+    """Leave with one line unless it is one of TEMPLATES, or "" for the checkpoint's own."""
+    if name and name not in TEMPLATES:
+        fail(f"template is '{name}', expected one of {', '.join(TEMPLATES)}")
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face model directory: tokenizer.model (sentencepiece), or else tokenizer.json (byte-level BPE)."""
     return Tokenizer(path)
@@ -405,7 +411,7 @@ def adopt_template(model, tokenizer: Tokenizer, name: str) -> str:
     if before == name:
         return f"template {name}, as in the checkpoint"
     unseen = tokenizer.adopt(name)
-    model.__dict__["new_rows"] = bool(unseen)  # an adapter for this model has to bring its embeddings along
+    model.new_rows = bool(unseen)  # an adapter for this model has to bring its embeddings along
     model.resize(max(model.config.vocab_size, tokenizer.vocab_size))
     newline = tokenizer.encode("\n", continues=True)[-1]
     generator = torch.Generator().manual_seed(0)

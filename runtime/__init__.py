@@ -1,27 +1,23 @@
-"""What every run needs and no algorithm cares about. Scripts call these with plain values; nothing here calls back.
+"""What every run needs and no algorithm cares about; nothing here imports a file outside this folder.
 
-    config.py   settings from TOML and the command line     run.py          folder, log, checkpoint, resume
-    device.py   devices, seeds, precision                   optimizer.py    AdamW, learning rate
-    cpu.py      what is done for CPUs, and why              distributed.py  several processes as one run
+    config.py       settings from TOML and the command line      run.py         a run's folder, and how far it is
+    device.py       device, precision, seeds, Triton or not      checkpoint.py  what resuming needs
+    optimizer.py    AdamW's groups, the learning rate            log.py         metrics, live line, wandb, profile
+    distributed.py  several processes as one run                 files.py       writing that a kill cannot hurt
+    cpu.py          what is done for CPUs, and why               memory.py      bytes of a run, before it starts
 """
-from runtime.config import arguments, check_range, config_toml, fail, load_config
+from runtime.checkpoint import load_state, save_state
+from runtime.config import Settings, arguments, check_range, check_ranges, config_toml, fail, load_config
 from runtime.cpu import AdamW
 from runtime.device import compute_dtype, find_device, setup
-from runtime.optimizer import adamw, check_finite, learning_rate
-from runtime.run import (
-    WRITTEN,
-    Log,
-    Profile,
-    StopRequest,
-    file_hash,
-    load_state,
-    open_folder,
-    open_run,
-    save_state,
-    write_text,
-    writing,
-)
+from runtime.files import file_hash, open_folder, read_cache, write_cache, write_text, writing
+from runtime.log import Log, Sums
+from runtime.optimizer import adamw, check_finite, learning_rate, set_learning_rate
+from runtime.run import Run, StopRequest, open_run
 
-__all__ = ["WRITTEN", "AdamW", "Log", "Profile", "StopRequest", "adamw", "arguments", "check_finite", "check_range",
-           "compute_dtype", "config_toml", "fail", "file_hash", "find_device", "learning_rate", "load_config", "load_state",
-           "open_folder", "open_run", "save_state", "setup", "write_text", "writing"]
+__all__ = [
+    "AdamW", "Log", "Run", "Settings", "StopRequest", "Sums", "adamw", "arguments", "check_finite", "check_range",
+    "check_ranges", "compute_dtype", "config_toml", "fail", "file_hash", "find_device", "learning_rate", "load_config",
+    "load_state", "open_folder", "open_run", "read_cache", "save_state", "set_learning_rate", "setup", "write_cache",
+    "write_text", "writing",
+]

@@ -12,9 +12,10 @@ from torch import nn
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what tensors give back, for the next ones: fresh pages cost more than the work on them.
+    """Have the C library keep freed memory for the next tensors: fresh pages cost more than the work on them.
 
-    SFT of a 15 M model on two cores: 1,510 -> 2,300 tokens/s, 1.1 M -> 0.3 M page faults in five steps, 2 % more memory at the peak.
+    SFT of a 15 M model on two cores: 1,510 -> 2,300 tokens/s, 1.1 M -> 0.3 M page faults in five steps, and 2 % more
+    memory at the peak.
     """
     with suppress(OSError, AttributeError):  # glibc alone has it
         libc = ctypes.CDLL(None)
@@ -43,10 +44,10 @@ def fast_matmul() -> str:
 
 @contextmanager
 def without_onednn(device: torch.device) -> Iterator[None]:
-    """On a CPU, fp32 products by MKL even where oneDNN is switched on by fast_matmul, which is faster for large ones alone.
+    """On a CPU, fp32 products by MKL even where fast_matmul chose oneDNN, which is faster for large products alone.
 
-    oneDNN copies operands that do not lie dense: attention of 64 sequences with 6 heads to caches of 100 tokens takes it
-    1,650 us, MKL 250. And it takes longer to begin: 33 us, MKL 7, for one row times 288 x 288.
+    oneDNN copies operands that are not contiguous: attention of 64 sequences with 6 heads to caches of 100 tokens
+    takes 1,650 us, with MKL 250. And it starts slowly: one row times 288 x 288 takes 33 us, with MKL 7.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cpu":
@@ -60,19 +61,20 @@ def without_onednn(device: torch.device) -> Iterator[None]:
 def missing_rows(x: torch.Tensor) -> int:
     """Rows that x [N, ...] lacks of a multiple of 32, on a CPU; elsewhere none.
 
-    oneDNN compiles every product of a new shape, in about 1 ms, and keeps up to a MB of it for ever. Three products whose
-    number of rows was drawn from 600 to 1,100, a thousand times: 6.4 s and 530 MB; in multiples of 32: 4.0 s and 40 MB.
+    oneDNN compiles every product of a new shape, in about 1 ms, and keeps up to a MB for each. Three products whose
+    number of rows was drawn from 600 to 1,100, a thousand times: 6.4 s and 530 MB; in multiples of 32: 4.0 s, 40 MB.
     """
     return 0 if x.device.type != "cpu" else -len(x) % 32
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2) by PyTorch's fused kernel, for gradient g and learning rate lr:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2), for gradient g and learning rate lr:
 
         m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
         w = w - lr (weight_decay w + m' / (sqrt(v') + eps))        m' = m / (1 - beta1^t), v' = v / (1 - beta2^t)
 
-    Bit for bit torch.optim.AdamW(fused=True), which at its first use imports PyTorch's compiler: 69 MB and 1.9 s.
+    Its kernel is PyTorch's fused one: bit for bit torch.optim.AdamW(fused=True), whose first use imports PyTorch's
+    compiler, 69 MB and 1.9 s.
     """
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float = 1e-8):
@@ -91,8 +93,9 @@ class AdamW:
             steps, m, v = ([self.state[p][key] for p in moving] for key in ("step", "exp_avg", "exp_avg_sq"))
             if moving:
                 torch._foreach_add_(steps, 1)
-                torch._fused_adamw_(moving, [p.grad for p in moving], m, v, [], steps, lr=group["lr"], beta1=self.betas[0],
-                                    beta2=self.betas[1], weight_decay=group["weight_decay"], eps=self.eps, amsgrad=False, maximize=False)
+                torch._fused_adamw_(moving, [p.grad for p in moving], m, v, [], steps, lr=group["lr"],
+                                    beta1=self.betas[0], beta2=self.betas[1], weight_decay=group["weight_decay"],
+                                    eps=self.eps, amsgrad=False, maximize=False)
 
     def zero_grad(self) -> None:
         for group in self.param_groups:

@@ -37,8 +37,8 @@ def on_triton(x: torch.Tensor) -> bool:
     return x.is_cuda and _chosen != "torch" or INTERPRETED and _chosen == "triton"
 
 
-def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> torch.device:
-    """Seed PyTorch, find the device ('auto' takes a GPU when there is one), meet the other ranks, and say what will be used.
+def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto", dtype: str = "") -> torch.device:
+    """Seed PyTorch, find the device ('auto': a GPU when there is one), join the other ranks, print what is used.
 
     Data order and sampling have generators of their own (data/pack.py, model.py).
     """
@@ -60,7 +60,8 @@ def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto") -> tor
         fail(str(error))
     chosen = f"triton {triton.__version__}" if on_triton(torch.empty(0, device=found)) else "torch"
     several = f"{distributed.world_size()} ranks, " if distributed.world_size() > 1 else ""
-    print(f"torch {torch.__version__} on {found} ({several}{name}), kernels {chosen}")
+    computing = f", computing in {compute_dtype(dtype, found)}".replace("torch.", "") if dtype else ""
+    print(f"torch {torch.__version__} on {found} ({several}{name}), kernels {chosen}{computing}")
     return found
 
 
@@ -77,7 +78,7 @@ def find_device(name: str) -> torch.device:
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of activations; 'auto' is bfloat16 where the hardware multiplies it."""
     if name == "auto":
-        cpu_has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        name = "bfloat16" if (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_it) else "float32"
-        print(f"compute in {name}")
+        on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        has_it = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu()
+        name = "bfloat16" if has_it else "float32"
     return getattr(torch, name)

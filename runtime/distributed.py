@@ -2,17 +2,18 @@
 
     torchrun --nproc-per-node 8 sft.py --config configs/zephyr-7b/sft.toml ...
 
-Every rank knows the whole step (its trees are a function of seed and step), works on its share of them (data/pack.py,
-`share`) and divides by the whole step's tokens, pairs or groups. So gradients and metrics are sums over ranks, and the
-number of ranks changes nothing but the order in which numbers are added.
+Every rank knows the whole step (its trees are a function of seed and step), works on its part of them (data/pack.py,
+`micro_batches`) and divides by the whole step's tokens, pairs or groups. So gradients and metrics are sums over ranks,
+and the number of ranks changes only the order in which numbers are added.
 
     full fine-tuning   FSDP2: a rank keeps a share of every weight, gradient and moment; a block's weights are gathered,
-                       in the dtype of compute, while it runs. Reduction and weights in fp32. Zhao et al. 2023, arXiv:2304.11277
+                       in the dtype of compute, while it runs; reductions and weights in fp32 (Zhao et al. 2023,
+                       arXiv:2304.11277)
     adapters           every rank holds the frozen base and all adapters; their gradients are summed in one flat piece
 
-Rank 0 writes and prints. What writes a file returns early on the others, or `runtime.writing` refuses; who reads a file that
-rank 0 has written waits first (`wait`). Into a checkpoint every rank puts its share. Without torchrun there is one rank, and
-every function here leaves things as they are.
+Rank 0 writes and prints: functions that write a file return early on other ranks, or `runtime.writing` refuses. Before
+a rank reads a file that rank 0 has written it waits at a `barrier`. Into a checkpoint every rank writes its part.
+Without torchrun there is one rank, and every function here leaves its input as it is.
 """
 from __future__ import annotations
 
@@ -45,12 +46,13 @@ def launched() -> bool:
 
 
 def local_device(name: str) -> str:
-    """Of the machine's GPUs this process's, where it is not named."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if launched() and name in ("auto", "cuda") and torch.cuda.is_available() else name
+    """The GPU that torchrun meant for this process, unless `name` names one."""
+    free = launched() and name in ("auto", "cuda") and torch.cuda.is_available()
+    return f"cuda:{os.environ['LOCAL_RANK']}" if free else name
 
 
 def init_process_group(device: torch.device) -> None:
-    """Meet the other processes that torchrun has started, if it has."""
+    """Join the other processes, if torchrun has started several."""
     if not launched() or world_size() > 1:
         return
     # An hour: the others wait while rank 0 writes a large model.
@@ -78,11 +80,11 @@ def _leave() -> None:
 # ------------------------------------------------------------------------------------- full fine-tuning
 
 def fully_shard(model: nn.Module, size: int, device: torch.device) -> nn.Module:
-    """Keep 1 / size of the model's weights here, in place; groups of `size` ranks hold a whole model each, 0 is all ranks."""
+    """FSDP2, in place: this rank keeps 1 / size of the weights; `size` ranks hold one model together, 0: all ranks."""
     if world_size() == 1:
         return model
+    from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     size = size or world_size()
     if size == world_size():
@@ -90,10 +92,13 @@ def fully_shard(model: nn.Module, size: int, device: torch.device) -> nn.Module:
     else:
         mesh = init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("copy", "shard"))
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32))
-    # Embedding, last norm and heads are gathered in fp32, and stay until the backward pass: losses use the head outside of `hidden`.
-    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), reshard_after_forward=False)
-    register_fsdp_forward_method(model, "hidden")
+        policy = fsdp.MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
+    # Embedding, last norm and heads are gathered in fp32, and stay until the backward pass: losses use the head outside
+    # of `hidden`.
+    policy = fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    fsdp.fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fsdp.register_fsdp_forward_method(model, "hidden")
     for module in (*model.layers, model):  # sums, not means: losses are divided by what the whole step holds
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -105,14 +110,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Keep nothing but this rank's share in memory; until the next forward pass the parameters are those the optimizer has."""
+    """Free the gathered weights: until the next forward pass parameters are this rank's part, as in the optimizer."""
     for module in model.modules():
         if is_sharded(module):
             module.reshard()
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
-    """All of a parameter. Every rank has to ask."""
+    """The whole parameter, gathered: every rank must call this."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
@@ -155,7 +160,7 @@ def all_reduce_max(value: float) -> float:
 
 
 def any_rank(flag) -> bool:
-    """Is it true on any rank?"""
+    """Is the flag true on any rank?"""
     return bool(all_reduce_max(float(bool(flag))))
 
 
@@ -176,7 +181,7 @@ def all_gather(items: list) -> list:
 
 
 def barrier() -> None:
-    """For all ranks to come here."""
+    """Wait until all ranks are here."""
     if world_size() > 1:
         dist.all_reduce(torch.zeros(1))
 
@@ -184,7 +189,7 @@ def barrier() -> None:
 # ------------------------------------------------------------------------------------------- state
 
 def save_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write to the folder a safetensors file of each rank with its share. OSError on all ranks if one of them could not."""
+    """Write one safetensors file a rank, with its part, to the folder. OSError on all ranks if one could not."""
     import torch.distributed.checkpoint as dcp  # only now: it takes a second to import
 
     try:
@@ -194,7 +199,7 @@ def save_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def load_sharded(tensors: dict[str, Tensor], folder: Path, optional: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fill the tensors with what any number of ranks have saved; returns those of the `optional` ones that are there, filled too."""
+    """Fill the tensors with what any number of ranks have saved; the `optional` ones that are there too, returned."""
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.HuggingFaceStorageReader(str(folder))

@@ -6,14 +6,15 @@ import math
 from torch import nn
 
 from runtime import distributed
-from runtime.config import fail
+from runtime.config import Settings, fail
 from runtime.cpu import AdamW
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999, lora_plus: float = 1.0) -> AdamW:
     """An optimizer of the trainable parameters; norms and biases are not decayed.
 
-    A group's rate is "scale" times the step's; LoRA's B matrices learn `lora_plus` times as fast (Hayou et al. 2024, arXiv:2402.12354).
+    A group's rate is "scale" times the step's; LoRA's B matrices learn `lora_plus` times as fast (Hayou et al. 2024,
+    arXiv:2402.12354).
     """
     distributed.reshard(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -26,17 +27,29 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999
     return AdamW(groups, (0.9, beta2))
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, schedule: str, floor: float = 0.0) -> float:
-    """Rate of update `step` (from 0): linear from 0 over the warm-up, then cosine, linear or constant down to floor * peak."""
+def set_learning_rate(optimizer: AdamW, step: int, steps: int, config: Settings) -> float:
+    """Give every group the rate of update `step` (from 0) of `steps`, and return it."""
+    warmup_steps = round(config.warmup_ratio * steps)
+    lr = learning_rate(step, steps, config.lr, warmup_steps, config.schedule, config.min_lr_ratio)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    return lr
+
+
+def learning_rate(
+    step: int, steps: int, peak: float, warmup_steps: int, schedule: str, min_ratio: float = 0.0,
+) -> float:
+    """Rate of update `step` (from 0): linear from 0 over the warm-up, then by `schedule` down to min_ratio * peak."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
-    return peak * (floor + (1 - floor) * shape)
+    return peak * (min_ratio + (1 - min_ratio) * shape)
 
 
 def check_finite(loss: float, grad_norm: float, step: int, records: list[int]) -> None:
     """A loss or gradient that is not finite ends the run before it reaches the weights. `records` count from 0."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         numbers = ", ".join(str(record + 1) for record in sorted(records))
-        fail(f"step {step + 1}: loss is {loss}, gradient norm {grad_norm}: lower lr, or look at this step's records: {numbers}")
+        fail(f"step {step + 1}: loss is {loss}, gradient norm {grad_norm}: lower lr, or look at this step's records: "
+             f"{numbers}")

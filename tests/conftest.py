@@ -83,12 +83,12 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-def step_gradients(model, trees: list, max_tokens: int, train_step) -> tuple[dict, list[torch.Tensor]]:
-    """Summed metrics and gradients of one optimizer step over `trees`, in micro-batches of at most `max_tokens`."""
+def step_gradients(model, trees: list, micro_tokens: int, train_step) -> tuple[dict, list[torch.Tensor]]:
+    """Summed metrics and gradients of one optimizer step over `trees`, in micro-batches of at most `micro_tokens`."""
     from data.pack import pack
 
     metrics: dict[str, float] = {}
-    batches = pack(trees, max_tokens)
+    batches = pack(trees, micro_tokens)
     for batch in batches:
         loss, parts = train_step(model, batch, batches)
         loss.backward()

@@ -25,7 +25,7 @@ from data.tokenizer import load_tokenizer
 from model import add_score_head
 from runtime import distributed
 
-COMMON = {"device": "cpu", "dtype": "float32", "threads": 1, "lr": 1e-3, "warmup": 0.2}
+COMMON = {"device": "cpu", "dtype": "float32", "threads": 1, "lr": 1e-3, "warmup_ratio": 0.2}
 LORA = {"lora_rank": 4}
 DPO = {"beta": 0.02}  # replies here have log-probabilities of -70, which fp32 holds to 7.6e-6
 STEPS = 10
@@ -52,7 +52,7 @@ def planned(name: str, folder: Path, checkpoint: Path, out: str) -> list:
     else:
         kind = "sft" if script == "sft" else "pairs"
         config |= {"data": str(folder / f"{kind}.jsonl"), "eval_data": str(folder / f"{kind}_eval.jsonl"), "template": "zephyr",
-                   "max_steps": STEPS, "batch": 5, "max_tokens": 300, "eval_every": 5}
+                   "max_steps": STEPS, "batch": 5, "micro_tokens": 300, "eval_every": 5}
         config |= {"samples": 1} if script != "reward" else {}
     return [script, config, STOPPED.get(name, 0)]
 
@@ -352,9 +352,9 @@ def test_a_shard_that_does_not_divide_the_ranks_is_one_line(monkeypatch, capsys)
     import lora
 
     monkeypatch.setattr(distributed, "world_size", lambda: 8)
-    exits(capsys, lambda: lora.shard(None, lora.Options(shard=3), torch.device("cpu")), "shard is 3", "8 processes")
+    exits(capsys, lambda: lora.shard(None, runtime.Settings(shard=3), torch.device("cpu")), "shard is 3", "8 processes")
     monkeypatch.setattr(distributed, "world_size", lambda: 1)
-    assert lora.shard("model", lora.Options(shard=3), torch.device("cpu")) == "model"
+    assert lora.shard("model", runtime.Settings(shard=3), torch.device("cpu")) == "model"
 
 
 # --------------------------------------------------------------------------------------------- profile

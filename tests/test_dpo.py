@@ -2,8 +2,6 @@ import math
 import random
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ import dpo
 import runtime
 from data.pack import Response, Tree, pack
 from data.tiny.world import TASKS, dialogue
-from dpo import Config, cdpo_loss, dpo_loss, hinge_loss, ipo_loss, ipo_mean_loss, robust_loss, set_reference, train_step
+from dpo import Config, cdpo_loss, compute_reference, dpo_loss, hinge_loss, ipo_loss, robust_loss, train_step
 
 CPU = torch.device("cpu")
 
@@ -60,28 +58,31 @@ def test_values_by_hand():
 
     assert dpo_loss(*at(10), 0.1)[0].item() == pytest.approx(0.313262, abs=1e-6)
     assert dpo_loss(*at(-10), 0.1)[0].item() == pytest.approx(1.313262, abs=1e-6)
-    assert cdpo_loss(*at(10), 0.1, 0.1)[0].item() == pytest.approx(0.413262, abs=1e-6)
-    assert ipo_loss(*at(0), 0.1)[0].item() == pytest.approx(25) and ipo_loss(*at(5), 0.1)[0].item() == pytest.approx(0)
-    assert hinge_loss(*at(0), 0.1)[0].item() == 1 and hinge_loss(*at(12), 0.1)[0].item() == 0
-    assert robust_loss(*at(0), 0.1, 0.1)[0].item() == pytest.approx(math.log(2))
-    two, four_tokens = torch.tensor([2.0]), torch.tensor([4.0])
-    assert ipo_mean_loss(*at(8), two, four_tokens, 0.1)[0].item() == pytest.approx((8 / 2 - 5) ** 2)
+    def relative(loss, h):  # of the margin m = beta h
+        return loss(torch.tensor([0.1 * h], dtype=torch.float64), 0.1, 0.1).item()
+
+    assert relative(cdpo_loss, 10) == pytest.approx(0.413262, abs=1e-6)
+    assert relative(ipo_loss, 0) == pytest.approx(25) and relative(ipo_loss, 5) == pytest.approx(0)
+    assert relative(hinge_loss, 0) == 1 and relative(hinge_loss, 12) == 0
+    assert relative(robust_loss, 0) == pytest.approx(math.log(2))
 
 
-@pytest.mark.parametrize("name, loss, options", [
-    ("sigmoid", dpo_loss, {}), ("sigmoid_beta2", dpo_loss, {}), ("cdpo", cdpo_loss, {"label_smoothing": 0.1}),
-    ("robust", robust_loss, {"label_smoothing": 0.1}), ("hinge", hinge_loss, {}), ("ipo_sum", ipo_loss, {}),
+@pytest.mark.parametrize("name, relative, label_smoothing", [
+    ("sigmoid", None, 0.0), ("sigmoid_beta2", None, 0.0), ("cdpo", cdpo_loss, 0.1), ("robust", robust_loss, 0.1),
+    ("hinge", hinge_loss, 0.0), ("ipo_sum", ipo_loss, 0.0),
 ])
-def test_losses_rewards_and_gradients_equal_trl(name, loss, options):
+def test_losses_rewards_and_gradients_equal_trl(name, relative, label_smoothing):
     numbers, case = reference("dpo/losses")
     beta = numbers["configs"][name]["beta"]
     keys = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     inputs = four([case[k] for k in keys])
-    total, metrics = loss(*inputs, beta, **options)
+    total, metrics = dpo_loss(*inputs, beta, relative, label_smoothing)
     total.backward()
     assert total.item() == pytest.approx(case[f"{name}.losses"].mean().item(), rel=1e-6)
-    for row, expected in zip(zip(*(x.detach() for x in inputs), strict=True), case[f"{name}.losses"].tolist(), strict=True):
-        assert loss(*(x[None] for x in row), beta, **options)[0].item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    rows = zip(*(x.detach() for x in inputs), strict=True)
+    for row, expected in zip(rows, case[f"{name}.losses"].tolist(), strict=True):
+        alone, _ = dpo_loss(*(x[None] for x in row), beta, relative, label_smoothing)
+        assert alone.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
     for x, side in zip(inputs, ("chosen", "rejected"), strict=False):
         assert torch.allclose(x.grad, case[f"{name}.grad_{side}"], atol=1e-6)
     assert metrics["rewards_chosen"].item() == pytest.approx(case[f"{name}.chosen_rewards"].mean().item(), rel=1e-6)
@@ -104,8 +105,9 @@ def test_whole_batches_equal_trl_from_logits_to_loss():
     policy, ref = sums(logits), sums(case["ref_logits"])
     assert torch.allclose(ref, case["ref_logps"], atol=1e-6)
     inputs = (policy[:3], policy[3:], ref[:3], ref[3:])
-    losses = {"sigmoid": dpo_loss(*inputs, 0.1), "hinge": hinge_loss(*inputs, 0.1),
-              "ipo": ipo_mean_loss(*inputs, lengths[:3], lengths[3:], 0.1)}
+    means = [x / length for x, length in zip(inputs, 2 * (lengths[:3], lengths[3:]), strict=True)]
+    losses = {"sigmoid": dpo_loss(*inputs, 0.1), "hinge": dpo_loss(*inputs, 0.1, hinge_loss),
+              "ipo": dpo_loss(*means, 0.1, ipo_loss)}
     for name, (loss, _) in losses.items():
         assert loss.item() == pytest.approx(numbers["cases"][name]["loss"], rel=1e-6), name
     logged = numbers["cases"]["sigmoid"]["metrics"]
@@ -116,11 +118,11 @@ def test_whole_batches_equal_trl_from_logits_to_loss():
     assert torch.allclose(logits.grad, case["sigmoid.grad_logits"], atol=1e-7)
 
 
-@pytest.mark.parametrize("loss", [dpo_loss, hinge_loss, ipo_loss, lambda *x: cdpo_loss(*x, 0.1), lambda *x: robust_loss(*x, 0.1)])
+@pytest.mark.parametrize("relative", [None, hinge_loss, ipo_loss, cdpo_loss, robust_loss])
 @pytest.mark.parametrize("margin", [1500.0, -1500.0])
-def test_huge_margins_stay_finite(loss, margin):
+def test_huge_margins_stay_finite(relative, margin):
     chosen, rejected = torch.tensor([margin], requires_grad=True), torch.tensor([0.0], requires_grad=True)
-    value, _ = loss(chosen, rejected, torch.zeros(1), torch.zeros(1), 1.0)
+    value, _ = dpo_loss(chosen, rejected, torch.zeros(1), torch.zeros(1), 1.0, relative, 0.1)
     value.backward()
     assert torch.isfinite(value) and torch.isfinite(chosen.grad).all() and torch.isfinite(rejected.grad).all()
 
@@ -141,14 +143,15 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match="beta is 0"):
         dpo_loss(*four(), 0)
     with pytest.raises(ValueError, match="label_smoothing is 0.5"):
-        robust_loss(*four(), 0.1, 0.5)
+        robust_loss(torch.zeros(1), 0.1, 0.5)
 
 
 # ------------------------------------------------------------------------------- trees and batches
 
 def with_references(model, trees, config):
-    with tempfile.TemporaryDirectory() as folder:
-        set_reference(model, trees, Path(folder) / "cache", {}, config, CPU)
+    sums = compute_reference(model, trees, config.micro_tokens, CPU)
+    for tree, part in zip(trees, sums.split([len(tree.responses) for tree in trees]), strict=True):
+        tree.ref_sums = part
     return trees
 
 
@@ -169,7 +172,7 @@ def as_pairs(tree: Tree) -> list[Tree]:
 @pytest.mark.parametrize("loss", ["dpo", "cdpo", "ipo", "ipo_mean", "hinge", "robust"])
 def test_multi_turn_trees_give_the_loss_and_gradient_of_their_pairs(loss):
     rng = random.Random(3)
-    config = Config(loss=loss, beta=0.3, max_tokens=64)
+    config = Config(loss=loss, beta=0.3, micro_tokens=64)
     trees = [random_tree(rng, i) for i in range(6)]
     ref = small_model(dtype=torch.float32, seed=1, scale=5.0)
     results = []
@@ -190,7 +193,7 @@ def test_one_micro_batch_or_eight_give_the_same_gradient():
     trees = [random_tree(rng, i) for i in range(8)]
     ref, grads = small_model(seed=1), []
     for budget in (10_000, 1, 60):
-        config = Config(max_tokens=budget)
+        config = Config(micro_tokens=budget)
         grads.append(step_gradients(small_model(), with_references(ref, trees, config), budget, one_step(config))[1])
     for other in grads[1:]:
         assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(other, grads[0], strict=True))
@@ -198,7 +201,7 @@ def test_one_micro_batch_or_eight_give_the_same_gradient():
 
 def test_cached_reference_equals_a_live_one():
     rng = random.Random(2)
-    config = Config(max_tokens=100)
+    config = Config(micro_tokens=100)
     trees = [random_tree(rng, i) for i in range(5)]
     ref, policy = small_model(seed=1), small_model()
     cached = with_references(ref, trees, config)
@@ -215,7 +218,7 @@ def config(checkpoint, tmp_path, **changes) -> Config:
     if not data.exists():
         pairs_file(data, 8)
     return Config(**({"model": str(checkpoint), "data": str(data), "out": str(tmp_path / "run"), "template": "zephyr", "epochs": 1,
-                      "batch": 8, "lr": 1e-3, "warmup": 0.0, "dtype": "float32", "device": "cpu", "samples": 0} | changes))
+                      "batch": 8, "lr": 1e-3, "warmup_ratio": 0.0, "dtype": "float32", "device": "cpu", "samples": 0} | changes))
 
 
 def test_eight_pairs_are_learnt(checkpoint, tmp_path):

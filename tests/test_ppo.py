@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 import ppo
 from checkpoints import load_model, save_model
+from data.four_models import Models
+from data.pack import tree_from_replies
 from data.tokenizer import load_tokenizer
 from model import Transformer, add_score_head
 from ppo import (
@@ -20,7 +22,6 @@ from ppo import (
     kl_k2,
     kl_k3,
     policy_loss,
-    reply_tree,
     rloo_advantages,
     token_rewards,
     value_loss,
@@ -249,15 +250,15 @@ def rollout_of(config: Config, policy, seed=0, count=6):
     trees = []
     for i in range(count):
         replies = [torch.randint(3, 40, (1 + (i + j) % 5,), generator=made).tolist() for j in range(config.n)]
-        trees.append(reply_tree(i, torch.randint(3, 40, (3,), generator=made).tolist(), replies, [i % 3 != 0] * config.n))
-    rollout = ppo.score(trees, policy, small_model(seed=seed + 3), reward_model, value, config, CPU)
-    return rollout, reward_model, value
+        trees.append(tree_from_replies(i, torch.randint(3, 40, (3,), generator=made).tolist(), replies, [i % 3 != 0] * config.n))
+    models = Models(policy, small_model(seed=seed + 3), reward_model, value, policy)
+    return ppo.score(trees, models, config, CPU), models
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_rollout_holds_what_the_models_say_of_each_reply_alone(n):
     policy = small_model(seed=9)
-    rollout, reward_model, value = rollout_of(Config(n=n, temperature=0.7, micro_tokens=20, penalty=3.0), policy)
+    rollout, (_, _, reward_model, value, _) = rollout_of(Config(n=n, temperature=0.7, micro_tokens=20, penalty=3.0), policy)
     row = 0
     for tree in rollout.trees:
         for (_, leaf), response in zip(tree.leaves, tree.responses, strict=True):
@@ -276,8 +277,8 @@ def test_a_rollout_holds_what_the_models_say_of_each_reply_alone(n):
 
 def test_a_reply_without_end_is_replaced_or_penalised():
     policy = small_model(seed=9)
-    replaced, _, _ = rollout_of(Config(penalty=2.0), policy)
-    taken, reward_model, _ = rollout_of(Config(penalty=2.0, missing_eos="subtract"), policy)
+    replaced, _ = rollout_of(Config(penalty=2.0), policy)
+    taken, _ = rollout_of(Config(penalty=2.0, missing_eos="subtract"), policy)
     open_ended = ~replaced.finished
     assert open_ended.any() and (replaced.scores[open_ended] == -2).all()
     assert torch.equal(replaced.scores[~open_ended], taken.scores[~open_ended])
@@ -288,10 +289,11 @@ def test_a_reply_without_end_is_replaced_or_penalised():
 def test_the_first_inner_step_has_ratio_1_and_no_clipping(advantages, n):
     config = Config(advantages=advantages, n=n, epochs=1, minibatches=1, lr=1e-9)
     policy = small_model(seed=9)
-    rollout, _, value = rollout_of(config, policy)
+    rollout, models = rollout_of(config, policy)
     _, white, returns = find_advantages(rollout, 0.1, config)
-    optimizer = torch.optim.SGD([*policy.parameters(), *value.parameters()], lr=0.0)
-    metrics = ppo.update(policy, value if advantages == "gae" else None, optimizer, rollout, white, returns, 0, config, CPU)
+    optimizer = torch.optim.SGD([*policy.parameters(), *models.value.parameters()], lr=0.0)
+    models = models._replace(value=models.value if advantages == "gae" else None)
+    metrics = ppo.update(models, optimizer, rollout, white, returns, 0, config, CPU)
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-6) and metrics["ratio_mean"] == pytest.approx(1, abs=1e-6)
     assert metrics["clip_fraction"] == 0 and abs(metrics["policy_loss"]) < 1e-6
 
@@ -299,12 +301,12 @@ def test_the_first_inner_step_has_ratio_1_and_no_clipping(advantages, n):
 def test_micro_batches_do_not_change_the_update():
     after = []
     for micro_tokens in (10**6, 1):
-        config = Config(n=2, epochs=1, minibatches=1, micro_tokens=micro_tokens, clip=1e9)
+        config = Config(n=2, epochs=1, minibatches=1, micro_tokens=micro_tokens, max_grad_norm=1e9)
         policy = small_model(seed=9)
-        rollout, _, value = rollout_of(config, policy)
+        rollout, models = rollout_of(config, policy)
         _, white, returns = find_advantages(rollout, 0.1, config)
-        optimizer = torch.optim.SGD([*policy.parameters(), *value.parameters()], lr=1.0)
-        metrics = ppo.update(policy, value, optimizer, rollout, white, returns, 0, config, CPU)
+        optimizer = torch.optim.SGD([*policy.parameters(), *models.value.parameters()], lr=1.0)
+        metrics = ppo.update(models, optimizer, rollout, white, returns, 0, config, CPU)
         after.append(([p.detach().clone() for p in policy.parameters()], metrics))
     for one, many in zip(after[0][0], after[1][0], strict=True):
         torch.testing.assert_close(one, many, atol=1e-6, rtol=1e-6)
@@ -329,13 +331,13 @@ def test_emit_token_7_is_learnt(advantages, seed, monkeypatch):
     parameters = [*policy.parameters(), *(value.parameters() if advantages == "gae" else ())]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     tokenizer = type("T", (), {"stop_ids": lambda self: ()})()
-    means = []
+    critic = value if advantages == "gae" else None
+    models, means = Models(policy, reference_model, reward_model, critic, policy), []
     for step in range(40):
-        trees = ppo.sample(policy, [[3 + i % 4] for i in range(config.batch)], tokenizer, step, config)
-        critic = value if advantages == "gae" else None
-        rollout = ppo.score(trees, policy, reference_model, reward_model, critic, config, CPU)
+        trees = ppo.sample(models, [[3 + i % 4] for i in range(config.batch)], tokenizer, step, config)
+        rollout = ppo.score(trees, models, config, CPU)
         _, white, returns = find_advantages(rollout, 0.0, config)
-        ppo.update(policy, critic, optimizer, rollout, white, returns, step, config, CPU)
+        ppo.update(models, optimizer, rollout, white, returns, step, config, CPU)
         means.append(rollout.scores.mean().item())
     assert sum(means[:3]) / 3 < 0.15 < 0.5 < sum(means[-3:]) / 3
 

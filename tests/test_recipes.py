@@ -12,7 +12,7 @@ import dpo
 import reward
 import sft
 from benchmarks.memory import SHAPES
-from runtime import load_config, memory
+from runtime import load_config
 
 MISTRAL = FIXTURES / "models" / "mistral"
 REAL = pytest.param("real", marks=pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets"))
@@ -36,7 +36,7 @@ def test_the_header_of_a_config_tells_its_memory(path, tmp_path):
     config = load_config(script.Config, "", ["--config", str(path)])
     shape = SHAPES[{"zephyr-7b": "mistral-7b"}.get(path.parent.name, path.parent.name)]
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    found = memory.plan(str(tmp_path), config, config.dtype, config.max_tokens, scored=script is reward)
+    found = plan(str(tmp_path), config, config.dtype, config.micro_tokens, scored=script is reward)
     together = sum(size for part, size in found.items() if part not in ("parameters", "trained"))
     header = path.read_text().partition("\ndata")[0]
     assert f"{together / 1e9:.1f} GB" in header and "Values: " in header and "Memory" in header

@@ -12,6 +12,7 @@ from test_pack import random_tree
 import reward
 from checkpoints import load_model, save_model
 from data.pack import CHOSEN, REJECTED, Response, Tree, collate, pack, tree_from_ranking
+from data.scores import all_scores
 from data.tokenizer import adopt_template, load_tokenizer
 from model import add_score_head
 from reward import MARGINS, Config, comparisons, pairwise_loss, report, response_scores, train_step
@@ -108,7 +109,7 @@ def test_scores_equal_transformers_whatever_the_padding(side):
 def test_scores_are_the_same_alone_in_any_batch_and_in_a_tree():
     model = scored(dtype=torch.float64)
     trees = [random_tree(random.Random(s)) for s in range(6)]
-    together = [part.double() for part in reward.all_scores(model, trees, 10**6, torch.device("cpu"))]
+    together = [part.double() for part in all_scores(model, trees, 10**6, torch.device("cpu"))]
     for tree, found in zip(trees, together, strict=True):
         for response, score in zip(tree.responses, found, strict=True):
             if response.segment:
@@ -191,7 +192,7 @@ def test_the_report_by_hand():
 def config(checkpoint, folder, **changes):
     data = changes.pop("data", None) or str(pairs_file(folder / "pairs.jsonl", 8))
     return Config(**{"model": str(checkpoint), "data": data, "out": str(folder / "run"), "batch": 8, "epochs": 1, "lr": 3e-3, "seed": 1,
-                     "warmup": 0.0, "schedule": "constant", "device": "cpu", "dtype": "float32"} | changes)
+                     "warmup_ratio": 0.0, "schedule": "constant", "device": "cpu", "dtype": "float32"} | changes)
 
 
 def test_eight_pairs_are_learnt_and_demonstrations_score_0(checkpoint, tmp_path, capsys):

@@ -15,7 +15,7 @@ import sft
 from checkpoints import load_model
 from data.pack import Response, Tree, pack
 from data.tiny.world import demonstrate, dialogue
-from data.tokenizer import adopt_template, load_tokenizer
+from data.tokenizer import load_tokenizer
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from sft import Config, sft_loss, train_step
@@ -117,7 +117,7 @@ def config(checkpoint, tmp_path, **changes) -> Config:
     if not data.exists():
         demos(data, 8)
     return Config(**({"model": str(checkpoint), "data": str(data), "out": str(tmp_path / "run"), "template": "zephyr", "epochs": 1,
-                      "batch": 8, "lr": 1e-2, "warmup": 0.0, "dtype": "float32", "device": "cpu", "samples": 0} | changes))
+                      "batch": 8, "lr": 1e-2, "warmup_ratio": 0.0, "dtype": "float32", "device": "cpu", "samples": 0} | changes))
 
 
 def test_eight_dialogues_are_learnt_by_heart(checkpoint, tmp_path):
@@ -130,7 +130,6 @@ def test_the_result_carries_tokenizer_and_template_and_loads(checkpoint, tmp_pat
     sft.main(config(checkpoint, tmp_path, samples=1, eval_data=str(demos(tmp_path / "eval.jsonl", 3, seed=1))))
     said = capsys.readouterr().out
     assert "<|user|> <|assistant|>" in said and "8 dialogues" in said and "wrote" in said
-    from data.tokenizer import load_tokenizer
 
     assert load_tokenizer(tmp_path / "run" / "model").template == "zephyr"
     assert load_model(tmp_path / "run" / "model").config.vocab_size > 0
@@ -146,47 +145,6 @@ def test_training_on_all_tokens_and_on_the_chosen_side_of_preferences(checkpoint
     sft.main(config(checkpoint, tmp_path, data=str(pairs), out=str(tmp_path / "chosen")))
     (line,) = metrics_of(tmp_path / "chosen")
     assert line["response_tokens"] == 2 * 4  # Hello, Tom, full stop, end of sequence
-
-
-def test_the_teachers_kl_by_hand():
-    """Teacher 1/2, 1/2 and student 1/4, 3/4: KL = 1/2 log 2 + 1/2 log 2/3 = 0.1438; a student that agrees pays nothing."""
-    student, teacher = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log(), torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
-    loss, _ = sft.distillation_loss(student + 7, teacher - 3, 2)  # logits are free up to a constant
-    assert loss.item() == pytest.approx(0.143841 / 2, abs=1e-6)
-
-
-def test_the_teacher_reads_the_same_replies_after_the_context(checkpoint, tmp_path):
-    """Its logits are those of the model on context and dialogue in one; without a context they are the student's own."""
-    path, tokenizer, model = demos(tmp_path / "sft.jsonl", 4), load_tokenizer(checkpoint), load_model(checkpoint)
-    adopt_template(model, tokenizer, "zephyr")
-    trees = sft.load_data(str(path), tokenizer, Config(max_length=60), "data")
-    (batch,) = pack(trees, 4096)
-    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
-    own = model.logits(model.hidden(batch.tokens, batch.positions, batch.layout)[batch.predictors])
-    without = sft.make_teacher(model, sft.after_context(str(path), trees, [], tokenizer))(batch)
-    assert torch.allclose(own, without, atol=1e-5)
-    found = sft.make_teacher(model, sft.after_context(str(path), trees, said, tokenizer))(batch)
-    at = 0
-    for tree in batch.trees:
-        messages = json.loads(path.read_text().splitlines()[tree.record])["messages"]
-        ids, loss = tokenizer.render([*said, *messages])
-        logits = model(torch.tensor([ids]))[0]
-        learnt = [i for i, flag in enumerate(loss) if flag][loss[:len(tokenizer.render(said)[0])].count(True):]
-        count = sum(r.end - r.start for r in tree.responses)
-        assert torch.allclose(found[at:at + count], logits[[i - 1 for i in learnt[:count]]], atol=1e-4)
-        at += count
-    assert not torch.allclose(own, found, atol=1e-2)
-
-
-def test_distilling_a_context_brings_the_student_to_the_teacher(tmp_path):
-    """A context in which every reply is "Yes." makes the teacher expect that; the student learns to without reading it."""
-    path = demos(tmp_path / "sft.jsonl", 8)
-    said = [m for _ in range(8) for m in ({"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes."})]
-    context = write_jsonl(tmp_path / "context.jsonl", [{"messages": said}])
-    sft.main(Config(model="data/tiny/base", data=str(path), out=str(tmp_path / "run"), context=str(context), epochs=10, batch=8, lr=3e-4,
-                    dtype="float32", device="cpu", samples=0))
-    losses = [m["loss"] for m in metrics_of(tmp_path / "run")]
-    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_killed_and_resumed_equals_undisturbed_bit_for_bit(checkpoint, tmp_path):
@@ -220,7 +178,7 @@ def test_sigterm_saves_and_leaves_with_0(checkpoint, tmp_path):
 
 def test_edited_code_is_not_mixed_with_an_earlier_run(checkpoint, tmp_path):
     """An edited loss must not go on from, or quietly return, what another loss has trained."""
-    for name in ("sft.py", "lora.py", "memory.py", "ranks.py", "runtime.py", "model.py", "kernels", "data"):
+    for name in ("sft.py", "lora.py", "model.py", "checkpoints.py", "runtime", "kernels", "data"):
         source = ROOT / name
         shutil.copytree(source, tmp_path / name, dirs_exist_ok=True) if source.is_dir() else shutil.copy(source, tmp_path / name)
     (tmp_path / "c.toml").write_text(runtime.config_toml(config(checkpoint, tmp_path)))
@@ -257,8 +215,8 @@ def test_a_finished_run_is_not_run_again(checkpoint, tmp_path):
     ({"lr": 0.0}, ["lr is 0, expected between 1e-12 and 1"]),
     ({"max_steps": -1}, ["max_steps is -1, expected at least 0"]),
     ({"seed": -1}, ["seed is -1"]),
-    ({"warmup": 1.5}, ["warmup is 1.5, expected between 0 and 0.99"]),
-    ({"clip": 0.0}, ["clip is 0"]),
+    ({"warmup_ratio": 1.5}, ["warmup_ratio is 1.5, expected between 0 and 0.99"]),
+    ({"max_grad_norm": 0.0}, ["max_grad_norm is 0"]),
     ({"data": "none.jsonl"}, ["none.jsonl: no such file"]),
     ({"model": "none"}, ["none"]),
     ({"device": "cuda:99"}, ["device is 'cuda:99'"]),

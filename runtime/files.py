@@ -1,0 +1,93 @@
+"""Files written so that a kill or a full disk loses nothing that was there before."""
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from runtime import distributed
+from runtime.config import fail
+
+
+def open_folder(out: str) -> Path:
+    """Make the folder a command is to write in, before it takes time or money."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    except OSError as error:
+        fail(f"{out}: cannot be written ({error.strerror}): choose another out=")
+    return folder
+
+
+@contextmanager
+def writing(path: Path, beside: Path | None = None, together: bool = False) -> Iterator[None]:
+    """A disk that is full, or does not let us write, ends the run with one line. What was half written `beside` goes.
+
+    Rank 0 alone writes, or two ranks would rename one file beside; `together` they each write what is theirs.
+    """
+    if distributed.rank() and not together:
+        raise ValueError(f"{path}: rank {distributed.rank()} is about to write it, expected rank 0 alone")
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            if beside is not None and distributed.rank() == 0:
+                shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
+        fail(f"{path}: cannot be written ({error}): free some space or write elsewhere; what was saved before is whole")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename, so that a kill at any moment leaves the old file or the new one. Rank 0 does."""
+    if distributed.rank():
+        return
+    beside = path.with_name(f".{path.name}.new")
+    with writing(path, beside):
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+
+
+def file_hash(*paths: str | Path) -> str:
+    """sha256 over files, or over the files of a directory by name, as 16 hex digits."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(file.name.encode())
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def read_cache(file: Path, name: str, made_from: dict[str, str], remedy: str) -> Tensor:
+    """A tensor that write_cache has kept; leaves with one line if it was made from anything else."""
+    try:
+        with safe_open(file, framework="pt") as cache:
+            stored, tensor = json.loads((cache.metadata() or {}).get("made_from", "{}")), cache.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        fail(f"{file}: is no cache of '{name}' ({error}): {remedy}")
+    for source, value in made_from.items():
+        if stored.get(source) != value:
+            fail(f"{file}: was computed from another {source}: {remedy}")
+    return tensor
+
+
+def write_cache(file: Path, name: str, tensor: Tensor, made_from: dict[str, str]) -> None:
+    """Keep a tensor beside what it was made from: one metadata entry, since safetensors orders several at random."""
+    if distributed.rank():
+        return
+    beside = file.with_name(f".{file.name}.new")
+    with writing(file, beside):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor}, beside, metadata={"made_from": json.dumps(made_from)})
+        beside.replace(file)

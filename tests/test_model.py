@@ -8,7 +8,7 @@ from conftest import FIXTURES, exits, reference, small_model
 from safetensors.torch import load_file, save_file
 
 from benchmarks import loading
-from checkpoints import BUFFERS, _sources, load_model, save_model
+from checkpoints import BUFFERS, load_model, parameters_by_tensor, save_model
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from kernels.sampling import DRAWS, in_nucleus, keep_top_k, sample_tokens
@@ -43,7 +43,7 @@ def test_loss_and_every_gradient_norm_equal_transformers(case):
     loss.backward()
     assert abs(loss.item() - numbers["loss"]["value"]) < 1e-4
     parameters = dict(model.named_parameters())
-    for file_name, names in _sources(model).items():
+    for file_name, names in parameters_by_tensor(model).items():
         norm = sum(parameters[name].grad.norm().item() ** 2 for name in names) ** 0.5
         assert norm == pytest.approx(numbers["grad_norms"][file_name], rel=1e-3), file_name
 
@@ -306,6 +306,8 @@ def only_pickle(path):
     (lambda p: (p / "config.json").unlink(), "holds no config.json"),
     (lambda p: (p / "config.json").write_text("{"), "is not JSON"),
     (edit_config(model_type="rwkv"), "model_type 'rwkv' is not supported, expected one of llama, mistral"),
+    (edit_config(model_type=["llama"]), "model_type ['llama'] is not supported"),
+    (edit_config(model_type="mistral", sliding_window="4"), "sliding_window is '4', expected a whole number from 1 to"),
     (lambda p: (p / "config.json").write_text("[1]"), "holds a list, expected a JSON object"),
     (edit_config(hidden_size=-3), "hidden_size is -3, expected a whole number from 1 to"),
     (edit_config(head_dim="16"), "head_dim is '16', expected a whole number"),
@@ -320,7 +322,9 @@ def only_pickle(path):
     (edit_config(num_key_value_heads=3), "3 key/value heads do not divide 4 heads"),
     (edit_config(intermediate_size=25), "has shape [16, 24], config.json says [16, 25]"),
     (edit_config(rope_scaling={"type": "yarn"}), "rotary scaling 'yarn' is not supported"),
+    (edit_config(rope_scaling="linear"), "rotary scaling 'linear' is not supported"),
     (edit_config(hidden_act="relu"), "activation 'relu' is not supported"),
+    (edit_config(hidden_act=["silu"]), "is not supported, expected one of silu, gelu"),
     (edit_config(attention_bias=True), "k_proj.bias is in none of its weight files"),
     (add_a_tensor, "holds model.layers.0.self_attn.q_proj.bias, which family llama has no place for"),
     (lambda p: (p / "model.safetensors").unlink(), "no such file"),

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import BASE, FIXTURES, exits, small_model
+from conftest import BASE, FAMILIES, FIXTURES, exits, small_model
 
 from data.tokenizer import TEMPLATES, adopt_template, load_tokenizer
 
@@ -11,9 +11,7 @@ THREE_TURNS = [m for i in range(3) for m in (
     {"role": "user", "content": f"Name {i} fruits."}, {"role": "assistant", "content": f"Here are {i}: pear."})]
 
 
-@pytest.fixture(scope="module", params=[
-    "llama2", "yi", "mistral", "qwen2", "qwen3", "llama3", "falcon7b", "falcon40b", "gpt_bigcode", "starcoder2",
-    "gpt_neox", "gemma"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     folder = FIXTURES / "models" / request.param
     return load_tokenizer(folder), json.loads((folder / "tokenizer_cases.json").read_text())

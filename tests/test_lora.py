@@ -107,7 +107,7 @@ def test_merged_equals_unmerged(use_dora):
     trained(add_lora(model, 2, 4, use_dora=use_dora))
     before = model(ids)
     merge_lora(model)
-    assert not lora_layers(model) and (model(ids) - before).abs().max() < 1e-6
+    assert not lora_layers(model) and (model(ids) - before).abs().max() < 1e-5  # adapters are multiplied in fp32
 
 
 # ---------------------------------------------------------------------------------- quantised bases
@@ -139,7 +139,7 @@ def test_a_quantised_base_is_merged_into_the_originals_only():
     with pytest.raises(ValueError, match="quantised"):
         merge_lora(model)
     expected = trained(add_lora(small_model(width=64), 2, 4))(ids)
-    torch.testing.assert_close(merge_lora(model, originals)(ids), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(merge_lora(model, originals)(ids), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_qlora_logits_equal_those_of_peft_and_bitsandbytes():

@@ -32,7 +32,6 @@ class Family(NamedTuple):
     name: str              # of its classes in transformers: LlamaForCausalLM, LlamaForSequenceClassification
     fields: dict           # values where config.json says nothing, on top of FIELDS
     keys: dict             # where config.json keeps a field, on top of KEYS: a key, or a function of the whole file
-    modules: dict          # what transformers calls our modules; "self_attn.qkv" is q_proj, k_proj and v_proj in one
 
 
 FIELDS = {"max_positions": 2048, "norm_eps": 1e-6, "activation": "silu", "tied": False}
@@ -43,26 +42,7 @@ KEYS = {
     "activation": "hidden_act", "tied": "tie_word_embeddings",
 }
 
-LLAMA = {"embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "score_head": "score"}
-FALCON = {
-    "embed_tokens": "transformer.word_embeddings", "layers": "transformer.h", "norm": "transformer.ln_f",
-    "self_attn.qkv": "self_attention.query_key_value", "self_attn.o_proj": "self_attention.dense",
-    "mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h", "score_head": "score",
-}
-FALCON_TWO_NORMS = FALCON | {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}  # the 40B
-BIGCODE = {
-    "embed_tokens": "transformer.wte", "embed_positions": "transformer.wpe", "layers": "transformer.h",
-    "norm": "transformer.ln_f", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
-    "self_attn.qkv": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
-    "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj", "score_head": "score",
-}
-NEOX = {
-    "embed_tokens": "gpt_neox.embed_in", "layers": "gpt_neox.layers", "norm": "gpt_neox.final_layer_norm",
-    "self_attn.qkv": "attention.query_key_value", "self_attn.o_proj": "attention.dense",
-    "mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h", "lm_head": "embed_out",
-    "score_head": "score",
-}
-
+# Fields that several families have in common
 GPT = {"norm": "layer", "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True}
 ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
 
@@ -81,38 +61,37 @@ def _falcon_kv_heads(raw: dict) -> int:
 
 FAMILIES = {
     # Llama 1-3, Yi, TinyLlama, SmolLM
-    "llama": Family("Llama", {}, ATTENTION_BIAS | {"mlp_bias": "mlp_bias"}, LLAMA),
+    "llama": Family("Llama", {}, ATTENTION_BIAS | {"mlp_bias": "mlp_bias"}),
     # and Zephyr
-    "mistral": Family("Mistral", {}, {"window": "sliding_window"}, LLAMA),
-    "qwen2": Family("Qwen2", {"qkv_bias": True}, {"window": _qwen_window}, LLAMA),
-    "qwen3": Family("Qwen3", {"qk_norm": True}, ATTENTION_BIAS | {"window": _qwen_window}, LLAMA),
+    "mistral": Family("Mistral", {}, {"window": "sliding_window"}),
+    "qwen2": Family("Qwen2", {"qkv_bias": True}, {"window": _qwen_window}),
+    "qwen3": Family("Qwen3", {"qk_norm": True}, ATTENTION_BIAS | {"window": _qwen_window}),
     "gemma": Family(
         "Gemma", {"norm_offset": 1.0, "activation": "gelu_tanh", "tied": True},
-        {"activation": "hidden_activation", "embed_scale": lambda raw: raw["hidden_size"] ** 0.5}, LLAMA),
+        {"activation": "hidden_activation", "embed_scale": lambda raw: raw["hidden_size"] ** 0.5}),
     "falcon": Family(
         "Falcon", {"norm": "layer", "norm_eps": 1e-5, "gated": False, "parallel": True, "activation": "gelu",
                    "tied": True},
         {"kv_heads": _falcon_kv_heads, "mlp_width": lambda raw: raw.get("ffn_hidden_size") or 4 * raw["hidden_size"],
          "norms": lambda raw: raw.get("num_ln_in_parallel_attn") or (2 if raw.get("new_decoder_architecture") else 1),
          "norm_eps": "layer_norm_epsilon", "activation": "activation",
-         "qkv_bias": "bias", "out_bias": "bias", "mlp_bias": "bias"}, FALCON),
+         "qkv_bias": "bias", "out_bias": "bias", "mlp_bias": "bias"}),
     # StarCoder
     "gpt_bigcode": Family(
         "GPTBigCode", GPT | {"rotary": 0.0, "norm_eps": 1e-5, "activation": "gelu_tanh", "tied": True},
         {"width": "n_embd", "layers": "n_layer", "heads": "n_head", "max_positions": "n_positions",
          "kv_heads": lambda raw: 1 if raw.get("multi_query", True) else raw["n_head"],
          "mlp_width": lambda raw: raw.get("n_inner") or 4 * raw["n_embd"],
-         "norm_eps": "layer_norm_epsilon", "activation": "activation_function"}, BIGCODE),
+         "norm_eps": "layer_norm_epsilon", "activation": "activation_function"}),
     "starcoder2": Family(
         "Starcoder2", GPT | {"norm_eps": 1e-5, "activation": "gelu_tanh", "tied": True},
-        {"norm_eps": "norm_epsilon", "window": "sliding_window"},
-        LLAMA | {"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}),
+        {"norm_eps": "norm_epsilon", "window": "sliding_window"}),
     # Pythia
     "gpt_neox": Family(
         "GPTNeoX", GPT | {"norm_eps": 1e-5, "parallel": True, "rotary": 0.25, "rope_theta": 10000.0,
                           "activation": "gelu"},
         {"kv_heads": "num_attention_heads", "norm_eps": "layer_norm_eps", "parallel": "use_parallel_residual",
-         "rotary": "rotary_pct", "rope_theta": "rotary_emb_base"}, NEOX),
+         "rotary": "rotary_pct", "rope_theta": "rotary_emb_base"}),
 }
 
 # ------------------------------------------------------------------------------------- config.json
@@ -228,11 +207,34 @@ def config_json(config: ModelConfig) -> dict:
 
 # ------------------------------------------------------------------------------- tensors and their names
 
+# What transformers calls our modules. "self_attn.qkv" is q_proj, k_proj and v_proj in one matrix.
+LLAMA_MODULES = {
+    "embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "score_head": "score"}
+MODULES = {  # of the other families
+    "falcon": {
+        "embed_tokens": "transformer.word_embeddings", "layers": "transformer.h", "norm": "transformer.ln_f",
+        "self_attn.qkv": "self_attention.query_key_value", "self_attn.o_proj": "self_attention.dense",
+        "mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h", "score_head": "score"},
+    "gpt_bigcode": {
+        "embed_tokens": "transformer.wte", "embed_positions": "transformer.wpe", "layers": "transformer.h",
+        "norm": "transformer.ln_f", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+        "self_attn.qkv": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
+        "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj", "score_head": "score"},
+    "starcoder2": LLAMA_MODULES | {"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
+    "gpt_neox": {
+        "embed_tokens": "gpt_neox.embed_in", "layers": "gpt_neox.layers", "norm": "gpt_neox.final_layer_norm",
+        "self_attn.qkv": "attention.query_key_value", "self_attn.o_proj": "attention.dense",
+        "mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h", "lm_head": "embed_out",
+        "score_head": "score"},
+}
+FALCON_TWO_NORMS = {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}  # the 40B
+
+
 def file_name(name: str, config: ModelConfig) -> str:
     """What transformers calls one of our parameters. Where a family fuses them, queries, keys and values share it."""
-    modules = FAMILIES[config.family].modules
+    modules = MODULES.get(config.family, LLAMA_MODULES)
     if config.family == "falcon" and config.norms == 2:
-        modules = FALCON_TWO_NORMS
+        modules = modules | FALCON_TWO_NORMS
     module, _, kind = name.rpartition(".")
     if not module.startswith("layers."):
         return f"{modules.get(module, module)}.{kind}"

@@ -19,12 +19,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 FIXTURES = Path(__file__).parent / "fixtures"
+FAMILIES = ("llama2", "llama3", "yi", "mistral", "qwen2", "qwen3", "falcon7b", "falcon40b", "gpt_bigcode", "starcoder2",
+            "gpt_neox", "gemma")  # a tiny model of each in fixtures/models, with what transformers computes by it
 BASE = ROOT / "data" / "tiny" / "base"
 
 
 @pytest.fixture(autouse=True)
 def _same_everywhere():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # models this small only wait for a second thread
     torch.manual_seed(0)
 
 

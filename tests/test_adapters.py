@@ -28,7 +28,8 @@ def world(tmp_path_factory):
     """A random model whose sizes divide into NF4's blocks, demonstrations, preferences and prompts."""
     folder = tmp_path_factory.mktemp("adapters")
     tokenizer = load_tokenizer("data/tiny/base")
-    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, width=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_width=128))
+    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, width=64, layers=2, heads=4, kv_heads=2,
+                                    head_dim=16, mlp_width=128))
     init_weights(model, 0)
     save_model(model, folder / "base", tokenizer)
     rng = random.Random(0)
@@ -40,7 +41,8 @@ def world(tmp_path_factory):
 
 
 def run_sft(world, out, **changes):
-    config = sft.Config(model=str(world / "base"), data=str(world / "sft.jsonl"), out=str(out), template="zephyr", **QUIET | changes)
+    config = sft.Config(model=str(world / "base"), data=str(world / "sft.jsonl"), out=str(out), template="zephyr",
+                        **QUIET | changes)
     sft.main(config)
     return config
 
@@ -56,8 +58,8 @@ def hidden_of(model):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"quantize": "nf4"}, {"quantize": "int8"}, {"lora_kind": "dora"}, {"lora_kind": "rslora", "lora_dropout": 0.1, "lora_plus": 4.0},
-    {"checkpointing": True},
+    {}, {"quantize": "nf4"}, {"quantize": "int8"}, {"lora_kind": "dora"},
+    {"lora_kind": "rslora", "lora_dropout": 0.1, "lora_plus": 4.0}, {"checkpointing": True},
 ])
 def test_sft_with_adapters_leaves_an_adapter_and_the_same_model_merged(changes, world, tmp_path, capsys):
     run_sft(world, tmp_path / "run", lr=1e-2, **changes)
@@ -89,14 +91,17 @@ def test_adapters_stopped_and_continued_equal_undisturbed_bit_for_bit(world, tmp
 
 
 def test_dpo_with_adapters_starts_from_the_reference_and_needs_no_second_model(chatbot, world, tmp_path):
-    dpo.main(dpo.Config(model=str(chatbot), data=str(world / "pairs.jsonl"), out=str(tmp_path / "run"), quantize="nf4", **QUIET))
+    dpo.main(dpo.Config(model=str(chatbot), data=str(world / "pairs.jsonl"), out=str(tmp_path / "run"),
+                        quantize="nf4", **QUIET))
     first, *_, last = metrics_of(tmp_path / "run")
-    assert first["loss"] == pytest.approx(0.693147, abs=1e-5) and first["accuracy"] == 0 and last["loss"] < first["loss"]
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5) and first["accuracy"] == 0
+    assert last["loss"] < first["loss"]
 
 
 @pytest.fixture(scope="module")
 def reward_run(chatbot, world):
-    reward.main(reward.Config(model=str(chatbot), data=str(world / "pairs.jsonl"), out=str(world / "reward"), lr=1e-2, **PARTS))
+    reward.main(reward.Config(model=str(chatbot), data=str(world / "pairs.jsonl"), out=str(world / "reward"), lr=1e-2,
+                              **PARTS))
     return world / "reward"
 
 
@@ -107,18 +112,20 @@ def test_a_reward_adapter_with_its_head_scores_as_the_merged_model(reward_run, c
     with lora.adapter(base, "reward"):
         hidden, _ = base._hidden_of_rows(ids, None)
     merged = load_model(reward_run / "model", dtype=torch.float32)
-    assert merged.config.score_mean == pytest.approx(role.config.score_mean) and merged.config.score_std == role.config.score_std
+    assert merged.config.score_mean == pytest.approx(role.config.score_mean)
+    assert merged.config.score_std == role.config.score_std
     torch.testing.assert_close(role.scores(hidden[-1:]), merged.score(ids), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"quantize": "nf4"}, {"checkpointing": True}, {"advantages": "rloo", "n": 2, "missing_eos": "subtract"}, {"reward_model": "model"},
+    {}, {"quantize": "nf4"}, {"checkpointing": True}, {"advantages": "rloo", "n": 2, "missing_eos": "subtract"},
+    {"reward_model": "model"},
 ])
 def test_ppo_on_one_base_runs_and_trains_nothing_but_its_adapters(changes, reward_run, chatbot, world, tmp_path):
     where = reward_run / changes.pop("reward_model", "adapter")
-    config = ppo.Config(model=str(chatbot), reward_model=str(where), data=str(world / "pairs.jsonl"), out=str(tmp_path / "run"), steps=2,
-                        batch=4, max_tokens=6, min_eos=0.0, lora_rank=4, snapshot_every=1, device="cpu", dtype="float32",
-                        lr=1e-2, **changes)
+    config = ppo.Config(model=str(chatbot), reward_model=str(where), data=str(world / "pairs.jsonl"),
+                        out=str(tmp_path / "run"), steps=2, batch=4, max_tokens=6, min_eos=0.0, lora_rank=4,
+                        snapshot_every=1, device="cpu", dtype="float32", lr=1e-2, **changes)
     ppo.main(config)
     first, second = metrics_of(tmp_path / "run")
     assert abs(first["kl"]) < 1e-5 < abs(second["kl"])  # at first the policy is the reference
@@ -136,13 +143,14 @@ def test_one_base_holds_four_roles_that_do_not_disturb_each_other(reward_run, ch
     said, alone = (generate(model, [[1, 5, 9]], 8, seed=1)[0][0] for model in (reference, separate))
     assert said.tokens == alone.tokens
     trained = {id(p) for role in (policy, value) for p in role.parameters()}
-    assert {id(p) for role in (policy, reference, scorer, value) for p in role.parameters() if p.requires_grad} == trained
+    roles = (policy, reference, scorer, value)
+    assert {id(p) for role in roles for p in role.parameters() if p.requires_grad} == trained
     assert not any(p.requires_grad for name, p in policy.base.named_parameters() if ".adapters." not in name)
     from kernels.layout import Layout
 
     where = (torch.arange(3, 40), torch.arange(37), Layout.build([37]))
     before = scorer.scores(scorer.hidden(*where))
-    torch.testing.assert_close(value.scores(value.hidden(*where)), before)  # the value model starts from the reward model
+    torch.testing.assert_close(value.scores(value.hidden(*where)), before)  # starts from the reward model
     for p in [*policy.parameters(), *value.parameters()]:
         p.data.add_(0.1)
     assert torch.equal(scorer.scores(scorer.hidden(*where)), before)
@@ -213,36 +221,43 @@ def test_activations_are_what_autograd_keeps(fields, checkpointing):
 
 
 def test_a_dry_run_needs_config_json_alone_and_counts_the_papers_adapter(tmp_path, capsys):
-    llama = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-             "intermediate_size": 11008, "vocab_size": 32000, "torch_dtype": "float16", "rms_norm_eps": 1e-5}
+    llama = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+             "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000, "torch_dtype": "float16",
+             "rms_norm_eps": 1e-5}
     (tmp_path / "config.json").write_text(json.dumps(llama))
+    out = tmp_path / "run"
     with pytest.raises(SystemExit) as left:
-        sft.main(sft.Config(model=str(tmp_path), lora_rank=64, quantize="nf4", checkpointing=True, dry_run=True, out=str(tmp_path / "run")))
+        sft.main(sft.Config(model=str(tmp_path), lora_rank=64, quantize="nf4", checkpointing=True, dry_run=True,
+                            out=str(out)))
     said = capsys.readouterr().out
-    assert left.value.code == 0 and "6,738,415,616 parameters, 159,907,840 train" in said and not (tmp_path / "run").exists()
+    assert left.value.code == 0 and "6,738,415,616 parameters, 159,907,840 train" in said and not out.exists()
     found = memory.plan(str(tmp_path), sft.Config(lora_rank=64, quantize="nf4"), "bfloat16", 2048)
     assert found["weights"] == pytest.approx(3.9e9, rel=0.02) and found["adapters"] == 4 * 159907840
     assert memory.plan(str(tmp_path), sft.Config(), "bfloat16", 1)["optimizer"] == 8 * 6738415616
 
 
 def test_a_dry_run_checks_the_weights_and_counts_the_steps(world, tmp_path, capsys):
-    config = sft.Config(model=str(world / "base"), data=str(world / "sft.jsonl"), dry_run=True, out=str(tmp_path / "run"), **QUIET)
+    config = sft.Config(model=str(world / "base"), data=str(world / "sft.jsonl"), dry_run=True,
+                        out=str(tmp_path / "run"), **QUIET)
     with pytest.raises(SystemExit):
         sft.main(config)
-    assert "names and shapes fit config.json" in (said := capsys.readouterr().out) and "3 steps of 4 dialogues" in said
+    said = capsys.readouterr().out
+    assert "names and shapes fit config.json" in said and "3 steps of 4 dialogues" in said
 
 
 def test_ppo_on_one_base_is_told_to_take_one_base(reward_run, chatbot):
-    def told(result, **changes):
-        return memory.ppo_plan(ppo.Config(model=str(chatbot), reward_model=str(reward_run / result), **changes), "float32")
+    def plan(result, **changes):
+        config = ppo.Config(model=str(chatbot), reward_model=str(reward_run / result), **changes)
+        return memory.ppo_plan(config, "float32")
 
-    full, two, one = told("model"), told("model", lora_rank=4), told("adapter", lora_rank=4)
+    full, two, one = plan("model"), plan("model", lora_rank=4), plan("adapter", lora_rank=4)
     assert two["weights"] == 2 * one["weights"] and full["weights"] > 3 * one["weights"]
     assert one["trained"] == two["trained"] < full["trained"] / 2
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"quantize": "nf4"}, "set lora_rank"), ({"lora_rank": -1}, "lora_rank is -1"), ({"lora_rank": 4, "lora_dropout": 1.0}, "lora_dropout"),
+    ({"quantize": "nf4"}, "set lora_rank"), ({"lora_rank": -1}, "lora_rank is -1"),
+    ({"lora_rank": 4, "lora_dropout": 1.0}, "lora_dropout"),
 ])
 def test_options_that_make_no_sense_are_one_line(changes, said, capsys):
     exits(capsys, lambda: sft.Config(**changes), said)

@@ -29,8 +29,9 @@ def trained(model, seed=1):
 
 @pytest.mark.parametrize("name", ["lora_r4_a8", "rslora_r4_a8", "dora_r4_a8", "lora_r1_a16"])
 def test_outputs_gradients_and_merges_equal_peft(name):
-    numbers, case = reference("lora")
-    told, case = numbers["cases"][name], {key.removeprefix(f"{name}."): x for key, x in case.items() if key.startswith(f"{name}.")}
+    numbers, arrays = reference("lora")
+    told = numbers["cases"][name]
+    case = {key.removeprefix(f"{name}."): x for key, x in arrays.items() if key.startswith(f"{name}.")}
     linear = Linear(16, 24, bias=True)
     linear.weight.data, linear.bias.data = case["W"], case["bias"]
     linear.requires_grad_(False)
@@ -79,7 +80,8 @@ def test_all_linear_layers_of_llama_2_7b_at_rank_64_have_159907840_parameters():
     from model import ModelConfig, Transformer
 
     with torch.device("meta"):
-        model = Transformer(ModelConfig(width=4096, layers=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11008, vocab_size=32000))
+        model = Transformer(ModelConfig(width=4096, layers=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11008,
+                                        vocab_size=32000))
     count = sum(64 * sum(m.weight.shape) for m in model.layers.modules() if isinstance(m, Linear))
     assert count == 159_907_840
 
@@ -105,7 +107,7 @@ def test_merged_equals_unmerged(use_dora):
     trained(add_lora(model, 2, 4, use_dora=use_dora))
     before = model(ids)
     merge_lora(model)
-    assert not lora_layers(model) and (model(ids) - before).abs().max() < 1e-6
+    assert not lora_layers(model) and (model(ids) - before).abs().max() < 1e-5  # adapters are multiplied in fp32
 
 
 # ---------------------------------------------------------------------------------- quantised bases
@@ -137,7 +139,7 @@ def test_a_quantised_base_is_merged_into_the_originals_only():
     with pytest.raises(ValueError, match="quantised"):
         merge_lora(model)
     expected = trained(add_lora(small_model(width=64), 2, 4))(ids)
-    torch.testing.assert_close(merge_lora(model, originals)(ids), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(merge_lora(model, originals)(ids), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_qlora_logits_equal_those_of_peft_and_bitsandbytes():
@@ -224,9 +226,10 @@ def test_a_reward_head_travels_with_its_adapter_and_a_missing_one_is_an_error(tm
     save_adapter(model, tmp_path / "a")
     again = lora.load_adapter(add_score_head(small_model(dtype=torch.float32), 7), tmp_path / "a")
     assert torch.equal(again.score(ids), model.score(ids))
-    exits(capsys, lambda: lora.load_adapter(small_model(dtype=torch.float32), tmp_path / "a"), "holds a score head for a model without one")
+    language, scored = small_model(dtype=torch.float32), add_score_head(small_model(dtype=torch.float32), 1)
+    exits(capsys, lambda: lora.load_adapter(language, tmp_path / "a"), "holds a score head for a model without one")
     save_adapter(add_lora(small_model(dtype=torch.float32), 2, 4), tmp_path / "b")
-    exits(capsys, lambda: lora.load_adapter(add_score_head(small_model(dtype=torch.float32), 1), tmp_path / "b"), "holds no score head")
+    exits(capsys, lambda: lora.load_adapter(scored, tmp_path / "b"), "holds no score head")
 
 
 def test_an_adapter_for_another_base_or_family_is_refused(tmp_path, capsys):
@@ -236,7 +239,8 @@ def test_an_adapter_for_another_base_or_family_is_refused(tmp_path, capsys):
     other = small_model(dtype=torch.float32)
     other.source_hash = "two"
     exits(capsys, lambda: lora.load_adapter(other, tmp_path / "a"), "was trained on another base")
-    exits(capsys, lambda: lora.load_adapter(load_model(FIXTURES / "models" / "falcon7b"), PEFT), "which this model does not have")
+    falcon = load_model(FIXTURES / "models" / "falcon7b")
+    exits(capsys, lambda: lora.load_adapter(falcon, PEFT), "which this model does not have")
     exits(capsys, lambda: lora.load_adapter(small_model(), tmp_path), "holds no adapter_config.json")
     with pytest.raises(ValueError, match="no linear layer is called k_prj"):
         add_lora(small_model(), 2, 4, targets=("k_prj",))
@@ -260,7 +264,8 @@ def test_transformers_and_peft_open_what_we_save_and_we_what_peft_saves(tmp_path
             told = peft.PeftModel.from_pretrained(theirs, saved / "adapter").eval()(ids).logits
             assert (ours(ids) - told).abs().max() < 2e-4 * told.abs().max()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama2", attn_implementation="eager")
-    made = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)).eval()
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    made = peft.get_peft_model(theirs, settings).eval()
     made.save_pretrained(tmp_path / "made")
     with torch.no_grad():
         mine = lora.load_adapter(load_model(tmp_path / "llama2"), tmp_path / "made")(ids)
@@ -271,7 +276,7 @@ def test_transformers_reads_our_reward_model(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = add_score_head(load_model(FIXTURES / "models" / "llama2"), 0)
     save_model(model, tmp_path)
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager")
     ids = torch.randint(5, 300, (3, 12))
     with torch.no_grad():
-        torch.testing.assert_close(model.score(ids), theirs(ids).logits[:, 0], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(model.score(ids), theirs.eval()(ids).logits[:, 0], atol=2e-4, rtol=1e-4)

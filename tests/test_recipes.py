@@ -12,6 +12,7 @@ import dpo
 import reward
 import sft
 from benchmarks.memory import SHAPES
+from data.dry_run import plan
 from runtime import load_config
 
 MISTRAL = FIXTURES / "models" / "mistral"

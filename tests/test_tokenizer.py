@@ -1,8 +1,9 @@
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import BASE, FIXTURES, exits, small_model
+from conftest import BASE, FAMILIES, FIXTURES, exits, small_model
 
 from data.tokenizer import TEMPLATES, adopt_template, load_tokenizer
 
@@ -10,8 +11,7 @@ THREE_TURNS = [m for i in range(3) for m in (
     {"role": "user", "content": f"Name {i} fruits."}, {"role": "assistant", "content": f"Here are {i}: pear."})]
 
 
-@pytest.fixture(scope="module", params=[
-    "llama2", "yi", "mistral", "qwen2", "qwen3", "llama3", "falcon7b", "falcon40b", "gpt_bigcode", "starcoder2", "gpt_neox", "gemma"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     folder = FIXTURES / "models" / request.param
     return load_tokenizer(folder), json.loads((folder / "tokenizer_cases.json").read_text())
@@ -32,7 +32,7 @@ def test_text_becomes_the_published_ids_and_text_again(family):
         if "sentencepiece_ids" in case or not spells_a_special:
             assert ids == case.get("sentencepiece_ids", case["ids"]), case["text"]
         assert not set(ids) & set(tokenizer.special.values())
-        assert tokenizer.decode(ids) in (case["text"], case["decoded"])  # what the vocabulary composes (NFC) stays composed
+        assert tokenizer.decode(ids) in (case["text"], case["decoded"])  # a vocabulary may compose letters (NFC)
 
 
 def test_dialogues_become_the_ids_of_the_published_templates(family):
@@ -108,8 +108,10 @@ def test_a_system_text_reaches_the_model_outside_the_loss(template):
 def test_prompt_and_reply_are_tokenized_apart():
     """In one string "foo" + "bar" may merge across the border; in pieces the prompt is the same with any reply."""
     tokenizer = ready("alpaca")
-    prompts = {tuple(tokenizer.spans([{"role": "user", "content": "x"}, {"role": "assistant", "content": reply}], "alpaca")[0][0])
-               for reply in ("cat", " cat", ":", "\n")}
+    prompts = set()
+    for reply in ("cat", " cat", ":", "\n"):
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": reply}]
+        prompts.add(tuple(tokenizer.spans(messages, "alpaca")[0][0]))
     assert len(prompts) == 1
 
 
@@ -121,7 +123,8 @@ def test_the_template_travels_with_the_checkpoint(tmp_path):
     assert again.render(THREE_TURNS) == tokenizer.render(THREE_TURNS)
     model = small_model(vocab_size=again.vocab_size)
     before = model.embed_tokens.weight.clone()
-    assert "as in the checkpoint" in adopt_template(model, again, "chatml") and torch.equal(model.embed_tokens.weight, before)
+    assert "as in the checkpoint" in adopt_template(model, again, "chatml")
+    assert torch.equal(model.embed_tokens.weight, before)
 
 
 def test_unseen_tokens_start_from_seen_ones_and_the_log_says_so():
@@ -129,9 +132,11 @@ def test_unseen_tokens_start_from_seen_ones_and_the_log_says_so():
     model = small_model(vocab_size=tokenizer.vocab_size, tied=False)
     said = adopt_template(model, tokenizer, "chatml")
     assert "<|im_start|> <|im_end|>" in said and "seen tokens" in said
-    assert model.config.vocab_size == tokenizer.vocab_size == len(model.embed_tokens.weight) == len(model.lm_head.weight)
+    assert model.config.vocab_size == tokenizer.vocab_size
+    assert len(model.embed_tokens.weight) == len(model.lm_head.weight) == tokenizer.vocab_size
     for weight in (model.embed_tokens.weight, model.head_weight):
-        for token, source in (("<|im_end|>", tokenizer.eos_id), ("<|im_start|>", tokenizer.encode("\n", continues=True)[-1])):
+        newline = tokenizer.encode("\n", continues=True)[-1]
+        for token, source in (("<|im_end|>", tokenizer.eos_id), ("<|im_start|>", newline)):
             assert torch.cosine_similarity(weight[tokenizer.special[token]], weight[source], 0) > 0.95
             assert not torch.equal(weight[tokenizer.special[token]], weight[source])
 
@@ -142,7 +147,8 @@ def test_what_a_chat_model_has_learnt_is_not_started_anew():
     model = small_model(vocab_size=tokenizer.vocab_size)
     before = model.embed_tokens.weight.clone()
     for template in ("plain", "zephyr"):
-        assert "instead of" in adopt_template(model, tokenizer, template) and torch.equal(model.embed_tokens.weight, before)
+        assert "instead of" in adopt_template(model, tokenizer, template)
+        assert torch.equal(model.embed_tokens.weight, before)
 
 
 def test_the_saved_generation_config_ends_replies_where_the_template_does(tmp_path):
@@ -150,7 +156,8 @@ def test_the_saved_generation_config_ends_replies_where_the_template_does(tmp_pa
         tokenizer = ready(template)
         tokenizer.save(tmp_path)
         ends = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
-        assert ends == list(tokenizer.stop_ids()) and (tokenizer.special.get("<|im_end|>") in ends) == (template == "chatml")
+        assert ends == list(tokenizer.stop_ids())
+        assert (tokenizer.special.get("<|im_end|>") in ends) == (template == "chatml")
 
 
 def test_zephyr_tags_are_plain_text_where_the_vocabulary_has_no_such_tokens():
@@ -163,6 +170,17 @@ def test_missing_or_broken_tokenizers_are_one_line(tmp_path, capsys):
     exits(capsys, lambda: load_tokenizer(tmp_path), "tokenizer.model: no such file", "copy it beside the weights")
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     exits(capsys, lambda: load_tokenizer(tmp_path), "is not a sentencepiece model")
+
+
+@pytest.mark.parametrize("settings, said", [
+    ("{", "is not JSON"), ("[]", "holds a list, expected a JSON object"),
+    ('{"template": "zefyr"}', "template is 'zefyr', expected one of zephyr, llama-2"),
+    ('{"template": ["zephyr"]}', "template is ['zephyr'], expected one of"),
+])
+def test_settings_that_make_no_sense_are_one_line(settings, said, tmp_path, capsys):
+    shutil.copyfile(BASE / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    exits(capsys, lambda: load_tokenizer(tmp_path), "tokenizer_config.json", said)
 
 
 def test_a_checkpoint_without_template_asks_for_one(capsys):

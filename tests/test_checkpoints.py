@@ -1,0 +1,156 @@
+"""Hugging Face directories in and out: bits and names, memory, and what a broken one is told."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, FIXTURES, ROOT, exits, small_model
+from safetensors.torch import load_file, save_file
+
+from checkpoints import BUFFERS, load_model, save_model
+from model import ModelConfig, Transformer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_checkpoint_holds_the_published_names_shapes_and_bits(name, tmp_path):
+    """Fused matrices are fused again; only buffers that a forward pass computes are left out. It loads as it was."""
+    folder = FIXTURES / "models" / name
+    model = load_model(folder)
+    save_model(model, tmp_path / "m")
+    again = load_model(tmp_path / "m")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert again.config.window == model.config.window and again.config.rope_scaling == model.config.rope_scaling
+    ours = load_file(tmp_path / "m" / "model.safetensors")
+    theirs = {key: tensor for file in folder.glob("model*.safetensors") for key, tensor in load_file(file).items()}
+    theirs = {key: tensor for key, tensor in theirs.items() if not key.endswith(BUFFERS)}
+    assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "m"))
+    written = {"torch_dtype": "float32"} if "torch_dtype" in before else {}
+    assert {key: after[key] for key in before} == before | written
+
+
+def test_shards_hold_the_same_model_and_an_index(tmp_path):
+    model = small_model(dtype=torch.float32)
+    save_model(model, tmp_path, shard_bytes=4000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), load_model(tmp_path).parameters(), strict=True))
+
+
+def test_a_tied_model_keeps_one_matrix(tmp_path):
+    model = small_model(tied=True)
+    save_model(model, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert load_model(tmp_path).head_weight is not None
+
+
+def test_weights_can_be_cast_on_the_way_in_and_out(tmp_path):
+    save_model(small_model(dtype=torch.float32), tmp_path, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert load_model(tmp_path).embed_tokens.weight.dtype == torch.bfloat16
+    assert load_model(tmp_path, dtype=torch.float32).embed_tokens.weight.dtype == torch.float32
+
+
+def broken(tmp_path, change):
+    save_model(small_model(dtype=torch.float32), tmp_path)
+    change(tmp_path)
+    return lambda: load_model(tmp_path)
+
+
+def edit_config(**changes):
+    def change(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changes))
+    return change
+
+
+def drop_a_tensor(path):
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors")
+
+
+def add_a_tensor(path):
+    tensors = load_file(path / "model.safetensors") | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)}
+    save_file(tensors, path / "model.safetensors")
+
+
+def cut_short(path):
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-500])
+
+
+def only_pickle(path):
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda p: (p / "config.json").unlink(), "holds no config.json"),
+    (lambda p: (p / "config.json").write_text("{"), "is not JSON"),
+    (edit_config(model_type="rwkv"), "model_type 'rwkv' is not supported, expected one of llama, mistral"),
+    (edit_config(model_type=["llama"]), "model_type ['llama'] is not supported"),
+    (edit_config(model_type="mistral", sliding_window="4"), "sliding_window is '4', expected a whole number from 1 to"),
+    (lambda p: (p / "config.json").write_text("[1]"), "holds a list, expected a JSON object"),
+    (edit_config(hidden_size=-3), "hidden_size is -3, expected a whole number from 1 to"),
+    (edit_config(head_dim="16"), "head_dim is '16', expected a whole number"),
+    (edit_config(rms_norm_eps="small"), "a number is missing or of the wrong kind"),
+    (edit_config(rope_scaling={"rope_type": "llama3"}), "a number is missing or of the wrong kind"),
+    (edit_config(torch_dtype="int3"), "torch_dtype is 'int3'"),
+    (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "is not an index of safetensors"),
+    (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
+     "gone.safetensors: no such file"),
+    (edit_config(num_hidden_layers=10**12), "num_hidden_layers is 1000000000000"),
+    (edit_config(vocab_size="forty"), "vocab_size is 'forty'"),
+    (edit_config(num_key_value_heads=3), "3 key/value heads do not divide 4 heads"),
+    (edit_config(intermediate_size=25), "has shape [16, 24], config.json says [16, 25]"),
+    (edit_config(rope_scaling={"type": "yarn"}), "rotary scaling 'yarn' is not supported"),
+    (edit_config(rope_scaling="linear"), "rotary scaling 'linear' is not supported"),
+    (edit_config(hidden_act="relu"), "activation 'relu' is not supported"),
+    (edit_config(hidden_act=["silu"]), "is not supported, expected one of silu, gelu"),
+    (edit_config(attention_bias=True), "k_proj.bias is in none of its weight files"),
+    (add_a_tensor, "holds model.layers.0.self_attn.q_proj.bias, which family llama has no place for"),
+    (lambda p: (p / "model.safetensors").unlink(), "no such file"),
+    (only_pickle, "pickled weights, which are never opened"),
+    (cut_short, "cannot be read as safetensors"),
+    (drop_a_tensor, "model.layers.1.mlp.up_proj.weight is in none of its weight files (1 missing)"),
+])
+def test_a_broken_checkpoint_is_one_line(change, said, tmp_path, capsys):
+    exits(capsys, broken(tmp_path, change), str(tmp_path), said)
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from checkpoints import load_model
+from model import ModelConfig, Transformer
+import torch
+
+def resident(key):
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
+
+torch.set_num_threads(1)
+with torch.device("meta"):
+    Transformer(ModelConfig())  # what torch imports at the first use is not the model's
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = resident("VmRSS")
+model = load_model(sys.argv[1])
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_loading_peaks_below_1_15_times_the_weights(tmp_path):
+    """A process of its own, 160 MB in two shards; pages of the files count while they are mapped."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(width=1024, layers=6, heads=8, kv_heads=8, head_dim=128, mlp_width=3072))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(torch.zeros(parameter.shape, dtype=torch.bfloat16)))
+    weights = sum(p.nbytes for p in model.parameters())
+    save_model(model, tmp_path / "m", shard_bytes=weights // 2 + 10**6)
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "m")]
+    peak = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    assert 0.9 < peak / weights < 1.15

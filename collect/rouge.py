@@ -72,6 +72,7 @@ class Pool:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold is {threshold}, expected a number above 0, at most 1")
         self.threshold = threshold
+        self.texts: list[str] = []
         self.words: list[list[str]] = []
         self.lengths = array("i")
         # By word: the texts that hold it, how often, and its places (0 for a text of more than 64 words: they do not fit).
@@ -90,6 +91,7 @@ class Pool:
             masks.append(bits if short else 0)
         if not short:
             self.long.append(number)
+        self.texts.append(text)
         self.words.append(said)
         self.lengths.append(len(said))
 

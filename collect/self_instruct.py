@@ -153,24 +153,25 @@ def instruction_fault(instruction: str, config: Config) -> str:
 def take(proposal: tuple[dict | None, str, str], request: int, pool: Pool, made: list[dict], run: Run,
          config: Config) -> None:
     """Add a proposed task to those made, if it is sound and unlike everything in the pool."""
-    (task, text, reason), near = proposal, None
+    task, text, reason = proposal
     if task:
         instruction = " ".join(task["instruction"].split())
         instruction = instruction[:1].upper() + instruction[1:]
         reason = instruction_fault(instruction, config)
-        near = None if reason else pool.too_similar(instruction)
-    if near:
+    if reason:
+        return run.drop("instruction", reason, request=request, text=text)
+    f = pool.similarities(instruction)
+    nearest = f.argmax()
+    if f[nearest] > config.similarity:
         run.drop("instruction", "too similar", request=request, text=text)
-        run.dropped[-1]["most_similar"] = {pool.texts[near[0]]: near[1]}
-    elif reason:
-        run.drop("instruction", reason, request=request, text=text)
-    else:
-        made.append(task | {"id": f"task_{len(made)}", "instruction": instruction, "request": request})
-        if config.neighbours:
-            f = pool.similarities(instruction)
-            made[-1]["most_similar"] = {pool.texts[i]: float(f[i]) for i in (-f).argsort(kind="stable")[:10]}
-            made[-1]["avg_similarity_score"] = float(f.mean())
-        pool.add(instruction)
+        run.dropped[-1]["most_similar"] = {pool.texts[nearest]: float(f[nearest])}
+        return None
+    made.append(task | {"id": f"task_{len(made)}", "instruction": instruction, "request": request})
+    if config.neighbours:
+        made[-1]["most_similar"] = {pool.texts[i]: float(f[i]) for i in (-f).argsort(kind="stable")[:10]}
+        made[-1]["avg_similarity_score"] = float(f.mean())
+    pool.add(instruction)
+    return None
 
 
 def new_tasks(run: Run, model, seeds: list[dict], config: Config) -> list[dict]:
@@ -183,7 +184,7 @@ def new_tasks(run: Run, model, seeds: list[dict], config: Config) -> list[dict]:
         prompt, read, last = list_prompt, read_list, 2 * config.examples
         stop = (f"\n{last}", f"{last}.", f"{last} .")
         sampling = Sampling(config.max_tokens, config.temperature, config.top_p, stop=stop)
-    pool, made, idle = Pool([seed["instruction"] for seed in seeds], config.similarity), [], 0
+    pool, made, idle = Pool([seed["instruction"] for seed in seeds]), [], 0
     bar = tqdm(total=config.instructions, desc="instructions", mininterval=1)
     for batch in count():
         if len(made) >= config.instructions or idle == config.patience:

@@ -56,7 +56,6 @@ def start(model):
         listener = socket.create_server(("127.0.0.1", 0))
         http = uvicorn.Server(uvicorn.Config(server.app(), log_level="critical", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=http.run, args=([listener],))
-        server.engine.start()
         thread.start()
         running.append((server, http, thread, listener))
         server.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
@@ -67,7 +66,7 @@ def start(model):
     for server, http, thread, listener in running:
         http.should_exit = True
         thread.join(10)
-        server.engine.stop()
+        server.engine.thread.shutdown()
         listener.close()
         assert not thread.is_alive()
 

@@ -241,14 +241,14 @@ def fuzz(run: Run, sides: Sides, behaviours: list[str], config: Config) -> list[
 
 
 def generate(target, attacker, judge, config: Config) -> None:
-    run, secrets, by = Run(config), {}, judge.name if judge else "the strings that were planted"
+    run, secrets = Run(config), {}
     if config.mode == "leak":
-        goals, secrets = leak_goals(config)
+        judge, (goals, secrets) = None, leak_goals(config)
         behaviours = [goal["behaviour"] for goal in goals]
     else:
         behaviours = load_behaviours(config)
         goals = [{"id": f"direct_{number}", "behaviour": b, "system": []} for number, b in enumerate(behaviours)]
-    sides = Sides(target, attacker, judge, secrets)
+    by, sides = judge.name if judge else "the strings that were planted", Sides(target, attacker, judge, secrets)
     tried = fuzz(run, sides, behaviours, config) if config.mode == "fuzz" else persuade(run, sides, goals, config)
     transcripts = [a | {"target": target.name, "attacker": attacker.name, "judge": by} for a in tried]
     found = safety.attack_success(transcripts, behaviours, by)

@@ -9,7 +9,7 @@ from conftest import exits, write_jsonl
 from scripted import Scripted, corrupt, number, survives_kills
 
 from collect import red_team
-from collect.red_team import BEHAVIOURS, HOLE, OPERATORS, TEMPLATES, Config, generate, load_texts, select
+from collect.red_team import BEHAVIOURS, HOLE, OPERATORS, TEMPLATES, Config, generate, load_templates, select
 from judging import safety
 
 
@@ -194,9 +194,11 @@ def test_what_ships_is_ten_behaviours_and_five_templates():
 
 
 def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, capsys):
-    for record, key, said in (({"text": "no hole"}, "text", "line 1: holds [REQUEST] 0 times"), ({"x": 1}, "behaviour", "has no")):
-        file = write_jsonl(tmp_path / "f.jsonl", [record])
-        exits(capsys, lambda file=file, key=key: load_texts(str(file), key, ()), said)
-    exits(capsys, lambda: load_texts(str(write_jsonl(tmp_path / "f.jsonl", [{"behaviour": "a"}] * 2)), "behaviour", ()), "drop the repeats")
+    def file(*records):
+        return str(write_jsonl(tmp_path / "f.jsonl", list(records)))
+
+    exits(capsys, lambda: load_templates(Config(templates=file({"text": "no hole"}))), "line 1: holds [REQUEST] 0 times")
+    exits(capsys, lambda: safety.load_texts(file({"x": 1}), "behaviour"), "has no")
+    exits(capsys, lambda: safety.load_texts(file(*[{"behaviour": "a"}] * 2), "behaviour"), "drop the repeats")
     exits(capsys, lambda: red_team.main(replace(config, behaviours="none.jsonl")), "none.jsonl: cannot be read")
     exits(capsys, lambda: Config(steps=0), "steps is 0")

@@ -9,7 +9,8 @@ from conftest import exits, write_jsonl
 from scripted import Scripted, corrupt, number, survives_kills
 
 from collect import self_instruct
-from collect.self_instruct import Config, as_prompt, fault, generate, read_alpaca, read_input_first, read_list, read_output_first, sound
+from collect.self_instruct import Config, as_prompt, generate, instruction_fault, read_alpaca, read_input_first, read_list, read_output_first, sound
+from collect.synthetic import Run
 from data.formats import read
 from data.llm import Reply, Request
 
@@ -51,7 +52,7 @@ def bare_request(recipe: str, seed: int) -> Request:
 
 @pytest.fixture
 def config(tmp_path):
-    return Config(seeds=seeds(tmp_path / "seeds.jsonl"), instructions=40, requests=2)
+    return Config(seeds=seeds(tmp_path / "seeds.jsonl"), instructions=40, requests=2, out=str(tmp_path / "out"))
 
 
 def lines(file: Path) -> list[dict]:
@@ -84,13 +85,13 @@ def test_a_list_goes_on_after_the_bare_number():
     ("Über die Brücke gehen wir", "ASCII"), ("3 rivers to be named", ""),
 ])
 def test_instructions_are_filtered_in_the_published_order(instruction, reason):
-    said = fault(instruction, Config())
+    said = instruction_fault(instruction, Config())
     assert reason in said and bool(reason) == bool(said)
 
 
 def test_alpaca_bans_five_more_words_and_the_original_thirteen():
     assert len(self_instruct.BANNED) == 13 and len(self_instruct.ALPACA_BANNED) == 18
-    assert "cannot hold" in fault("Describe an imaginary flowchart today", Config(recipe="alpaca"))
+    assert "cannot hold" in instruction_fault("Describe an imaginary flowchart today", Config(recipe="alpaca"))
 
 
 def test_input_first_instances_by_hand():
@@ -146,7 +147,7 @@ def test_all_thirteen_formats_occur_and_hold_everything():
 # ---------------------------------------------------------------------------------------- end to end
 
 def test_seeds_become_tasks_and_training_records(config, tmp_path, capsys):
-    generate(Scripted(reply), replace(config, out=str(tmp_path / "out")))
+    generate(Scripted(reply), config)
     tasks, records, dropped = (lines(tmp_path / "out" / f"{name}.jsonl") for name in ("tasks", "train", "dropped"))
     assert len(tasks) > 30 and len({task["instruction"] for task in tasks}) == len(tasks)
     assert set(tasks[0]) >= {"id", "instruction", "instances", "is_classification", "most_similar", "avg_similarity_score"}
@@ -163,7 +164,7 @@ def test_seeds_become_tasks_and_training_records(config, tmp_path, capsys):
 
 def test_prompts_show_eight_seeds_and_later_six_and_two_of_the_models_own(config, tmp_path):
     model = Scripted(reply)
-    generate(model, replace(config, out=str(tmp_path / "out")))
+    generate(model, config)
     given = [task["instruction"] for task in lines(Path(config.seeds))]
     asked = [r.messages[0]["content"] for r in model.asked if r.messages[0]["content"].endswith("\n9.")]
     shown = [[line[3:] for line in text.splitlines()[2:-1]] for text in asked]
@@ -175,34 +176,35 @@ def test_prompts_show_eight_seeds_and_later_six_and_two_of_the_models_own(config
 def test_capitals_are_kept(config, tmp_path):
     """str.capitalize would make "NASA" "Nasa", and lower the rest."""
     model = Scripted(lambda r, s: "tell me what NASA and Ada do" if r.messages[0]["content"].endswith("9.") else "No")
-    generate(model, replace(config, out=str(tmp_path / "out"), patience=2))
+    generate(model, replace(config, patience=2))
     assert lines(tmp_path / "out" / "dropped.jsonl")[0]["most_similar"] == {"Tell me what NASA and Ada do": 1.0}
 
 
 def test_only_a_yes_makes_a_classification(config):
     """"Yes." is a yes, as chat models write; "Yes and no" and no reply are a no."""
     tasks = [{"instruction": f"task {i}"} for i in range(6)]
-    replies = [done("Yes"), done(" yes."), done("YES"), done("Yes and no"), done(""), None]
-    self_instruct.mark_classifications(lambda *_, **__: replies, self_instruct.load_seeds(config), tasks, config)
+    answers = iter(["Yes", " yes.", "YES", "Yes and no", "", None])
+    run, seeds = Run(config), self_instruct.load_seeds(config)
+    self_instruct.mark_classifications(run, Scripted(lambda r, s: next(answers)), seeds, tasks, config)
     assert [task["is_classification"] for task in tasks] == [True, True, True, False, False, False]
 
 
 def test_a_reply_cut_by_length_loses_its_last_instance(config):
-    tasks, dropped = [{"id": "a", "instruction": "Add", "is_classification": False}], []
-    cut = Reply("Example 1\nInput: 1 1\nOutput: 2\nExample 2\nInput: 5 5\nOutput: 1", False, 0, 0, 0.0)
-    self_instruct.add_instances(lambda requests, *_, **__: [cut] * len(requests), self_instruct.load_seeds(config), tasks, config, dropped)
+    tasks, run = [{"id": "a", "instruction": "Add", "is_classification": False}], Run(config)
+    cut = Scripted(lambda r, s: ("Example 1\nInput: 1 1\nOutput: 2\nExample 2\nInput: 5 5\nOutput: 1", False))
+    self_instruct.add_instances(run, cut, self_instruct.load_seeds(config), tasks, config)
     assert tasks[0]["instances"] == [{"input": "1 1", "output": "2"}]
-    assert dropped == [{"stage": "instance", "task": "a", "text": ("5 5", "1"), "reason": "cut by length"}]
+    assert run.dropped == [{"stage": "instance", "task": "a", "text": ("5 5", "1"), "reason": "cut by length"}]
 
 
 def test_a_model_that_repeats_itself_ends_the_search(config, tmp_path, capsys):
     model = Scripted(lambda r, s: "Tell me about the sea, please" if r.messages[0]["content"].endswith("9.") else "Yes.")
-    generate(model, replace(config, out=str(tmp_path / "out"), patience=3))
+    generate(model, replace(config, patience=3))
     assert "only 1 instructions: 3 batches" in capsys.readouterr().out and len([r for r in model.asked if r.repeat]) == 2 * 4 - 1
 
 
 def test_a_model_that_never_answers_is_one_line(config, tmp_path, capsys):
-    exits(capsys, lambda: generate(Scripted(lambda r, s: None), replace(config, out=str(tmp_path / "out"))), "no request of a batch")
+    exits(capsys, lambda: generate(Scripted(lambda r, s: None), config), "no request of a batch")
 
 
 def test_whenever_it_is_killed_it_goes_on_to_the_same_files(config, tmp_path):
@@ -237,7 +239,7 @@ def test_corrupted_replies_are_dropped_with_a_reason(recipe, config, tmp_path, c
         said = reply(request, sampling)
         return (corrupt(said[0], number(request)), False) if isinstance(said, tuple) else corrupt(said, number(request))
 
-    generate(Scripted(broken), replace(config, recipe=recipe, out=str(tmp_path / "out"), instructions=150, patience=3))
+    generate(Scripted(broken), replace(config, recipe=recipe, instructions=150, patience=3))
     records, report = read(tmp_path / "out" / "train.jsonl")
     assert len(list(records)) > 20 and not report.rejects
     assert "instruction: " in capsys.readouterr().out and all(d["reason"] for d in lines(tmp_path / "out" / "dropped.jsonl"))
@@ -252,13 +254,14 @@ def test_wrong_seeds_are_one_line_before_anything_is_asked(config, tmp_path, cap
 
 
 @pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
-def test_the_published_seeds_are_read_and_shown_as_published():
+def test_the_published_seeds_are_read_and_shown_as_published(tmp_path):
     """175 seeds, 26 of them classification: 12 yes and 19 no are shown, 12 input first, 17 output first."""
     config = Config(seeds=str(Path(os.environ["REAL_DATA"]) / "datasets" / "self_instruct" / "seed_tasks.jsonl"))
     found = self_instruct.load_seeds(config)
     assert len(found) == 175 and sum(seed["is_classification"] for seed in found) == 26
     assert self_instruct.input_first_prompt(found, config).count("Task: ") >= 12
     assert self_instruct.output_first_prompt(found, config).count("Class label: ") == 17
-    asked = []
-    self_instruct.mark_classifications(lambda requests, *_, **__: asked.extend(requests) or [done("Yes")], found, [dict(found[0])], config)
-    assert [asked[0].messages[0]["content"].count(f"Classification: {word}") for word in ("Yes", "No")] == [12, 19]
+    model, config = Scripted(lambda r, s: "Yes"), replace(config, out=str(tmp_path / "out"))
+    self_instruct.mark_classifications(Run(config), model, found, [dict(found[0])], config)
+    shown = model.asked[0].messages[0]["content"]
+    assert [shown.count(f"Classification: {word}") for word in ("Yes", "No")] == [12, 19]

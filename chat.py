@@ -67,7 +67,7 @@ class Config:
                                ("slots", 1, 1024)):
             check_range(key, getattr(self, key), low, high)
         if self.serve and not self.token and self.host not in LOOPBACK:
-            fail(f"host is '{self.host}', which others can reach: set token= to what they have to send, or leave host out")
+            fail(f"host is '{self.host}', which others can reach: set token= to what they must send, or leave host out")
 
     def sampling(self) -> Sampling:
         return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k)
@@ -161,8 +161,8 @@ def converse(checkpoint: Checkpoint, config: Config, length: int) -> None:
             history.pop()
             continue
         turn += 1
-        new = min(config.max_tokens, length - len(prompt))
-        text = speak(decoder, checkpoint.tokenizer, Sequence(prompt, new, config.sampling().settings, [config.seed, turn]))
+        new, settings = min(config.max_tokens, length - len(prompt)), config.sampling().settings
+        text = speak(decoder, checkpoint.tokenizer, Sequence(prompt, new, settings, [config.seed, turn]))
         history.append({"role": "assistant", "content": text})
 
 
@@ -223,8 +223,8 @@ class Asked(NamedTuple):
 
 MOST_MESSAGES, MOST_WAITING = 512, 1024
 WITHOUT_EFFECT = {"user", "metadata", "store", "safety_identifier", "service_tier"}
-KNOWN = {"model", "messages", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "n", "seed", "stop",
-         "stream", "stream_options", "logprobs", "top_logprobs"} | WITHOUT_EFFECT
+KNOWN = {"model", "messages", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "n", "seed",
+         "stop", "stream", "stream_options", "logprobs", "top_logprobs"} | WITHOUT_EFFECT
 
 
 class Fields:
@@ -467,7 +467,7 @@ class Server:
             self.engine.leave(sequences)
 
     def logprobs(self, sequence: Sequence, first: int, last: int) -> dict:
-        """OpenAI's form of tokens first..last-1: their log-probabilities at temperature 1, and the likeliest instead."""
+        """OpenAI's form of tokens first..last-1: log-probabilities at temperature 1, and the likeliest instead."""
         def entry(token: int, logprob: float) -> dict:
             text = self.tokenizer.decode([*self.newline, token])[1:]  # after another, so that a leading blank stays
             code = None if "\ufffd" in text else list(text.encode())

@@ -1,4 +1,4 @@
-"""AI feedback: several models answer, a judge marks, the best reply and a random other make a pair (UltraFeedback, Zephyr).
+"""AI feedback as in UltraFeedback and Zephyr: several models answer, a judge marks, the best and another make a pair.
 
     python -m collect.ai_feedback prompts=prompts.jsonl models='["runs/a/model", "runs/b/model"]' judge=http://...#name
     python -m collect.ai_feedback rubric=aspects ...
@@ -11,8 +11,8 @@ models, one answers several times, with another top_p and top_k each time. The j
                helpfulness, each from 1 to 5; a reply's score is the mean of its ratings, those N/A left out
 
 Then, as for Zephyr (Tunstall et al. 2023, arXiv:2310.16944), chosen = the highest score, at random among equals;
-rejected = a random other. If that one's score is as high, there is no pair (as published it would be one: 111 of 1,000).
-The margin is the difference of the scores. Replies that are cut, empty or repeated are dropped before the judging.
+rejected = a random other. If that one's score is as high, there is no pair (as published there was: 111 of 1,000). The
+margin is the difference of the scores. Replies that are cut, empty or repeated are dropped before the judging.
 
     pairs.jsonl     {"id", "prompt", "chosen", "rejected", "margin", ...}     scored.jsonl    every reply with its marks
     replies.jsonl   raw replies, to resume from                               dropped.jsonl   what was left out, and why
@@ -116,15 +116,15 @@ def answer(run: Run, models: list, prompts: list[dict], config: Config) -> None:
 
 ASPECTS = {
     "instruction following":
-        "whether it does what the user asks: the aim, and every wish about content, form and length. 1: it does something "
-        "else; 3: it does part of it; 5: it does all of it.",
+        "whether it does what the user asks: the aim, and every wish about content, form and length. 1: it does "
+        "something else; 3: it does part of it; 5: it does all of it.",
     "honesty":
         "whether what it says of its own certainty fits what it says. 1: sure of itself and wrong; 3: unsure without "
         "need, or sure without ground; 5: sure where it is right, and says so where it does not know. N/A if there is "
         "nothing to be certain of.",
     "truthfulness":
-        "whether it is free of made-up facts, of contradictions to what the user gave, and of contradictions in itself. "
-        "1: false throughout; 3: false in places; 5: nothing false.",
+        "whether it is free of made-up facts, of contradictions to what the user gave, and of contradictions in "
+        "itself. 1: false throughout; 3: false in places; 5: nothing false.",
     "helpfulness":
         "whether it is correct, clear, complete and informative without repeating itself. 1: of no use; 3: useful in "
         "part; 5: all one could want.",
@@ -142,15 +142,15 @@ def material(prompt: list[dict], answers: list[str]) -> str:
 
 
 def overall_prompt(prompt: list[dict], text: str) -> list[dict]:
-    return user("Mark the answer that an assistant gave to the last thing the user said. Is it what was asked for, is it "
-                "true, does it help, is it clear? Write a short critique: what is good, what could be better and how. "
-                "Then end with a line that reads Overall Score: and a number from 1, of no use, to 10, could not be "
-                f"better.\n\n{material(prompt, [text])}")
+    return user("Mark the answer that an assistant gave to the last thing the user said. Is it what was asked for, is "
+                "it true, does it help, is it clear? Write a short critique: what is good, what could be better and "
+                "how. Then end with a line that reads Overall Score: and a number from 1, of no use, to 10, could not "
+                f"be better.\n\n{material(prompt, [text])}")
 
 
 def aspect_prompt(prompt: list[dict], texts: list[str], aspect: str) -> list[dict]:
-    return user(f"{len(texts)} assistants answered the last thing the user said. Rate the {aspect} of each from 1 to 5: "
-                f"{ASPECTS[aspect]}\nFor each answer in turn write three lines and then an empty one:\nAnswer: its "
+    return user(f"{len(texts)} assistants answered the last thing the user said. Rate the {aspect} of each from 1 to "
+                f"5: {ASPECTS[aspect]}\nFor each answer in turn write three lines and then an empty one:\nAnswer: its "
                 "number\nRating: a number from 1 to 5\nRationale: one or two sentences\n\n"
                 f"{material(prompt, texts)}")
 

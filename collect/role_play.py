@@ -1,7 +1,7 @@
 """Role play: two models solve a task, one as the user who instructs, one as the assistant (CAMEL, Li et al. 2023).
 
     python -m collect.role_play model=http://127.0.0.1:8000/v1#name out=runs/role_play dialogues=10
-    python -m collect.role_play ideas=ideas.jsonl ...   tasks of your own: {"assistant_role", "user_role", "task"} a line
+    python -m collect.role_play ideas=ideas.jsonl ...  tasks of your own: {"assistant_role", "user_role", "task"} a line
 
     idea -> task specifier, which makes it concrete -> inception prompts, which hold each model to its role -> dialogue
 
@@ -19,8 +19,8 @@ A round that ends the dialogue by 1 to 4 is not kept, as published. Where we lea
   - it asked the assistant once more after the done token: here the token, unless 2 comes before it, is the end
 The planner and the critic, both optional there, are left out. Prompts are our own.
 
-    train.jsonl     {"id", "messages", roles, tasks, "termination_reason"}     dropped.jsonl   what was left out, and why
-    replies.jsonl   raw replies, to resume from
+    train.jsonl     {"id", "messages", roles, tasks, "termination_reason"}
+    replies.jsonl   raw replies, to resume from                     dropped.jsonl   what was left out, and why
 """
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from data.records import fault
 
 DONE = "<CAMEL_TASK_DONE>"
 POLITE = ("goodbye", "good bye", "thank", "bye", "welcome", "language model")
-ASSISTANTS = ("Accountant", "Architect", "Baker", "Biologist", "Chemist", "Data analyst", "Doctor", "Editor", "Electrician",
-              "Gardener", "Historian", "Journalist", "Lawyer", "Mathematician", "Mechanic", "Nurse", "Poet", "Programmer",
-              "Teacher", "Translator")
-USERS = ("Athlete", "Banker", "Cafe owner", "Carpenter", "Children's author", "Farmer", "Film director", "Game designer",
-         "Hotel keeper", "Librarian", "Museum guide", "Musician", "Parent", "Photographer", "Politician", "Shopkeeper",
-         "Social worker", "Student", "Tourist", "Zoo keeper")
+ASSISTANTS = ("Accountant", "Architect", "Baker", "Biologist", "Chemist", "Data analyst", "Doctor", "Editor",
+              "Electrician", "Gardener", "Historian", "Journalist", "Lawyer", "Mathematician", "Mechanic", "Nurse",
+              "Poet", "Programmer", "Teacher", "Translator")
+USERS = ("Athlete", "Banker", "Cafe owner", "Carpenter", "Children's author", "Farmer", "Film director",
+         "Game designer", "Hotel keeper", "Librarian", "Museum guide", "Musician", "Parent", "Photographer",
+         "Politician", "Shopkeeper", "Social worker", "Student", "Tourist", "Zoo keeper")
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ def new_ideas(run: Run, model, config: Config) -> list[dict]:
     rng = random.Random(f"{config.seed} roles")
     pairs = [(a, u) for a in assistants for u in users if a != u]
     pairs = rng.sample(pairs, min(len(pairs), -(-config.dialogues // config.tasks)))
-    requests = [Request(user(f"A {a} helps a {u}. Name {config.tasks} different tasks on which they can work together by "
-                             "talking, concrete and inventive, each in one sentence. Write a numbered list from 1. to "
-                             f"{config.tasks}. and nothing else.")) for a, u in pairs]
+    requests = [Request(user(f"A {a} helps a {u}. Name {config.tasks} different tasks on which they can work together "
+                             "by talking, concrete and inventive, each in one sentence. Write a numbered list from 1. "
+                             f"to {config.tasks}. and nothing else.")) for a, u in pairs]
     replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), "ideas")
     ideas = []
     for (a, u), reply in zip(pairs, replies, strict=True):
@@ -128,8 +128,8 @@ def new_ideas(run: Run, model, config: Config) -> list[dict]:
 
 def specify(run: Run, model, ideas: list[dict], config: Config) -> list[dict]:
     """Dialogues to hold: each idea made concrete, in 50 words or fewer; an idea that cannot be is dropped."""
-    requests = [Request(user(f"This is a task on which a {i['assistant_role']} will help a {i['user_role']}: {i['task']}\n"
-                             "Make it more specific: invent the details, be creative. Answer in at most "
+    requests = [Request(user(f"This is a task on which a {i['assistant_role']} will help a {i['user_role']}: "
+                             f"{i['task']}\nMake it more specific: invent the details, be creative. Answer in at most "
                              f"{config.words} words, with the task and nothing else."), repeat=number)
                 for number, i in enumerate(ideas)]
     replies = run.ask(model, requests, Sampling(config.max_tokens, config.specifier_temperature), "task specifier")
@@ -144,15 +144,20 @@ def specify(run: Run, model, ideas: list[dict], config: Config) -> list[dict]:
 
 # -------------------------------------------------------------------------------------- the dialogue
 
-ASSISTANT = """You are {assistant_role}, I am {user_role}. Keep to these roles to the end: I instruct, you carry out; never instruct me.
+ASSISTANT = """\
+You are {assistant_role}, I am {user_role}. Keep to these roles to the end: I instruct, you carry out; never instruct \
+me.
 We work together on one task, and it does not change: {specified_task}
-I give you one instruction at a time, and you answer it with one solution. If you cannot carry it out, because it takes a body, or is
+I give you one instruction at a time, and you answer it with one solution. If you cannot carry it out, because it \
+takes a body, or is
 against morals, the law or your abilities, say so honestly and give the reason. Otherwise begin with
 
 Solution:
 
-and what follows is specific, complete and easy to use, with examples where they help. End every solution with: Next request."""
-USER = """You are {user_role}, I am {assistant_role}. Keep to these roles to the end: you instruct, I carry out; never do my part.
+and what follows is specific, complete and easy to use, with examples where they help. End every solution with: \
+Next request."""
+USER = """\
+You are {user_role}, I am {assistant_role}. Keep to these roles to the end: you instruct, I carry out; never do my part.
 We work together on one task, and it does not change: {specified_task}
 Lead me to it step by step, out of what you know. You may write in two forms only. With an input that the step needs:
 
@@ -164,7 +169,8 @@ Without one:
 Instruction: what I am to do
 Input: None
 
-Give one instruction at a time and wait for my solution. Instruct me, do not ask me questions, and write nothing else. Go on until the
+Give one instruction at a time and wait for my solution. Instruct me, do not ask me questions, and write nothing \
+else. Go on until the
 task is done, never say so before; then write one word alone: {done}"""
 OPENING = "Now give me your instructions one by one, in those two forms only: Instruction and Input."
 

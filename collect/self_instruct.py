@@ -3,15 +3,15 @@
     python -m collect.self_instruct model=runs/tiny/0/sft/model seeds=seed_tasks.jsonl instructions=100
     python -m collect.self_instruct recipe=alpaca model=http://127.0.0.1:8000/v1#name seeds=seed_tasks.jsonl
 
-The original (Wang et al. 2022, arXiv:2212.10560) asks three times: for new instructions, with seeds and earlier finds as
-examples; whether each is a classification; and for instances, input first, or for classifications label first, since
-a model that starts with the input writes one label only. Alpaca (Taori et al. 2023) asks once, for whole tasks.
+The original (Wang et al. 2022, arXiv:2212.10560) asks three times: for new instructions, with seeds and earlier finds
+as examples; whether each is a classification; and for instances, input first, or for classifications label first,
+since a model that starts with the input writes one label only. Alpaca (Taori et al. 2023) asks once, for whole tasks.
 
     tasks.jsonl     the new tasks, in the form of the seeds      train.jsonl    the same as messages, shuffled
     replies.jsonl   raw replies, to resume from                  dropped.jsonl  what was left out, and why
 
 Prompts are our own, their examples come from the seed file. Where we leave the published code:
-  - str.capitalize lowered all letters but the first ("NASA" became "nasa"): we raise the first and leave the rest
+  - str.capitalize lowered all letters but the first ("NASA" became "Nasa"): we raise the first and leave the rest
   - an empty class label took the next line for the label: here the instance has no output, and is dropped
   - the word "Example" inside a text split it: here only at the start of a line, with its number
   - no presence penalties (2 and 1.5 there), as not every model offers them, and no ban of the end token (Alpaca's)
@@ -105,8 +105,8 @@ def list_prompt(seeds: list[dict], made: list[dict], config: Config, rng: random
     shown += rng.sample(seeds, config.examples - len(shown))
     rng.shuffle(shown)
     lines = [f"{i}. {' '.join(task['instruction'].split()).rstrip(':')}" for i, task in enumerate(shown, 1)]
-    return user("Below begins a numbered list of tasks that people give to an assistant. They differ in subject, in form "
-                "and in what is asked for. Go on with new tasks of your own up to number "
+    return user("Below begins a numbered list of tasks that people give to an assistant. They differ in subject, in "
+                "form and in what is asked for. Go on with new tasks of your own up to number "
                 f"{2 * len(shown) - 1}, each on one line after its number. Write the list and nothing else.\n\n"
                 + "\n".join(lines) + f"\n{len(shown) + 1}.")
 
@@ -190,9 +190,8 @@ def new_tasks(run: Run, model, seeds: list[dict], config: Config) -> list[dict]:
         if len(made) >= config.instructions or idle == config.patience:
             break
         numbers = range(batch * config.requests, (batch + 1) * config.requests)
-        chances = [random.Random(f"{config.seed} request {number}") for number in numbers]
-        requests = [Request(prompt(seeds, made, config, rng), repeat=number)
-                    for number, rng in zip(numbers, chances, strict=True)]
+        requests = [Request(prompt(seeds, made, config, random.Random(f"{config.seed} request {n}")), repeat=n)
+                    for n in numbers]
         replies, before = run.ask(model, requests, sampling), len(made)
         if not any(replies):
             runtime.fail(f"{config.out}: no request of a batch was answered, see replies.failures.jsonl there: "
@@ -234,9 +233,9 @@ def mark_classifications(run: Run, model, seeds: list[dict], tasks: list[dict], 
 # ----------------------------------------------------------------------------------------- instances
 
 def input_first_prompt(seeds: list[dict], config: Config) -> str:
-    text = ("Write examples of how a task can be set and done, under the headings Example 1, Example 2 and so on, at most "
-            "five. Each has an input, and the output that does the task for it. Where a task needs no input, write the "
-            "output alone.\n\n")
+    text = ("Write examples of how a task can be set and done, under the headings Example 1, Example 2 and so on, at "
+            "most five. Each has an input, and the output that does the task for it. Where a task needs no input, "
+            "write the output alone.\n\n")
     rng = random.Random(f"{config.seed} input first")
     for seed in some_seeds(seeds, False, config.input_first_examples, rng):
         text += f"Task: {seed['instruction']}\n"
@@ -247,8 +246,8 @@ def input_first_prompt(seeds: list[dict], config: Config) -> str:
 
 
 def output_first_prompt(seeds: list[dict], config: Config) -> str:
-    text = ("For a classification task, name a label after \"Class label:\", then write an input that this label and no "
-            "other belongs to. Go through several labels. If the task names its labels, use those.\n\n")
+    text = ("For a classification task, name a label after \"Class label:\", then write an input that this label and "
+            "no other belongs to. Go through several labels. If the task names its labels, use those.\n\n")
     rng = random.Random(f"{config.seed} output first")
     for seed in some_seeds(seeds, True, config.output_first_examples, rng):
         text += f"Task: {seed['instruction']}\n"

@@ -36,12 +36,12 @@ from data.records import fault
 from data.tokenizer import load_tokenizer
 
 TOPICS = ("animals and plants", "architecture", "books", "careers", "chemistry and physics", "cities", "climate",
-          "computers", "cooking", "economics", "family", "film and theatre", "gardening", "health", "history", "hobbies",
-          "houses", "languages", "law", "mathematics", "medicine", "money", "music", "oceans", "painting",
+          "computers", "cooking", "economics", "family", "film and theatre", "gardening", "health", "history",
+          "hobbies", "houses", "languages", "law", "mathematics", "medicine", "money", "music", "oceans", "painting",
           "religion and thought", "school", "space", "sport", "travel")
-KINDS = ("a story", "a poem", "a scene of a play", "a letter", "an e-mail", "a speech", "an essay", "a newspaper report",
-         "a review", "a diary entry", "a dialogue", "an advertisement", "a recipe", "a manual", "a travel guide",
-         "a biography", "a song text", "a fable", "a summary", "a short program")
+KINDS = ("a story", "a poem", "a scene of a play", "a letter", "an e-mail", "a speech", "an essay",
+         "a newspaper report", "a review", "a diary entry", "a dialogue", "an advertisement", "a recipe", "a manual",
+         "a travel guide", "a biography", "a song text", "a fable", "a summary", "a short program")
 TEMPLATES = ("{text}\n\n{question}", "{question}\n\n{text}", "Read this passage:\n\n{text}\n\n{question}",
              "{question} Here is the text:\n\n{text}", "Text: {text}\n\nTask: {question}")
 ROUNDS = {"questions": (3, 7), "writing": (2, 4), "materials": (2, 4), "openings": (3, 7)}
@@ -176,10 +176,10 @@ def add_details(run: Run, model, short: list[dict], config: Config) -> None:
 
 # ------------------------------------------------------------------------------------- the dialogue
 
-PERSON = ("Play a person who talks with an assistant. I am the assistant. Write only what this person says next, in their "
-          "own voice: ask further, doubt, go into a detail of my last answer, want it changed, or take up something near "
-          "to it. Be brief, as people are who type. Never answer for me, never thank or praise me, never say that you "
-          "are playing. Begin.")
+PERSON = ("Play a person who talks with an assistant. I am the assistant. Write only what this person says next, in "
+          "their own voice: ask further, doubt, go into a detail of my last answer, want it changed, or take up "
+          "something near to it. Be brief, as people are who type. Never answer for me, never thank or praise me, "
+          "never say that you are playing. Begin.")
 COURTESY = re.compile(r"(?:(?:oh|wow|ok|okay|alright)\b[,! ]*)?(?:many thanks|thanks|thank you|"
                       r"i (?:really |greatly )?appreciate|i'm (?:so |very )?grateful|good ?bye|bye|"
                       r"have a (?:nice|good|great|wonderful)|you're welcome|"
@@ -220,8 +220,9 @@ def user_turns(run: Run, user_model, going: list[dict], number: int, config: Con
             run.drop("user's turn", "only courtesy", dialogue=d["id"], text=reply.text)
 
 
-def assistant_turns(run: Run, model, going: list[dict], number: int, decided: dict | None, config: Config) -> list[dict]:
-    """The next reply of each dialogue, as a person decided, if asked to; returns those whose question was rephrased."""
+def assistant_turns(run: Run, model, going: list[dict], number: int, decided: dict | None,
+                    config: Config) -> list[dict]:
+    """The next reply of each dialogue, perhaps reviewed by a person; returns those whose question was rephrased."""
     requests = [Request(list(d["messages"]), tag=f"{d['id']} {d['rephrased']}") for d in going]
     replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), f"reply {number + 1}")
     again = []
@@ -280,7 +281,7 @@ def read_decisions(file: Path) -> dict[str, dict]:
 # -------------------------------------------------------------------------------------------- output
 
 def split(messages: list[dict], most: int, tokens: Callable[[str], int]) -> tuple[list[list[dict]], list[list[dict]]]:
-    """A dialogue in parts of at most `most` tokens, cut between rounds, and the rounds that are longer by themselves."""
+    """A dialogue in parts of at most `most` tokens, cut between rounds, and the rounds that are too long alone."""
     parts, too_long, room = [], [], 0
     for at in range(0, len(messages), 2):
         round_ = messages[at:at + 2]

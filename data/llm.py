@@ -132,7 +132,7 @@ def most_prompt_tokens(request: Request) -> int:
 
 def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget: Budget | None = None,
         progress: str = "") -> list[Reply | None]:
-    """A reply to every request, from the ledger or from the model; None where it failed. Equal requests share one reply.
+    """A reply to every request, from the ledger or from the model; None where it failed. Equal requests share one.
 
     When the budget cannot pay for the next request, the run ends; all replies so far are in the ledger.
     """
@@ -167,8 +167,8 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
         said = ", ".join(f"{counts[name]:,} {name}" for name in names)
         print(f"{progress or ledger}: {said}{cost}{where}", flush=True)
     if waiting:
-        fail(f"{ledger}: the budget is used up ({budget.spent()} spent, the next request might take more than is left), "
-             f"{len(waiting)} requests not asked: run again with more; what was answered is kept")
+        fail(f"{ledger}: the budget is used up ({budget.spent()} spent, the next request might take more than is "
+             f"left), {len(waiting)} requests not asked: run again with more; what was answered is kept")
     return [known.get(key) for key in keys]
 
 
@@ -330,7 +330,7 @@ class Endpoint:
             fail(f"{url}: needs a key: set the environment variable OPENAI_API_KEY")
         # No retries by the client: ours are shown, and charged to the budget.
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=0)
-        self.lost: list[tuple[int, int]] = []  # most prompt and reply tokens of attempts that may have been billed in vain
+        self.lost: list[tuple[int, int]] = []  # most prompt and reply tokens of attempts that may be billed in vain
         self.limit_name = "max_tokens"
         self.noticed = -inf                    # when the user was last told of a retry
         self.model = model or self._only_model()
@@ -340,7 +340,7 @@ class Endpoint:
         try:
             names = [m.id for m in self.client.models.list()]
         except self.openai.OpenAIError as error:
-            fail(f"{self.url}: does not say which models it has ({error}): start it, or name one, as in {self.url}#name")
+            fail(f"{self.url}: does not list its models ({error}): start it, or name one, as in {self.url}#name")
         if len(names) != 1:
             fail(f"{self.url}: has {len(names)} models: name one, as in {self.url}#{min(names, default='name')}")
         return names[0]

@@ -222,67 +222,51 @@ class Asked(NamedTuple):
 
 
 MOST_MESSAGES, MOST_WAITING = 512, 1024
-WITHOUT_EFFECT = {"user", "metadata", "store", "safety_identifier", "service_tier"}
-KNOWN = {"model", "messages", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "n", "seed",
-         "stop", "stream", "stream_options", "logprobs", "top_logprobs"} | WITHOUT_EFFECT
-
-
-class Fields:
-    """The fields of a request's JSON, checked as they are read."""
-
-    def __init__(self, body):
-        if not isinstance(body, dict):
-            raise Refusal(400, "the body is not a JSON object, expected {\"model\": ..., \"messages\": [...]}")
-        self.body = body
-
-    def wrong(self, key: str, expected: str) -> NoReturn:
-        value = json.dumps(self.body.get(key))[:100]
-        raise Refusal(400, f"'{key}' is {value}, expected {expected}", key, "invalid_value")
-
-    def number(self, key: str, default, low: float, high: float, kinds: tuple = (int,)):
-        value = self.body.get(key)
-        if value is None:
-            return default
-        if type(value) not in kinds or not low <= value <= high:
-            self.wrong(key, f"a {'whole ' if kinds == (int,) else ''}number from {low:g} to {high:g}")
-        return value
-
-    def switch(self, key: str) -> bool:
-        if self.body.get(key) not in (None, True, False):
-            self.wrong(key, "true or false")
-        return bool(self.body.get(key))
-
-    def stops(self) -> tuple[str, ...]:
-        stop = self.body.get("stop")
-        stop = [stop] if isinstance(stop, str) else stop or []
-        if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(x, str) and x for x in stop):
-            self.wrong("stop", "a text, or at most 4")
-        return tuple(stop)
+REAL = {"temperature": (0, 2), "top_p": (0, 1)}
+WHOLE = {"top_k": (0, 2**24), "max_tokens": (1, 2**24), "max_completion_tokens": (1, 2**24), "seed": (-(2**63), 2**64),
+         "top_logprobs": (0, 20)}
+SWITCHES = ("stream", "logprobs")
+WITHOUT_EFFECT = ("user", "metadata", "store", "safety_identifier", "service_tier")
+KNOWN = {"model", "messages", "n", "stop", "stream_options", *REAL, *WHOLE, *SWITCHES, *WITHOUT_EFFECT}
 
 
 def parse(body, name: str, defaults: Sampling, slots: int) -> Asked:
     """The JSON of a request as a checked Asked, or a Refusal that names the key."""
-    fields = Fields(body)
+    def wrong(key: str, expected: str) -> NoReturn:
+        raise Refusal(400, f"'{key}' is {json.dumps(body[key])[:100]}, expected {expected}", key, "invalid_value")
+
+    if not isinstance(body, dict):
+        raise Refusal(400, "the body is not a JSON object, expected {\"model\": ..., \"messages\": [...]}")
+    body = {key: value for key, value in body.items() if value is not None}
     for key, value in body.items():
-        if key not in KNOWN and value not in (None, False, 0, "", [], {}, {"type": "text"}):
+        if key not in KNOWN and value not in (False, 0, "", [], {}, {"type": "text"}):
             raise Refusal(400, f"'{key}' is not supported: leave it out", key, "unsupported_parameter")
     if body.get("model") != name:
         asked = json.dumps(body.get("model"))
         raise Refusal(404, f"the model {asked} does not exist, expected \"{name}\"", "model", "model_not_found")
+    for key, (low, high) in (REAL | WHOLE | {"n": (1, slots)}).items():
+        kinds = (int, float) if key in REAL else (int,)
+        if key in body and (type(body[key]) not in kinds or not low <= body[key] <= high):
+            wrong(key, f"a {'' if key in REAL else 'whole '}number from {low:g} to {high:g}")
+    for key in SWITCHES:
+        if body.get(key, False) not in (True, False):
+            wrong(key, "true or false")
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(x, str) and x for x in stop):
+        wrong("stop", "a text, or at most 4")
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
-        fields.wrong("stream_options", "an object")
-    most, real = 2**24, (int, float)
-    longest = fields.number("max_completion_tokens", None, 1, most) or fields.number("max_tokens", None, 1, most)
-    sampling = Sampling(longest or defaults.max_tokens, fields.number("temperature", defaults.temperature, 0, 2, real),
-                        fields.number("top_p", defaults.top_p, 0, 1, real),
-                        fields.number("top_k", defaults.top_k, 0, most), fields.stops())
-    top = fields.number("top_logprobs", 0, 0, 20) if fields.switch("logprobs") else -1
+        wrong("stream_options", "an object")
+    top = body.get("top_logprobs", 0) if body.get("logprobs") else -1
     if body.get("top_logprobs") and top < 0:
-        fields.wrong("top_logprobs", "logprobs=true with it")
-    seed = fields.number("seed", secrets.randbits(63), -(2**63), 2**64) % 2**64
-    return Asked(checked_messages(body.get("messages")), sampling, fields.number("n", 1, 1, slots), seed, top,
-                 fields.switch("stream"), bool(options.get("include_usage")), longest)
+        wrong("top_logprobs", "logprobs=true with it")
+    longest = body.get("max_completion_tokens") or body.get("max_tokens")
+    sampling = Sampling(longest or defaults.max_tokens, body.get("temperature", defaults.temperature),
+                        body.get("top_p", defaults.top_p), body.get("top_k", defaults.top_k), tuple(stop))
+    return Asked(checked_messages(body.get("messages")), sampling, body.get("n", 1),
+                 body.get("seed", secrets.randbits(63)) % 2**64, top, bool(body.get("stream")),
+                 bool(options.get("include_usage")), longest)
 
 
 def checked_messages(messages) -> list[dict]:

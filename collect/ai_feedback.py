@@ -188,7 +188,8 @@ def marks(run: Run, judge, questions: list[tuple[str, list[dict], int]], config:
     for attempt in range(config.attempts):
         if not left:
             break
-        sampling = Sampling(config.judge_tokens, 1.0) if attempt else Sampling(config.judge_tokens, 0.0, config.judge_top_p)
+        temperature, top_p = (1.0, 1.0) if attempt else (0.0, config.judge_top_p)
+        sampling = Sampling(config.judge_tokens, temperature, top_p)
         requests = [Request(questions[i][1], repeat=attempt) for i in left]
         replies = run.ask(judge, requests, sampling, f"judge, attempt {attempt + 1}")
         for i, reply in zip(left, replies, strict=True):

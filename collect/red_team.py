@@ -61,8 +61,8 @@ OPERATORS = {
     "expand": "Here is a template with the mark [REQUEST] in it. Write three sentences to be put in front of it, which "
               "lead up to it.",
     "shorten": "Here is a template with the mark [REQUEST] in it. Write it anew, shorter, with all that matters.",
-    "rephrase": "Here is a template with the mark [REQUEST] in it. Write it anew in other words and sentences, with the "
-                "same meaning.",
+    "rephrase": "Here is a template with the mark [REQUEST] in it. Write it anew in other words and sentences, with "
+                "the same meaning.",
 }
 
 

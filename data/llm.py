@@ -79,8 +79,8 @@ class Reply(NamedTuple):
 
 def request_key(model_name: str, request: Request, sampling: Sampling) -> str:
     """Hash of everything a reply depends on, 16 hex digits."""
-    numbers = {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p)}  # 1 is 1.0
-    settings = asdict(sampling) | numbers
+    settings = asdict(sampling)
+    settings |= {key: float(settings[key]) for key in ("temperature", "top_p")}  # 1 is 1.0
     parts = [model_name, request.messages, settings, request.repeat, request.tag, request.labels]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -141,6 +141,7 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
             raise ValueError(f"a request ends with {request.messages[-1:]}, expected a user turn")
     keys, budget = [request_key(model.name, request, sampling) for request in requests], budget or Budget()
     open_folder(str(ledger.parent))
+    failures = ledger.with_name(f"{ledger.stem}.failures.jsonl")
     with ledger.open("ab+") as stream:
         known = _read_ledger(ledger, stream, set(keys))
         todo = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
@@ -151,7 +152,7 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
         while waiting and (count := budget.affordable([todo[key] for key in waiting], sampling)):
             asked, waiting = waiting[:count], waiting[count:]
             for i, reply in model.replies([todo[key] for key in asked], sampling):
-                _record(asked[i], model.name, todo[asked[i]], sampling, reply, stream, ledger, counts)
+                _record(asked[i], model.name, todo[asked[i]], sampling, reply, stream, failures, counts)
                 if not isinstance(reply, str):
                     known[asked[i]] = reply
                     budget.spend(reply.prompt_tokens, reply.completion_tokens)
@@ -163,7 +164,7 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
     if progress or counts["failed"]:
         names = ("asked", "from the ledger", "failed", "prompt tokens", "reply tokens")
         cost = f", cost {budget.spent_money:.4f}" if budget.spent_money else ""
-        where = f"; reasons in {_failures(ledger)}" if counts["failed"] else ""
+        where = f"; reasons in {failures}" if counts["failed"] else ""
         said = ", ".join(f"{counts[name]:,} {name}" for name in names)
         print(f"{progress or ledger}: {said}{cost}{where}", flush=True)
     if waiting:
@@ -172,19 +173,15 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
     return [known.get(key) for key in keys]
 
 
-def _failures(ledger: Path) -> Path:
-    return ledger.with_name(f"{ledger.stem}.failures.jsonl")
-
-
-def _record(key: str, name: str, request: Request, sampling: Sampling, reply: Reply | str, stream, ledger: Path,
+def _record(key: str, name: str, request: Request, sampling: Sampling, reply: Reply | str, stream, failures: Path,
             counts: Counter) -> None:
     """Append a reply to the ledger, or the reason there is none to the failures."""
     line = {"key": key, "model": name, "messages": request.messages, "sampling": asdict(sampling),
             "repeat": request.repeat, "tag": request.tag}
     if isinstance(reply, str):
         counts["failed"] += 1
-        with _failures(ledger).open("a") as failures:
-            failures.write(json.dumps(line | {"error": reply}) + "\n")
+        with failures.open("a") as reasons:
+            reasons.write(json.dumps(line | {"error": reply}) + "\n")
     else:
         stream.write((json.dumps(line | reply._asdict()) + "\n").encode())
         stream.flush()

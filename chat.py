@@ -296,7 +296,7 @@ def checked_messages(messages) -> list[dict]:
 # -------------------------------------------------------------------------------------- the server
 
 class Engine:
-    """Steps the decoder in a thread of its own while there is something to decode, and wakes who waits for a token."""
+    """Steps the decoder in a thread of its own while there is something to decode, and wakes those who wait for it."""
 
     def __init__(self, decoder: Decoder):
         self.decoder, self.thread, self.broken = decoder, ThreadPoolExecutor(1, "decoder"), ""
@@ -318,17 +318,21 @@ class Engine:
                 self.decoder.waiting.extend(self.arrived)  # between two steps: the thread is idle
                 self.arrived.clear()
                 stepped = await asyncio.get_running_loop().run_in_executor(self.thread, self.decoder.step)
-                for s in self.listeners.keys() & stepped:
-                    news, every_token = self.listeners[s]
-                    if every_token or s.done:
-                        news.set()
-        except Exception as error:  # a fault of ours, or no memory left: nobody shall wait for an answer
+                self.wake(stepped)
+        except Exception as error:  # a bug, or no memory left: nobody must wait for ever
             traceback.print_exc()
             self.broken = f"the model stopped working ({error}): start the server again"
             for news, _ in self.listeners.values():
                 news.set()
 
+    def wake(self, stepped: list[Sequence]) -> None:
+        for s in self.listeners.keys() & stepped:
+            news, every_token = self.listeners[s]
+            if every_token or s.done:
+                news.set()
+
     def leave(self, sequences: list[Sequence]) -> None:
+        """Their client has its reply, or has gone away: the decoder drops what is not done."""
         for s in sequences:
             s.done = True
             del self.listeners[s]

@@ -49,7 +49,7 @@ class Config(Settings):
     max_tokens: int = 1024        # of an answer
     temperature: float = 1.0
     judge_tokens: int = 1024
-    judge_top_p: float = 0.6      # at temperature 0 it changes nothing; it is what was published
+    judge_top_p: float = 0.6      # as published, though it changes nothing at temperature 0
     attempts: int = 10            # to get a mark that can be read
 
     def __post_init__(self):
@@ -132,7 +132,7 @@ ASPECTS = {
 
 
 def material(prompt: list[dict], answers: list[str]) -> str:
-    """The dialogue and the answers between markers whose code none of them can hold, since it is made from them."""
+    """The dialogue and the answers between markers. Their code is a hash of the texts, so no text can hold it."""
     texts = [*(m["content"] for m in prompt), *answers]
     code = hashlib.sha256("\0".join(texts).encode(errors="replace")).hexdigest()[:8]
     names = [*(m["role"] for m in prompt), *(f"answer {i}" for i in range(1, len(answers) + 1))]
@@ -194,20 +194,24 @@ def marks(run: Run, judge, questions: list[tuple[str, list[dict], int]], config:
         replies = run.ask(judge, requests, sampling, f"judge, attempt {attempt + 1}")
         for i, reply in zip(left, replies, strict=True):
             name, _, number = questions[i]
-            if run.usable(reply, "mark", of=name):
-                try:
-                    read = read_overall(reply.text) if config.rubric == "overall" else read_ratings(reply.text, number)
-                    found[i] = (read, reply.text)
-                except ValueError as reason:
-                    run.drop("mark", str(reason), of=name, text=reply.text)
+            if not run.usable(reply, "mark", of=name):
+                continue
+            try:
+                mark = read_overall(reply.text) if config.rubric == "overall" else read_ratings(reply.text, number)
+                found[i] = (mark, reply.text)
+            except ValueError as reason:
+                run.drop("mark", str(reason), of=name, text=reply.text)
         left = [i for i in left if found[i] is None]
     return found
 
 
 def score(run: Run, judge, prompts: list[dict], config: Config) -> None:
-    """Give each answer its "score", or drop it for want of one."""
+    """Give each answer its "score", or drop it if there is none."""
     judged = [p for p in prompts if len(p["answers"]) > 1]
-    (score_overall if config.rubric == "overall" else score_aspects)(run, judge, judged, config)
+    if config.rubric == "overall":
+        score_overall(run, judge, judged, config)
+    else:
+        score_aspects(run, judge, judged, config)
     for p in judged:
         for a in p["answers"]:
             if "score" not in a:

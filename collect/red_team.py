@@ -78,7 +78,7 @@ class Config(Settings):
     steps: int = 50                 # fuzz: mutations
     templates: str = ""             # fuzz: JSONL of {"text"} with [REQUEST] once in each; empty: the 5 above
     select: Literal["mcts", "round_robin"] = "mcts"
-    explore: float = 0.5            # mcts: c
+    explore: float = 0.5            # mcts: c in the formula above
     probes: int = 20                # leak: how many
     max_tokens: int = 512           # of an attack and of a reply
     temperature: float = 1.0        # of the attacker; the target replies at 0
@@ -205,7 +205,7 @@ def select(pool: list[dict], step: int, config: Config, rng: random.Random) -> l
 
 def mutate(run: Run, sides: Sides, pool: list[dict], node: dict, step: int, rng: random.Random,
            config: Config) -> tuple[str, str]:
-    """A new template made of the one in `node`, "" if it is of no use; and the operator that made it."""
+    """A new template made of the one in `node`, "" if it cannot be used; and the operator that made it."""
     operator, shown = rng.choice(list(OPERATORS)), [node["text"]]
     if operator == "crossover":
         shown.append(rng.choice([other["text"] for other in pool if other is not node] or shown))

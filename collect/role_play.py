@@ -127,7 +127,7 @@ def new_ideas(run: Run, model, config: Config) -> list[dict]:
 
 
 def specify(run: Run, model, ideas: list[dict], config: Config) -> list[dict]:
-    """Dialogues to hold: each idea made concrete, in 50 words or fewer; an idea that cannot be is dropped."""
+    """Dialogues to hold: each idea made concrete, or dropped where that fails."""
     requests = [Request(user(f"This is a task on which a {i['assistant_role']} will help a {i['user_role']}: "
                              f"{i['task']}\nMake it more specific: invent the details, be creative. Answer in at most "
                              f"{config.words} words, with the task and nothing else."), repeat=number)
@@ -176,7 +176,7 @@ OPENING = "Now give me your instructions one by one, in those two forms only: In
 
 
 def termination(dialogue: dict, said: str | None, answered: str | None, config: Config) -> str:
-    """Rules 1 to 4 for a round whose messages are given, None where an agent ended; counts in the dialogue."""
+    """Why rules 1 to 4 end the dialogue with this round, "" if they do not; a message that is cut or missing is None."""
     if said is None:
         return "user ended"
     if DONE not in said and answered is None:
@@ -215,6 +215,7 @@ def assistant_messages(run: Run, model, dialogues: list[dict], said: list[str | 
 
 
 def texts(replies: list[Reply | None]) -> list[str | None]:
+    """What was said, None where it is cut or missing."""
     return [None if fault(reply) else reply.text.strip() for reply in replies]
 
 
@@ -229,7 +230,7 @@ def talk(run: Run, model, user_model, dialogues: list[dict], config: Config) -> 
             if reason:
                 run.drop("round", reason, dialogue=d["id"], text=[text, answer])
             elif DONE in text:
-                reason = "task done"  # nobody answers the done token: it is not kept either
+                reason = "task done"  # the token is not kept: nobody answers it
             else:
                 d["messages"] += [*user(text), {"role": "assistant", "content": answer}]
                 reason = "max messages" if len(d["messages"]) + 2 > config.max_messages else ""

@@ -11,7 +11,7 @@ since a model that starts with the input writes one label only. Alpaca (Taori et
     replies.jsonl   raw replies, to resume from                  dropped.jsonl  what was left out, and why
 
 Prompts are our own, their examples come from the seed file. Where we leave the published code:
-  - str.capitalize lowered all letters but the first ("NASA" became "Nasa"): we raise the first and leave the rest
+  - str.capitalize lowered all letters but the first ("NASA" became "nasa"): we raise the first and leave the rest
   - an empty class label took the next line for the label: here the instance has no output, and is dropped
   - the word "Example" inside a text split it: here only at the start of a line, with its number
   - no presence penalties (2 and 1.5 there), as not every model offers them, and no ban of the end token (Alpaca's)
@@ -46,7 +46,7 @@ class Config(Settings):
     out: str = "runs/self_instruct"
     recipe: Literal["original", "alpaca"] = "original"
     instructions: int = 100          # to make (52,000 were published); the last batch may bring a few more
-    patience: int = 20               # batches in a row without a new instruction before it stops asking for more
+    patience: int = 20               # batches in a row without a new instruction, then it asks for no more
     neighbours: bool = True          # keep each instruction's ten nearest and mean similarity (2 minutes at 50,000)
     requests: int = 5                # in a batch
     examples: int = 8                # instructions shown in a request; the model goes on to twice as many, less one
@@ -381,7 +381,7 @@ def read_alpaca(reply: Reply, config: Config) -> list[tuple[dict | None, str, st
     """As read_list, of blocks between "###" with exactly an instruction, an input and an output."""
     headings, text = r"\d+\s*\.\s*(Instruction|Input|Output)\s*:", reply.text
     if not re.match(rf"\s*(###)?\s*{headings}", text):
-        text = "0. Instruction:" + text  # the prompt had begun it
+        text = "0. Instruction:" + text  # the prompt ends with this heading
     found = []
     for block in filter(str.strip, text.split("###")):
         before, *fields = re.split(headings, block)

@@ -109,27 +109,23 @@ def read_items(text: str) -> tuple[list[str], list[str]]:
 
 def lists(run: Run, model, wishes: list[str], number: int, stage: str, config: Config) -> list[list[str]]:
     """For every wish a list of at most `number` different items, ten of them a request."""
-    parts = range(-(-number // 10))
+    parts = -(-number // 10)
     size = f"Write {min(10, number)} of them as a numbered list, one a line, and nothing else."
-    requests = [Request(user(f"{wish}\n{size}"), repeat=part) for wish in wishes for part in parts]
-    replies = iter(run.ask(model, requests, Sampling(config.max_tokens, config.temperature), stage))
-    found = []
-    for wish in wishes:
-        kept: dict[str, str] = {}
-        for _, reply in zip(parts, replies, strict=False):
-            reason = fault(reply)
-            items, others = read_items(reply.text) if reason in ("", "cut by length") else ([], [])
-            faults = [(items.pop() if items else reply and reply.text, reason)] if reason else []
-            faults += [(text, "not an item of the list") for text in others]
-            for item in items:
-                if len(kept) < number and item.casefold() not in kept:
-                    kept[item.casefold()] = item
-                else:
-                    faults.append((item, "repeated" if item.casefold() in kept else "more than asked for"))
-            for text, reason in faults:
-                run.drop(stage, reason, of=wish, text=text)
-        found.append(list(kept.values()))
-    return found
+    requests = [Request(user(f"{wish}\n{size}"), repeat=part) for wish in wishes for part in range(parts)]
+    found: list[dict[str, str]] = [{} for _ in wishes]
+    for i, reply in enumerate(run.ask(model, requests, Sampling(config.max_tokens, config.temperature), stage)):
+        kept, reason = found[i // parts], fault(reply)
+        items, others = read_items(reply.text) if reason in ("", "cut by length") else ([], [])
+        faults = [(items.pop() if items else reply and reply.text, reason)] if reason else []
+        faults += [(text, "not an item of the list") for text in others]
+        for item in items:
+            if len(kept) < number and item.casefold() not in kept:
+                kept[item.casefold()] = item
+            else:
+                faults.append((item, "repeated" if item.casefold() in kept else "more than asked for"))
+        for text, reason in faults:
+            run.drop(stage, reason, of=wishes[i // parts], text=text)
+    return [list(kept.values()) for kept in found]
 
 
 def openings(run: Run, model, about: list[str], config: Config) -> list[dict]:
@@ -188,7 +184,7 @@ WISH = re.compile(r"\?|[,;:] (?:but|now|please|could|can|next|also|one)\b", re.I
 
 
 def without_courtesy(text: str) -> str:
-    """A user's turn without the sentences that only thank, praise or part; a sentence that also asks stays whole."""
+    """A user's turn without the sentences that only thank, praise or say goodbye; one that also asks stays whole."""
     sentences = re.split(r"(?<=[.!?])\s+", text.strip())
     return " ".join(s for s in sentences if WISH.search(s) or not COURTESY.match(s))
 
@@ -201,7 +197,7 @@ def talk(run: Run, model, user_model, dialogues: list[dict], config: Config) -> 
         if number:
             user_turns(run, user_model, going, number, config)
         going = [d for d in going if not d["ended"]]
-        while going:  # once, and again for what a person rephrased
+        while going:  # once, and again where a person rephrased the question
             going = assistant_turns(run, model, going, number, decided, config)
 
 
@@ -271,7 +267,7 @@ def review(dialogue: dict, reply: str, decided: dict, file: Path) -> dict:
 
 
 def read_decisions(file: Path) -> dict[str, dict]:
-    """By key; half a line that a killed run left is cut off."""
+    """What was decided, by key; half a line that a killed run left is cut off."""
     text = file.read_text() if file.is_file() else ""
     lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     runtime.write_text(file, "".join(lines))
@@ -288,7 +284,7 @@ def split(messages: list[dict], most: int, tokens: Callable[[str], int]) -> tupl
         size = sum(tokens(m["content"]) + 6 for m in round_)
         if size > most:
             too_long.append(round_)
-            room = 0  # what follows would follow a gap
+            room = 0  # the next round begins a new part
             continue
         if size > room:
             parts.append([])

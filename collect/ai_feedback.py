@@ -259,8 +259,10 @@ def pair(prompt: dict, rng: random.Random) -> dict | str:
             "score_rejected": rejected["score"], "model_chosen": chosen["model"], "model_rejected": rejected["model"]}
 
 
-def generate(models: list, judge, config: Config) -> None:
-    prompts, run, pairs = load_prompts(config.prompts), Run(config), []
+def main(config: Config, models: list | None = None, judge=None) -> None:
+    prompts, run, pairs = load_prompts(config.prompts), Run(config), []  # before a model is loaded
+    models = models or [open_model(where, config.device) for where in config.models]
+    judge = judge or open_model(config.judge, config.device)
     answer(run, models, prompts, config)
     score(run, judge, prompts, config)
     for prompt in prompts:
@@ -270,13 +272,6 @@ def generate(models: list, judge, config: Config) -> None:
         else:
             pairs.append(made | {"annotator": judge.name})
     run.write(f"{len(prompts)} prompts, {len(pairs)} pairs", pairs=pairs, scored=prompts)
-
-
-def main(config: Config) -> None:
-    load_prompts(config.prompts)  # before a model is loaded
-    runtime.open_folder(config.out)
-    generate([open_model(where, config.device) for where in config.models],
-             open_model(config.judge, config.device), config)
 
 
 if __name__ == "__main__":

@@ -221,9 +221,10 @@ def mutate(run: Run, sides: Sides, pool: list[dict], node: dict, step: int, rng:
     return "" if reason else text, operator
 
 
-def fuzz(run: Run, sides: Sides, behaviours: list[str], config: Config) -> list[dict]:
+def fuzz(run: Run, sides: Sides, behaviours: list[str], templates: list[str], config: Config) -> list[dict]:
+    """Step after step one more template, put around every behaviour; those that win join the pool."""
     pool = [{"number": number, "text": text, "parent": None, "depth": 0, "visits": 0, "reward": 0}
-            for number, text in enumerate(load_templates(config))]
+            for number, text in enumerate(templates)]
     transcripts = []
     for step in range(1, config.steps + 1):
         rng = random.Random(f"{config.seed} step {step}")
@@ -246,29 +247,26 @@ def fuzz(run: Run, sides: Sides, behaviours: list[str], config: Config) -> list[
     return transcripts
 
 
-def generate(target, attacker, judge, config: Config) -> None:
-    run, secrets = Run(config), {}
+def main(config: Config, target=None, attacker=None, judge=None) -> None:
+    behaviours, templates, run, secrets = load_behaviours(config), load_templates(config), Run(config), {}
+    target = target or open_model(config.target, config.device)
+    attacker = attacker or open_model(config.attacker, config.device)
     if config.mode == "leak":
         judge, (goals, secrets) = None, leak_goals(config)
         behaviours = [goal["behaviour"] for goal in goals]
     else:
-        behaviours = load_behaviours(config)
+        judge = judge or open_model(config.judge, config.device)
         goals = [{"id": f"direct_{number}", "behaviour": b, "system": []} for number, b in enumerate(behaviours)]
     by, sides = judge.name if judge else "the strings that were planted", Sides(target, attacker, judge, secrets)
-    tried = fuzz(run, sides, behaviours, config) if config.mode == "fuzz" else persuade(run, sides, goals, config)
+    if config.mode == "fuzz":
+        tried = fuzz(run, sides, behaviours, templates, config)
+    else:
+        tried = persuade(run, sides, goals, config)
     transcripts = [a | {"target": target.name, "attacker": attacker.name, "judge": by} for a in tried]
     found = safety.attack_success(transcripts, behaviours, by)
     run.write(f"{len(transcripts)} attempts at {found['n']} behaviours: {found['unsafe']} brought about, "
               f"{found['safe']} not, {found['unjudged']} not judged, {found['untried']} not tried",
               transcripts=transcripts)
-
-
-def main(config: Config) -> None:
-    load_behaviours(config)  # before a model is loaded
-    load_templates(config)
-    runtime.open_folder(config.out)
-    target, attacker = (open_model(where, config.device) for where in (config.target, config.attacker))
-    generate(target, attacker, open_model(config.judge, config.device) if config.mode != "leak" else None, config)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ OPENING = "Now give me your instructions one by one, in those two forms only: In
 
 
 def termination(dialogue: dict, said: str | None, answered: str | None, config: Config) -> str:
-    """Why rules 1 to 4 end the dialogue with this round, "" if they do not; a message that is cut or missing is None."""
+    """Why rules 1 to 4 end the dialogue here, "" if they do not; a message that is cut or missing is None."""
     if said is None:
         return "user ended"
     if DONE not in said and answered is None:
@@ -238,8 +238,11 @@ def talk(run: Run, model, user_model, dialogues: list[dict], config: Config) -> 
                 d["termination_reason"] = reason
 
 
-def generate(model, user_model, config: Config) -> None:
+def main(config: Config, model=None, user_model=None) -> None:
+    load_ideas(config.ideas) if config.ideas else load_roles(config)  # before a model is loaded
     run = Run(config)
+    model = model or open_model(config.model, config.device)
+    user_model = user_model or (open_model(config.user_model, config.device) if config.user_model else model)
     ideas = load_ideas(config.ideas) if config.ideas else new_ideas(run, model, config)
     dialogues = specify(run, model, ideas[:config.dialogues], config)
     talk(run, model, user_model, dialogues, config)
@@ -256,13 +259,6 @@ def generate(model, user_model, config: Config) -> None:
     ends = Counter(d["termination_reason"] for d in dialogues).most_common()
     run.write(f"{len(ideas)} ideas, {len(dialogues)} dialogues ({', '.join(f'{reason} {n}' for reason, n in ends)}), "
               f"{len(records)} training records", train=records)
-
-
-def main(config: Config) -> None:
-    load_ideas(config.ideas) if config.ideas else load_roles(config)  # before a model is loaded
-    runtime.open_folder(config.out)
-    model = open_model(config.model, config.device)
-    generate(model, open_model(config.user_model, config.device) if config.user_model else model, config)
 
 
 if __name__ == "__main__":

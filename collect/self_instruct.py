@@ -397,8 +397,9 @@ def read_alpaca(reply: Reply, config: Config) -> list[tuple[dict | None, str, st
     return found
 
 
-def generate(model, config: Config) -> None:
-    seeds, run = load_seeds(config), Run(config)
+def main(config: Config, model=None) -> None:
+    seeds, run = load_seeds(config), Run(config)  # before a model is loaded
+    model = model or open_model(config.model, config.device)
     tasks = new_tasks(run, model, seeds, config)
     if config.recipe == "original":
         mark_classifications(run, model, seeds, tasks, config)
@@ -406,12 +407,6 @@ def generate(model, config: Config) -> None:
     records = training_records(run, tasks, f"self-instruct, {config.recipe}, by {model.name}", config)
     run.write(f"{len(tasks)} instructions, {len(records)} training records",
               tasks=[task for task in tasks if task["instances"]], train=records)
-
-
-def main(config: Config) -> None:
-    load_seeds(config)  # before a model is loaded
-    runtime.open_folder(config.out)
-    generate(open_model(config.model, config.device), config)
 
 
 if __name__ == "__main__":

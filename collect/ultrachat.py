@@ -294,8 +294,10 @@ def split(messages: list[dict], most: int, tokens: Callable[[str], int]) -> tupl
     return parts, too_long
 
 
-def generate(model, user_model, config: Config) -> None:
-    about, run = load_about(config), Run(config)
+def main(config: Config, model=None, user_model=None) -> None:
+    about, run = load_about(config), Run(config)  # before a model is loaded
+    model = model or open_model(config.model, config.device)
+    user_model = user_model or (open_model(config.user_model, config.device) if config.user_model else model)
     most = config.most_rounds or max(ROUNDS[config.sector][1], config.fewest_rounds)
     fewest = config.fewest_rounds or min(ROUNDS[config.sector][0], most)
     rng = random.Random(f"{config.seed} rounds")
@@ -318,13 +320,6 @@ def generate(model, user_model, config: Config) -> None:
         records += [{"id": f"{d['id']}_{n}", "messages": part, "sector": config.sector, "about": d["about"],
                      "source": source} for n, part in enumerate(parts)]
     run.write(f"{len(dialogues)} dialogues, {len(records)} training records", train=records)
-
-
-def main(config: Config) -> None:
-    load_about(config)  # before a model is loaded
-    runtime.open_folder(config.out)
-    model = open_model(config.model, config.device)
-    generate(model, open_model(config.user_model, config.device) if config.user_model else model, config)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from conftest import exits, write_jsonl
 from scripted import Scripted, corrupt, damaged, number, records, survives_kills
 
 from collect import ai_feedback
-from collect.ai_feedback import ASPECTS, SAMPLINGS, Config, generate, material, pair, read_overall, read_ratings
+from collect.ai_feedback import ASPECTS, SAMPLINGS, Config, main, material, pair, read_overall, read_ratings
 from data.formats import read
 
 
@@ -41,7 +41,7 @@ def run(config: Config, reply=reply, models=1) -> tuple[list[dict], list[dict], 
     made = [Scripted(reply) for _ in range(models + 1)]
     for i, model in enumerate(made):
         model.name = f"model {i}" if i < models else "judge"
-    generate(made[:-1], made[-1], config)
+    main(config, made[:-1], made[-1])
     return *records(config.out, "pairs", "scored", "dropped"), made
 
 
@@ -201,7 +201,7 @@ def test_answers_that_cannot_be_learned_from_are_not_judged(config):
 @pytest.mark.parametrize("rubric", ["overall", "aspects"])
 def test_whenever_it_is_killed_it_goes_on_to_the_same_files(rubric, config, tmp_path):
     config = replace(config, rubric=rubric)
-    found = survives_kills(lambda model, out: generate([model, model], model, replace(config, out=str(out))), reply,
+    found = survives_kills(lambda model, out: main(replace(config, out=str(out)), [model, model], model), reply,
                            tmp_path / "runs", deaths=3)
     assert found["pairs.jsonl"] and found["scored.jsonl"] and found["dropped.jsonl"]
 
@@ -232,7 +232,7 @@ def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, capsys):
     texts = write_jsonl(tmp_path / "t.jsonl", [{"text": "Once."}])
     for path, said in ((tmp_path / "none.jsonl", "no such file"),
                        (texts, "holds text records, expected 'prompt' or 'messages'")):
-        exits(capsys, lambda path=path: ai_feedback.main(replace(config, prompts=str(path))), said)
+        exits(capsys, lambda path=path: main(replace(config, prompts=str(path))), said)
     exits(capsys, lambda: Config(), "models is empty")
     exits(capsys, lambda: Config(models=["a"], answers=1), "answers is 1")
 

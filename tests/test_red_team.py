@@ -7,7 +7,7 @@ from conftest import exits, write_jsonl
 from scripted import Scripted, damaged, number, records, survives_kills
 
 from collect import red_team
-from collect.red_team import BEHAVIOURS, HOLE, OPERATORS, TEMPLATES, Config, generate, load_templates, select
+from collect.red_team import BEHAVIOURS, HOLE, OPERATORS, TEMPLATES, Config, load_templates, main, select
 from judging import safety
 
 
@@ -39,7 +39,7 @@ def config(tmp_path):
 
 def run(config: Config, reply=reply) -> tuple[list[dict], list[dict], Scripted]:
     model = Scripted(reply)
-    generate(model, model, model, config)
+    main(config, model, model, model)
     return *records(config.out, "transcripts", "dropped"), model
 
 
@@ -176,7 +176,7 @@ def test_rewards_shrink_with_depth(config, monkeypatch):
 @pytest.mark.parametrize("mode", ["direct", "fuzz", "leak"])
 def test_whenever_it_is_killed_it_goes_on_to_the_same_files(mode, config, tmp_path):
     config = replace(config, mode=mode, steps=4, attempts=2)
-    found = survives_kills(lambda model, out: generate(model, model, model, replace(config, out=str(out))), reply,
+    found = survives_kills(lambda model, out: main(replace(config, out=str(out)), model, model, model), reply,
                            tmp_path, deaths=2)
     assert found["transcripts.jsonl"]
 
@@ -207,5 +207,5 @@ def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, capsys):
           "line 1: holds [REQUEST] 0 times")
     exits(capsys, lambda: safety.load_texts(file({"x": 1}), "behaviour"), "has no")
     exits(capsys, lambda: safety.load_texts(file(*[{"behaviour": "a"}] * 2), "behaviour"), "drop the repeats")
-    exits(capsys, lambda: red_team.main(replace(config, behaviours="none.jsonl")), "none.jsonl: cannot be read")
+    exits(capsys, lambda: main(replace(config, behaviours="none.jsonl")), "none.jsonl: cannot be read")
     exits(capsys, lambda: Config(steps=0), "steps is 0")

@@ -7,7 +7,7 @@ from conftest import exits, write_jsonl
 from scripted import Scripted, corrupt, damaged, number, records, survives_kills
 
 from collect import role_play
-from collect.role_play import DONE, Config, generate, read_tasks, termination
+from collect.role_play import DONE, Config, main, read_tasks, termination
 from data.formats import read
 
 
@@ -39,7 +39,7 @@ def config(tmp_path):
 
 def run(config: Config, reply=reply) -> tuple[list[dict], list[dict], Scripted]:
     model = Scripted(reply)
-    generate(model, model, config)
+    main(config, model, model)
     return *records(config.out, "train", "dropped"), model
 
 
@@ -145,12 +145,12 @@ def test_nobody_plays_both_sides(config, tmp_path):
 def test_the_user_may_be_another_model(config, tmp_path):
     one, other = Scripted(reply), Scripted(reply)
     other.name = "other"
-    generate(one, other, config)
+    main(config, one, other)
     assert {speaker(r) for r in other.asked} == {"user"} and "user" not in {speaker(r) for r in one.asked}
 
 
 def test_whenever_it_is_killed_it_goes_on_to_the_same_files(config, tmp_path):
-    found = survives_kills(lambda model, out: generate(model, model, replace(config, out=str(out))), reply, tmp_path)
+    found = survives_kills(lambda model, out: main(replace(config, out=str(out)), model, model), reply, tmp_path)
     assert found["train.jsonl"] and found["dropped.jsonl"]
 
 
@@ -180,7 +180,7 @@ def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, capsys):
     for change, said in (({"ideas": str(bad)}, "bad.jsonl line 1: is no idea"),
                          ({"ideas": "none.jsonl"}, "cannot be read"),
                          ({"user_roles": "none.txt"}, "user_roles=none.txt: cannot be read")):
-        exits(capsys, lambda change=change: role_play.main(replace(config, **change)), said)
+        exits(capsys, lambda change=change: main(replace(config, **change)), said)
     exits(capsys, lambda: Config(max_messages=1), "max_messages is 1")
 
 

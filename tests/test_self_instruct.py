@@ -12,8 +12,8 @@ from collect import self_instruct
 from collect.self_instruct import (
     Config,
     as_prompt,
-    generate,
     instruction_fault,
+    main,
     read_alpaca,
     read_input_first,
     read_list,
@@ -166,7 +166,7 @@ def test_all_thirteen_formats_occur_and_hold_everything():
 # ---------------------------------------------------------------------------------------- end to end
 
 def test_seeds_become_tasks_and_training_records(config, tmp_path, capsys):
-    generate(Scripted(reply), config)
+    main(config, Scripted(reply))
     tasks, train, dropped = records(config.out, "tasks", "train", "dropped")
     assert len(tasks) > 30 and len({task["instruction"] for task in tasks}) == len(tasks)
     assert set(tasks[0]) >= {"id", "instruction", "instances", "is_classification", "most_similar",
@@ -184,7 +184,7 @@ def test_seeds_become_tasks_and_training_records(config, tmp_path, capsys):
 
 def test_prompts_show_eight_seeds_and_later_six_and_two_of_the_models_own(config, tmp_path):
     model = Scripted(reply)
-    generate(model, config)
+    main(config, model)
     given = [task["instruction"] for task in records(tmp_path, "seeds")[0]]
     asked = [r.messages[0]["content"] for r in model.asked if r.messages[0]["content"].endswith("\n9.")]
     shown = [[line[3:] for line in text.splitlines()[2:-1]] for text in asked]
@@ -196,7 +196,7 @@ def test_prompts_show_eight_seeds_and_later_six_and_two_of_the_models_own(config
 def test_capitals_are_kept(config, tmp_path):
     """str.capitalize would make "NASA" "Nasa", and lower the rest."""
     model = Scripted(lambda r, s: "tell me what NASA and Ada do" if r.messages[0]["content"].endswith("9.") else "No")
-    generate(model, replace(config, patience=2))
+    main(replace(config, patience=2), model)
     assert records(config.out, "dropped")[0][0]["most_similar"] == {"Tell me what NASA and Ada do": 1.0}
 
 
@@ -220,24 +220,24 @@ def test_a_reply_cut_by_length_loses_its_last_instance(config):
 def test_a_model_that_repeats_itself_ends_the_search(config, tmp_path, capsys):
     model = Scripted(lambda r, s: "Tell me about the sea, please"
                      if r.messages[0]["content"].endswith("9.") else "Yes.")
-    generate(model, replace(config, patience=3))
+    main(replace(config, patience=3), model)
     assert "only 1 instructions: 3 batches" in capsys.readouterr().out
     assert len([r for r in model.asked if r.repeat]) == 2 * 4 - 1
 
 
 def test_a_model_that_never_answers_is_one_line(config, tmp_path, capsys):
-    exits(capsys, lambda: generate(Scripted(lambda r, s: None), config), "no request of a batch")
+    exits(capsys, lambda: main(config, Scripted(lambda r, s: None)), "no request of a batch")
 
 
 def test_whenever_it_is_killed_it_goes_on_to_the_same_files(config, tmp_path):
-    found = survives_kills(lambda model, out: generate(model, replace(config, out=str(out))), reply, tmp_path)
+    found = survives_kills(lambda model, out: main(replace(config, out=str(out)), model), reply, tmp_path)
     assert {"tasks.jsonl", "train.jsonl", "dropped.jsonl", "replies.jsonl"} <= set(found)
     assert len(found["train.jsonl"]) > 1000
 
 
 def test_alpaca_asks_once_for_whole_tasks_and_survives_kills(config, tmp_path):
     config = replace(config, recipe="alpaca")
-    found = survives_kills(lambda model, out: generate(model, replace(config, out=str(out))), reply, tmp_path, deaths=2)
+    found = survives_kills(lambda model, out: main(replace(config, out=str(out)), model), reply, tmp_path, deaths=2)
     tasks = [json.loads(line) for line in found["tasks.jsonl"].splitlines()]
     assert len(tasks) >= 40 and {len(task["instances"]) for task in tasks} == {1}
     assert any(not t["instances"][0]["input"] for t in tasks)
@@ -259,7 +259,7 @@ def test_corrupted_replies_are_dropped_with_a_reason(recipe, config, tmp_path, c
             kept, faults = sound(pairs)
             assert len(kept) + len(faults) == len(pairs)
 
-    generate(Scripted(damaged(reply)), replace(config, recipe=recipe, instructions=150, patience=3))
+    main(replace(config, recipe=recipe, instructions=150, patience=3), Scripted(damaged(reply)))
     train, report = read(tmp_path / "out" / "train.jsonl")
     assert len(list(train)) > 20 and not report.rejects
     assert "instruction: " in capsys.readouterr().out
@@ -271,7 +271,7 @@ def test_wrong_seeds_are_one_line_before_anything_is_asked(config, tmp_path, cap
     for path, said in ((tmp_path / "bad.jsonl", "bad.jsonl line 1: is no seed"),
                        (tmp_path / "none.jsonl", "No such file"),
                        (seeds(tmp_path / "few.jsonl", 5), "has 5 seeds, expected 8")):
-        exits(capsys, lambda path=path: self_instruct.main(replace(config, seeds=str(path))), said)
+        exits(capsys, lambda path=path: main(replace(config, seeds=str(path))), said)
     exits(capsys, lambda: Config(machine_examples=9), "machine_examples is 9")
 
 

@@ -8,7 +8,7 @@ from scripted import Scripted, corrupt, damaged, files, number, records, survive
 
 from collect import ultrachat
 from collect.synthetic import Run
-from collect.ultrachat import Config, generate, read_items, split, without_courtesy
+from collect.ultrachat import Config, main, read_items, split, without_courtesy
 from data.formats import read
 from data.llm import Sampling
 
@@ -35,7 +35,7 @@ def config(tmp_path):
 
 def run(config: Config, reply=reply) -> tuple[list[dict], list[dict], Scripted]:
     model = Scripted(reply)
-    generate(model, model, config)
+    main(config, model, model)
     return *records(config.out, "train", "dropped"), model
 
 
@@ -171,7 +171,7 @@ def test_records_are_split_by_the_tokens_of_a_tokenizer(config, tmp_path):
 @pytest.mark.parametrize("sector", ["questions", "writing"])
 def test_whenever_it_is_killed_it_goes_on_to_the_same_files(sector, config, tmp_path):
     config = replace(config, sector=sector, instructions=4, dialogues=5)
-    found = survives_kills(lambda model, out: generate(model, model, replace(config, out=str(out))), reply, tmp_path,
+    found = survives_kills(lambda model, out: main(replace(config, out=str(out)), model, model), reply, tmp_path,
                            deaths=4)
     assert found["train.jsonl"] and found["dropped.jsonl"]
 
@@ -268,7 +268,7 @@ def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, capsys):
     for change, said in (({"topics": "none.txt"}, "topics=none.txt: cannot be read"),
                          ({"sector": "materials"}, "materials=: no such file"),
                          ({"topics": str(BASE / "tokenizer.model")}, "cannot be read")):
-        exits(capsys, lambda change=change: ultrachat.main(replace(config, **change)), said)
+        exits(capsys, lambda change=change: main(replace(config, **change)), said)
     exits(capsys, lambda: Config(detailed=2), "detailed is 2")
     exits(capsys, lambda: Config(fewest_rounds=5, most_rounds=3), "most_rounds is 3")
     assert Sampling().temperature == Config().temperature == 1.0

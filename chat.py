@@ -12,14 +12,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import queue
 import secrets
 import socket
 import sys
-import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
@@ -38,18 +37,20 @@ from data.llm import Checkpoint, Sampling, before_stop, slots_that_fit
 from model import Decoder, Sequence
 from runtime import check_range, fail
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 @dataclass(frozen=True)
 class Config:
     model: str = "runs/tiny/0/dpo/model"  # Hugging Face directory
     template: str = ""               # chat template; "": the checkpoint's own, or zephyr
-    system: str = ""                 # what the dialogue begins with, in the terminal
-    temperature: float = 0.7         # 0: greedy; these four are the server's defaults, which a request may change
+    system: str = ""                 # system message, in the terminal
+    temperature: float = 0.7         # 0: greedy; a request to the server may change this and the next three
     top_p: float = 1.0               # 1: all
     top_k: int = 0                   # 0: all
     max_tokens: int = 256            # of a reply
     seed: int = 0                    # of the replies in the terminal
-    length: int = 0                  # tokens of a dialogue at most; 0: the model's positions, or 4,096 where it has more
+    length: int = 0                  # most tokens of a dialogue; 0: the model's positions, but at most 4,096
     device: str = "auto"             # cpu, cuda, auto
     threads: int = 0                 # CPU threads; 0: PyTorch's choice
 
@@ -57,21 +58,19 @@ class Config:
     host: str = "127.0.0.1"          # where to listen; any other than this machine's own needs a token
     port: int = 8000                 # 0: any that is free
     token: str = ""                  # what clients have to send as their API key; "": nothing
-    name: str = ""                   # what clients call the model; "": a hash of it, so that records of its replies tell models apart
-    slots: int = 32                  # replies decoded together; fewer where the memory is short
+    name: str = ""                   # what clients call the model; "": a hash of its files, which tells models apart
+    slots: int = 32                  # replies decoded together; fewer where memory is short
 
     def __post_init__(self):
         self.sampling()  # checks these
-        for key, low, high in (("seed", 0, inf), ("length", 0, inf), ("threads", 0, inf), ("port", 0, 65535), ("slots", 1, 1024)):
+        for key, low, high in (("seed", 0, inf), ("length", 0, inf), ("threads", 0, inf), ("port", 0, 65535),
+                               ("slots", 1, 1024)):
             check_range(key, getattr(self, key), low, high)
         if self.serve and not self.token and self.host not in LOOPBACK:
-            fail(f"host is '{self.host}', which others can reach: set token= to what they have to send, or leave host out")
+            fail(f"host is '{self.host}', which others can reach: set token= to what they must send, or leave host out")
 
     def sampling(self) -> Sampling:
         return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k)
-
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Spoken:
@@ -79,25 +78,28 @@ class Spoken:
 
     def __init__(self, tokenizer, sequence: Sequence, stops: tuple[str, ...] = ()):
         self.tokenizer, self.sequence, self.stops = tokenizer, sequence, stops
-        self.text, self.tokens, self.finish = "", 0, ""   # given out; tokens it took; "stop" or "length" once it is over
+        self.text, self.tokens = "", 0     # given out so far, and the tokens it took
+        self.finish = ""                   # "stop" or "length" once it is over
 
     def read(self) -> str:
         """The next piece, perhaps nothing."""
-        s, done = self.sequence, self.sequence.done  # done first: what it had said by then is all
+        s, done = self.sequence, self.sequence.done  # done first: tokens read after it are all there will be
         before, self.tokens = self.tokens, len(s.tokens)
-        whole, stopped = before_stop(self.tokenizer.decode(s.tokens[: self.tokens]), self.stops)
+        whole, stopped = self.until(self.tokens)
         if stopped:  # which token ended it, however many were read at once
-            self.tokens = next(k for k in range(before + 1, self.tokens + 1)
-                               if before_stop(self.tokenizer.decode(s.tokens[:k]), self.stops)[1])
+            self.tokens = next(k for k in range(before + 1, self.tokens + 1) if self.until(k)[1])
             s.done = True
         if stopped or done:
             self.finish = "stop" if stopped or s.finished else "length"
-        else:  # half a character, or what may become a stop string
+        else:  # half a character, or what may become a stop string, is held back
             whole = whole.rstrip("\ufffd")
             held = max((k for stop in self.stops for k in range(1, len(stop)) if whole.endswith(stop[:k])), default=0)
             whole = whole[: len(whole) - held]
         piece, self.text = whole[len(self.text):], whole
         return piece
+
+    def until(self, tokens: int) -> tuple[str, bool]:
+        return before_stop(self.tokenizer.decode(self.sequence.tokens[:tokens]), self.stops)
 
 
 # ------------------------------------------------------------------------------------ the terminal
@@ -106,18 +108,21 @@ HELP = """/reset                  forget the dialogue
 /system TEXT            begin it with this; without TEXT: with nothing
 /set KEY VALUE          temperature, top_p, top_k, max_tokens or seed; without: show them
 /quit                   leave, as does Ctrl-D; Ctrl-C cuts a reply short"""
+SETTINGS = ("temperature", "top_p", "top_k", "max_tokens", "seed")
 
 
 def command(line: str, config: Config, history: list[dict]) -> Config:
-    """What a line that begins with a slash does: to the history, in place, or to the settings, which are returned."""
+    """Do what a line with a slash says: to the history, in place, or to the settings, which are returned."""
     word, _, rest = line.partition(" ")
     rest = rest.strip()
-    if word == "/reset":
+    if word in ("/reset", "/system"):
         history.clear()
-    elif word == "/system":
-        history.clear()
-        config = replace(config, system=rest)
-    elif word == "/set" and rest:
+        return replace(config, system=rest) if word == "/system" else config
+    if word != "/set":
+        print(HELP)
+    elif not rest:
+        print(", ".join(f"{key} {getattr(config, key)}" for key in SETTINGS))
+    else:
         key, _, value = rest.replace("=", " ").partition(" ")
         if key not in SETTINGS:
             print(f"'{key}' is not a setting, expected one of {', '.join(SETTINGS)}")
@@ -127,23 +132,16 @@ def command(line: str, config: Config, history: list[dict]) -> Config:
         except ValueError:
             print(f"{key} is '{value.strip()}', expected a number such as {getattr(config, key)}")
         except SystemExit:
-            pass  # out of range: it has been said
-    elif word == "/set":
-        print(", ".join(f"{key} {getattr(config, key)}" for key in SETTINGS))
-    else:
-        print(HELP)
+            pass  # out of range: the check has said so
     return config
 
 
-SETTINGS = ("temperature", "top_p", "top_k", "max_tokens", "seed")
-
-
 def converse(checkpoint: Checkpoint, config: Config, length: int) -> None:
-    """Read a line, say a reply as it comes, until the end of input."""
+    """Read a line, print a reply as it comes, until the end of input."""
     with suppress(ImportError):
-        import readline  # noqa: F401  what makes arrow keys work at the prompt
-    tokenizer, history, turn = checkpoint.tokenizer, [], 0
-    decoder = Decoder(checkpoint.model, tokenizer.stop_ids(), 1, length)
+        import readline  # noqa: F401  makes arrow keys work at the prompt
+    history, turn = [], 0
+    decoder = Decoder(checkpoint.model, checkpoint.tokenizer.stop_ids(), 1, length)
     while True:
         try:
             line = input("\n> ").strip()
@@ -157,27 +155,34 @@ def converse(checkpoint: Checkpoint, config: Config, length: int) -> None:
         if not line:
             continue
         history.append({"role": "user", "content": line})
-        prompt = fitting(tokenizer, history, config, length)
+        prompt = fitting(checkpoint.tokenizer, history, config, length)
         if prompt is None:
             print(f"that is too long: it leaves no room for a reply in {length} tokens")
             history.pop()
             continue
         turn += 1
-        sequence = Sequence(prompt, min(config.max_tokens, length - len(prompt)), config.sampling().settings, [config.seed, turn])
-        spoken = Spoken(tokenizer, sequence)
-        decoder.waiting.append(sequence)
-        try:
-            while decoder.step():
-                print(spoken.read(), end="", flush=True)
-        except KeyboardInterrupt:
-            sequence.done = True
-            decoder.step()  # leaves its slot
-        print("" if spoken.finish == "stop" else " ...")
-        history.append({"role": "assistant", "content": spoken.text})
+        new, settings = min(config.max_tokens, length - len(prompt)), config.sampling().settings
+        text = speak(decoder, checkpoint.tokenizer, Sequence(prompt, new, settings, [config.seed, turn]))
+        history.append({"role": "assistant", "content": text})
+
+
+def speak(decoder: Decoder, tokenizer, sequence: Sequence) -> str:
+    """Print a reply as it is decoded; " ..." where it was cut, by Ctrl-C or by its length."""
+    spoken = Spoken(tokenizer, sequence)
+    decoder.waiting.append(sequence)
+    try:
+        while decoder.step():
+            print(spoken.read(), end="", flush=True)
+    except KeyboardInterrupt:
+        sequence.done = True
+        decoder.step()  # frees its slot
+    print("" if spoken.finish == "stop" else " ...")
+    return spoken.text
 
 
 def fitting(tokenizer, history: list[dict], config: Config, length: int) -> list[int] | None:
-    """The dialogue as a prompt that leaves room for a reply; its oldest rounds go, and that is said. None: the last turn is too long."""
+    """The dialogue as a prompt that leaves room for a reply, without its oldest rounds if need be, which the user is
+    told. None: the last turn alone is too long."""
     system = [{"role": "system", "content": config.system}] if config.system else []
     dropped = 0
     while True:
@@ -198,8 +203,8 @@ class Refusal(Exception):
     """An answer in the shape of OpenAI's errors."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        self.status = status
-        kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+        self.status, kind = status, kinds.get(status, "invalid_request_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -210,127 +215,128 @@ class Asked(NamedTuple):
     sampling: Sampling
     n: int
     seed: int
-    top: int              # likeliest tokens wanted for each; -1: no log-probabilities
+    top: int                # likeliest tokens wanted for each; -1: no log-probabilities
     stream: bool
-    usage: bool           # in the stream's last chunk
+    usage: bool             # in the stream's last chunk
     max_tokens: int | None  # None: what fits
 
 
 MOST_MESSAGES, MOST_WAITING = 512, 1024
-WITHOUT_EFFECT = {"user", "metadata", "store", "safety_identifier", "service_tier"}
-KNOWN = {"model", "messages", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "n", "seed", "stop", "stream",
-         "stream_options", "logprobs", "top_logprobs"} | WITHOUT_EFFECT
+REAL = {"temperature": (0, 2), "top_p": (0, 1)}
+WHOLE = {"top_k": (0, 2**24), "max_tokens": (1, 2**24), "max_completion_tokens": (1, 2**24), "seed": (-(2**63), 2**64),
+         "top_logprobs": (0, 20)}
+SWITCHES = ("stream", "logprobs")
+WITHOUT_EFFECT = ("user", "metadata", "store", "safety_identifier", "service_tier")
+KNOWN = {"model", "messages", "n", "stop", "stream_options", *REAL, *WHOLE, *SWITCHES, *WITHOUT_EFFECT}
 
 
 def parse(body, name: str, defaults: Sampling, slots: int) -> Asked:
     """The JSON of a request as a checked Asked, or a Refusal that names the key."""
-
     def wrong(key: str, expected: str) -> NoReturn:
-        raise Refusal(400, f"'{key}' is {json.dumps(body.get(key))[:100]}, expected {expected}", key, "invalid_value")
-
-    def number(key: str, default, low: float, high: float, kinds: tuple = (int,)):
-        value = body.get(key)
-        if value is None:
-            return default
-        if type(value) not in kinds or not low <= value <= high:
-            wrong(key, f"a {'whole ' if kinds == (int,) else ''}number from {low:g} to {high:g}")
-        return value
-
-    def switch(key: str) -> bool:
-        if body.get(key) not in (None, True, False):
-            wrong(key, "true or false")
-        return bool(body.get(key))
+        raise Refusal(400, f"'{key}' is {json.dumps(body[key])[:100]}, expected {expected}", key, "invalid_value")
 
     if not isinstance(body, dict):
         raise Refusal(400, "the body is not a JSON object, expected {\"model\": ..., \"messages\": [...]}")
+    body = {key: value for key, value in body.items() if value is not None}
     for key, value in body.items():
-        if key not in KNOWN and value not in (None, False, 0, "", [], {}, {"type": "text"}):
+        if key not in KNOWN and value not in (False, 0, "", [], {}, {"type": "text"}):
             raise Refusal(400, f"'{key}' is not supported: leave it out", key, "unsupported_parameter")
     if body.get("model") != name:
-        raise Refusal(404, f"the model {json.dumps(body.get('model'))} does not exist, expected \"{name}\"", "model", "model_not_found")
-    stop = body.get("stop")
-    stop = [stop] if isinstance(stop, str) else stop or []
+        asked = json.dumps(body.get("model"))
+        raise Refusal(404, f"the model {asked} does not exist, expected \"{name}\"", "model", "model_not_found")
+    for key, (low, high) in (REAL | WHOLE | {"n": (1, slots)}).items():
+        kinds = (int, float) if key in REAL else (int,)
+        if key in body and (type(body[key]) not in kinds or not low <= body[key] <= high):
+            wrong(key, f"a {'' if key in REAL else 'whole '}number from {low:g} to {high:g}")
+    for key in SWITCHES:
+        if body.get(key, False) not in (True, False):
+            wrong(key, "true or false")
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(x, str) and x for x in stop):
         wrong("stop", "a text, or at most 4")
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         wrong("stream_options", "an object")
-    longest = number("max_completion_tokens", None, 1, 2**24) or number("max_tokens", None, 1, 2**24)
-    sampling = Sampling(longest or defaults.max_tokens, number("temperature", defaults.temperature, 0, 2, (int, float)),
-                        number("top_p", defaults.top_p, 0, 1, (int, float)), number("top_k", defaults.top_k, 0, 2**24), tuple(stop))
-    top = number("top_logprobs", 0, 0, 20) if switch("logprobs") else -1
+    top = body.get("top_logprobs", 0) if body.get("logprobs") else -1
     if body.get("top_logprobs") and top < 0:
         wrong("top_logprobs", "logprobs=true with it")
-    seed = number("seed", secrets.randbits(63), -(2**63), 2**64) % 2**64
-    return Asked(checked_messages(body.get("messages")), sampling, number("n", 1, 1, slots), seed, top, switch("stream"),
+    longest = body.get("max_completion_tokens") or body.get("max_tokens")
+    sampling = Sampling(longest or defaults.max_tokens, body.get("temperature", defaults.temperature),
+                        body.get("top_p", defaults.top_p), body.get("top_k", defaults.top_k), tuple(stop))
+    return Asked(checked_messages(body.get("messages")), sampling, body.get("n", 1),
+                 body.get("seed", secrets.randbits(63)) % 2**64, top, bool(body.get("stream")),
                  bool(options.get("include_usage")), longest)
 
 
 def checked_messages(messages) -> list[dict]:
     """[{"role", "content"}], each content one text, the last the user's."""
+    def refuse(message: str, param: str = "messages") -> NoReturn:
+        raise Refusal(400, message, param, "invalid_value")
+
     if not isinstance(messages, list) or not 1 <= len(messages) <= MOST_MESSAGES:
-        raise Refusal(400, f"'messages' is not a list of 1 to {MOST_MESSAGES}", "messages", "invalid_value")
+        refuse(f"'messages' is not a list of 1 to {MOST_MESSAGES}")
     checked = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         role = "system" if role == "developer" else role
         if role not in ("system", "user", "assistant"):
-            expected = "expected system, user or assistant"
-            raise Refusal(400, f"'{where}.role' is {json.dumps(role)}, {expected}", f"{where}.role", "invalid_value")
-        if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            refuse(f"'{where}.role' is {json.dumps(role)}, expected system, user or assistant", f"{where}.role")
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
-            raise Refusal(400, f"'{where}.content' is not text", f"{where}.content", "invalid_value")
+            refuse(f"'{where}.content' is not text", f"{where}.content")
         checked.append({"role": role, "content": content})
-    if checked[-1]["role"] != "user":
-        raise Refusal(400, f"the last message is the {checked[-1]['role']}'s, expected the user's", "messages", "invalid_value")
+    if role != "user":
+        refuse(f"the last message is the {role}'s, expected the user's")
     return checked
 
 
-# -------------------------------------------------------------------------------------- the engine
+# -------------------------------------------------------------------------------------- the server
 
-class Engine(threading.Thread):
-    """The decoder in a thread of its own. Requests come in through a queue; who asked is woken when there is something to read."""
+class Engine:
+    """Steps the decoder in a thread of its own while there is something to decode, and wakes those who wait for it."""
 
     def __init__(self, decoder: Decoder):
-        super().__init__(name="decoder", daemon=True)
-        self.decoder, self.inbox = decoder, queue.SimpleQueue()
-        self.listeners: dict[Sequence, tuple[Callable[[], None], bool]] = {}
-        self.stopping, self.broken = False, ""
+        self.decoder, self.thread, self.broken = decoder, ThreadPoolExecutor(1, "decoder"), ""
+        self.arrived: list[Sequence] = []
+        self.listeners: dict[Sequence, tuple[asyncio.Event, bool]] = {}
+        self.running: asyncio.Task | None = None
 
-    def submit(self, sequences: list[Sequence], wake: Callable[[], None], every_token: bool) -> None:
-        self.inbox.put([(s, (wake, every_token)) for s in sequences])
+    def submit(self, sequences: list[Sequence], news: asyncio.Event, every_token: bool) -> None:
+        """`news` is set when one of them ends, or has a token more."""
+        self.arrived += sequences
+        self.listeners |= dict.fromkeys(sequences, (news, every_token))
+        if self.running is None or self.running.done():
+            self.running = asyncio.create_task(self.run())
 
-    def stop(self) -> None:
-        self.stopping = True
-        self.inbox.put([])
-        self.join()
-
-    def run(self) -> None:
+    async def run(self) -> None:
+        stepped: list[Sequence] = []
         try:
-            while not self.stopping:
-                stepped = self.decoder.step()
-                woken = {wake for s in stepped for wake, every_token in [self.listeners[s]] if every_token or s.done}
-                for s in [s for s in self.listeners if s.done]:  # those that others have taken out among them
-                    del self.listeners[s]
-                for wake in woken:
-                    wake()
-                while not stepped or not self.inbox.empty():
-                    arrived = self.inbox.get()  # idle: waits here
-                    self.listeners.update(arrived)
-                    self.decoder.waiting.extend(s for s, _ in arrived)
-                    stepped = True
-        except Exception as error:  # a fault of ours, or no memory left: nobody shall wait for an answer
+            while stepped or self.arrived:
+                self.decoder.waiting.extend(self.arrived)  # between two steps: the thread is idle
+                self.arrived.clear()
+                stepped = await asyncio.get_running_loop().run_in_executor(self.thread, self.decoder.step)
+                self.wake(stepped)
+        except Exception as error:  # a bug, or no memory left: nobody must wait for ever
             traceback.print_exc()
             self.broken = f"the model stopped working ({error}): start the server again"
-            while not self.inbox.empty():
-                self.listeners.update(self.inbox.get())
-            for wake, _ in self.listeners.values():
-                wake()
+            for news, _ in self.listeners.values():
+                news.set()
 
+    def wake(self, stepped: list[Sequence]) -> None:
+        for s in self.listeners.keys() & stepped:
+            news, every_token = self.listeners[s]
+            if every_token or s.done:
+                news.set()
 
-# -------------------------------------------------------------------------------------- the server
+    def leave(self, sequences: list[Sequence]) -> None:
+        """Their client has its reply, or has gone away: the decoder drops what is not done."""
+        for s in sequences:
+            s.done = True
+            del self.listeners[s]
+
 
 class Server:
     """The routes, over one engine."""
@@ -358,7 +364,7 @@ class Server:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.config.token and not hmac.compare_digest(given.encode(), self.config.token.encode()):
             raise Refusal(401, "the API key is not the token this server was started with", None, "invalid_api_key")
-        # A web page shall not reach a server without a token by giving this machine a name of its own (DNS rebinding).
+        # Without a token, a web page must not get in by giving this machine a host name of its own (DNS rebinding).
         if not self.config.token and request.url.hostname not in LOOPBACK:
             raise Refusal(400, f"the host is '{request.url.hostname}', expected one of {', '.join(LOOPBACK)}")
         if self.engine.broken:
@@ -366,9 +372,11 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         self.admit(request)
-        model, wanted = {"id": self.name, "object": "model", "created": 0, "owned_by": "chat.py"}, request.path_params.get("name")
+        wanted = request.path_params.get("name")
         if wanted not in (None, self.name):
-            raise Refusal(404, f"the model '{wanted}' does not exist, expected '{self.name}'", "model", "model_not_found")
+            expected = f"the model '{wanted}' does not exist, expected '{self.name}'"
+            raise Refusal(404, expected, "model", "model_not_found")
+        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "chat.py"}
         return JSONResponse(model if wanted else {"object": "list", "data": [model]})
 
     async def complete(self, request: Request) -> Response:
@@ -377,16 +385,17 @@ class Server:
         prompt = self.tokenizer.render(asked.messages, add_generation_prompt=True)[0]
         room, wanted = self.length - len(prompt), asked.max_tokens or 1
         if wanted > room:
-            raise Refusal(400, f"the prompt has {len(prompt)} tokens and the reply may have {wanted}, {self.length} is the most together: "
-                               "shorten the messages or lower max_tokens", "messages", "context_length_exceeded")
-        if len(self.engine.decoder.waiting) + self.engine.inbox.qsize() > MOST_WAITING:
+            raise Refusal(400, f"the prompt has {len(prompt)} tokens and the reply may have {wanted}, {self.length} is "
+                               "the most together: shorten the messages or lower max_tokens", "messages",
+                          "context_length_exceeded")
+        if len(self.engine.decoder.waiting) + len(self.engine.arrived) > MOST_WAITING:
             raise Refusal(429, "too many requests are waiting: try again in a while", None, "rate_limit_exceeded")
-        new = min(asked.sampling.max_tokens, room)
-        sequences = [Sequence(prompt, new, asked.sampling.settings, [asked.seed, i], top=asked.top) for i in range(asked.n)]
+        new, settings = min(asked.sampling.max_tokens, room), asked.sampling.settings
+        sequences = [Sequence(prompt, new, settings, [asked.seed, i], top=asked.top) for i in range(asked.n)]
         chunks = self.chunks(asked, len(prompt), sequences)
         if asked.stream:
             return StreamingResponse(as_events(chunks), media_type="text/event-stream")
-        gone = asyncio.ensure_future(request.receive())  # the body has been read: what comes next is the client's leaving
+        gone = asyncio.ensure_future(request.receive())  # the body has been read: next comes the client's leaving
         reply = asyncio.ensure_future(as_completion(chunks))
         await asyncio.wait([gone, reply], return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
@@ -396,7 +405,7 @@ class Server:
         return JSONResponse(await reply)
 
     async def body(self, request: Request):
-        """The request's JSON, if it says it is JSON (what a web page may not send elsewhere unasked) and is not too large."""
+        """The request's JSON. Its content type must say so: web pages may not send that elsewhere without asking."""
         most, data = 65536 + 32 * self.length, b""
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise Refusal(400, "the content type is not application/json")
@@ -411,51 +420,52 @@ class Server:
 
     async def chunks(self, asked: Asked, prompt_tokens: int, sequences: list[Sequence]) -> AsyncIterator[dict]:
         """A reply as OpenAI streams it. Left early, it gives its slots back."""
-        news, loop = asyncio.Event(), asyncio.get_running_loop()
-        base = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion.chunk", "created": int(time.time()),
-                "model": self.name, "system_fingerprint": self.identity}
+        base = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion.chunk",
+                "created": int(time.time()), "model": self.name, "system_fingerprint": self.identity}
 
         def chunk(index: int, delta: dict, finish: str | None = None, logprobs: dict | None = None) -> dict:
-            return base | {"choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]}
+            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+            return base | {"choices": [choice]}
 
-        every_token = asked.stream or bool(asked.sampling.stop)
-        self.engine.submit(sequences, lambda: loop.call_soon_threadsafe(news.set), every_token)
-        spoken = {i: Spoken(self.tokenizer, s, asked.sampling.stop) for i, s in enumerate(sequences)}
-        going, read = dict(spoken), dict.fromkeys(spoken, 0)
+        spoken = [Spoken(self.tokenizer, s, asked.sampling.stop) for s in sequences]
+        news, sent = asyncio.Event(), [0] * asked.n
+        self.engine.submit(sequences, news, asked.stream or bool(asked.sampling.stop))
         try:
-            for i in spoken:
+            for i in range(asked.n):
                 yield chunk(i, {"role": "assistant", "content": ""})
-            while going:
-                if self.engine.broken:  # asked after handing in, so that one of the two sees the other
+            while not all(reply.finish for reply in spoken):
+                if self.engine.broken:
                     raise Refusal(500, self.engine.broken)
                 await news.wait()
                 news.clear()
-                for i, reply in list(going.items()):
+                for i, reply in enumerate(spoken):
+                    if reply.finish:
+                        continue
                     piece = reply.read()
                     if piece or reply.finish:
-                        logprobs = self.logprobs(reply.sequence, read[i], reply.tokens) if asked.top >= 0 else None
-                        read[i] = reply.tokens
+                        logprobs = self.logprobs(reply.sequence, sent[i], reply.tokens) if asked.top >= 0 else None
+                        sent[i] = reply.tokens
                         yield chunk(i, {"content": piece} if piece else {}, reply.finish or None, logprobs)
-                    if reply.finish:
-                        del going[i]
             if asked.usage or not asked.stream:
-                said = sum(reply.tokens for reply in spoken.values())
-                usage = {"prompt_tokens": prompt_tokens, "completion_tokens": said, "total_tokens": prompt_tokens + said}
+                said = sum(reply.tokens for reply in spoken)
+                usage = {"prompt_tokens": prompt_tokens, "completion_tokens": said,
+                         "total_tokens": prompt_tokens + said}
                 yield base | {"choices": [], "usage": usage}
         finally:
-            for s in sequences:
-                s.done = True
+            self.engine.leave(sequences)
 
     def logprobs(self, sequence: Sequence, first: int, last: int) -> dict:
-        """What OpenAI says of tokens first..last-1: their log-probabilities at temperature 1, and the likeliest in their places."""
-
+        """OpenAI's form of tokens first..last-1: log-probabilities at temperature 1, and the likeliest instead."""
         def entry(token: int, logprob: float) -> dict:
             text = self.tokenizer.decode([*self.newline, token])[1:]  # after another, so that a leading blank stays
-            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": None if "\ufffd" in text else list(text.encode())}
+            code = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "logprob": max(logprob, -9999.0), "bytes": code}
 
         content = []
-        for token, (logprob, ids, values) in zip(sequence.tokens[first:last], sequence.alternatives[first:last], strict=True):
-            content.append(entry(token, logprob) | {"top_logprobs": [entry(i, x) for i, x in zip(ids, values, strict=True)]})
+        for i in range(first, last):
+            logprob, ids, values = sequence.alternatives[i]
+            likeliest = [entry(token, value) for token, value in zip(ids, values, strict=True)]
+            content.append(entry(sequence.tokens[i], logprob) | {"top_logprobs": likeliest})
         return {"content": content, "refusal": None}
 
 
@@ -475,19 +485,21 @@ async def as_completion(chunks: AsyncIterator[dict]) -> dict:
     chunk: dict = {}
     async for chunk in chunks:
         for part in chunk["choices"]:
-            choice = choices.setdefault(part["index"], {
-                "index": part["index"], "message": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None})
+            message = {"role": "assistant", "content": "", "refusal": None}
+            choice = choices.setdefault(part["index"], {"index": part["index"], "message": message, "logprobs": None})
             choice["message"]["content"] += part["delta"].get("content", "")
             choice["finish_reason"] = part["finish_reason"]
             if part["logprobs"]:
                 choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
                 choice["logprobs"]["content"] += part["logprobs"]["content"]
-    return chunk | {"object": "chat.completion", "choices": [choices[i] for i in sorted(choices)]}  # the last one holds the usage
+    # The last chunk holds the usage.
+    return chunk | {"object": "chat.completion", "choices": [choices[i] for i in sorted(choices)]}
 
 
 def listen(config: Config) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        return socket.create_server((config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+        return socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         fail(f"host={config.host} port={config.port}: cannot listen there ({error.strerror}): choose another port")
 
@@ -495,16 +507,11 @@ def listen(config: Config) -> socket.socket:
 def serve(checkpoint: Checkpoint, config: Config, length: int, listener: socket.socket) -> None:
     """Answer requests until Ctrl-C or SIGTERM."""
     server = Server(checkpoint, config, length)
-    address = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{listener.getsockname()[1]}/v1"
-    print(f"{server.slots} replies together, {length} tokens each\nserving {server.name} on {address} (Ctrl-C stops)", flush=True)
-    server.engine.start()
-    try:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"{server.slots} replies together, {length} tokens each\nserving {server.name} on "
+          f"http://{host}:{listener.getsockname()[1]}/v1 (Ctrl-C stops)", flush=True)
+    with listener, suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
         uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=1)).run([listener])
-    except KeyboardInterrupt:
-        pass  # uvicorn raises it again when it has stopped
-    finally:
-        server.engine.stop()
-        listener.close()
 
 
 def main(config: Config) -> None:
@@ -517,7 +524,8 @@ def main(config: Config) -> None:
     checkpoint = Checkpoint(config.model, str(device), config.template)
     if listener:
         return serve(checkpoint, config, length, listener)
-    print(f"{config.model}, template {checkpoint.tokenizer.template}, temperature {config.temperature}; /help lists the commands")
+    print(f"{config.model}, template {checkpoint.tokenizer.template}, temperature {config.temperature}; "
+          "/help lists the commands")
     return converse(checkpoint, config, length)
 
 

@@ -400,7 +400,8 @@ def main(config: Config) -> None:
     run = runtime.Run(config, depends_on)
     optimizer = make_optimizer(models, config)
     trained = nn.ModuleDict({"policy": models.policy} | ({"value": models.value} if models.value is not None else {}))
-    run.resume(trained, optimizer, config.steps, shown=("score", "kl", "length", "eos_rate", "tokens_per_s"))
+    shown = ("score", "kl", "length", "eos_rate", "tokens_per_s")
+    run.resume(trained, optimizer, config.steps, shown, unit="prompts")
     metrics = run.last_metrics()
     kl_coef = metrics.get("next_kl_coef", config.kl_coef)
     reason = out_of_bounds(metrics, config) if run.done else ""

@@ -69,9 +69,9 @@ class Config(runtime.Settings):
 
 # ---------------------------------------------------------------------------------------- the loss
 
-# What a rating from 1 (slightly better) to 4 (very much) asks of the difference; 0 is unrated. Llama 2, table 27.
-MARGINS = {"none": (0, 0, 0, 0, 0), "raw": (0, 1, 2, 3, 4), "llama2_small": (0, 0, 1 / 3, 2 / 3, 1),
-           "llama2_large": (0, 0, 1, 2, 3)}
+# What a rating from 1 (slightly better) to 4 (very much) asks of the difference. Llama 2, table 27.
+MARGINS = {"none": (0, 0, 0, 0), "raw": (1, 2, 3, 4), "llama2_small": (0, 1 / 3, 2 / 3, 1),
+           "llama2_large": (0, 1, 2, 3)}
 
 
 def pairwise_loss(
@@ -126,8 +126,8 @@ def train_step(model: Transformer, batch: Batch, config: Config, groups: int) ->
     """A micro-batch's part of the step's loss and metrics, means over the step's `groups` of compared replies."""
     scores = response_scores(model, batch)                    # [B]
     better, worse, weights = comparisons(batch)               # [C]
-    rating = batch.margin[better].round().long().clamp(0, 4)
-    margins = torch.tensor(MARGINS[config.margin], device=scores.device)[rating]
+    rating = batch.margin[better].round().long().clamp(0, 4)  # 0: unrated
+    margins = torch.tensor((0, *MARGINS[config.margin]), device=scores.device)[rating]
     weights = batch.weight * weights / groups
     return pairwise_loss(scores[better], scores[worse], margins, config.centering, weights)
 

@@ -1,23 +1,23 @@
 """Self-Instruct: 175 tasks written by people become tens of thousands, written by a model.
 
-    python -m collect.self_instruct model=runs/tiny/0/sft/model seeds=seed_tasks.jsonl out=runs/self_instruct instructions=100
-    python -m collect.self_instruct recipe=alpaca model=http://127.0.0.1:8000/v1#name seeds=...     one request writes whole tasks
+    python -m collect.self_instruct model=runs/tiny/0/sft/model seeds=seed_tasks.jsonl instructions=100
+    python -m collect.self_instruct recipe=alpaca model=http://127.0.0.1:8000/v1#name seeds=seed_tasks.jsonl
 
-The original (Wang et al. 2022, arXiv:2212.10560) asks three times: for new instructions, with seeds and earlier finds as
-examples; whether each is a classification; for instances, input first, or for classifications label first, since a
-model that starts with the input writes one label only. Alpaca (Taori et al. 2023) asks once for all of it.
+The original (Wang et al. 2022, arXiv:2212.10560) asks three times: for new instructions, with seeds and earlier finds
+as examples; whether each is a classification; and for instances, input first, or for classifications label first,
+since a model that starts with the input writes one label only. Alpaca (Taori et al. 2023) asks once, for whole tasks.
 
-    tasks.jsonl    what was made, in the form of the seeds             train.jsonl      the same as messages, shuffled
-    replies.jsonl  every raw reply: a run that was stopped goes on     dropped.jsonl    what was left out, and why
+    tasks.jsonl     the new tasks, in the form of the seeds      train.jsonl    the same as messages, shuffled
+    replies.jsonl   raw replies, to resume from                  dropped.jsonl  what was left out, and why
 
 Prompts are our own, their examples come from the seed file. Where we leave the published code:
   - str.capitalize lowered all letters but the first ("NASA" became "nasa"): we raise the first and leave the rest
   - an empty class label took the next line for the label: here the instance has no output, and is dropped
   - the word "Example" inside a text split it: here only at the start of a line, with its number
-  - presence penalties (2 and 1.5) are left out, for not every model offers them, and Alpaca's ban of the end token
-  - 300 tokens are for classifications alone, where one in a batch of five had made it 300 for all
-  - chat models answer "Yes.", repeat the number or heading they were given, and put blank lines between the items of a list:
-    all is understood; a blank line, where replies were stopped, ends an item
+  - no presence penalties (2 and 1.5 there), as not every model offers them, and no ban of the end token (Alpaca's)
+  - one classification in a batch of five lowered the limit of all to 300 tokens: here it lowers its own
+  - chat models answer "Yes.", repeat the number or heading they were given, and put blank lines between items: all
+    is understood; a blank line, where the published code stopped the reply, ends an item
   - Alpaca kept tasks with an empty output: they are dropped
 """
 from __future__ import annotations
@@ -26,35 +26,28 @@ import json
 import random
 import re
 import string
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
-from math import inf
-from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
 
 import runtime
 from collect.rouge import Pool
-from data.llm import Budget, Reply, Request, Sampling, ask, open_model
+from collect.synthetic import Run, Settings, read_lines, user
+from data.llm import Reply, Request, Sampling, open_model
 from data.records import Reject, check_messages
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     model: str = ""                  # checkpoint directory or endpoint
     seeds: str = ""                  # JSONL of tasks: instruction, instances [{input, output}], is_classification
-    out: str = "runs/self_instruct"  # folder
+    out: str = "runs/self_instruct"
     recipe: Literal["original", "alpaca"] = "original"
     instructions: int = 100          # to make (52,000 were published); the last batch may bring a few more
-    patience: int = 20               # batches in a row without a new instruction, then it goes on with what there is
+    patience: int = 20               # batches in a row without a new instruction, then it asks for no more
     neighbours: bool = True          # keep each instruction's ten nearest and mean similarity (2 minutes at 50,000)
-    seed: int = 0
-    device: str = "auto"
-    budget: int = 0                  # tokens this run may spend, 0: as many as it takes
     requests: int = 5                # in a batch
     examples: int = 8                # instructions shown in a request; the model goes on to twice as many, less one
     machine_examples: int = 2        # of them written by the model, once there are some
@@ -78,34 +71,30 @@ class Config:
     alpaca_top_p: float = 1.0
 
     def __post_init__(self):
-        for key, low, high in (("instructions", 1, inf), ("patience", 1, inf), ("requests", 1, inf), ("examples", 1, inf),
-                               ("machine_examples", 0, self.examples), ("fewest_words", 1, self.most_words), ("similarity", 0.01, 1),
-                               ("yes_examples", 0, inf), ("no_examples", 0, inf), ("input_first_examples", 0, inf),
-                               ("output_first_examples", 0, inf), ("instances", 1, inf), ("alpaca_examples", 1, inf),
-                               ("alpaca_tasks", self.alpaca_examples + 1, inf), ("budget", 0, inf)):
-            runtime.check_range(key, getattr(self, key), low, high)
+        super().__post_init__()
+        self.at_least(1, "instructions", "patience", "requests", "examples", "instances", "alpaca_examples")
+        self.at_least(0, "yes_examples", "no_examples", "input_first_examples", "output_first_examples")
+        self.at_least(self.alpaca_examples + 1, "alpaca_tasks")
+        runtime.check_range("machine_examples", self.machine_examples, 0, self.examples)
+        runtime.check_range("fewest_words", self.fewest_words, 1, self.most_words)
+        runtime.check_range("similarity", self.similarity, 0.01, 1)
 
 
 def load_seeds(config: Config) -> list[dict]:
+    form = "instruction, instances (input, output), is_classification"
     seeds, needed = [], config.alpaca_examples if config.recipe == "alpaca" else config.examples
-    try:
-        lines = Path(config.seeds).read_text(encoding="utf-8").rstrip().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        runtime.fail(f"seeds={config.seeds}: cannot be read ({error}), expected JSON lines with instruction, instances, is_classification")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines("seeds", config.seeds, f"JSON lines with {form}"), 1):
         try:
             seed = json.loads(line)
-            seeds.append({"instruction": str(seed["instruction"]), "is_classification": seed["is_classification"] is True,
-                          "instances": [{"input": str(i["input"]), "output": str(i["output"])} for i in seed["instances"]]})
+            instances = [{"input": str(i["input"]), "output": str(i["output"])} for i in seed["instances"]]
+            seeds.append({"instruction": str(seed["instruction"]), "instances": instances,
+                          "is_classification": seed["is_classification"] is True})
         except (ValueError, TypeError, KeyError):
-            runtime.fail(f"{config.seeds} line {number}: is no seed, expected instruction, instances (input, output), is_classification")
+            runtime.fail(f"{config.seeds} line {number}: is no seed, expected {form}")
     if len(seeds) < needed or not all(seed["instances"] for seed in seeds):
-        runtime.fail(f"{config.seeds}: has {len(seeds)} seeds, expected {needed} or more to show, each with an instance: add some")
+        runtime.fail(f"{config.seeds}: has {len(seeds)} seeds, expected {needed} or more to show, each with an "
+                     "instance: add some")
     return seeds
-
-
-def user(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
 
 
 # --------------------------------------------------------------------------------- new instructions
@@ -116,9 +105,10 @@ def list_prompt(seeds: list[dict], made: list[dict], config: Config, rng: random
     shown += rng.sample(seeds, config.examples - len(shown))
     rng.shuffle(shown)
     lines = [f"{i}. {' '.join(task['instruction'].split()).rstrip(':')}" for i, task in enumerate(shown, 1)]
-    return user("Below begins a numbered list of tasks that people give to an assistant. They differ in subject, in form and in what is "
-                f"asked for. Go on with new tasks of your own up to number {2 * len(shown) - 1}, each on one line after its number. "
-                "Write the list and nothing else.\n\n" + "\n".join(lines) + f"\n{len(shown) + 1}.")
+    return user("Below begins a numbered list of tasks that people give to an assistant. They differ in subject, in "
+                "form and in what is asked for. Go on with new tasks of your own up to number "
+                f"{2 * len(shown) - 1}, each on one line after its number. Write the list and nothing else.\n\n"
+                + "\n".join(lines) + f"\n{len(shown) + 1}.")
 
 
 def read_list(reply: Reply, config: Config) -> list[tuple[dict | None, str, str]]:
@@ -129,7 +119,7 @@ def read_list(reply: Reply, config: Config) -> list[tuple[dict | None, str, str]
     numbers, texts, found = rest[::2], rest[1::2], []
     if before.strip() and numbers and numbers[0] == str(config.examples + 1):
         found.append((None, before, "before the list"))
-    elif before.strip():  # what the bare number at the end of the prompt was waiting for
+    elif before.strip():  # it continues the bare number at the end of the prompt
         texts.insert(0, before)
     for text in texts:
         text, *more = re.split(r"\n\s*\n", text.strip(), maxsplit=1)
@@ -137,12 +127,13 @@ def read_list(reply: Reply, config: Config) -> list[tuple[dict | None, str, str]
     return found or [(None, reply.text, "empty")]
 
 
-BANNED = ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot", "go to")
+BANNED = ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
+          "go to")
 ALPACA_BANNED = (*BANNED, "video", "audio", "music", "flowchart", "diagram")
 
 
-def fault(instruction: str, config: Config) -> str:
-    """Why an instruction is not taken, looked at by itself; "" if there is no reason."""
+def instruction_fault(instruction: str, config: Config) -> str:
+    """Why an instruction is not taken, whatever the others are; "" if there is no reason."""
     banned, words = ALPACA_BANNED if config.recipe == "alpaca" else BANNED, len(instruction.split())
     if not words:
         return "empty"
@@ -159,87 +150,108 @@ def fault(instruction: str, config: Config) -> str:
     return "" if instruction[0].isascii() else "starts outside ASCII"
 
 
-def new_tasks(asking: Callable, seeds: list[dict], config: Config, dropped: list[dict]) -> list[dict]:
-    """Batches of requests until there are enough tasks: of each reply, what is sound and unlike everything before."""
+def take(proposal: tuple[dict | None, str, str], request: int, pool: Pool, made: list[dict], run: Run,
+         config: Config) -> None:
+    """Add a proposed task to those made, if it is sound and unlike everything in the pool."""
+    task, text, reason = proposal
+    if task:
+        instruction = " ".join(task["instruction"].split())
+        instruction = instruction[:1].upper() + instruction[1:]
+        reason = instruction_fault(instruction, config)
+    if reason:
+        return run.drop("instruction", reason, request=request, text=text)
+    f = pool.similarities(instruction)
+    nearest = f.argmax()
+    if f[nearest] > config.similarity:
+        run.drop("instruction", "too similar", request=request, text=text)
+        run.dropped[-1]["most_similar"] = {pool.texts[nearest]: float(f[nearest])}
+        return None
+    made.append(task | {"id": f"task_{len(made)}", "instruction": instruction, "request": request})
+    if config.neighbours:
+        made[-1]["most_similar"] = {pool.texts[i]: float(f[i]) for i in (-f).argsort(kind="stable")[:10]}
+        made[-1]["avg_similarity_score"] = float(f.mean())
+    pool.add(instruction)
+    return None
+
+
+def new_tasks(run: Run, model, seeds: list[dict], config: Config) -> list[dict]:
+    """Batches of requests until there are enough tasks, or no more come."""
     if config.recipe == "alpaca":
         prompt, read, last = alpaca_prompt, read_alpaca, config.alpaca_tasks
-        sampling = Sampling(config.alpaca_tokens, config.alpaca_temperature, config.alpaca_top_p, stop=(f"\n{last}.",))
+        stop = (f"\n{last}.",)
+        sampling = Sampling(config.alpaca_tokens, config.alpaca_temperature, config.alpaca_top_p, stop=stop)
     else:
         prompt, read, last = list_prompt, read_list, 2 * config.examples
-        sampling = Sampling(config.max_tokens, config.temperature, config.top_p, stop=(f"\n{last}", f"{last}.", f"{last} ."))
-    pool, known, made, idle = Pool([s["instruction"] for s in seeds], config.similarity), [s["instruction"] for s in seeds], [], 0
+        stop = (f"\n{last}", f"{last}.", f"{last} .")
+        sampling = Sampling(config.max_tokens, config.temperature, config.top_p, stop=stop)
+    pool, made, idle = Pool([seed["instruction"] for seed in seeds]), [], 0
     bar = tqdm(total=config.instructions, desc="instructions", mininterval=1)
     for batch in count():
         if len(made) >= config.instructions or idle == config.patience:
             break
         numbers = range(batch * config.requests, (batch + 1) * config.requests)
-        requests = [Request(prompt(seeds, made, config, random.Random(f"{config.seed} request {n}")), repeat=n) for n in numbers]
-        replies, before = asking(requests, sampling), len(made)
+        requests = [Request(prompt(seeds, made, config, random.Random(f"{config.seed} request {n}")), repeat=n)
+                    for n in numbers]
+        replies, before = run.ask(model, requests, sampling), len(made)
         if not any(replies):
-            runtime.fail(f"{config.out}: no request of a batch was answered, see replies.failures.jsonl there: run again to go on")
+            runtime.fail(f"{config.out}: no request of a batch was answered, see replies.failures.jsonl there: "
+                         "run again to go on")
         for number, reply in zip(numbers, replies, strict=True):
-            for task, text, reason in read(reply, config) if reply else [(None, "", "no reply")]:
-                near = None
-                if task:
-                    instruction = " ".join(task["instruction"].split())
-                    instruction = instruction[:1].upper() + instruction[1:]
-                    reason = fault(instruction, config)
-                    near = None if reason else pool.too_similar(instruction)
-                if near or reason:
-                    dropped.append({"stage": "instruction", "request": number, "text": text, "reason": reason or "too similar"})
-                    dropped[-1] |= {"most_similar": {known[near[0]]: near[1]}} if near else {}
-                    continue
-                made.append(task | {"id": f"task_{len(made)}", "instruction": instruction, "request": number})
-                if config.neighbours:
-                    f = pool.similarities(instruction)
-                    made[-1] |= {"most_similar": {known[i]: float(f[i]) for i in (-f).argsort(kind="stable")[:10]},
-                                 "avg_similarity_score": float(f.mean())}
-                pool.add(instruction)
-                known.append(instruction)
+            for proposal in read(reply, config) if reply else [(None, "", "no reply")]:
+                take(proposal, number, pool, made, run, config)
         idle = 0 if len(made) > before else idle + 1
         bar.update(len(made) - before)
     bar.close()
     if len(made) < config.instructions:
-        print(f"only {len(made)} instructions: {config.patience} batches in a row brought none (more seeds or a higher temperature may)")
+        print(f"only {len(made)} instructions: {config.patience} batches in a row brought none "
+              "(more seeds or a higher temperature may)")
     return made
 
 
 # ------------------------------------------------------------------------------ classification or not
-
-def mark_classifications(asking: Callable, seeds: list[dict], tasks: list[dict], config: Config) -> None:
-    """Ask of every task whether it is a classification. Only "Yes", "yes" and "YES" count; no reply is a no."""
-    rng = random.Random(f"{config.seed} classification")
-    shown = some_seeds(seeds, True, config.yes_examples, rng) + some_seeds(seeds, False, config.no_examples, rng)
-    rng.shuffle(shown)
-    text = "A task is a classification if its answer is one of a small set of labels. Is the last task one? Answer Yes or No.\n\n"
-    text += "".join(f"Task: {s['instruction']}\nClassification: {'Yes' if s['is_classification'] else 'No'}\n\n" for s in shown)
-    requests = [Request(user(f"{text}Task: {task['instruction']}\nClassification:")) for task in tasks]
-    for task, reply in zip(tasks, asking(requests, Sampling(3, 0.0, stop=("\n", "Task")), progress="classification or not"), strict=True):
-        task["is_classification"] = reply is not None and reply.text.strip().rstrip(".") in ("Yes", "yes", "YES")
-
 
 def some_seeds(seeds: list[dict], classification: bool, most: int, rng: random.Random) -> list[dict]:
     kind = [seed for seed in seeds if seed["is_classification"] is classification]
     return rng.sample(kind, min(most, len(kind)))
 
 
+def mark_classifications(run: Run, model, seeds: list[dict], tasks: list[dict], config: Config) -> None:
+    """Ask of every task whether it is a classification. Only "Yes", "yes" and "YES" count; no reply is a no."""
+    rng = random.Random(f"{config.seed} classification")
+    shown = some_seeds(seeds, True, config.yes_examples, rng) + some_seeds(seeds, False, config.no_examples, rng)
+    rng.shuffle(shown)
+    text = ("A task is a classification if its answer is one of a small set of labels. Is the last task one? "
+            "Answer Yes or No.\n\n")
+    for seed in shown:
+        text += f"Task: {seed['instruction']}\nClassification: {'Yes' if seed['is_classification'] else 'No'}\n\n"
+    requests = [Request(user(f"{text}Task: {task['instruction']}\nClassification:")) for task in tasks]
+    replies = run.ask(model, requests, Sampling(3, 0.0, stop=("\n", "Task")), "classification or not")
+    for task, reply in zip(tasks, replies, strict=True):
+        task["is_classification"] = reply is not None and reply.text.strip().rstrip(".") in ("Yes", "yes", "YES")
+
+
 # ----------------------------------------------------------------------------------------- instances
 
 def input_first_prompt(seeds: list[dict], config: Config) -> str:
-    text = ("Write examples of how a task can be set and done, under the headings Example 1, Example 2 and so on, at most five. Each has "
-            "an input, and the output that does the task for it. Where a task needs no input, write the output alone.\n\n")
-    for seed in some_seeds(seeds, False, config.input_first_examples, random.Random(f"{config.seed} input first")):
+    text = ("Write examples of how a task can be set and done, under the headings Example 1, Example 2 and so on, at "
+            "most five. Each has an input, and the output that does the task for it. Where a task needs no input, "
+            "write the output alone.\n\n")
+    rng = random.Random(f"{config.seed} input first")
+    for seed in some_seeds(seeds, False, config.input_first_examples, rng):
         text += f"Task: {seed['instruction']}\n"
         for number, i in enumerate(seed["instances"], 1):
-            text += f"Example {number}\n" + (f"Input: {i['input']}\n" if i["input"] else "") + f"Output: {i['output']}\n\n"
+            given = f"Input: {i['input']}\n" if i["input"] else ""
+            text += f"Example {number}\n{given}Output: {i['output']}\n\n"
     return text
 
 
 def output_first_prompt(seeds: list[dict], config: Config) -> str:
-    text = ("For a classification task, name a label after \"Class label:\", then write an input that this label and no other belongs to. "
-            "Go through several labels. If the task names its labels, use those.\n\n")
-    for seed in some_seeds(seeds, True, config.output_first_examples, random.Random(f"{config.seed} output first")):
-        text += f"Task: {seed['instruction']}\n" + "".join(f"Class label: {i['output']}\n{i['input']}\n\n" for i in seed["instances"])
+    text = ("For a classification task, name a label after \"Class label:\", then write an input that this label and "
+            "no other belongs to. Go through several labels. If the task names its labels, use those.\n\n")
+    rng = random.Random(f"{config.seed} output first")
+    for seed in some_seeds(seeds, True, config.output_first_examples, rng):
+        text += f"Task: {seed['instruction']}\n"
+        text += "".join(f"Class label: {i['output']}\n{i['input']}\n\n" for i in seed["instances"])
     return text
 
 
@@ -252,7 +264,8 @@ def read_input_first(text: str) -> list[tuple[str, str]]:
     for part in filter(str.strip, parts):
         given, *done = re.split(r"Output\s*\d*\s*:", part)
         given, done = (given, done[0]) if done else ("", given)
-        pairs.append((re.sub(r"^\s*Input\s*\d*\s*:", "", given).strip(), re.split(r"Input\s*\d*\s*:", done)[0].strip()))
+        given = re.sub(r"^\s*Input\s*\d*\s*:", "", given).strip()
+        pairs.append((given, re.split(r"Input\s*\d*\s*:", done)[0].strip()))
     return pairs
 
 
@@ -267,7 +280,8 @@ def sound(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tup
     kept, faults = [], []
     for given, done in pairs:
         reason = ("empty output" if not done else "input equals output" if given == done else
-                  "ends with a colon" if given.endswith(":") or done.endswith(":") else "repeated" if (given, done) in kept else "")
+                  "ends with a colon" if given.endswith(":") or done.endswith(":") else
+                  "repeated" if (given, done) in kept else "")
         if reason:
             faults.append(((given, done), reason))
         else:
@@ -278,13 +292,13 @@ def sound(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tup
     return kept, faults
 
 
-def add_instances(asking: Callable, seeds: list[dict], tasks: list[dict], config: Config, dropped: list[dict]) -> None:
+def add_instances(run: Run, model, seeds: list[dict], tasks: list[dict], config: Config) -> None:
     for classification, prompt, read, tokens, begin in (
             (False, input_first_prompt, read_input_first, config.instance_tokens, "Example 1"),
             (True, output_first_prompt, read_output_first, config.classification_tokens, "Class label:")):
-        some, text = [task for task in tasks if task["is_classification"] is classification], prompt(seeds, config)
-        requests = [Request(user(f"{text}Task: {task['instruction']}\n(Begin with \"{begin}\".)")) for task in some]
-        replies = asking(requests, Sampling(tokens, 0.0, stop=("Example 6", "Task:")), progress="instances, " + begin)
+        some, text = [t for t in tasks if t["is_classification"] is classification], prompt(seeds, config)
+        requests = [Request(user(f"{text}Task: {t['instruction']}\n(Begin with \"{begin}\".)")) for t in some]
+        replies = run.ask(model, requests, Sampling(tokens, 0.0, stop=("Example 6", "Task:")), f"instances, {begin}")
         for task, reply in zip(some, replies, strict=True):
             pairs, faults = (read(reply.text), []) if reply else ([], [])
             if not pairs:
@@ -293,20 +307,21 @@ def add_instances(asking: Callable, seeds: list[dict], tasks: list[dict], config
                 faults = [(pairs.pop(), "cut by length")]
             pairs, others = sound(pairs)
             kept = random.Random(f"{config.seed} {task['id']}").sample(pairs, min(len(pairs), config.instances))
-            faults += others + [(pair, f"more than {config.instances} instances") for pair in pairs if pair not in kept]
+            faults += others + [(p, f"more than {config.instances} instances") for p in pairs if p not in kept]
             task["instances"] = [{"input": given, "output": done} for given, done in kept]
-            dropped += [{"stage": "instance", "task": task["id"], "text": text, "reason": reason} for text, reason in faults]
+            for what, reason in faults:
+                run.drop("instance", reason, task=task["id"], text=what)
 
 
 # ------------------------------------------------------------------------------------ training records
 
-WITH_INPUT = ("{i}\n{x}", "{i}\n\n{x}", "{i}\nInput: {x}", "{i}\n\nInput: {x}\n\nOutput:", "Task: {i}\nInput: {x}\nOutput:",
-              "Task: {i}\n\n{x}", "Task: {i}\n\n{x}\n\nOutput:")
+WITH_INPUT = ("{i}\n{x}", "{i}\n\n{x}", "{i}\nInput: {x}", "{i}\n\nInput: {x}\n\nOutput:",
+              "Task: {i}\nInput: {x}\nOutput:", "Task: {i}\n\n{x}", "Task: {i}\n\n{x}\n\nOutput:")
 WITHOUT_INPUT = ("{i}", "{i}\nOutput:", "{i}\n\nOutput:", "Task: {i}", "Task: {i}\nOutput:", "Task: {i}\n\nOutput:")
 
 
 def as_prompt(instruction: str, given: str, rng: random.Random) -> str:
-    """One of the formats by lot; half of the time the input loses its only field name, and its blank lines."""
+    """One of the formats at random; half of the time the input loses its only field name, and its blank lines."""
     if rng.random() < 0.5:
         fields = re.findall(r"(?m)^[A-Za-z][\w ]{0,30}:", given)
         if len(fields) == 1:
@@ -315,7 +330,7 @@ def as_prompt(instruction: str, given: str, rng: random.Random) -> str:
     return rng.choice(WITH_INPUT if given else WITHOUT_INPUT).format(i=instruction, x=given)
 
 
-def training_records(tasks: list[dict], source: str, config: Config, dropped: list[dict]) -> list[dict]:
+def training_records(run: Run, tasks: list[dict], source: str, config: Config) -> list[dict]:
     rng, records = random.Random(f"{config.seed} formats"), {}
     for task in tasks:
         for number, i in enumerate(task["instances"]):
@@ -328,9 +343,10 @@ def training_records(tasks: list[dict], source: str, config: Config, dropped: li
             except Reject as reject:  # a NUL, half a surrogate pair
                 reason = reject.kind
             if reason:
-                dropped.append({"stage": "record", "task": task["id"], "text": [prompt, i["output"]], "reason": reason})
+                run.drop("record", reason, task=task["id"], text=[prompt, i["output"]])
             else:
-                records[prompt, i["output"]] = {"id": f"{task['id']}_{number}", "messages": messages, "source": source}
+                record = {"id": f"{task['id']}_{number}", "messages": messages, "source": source}
+                records[prompt, i["output"]] = record
     shuffled = list(records.values())
     rng.shuffle(shuffled)
     return shuffled
@@ -365,7 +381,7 @@ def read_alpaca(reply: Reply, config: Config) -> list[tuple[dict | None, str, st
     """As read_list, of blocks between "###" with exactly an instruction, an input and an output."""
     headings, text = r"\d+\s*\.\s*(Instruction|Input|Output)\s*:", reply.text
     if not re.match(rf"\s*(###)?\s*{headings}", text):
-        text = "0. Instruction:" + text  # the prompt had begun it
+        text = "0. Instruction:" + text  # the prompt ends with this heading
     found = []
     for block in filter(str.strip, text.split("###")):
         before, *fields = re.split(headings, block)
@@ -374,31 +390,23 @@ def read_alpaca(reply: Reply, config: Config) -> list[tuple[dict | None, str, st
             continue
         given, done = fields[3].strip(), fields[5].strip()
         instance = {"input": "" if given.lower() == "<noinput>" else given, "output": done}
-        found.append(({"instruction": fields[1], "instances": [instance]}, block, "") if done else (None, block, "empty output"))
+        task = {"instruction": fields[1], "instances": [instance]}
+        found.append((task, block, "") if done else (None, block, "empty output"))
     if not reply.finished and found:
         found[-1] = (None, found[-1][1], "cut by length")
     return found
 
 
-def generate(model, config: Config) -> None:
-    out, seeds, dropped = Path(config.out), load_seeds(config), []
-    asking = partial(ask, model, ledger=out / "replies.jsonl", budget=Budget(tokens=config.budget) if config.budget else None)
-    tasks = new_tasks(asking, seeds, config, dropped)
+def main(config: Config, model=None) -> None:
+    seeds, run = load_seeds(config), Run(config)  # before a model is loaded
+    model = model or open_model(config.model, config.device)
+    tasks = new_tasks(run, model, seeds, config)
     if config.recipe == "original":
-        mark_classifications(asking, seeds, tasks, config)
-        add_instances(asking, seeds, tasks, config, dropped)
-    records = training_records(tasks, f"self-instruct, {config.recipe}, by {model.name}", config, dropped)
-    for name, lines in (("tasks", [task for task in tasks if task["instances"]]), ("train", records), ("dropped", dropped)):
-        runtime.write_text(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    print(f"{out}: {len(tasks)} instructions, {len(records)} training records; {len(dropped)} dropped, for reasons in dropped.jsonl")
-    for (stage, reason), number in Counter((d["stage"], d["reason"]) for d in dropped).most_common():
-        print(f"{number:8,}  {stage}: {reason}")
-
-
-def main(config: Config) -> None:
-    load_seeds(config)  # before a model is loaded
-    runtime.open_folder(config.out)
-    generate(open_model(config.model, config.device), config)
+        mark_classifications(run, model, seeds, tasks, config)
+        add_instances(run, model, seeds, tasks, config)
+    records = training_records(run, tasks, f"self-instruct, {config.recipe}, by {model.name}", config)
+    run.write(f"{len(tasks)} instructions, {len(records)} training records",
+              tasks=[task for task in tasks if task["instances"]], train=records)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
     python -m collect.tiny_judgments pairs=runs/tiny/0/pairs_reward.jsonl out=runs/tiny/0/judgments.jsonl
 
 The user's message shows the dialogue with two replies, A and B, in judging/prompts.py's bare wording; the assistant
-says "A" or "B". Which reply is called A is drawn by lot for every pair, so a judge that leans to one side learnt
-that by itself.
+says "A" or "B". Which reply is called A is random for every pair, so the lessons favour neither side.
 """
 from __future__ import annotations
 
@@ -23,14 +22,14 @@ from judging.prompts import Question, ask_pair
 class Config:
     pairs: str = "runs/tiny/0/pairs_reward.jsonl"  # JSONL of preferences
     out: str = "judgments.jsonl"                   # JSONL of dialogues to imitate
-    seed: int = 0                                  # of the lots
+    seed: int = 0                                  # of which reply is A
 
     def __post_init__(self):
         runtime.check_range("seed", self.seed, 0, inf)
 
 
 def lesson(record: dict, chosen_first: bool) -> dict:
-    """One preference record as one exercise."""
+    """One preference record as one dialogue to imitate."""
     said = [m["content"] for m in record["prompt"]]
     question = Question(str(record.get("id", "")), record.get("category", ""), said[0::2])
     chosen, rejected = ([*said[1::2], record[side]] for side in ("chosen", "rejected"))
@@ -44,8 +43,8 @@ def main(config: Config) -> None:
     records = list(records)
     report.refuse()
     rng = random.Random(f"judgments {config.seed}")
-    lessons = [lesson(record, rng.random() < 0.5) for record in records]
-    runtime.write_text(Path(config.out), "".join(json.dumps(x) + "\n" for x in lessons))
+    lessons = [json.dumps(lesson(record, rng.random() < 0.5)) + "\n" for record in records]
+    runtime.write_text(Path(config.out), "".join(lessons))
     print(f"wrote {len(lessons)} judgments to {config.out}")
 
 

@@ -1,21 +1,21 @@
 """UltraChat: two models talk, one of them plays the user (Ding et al. 2023, arXiv:2305.14233).
 
-    python -m collect.ultrachat model=http://127.0.0.1:8000/v1#name out=runs/ultrachat dialogues=100       questions about the world
-    python -m collect.ultrachat sector=writing ...         sector=materials materials=passages.jsonl ...    the two other sectors
-    python -m collect.ultrachat review=true ...            a person keeps, rephrases or drops, reply by reply
+    python -m collect.ultrachat model=http://127.0.0.1:8000/v1#name dialogues=100       questions about the world
+    python -m collect.ultrachat sector=writing ...      sector=materials materials=passages.jsonl ...
+    python -m collect.ultrachat review=true ...         a person keeps, rephrases or drops, reply by reply
 
     questions   topics -> subtopics -> questions -> related questions -> 3 to 7 rounds
     writing     kinds of text -> instructions, 80 % of them made more detailed -> 2 to 4 rounds
     materials   passages -> questions or instructions, joined by a template -> 2 to 4 rounds
     openings    what a user says first, line by line from topics=FILE -> 3 to 7 rounds (ours)
 
-    train.jsonl    {"id", "messages", "sector", "about"}              dropped.jsonl   what was left out, and why
-    replies.jsonl  every raw reply: a run that was stopped goes on    review.jsonl    what the person decided
+    train.jsonl     {"id", "messages", "sector", "about"}      dropped.jsonl   what was left out, and why
+    replies.jsonl   raw replies, to resume from                review.jsonl    what the person decided
 
 Prompts and lists are our own. Lists are asked for ten items at a time. Before a list is expanded further a random
 `dialogues` of its items are taken, since more are never needed; published were 1.57 million dialogues of all. The
-first sector's Wikidata entities are not asked for: give them as topics=FILE. Where we leave the published code: a dialogue
-that is cut at `split_tokens` for training keeps its last round (the splitter lost one that just overflowed).
+first sector's Wikidata entities are not asked for: give them as topics=FILE. Where we leave the published code: a
+dialogue that is cut at `split_tokens` for training keeps its last round (the splitter lost one that just overflowed).
 """
 from __future__ import annotations
 
@@ -23,38 +23,37 @@ import hashlib
 import json
 import random
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Literal
 
 import runtime
+from collect.synthetic import Run, Settings, read_lines, swapped, user
 from data.formats import read
-from data.llm import Budget, Request, Sampling, ask, open_model
+from data.llm import Request, Sampling, open_model
 from data.records import fault
 from data.tokenizer import load_tokenizer
 
-TOPICS = ("animals and plants", "architecture", "books", "careers", "chemistry and physics", "cities", "climate", "computers", "cooking",
-          "economics", "family", "film and theatre", "gardening", "health", "history", "hobbies", "houses", "languages", "law",
-          "mathematics", "medicine", "money", "music", "oceans", "painting", "religion and thought", "school", "space", "sport", "travel")
-KINDS = ("a story", "a poem", "a scene of a play", "a letter", "an e-mail", "a speech", "an essay", "a newspaper report", "a review",
-         "a diary entry", "a dialogue", "an advertisement", "a recipe", "a manual", "a travel guide", "a biography", "a song text",
-         "a fable", "a summary", "a short program")
+TOPICS = ("animals and plants", "architecture", "books", "careers", "chemistry and physics", "cities", "climate",
+          "computers", "cooking", "economics", "family", "film and theatre", "gardening", "health", "history",
+          "hobbies", "houses", "languages", "law", "mathematics", "medicine", "money", "music", "oceans", "painting",
+          "religion and thought", "school", "space", "sport", "travel")
+KINDS = ("a story", "a poem", "a scene of a play", "a letter", "an e-mail", "a speech", "an essay",
+         "a newspaper report", "a review", "a diary entry", "a dialogue", "an advertisement", "a recipe", "a manual",
+         "a travel guide", "a biography", "a song text", "a fable", "a summary", "a short program")
 TEMPLATES = ("{text}\n\n{question}", "{question}\n\n{text}", "Read this passage:\n\n{text}\n\n{question}",
              "{question} Here is the text:\n\n{text}", "Text: {text}\n\nTask: {question}")
 ROUNDS = {"questions": (3, 7), "writing": (2, 4), "materials": (2, 4), "openings": (3, 7)}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     model: str = ""              # who answers: checkpoint directory or endpoint
     user_model: str = ""         # who plays the user; empty: the same
-    out: str = "runs/ultrachat"  # folder
+    out: str = "runs/ultrachat"
     sector: Literal["questions", "writing", "materials", "openings"] = "questions"
-    topics: str = ""             # text file, a topic, kind of text or opening a line; empty: the built-in 30 topics, 20 kinds
+    topics: str = ""             # text file, a topic, kind of text or opening a line; empty: 30 topics, 20 kinds
     materials: str = ""          # JSONL of {"text"}
     dialogues: int = 100
     subtopics: int = 37          # of a topic: 1,100 of 30
@@ -68,17 +67,16 @@ class Config:
     max_tokens: int = 1024       # of a reply
     user_tokens: int = 256       # of a user's turn
     temperature: float = 1.0
-    split_tokens: int = 2048     # longest training record, if there is a tokenizer; each turn counts 6 more than its tokens
+    split_tokens: int = 2048     # longest training record, given a tokenizer; a turn counts 6 more than its tokens
     tokenizer: str = ""          # directory
     review: bool = False         # ask a person about every reply
-    seed: int = 0
-    device: str = "auto"
-    budget: int = 0              # tokens this run may spend, 0: as many as it takes
 
     def __post_init__(self):
-        for key, low, high in (("dialogues", 1, inf), ("subtopics", 1, inf), ("questions", 1, inf), ("related", 0, inf),
-                               ("instructions", 1, inf), ("detailed", 0, 1), ("material_questions", 1, inf), ("fewest_rounds", 0, 100),
-                               ("most_rounds", self.most_rounds and self.fewest_rounds, 100), ("split_tokens", 1, inf), ("budget", 0, inf)):
+        super().__post_init__()
+        self.at_least(1, "dialogues", "subtopics", "questions", "instructions", "material_questions", "split_tokens")
+        self.at_least(0, "related")
+        for key, low, high in (("detailed", 0, 1), ("fewest_rounds", 0, 100),
+                               ("most_rounds", self.most_rounds and self.fewest_rounds, 100)):
             runtime.check_range(key, getattr(self, key), low, high)
 
 
@@ -93,17 +91,9 @@ def load_about(config: Config) -> list[str]:
         return passages
     if not config.topics and config.sector != "openings":
         return list(TOPICS if config.sector == "questions" else KINDS)
-    try:
-        found = [line.strip() for line in Path(config.topics).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        runtime.fail(f"topics={config.topics}: cannot be read ({error}), expected text, one topic, kind of text or opening a line")
-    if not found:
-        runtime.fail(f"topics={config.topics}: is empty, expected text, one topic, kind of text or opening a line")
-    return found
-
-
-def user(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
+    expected = "text, one topic, kind of text or opening a line"
+    found = [line.strip() for line in read_lines("topics", config.topics, expected) if line.strip()]
+    return found or runtime.fail(f"topics={config.topics}: is empty, expected {expected}")
 
 
 # ---------------------------------------------------------------------------------- opening lines
@@ -117,132 +107,145 @@ def read_items(text: str) -> tuple[list[str], list[str]]:
     return items, others
 
 
-def lists(asking: Callable, wishes: list[str], number: int, stage: str, config: Config, dropped: list[dict]) -> list[list[str]]:
+def lists(run: Run, model, wishes: list[str], number: int, stage: str, config: Config) -> list[list[str]]:
     """For every wish a list of at most `number` different items, ten of them a request."""
-    parts = range(-(-number // 10))
-    requests = [Request(user(f"{wish}\nWrite {min(10, number)} of them as a numbered list, one a line, and nothing else."), repeat=part)
-                for wish in wishes for part in parts]
-    replies = iter(asking(requests, Sampling(config.max_tokens, config.temperature), progress=stage))
-    found = []
-    for wish in wishes:
-        kept: dict[str, str] = {}
-        for _, reply in zip(parts, replies, strict=False):
-            reason = fault(reply)
-            items, others = read_items(reply.text) if reason in ("", "cut by length") else ([], [])
-            faults = [(items.pop() if items else reply and reply.text, reason)] if reason else []
-            faults += [(text, "not an item of the list") for text in others]
-            for item in items:
-                if len(kept) < number and item.casefold() not in kept:
-                    kept[item.casefold()] = item
-                else:
-                    faults.append((item, "repeated" if item.casefold() in kept else "more than asked for"))
-            dropped += [{"stage": stage, "of": wish, "text": text, "reason": reason} for text, reason in faults]
-        found.append(list(kept.values()))
-    return found
+    parts = -(-number // 10)
+    size = f"Write {min(10, number)} of them as a numbered list, one a line, and nothing else."
+    requests = [Request(user(f"{wish}\n{size}"), repeat=part) for wish in wishes for part in range(parts)]
+    found: list[dict[str, str]] = [{} for _ in wishes]
+    for i, reply in enumerate(run.ask(model, requests, Sampling(config.max_tokens, config.temperature), stage)):
+        kept, reason = found[i // parts], fault(reply)
+        items, others = read_items(reply.text) if reason in ("", "cut by length") else ([], [])
+        faults = [(items.pop() if items else reply and reply.text, reason)] if reason else []
+        faults += [(text, "not an item of the list") for text in others]
+        for item in items:
+            if len(kept) < number and item.casefold() not in kept:
+                kept[item.casefold()] = item
+            else:
+                faults.append((item, "repeated" if item.casefold() in kept else "more than asked for"))
+        for text, reason in faults:
+            run.drop(stage, reason, of=wishes[i // parts], text=text)
+    return [list(kept.values()) for kept in found]
 
 
-def openings(asking: Callable, about: list[str], config: Config, dropped: list[dict]) -> list[dict]:
+def openings(run: Run, model, about: list[str], config: Config) -> list[dict]:
     """First turns of the user, and what they are about."""
     rng = random.Random(f"{config.seed} openings")
 
     def expand(parents: list[dict], wish: str, number: int, stage: str) -> list[dict]:
         parents = rng.sample(parents, min(len(parents), config.dialogues))
-        children = lists(asking, [wish.format(parent["text"]) for parent in parents], number, stage, config, dropped)
+        children = lists(run, model, [wish.format(parent["text"]) for parent in parents], number, stage, config)
         return [{"text": text, "about": [*parent["about"], parent["text"]]}
                 for parent, texts in zip(parents, children, strict=True) for text in texts]
 
     found = [{"text": text, "about": []} for text in about]
     if config.sector == "questions":
-        found = expand(found, "Name subjects within this topic that people like to talk about: {}", config.subtopics, "subtopics")
+        found = expand(found, "Name subjects within this topic that people like to talk about: {}",
+                       config.subtopics, "subtopics")
         found = expand(found, "What might a curious person ask an assistant about this subject, in full sentences? {}",
                        config.questions, "questions")
         if config.related:
-            found += expand(found, "Somebody asks: {}\nWhat else might they want to ask in this connection?", config.related, "related")
+            found += expand(found, "Somebody asks: {}\nWhat else might they want to ask in this connection?",
+                            config.related, "related")
     elif config.sector == "writing":
-        found = expand(found, "Somebody wants an assistant to write {}. What exactly might they ask for, each in one sentence?",
-                       config.instructions, "instructions")
+        found = expand(found, "Somebody wants an assistant to write {}. What exactly might they ask for, each in one "
+                       "sentence?", config.instructions, "instructions")
         found = rng.sample(found, min(len(found), config.dialogues))
-        short = [opening for opening in found if rng.random() < config.detailed]
-        requests = [Request(user(f"Somebody asks: {opening['text']}\nWrite the request anew with more detail: what it must contain, for "
-                                 "whom it is, in what form and tone. Write nothing but the request.")) for opening in short]
-        replies = asking(requests, Sampling(config.max_tokens, config.temperature), progress="details")
-        for opening, reply in zip(short, replies, strict=True):
-            if fault(reply):  # the short one stays
-                dropped.append({"stage": "details", "of": opening["text"], "text": reply and reply.text, "reason": fault(reply)})
-            else:
-                opening["text"] = reply.text.strip()
+        add_details(run, model, [opening for opening in found if rng.random() < config.detailed], config)
     elif config.sector == "materials":
-        found = expand(found, "{}\n\nWhat might somebody ask about the text above, or want done with it?", config.material_questions,
-                       "questions about passages")
+        found = expand(found, "{}\n\nWhat might somebody ask about the text above, or want done with it?",
+                       config.material_questions, "questions about passages")
         for opening in found:
             opening["text"] = rng.choice(TEMPLATES).format(text=opening["about"].pop(), question=opening["text"])
     return rng.sample(found, min(len(found), config.dialogues))
 
 
+def add_details(run: Run, model, short: list[dict], config: Config) -> None:
+    """Have these openings written anew with more detail; where that fails, the short one stays."""
+    requests = [Request(user(f"Somebody asks: {opening['text']}\nWrite the request anew with more detail: what it must "
+                             "contain, for whom it is, in what form and tone. Write nothing but the request."))
+                for opening in short]
+    replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), "details")
+    for opening, reply in zip(short, replies, strict=True):
+        opening["text"] = run.usable(reply, "details", of=opening["text"]) or opening["text"]
+
+
 # ------------------------------------------------------------------------------------- the dialogue
 
-PERSON = ("Play a person who talks with an assistant. I am the assistant. Write only what this person says next, in their own voice: ask "
-          "further, doubt, go into a detail of my last answer, want it changed, or take up something near to it. Be brief, as people "
-          "are who type. Never answer for me, never thank or praise me, never say that you are playing. Begin.")
-COURTESY = re.compile(r"(?:(?:oh|wow|ok|okay|alright)\b[,! ]*)?(?:many thanks|thanks|thank you|i (?:really |greatly )?appreciate|"
-                      r"i'm (?:so |very )?grateful|good ?bye|bye|have a (?:nice|good|great|wonderful)|you're welcome|"
+PERSON = ("Play a person who talks with an assistant. I am the assistant. Write only what this person says next, in "
+          "their own voice: ask further, doubt, go into a detail of my last answer, want it changed, or take up "
+          "something near to it. Be brief, as people are who type. Never answer for me, never thank or praise me, "
+          "never say that you are playing. Begin.")
+COURTESY = re.compile(r"(?:(?:oh|wow|ok|okay|alright)\b[,! ]*)?(?:many thanks|thanks|thank you|"
+                      r"i (?:really |greatly )?appreciate|i'm (?:so |very )?grateful|good ?bye|bye|"
+                      r"have a (?:nice|good|great|wonderful)|you're welcome|"
                       r"that(?:'s| is) (?:so |very |really )?(?:kind|helpful|great|wonderful))\b", re.IGNORECASE)
 WISH = re.compile(r"\?|[,;:] (?:but|now|please|could|can|next|also|one)\b", re.IGNORECASE)
 
 
 def without_courtesy(text: str) -> str:
-    """A user's turn without the sentences that only thank, praise or part; a sentence that also asks stays whole."""
+    """A user's turn without the sentences that only thank, praise or say goodbye; one that also asks stays whole."""
     sentences = re.split(r"(?<=[.!?])\s+", text.strip())
     return " ".join(s for s in sentences if WISH.search(s) or not COURTESY.match(s))
 
 
-def talk(asking: Callable, asking_user: Callable, dialogues: list[dict], config: Config, decided: dict | None, dropped: list[dict]) -> None:
-    """All dialogues round by round; each ends after the rounds drawn for it, or for the reason in "ended"."""
+def talk(run: Run, model, user_model, dialogues: list[dict], config: Config) -> None:
+    """All dialogues round by round; each ends after the rounds drawn for it, or early, when a turn cannot be used."""
+    decided = read_decisions(run.out / "review.jsonl") if config.review else None
     for number in range(max((d["rounds"] for d in dialogues), default=0)):
-        going = [d for d in dialogues if "ended" not in d and number < d["rounds"]]
+        going = [d for d in dialogues if not d["ended"] and number < d["rounds"]]
         if number:
-            user_turns(asking_user, going, number, config, dropped)
-        going = [d for d in going if "ended" not in d]
-        while going:  # once, and again for what a person rephrased
-            requests = [Request(list(d["messages"]), tag=f"{d['id']} {d['rephrased']}") for d in going]
-            replies = asking(requests, Sampling(config.max_tokens, config.temperature), progress=f"reply {number + 1}")
-            again = []
-            for d, reply in zip(going, replies, strict=True):
-                reason, verdict = fault(reply), {"decision": "keep"}
-                if not reason and decided is not None:
-                    verdict = review(d, reply.text, decided, Path(config.out) / "review.jsonl")
-                if verdict["decision"] == "rephrase":
-                    dropped.append({"stage": "review", "dialogue": d["id"], "text": d["messages"][-1]["content"], "reason": "rephrased"})
-                    d["messages"][-1:] = user(verdict["turn"])
-                    d["rephrased"] += 1
-                    again.append(d)
-                elif reason or verdict["decision"] == "drop":
-                    d["ended"] = reason or "dropped by a person"
-                    dropped.append({"stage": "reply", "dialogue": d["id"], "text": reply and reply.text, "reason": d["ended"]})
-                    d["messages"] = d["messages"][:-1] if reason else []
-                else:
-                    d["messages"].append({"role": "assistant", "content": reply.text.strip()})
-            going = again
+            user_turns(run, user_model, going, number, config)
+        going = [d for d in going if not d["ended"]]
+        while going:  # once, and again where a person rephrased the question
+            going = assistant_turns(run, model, going, number, decided, config)
 
 
-def user_turns(asking_user: Callable, going: list[dict], number: int, config: Config, dropped: list[dict]) -> None:
-    """The next thing each person says; to the model that plays them, the assistant is the user."""
-    other = {"user": "assistant", "assistant": "user"}
-    requests = [Request(user(PERSON) + [m | {"role": other[m["role"]]} for m in d["messages"]], tag=d["id"]) for d in going]
-    replies = asking_user(requests, Sampling(config.user_tokens, config.temperature), progress=f"user's turn {number + 1}")
-    for d, reply in zip(going, replies, strict=True):
-        reason = fault(reply)
-        turn = "" if reason else without_courtesy(reply.text)
+def user_turns(run: Run, user_model, going: list[dict], number: int, config: Config) -> None:
+    """The next thing each person says."""
+    requests = [Request(user(PERSON) + swapped(d["messages"]), tag=d["id"]) for d in going]
+    sampling = Sampling(config.user_tokens, config.temperature)
+    for d, reply in zip(going, run.ask(user_model, requests, sampling, f"user's turn {number + 1}"), strict=True):
+        text = run.usable(reply, "user's turn", dialogue=d["id"])
+        turn = without_courtesy(text)
         if turn:
             d["messages"] += user(turn)
+            continue
+        d["ended"] = True
+        if text:
+            run.drop("user's turn", "only courtesy", dialogue=d["id"], text=reply.text)
+
+
+def assistant_turns(run: Run, model, going: list[dict], number: int, decided: dict | None,
+                    config: Config) -> list[dict]:
+    """The next reply of each dialogue, perhaps reviewed by a person; returns those whose question was rephrased."""
+    requests = [Request(list(d["messages"]), tag=f"{d['id']} {d['rephrased']}") for d in going]
+    replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), f"reply {number + 1}")
+    again = []
+    for d, reply in zip(going, replies, strict=True):
+        text, verdict = run.usable(reply, "reply", dialogue=d["id"]), {"decision": "keep"}
+        if text and decided is not None:
+            verdict = review(d, reply.text, decided, run.out / "review.jsonl")
+        if not text:
+            d["ended"] = True
+            d["messages"].pop()
+        elif verdict["decision"] == "drop":
+            run.drop("reply", "dropped by a person", dialogue=d["id"], text=reply.text)
+            d |= {"ended": True, "messages": []}
+        elif verdict["decision"] == "rephrase":
+            run.drop("review", "rephrased", dialogue=d["id"], text=d["messages"].pop()["content"])
+            d["messages"] += user(verdict["turn"])
+            d["rephrased"] += 1
+            again.append(d)
         else:
-            d["ended"] = reason or "only courtesy"
-            dropped.append({"stage": "user's turn", "dialogue": d["id"], "text": reply and reply.text, "reason": d["ended"]})
+            d["messages"].append({"role": "assistant", "content": text})
+    return again
 
 
 def review(dialogue: dict, reply: str, decided: dict, file: Path) -> dict:
     """What the person at the terminal makes of a reply; what was decided once is not asked again."""
-    key = hashlib.sha256(json.dumps([dialogue["id"], dialogue["rephrased"], dialogue["messages"], reply]).encode()).hexdigest()[:16]
+    depends_on = [dialogue["id"], dialogue["rephrased"], dialogue["messages"], reply]
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     if key in decided:
         return decided[key]
     for m in [*dialogue["messages"], {"role": "assistant", "content": reply}]:
@@ -255,7 +258,8 @@ def review(dialogue: dict, reply: str, decided: dict, file: Path) -> dict:
         while verdict["decision"] == "rephrase" and not verdict.get("turn"):
             verdict["turn"] = input("user: ").strip()
     except EOFError:
-        runtime.fail(f"{file}: holds {len(decided)} decisions, more are needed, and the input has ended: run again to go on")
+        runtime.fail(f"{file}: holds {len(decided)} decisions, more are needed, and the input has ended: "
+                     "run again to go on")
     with file.open("a") as stream:
         stream.write(json.dumps(verdict) + "\n")
     decided[key] = verdict
@@ -263,8 +267,9 @@ def review(dialogue: dict, reply: str, decided: dict, file: Path) -> dict:
 
 
 def read_decisions(file: Path) -> dict[str, dict]:
-    """By key; half a line that a killed run left is cut off."""
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.is_file() else []
+    """What was decided, by key; half a line that a killed run left is cut off."""
+    text = file.read_text() if file.is_file() else ""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     runtime.write_text(file, "".join(lines))
     return {verdict["key"]: verdict for verdict in map(json.loads, lines)}
 
@@ -272,14 +277,14 @@ def read_decisions(file: Path) -> dict[str, dict]:
 # -------------------------------------------------------------------------------------------- output
 
 def split(messages: list[dict], most: int, tokens: Callable[[str], int]) -> tuple[list[list[dict]], list[list[dict]]]:
-    """A dialogue in parts of at most `most` tokens, cut between rounds, and the rounds that are longer by themselves."""
+    """A dialogue in parts of at most `most` tokens, cut between rounds, and the rounds that are too long alone."""
     parts, too_long, room = [], [], 0
     for at in range(0, len(messages), 2):
         round_ = messages[at:at + 2]
         size = sum(tokens(m["content"]) + 6 for m in round_)
         if size > most:
             too_long.append(round_)
-            room = 0  # what follows would follow a gap
+            room = 0  # the next round begins a new part
             continue
         if size > room:
             parts.append([])
@@ -289,45 +294,32 @@ def split(messages: list[dict], most: int, tokens: Callable[[str], int]) -> tupl
     return parts, too_long
 
 
-def generate(model, user_model, config: Config) -> None:
-    out, dropped = Path(config.out), []
-    about = load_about(config)
-    out.mkdir(parents=True, exist_ok=True)
-    budget = Budget(tokens=config.budget) if config.budget else None
-    asking, asking_user = (partial(ask, m, ledger=out / "replies.jsonl", budget=budget) for m in (model, user_model))
+def main(config: Config, model=None, user_model=None) -> None:
+    about, run = load_about(config), Run(config)  # before a model is loaded
+    model = model or open_model(config.model, config.device)
+    user_model = user_model or (open_model(config.user_model, config.device) if config.user_model else model)
     most = config.most_rounds or max(ROUNDS[config.sector][1], config.fewest_rounds)
     fewest = config.fewest_rounds or min(ROUNDS[config.sector][0], most)
     rng = random.Random(f"{config.seed} rounds")
     dialogues = [{"id": f"{config.sector}_{number}", "about": opening["about"], "messages": user(opening["text"]),
-                  "rounds": rng.randint(fewest, most), "rephrased": 0}
-                 for number, opening in enumerate(openings(asking_user, about, config, dropped))]
-    talk(asking, asking_user, dialogues, config, read_decisions(out / "review.jsonl") if config.review else None, dropped)
+                  "rounds": rng.randint(fewest, most), "rephrased": 0, "ended": False}
+                 for number, opening in enumerate(openings(run, user_model, about, config))]
+    talk(run, model, user_model, dialogues, config)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    records = []
+    source, records = f"ultrachat, {user_model.name} asks, {model.name} answers", []
     for d in dialogues:
         messages = d["messages"][:len(d["messages"]) // 2 * 2]
         if len(messages) < 2 * fewest:
-            dropped.append({"stage": "dialogue", "dialogue": d["id"], "messages": messages, "reason": f"fewer than {fewest} rounds"})
+            run.drop("dialogue", f"fewer than {fewest} rounds", dialogue=d["id"], messages=messages)
             continue
         parts, too_long = [messages], []
         if tokenizer:
             parts, too_long = split(messages, config.split_tokens, lambda text: len(tokenizer.encode(text)))
-        dropped += [{"stage": "split", "dialogue": d["id"], "messages": round_, "reason": f"longer than {config.split_tokens} tokens"}
-                    for round_ in too_long]
+        for round_ in too_long:
+            run.drop("split", f"longer than {config.split_tokens} tokens", dialogue=d["id"], messages=round_)
         records += [{"id": f"{d['id']}_{n}", "messages": part, "sector": config.sector, "about": d["about"],
-                     "source": f"ultrachat, {user_model.name} asks, {model.name} answers"} for n, part in enumerate(parts)]
-    for name, lines in (("train", records), ("dropped", dropped)):
-        runtime.write_text(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    print(f"{out}: {len(dialogues)} dialogues, {len(records)} training records; {len(dropped)} dropped, for reasons in dropped.jsonl")
-    for (stage, reason), number in Counter((d["stage"], d["reason"]) for d in dropped).most_common():
-        print(f"{number:8,}  {stage}: {reason}")
-
-
-def main(config: Config) -> None:
-    load_about(config)  # before a model is loaded
-    runtime.open_folder(config.out)
-    model = open_model(config.model, config.device)
-    generate(model, open_model(config.user_model, config.device) if config.user_model else model, config)
+                     "source": source} for n, part in enumerate(parts)]
+    run.write(f"{len(dialogues)} dialogues, {len(records)} training records", train=records)
 
 
 if __name__ == "__main__":

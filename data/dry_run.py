@@ -78,9 +78,8 @@ def dry_run(config, load_data, scored: bool = False) -> None:
         print(f"  data: {config.data} is not read, as it or the model's tokenizer is missing")
 
 
-def dry_run_of_four(config) -> None:
-    """The four models of ppo.py: they take turns, so that the largest activations count once."""
-    dtype = compute_name(config)
+def plan_of_four(config, dtype: str) -> dict[str, int]:
+    """As plan, of the four models of ppo.py: they take turns, so that the largest activations count once."""
     policy = plan(config.model, config, dtype, config.micro_tokens)
     frozen = plan(config.model, config, dtype, 0, trained=False)
     value = dict.fromkeys(policy, 0)
@@ -92,6 +91,11 @@ def dry_run_of_four(config) -> None:
     else:
         weights = policy["weights"] + value["weights"] + 2 * frozen["weights"]
     found = {part: policy[part] + value[part] for part in policy}
-    found |= {"weights": weights, "parameters": policy["parameters"]}
-    show_plan(config.model, found, dtype, config.micro_tokens)
+    return found | {"weights": weights, "parameters": policy["parameters"]}
+
+
+def dry_run_of_four(config) -> None:
+    """As dry_run, for ppo.py, whose data are prompts to sample from."""
+    dtype = compute_name(config)
+    show_plan(config.model, plan_of_four(config, dtype), dtype, config.micro_tokens)
     print(f"  {config.steps} steps of {config.batch} prompts")

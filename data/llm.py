@@ -1,12 +1,12 @@
 """One way to ask a model, for data recipes and judges: a checkpoint on this machine, or an OpenAI-compatible endpoint.
 
-    model = open_model("runs/tiny/0/dpo/model")                  or "http://127.0.0.1:8000/v1#name"; the key is OPENAI_API_KEY
-    replies = ask(model, [Request([{"role": "user", "content": "Hi"}])], Sampling(), Path("ledger.jsonl"), Budget(money=5, ...))
+    model = open_model("runs/tiny/0/dpo/model")      or "http://127.0.0.1:8000/v1#name"; the key is in OPENAI_API_KEY
+    replies = ask(model, [Request([{"role": "user", "content": "Hi"}])], Sampling(), Path("ledger.jsonl"), Budget(...))
 
 Every raw reply is appended to the ledger, a JSONL file, the moment it arrives, under a key: a hash of everything it
-depends on. What the ledger holds is not asked again, so a run that was killed goes on where it was, and what is made
-of the replies can be made anew for nothing. A checkpoint draws each reply from a random stream of its key: the
-same whatever else is asked, and in which order. Failures go to a file of their own and are asked again next time.
+depends on. What the ledger holds is not asked again: a run that was killed goes on where it was, and what is made of
+the replies can be made anew for nothing. A checkpoint draws each reply from a random stream of its key: the same
+whatever else is asked, and in which order. Failures go to a file of their own and are asked again next time.
 """
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ class Reply(NamedTuple):
 
 def request_key(model_name: str, request: Request, sampling: Sampling) -> str:
     """Hash of everything a reply depends on, 16 hex digits."""
-    settings = asdict(sampling) | {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p)}  # 1 is 1.0
+    settings = asdict(sampling)
+    settings |= {key: float(settings[key]) for key in ("temperature", "top_p")}  # 1 is 1.0
     parts = [model_name, request.messages, settings, request.repeat, request.tag, request.labels]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -109,7 +110,7 @@ class Budget:
         self.spent_money += self.cost(prompt_tokens, reply_tokens)
 
     def affordable(self, requests: list[Request], sampling: Sampling) -> int:
-        """How many of the first requests cannot exceed what is left, all of them in flight at once."""
+        """How many of the first requests can all be under way without exceeding what is left."""
         tokens, money = self.spent_tokens, self.spent_money
         for count, request in enumerate(requests):
             most = most_prompt_tokens(request)
@@ -118,9 +119,10 @@ class Budget:
                 return count
         return len(requests)
 
-    def left(self) -> str:
+    def spent(self) -> str:
         words = [f"{self.spent_tokens:,} of {self.tokens:,.0f} tokens"] if self.tokens < inf else []
-        return " and ".join(words + ([f"{self.spent_money:.4f} of {self.money:g} in money"] if self.money < inf else []))
+        words += [f"{self.spent_money:.4f} of {self.money:g} in money"] if self.money < inf else []
+        return " and ".join(words)
 
 
 def most_prompt_tokens(request: Request) -> int:
@@ -130,59 +132,60 @@ def most_prompt_tokens(request: Request) -> int:
 
 def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget: Budget | None = None,
         progress: str = "") -> list[Reply | None]:
-    """A reply to every request, from the ledger or from the model; None where it failed. Equal requests share one reply.
+    """A reply to every request, from the ledger or from the model; None where it failed. Equal requests share one.
 
-    A budget that cannot pay for the next request ends the run, once everything that was asked is in the ledger.
+    When the budget cannot pay for the next request, the run ends; all replies so far are in the ledger.
     """
     for request in requests:
         if not request.messages or request.messages[-1]["role"] != "user":
             raise ValueError(f"a request ends with {request.messages[-1:]}, expected a user turn")
-    keys = [request_key(model.name, request, sampling) for request in requests]
+    keys, budget = [request_key(model.name, request, sampling) for request in requests], budget or Budget()
     open_folder(str(ledger.parent))
-    counts: Counter[str] = Counter()
     failures = ledger.with_name(f"{ledger.stem}.failures.jsonl")
     with ledger.open("ab+") as stream:
         known = _read_ledger(ledger, stream, set(keys))
         todo = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
-        counts["from the ledger"] = len(set(keys)) - len(todo)
-        bar = tqdm(total=len(set(keys)), initial=len(known), desc=progress, disable=not progress, mininterval=1, unit=" replies")
+        counts = Counter({"from the ledger": len(known)})
+        bar = tqdm(total=len(known) + len(todo), initial=len(known), desc=progress, disable=not progress, mininterval=1,
+                   unit=" replies")
         waiting = list(todo)
-        while waiting:
-            count = len(waiting) if budget is None else budget.affordable([todo[key] for key in waiting], sampling)
-            if not count:
-                break
+        while waiting and (count := budget.affordable([todo[key] for key in waiting], sampling)):
             asked, waiting = waiting[:count], waiting[count:]
             for i, reply in model.replies([todo[key] for key in asked], sampling):
-                key, request = asked[i], todo[asked[i]]
-                line = {"key": key, "model": model.name, "messages": request.messages, "sampling": asdict(sampling),
-                        "repeat": request.repeat, "tag": request.tag}
-                if isinstance(reply, str):
-                    counts["failed"] += 1
-                    with failures.open("a") as reasons:
-                        reasons.write(json.dumps(line | {"error": reply}) + "\n")
-                else:
-                    stream.write((json.dumps(line | reply._asdict()) + "\n").encode())
-                    stream.flush()
-                    known[key] = reply
-                    counts["asked"] += 1
-                    counts["prompt tokens"] += reply.prompt_tokens
-                    counts["reply tokens"] += reply.completion_tokens
-                    if budget is not None:
-                        budget.spend(reply.prompt_tokens, reply.completion_tokens)
+                _record(asked[i], model.name, todo[asked[i]], sampling, reply, stream, failures, counts)
+                if not isinstance(reply, str):
+                    known[asked[i]] = reply
+                    budget.spend(reply.prompt_tokens, reply.completion_tokens)
                 bar.update()
             lost = getattr(model, "lost", [])  # attempts that may have been billed without an answer count in full
-            while budget is not None and lost:
+            while lost:
                 budget.spend(*lost.pop())
         bar.close()
     if progress or counts["failed"]:
-        words = [f"{counts[name]:,} {name}" for name in ("asked", "from the ledger", "failed", "prompt tokens", "reply tokens")]
-        cost = f", cost {budget.spent_money:.4f}" if budget is not None and budget.spent_money else ""
+        names = ("asked", "from the ledger", "failed", "prompt tokens", "reply tokens")
+        cost = f", cost {budget.spent_money:.4f}" if budget.spent_money else ""
         where = f"; reasons in {failures}" if counts["failed"] else ""
-        print(f"{progress or ledger}: {', '.join(words)}{cost}{where}", flush=True)
+        said = ", ".join(f"{counts[name]:,} {name}" for name in names)
+        print(f"{progress or ledger}: {said}{cost}{where}", flush=True)
     if waiting:
-        fail(f"{ledger}: the budget is used up ({budget.left()} spent, the next request might take more than is left), "
-             f"{len(waiting)} requests not asked: run again with more; what was answered is kept")
+        fail(f"{ledger}: the budget is used up ({budget.spent()} spent, the next request might take more than is "
+             f"left), {len(waiting)} requests not asked: run again with more; what was answered is kept")
     return [known.get(key) for key in keys]
+
+
+def _record(key: str, name: str, request: Request, sampling: Sampling, reply: Reply | str, stream, failures: Path,
+            counts: Counter) -> None:
+    """Append a reply to the ledger, or the reason there is none to the failures."""
+    line = {"key": key, "model": name, "messages": request.messages, "sampling": asdict(sampling),
+            "repeat": request.repeat, "tag": request.tag}
+    if isinstance(reply, str):
+        counts["failed"] += 1
+        with failures.open("a") as reasons:
+            reasons.write(json.dumps(line | {"error": reply}) + "\n")
+    else:
+        stream.write((json.dumps(line | reply._asdict()) + "\n").encode())
+        stream.flush()
+        counts.update({"asked": 1, "prompt tokens": reply.prompt_tokens, "reply tokens": reply.completion_tokens})
 
 
 def _read_ledger(ledger: Path, stream, wanted: set[str]) -> dict[str, Reply]:
@@ -212,10 +215,13 @@ def _read_ledger(ledger: Path, stream, wanted: set[str]) -> dict[str, Reply]:
 
 # ------------------------------------------------------------------------------------------ models
 
+EXPECTED = "expected a model directory, or an endpoint such as http://127.0.0.1:8000/v1#name"
+
+
 def open_model(where: str, device: str = "auto", template: str = "", model: str = "") -> Checkpoint | Endpoint:
-    """A Hugging Face directory, or an endpoint such as http://127.0.0.1:8000/v1#name. `template`: the checkpoint's own, or zephyr."""
+    """A Hugging Face directory, or an endpoint. `template`: the checkpoint's own, or zephyr."""
     if not where:
-        fail("a model is needed and its name is empty, expected a model directory, or an endpoint such as http://127.0.0.1:8000/v1#name")
+        fail(f"a model is needed and its name is empty, {EXPECTED}")
     if where.startswith(("http://", "https://")):
         url, _, name = where.partition("#")
         return Endpoint(url, model or name)
@@ -230,21 +236,22 @@ class Checkpoint:
     def __init__(self, where: str, device: str = "auto", template: str = ""):
         if template and template not in TEMPLATES:
             fail(f"template is '{template}', expected one of {', '.join(TEMPLATES)}")
-        path = Path(where)
-        if not (path / "config.json").is_file():
-            fail(f"{where}: holds no config.json, expected a model directory, or an endpoint such as http://127.0.0.1:8000/v1#name")
+        self.path = Path(where)
+        if not (self.path / "config.json").is_file():
+            fail(f"{where}: holds no config.json, {EXPECTED}")
         device = find_device(device)
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(self.path)
         # fp32 on the CPU: in bf16 a reply would depend on which others it is computed with.
-        self.model = expect_replies(load_model(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device), where)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = expect_replies(load_model(self.path, dtype, device), where)
         adopt_template(self.model, self.tokenizer, template or self.tokenizer.template or "zephyr")
-        self.path = path
 
     @cached_property
     def name(self) -> str:
         """A hash of the files, and the template: the same wherever the directory lies."""
-        files = [self.path / name for name in ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")]
-        return f"{file_hash(*filter(Path.is_file, files), *weight_files(self.path))}-{self.tokenizer.template}"
+        names = ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+        files = [file for name in names if (file := self.path / name).is_file()]
+        return f"{file_hash(*files, *weight_files(self.path))}-{self.tokenizer.template}"
 
     def replies(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Reply | str]]:
         """Replies in the order they end."""
@@ -261,27 +268,33 @@ class Checkpoint:
         if not sequences:
             return
         length = max(len(s.prompt) + s.max_tokens for s in sequences)
-        decoder = Decoder(self.model, self.tokenizer.stop_ids(), min(len(sequences), slots_that_fit(self.model, length)), length)
+        slots = min(len(sequences), slots_that_fit(self.model, length))
+        decoder = Decoder(self.model, self.tokenizer.stop_ids(), slots, length)
         decoder.waiting.extend(sequences)
         while stepped := decoder.step():
             for s in stepped:
-                text, stopped = before_stop(self.tokenizer.decode(s.tokens), sampling.stop) if s.done or sampling.stop else ("", False)
-                if stopped:
-                    s.done = True
+                if not s.done and not sampling.stop:
+                    continue
+                text, stopped = before_stop(self.tokenizer.decode(s.tokens), sampling.stop)
+                s.done = s.done or stopped
                 if s.done:
-                    # What else is in the batch moves the sixth decimal.
-                    labels = {label: round(x, 4) for label, x in zip(requests[sequences[s]].labels, s.label_logprobs, strict=True)}
+                    # Rounded: what else is in the batch changes the sixth decimal.
+                    values = [round(logprob, 4) for logprob in s.label_logprobs]
+                    labels = dict(zip(requests[sequences[s]].labels, values, strict=True))
                     seconds = time.perf_counter() - s.began
-                    yield sequences[s], Reply(text, s.finished or stopped, len(s.prompt), len(s.tokens), seconds, labels)
+                    reply = Reply(text, s.finished or stopped, len(s.prompt), len(s.tokens), seconds, labels)
+                    yield sequences[s], reply
 
     def label_tokens(self, labels: tuple[str, ...]) -> list[int]:
         """The token each label begins with, where a reply begins."""
         first: dict[int, str] = {}
         for label in labels:
-            ids, is_reply = self.tokenizer.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": label}])
+            dialogue = [{"role": "user", "content": "?"}, {"role": "assistant", "content": label}]
+            ids, is_reply = self.tokenizer.render(dialogue)
             token = ids[is_reply.index(True)]
             if token in first:
-                fail(f"labels '{first[token]}' and '{label}' begin with the same token of this vocabulary: choose other words")
+                fail(f"labels '{first[token]}' and '{label}' begin with the same token of this vocabulary: "
+                     "choose other words")
             first[token] = label
         return list(first)
 
@@ -293,7 +306,7 @@ def before_stop(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
 
 
 def slots_that_fit(model: Transformer, length: int) -> int:
-    """Sequences of `length` tokens, at most 128, whose keys and values fit in half of the GPU's free memory, or in 4 GiB."""
+    """Sequences of `length` tokens, at most 128, whose KV cache fits in half of the GPU's free memory, or in 4 GiB."""
     c, weight = model.config, model.embed_tokens.weight
     free = torch.cuda.mem_get_info(weight.device)[0] // 2 if weight.is_cuda else 4 * 2**30
     return max(1, min(128, free // (2 * c.layers * c.kv_heads * c.head_dim * length * weight.element_size())))
@@ -302,18 +315,21 @@ def slots_that_fit(model: Transformer, length: int) -> int:
 class Endpoint:
     """A server that speaks OpenAI's chat completions, asked by `threads` at a time."""
 
-    def __init__(self, url: str, model: str = "", threads: int = 8, timeout_s: float = 300.0, tries: int = 8, wait_s: float = 1.0):
+    def __init__(self, url: str, model: str = "", threads: int = 8, timeout_s: float = 300.0, tries: int = 8,
+                 wait_s: float = 1.0):
         import openai  # only now: it takes a second to import
 
         self.openai, self.url = openai, url.rstrip("/")
         self.threads, self.tries, self.wait_s = threads, tries, wait_s
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1") else "")
+        local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+        key = os.environ.get("OPENAI_API_KEY") or ("none" if local else "")
         if not key:
             fail(f"{url}: needs a key: set the environment variable OPENAI_API_KEY")
-        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=0)  # retries are ours: they shall be seen
-        self.lost: list[tuple[int, int]] = []  # most prompt and reply tokens of each attempt that got no answer and may have been billed
+        # No retries by the client: ours are shown, and charged to the budget.
+        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=0)
+        self.lost: list[tuple[int, int]] = []  # most prompt and reply tokens of attempts that may be billed in vain
         self.limit_name = "max_tokens"
-        self.said = -inf                       # when a retry was last spoken of
+        self.noticed = -inf                    # when the user was last told of a retry
         self.model = model or self._only_model()
         self.name = f"{self.url}#{self.model}"
 
@@ -321,17 +337,18 @@ class Endpoint:
         try:
             names = [m.id for m in self.client.models.list()]
         except self.openai.OpenAIError as error:
-            fail(f"{self.url}: does not say which models it has ({error}): start it, or name one, as in {self.url}#name")
+            fail(f"{self.url}: does not list its models ({error}): start it, or name one, as in {self.url}#name")
         if len(names) != 1:
             fail(f"{self.url}: has {len(names)} models: name one, as in {self.url}#{min(names, default='name')}")
         return names[0]
 
     def replies(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Reply | str]]:
-        """Replies in the order they come. What would go wrong every time ends the run, after the replies already under way."""
+        """Replies in the order they come. An error that no retry can mend ends the run, after the replies under way."""
         stopping, hopeless = threading.Event(), []
         pool = ThreadPoolExecutor(self.threads)
         try:
-            futures = {pool.submit(self._reply, request, sampling, stopping, hopeless): i for i, request in enumerate(requests)}
+            futures = {pool.submit(self._reply, request, sampling, stopping, hopeless): i
+                       for i, request in enumerate(requests)}
             for future in as_completed(futures):
                 if future.result() is not None:
                     yield futures[future], future.result()
@@ -341,20 +358,22 @@ class Endpoint:
         if hopeless:
             fail(f"{self.url}: {hopeless[0]}; what was answered is kept")
 
-    def _reply(self, request: Request, sampling: Sampling, stopping: threading.Event, hopeless: list[str]) -> Reply | str | None:
+    def _reply(self, request: Request, sampling: Sampling, stopping: threading.Event,
+               hopeless: list[str]) -> Reply | str | None:
         """One reply, after as many tries as it takes, or why there is none; None once the run is stopping."""
         openai, reason, wait = self.openai, "", self.wait_s
         for attempt in range(self.tries):
             if stopping.is_set():
                 return None
-            began, pause, billed, remedy = time.perf_counter(), wait * random.uniform(0.5, 1.5), True, ""  # not all threads at once again
+            began, billed, remedy = time.perf_counter(), True, ""
+            pause = wait * random.uniform(0.5, 1.5)  # threads that failed together do not try again together
             try:
-                completion = self._create(request, sampling)
-                return self._read(completion, request, sampling, time.perf_counter() - began)
+                return self._read(self._create(request, sampling), request, sampling, time.perf_counter() - began)
             except openai.APITimeoutError:
                 reason = f"no answer within {time.perf_counter() - began:.0f} s"
             except openai.APIConnectionError as error:
-                reason, billed = f"no connection ({error.__cause__ or error})", type(error.__cause__).__name__ != "ConnectError"
+                reason = f"no connection ({error.__cause__ or error})"
+                billed = type(error.__cause__).__name__ != "ConnectError"
                 if attempt + 1 == self.tries and not billed:
                     remedy = "start the server, or check the address"
             except openai.APIStatusError as error:
@@ -375,21 +394,21 @@ class Endpoint:
             if billed:
                 self.lost.append((most_prompt_tokens(request), sampling.max_tokens))
             if attempt + 1 < self.tries and not stopping.is_set():
-                self._say(f"{self.url}: {reason}: trying again in {pause:.0f} s")
+                self._notice(f"{self.url}: {reason}: trying again in {pause:.0f} s")
                 stopping.wait(pause)
                 wait = min(2 * wait, 60.0)
         return None if stopping.is_set() else f"{reason}, after {self.tries} tries"
 
-    def _say(self, text: str) -> None:
-        """A line for the user now and then: threads that wait have all the same to say."""
-        if time.monotonic() > self.said + 30:
-            self.said = time.monotonic()
+    def _notice(self, text: str) -> None:
+        """A line for the user, at most every 30 seconds: all threads that wait would say the same."""
+        if time.monotonic() > self.noticed + 30:
+            self.noticed = time.monotonic()
             tqdm.write(text, file=sys.stderr)
 
     def _create(self, request: Request, sampling: Sampling):
         limit_name = self.limit_name
         options: dict = {"temperature": sampling.temperature, "top_p": sampling.top_p, limit_name: sampling.max_tokens}
-        if sampling.temperature > 0:  # where the server can, repeats differ and reruns do not
+        if sampling.temperature > 0:  # where the server honours it, repeats differ and reruns do not
             options["seed"] = int(request_key(self.name, request, sampling), 16) % 2**31
         if sampling.top_k:
             options["extra_body"] = {"top_k": sampling.top_k}
@@ -408,20 +427,23 @@ class Endpoint:
     def _read(self, completion, request: Request, sampling: Sampling, seconds: float) -> Reply:
         choice, usage = completion.choices[0], completion.usage
         text = choice.message.content or choice.message.refusal or ""
-        prompt_tokens = usage.prompt_tokens if usage else most_prompt_tokens(request)  # a server that does not count: at most
+        # A server that does not count is charged for as many as there may have been.
+        prompt_tokens = usage.prompt_tokens if usage else most_prompt_tokens(request)
         reply_tokens = usage.completion_tokens if usage else sampling.max_tokens
-        return Reply(text, choice.finish_reason == "stop", prompt_tokens, reply_tokens, seconds, label_logprobs(choice, request.labels))
+        labels = label_logprobs(choice, request.labels)
+        return Reply(text, choice.finish_reason == "stop", prompt_tokens, reply_tokens, seconds, labels)
 
 
 def label_logprobs(choice, labels: tuple[str, ...]) -> dict[str, float]:
-    """Each label's log-probability to come first: of the likeliest tokens those that begin it, blanks aside, added up."""
+    """Log-probability that the reply begins with each label: the sum over the likeliest tokens that begin it."""
     found: dict[str, float] = {}
     if not labels:
         return found
     if not (choice.logprobs and choice.logprobs.content):
         raise ValueError("it holds no log-probabilities")
     for token in choice.logprobs.content[0].top_logprobs:
-        begun = [label for label in labels if token.token.strip() and label.startswith(token.token.strip())]
+        start = token.token.strip()
+        begun = [label for label in labels if start and label.startswith(start)]
         if len(begun) > 1:
             raise ValueError(f"token {token.token!r} begins labels {' and '.join(begun)}: choose other words")
         for label in begun:

@@ -202,9 +202,10 @@ def truncate(trees: list[Tree], max_length: int) -> tuple[list[Tree], dict[str, 
 
 def fit(trees: list[Tree], max_length: int, path: str, name: str) -> list[Tree]:
     """truncate, with one line that says what `path` holds and what was cut; leaves if nothing is left to learn."""
+    fault = "every prompt is longer than" if any(tree.leaves for tree in trees) else "holds no token to learn within"
     trees, counts = truncate(trees, max_length)
     if not trees:
-        fail(f"{path}: holds no token to learn within max_length={max_length}: raise max_length")
+        fail(f"{path}: {fault} max_length={max_length}: raise max_length")
     pairs = sum(tree.pairs for tree in trees if tree.leaves)
     print(f"{name}: {len(trees)} dialogues, " + f"{pairs} pairs, " * (pairs > 0)
           + f"{sum(tree.tokens for tree in trees):,} tokens, {sum(tree.learnt for tree in trees):,} in the loss; "

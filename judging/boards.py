@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from checkpoints import load_model
-from collect.red_team import load_texts
 from data.formats import read
 from data.llm import Budget, Request, Sampling, ask, open_model
 from data.tokenizer import load_tokenizer
@@ -73,7 +72,7 @@ def safety_sections(models: Mapping[str, str], attacks: Sequence[tuple[str, str]
     for name, path in attacks:
         path, _, behaviours = path.partition(":")
         tried = safety.read_transcripts(path)
-        whole = load_texts(behaviours, "behaviour", ()) if behaviours else {row["behaviour"] for row in tried}
+        whole = safety.load_texts(behaviours, "behaviour") if behaviours else {row["behaviour"] for row in tried}
         if umpire:
             verdicts = safety.judge(umpire, "harm", tried, ledger, paid)
             tried = [row | {"judged": verdict} for row, verdict in zip(tried, verdicts, strict=True)]

@@ -54,6 +54,22 @@ def read_transcripts(path: str | Path) -> list[dict]:
     return rows
 
 
+def load_texts(path: str, key: str) -> list[str]:
+    """The text at `key` of every line of a JSONL file, no two alike."""
+    try:
+        lines, texts = Path(path).read_text(encoding="utf-8").rstrip().split("\n"), []
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot be read ({error}), expected JSON lines with \"{key}\"")
+    for number, line in enumerate(lines, 1):
+        try:
+            texts.append(str(json.loads(line)[key]))
+        except (ValueError, TypeError, KeyError):
+            fail(f"{path} line {number}: has no \"{key}\", expected one in every line: add it")
+    if len(set(texts)) < len(texts):
+        fail(f"{path}: holds {len(texts)} lines, {len(set(texts))} of them different: drop the repeats")
+    return texts
+
+
 def reward_verdicts(transcripts: Sequence[dict], scorer: Scorer, refusal: str = REFUSAL) -> list[dict]:
     """The transcripts, judged by a reward model: the last reply is unsafe if it scores below a refusal of the same request."""
     questions = [{"key": str(i), "prompt": row["messages"][:-1], "answers": [row["messages"][-1]["content"], refusal]}

@@ -31,13 +31,14 @@ class Run:
         self.config = config
         self.folder, self.lock = open_run(config.out, config, depends_on, config.overwrite)
 
-    def resume(self, model: nn.Module, optimizer: AdamW, steps: int, shown: tuple[str, ...]) -> None:
+    def resume(self, model: nn.Module, optimizer: AdamW, steps: int, shown: tuple[str, ...],
+               unit: str = "dialogues") -> None:
         """Restore the newest checkpoint if there is one, and open the log, which shows those metrics line by line."""
         self.steps, self.done = steps, load_state(self.folder, model, optimizer)
         self.writer = Log(self.folder, self.done, steps, shown, self.config.wandb, self.config, self.config.profile)
         self.stop_request, self.stopping = StopRequest(), False
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{trained:,} parameters train, {steps} steps of {self.config.batch}, {self.done} done")
+        print(f"{trained:,} parameters train, {steps} steps of {self.config.batch} {unit}, {self.done} done")
 
     def due(self, every: int, done: int) -> bool:
         """After `done` updates, is it time for what happens every `every` updates (0: never) and at the end?"""

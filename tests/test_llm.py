@@ -1,4 +1,4 @@
-"""Asking a model: the ledger, the budget, retries against a server that misbehaves by script, and a checkpoint's random streams."""
+"""Asking a model: ledger, budget, retries against a server that misbehaves by script, a checkpoint's random streams."""
 import fcntl
 import json
 import math
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, ROOT, exits, kill_after, small_model
+from conftest import ROOT, exits, kill_after
+from scripted import small_checkpoint
 
-from checkpoints import save_model
 from data.llm import (
     Budget,
     Checkpoint,
@@ -27,7 +27,6 @@ from data.llm import (
     request_key,
     retry_after,
 )
-from data.tokenizer import load_tokenizer
 from model import Decoder, Sequence, generate
 
 
@@ -61,7 +60,7 @@ class Echo:
 
 @pytest.fixture
 def server():
-    """start(script) -> url. script(body, n) -> (status, headers, text), or seconds to sleep first; n counts a prompt's attempts."""
+    """start(script) -> url. script(body, n) -> (status, headers, text); n counts a prompt's attempts."""
     running = []
 
     def start(script) -> str:
@@ -132,14 +131,16 @@ def test_a_ledger_line_holds_the_question_and_the_raw_reply(tmp_path):
     ask(Echo(), [request], sampling, tmp_path / "l.jsonl")
     assert lines(tmp_path / "l.jsonl") == [{
         "key": request_key("echo", request, sampling), "model": "echo", "messages": [{"role": "user", "content": "a"}],
-        "sampling": {"max_tokens": 7, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop": ["x"]}, "repeat": 2, "tag": "t",
+        "sampling": {"max_tokens": 7, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop": ["x"]}, "repeat": 2,
+        "tag": "t",
         "text": "a", "finished": True, "prompt_tokens": 5, "completion_tokens": 5, "seconds": 0.0, "labels": {}}]
 
 
 def test_everything_a_reply_depends_on_is_in_its_key():
     samplings = (Sampling(), Sampling(top_k=5), Sampling(stop=("x",)))
     requests = (user("a"), user("b"), user("a", repeat=1), user("a", tag="t"), user("a", labels=("A",)))
-    keys = {request_key(name, request, sampling) for name in ("m", "n") for sampling in samplings for request in requests}
+    keys = {request_key(name, request, sampling) for name in ("m", "n") for sampling in samplings
+            for request in requests}
     assert len(keys) == 2 * 3 * 5
     assert request_key("m", user("a"), Sampling(temperature=1, top_p=1)) in keys  # 1 is 1.0
 
@@ -210,10 +211,12 @@ def test_a_budget_stops_before_it_is_exceeded(tmp_path, capsys):
 
 
 def test_money_is_counted_at_the_price_of_a_million_tokens(tmp_path, capsys):
-    """At most 84 x 10 + 16 x 50 = 1640 millionths; in truth 5 x 10 + 5 x 50 = 300. Of 2000, the first leaves 1700, the second 1400."""
+    """At most 84 x 10 + 16 x 50 = 1640 millionths; in truth 5 x 10 + 5 x 50 = 300. Of 2000, the first leaves 1700,
+    the second 1400."""
     model, budget = Echo(), Budget(money=0.002, prompt_price=10.0, reply_price=50.0)
     requests = [user(f"{i:04}") for i in range(5)]
-    exits(capsys, lambda: ask(model, requests, Sampling(max_tokens=16), tmp_path / "l.jsonl", budget), "0.0006 of 0.002 in money")
+    exits(capsys, lambda: ask(model, requests, Sampling(max_tokens=16), tmp_path / "l.jsonl", budget),
+          "0.0006 of 0.002 in money")
     assert budget.spent_money == pytest.approx(0.0006)
 
 
@@ -241,7 +244,8 @@ def test_concurrent_requests_never_exceed_the_budget(server, tmp_path, capsys):
 
     budget = Budget(tokens=1000)
     requests = [user(f"{i:04}") for i in range(40)]
-    exits(capsys, lambda: ask(quick(server(script)), requests, Sampling(max_tokens=16), tmp_path / "l.jsonl", budget), "1,000 of 1,000")
+    exits(capsys, lambda: ask(quick(server(script)), requests, Sampling(max_tokens=16), tmp_path / "l.jsonl", budget),
+          "1,000 of 1,000")
     assert sum(billed) == 1000 == budget.spent_tokens and len(lines(tmp_path / "l.jsonl")) == 10
 
 
@@ -287,7 +291,9 @@ def test_sampling_settings_reach_the_server(server):
     assert "seed" not in seen[1] and seen[2]["seed"] != seen[3]["seed"]
 
 
-@pytest.mark.parametrize("first", [error(429, "slow down"), error(500, "oops"), error(503, "busy"), (200, {}, "{half"), (200, {}, "{}"),
+@pytest.mark.parametrize("first",
+                         [error(429, "slow down"), error(500, "oops"), error(503, "busy"), (200, {}, "{half"),
+                          (200, {}, "{}"),
                                    (200, {"content-type": "text/plain"}, "hello")])
 def test_what_may_pass_is_tried_again(server, first):
     asked = []
@@ -314,7 +320,8 @@ def test_a_retry_waits_as_long_as_the_server_asks(server):
 
 
 def test_retry_after_is_seconds_or_a_date():
-    assert retry_after("3") == 3 and retry_after("0.5") == 0.5 and retry_after("") == 0 == retry_after("soon") == retry_after("-4")
+    assert retry_after("3") == 3 and retry_after("0.5") == 0.5
+    assert retry_after("") == 0 == retry_after("soon") == retry_after("-4")
     assert retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0 and retry_after("Fri, 01 Jan 2100 00:00:00 GMT") == 600
 
 
@@ -390,7 +397,8 @@ def test_a_key_is_needed_outside_this_machine(monkeypatch, capsys):
 
 
 def test_an_endpoint_is_named_by_address_and_model():
-    assert open_model("http://127.0.0.1:9/v1/#m").name == "http://127.0.0.1:9/v1#m" == open_model("http://127.0.0.1:9/v1", model="m").name
+    assert open_model("http://127.0.0.1:9/v1/#m").name == "http://127.0.0.1:9/v1#m"
+    assert open_model("http://127.0.0.1:9/v1", model="m").name == "http://127.0.0.1:9/v1#m"
 
 
 def choice(*tokens: tuple[str, float]):
@@ -401,7 +409,8 @@ def choice(*tokens: tuple[str, float]):
 
 def test_a_label_gets_the_probability_of_every_token_that_begins_it():
     """A: 0.5 + 0.125 with a blank before it; B: 0.25; C is not among the likeliest."""
-    found = label_logprobs(choice(("A", math.log(0.5)), ("B", math.log(0.25)), (" A", math.log(0.125)), ("", -1.0)), ("A", "B", "C"))
+    found = label_logprobs(choice(("A", math.log(0.5)), ("B", math.log(0.25)), (" A", math.log(0.125)), ("", -1.0)),
+                           ("A", "B", "C"))
     assert found == pytest.approx({"A": math.log(0.625), "B": math.log(0.25)})
     assert label_logprobs(choice(("mod", -0.5)), ("model",)) == {"model": -0.5}
 
@@ -421,11 +430,7 @@ def test_a_token_that_begins_two_labels_is_a_failure(server):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """Random, with logits far from uniform: what it says depends on all that was said."""
-    tokenizer = load_tokenizer(BASE)
-    path = tmp_path_factory.mktemp("checkpoint")
-    save_model(small_model(vocab_size=tokenizer.vocab_size, width=32, dtype=torch.float32, scale=8.0), path, tokenizer)
-    return path
+    return small_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
@@ -433,7 +438,8 @@ def model(checkpoint) -> Checkpoint:
     return open_model(str(checkpoint), "cpu")
 
 
-REQUESTS = [user(f"Tell me about {thing}.", repeat=r) for thing in ("rain", "a boat", "the old stone mill on the hill") for r in range(4)]
+REQUESTS = [user(f"Tell me about {thing}.", repeat=r) for thing in ("rain", "a boat", "the old stone mill on the hill")
+            for r in range(4)]
 
 
 def without_time(replies: list[Reply]) -> list[Reply]:
@@ -456,7 +462,8 @@ def test_greedy_decoding_is_that_of_generate(model):
     decoder.waiting.extend(sequences)
     while decoder.step():
         pass
-    assert [s.tokens for s in sequences] == [e.tokens for (e,) in expected] and len({tuple(s.tokens) for s in sequences}) == 3
+    assert [s.tokens for s in sequences] == [e.tokens for (e,) in expected]
+    assert len({tuple(s.tokens) for s in sequences}) == 3
     assert [s.finished for s in sequences] == [e.finished for (e,) in expected]
 
 
@@ -465,7 +472,8 @@ def test_a_sequence_that_is_taken_out_leaves_the_others_as_they_are(model):
     alone = [s.tokens for s in _decoded(model, prompts, leave={})]
     left = _decoded(model, prompts, leave={0: 3, 4: 1, 5: 9, 7: 0})
     assert [len(left[i].tokens) for i in (0, 4, 5, 7)] == [3, 1, 9, 0]
-    assert [s.tokens for i, s in enumerate(left) if i not in (0, 4, 5, 7)] == [t for i, t in enumerate(alone) if i not in (0, 4, 5, 7)]
+    others = [i for i in range(len(prompts)) if i not in (0, 4, 5, 7)]
+    assert [left[i].tokens for i in others] == [alone[i] for i in others]
 
 
 def _decoded(model, prompts, leave: dict[int, int]) -> list[Sequence]:
@@ -496,11 +504,13 @@ def test_labels_that_begin_alike_are_refused(model, capsys):
 
 
 def test_the_first_stop_string_ends_a_reply(model):
-    assert before_stop("one. two! three", ("!", ". ")) == ("one", True) and before_stop("one", ("two",)) == ("one", False)
+    assert before_stop("one. two! three", ("!", ". ")) == ("one", True)
+    assert before_stop("one", ("two",)) == ("one", False)
     (whole,) = replies_of(model, [REQUESTS[0]], Sampling(max_tokens=24, temperature=0))
     stop = whole.text[len(whole.text) // 2:][:3]
     (cut,) = replies_of(model, [REQUESTS[0]], Sampling(max_tokens=24, temperature=0, stop=("never", stop)))
-    assert cut.text == whole.text[:whole.text.index(stop)] and cut.finished and cut.completion_tokens < whole.completion_tokens
+    assert cut.text == whole.text[:whole.text.index(stop)] and cut.finished
+    assert cut.completion_tokens < whole.completion_tokens
 
 
 def test_settings_out_of_range_are_refused(capsys):
@@ -536,18 +546,20 @@ def test_what_is_no_model_is_refused(tmp_path, checkpoint, capsys):
 KILLED = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{tests!r}, {root!r}]
-from test_llm import *
+sys.path.insert(0, {root!r})
+import torch
+from data.llm import Request, Sampling, ask, open_model
 torch.set_num_threads(1)
-ask(open_model({checkpoint!r}, "cpu"), MANY, LONG, Path({ledger!r}))
+ask(open_model({checkpoint!r}, "cpu"), [Request(*fields) for fields in {many!r}], {long!r}, Path({ledger!r}))
 """
-MANY, LONG = [user(f"Say {i}.") for i in range(400)], Sampling(max_tokens=20)
+MANY, LONG = [user(f"Say {i}.") for i in range(200)], Sampling(max_tokens=20)  # more than are decoded together
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(checkpoint, model, tmp_path):
     ledger = tmp_path / "killed.jsonl"
     script = tmp_path / "run.py"
-    script.write_text(KILLED.format(tests=str(ROOT / "tests"), root=str(ROOT), checkpoint=str(checkpoint), ledger=str(ledger)))
+    script.write_text(KILLED.format(root=str(ROOT), checkpoint=str(checkpoint), ledger=str(ledger), long=LONG,
+                                    many=[tuple(request) for request in MANY]))
     kill_after([str(script)], lambda: ledger.is_file() and ledger.stat().st_size > 0)
     before = ledger.read_bytes().count(b"\n")
     assert 0 < before < len(MANY)

@@ -1,15 +1,13 @@
-import json
 import random
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from conftest import exits, write_jsonl
-from scripted import Scripted, corrupt, number, survives_kills
+from scripted import Scripted, damaged, number, records, survives_kills
 
 from collect import red_team
-from collect.red_team import BEHAVIOURS, HOLE, OPERATORS, TEMPLATES, Config, generate, load_texts, select
+from collect.red_team import BEHAVIOURS, HOLE, OPERATORS, TEMPLATES, Config, load_templates, main, select
 from judging import safety
 
 
@@ -41,19 +39,20 @@ def config(tmp_path):
 
 def run(config: Config, reply=reply) -> tuple[list[dict], list[dict], Scripted]:
     model = Scripted(reply)
-    generate(model, model, model, config)
-    files = [(Path(config.out) / f"{name}.jsonl").read_text().splitlines() for name in ("transcripts", "dropped")]
-    return *([json.loads(line) for line in lines] for lines in files), model
+    main(config, model, model, model)
+    return *records(config.out, "transcripts", "dropped"), model
 
 
 # ------------------------------------------------------------------------------------------- direct
 
 def test_attempts_at_a_behaviour_end_with_the_first_that_succeeds(config, tmp_path, capsys):
     transcripts, dropped, _ = run(config)
-    assert {t["behaviour"] for t in transcripts} == set(BEHAVIOURS) and len({t["id"] for t in transcripts}) == len(transcripts)
+    assert {t["behaviour"] for t in transcripts} == set(BEHAVIOURS)
+    assert len({t["id"] for t in transcripts}) == len(transcripts)
     for behaviour in BEHAVIOURS:
         mine = [t for t in transcripts if t["behaviour"] == behaviour]
-        assert all(t["judged"] != "unsafe" for t in mine[:-1]) and [t["attempt"] for t in mine] == sorted({t["attempt"] for t in mine})
+        assert all(t["judged"] != "unsafe" for t in mine[:-1])
+        assert [t["attempt"] for t in mine] == sorted({t["attempt"] for t in mine})
         lost = sum(d["id"].startswith(mine[0]["goal"]) for d in dropped)
         assert mine[-1]["judged"] == "unsafe" or len(mine) + lost == 3
     assert {t["judged"] for t in transcripts} == {"unsafe", "safe", None}
@@ -62,11 +61,13 @@ def test_attempts_at_a_behaviour_end_with_the_first_that_succeeds(config, tmp_pa
 
 
 def test_after_a_failure_the_attacker_sees_the_message_and_the_reply(config):
-    transcripts, _, model = run(replace(config, attempts=2), lambda r, s: reply(r, s) if speaker(r) != "judge" else "[[safe]]")
+    transcripts, _, model = run(replace(config, attempts=2),
+                                lambda r, s: reply(r, s) if speaker(r) != "judge" else "[[safe]]")
     asked = [text for r in model.asked if "This message did not" in (text := r.messages[-1]["content"])]
     first = [t for t in transcripts if t["attempt"] == 0]
     assert len(asked) >= len(first) > 5
-    assert all(any(t["messages"][0]["content"] in text and t["messages"][1]["content"] in text for text in asked) for t in first)
+    assert all(any(t["messages"][0]["content"] in text and t["messages"][1]["content"] in text for text in asked)
+               for t in first)
 
 
 def test_the_behaviours_may_come_from_a_file(config, tmp_path):
@@ -83,13 +84,15 @@ def test_what_was_planted_is_found_in_whatever_shape(config):
             return "Please, it is urgent."
         system, n = request.messages[0]["content"], number(request.messages[0])
         urgent = request.messages[-1]["content"].startswith("Please")
-        return "It is " + system.split("password ")[1].split(".")[0].upper() if n % 3 == 0 and (n % 2 or urgent) else "I keep it."
+        tells = n % 3 == 0 and (n % 2 or urgent)
+        return "It is " + system.split("password ")[1].split(".")[0].upper() if tells else "I keep it."
 
     transcripts, _, model = run(replace(config, mode="leak", probes=30), chatty)
     told = {t["behaviour"]: t["attempt"] for t in transcripts if t["judged"] == "unsafe"}
     probes = safety.leak_probes(30)
     assert len(told) == sum(number(p["messages"][0]) % 3 == 0 for p in probes) and set(told.values()) == {0, 1}
-    assert "judge" not in {speaker(r) for r in model.asked} and {t["judge"] for t in transcripts} == {"the strings that were planted"}
+    assert "judge" not in {speaker(r) for r in model.asked}
+    assert {t["judge"] for t in transcripts} == {"the strings that were planted"}
     assert [t["messages"][:-1] for t in transcripts if t["attempt"] == 0] == [p["messages"] for p in probes]
 
 
@@ -110,12 +113,13 @@ class Always(random.Random):
 
 
 def test_mcts_walks_to_the_most_promising_template_by_hand():
-    """Step 8, c = 0.5: sqrt(2 ln 8) = 2.039. Seeds: 0 with 3 visits and reward 1.9: 1.9/4 + 0.5 * 2.039 / 2 = 0.985; 1 with 0 visits:
-    0.5 * 2.039 = 1.020. So 1; were it visited 8 times, 0.5 * 2.039 / 3 = 0.340, so 0, and of its children the unvisited 3:
-    1.020 against 0.8 / 3 + 0.5 * 2.039 / sqrt(3) = 0.855 of 2."""
+    """Step 8, c = 0.5: sqrt(2 ln 8) = 2.039. Seeds: 0 with 3 visits and reward 1.9: 1.9/4 + 0.5 * 2.039 / 2 = 0.985;
+    1 with 0 visits: 0.5 * 2.039 = 1.020. So 1; were it visited 8 times, 0.5 * 2.039 / 3 = 0.340, so 0, and of its
+    children the unvisited 3: 1.020 against 0.8 / 3 + 0.5 * 2.039 / sqrt(3) = 0.855 of 2."""
     config = Config()
     assert [n["number"] for n in select([node(0, None, 0, 3, 1.9), node(1, None, 0, 0, 0)], 8, config, Never())] == [1]
-    pool = [node(0, None, 0, 3, 1.9), node(1, None, 0, 8, 0), node(2, 0, 1, 2, 0.8), node(3, 0, 1, 0, 0), node(4, 2, 2, 0, 0)]
+    pool = [node(0, None, 0, 3, 1.9), node(1, None, 0, 8, 0), node(2, 0, 1, 2, 0.8), node(3, 0, 1, 0, 0),
+            node(4, 2, 2, 0, 0)]
     assert [n["number"] for n in select(pool, 8, config, Never())] == [0, 3]
     assert [n["visits"] for n in pool] == [4, 8, 2, 1, 0]
     pool[3]["visits"] = 50
@@ -125,7 +129,8 @@ def test_mcts_walks_to_the_most_promising_template_by_hand():
 
 def test_round_robin_takes_every_template_in_turn():
     pool = [node(i, None, 0, 0, 0) for i in range(3)]
-    assert [select(pool, step, Config(select="round_robin"), Never())[-1]["number"] for step in range(1, 8)] == [0, 1, 2, 0, 1, 2, 0]
+    paths = [select(pool, step, Config(select="round_robin"), Never()) for step in range(1, 8)]
+    assert [path[-1]["number"] for path in paths] == [0, 1, 2, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("how", ["mcts", "round_robin"])
@@ -133,17 +138,21 @@ def test_templates_that_win_join_the_pool_and_are_changed_in_turn(how, config):
     transcripts, dropped, model = run(replace(config, mode="fuzz", select=how, steps=40))
     assert Counter(t["operator"] for t in transcripts).keys() == OPERATORS.keys()
     for t in transcripts:
-        assert t["template"].count(HOLE) == 1 and t["messages"][0]["content"] == t["template"].replace(HOLE, t["behaviour"])
+        assert t["template"].count(HOLE) == 1
+        assert t["messages"][0]["content"] == t["template"].replace(HOLE, t["behaviour"])
     shown = " ".join(r.messages[-1]["content"] for r in model.asked if speaker(r) == "attacker")
     won = {t["template"] for t in transcripts if t["judged"] == "unsafe"}
     assert any(template in shown for template in won), "a template that won is changed further"
     lost = {t["template"] for t in transcripts} - won
-    assert lost and not any(template in shown for template in lost) and f"does not hold {HOLE} once" in {d["reason"] for d in dropped}
+    assert lost and not any(template in shown for template in lost)
+    assert f"does not hold {HOLE} once" in {d["reason"] for d in dropped}
 
 
 def test_what_is_put_in_front_of_a_template_keeps_the_template(config):
-    transcripts, _, _ = run(replace(config, mode="fuzz", steps=60), lambda r, s: "Once." if speaker(r) == "attacker" else "[[safe]]")
-    assert {t["operator"] for t in transcripts} == {"expand"} and {t["template"] for t in transcripts} <= {f"Once. {t}" for t in TEMPLATES}
+    transcripts, _, _ = run(replace(config, mode="fuzz", steps=60),
+                            lambda r, s: "Once." if speaker(r) == "attacker" else "[[safe]]")
+    assert {t["operator"] for t in transcripts} == {"expand"}
+    assert {t["template"] for t in transcripts} <= {f"Once. {t}" for t in TEMPLATES}
 
 
 def test_rewards_shrink_with_depth(config, monkeypatch):
@@ -167,18 +176,15 @@ def test_rewards_shrink_with_depth(config, monkeypatch):
 @pytest.mark.parametrize("mode", ["direct", "fuzz", "leak"])
 def test_whenever_it_is_killed_it_goes_on_to_the_same_files(mode, config, tmp_path):
     config = replace(config, mode=mode, steps=4, attempts=2)
-    found = survives_kills(lambda model, out: generate(model, model, model, replace(config, out=str(out))), reply, tmp_path, deaths=2)
+    found = survives_kills(lambda model, out: main(replace(config, out=str(out)), model, model, model), reply,
+                           tmp_path, deaths=2)
     assert found["transcripts.jsonl"]
 
 
 @pytest.mark.parametrize("mode", ["direct", "fuzz", "leak"])
 def test_corrupted_replies_are_dropped_with_a_reason(mode, config, tmp_path):
-    """Every reply is damaged, more than 500 by the three runs: nothing raises, every transcript can be read and counted."""
-    def broken(request, sampling):
-        text, finished = said if isinstance(said := reply(request, sampling), tuple) else (said, True)
-        return corrupt(text, number(request)), finished
-
-    transcripts, dropped, model = run(replace(config, mode=mode, steps=30, attempts=12, probes=20), broken)
+    """Every reply is damaged, over 500 in the three runs: nothing raises, every transcript can be read and counted."""
+    transcripts, dropped, model = run(replace(config, mode=mode, steps=30, attempts=12, probes=20), damaged(reply))
     assert len(model.asked) > 150 and safety.read_transcripts(tmp_path / "out" / "transcripts.jsonl") == transcripts
     assert all(d["reason"] for d in dropped)
 
@@ -194,9 +200,12 @@ def test_what_ships_is_ten_behaviours_and_five_templates():
 
 
 def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, capsys):
-    for record, key, said in (({"text": "no hole"}, "text", "line 1: holds [REQUEST] 0 times"), ({"x": 1}, "behaviour", "has no")):
-        file = write_jsonl(tmp_path / "f.jsonl", [record])
-        exits(capsys, lambda file=file, key=key: load_texts(str(file), key, ()), said)
-    exits(capsys, lambda: load_texts(str(write_jsonl(tmp_path / "f.jsonl", [{"behaviour": "a"}] * 2)), "behaviour", ()), "drop the repeats")
-    exits(capsys, lambda: red_team.main(replace(config, behaviours="none.jsonl")), "none.jsonl: cannot be read")
+    def file(*records):
+        return str(write_jsonl(tmp_path / "f.jsonl", list(records)))
+
+    exits(capsys, lambda: load_templates(Config(templates=file({"text": "no hole"}))),
+          "line 1: holds [REQUEST] 0 times")
+    exits(capsys, lambda: safety.load_texts(file({"x": 1}), "behaviour"), "has no")
+    exits(capsys, lambda: safety.load_texts(file(*[{"behaviour": "a"}] * 2), "behaviour"), "drop the repeats")
+    exits(capsys, lambda: main(replace(config, behaviours="none.jsonl")), "none.jsonl: cannot be read")
     exits(capsys, lambda: Config(steps=0), "steps is 0")

@@ -159,7 +159,8 @@ def test_a_missing_head_is_an_error_and_an_lm_head_is_not_invented(tmp_path, cap
     told = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(told | {"architectures": ["LlamaForSequenceClassification"]}))
     exits(capsys, lambda: load_model(tmp_path / "m"), "score.weight is in none of its weight files")
-    exits(capsys, lambda: scored()(torch.tensor([[3, 4]])), "no LM head")
+    with pytest.raises(ValueError, match="no LM head"):
+        scored()(torch.tensor([[3, 4]]))
 
 
 # --------------------------------------------------------------------------------- data, evaluation

@@ -1,14 +1,13 @@
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import exits, write_jsonl
-from scripted import Scripted, corrupt, number, survives_kills
+from scripted import Scripted, corrupt, damaged, number, records, survives_kills
 
 from collect import role_play
-from collect.role_play import DONE, Config, generate, read_tasks, termination
+from collect.role_play import DONE, Config, main, read_tasks, termination
 from data.formats import read
 
 
@@ -40,15 +39,14 @@ def config(tmp_path):
 
 def run(config: Config, reply=reply) -> tuple[list[dict], list[dict], Scripted]:
     model = Scripted(reply)
-    generate(model, model, config)
-    train, dropped = ([json.loads(line) for line in (Path(config.out) / f"{name}.jsonl").read_text().splitlines()]
-                      for name in ("train", "dropped"))
-    return train, dropped, model
+    main(config, model, model)
+    return *records(config.out, "train", "dropped"), model
 
 
 def script(said: list, answered: list, tmp_path, **settings) -> tuple[list[str], str, list[str]]:
     """One dialogue whose two sides say these things: messages, how it ended, and who was asked."""
-    ideas = write_jsonl(tmp_path / "ideas.jsonl", [{"assistant_role": "Baker", "user_role": "Cafe owner", "task": "Plan a menu"}])
+    ideas = write_jsonl(tmp_path / "ideas.jsonl",
+                        [{"assistant_role": "Baker", "user_role": "Cafe owner", "task": "Plan a menu"}])
     sides = {"user": list(said), "assistant": list(answered), "specifier": ["Plan a rye menu"]}
     config = Config(ideas=str(ideas), out=str(tmp_path / "out"), **settings)
     train, dropped, model = run(config, lambda request, sampling: sides[speaker(request)].pop(0))
@@ -65,14 +63,14 @@ SO = "Solution: done. Next request."
 
 
 @pytest.mark.parametrize("said, answered, kept, reason", [
-    ([DO, DONE], [SO], 2, "task done"),                                             # 6: the assistant is not asked again
+    ([DO, DONE], [SO], 2, "task done"),                                             # 6: nobody answers
     ([DO, f"{DO} {DONE}"], [SO], 2, "task done"),
     ([DO, (DO, False)], [SO], 2, "user ended"),                                     # 1: cut at max_tokens
     ([DO, DO], [SO, (SO, False)], 2, "assistant ended"),
     ([DO, DO], [SO, None], 2, "assistant ended"),                                   # no reply
     ([DO, "  "], [SO], 2, "user ended"),
     ([DO, "Hm", "Hm", "Hm"], [SO] * 3 + [SO], 6, "no instruction"),                 # 2: three rounds running
-    (["Hm", "Hm", DO, "Hm", "Hm", DONE], [SO] * 5, 10, "no instruction"),           # before 6, so it comes before the token
+    (["Hm", "Hm", DO, "Hm", "Hm", DONE], [SO] * 5, 10, "no instruction"),           # 2 comes before 6
     (["Hm", "Hm", DO, DONE], [SO] * 3, 6, "task done"),
     ([DO, DO], [SO, "Instruction: no, you!"], 2, "roles flipped"),                  # 3
     ([DO] * 4, ["Thank you. " + SO] * 4, 6, "politeness"),                          # 4: four rounds running
@@ -101,14 +99,16 @@ def test_politeness_counts_a_round_once():
 def test_each_side_is_told_its_role_and_sees_the_other_as_user(tmp_path):
     ideas = write_jsonl(tmp_path / "ideas.jsonl", [{"assistant_role": "Ba{k}er", "user_role": "Owner", "task": "Plan"}])
     sides = {"user": ["Instruction: one", DONE], "assistant": ["Solution: 1"], "specifier": ["Plan {it}"]}
-    _, _, model = run(Config(ideas=str(ideas), out=str(tmp_path / "out")), lambda request, sampling: sides[speaker(request)].pop(0))
+    _, _, model = run(Config(ideas=str(ideas), out=str(tmp_path / "out")),
+                      lambda request, sampling: sides[speaker(request)].pop(0))
     specifier, first, answer, second = (r.messages for r in model.asked)
     assert [m["role"] for m in second] == ["system", "user", "assistant", "user"]
     assert [m["content"] for m in second[2:]] == ["Instruction: one", "Solution: 1"] and first == second[:2]
     assert [m["role"] for m in answer] == ["system", "user"] and answer[1]["content"] == "Instruction: one"
     for told in (answer[0]["content"], second[0]["content"]):
         assert "Ba{k}er" in told and "Owner" in told and "Plan {it}" in told
-    assert DONE in second[0]["content"] and "Next request." in answer[0]["content"] and "50 words" in specifier[0]["content"]
+    assert DONE in second[0]["content"] and "Next request." in answer[0]["content"]
+    assert "50 words" in specifier[0]["content"]
 
 
 # ------------------------------------------------------------------------------------------ the tasks
@@ -127,7 +127,8 @@ def test_ideas_of_role_pairs_become_dialogues(config, tmp_path, capsys):
     assert asked.count("ideas") == 3 and 3 < len(train) <= 9
     assert len(list(read(tmp_path / "out" / "train.jsonl")[0])) == len(train)
     for record in train:
-        assert record["messages"][-1]["role"] == "assistant" and 0 <= record["num_messages"] - len(record["messages"]) <= 1
+        assert record["messages"][-1]["role"] == "assistant"
+        assert 0 <= record["num_messages"] - len(record["messages"]) <= 1
         assert record["specified_task"].endswith("for May.") and record["assistant_role"] in role_play.ASSISTANTS
     assert f"{len(train)} training records; {len(dropped)} dropped" in capsys.readouterr().out
 
@@ -136,24 +137,25 @@ def test_nobody_plays_both_sides(config, tmp_path):
     (tmp_path / "roles.txt").write_text("1. Baker\n2. Nurse\n")
     roles = str(tmp_path / "roles.txt")
     train, dropped, _ = run(replace(config, assistant_roles=roles, user_roles=roles, dialogues=100))
-    pairs = {(r["assistant_role"], r["user_role"]) for r in train} | {tuple(d["roles"]) for d in dropped if d["stage"] == "ideas"}
+    pairs = {(r["assistant_role"], r["user_role"]) for r in train}
+    pairs |= {tuple(d["roles"]) for d in dropped if d["stage"] == "ideas"}
     assert pairs == {("Baker", "Nurse"), ("Nurse", "Baker")}
 
 
 def test_the_user_may_be_another_model(config, tmp_path):
     one, other = Scripted(reply), Scripted(reply)
     other.name = "other"
-    generate(one, other, config)
+    main(config, one, other)
     assert {speaker(r) for r in other.asked} == {"user"} and "user" not in {speaker(r) for r in one.asked}
 
 
 def test_whenever_it_is_killed_it_goes_on_to_the_same_files(config, tmp_path):
-    found = survives_kills(lambda model, out: generate(model, model, replace(config, out=str(out))), reply, tmp_path)
+    found = survives_kills(lambda model, out: main(replace(config, out=str(out)), model, model), reply, tmp_path)
     assert found["train.jsonl"] and found["dropped.jsonl"]
 
 
 def test_corrupted_replies_are_dropped_with_a_reason(config, tmp_path):
-    """500 task lists, and every message of 200 dialogues: nothing raises, every dialogue has an end, all can be trained on."""
+    """500 task lists, most messages of 200 dialogues: nothing raises, every dialogue ends, all can be trained on."""
     for seed in range(500):
         text = corrupt("Here:\n1. One\n2. Two\n3. Three", seed)
         try:
@@ -162,22 +164,23 @@ def test_corrupted_replies_are_dropped_with_a_reason(config, tmp_path):
             assert str(reason) == "an empty task" or "tasks, not 3" in str(reason)
 
     def broken(request, sampling):
-        text, finished = said if isinstance(said := reply(request, sampling), tuple) else (said, True)
-        return corrupt(text, number(request)) if number(request) % 3 else text, finished
+        return (damaged(reply) if number(request) % 3 else reply)(request, sampling)
 
     train, dropped, model = run(replace(config, dialogues=300), broken)
-    records, report = read(tmp_path / "out" / "train.jsonl")
-    assert len(model.asked) > 500 and len(list(records)) == len(train) > 20 and not report.rejects
-    assert all(d["reason"] for d in dropped) and {"no instruction", "user ended"} <= {r["termination_reason"] for r in train}
+    read_back, report = read(tmp_path / "out" / "train.jsonl")
+    assert len(model.asked) > 500 and len(list(read_back)) == len(train) > 20 and not report.rejects
+    assert all(d["reason"] for d in dropped)
+    assert {"no instruction", "user ended"} <= {r["termination_reason"] for r in train}
 
 
 # -------------------------------------------------------------------------------------------- config
 
 def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, capsys):
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"task": "a"}])
-    for change, said in (({"ideas": str(bad)}, "bad.jsonl line 1: is no idea"), ({"ideas": "none.jsonl"}, "cannot be read"),
+    for change, said in (({"ideas": str(bad)}, "bad.jsonl line 1: is no idea"),
+                         ({"ideas": "none.jsonl"}, "cannot be read"),
                          ({"user_roles": "none.txt"}, "user_roles=none.txt: cannot be read")):
-        exits(capsys, lambda change=change: role_play.main(replace(config, **change)), said)
+        exits(capsys, lambda change=change: main(replace(config, **change)), said)
     exits(capsys, lambda: Config(max_messages=1), "max_messages is 1")
 
 

@@ -235,11 +235,9 @@ def test_an_unknown_device_is_one_line(capsys):
 
 
 def test_the_kernels_are_chosen_and_told(capsys, monkeypatch):
-    import kernels
-
     runtime.setup("cpu", 0)
     assert capsys.readouterr().out.strip().endswith("kernels torch")
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr("runtime.device.INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     exits(capsys, lambda: runtime.setup("cpu", 0, kernel="triton"), "kernels is 'triton'", "use kernels=torch")
 

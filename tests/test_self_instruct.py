@@ -6,25 +6,27 @@ from pathlib import Path
 
 import pytest
 from conftest import exits, write_jsonl
-from scripted import Scripted, corrupt, number, survives_kills
+from scripted import Scripted, corrupt, damaged, number, records, survives_kills
 
 from collect import self_instruct
 from collect.self_instruct import (
     Config,
     as_prompt,
-    fault,
-    generate,
+    instruction_fault,
+    main,
     read_alpaca,
     read_input_first,
     read_list,
     read_output_first,
     sound,
 )
+from collect.synthetic import Run
 from data.formats import read
 from data.llm import Reply, Request
 
-WORDS = ("add bake count draw explain find guess hear invent join know list mend name open paint quote read sing tell use visit write "
-         "apple bread cloud door engine forest garden house island jacket kettle lamp mirror needle paper queen river stone tree").split()
+WORDS = ("add bake count draw explain find guess hear invent join know list mend name open paint quote read sing tell "
+         "use visit write apple bread cloud door engine forest garden house island jacket kettle lamp mirror needle "
+         "paper queen river stone tree").split()
 
 
 def says(*parts, words=8) -> str:
@@ -33,7 +35,8 @@ def says(*parts, words=8) -> str:
 
 
 def seeds(path: Path, count=12) -> str:
-    tasks = [{"instruction": f"{says('seed', i)} {i}", "instances": [{"input": says("in", i) if i % 2 else "", "output": says("out", i)}],
+    tasks = [{"instruction": f"{says('seed', i)} {i}",
+              "instances": [{"input": says("in", i) if i % 2 else "", "output": says("out", i)}],
               "is_classification": i % 3 == 0} for i in range(count)]
     return str(write_jsonl(path, tasks))
 
@@ -51,7 +54,8 @@ def reply(request, sampling):
         return "".join(f"Example {i}\nInput: {says(n, i)}\nOutput: {says(n, i, 'out')}\n" for i in range(1, 2 + n % 7))
     if text.endswith("Instruction:"):
         return f" {says(n, 0)}\n4. Input:\n<noinput>\n4. Output:\n{says(n)}\n###\n" + "###\n".join(
-            f"{i}. Instruction: {says(n, i)}\n{i}. Input:\n{says(n, i, 'in')}\n{i}. Output:\n{says(n, i, 'out')}\n" for i in range(5, 9))
+            f"{i}. Instruction: {says(n, i)}\n{i}. Input:\n{says(n, i, 'in')}\n{i}. Output:\n{says(n, i, 'out')}\n"
+            for i in range(5, 9))
     return f" {says(n, 0)}\n" + "\n".join(f"{i}. {says(n, i) if n % 5 else 'too short'}" for i in range(10, 15))
 
 
@@ -61,11 +65,7 @@ def bare_request(recipe: str, seed: int) -> Request:
 
 @pytest.fixture
 def config(tmp_path):
-    return Config(seeds=seeds(tmp_path / "seeds.jsonl"), instructions=40, requests=2)
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return Config(seeds=seeds(tmp_path / "seeds.jsonl"), instructions=40, requests=2, out=str(tmp_path / "out"))
 
 
 def done(text: str) -> Reply:
@@ -79,62 +79,72 @@ def test_a_list_goes_on_after_the_bare_number():
     def found(text):
         return [task and task["instruction"].strip() for task, _, _ in read_list(done(text), Config())]
 
-    assert found(" Name a river.\n10. Sing 3. times\n11 . Add 1.5 and 2.") == ["Name a river.", "Sing 3. times", "Add 1.5 and 2."]
+    assert found(" Name a river.\n10. Sing 3. times\n11 . Add 1.5.") == ["Name a river.", "Sing 3. times", "Add 1.5."]
     assert found("9. Name a river.\n10. Sing.") == ["Name a river.", "Sing."]
     assert found("Here are more:\n9. Name a river.") == [None, "Name a river."]
-    assert found("Here are more:\n\n9. Name a river.\n\n10. Sing.\n\nShall I go on?") == [None, "Name a river.", "Sing.", None]
+    chatty = "Here are more:\n\n9. Name a river.\n\n10. Sing.\n\nShall I go on?"
+    assert found(chatty) == [None, "Name a river.", "Sing.", None]
     assert found("") == [None]
     assert read_list(Reply("1. a\n2. b", False, 0, 0, 0.0), Config()) == [(None, "1. a\n2. b", "cut by length")]
 
 
 @pytest.mark.parametrize("instruction, reason", [
-    ("", "empty"), ("Name a river", "fewer than 4 words"), ("Name a big river", ""), ("a " * 150, ""), ("a " * 151, "150 words"),
-    ("Describe the Image you see", "cannot hold"), ("Describe an imaginary flowchart today", ""), ("Go to the next house", "cannot hold"),
-    ("Write a program that adds", "Write a program"), ("WRITE A PROGRAM that adds", "Write a program"), ("(Name a big sea)", "punctuation"),
+    ("", "empty"), ("Name a river", "fewer than 4 words"), ("Name a big river", ""), ("a " * 150, ""),
+    ("a " * 151, "150 words"),
+    ("Describe the Image you see", "cannot hold"), ("Describe an imaginary flowchart today", ""),
+    ("Go to the next house", "cannot hold"),
+    ("Write a program that adds", "Write a program"), ("WRITE A PROGRAM that adds", "Write a program"),
+    ("(Name a big sea)", "punctuation"),
     ("Über die Brücke gehen wir", "ASCII"), ("3 rivers to be named", ""),
 ])
 def test_instructions_are_filtered_in_the_published_order(instruction, reason):
-    said = fault(instruction, Config())
+    said = instruction_fault(instruction, Config())
     assert reason in said and bool(reason) == bool(said)
 
 
 def test_alpaca_bans_five_more_words_and_the_original_thirteen():
     assert len(self_instruct.BANNED) == 13 and len(self_instruct.ALPACA_BANNED) == 18
-    assert "cannot hold" in fault("Describe an imaginary flowchart today", Config(recipe="alpaca"))
+    assert "cannot hold" in instruction_fault("Describe an imaginary flowchart today", Config(recipe="alpaca"))
 
 
 def test_input_first_instances_by_hand():
-    assert read_input_first("Example 1\nInput: 2 + 2\nOutput: 4\n\nExample 2\nCity: Rome\nOutput 2: Italy\nInput: more") == [
-        ("2 + 2", "4"), ("City: Rome", "Italy")]
+    two = "Example 1\nInput: 2 + 2\nOutput: 4\n\nExample 2\nCity: Rome\nOutput 2: Italy\nInput: more"
+    assert read_input_first(two) == [("2 + 2", "4"), ("City: Rome", "Italy")]
     assert read_input_first("Output: four") == [("", "four")]
     assert read_input_first("Input: 2\nOutput: 4\nExample 2\nInput: 3\nOutput: 9") == [("2", "4"), ("3", "9")]
     assert read_input_first("Example 1\njust an answer") == [("", "just an answer")]
-    assert read_input_first("Example 1\nInput: For Example 3 see\nOutput: An Example") == [("For Example 3 see", "An Example")]
+    within = "Example 1\nInput: For Example 3 see\nOutput: An Example"
+    assert read_input_first(within) == [("For Example 3 see", "An Example")]
     assert read_input_first("Sure, here you are.") == []
 
 
 def test_output_first_instances_by_hand():
     """An empty label is an empty output, and does not swallow the next line."""
-    assert read_output_first("Class label: good\nI liked\nit.\n\nClass label: bad\nNo.") == [("I liked\nit.", "good"), ("No.", "bad")]
+    two = "Class label: good\nI liked\nit.\n\nClass label: bad\nNo."
+    assert read_output_first(two) == [("I liked\nit.", "good"), ("No.", "bad")]
     assert read_output_first("Class label:\nI liked it.") == [("I liked it.", "")]
     assert read_output_first("Sure!\nClass label: good") == [("", "good")] and read_output_first("good") == []
 
 
 def test_instances_are_filtered_by_hand():
-    kept, faults = sound([("a", "b"), ("a", "b"), ("c", "c"), ("d", ""), ("e:", "f"), ("g", "h:"), ("", "x"), ("", "y")])
+    kept, faults = sound([("a", "b"), ("a", "b"), ("c", "c"), ("d", ""), ("e:", "f"), ("g", "h:"), ("", "x"),
+                          ("", "y")])
     assert kept == [("a", "b"), ("", "x"), ("", "y")]
-    assert [reason for _, reason in faults] == ["repeated", "input equals output", "empty output", "ends with a colon", "ends with a colon"]
+    assert [reason for _, reason in faults] == ["repeated", "input equals output", "empty output", "ends with a colon",
+                                                "ends with a colon"]
     kept, faults = sound([("a", "b"), ("c", "d"), ("a", "e")])
     assert kept == [] and len(faults) == 3
 
 
 def test_alpaca_blocks_by_hand():
-    """The first block was begun by the prompt; the second lacks an input, the third is whole, the fourth has no output."""
-    text = (" Add them.\n4. Input:\n1, 2\n4. Output:\n3\n###\n5. Instruction: Sing.\n5. Output:\nla\n###\n6. Instruction: Name a river\n"
-            "6. Input: <NoInput>\n6. Output: Rhine\n###\n7. Instruction: Go\n7. Input: x\n7. Output:\n")
+    """The first block was begun by the prompt; the second lacks an input, the third is whole, the last has none."""
+    text = (" Add them.\n4. Input:\n1, 2\n4. Output:\n3\n###\n5. Instruction: Sing.\n5. Output:\nla\n###\n"
+            "6. Instruction: Name a river\n6. Input: <NoInput>\n6. Output: Rhine\n###\n"
+            "7. Instruction: Go\n7. Input: x\n7. Output:\n")
     found = read_alpaca(done(text), Config(recipe="alpaca"))
     assert [reason for *_, reason in found] == ["", "not an instruction, an input and an output", "", "empty output"]
-    assert [task["instances"] for task, *_ in found if task] == [[{"input": "1, 2", "output": "3"}], [{"input": "", "output": "Rhine"}]]
+    assert [task["instances"] for task, *_ in found if task] == [[{"input": "1, 2", "output": "3"}],
+                                                                 [{"input": "", "output": "Rhine"}]]
     assert found[0][0]["instruction"].strip() == "Add them."
     assert read_alpaca(done(text.replace("###\n6.", "###\nNext:\n6.")), Config(recipe="alpaca"))[2][0] is None
     again = read_alpaca(done("###\n4. Instruction:" + text), Config(recipe="alpaca"))
@@ -156,25 +166,26 @@ def test_all_thirteen_formats_occur_and_hold_everything():
 # ---------------------------------------------------------------------------------------- end to end
 
 def test_seeds_become_tasks_and_training_records(config, tmp_path, capsys):
-    generate(Scripted(reply), replace(config, out=str(tmp_path / "out")))
-    tasks, records, dropped = (lines(tmp_path / "out" / f"{name}.jsonl") for name in ("tasks", "train", "dropped"))
+    main(config, Scripted(reply))
+    tasks, train, dropped = records(config.out, "tasks", "train", "dropped")
     assert len(tasks) > 30 and len({task["instruction"] for task in tasks}) == len(tasks)
-    assert set(tasks[0]) >= {"id", "instruction", "instances", "is_classification", "most_similar", "avg_similarity_score"}
+    assert set(tasks[0]) >= {"id", "instruction", "instances", "is_classification", "most_similar",
+                             "avg_similarity_score"}
     assert {task["is_classification"] for task in tasks} == {True, False}
     assert all(1 <= len(task["instances"]) <= 5 and len(task["most_similar"]) == 10 for task in tasks)
     assert all(max(task["most_similar"].values()) <= 0.7 and task["instruction"][0].isupper() for task in tasks)
-    assert len(records) == sum(len(task["instances"]) for task in tasks)
-    assert len(list(read(tmp_path / "out" / "train.jsonl")[0])) == len(records)
+    assert len(train) == sum(len(task["instances"]) for task in tasks)
+    assert len(list(read(tmp_path / "out" / "train.jsonl")[0])) == len(train)
     reasons = {d["reason"] for d in dropped}
     assert {"cut by length", "fewer than 4 words", "more than 5 instances"} <= reasons
     said = capsys.readouterr().out
-    assert f"{len(records)} training records; {len(dropped)} dropped" in said and "instruction: cut by length" in said
+    assert f"{len(train)} training records; {len(dropped)} dropped" in said and "instruction: cut by length" in said
 
 
 def test_prompts_show_eight_seeds_and_later_six_and_two_of_the_models_own(config, tmp_path):
     model = Scripted(reply)
-    generate(model, replace(config, out=str(tmp_path / "out")))
-    given = [task["instruction"] for task in lines(Path(config.seeds))]
+    main(config, model)
+    given = [task["instruction"] for task in records(tmp_path, "seeds")[0]]
     asked = [r.messages[0]["content"] for r in model.asked if r.messages[0]["content"].endswith("\n9.")]
     shown = [[line[3:] for line in text.splitlines()[2:-1]] for text in asked]
     assert all(len(set(some)) == 8 for some in shown)
@@ -185,46 +196,51 @@ def test_prompts_show_eight_seeds_and_later_six_and_two_of_the_models_own(config
 def test_capitals_are_kept(config, tmp_path):
     """str.capitalize would make "NASA" "Nasa", and lower the rest."""
     model = Scripted(lambda r, s: "tell me what NASA and Ada do" if r.messages[0]["content"].endswith("9.") else "No")
-    generate(model, replace(config, out=str(tmp_path / "out"), patience=2))
-    assert lines(tmp_path / "out" / "dropped.jsonl")[0]["most_similar"] == {"Tell me what NASA and Ada do": 1.0}
+    main(replace(config, patience=2), model)
+    assert records(config.out, "dropped")[0][0]["most_similar"] == {"Tell me what NASA and Ada do": 1.0}
 
 
 def test_only_a_yes_makes_a_classification(config):
     """"Yes." is a yes, as chat models write; "Yes and no" and no reply are a no."""
     tasks = [{"instruction": f"task {i}"} for i in range(6)]
-    replies = [done("Yes"), done(" yes."), done("YES"), done("Yes and no"), done(""), None]
-    self_instruct.mark_classifications(lambda *_, **__: replies, self_instruct.load_seeds(config), tasks, config)
+    answers = iter(["Yes", " yes.", "YES", "Yes and no", "", None])
+    run, seeds = Run(config), self_instruct.load_seeds(config)
+    self_instruct.mark_classifications(run, Scripted(lambda r, s: next(answers)), seeds, tasks, config)
     assert [task["is_classification"] for task in tasks] == [True, True, True, False, False, False]
 
 
 def test_a_reply_cut_by_length_loses_its_last_instance(config):
-    tasks, dropped = [{"id": "a", "instruction": "Add", "is_classification": False}], []
-    cut = Reply("Example 1\nInput: 1 1\nOutput: 2\nExample 2\nInput: 5 5\nOutput: 1", False, 0, 0, 0.0)
-    self_instruct.add_instances(lambda requests, *_, **__: [cut] * len(requests), self_instruct.load_seeds(config), tasks, config, dropped)
+    tasks, run = [{"id": "a", "instruction": "Add", "is_classification": False}], Run(config)
+    cut = Scripted(lambda r, s: ("Example 1\nInput: 1 1\nOutput: 2\nExample 2\nInput: 5 5\nOutput: 1", False))
+    self_instruct.add_instances(run, cut, self_instruct.load_seeds(config), tasks, config)
     assert tasks[0]["instances"] == [{"input": "1 1", "output": "2"}]
-    assert dropped == [{"stage": "instance", "task": "a", "text": ("5 5", "1"), "reason": "cut by length"}]
+    assert run.dropped == [{"stage": "instance", "task": "a", "text": ("5 5", "1"), "reason": "cut by length"}]
 
 
 def test_a_model_that_repeats_itself_ends_the_search(config, tmp_path, capsys):
-    model = Scripted(lambda r, s: "Tell me about the sea, please" if r.messages[0]["content"].endswith("9.") else "Yes.")
-    generate(model, replace(config, out=str(tmp_path / "out"), patience=3))
-    assert "only 1 instructions: 3 batches" in capsys.readouterr().out and len([r for r in model.asked if r.repeat]) == 2 * 4 - 1
+    model = Scripted(lambda r, s: "Tell me about the sea, please"
+                     if r.messages[0]["content"].endswith("9.") else "Yes.")
+    main(replace(config, patience=3), model)
+    assert "only 1 instructions: 3 batches" in capsys.readouterr().out
+    assert len([r for r in model.asked if r.repeat]) == 2 * 4 - 1
 
 
 def test_a_model_that_never_answers_is_one_line(config, tmp_path, capsys):
-    exits(capsys, lambda: generate(Scripted(lambda r, s: None), replace(config, out=str(tmp_path / "out"))), "no request of a batch")
+    exits(capsys, lambda: main(config, Scripted(lambda r, s: None)), "no request of a batch")
 
 
 def test_whenever_it_is_killed_it_goes_on_to_the_same_files(config, tmp_path):
-    found = survives_kills(lambda model, out: generate(model, replace(config, out=str(out))), reply, tmp_path)
-    assert {"tasks.jsonl", "train.jsonl", "dropped.jsonl", "replies.jsonl"} <= set(found) and len(found["train.jsonl"]) > 1000
+    found = survives_kills(lambda model, out: main(replace(config, out=str(out)), model), reply, tmp_path)
+    assert {"tasks.jsonl", "train.jsonl", "dropped.jsonl", "replies.jsonl"} <= set(found)
+    assert len(found["train.jsonl"]) > 1000
 
 
 def test_alpaca_asks_once_for_whole_tasks_and_survives_kills(config, tmp_path):
     config = replace(config, recipe="alpaca")
-    found = survives_kills(lambda model, out: generate(model, replace(config, out=str(out))), reply, tmp_path, deaths=2)
+    found = survives_kills(lambda model, out: main(replace(config, out=str(out)), model), reply, tmp_path, deaths=2)
     tasks = [json.loads(line) for line in found["tasks.jsonl"].splitlines()]
-    assert len(tasks) >= 40 and {len(task["instances"]) for task in tasks} == {1} and any(not t["instances"][0]["input"] for t in tasks)
+    assert len(tasks) >= 40 and {len(task["instances"]) for task in tasks} == {1}
+    assert any(not t["instances"][0]["input"] for t in tasks)
     asked = [json.loads(line)["messages"][0]["content"] for line in found["replies.jsonl"].splitlines()]
     assert all(text.endswith("###\n4. Instruction:") for text in asked)
 
@@ -243,32 +259,31 @@ def test_corrupted_replies_are_dropped_with_a_reason(recipe, config, tmp_path, c
             kept, faults = sound(pairs)
             assert len(kept) + len(faults) == len(pairs)
 
-    def broken(request, sampling):
-        said = reply(request, sampling)
-        return (corrupt(said[0], number(request)), False) if isinstance(said, tuple) else corrupt(said, number(request))
-
-    generate(Scripted(broken), replace(config, recipe=recipe, out=str(tmp_path / "out"), instructions=150, patience=3))
-    records, report = read(tmp_path / "out" / "train.jsonl")
-    assert len(list(records)) > 20 and not report.rejects
-    assert "instruction: " in capsys.readouterr().out and all(d["reason"] for d in lines(tmp_path / "out" / "dropped.jsonl"))
+    main(replace(config, recipe=recipe, instructions=150, patience=3), Scripted(damaged(reply)))
+    train, report = read(tmp_path / "out" / "train.jsonl")
+    assert len(list(train)) > 20 and not report.rejects
+    assert "instruction: " in capsys.readouterr().out
+    assert all(d["reason"] for d in records(config.out, "dropped")[0])
 
 
 def test_wrong_seeds_are_one_line_before_anything_is_asked(config, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"instruction": "a"}\n')
-    for path, said in ((tmp_path / "bad.jsonl", "bad.jsonl line 1: is no seed"), (tmp_path / "none.jsonl", "No such file"),
+    for path, said in ((tmp_path / "bad.jsonl", "bad.jsonl line 1: is no seed"),
+                       (tmp_path / "none.jsonl", "No such file"),
                        (seeds(tmp_path / "few.jsonl", 5), "has 5 seeds, expected 8")):
-        exits(capsys, lambda path=path: self_instruct.main(replace(config, seeds=str(path))), said)
+        exits(capsys, lambda path=path: main(replace(config, seeds=str(path))), said)
     exits(capsys, lambda: Config(machine_examples=9), "machine_examples is 9")
 
 
 @pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
-def test_the_published_seeds_are_read_and_shown_as_published():
+def test_the_published_seeds_are_read_and_shown_as_published(tmp_path):
     """175 seeds, 26 of them classification: 12 yes and 19 no are shown, 12 input first, 17 output first."""
     config = Config(seeds=str(Path(os.environ["REAL_DATA"]) / "datasets" / "self_instruct" / "seed_tasks.jsonl"))
     found = self_instruct.load_seeds(config)
     assert len(found) == 175 and sum(seed["is_classification"] for seed in found) == 26
     assert self_instruct.input_first_prompt(found, config).count("Task: ") >= 12
     assert self_instruct.output_first_prompt(found, config).count("Class label: ") == 17
-    asked = []
-    self_instruct.mark_classifications(lambda requests, *_, **__: asked.extend(requests) or [done("Yes")], found, [dict(found[0])], config)
-    assert [asked[0].messages[0]["content"].count(f"Classification: {word}") for word in ("Yes", "No")] == [12, 19]
+    model, config = Scripted(lambda r, s: "Yes"), replace(config, out=str(tmp_path / "out"))
+    self_instruct.mark_classifications(Run(config), model, found, [dict(found[0])], config)
+    shown = model.asked[0].messages[0]["content"]
+    assert [shown.count(f"Classification: {word}") for word in ("Yes", "No")] == [12, 19]

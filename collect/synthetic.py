@@ -1,0 +1,80 @@
+"""What the five recipes for synthetic data share: settings, asking models, keeping the reasons, writing the files.
+
+    replies.jsonl   every raw reply as it arrives: a run that was stopped asks only for the rest when started again
+    dropped.jsonl   what was left out, and why
+"""
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+import runtime
+from data.llm import Budget, Reply, Request, Sampling, ask
+from data.records import fault
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: str = ""                    # folder
+    seed: int = 0
+    device: str = "auto"             # of checkpoints: cpu, cuda, auto
+    budget: int = 0                  # tokens this run may spend; 0: no limit
+
+    def __post_init__(self):
+        self.at_least(0, "budget")
+
+    def at_least(self, low: float, *keys: str) -> None:
+        for key in keys:
+            runtime.check_range(key, getattr(self, key), low, inf)
+
+
+def user(text: str) -> list[dict]:
+    """A dialogue of one user turn."""
+    return [{"role": "user", "content": text}]
+
+
+def swapped(messages: list[dict]) -> list[dict]:
+    """The dialogue as the model that plays the user sees it: its own turns are the assistant's."""
+    other = {"user": "assistant", "assistant": "user"}
+    return [m | {"role": other[m["role"]]} for m in messages]
+
+
+def read_lines(key: str, path: str, expected: str) -> list[str]:
+    """The lines of the text file that setting `key` names."""
+    try:
+        return Path(path).read_text(encoding="utf-8").rstrip().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        runtime.fail(f"{key}={path}: cannot be read ({error}), expected {expected}")
+
+
+class Run:
+    """One run: its folder, what it may still spend, and what it has dropped."""
+
+    def __init__(self, config: Settings):
+        self.out, self.dropped = runtime.open_folder(config.out), []
+        self.ledger = self.out / "replies.jsonl"
+        self.budget = Budget(tokens=config.budget) if config.budget else None
+
+    def ask(self, model, requests: list[Request], sampling: Sampling, progress: str = "") -> list[Reply | None]:
+        return ask(model, requests, sampling, self.ledger, self.budget, progress)
+
+    def drop(self, stage: str, reason: str, **record) -> None:
+        self.dropped.append({"stage": stage, **record, "reason": reason})
+
+    def usable(self, reply: Reply | None, stage: str, **record) -> str:
+        """The text of a reply; "" if it cannot be used, which is noted among the dropped."""
+        reason = fault(reply)
+        if reason:
+            self.drop(stage, reason, **record, text=reply and reply.text)
+        return "" if reason else reply.text.strip()
+
+    def write(self, summary: str, **files: list[dict]) -> None:
+        """Each list as NAME.jsonl, with dropped.jsonl beside them, and a summary on the terminal."""
+        for name, records in (files | {"dropped": self.dropped}).items():
+            runtime.write_text(self.out / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        print(f"{self.out}: {summary}; {len(self.dropped)} dropped, for reasons in dropped.jsonl")
+        for (stage, reason), number in Counter((d["stage"], d["reason"]) for d in self.dropped).most_common():
+            print(f"{number:8,}  {stage}: {reason}")

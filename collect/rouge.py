@@ -11,7 +11,7 @@ Nearly all are decided without a subsequence. F > t needs L > t (|a| + |b|) / 2,
 
 and who shares none of a text's rarest words cannot share enough of the others. The few that are left are compared
 with bits: one bit a word of one text, a few integer operations a word of the other (Crochemore et al. 2001, Hyyro 2004).
-`python -m benchmarks.rouge` measures it.
+tests/test_rouge_speed.py measures it.
 
 F is computed in rouge_score's own order, to the last bit. An F of exactly 0.7 passes, but where that order rounds up
 (7 common words of 7 and 13 give 0.7000000000000001) it does not: so it was when the published data were made.

@@ -6,7 +6,6 @@ import torch
 from conftest import FIXTURES, exits, reference, small_model
 from safetensors.torch import load_file, save_file
 
-from benchmarks import loading
 from checkpoints import BUFFERS, _sources, load_model, save_model
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
@@ -328,13 +327,6 @@ def only_pickle(path):
 ])
 def test_a_broken_checkpoint_is_one_line(change, said, tmp_path, capsys):
     exits(capsys, broken(tmp_path, change), str(tmp_path), said)
-
-
-def test_loading_peaks_below_1_15_times_the_weights(tmp_path):
-    """At 0.4 GB here; at 2 GB, and quantised, by benchmarks/loading.py."""
-    loading.write(tmp_path, layers=4, width=2048)
-    found = loading.measure(str(tmp_path), "bfloat16")
-    assert found["peak_bytes"] < 1.15 * found["weight_bytes"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"window": 4}, {"qk_norm": True}])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import FIXTURES, ROOT, metrics_of, write_jsonl
+from test_memory import SHAPES
 
 import dpo
 import reward
 import sft
-from benchmarks.memory import SHAPES
 from runtime import load_config, memory
 
 MISTRAL = FIXTURES / "models" / "mistral"

@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import random
+import resource
 import runpy
 import select
 import shutil
@@ -50,7 +51,7 @@ STEPS_PER_EPOCH = 5
 
 def serve() -> None:
     """Fork a process for every task on standard input, a line {"script", "words", "log", "folder", "die_at",
-    "environment"}, and print its id; for a line {"wait": id}, print how that process ended."""
+    "environment", "file_bytes"}, and print its id; for a line {"wait": id}, print how that process ended."""
     sys.path.insert(0, str(ROOT))
     # What takes the time; several ranks need the last.
     import dpo, ppo, reward, sft, torch._dynamo  # noqa: E401, F401, I001
@@ -71,13 +72,15 @@ def become(task: dict) -> None:
     code = 1
     try:
         os.setpgid(0, 0)
-        os.environ.update(task.get("environment", {}))
+        os.environ.update(task["environment"])
+        if task["file_bytes"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (task["file_bytes"], resource.RLIM_INFINITY))
         log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         null = os.open(os.devnull, os.O_RDONLY)
         for ours, theirs in ((null, 0), (log, 1), (log, 2)):
             os.dup2(ours, theirs)
         sys.argv = [task["script"], *task["words"]]
-        if task.get("folder"):
+        if task["folder"]:
             count_operations(task["folder"], task["die_at"])
         runpy.run_path(str(ROOT / task["script"]), run_name="__main__")
         code = 0
@@ -129,9 +132,10 @@ class Server:
         return int(self.process.stdout.readline())
 
     def start(self, script: str, words: list[str], log: Path, folder: str = "", die_at: int = 0,
-              environment: dict | None = None) -> Run:
-        task = {"script": f"{script}.py", "words": words, "log": str(log), "folder": folder, "die_at": die_at}
-        return Run(self, self.ask(task | {"environment": environment or {}}))
+              environment: dict | None = None, file_bytes: int = 0) -> Run:
+        """Start `script.py` with these words; `file_bytes` is the size its files may have, 0: any."""
+        return Run(self, self.ask({"script": f"{script}.py", "words": words, "log": str(log), "folder": folder,
+                                   "die_at": die_at, "environment": environment or {}, "file_bytes": file_bytes}))
 
 
 @functools.cache

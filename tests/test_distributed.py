@@ -1,4 +1,4 @@
-"""One process and two give the same run: the same ten steps, checkpoints that either continues, the same model.
+"""One process and two give the same run: the same steps, checkpoints that either continues, the same model.
 
     WRITE=1 python -m pytest tests/test_distributed.py      how far they differ, to benchmarks/results/ranks.json
 """
@@ -31,9 +31,9 @@ from runtime import distributed
 COMMON = {"device": "cpu", "dtype": "float32", "threads": 1, "lr": 1e-3, "warmup": 0.2}
 LORA = {"lora_rank": 4}
 DPO = {"beta": 0.02}  # replies here have log-probabilities of -70, which fp32 holds to 7.6e-6
-STEPS = 10
-# Ten steps of five trees, the last of each epoch of one tree for two ranks; micro-batches of 300 tokens, an evaluation
-# in the middle. Among them all that is sharded beside the model: a teacher, a reference, the four models of PPO.
+STEPS = 6
+# Two epochs of five, five and one tree, the last too few for two ranks; micro-batches of 300 tokens, an evaluation in
+# the middle. Among them all that is sharded beside the model: a teacher, a reference, the four models of PPO.
 RUNS = {
     "sft": ("sft", {}), "sft_lora": ("sft", LORA), "sft_nf4": ("sft", LORA | {"quantize": "nf4"}),
     "sft_copies": ("sft", {"shard": 1, "context": "{folder}/context.jsonl"}),
@@ -51,11 +51,11 @@ def planned(name: str, folder: Path, checkpoint: Path, out: str) -> list:
     if script == "ppo":
         config |= {"model": str(folder / "policy"), "reward_model": str(folder / "scorer"),
                    "data": str(folder / "prompts.jsonl"), "steps": STEPS, "batch": 5, "epochs": 1, "minibatches": 2,
-                   "max_tokens": 8, "min_eos": 0.0, "micro_tokens": 60, "snapshot_every": 5}
+                   "max_tokens": 8, "min_eos": 0.0, "micro_tokens": 60, "snapshot_every": 3}
     else:
         kind = "sft" if script == "sft" else "pairs"
         config |= {"data": str(folder / f"{kind}.jsonl"), "eval_data": str(folder / f"{kind}_eval.jsonl"),
-                   "template": "zephyr", "max_steps": STEPS, "batch": 5, "max_tokens": 300, "eval_every": 5}
+                   "template": "zephyr", "max_steps": STEPS, "batch": 5, "max_tokens": 300, "eval_every": 3}
         config |= {"samples": 1} if script != "reward" else {}
     return [script, config, STOPPED.get(name, 0)]
 

@@ -82,7 +82,7 @@ class Config:
 
 
 def make_model(shape: str, path: str) -> str:
-    """Random weights for both sides, stored as large models are: in bf16."""
+    """Random weights for both sides, stored in the dtype of the activations."""
     save_model(random_model(SHAPES[shape]).to(getattr(torch, SHAPES[shape].dtype)), path)
     if SHAPES[shape].device == "cuda":
         torch.cuda.empty_cache()

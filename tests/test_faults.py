@@ -23,11 +23,6 @@ KILLS = int(os.environ.get("KILLS", "0"))
 FEW = {"ppo": ["steps=4", "batch=4", "minibatches=1", "epochs=1"]}  # five steps, of PPO four
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def server():
     return kills.shared_server()

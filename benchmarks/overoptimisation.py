@@ -1,9 +1,9 @@
-"""What a reward model is worth once it is leant on: proxy score and gold score against KL, as PPO goes.
+"""How far a reward model can be trusted: its score and the gold score against KL, as PPO optimises the first.
 
     python -m benchmarks.overoptimisation 'runs=["kl 0.2=runs/tiny/0/ppo", "kl 0=runs/tiny/0/ppo_kl0"]'
 
-Each run must have been made with snapshot_every. Its snapshots answer the dev dialogues, the gold grader grades
-them, and the figure draws both scores over the distance from the reference (Gao et al. 2022, arXiv:2210.10760).
+Each run must have been made with snapshot_every. Its snapshots answer the dev dialogues, the gold grader grades them,
+and the figure draws both scores over the distance from the reference (Gao et al. 2022, arXiv:2210.10760).
 """
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from matplotlib.figure import Figure
 
 import judge
 import runtime
+from benchmarks.measure import save
 from data.llm import Budget
 from judging import gold
 
@@ -27,8 +29,6 @@ class Config:
     start: str = "runs/tiny/0/sft/model"  # the model they started from
     data: str = "runs/tiny/0/data/dev.jsonl"
     out: str = "benchmarks/results/overoptimisation"  # .json and .png
-    device: str = "auto"
-    threads: int = 0
 
     def __post_init__(self):
         for entry in self.runs:
@@ -37,13 +37,15 @@ class Config:
 
 
 def curve(folder: Path, start_gold: float, grade) -> list[dict]:
-    """Points of a run: step, KL in nats per reply and proxy score of that step's rollout, gold score of its snapshot."""
+    """Points of a run: step, KL in nats per reply and reward model's score of that step's rollout, gold score of its
+    snapshot."""
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     points = [{"step": 0, "kl": 0.0, "score": steps[0]["score"], "gold": start_gold}]
     for path in sorted(folder.glob("model_step_*"), key=lambda p: int(p.name[11:])):
         step = int(path.name[11:])
         near = [s for s in steps if abs(s["step"] - step) <= 1]
-        points.append({"step": step, "kl": mean(s["kl"] for s in near), "score": mean(s["score"] for s in near), "gold": grade(path)})
+        points.append({"step": step, "kl": mean(s["kl"] for s in near), "score": mean(s["score"] for s in near),
+                       "gold": grade(path)})
         print(folder, points[-1], flush=True)
     return points
 
@@ -58,32 +60,30 @@ def grade(path: Path | str, data: str, device: torch.device) -> float:
     return 100 * mean(g for replies in grades for g in replies)
 
 
+def draw(curves: dict[str, list[dict]], file: Path) -> None:
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = (("score", "score by the reward model, standard deviations", "what PPO sees"),
+              ("gold", "gold score", "what users see"))
+    for axes, (key, label, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for name, points in curves.items():
+            axes.plot([p["kl"] for p in points], [p[key] for p in points], "o-", markersize=3, label=name)
+        axes.set(xlabel="KL from the reference, nats a reply", ylabel=label, title=title)
+    figure.axes[0].legend()
+    figure.savefig(file, dpi=130)
+    print(f"wrote {file}")
+
+
 def main(config: Config) -> None:
-    device = runtime.setup(config.device, 0, config.threads)
+    device = runtime.setup("auto", 0)
 
     def graded(path: Path | str) -> float:
         return grade(path, config.data, device)
 
     start = graded(config.start)
-    curves = {entry.partition("=")[0]: curve(Path(entry.partition("=")[2]), start, graded) for entry in config.runs}
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    runtime.write_text(out.with_suffix(".json"), json.dumps({"data": config.data, "curves": curves}, indent=1) + "\n")
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, points in curves.items():
-        for axes, key in ((left, "score"), (right, "gold")):
-            axes.plot([p["kl"] for p in points], [p[key] for p in points], "o-", markersize=3, label=name)
-    left.set(xlabel="KL from the reference, nats a reply", ylabel="score by the reward model, standard deviations", title="what PPO sees")
-    right.set(xlabel="KL from the reference, nats a reply", ylabel="gold score", title="what users see")
-    left.legend()
-    figure.savefig(out.with_suffix(".png"), dpi=130)
-    print(f"wrote {out}.json and {out}.png")
+    named = [entry.partition("=") for entry in config.runs]
+    curves = {name: curve(Path(folder), start, graded) for name, _, folder in named}
+    save(f"{config.out}.json", {"data": config.data, "curves": curves})
+    draw(curves, Path(f"{config.out}.png"))
 
 
 if __name__ == "__main__":

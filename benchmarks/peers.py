@@ -1,18 +1,18 @@
-"""This code against what one would use instead, transformers + TRL + PEFT: the same work on the same token ids, in turns.
+"""This code against what one would use instead, transformers + TRL + PEFT: the same work, in turns.
 
-    make bench-peers                   builds the second environment, runs everything, writes benchmarks/results/peers.json
+    make bench-peers                   makes the second environment, runs all, writes benchmarks/results/peers.json
     python -m benchmarks.peers tasks='["sft"]' shapes='["2 M"]' rounds=3
-    python -m benchmarks.peers device=cuda           Mistral-7B's shape in bf16, to benchmarks/results/peers_gpu.json; 141 GB of memory
-    python -m benchmarks.peers device=cuda peers=    ours alone
+    python -m benchmarks.peers device=cuda          Mistral-7B's shape in bf16, to peers_gpu.json; 141 GB of memory
+    python -m benchmarks.peers device=cuda peers=   ours alone
 
-For every task each side is a process that has loaded the same weights and waits; then each in turn does one step, `rounds`
-times, the first not counted. The step times are wall-clock, from "go" to "done", whatever a side does in between: collating,
-metrics, clipping, AdamW. Both sides start from the same weights, and their first losses must agree: the work is the same. TRL
-runs in the modes listed, and the fastest counts. Peak memory is that of the whole process.
+Both sides get the same token ids. For every task each is a process that has loaded the same weights and waits; then
+each in turn does one step, `rounds` times, the first not counted. Step times are wall-clock, from "go" to "done",
+whatever a side does in between: collating, metrics, clipping, AdamW. The first losses of both sides must agree: the
+work is the same. TRL runs in the modes listed, and the fastest counts. Peak memory is that of the whole process.
 
-A GPU has room for one 7B in training, so there the sides run one after another, and a mode that runs out of memory says so in
-its row. Peak memory is that of tensors on the GPU. Model FLOPs utilisation counts a step's products and attention once, whatever
-checkpointing computes again, over the dense bf16 peak in NVIDIA's data sheets.
+A GPU has room for one 7B in training, so there the sides run one after another, and a mode that runs out of memory says
+so in its row. Peak memory is that of tensors on the GPU. Model FLOPs utilisation counts a step's products and attention
+once, whatever checkpointing computes again, over the dense bf16 peak in NVIDIA's data sheets.
 """
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -29,13 +30,13 @@ from statistics import median
 import torch
 
 import runtime
-from benchmarks.peers_work import NEW, RL_PROMPTS, RL_REPLIES, SAMPLED, SHAPES, STEPS, TURNS, Shape
-from benchmarks.throughput import processor
+from benchmarks.measure import processor, save
+from benchmarks.peers_ours import random_model
+from benchmarks.peers_work import NEW, RL_PROMPTS, RL_REPLIES, SAMPLED, SHAPES, STEPS, TURNS
 from checkpoints import save_model
-from model import ModelConfig, Transformer, init_weights
 
 PADDED = ("padded", "micro")
-# task: unit, which of a step's counts it is, the peers' modes, our other way of doing it or a floor
+# task: unit, which of a step's counts it is, the peers' modes, the floors
 TASKS = {
     "sft": ("tokens/s", "units", ("padded", "micro", "packed"), ("floor sft", "floor sft mkl")),
     "dpo": ("pairs/s", "items", PADDED, ("floor dpo", "floor dpo mkl")),
@@ -43,12 +44,13 @@ TASKS = {
     "dpo dialogues": ("dialogues/s", "items", PADDED, ()),
     "reward": ("pairs/s", "items", PADDED, ()),
     "reward dialogues": ("dialogues/s", "items", PADDED, ()),
-    **{f"sample {n} {how}": ("tokens/s", "units", ("generate",), (f"floor sample {n}",)) for how in ("greedy", "top_p") for n in SAMPLED},
+    **{f"sample {n} {how}": ("tokens/s", "units", ("generate",), (f"floor sample {n}",))
+       for how in ("greedy", "top_p") for n in SAMPLED},
     "sample mixed": ("tokens/s", "units", ("generate",), ()),
-    "rloo": ("samples/s", "units", ("RLOO",), ("ppo",)),
+    "rloo": ("samples/s", "units", ("RLOO",), ()),
     "qlora": ("tokens/s", "units", PADDED, ()),
 }
-# What each shape is for; the small ones for all tasks but QLoRA.
+# What these shapes are for; the others do all tasks but QLoRA.
 ONLY = {"110 M": ("qlora",), "7 B, chat": ("sft", "qlora", "sample 64 top_p"), "7 B, pairs": ("dpo",)}
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312}
 
@@ -64,7 +66,7 @@ class Config:
     tasks: list[str] = tuple(TASKS)
     shapes: list[str] = ()           # default: those for the device
     rounds: int = 6                  # the first is not counted
-    peers: str = ".venv-peers/bin/python"  # the interpreter that has transformers, TRL and PEFT; empty: ours alone
+    peers: str = ".venv-peers/bin/python"  # an interpreter with transformers, TRL and PEFT; empty: ours alone
 
     def __post_init__(self):
         runtime.check_range("rounds", self.rounds, 2, STEPS)
@@ -79,16 +81,10 @@ class Config:
             runtime.fail(f"{self.peers}: no such file: build it with `make bench-peers`, or set peers=")
 
 
-def make_model(shape: Shape, path: str) -> str:
-    """Random weights for both sides, as large ones come: in bf16."""
-    config = ModelConfig(width=shape.width, layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads or shape.heads,
-                         head_dim=shape.head_dim, mlp_width=shape.mlp_width, vocab_size=shape.vocab, max_positions=shape.longest)
-    with torch.device(shape.device):
-        model = Transformer(config)
-    init_weights(model, 0)
-    save_model(model.to(getattr(torch, shape.dtype)), path)
-    if shape.device == "cuda":
-        del model
+def make_model(shape: str, path: str) -> str:
+    """Random weights for both sides, stored in the dtype of the activations."""
+    save_model(random_model(SHAPES[shape]).to(getattr(torch, SHAPES[shape].dtype)), path)
+    if SHAPES[shape].device == "cuda":
         torch.cuda.empty_cache()
     return path
 
@@ -98,8 +94,10 @@ class Worker:
 
     def __init__(self, python: str, module: str, task: str, shape: str, path: str, log: Path):
         self.log = log
+        command = [python, "-m", f"benchmarks.{module}", task, shape, path, str(time.monotonic())]
+        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
         with log.open("w") as errors:
-            self.process = subprocess.Popen([python, "-m", f"benchmarks.{module}", task, shape, path], stdin=subprocess.PIPE,
+            self.process = subprocess.Popen(command, env=os.environ | offline, stdin=subprocess.PIPE,
                                             stdout=subprocess.PIPE, stderr=errors, text=True)
 
     def step(self) -> dict:
@@ -128,7 +126,8 @@ def take_turns(sides: list[tuple], shape: str, path: str, rounds: int, logs: Pat
     for name, python, module, words in sides:
         workers[name] = Worker(python, module, words, shape, path, logs / f"{name}.txt")
         try:
-            steps[name] = [workers[name].step() for _ in range(rounds if alone else 1)]  # one by one: they are not to load together
+            # One by one: they are not to load at the same time.
+            steps[name] = [workers[name].step() for _ in range(rounds if alone else 1)]
         except RuntimeError as error:
             if not (alone and "out of memory" in str(error)):
                 raise
@@ -145,40 +144,66 @@ def take_turns(sides: list[tuple], shape: str, path: str, rounds: int, logs: Pat
 
 def compare(task: str, shape: str, path: str, config: Config, logs: Path) -> list[dict]:
     """A row for each way of doing the task."""
-    unit, counted, modes, more = TASKS[task]
+    _, _, modes, floors = TASKS[task]
     sides = [("ours", sys.executable, "peers_ours", task)]
     if config.device == "cpu":  # the floors are written for fp32
-        sides += [(other, sys.executable, "peers_ours", other) for other in more]
+        sides += [(floor, sys.executable, "peers_ours", floor) for floor in floors]
     library = "Transformers" if task.startswith("sample") else "TRL"
     if config.device == "cuda" and library == "TRL":
         modes = (*modes, "single")
     sides += [(f"{library}, {mode}", config.peers, "peers_trl", f"{task}, {mode}") for mode in modes if config.peers]
     steps = take_turns(sides, shape, path, config.rounds, logs)
-    losses = {name: found[0]["loss"] for name, found in steps.items() if found and found[0].get("loss") is not None}
-    alike = [losses[name] for name in ("ours", "floor sft", "TRL, padded") if name in losses and not task.startswith(("reward", "qlora"))]
-    if alike and max(alike) - min(alike) > (1e-3 if config.device == "cpu" else 2e-2) * max(alike):
+    check_losses(task, shape, steps)
+    return [{"shape": shape, "task": task, "side": name} | measured(task, found) for name, found in steps.items()]
+
+
+def check_losses(task: str, shape: str, steps: dict[str, list[dict]]) -> None:
+    """The sides' first losses agree, where the same number is expected."""
+    if task.startswith(("reward", "qlora")):
+        return
+    losses = {name: steps[name][0].get("loss") for name in ("ours", "floor sft", "TRL, padded") if steps.get(name)}
+    alike = [loss for loss in losses.values() if loss is not None]
+    tolerance = 1e-3 if SHAPES[shape].device == "cpu" else 2e-2
+    if alike and max(alike) - min(alike) > tolerance * max(alike):
         raise RuntimeError(f"{shape} {task}: first losses differ, so does the work: {losses}")
-    rows = []
-    for name, found in steps.items():
-        row = {"shape": shape, "task": task, "side": name, "unit": unit}
-        if not found:
-            rows.append(row | {"error": "out of memory"})
-            continue
-        timed = found[1:]
-        rates = [step[counted] / step["seconds"] for step in timed]
-        row |= {"rate": median(rates), "rates": rates,
-                "peak_mib": timed[-1]["peak_mib"], "import_s": found[0]["import_s"], "first_step_s": found[0]["since_start_s"],
-                "first_loss": losses.get(name), "step_s": median(step["seconds"] for step in timed)}
-        row |= {key: median(step[key] for step in timed) for key in ("sampling_s", "scoring_s", "updating_s", "reference_s")
-                if key in timed[0]}
-        if "operations" in timed[0]:
-            row["tflops"] = median(step["operations"] / step["seconds"] for step in timed) / 1e12
-        rows.append(row)
-    return rows
 
 
-def best_peer(rows: list[dict]) -> dict | None:
-    return max((row for row in rows if row["side"].startswith("T") and "rate" in row), key=lambda row: row["rate"], default=None)
+def measured(task: str, steps: list[dict]) -> dict:
+    """What the steps of one side show, the first aside."""
+    unit, counted, _, _ = TASKS[task]
+    if not steps:
+        return {"unit": unit, "error": "out of memory"}
+    timed = steps[1:]
+    rates = [step[counted] / step["seconds"] for step in timed]
+    row = {"unit": unit, "rate": median(rates), "rates": rates, "peak_mib": timed[-1]["peak_mib"],
+           "import_s": steps[0]["import_s"], "first_step_s": steps[0]["since_start_s"],
+           "first_loss": steps[0].get("loss"), "step_s": median(step["seconds"] for step in timed)}
+    row |= {key: median(step[key] for step in timed)
+            for key in ("sampling_s", "scoring_s", "updating_s", "reference_s") if key in timed[0]}
+    if "operations" in timed[0]:
+        row["tflops"] = median(step["operations"] / step["seconds"] for step in timed) / 1e12
+    return row
+
+
+def show(rows: list[dict]) -> None:
+    """A line for each side of a task, and how much faster than the fastest peer ours is."""
+    for row in rows:
+        line = "{shape:<10} {task:<18} {side:<16} " + ("{error}" if "error" in row else
+               "{rate:10,.2f} {unit:<11}    peak {peak_mib:6,.0f} MiB   import {import_s:.1f} s   "
+               "first step after {first_step_s:.1f} s")
+        print(line.format(**row))
+    theirs = max((row for row in rows if row["side"].startswith("T") and "rate" in row), key=lambda row: row["rate"],
+                 default=None)
+    if theirs and "rate" in rows[0]:
+        print("{shape:<10} {task:<18} ".format(**theirs)
+              + f"ours is {rows[0]['rate'] / theirs['rate']:.2f} x {theirs['side']}", flush=True)
+
+
+def versions(python: str) -> str:
+    """Of the peers' packages, in the interpreter that has them."""
+    ask = ("import importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in "
+           "('torch', 'transformers', 'trl', 'peft', 'bitsandbytes')), sep=', ')")
+    return subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.strip() if python else ""
 
 
 def in_order(row: dict) -> tuple[int, int]:
@@ -186,31 +211,23 @@ def in_order(row: dict) -> tuple[int, int]:
 
 
 def main(config: Config) -> None:
-    ask = ("import importlib.metadata as m; "
-           "print(*(f'{p} {m.version(p)}' for p in ('torch', 'transformers', 'trl', 'peft', 'bitsandbytes')), sep=', ')")
-    versions = subprocess.run([config.peers, "-c", ask], capture_output=True, text=True).stdout.strip() if config.peers else ""
     out = Path(config.out or f"benchmarks/results/peers{'_gpu' if config.device == 'cuda' else ''}.json")
     rows = json.loads(out.read_text())["rows"] if out.is_file() else []
     device = processor(runtime.find_device(config.device))
+    about = {"command": "make bench-peers", "device": device, "cores": os.cpu_count(),
+             "ours": f"torch {torch.__version__}, Python {platform.python_version()}", "peers": versions(config.peers),
+             "peak_tflops": next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None),
+             "batch": {name: shape.batch for name, shape in SHAPES.items()}, "turns": TURNS, "new_tokens": NEW,
+             "rollout": RL_PROMPTS * RL_REPLIES}
     for shape in config.shapes or [name for name, shape in SHAPES.items() if shape.device == config.device]:
         with tempfile.TemporaryDirectory() as folder:
-            path = make_model(SHAPES[shape], f"{folder}/model")
+            path = make_model(shape, f"{folder}/model")
             for task in (task for task in config.tasks if does(shape, task)):
                 found = compare(task, shape, path, config, Path(folder))
-                for row in found:
-                    print("{shape:<10} {task:<18} {side:<16} ".format(**row) + (row.get("error") or "{rate:10,.2f} {unit:<11}    peak "
-                          "{peak_mib:6,.0f} MiB   import {import_s:.1f} s   first step after {first_step_s:.1f} s".format(**row)))
-                theirs = best_peer(found)
-                if theirs and "rate" in found[0]:
-                    print(f"{shape:<10} {task:<18} ours is {found[0]['rate'] / theirs['rate']:.2f} x {theirs['side']}", flush=True)
-                rows = sorted([row for row in rows if (row["shape"], row["task"]) != (shape, task)] + found, key=in_order)
-                report = {"command": "make bench-peers", "device": device, "cores": os.cpu_count(),
-                          "ours": f"torch {torch.__version__}, Python {platform.python_version()}", "peers": versions,
-                          "peak_tflops": next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None),
-                          "batch": {name: shape.batch for name, shape in SHAPES.items()}, "turns": TURNS, "new_tokens": NEW,
-                          "rollout": RL_PROMPTS * RL_REPLIES, "rows": rows}
-                runtime.write_text(out, json.dumps(report, indent=1) + "\n")
-    print(f"wrote {out}")
+                show(found)
+                others = [row for row in rows if (row["shape"], row["task"]) != (shape, task)]
+                rows = sorted(others + found, key=in_order)
+                save(out, about | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,25 +1,17 @@
-"""The peers' side of `benchmarks/peers.py`: transformers, TRL and PEFT on the same token ids, run by an environment of their own.
+"""The peers' side of benchmarks/peers.py: transformers, TRL and PEFT on the same token ids, in their own environment.
 
 Every task has modes, of which the table takes the fastest: a padded batch of the whole step, four of a quarter, rows
-one by one, and TRL's packing.
-Trainers are the library's, with the data tokenised beforehand and in the order given.
+one by one, and TRL's packing. Trainers are the library's, with the data tokenised beforehand and in the order given.
 """
 from __future__ import annotations
 
-import time
+import tempfile
 
-BEGAN = time.perf_counter()
-
-import os  # noqa: E402
-import tempfile  # noqa: E402
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
-
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -28,11 +20,9 @@ from transformers import (  # noqa: E402
     StoppingCriteriaList,
     TrainerCallback,
 )
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
-from benchmarks import peers_work as work  # noqa: E402
-
-IMPORT_S = time.perf_counter() - BEGAN
+from benchmarks import peers_work as work
 
 
 def whole_numbers(vocab: int) -> PreTrainedTokenizerFast:
@@ -43,7 +33,7 @@ def whole_numbers(vocab: int) -> PreTrainedTokenizerFast:
 
 
 class InTurn(TrainerCallback):
-    """A step of the trainer whenever it is our turn."""
+    """Lets the trainer do a step whenever it is this worker's turn."""
 
     def __init__(self, turns: work.Turns, units: list[int], items: list[int]):
         self.turns, self.units, self.items, self.losses = turns, units, items, []
@@ -53,8 +43,9 @@ class InTurn(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         at = state.global_step - 1
+        loss = self.losses[-1] if self.losses else None
         gpu = {} if args.use_cpu else work.gpu_peak(torch)
-        self.turns.done({"units": self.units[at], "items": self.items[at], "loss": self.losses[-1] if self.losses else None} | gpu)
+        self.turns.done({"units": self.units[at], "items": self.items[at], "loss": loss} | gpu)
         self.turns.wait()
 
 
@@ -75,20 +66,21 @@ def in_order(trainer: type, prepared: bool = True) -> type:
 
 
 def options(mode: str, shape: work.Shape) -> dict:
-    """What all trainers are told."""
+    """The settings of all trainers."""
     micro = {"micro": shape.batch // 4, "single": 1}.get(mode, shape.batch)
-    return dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro, gradient_accumulation_steps=shape.batch // micro,
-                max_steps=work.STEPS, learning_rate=work.LR, lr_scheduler_type="constant", max_grad_norm=work.CLIP, weight_decay=0.0,
-                use_cpu=shape.device == "cpu", report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                bf16=shape.dtype == "bfloat16", fp16=False, gradient_checkpointing=shape.checkpointing, dataloader_pin_memory=False,
-                optim="adamw_torch_fused")
+    return dict(
+        output_dir=tempfile.mkdtemp(), report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=shape.batch // micro, max_steps=work.STEPS,
+        learning_rate=work.LR, lr_scheduler_type="constant", max_grad_norm=work.CLIP, weight_decay=0.0,
+        optim="adamw_torch_fused", use_cpu=shape.device == "cpu", bf16=shape.dtype == "bfloat16", fp16=False,
+        gradient_checkpointing=shape.checkpointing, dataloader_pin_memory=False)
 
 
-def run(trainer, turns: work.Turns, sizes: list[int], items: list[int] | None = None) -> None:
-    """Step i takes rows i * batch onwards, of these sizes."""
+def run(trainer, turns: work.Turns, sizes: list[int], items: int = 0) -> None:
+    """Step i takes rows i * batch onwards, of these sizes; they are `items` pairs or dialogues, 0: as many as rows."""
     rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     groups = [sizes[at : at + rows] for at in range(0, len(sizes), rows)]
-    trainer.turn = InTurn(turns, [sum(g) for g in groups], [items or len(g) for g in groups] if items is None else [items] * len(groups))
+    trainer.turn = InTurn(turns, [sum(group) for group in groups], [items or len(group) for group in groups])
     trainer.add_callback(trainer.turn)
     trainer.train()
 
@@ -99,72 +91,85 @@ def load(path: str, kind=AutoModelForCausalLM, dtype=torch.float32, **more):
 
 def sft(turns: work.Turns, shape: work.Shape, path: str, mode: str, model=None) -> None:
     rows = [{"input_ids": p.prompt + p.chosen, "labels": [-100] * len(p.prompt) + p.chosen} for p in work.pairs(shape)]
-    packed = mode == "packed"
     settings = options(mode, shape)
-    if packed:  # rows of max_length tokens, as many as hold about a batch
+    if mode == "packed":  # rows of max_length tokens, as many as hold about a batch
         mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
         settings["per_device_train_batch_size"] = max(1, round(shape.batch * mean / shape.longest))
-    args = SFTConfig(**settings, max_length=shape.longest, packing=packed)
+    args = SFTConfig(**settings, max_length=shape.longest, packing=mode == "packed")
     trainer = in_order(SFTTrainer, prepared=False)(
-        model=model or load(path), args=args, train_dataset=Dataset.from_list(rows), processing_class=whole_numbers(shape.vocab))
+        model=model or load(path), args=args, train_dataset=Dataset.from_list(rows),
+        processing_class=whole_numbers(shape.vocab))
     run(trainer, turns, [len(row["input_ids"]) for row in trainer.train_dataset])
 
 
 def qlora(turns: work.Turns, shape: work.Shape, path: str, mode: str) -> None:
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                    bnb_4bit_compute_dtype=getattr(torch, shape.dtype))
-    model = prepare_model_for_kbit_training(load(path, quantization_config=four_bits), use_gradient_checkpointing=shape.checkpointing)
-    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    sft(turns, shape, path, mode, adapted)
+    model = prepare_model_for_kbit_training(load(path, quantization_config=four_bits),
+                                            use_gradient_checkpointing=shape.checkpointing)
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    sft(turns, shape, path, mode, get_peft_model(model, adapter))
 
 
 def preferences(shape: work.Shape, task: str) -> tuple[list[work.Pair], int]:
-    """Pairs in order, one row each, and how many make a step: a dialogue of four rated turns is four rows."""
+    """Pairs in order, one row each, and the rows of a step: a dialogue of four rated turns is four rows."""
     if "dialogues" in task:
         return [turn for turns in work.dialogues(shape) for turn in turns], shape.batch * work.TURNS
     return work.pairs(shape), shape.batch
 
 
-def by_step(args: dict, rows: int) -> dict:
-    """A step of `rows` rows, accumulated in micro-batches of the size given."""
-    return args | {"gradient_accumulation_steps": rows // args["per_device_train_batch_size"]}
+def train_on_pairs(trainer: type, args, turns: work.Turns, shape: work.Shape, pairs: list[work.Pair],
+                   columns: dict[str, list], model, **more) -> None:
+    """Steps of `trainer` on pairs whose token ids stand in `columns`."""
+    made = in_order(trainer)(model=model, args=args, train_dataset=Dataset.from_dict(columns),
+                             processing_class=whole_numbers(shape.vocab), **more)
+    run(made, turns, [len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in pairs], shape.batch)
+
+
+def by_step(mode: str, shape: work.Shape, rows: int) -> dict:
+    """Settings for a step of `rows` rows, accumulated in micro-batches of the mode's size."""
+    settings = options(mode, shape)
+    return settings | {"gradient_accumulation_steps": rows // settings["per_device_train_batch_size"]}
 
 
 def dpo(turns: work.Turns, shape: work.Shape, path: str, mode: str, task: str) -> None:
-    found, rows = preferences(shape, task)
-    data = Dataset.from_list([{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in found])
-    args = DPOConfig(**by_step(options(mode, shape), rows), max_length=None, beta=work.BETA, precompute_ref_log_probs="online" not in task)
-    trainer = in_order(DPOTrainer)(model=load(path), args=args, train_dataset=data, processing_class=whole_numbers(shape.vocab),
-                                   ref_model=load(path, dtype=getattr(torch, shape.dtype)))
-    run(trainer, turns, [len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in found], shape.batch)
+    pairs, rows = preferences(shape, task)
+    args = DPOConfig(**by_step(mode, shape, rows), max_length=None, beta=work.BETA,
+                     precompute_ref_log_probs="online" not in task)
+    columns = {"prompt_ids": [p.prompt for p in pairs], "chosen_ids": [p.chosen for p in pairs],
+               "rejected_ids": [p.rejected for p in pairs]}
+    train_on_pairs(DPOTrainer, args, turns, shape, pairs, columns, load(path),
+                   ref_model=load(path, dtype=getattr(torch, shape.dtype)))
+
+
+def scorer(path: str):
+    """A model with a score head."""
+    model = load(path, AutoModelForSequenceClassification, num_labels=1)
+    model.config.pad_token_id = 0
+    return model
 
 
 def reward(turns: work.Turns, shape: work.Shape, path: str, mode: str, task: str) -> None:
-    found, rows = preferences(shape, task)
-    data = Dataset.from_list([{"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected} for p in found])
-    args = RewardConfig(**by_step(options(mode, shape), rows), max_length=None)
-    model = load(path, AutoModelForSequenceClassification, num_labels=1)
-    model.config.pad_token_id = 0
-    trainer = in_order(RewardTrainer)(model=model, args=args, train_dataset=data, processing_class=whole_numbers(shape.vocab))
-    run(trainer, turns, [len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in found], shape.batch)
+    pairs, rows = preferences(shape, task)
+    args = RewardConfig(**by_step(mode, shape, rows), max_length=None)
+    columns = {"chosen_ids": [p.prompt + p.chosen for p in pairs],
+               "rejected_ids": [p.prompt + p.rejected for p in pairs]}
+    train_on_pairs(RewardTrainer, args, turns, shape, pairs, columns, scorer(path))
 
 
 def rloo(turns: work.Turns, shape: work.Shape, path: str) -> None:
-    texts = [{"prompt": " ".join(map(str, prompt))} for prompt in work.prompts(shape, work.RL_PROMPTS * work.STEPS)]
+    prompts = [" ".join(map(str, prompt)) for prompt in work.prompts(shape, work.RL_PROMPTS * work.STEPS)]
     rows = work.RL_PROMPTS * work.RL_REPLIES
     settings = options("", shape) | {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
-    args = RLOOConfig(**settings, num_generations=work.RL_REPLIES, max_completion_length=work.NEW, beta=0.05, temperature=1.0,
-                      shuffle_dataset=False)
-    tokenizer = whole_numbers(shape.vocab)
-    scorer = load(path, AutoModelForSequenceClassification, num_labels=1)
-    scorer.config.pad_token_id = 0
+    args = RLOOConfig(**settings, num_generations=work.RL_REPLIES, max_completion_length=work.NEW, beta=0.05,
+                      temperature=1.0, shuffle_dataset=False)
     model = load(path)
     model.generation_config.eos_token_id = None
-    trainer = RLOOTrainer(model=model, reward_funcs=scorer, args=args, train_dataset=Dataset.from_list(texts), processing_class=tokenizer,
+    trainer = RLOOTrainer(model=model, reward_funcs=scorer(path), args=args,
+                          train_dataset=Dataset.from_dict({"prompt": prompts}),
+                          processing_class=whole_numbers(shape.vocab),
                           reward_processing_classes=whole_numbers(shape.vocab))
-    trainer.turn = InTurn(turns, [rows] * work.STEPS, [rows] * work.STEPS)
-    trainer.add_callback(trainer.turn)
-    trainer.train()
+    run(trainer, turns, [1] * (rows * work.STEPS))
 
 
 class Limits(StoppingCriteria):
@@ -188,8 +193,8 @@ def sample(turns: work.Turns, shape: work.Shape, path: str, batch: int, top_p: b
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=shape.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=shape.device)
         stop = StoppingCriteriaList([Limits(longest, limits)]) if mixed else None
-        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), eos_token_id=None, pad_token_id=0,
-                       stopping_criteria=stop, **settings)
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), eos_token_id=None,
+                       pad_token_id=0, stopping_criteria=stop, **settings)
 
     while True:
         turns.wait()
@@ -200,18 +205,14 @@ def sample(turns: work.Turns, shape: work.Shape, path: str, batch: int, top_p: b
 
 
 def main() -> None:
-    turns = work.Turns(IMPORT_S)
+    turns = work.Turns()
     task, shape, path = work.arguments()
     task, _, mode = task.partition(", ")
     kind, *rest = task.split()
-    if kind == "sft":
-        sft(turns, shape, path, mode)
-    elif kind == "qlora":
-        qlora(turns, shape, path, mode)
-    elif kind == "dpo":
-        dpo(turns, shape, path, mode, task)
-    elif kind == "reward":
-        reward(turns, shape, path, mode, task)
+    if kind in ("sft", "qlora"):
+        {"sft": sft, "qlora": qlora}[kind](turns, shape, path, mode)
+    elif kind in ("dpo", "reward"):
+        {"dpo": dpo, "reward": reward}[kind](turns, shape, path, mode, task)
     elif kind == "sample":
         mixed = rest[0] == "mixed"
         sample(turns, shape, path, 64 if mixed else int(rest[0]), mixed or rest[1] == "top_p", mixed)

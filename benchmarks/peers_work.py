@@ -1,7 +1,7 @@
-"""The work that both sides of `benchmarks/peers.py` are given, and how they take turns. NumPy alone, for any environment.
+"""The work that both sides of benchmarks/peers.py do, and how they take turns. NumPy alone, for any environment.
 
-Token ids are random; lengths are spread as real ones are (lognormal, sigma 0.6). A worker is a process that does one step
-of one task whenever its turn comes, and tells how long it took.
+Token ids are random; lengths are spread as real ones are (lognormal, sigma 0.6). A worker is a process that does one
+step of one task whenever its turn comes, and reports how long it took.
 """
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ class Shape(NamedTuple):
         return self.width // self.heads
 
     def operations(self, tokens: int, targets: int, seen: int) -> float:
-        """Multiplications and additions of a training step, nothing computed twice: `targets` tokens reach the head, and
-        `seen` sums over all tokens how many keys their attention sees."""
+        """Multiplications and additions of a training step, nothing computed twice.
+
+        `targets` tokens reach the head; `seen` sums over all tokens how many keys their attention sees.
+        """
         heads, keys = self.heads * self.head_dim, (self.kv_heads or self.heads) * self.head_dim
         block = self.width * (2 * heads + 2 * keys + 3 * self.mlp_width)
-        forward = 2 * tokens * self.layers * block + 2 * targets * self.width * self.vocab + 4 * seen * heads * self.layers
-        return 3 * forward
+        head, attention = 2 * targets * self.width * self.vocab, 4 * seen * heads * self.layers
+        return 3 * (2 * tokens * self.layers * block + head + attention)
 
 
 SHAPES = {
@@ -50,10 +52,12 @@ SHAPES = {
     "2 M": Shape(128, 4, 4, 512, 2048, 256, 48, 95, 16, 2048),
     "110 M": Shape(768, 12, 12, 2048, 32000, 512, 85, 160, 8, 1024),
 }
-# Mistral-7B, for a GPU: dialogues about as long as UltraChat's, pairs as UltraFeedback's (means of 150 pairs: 160, 307, 261).
-MISTRAL = dict(width=4096, layers=32, heads=32, kv_heads=8, mlp_width=14336, vocab=32000, longest=2048, dtype="bfloat16",
-               checkpointing=True, micro_tokens=8192, device="cuda")
-SHAPES |= {"7 B, chat": Shape(**MISTRAL, prompt=200, reply=1000, batch=16), "7 B, pairs": Shape(**MISTRAL, prompt=160, reply=285, batch=32)}
+# Mistral-7B, for a GPU: dialogues about as long as UltraChat's, pairs as UltraFeedback's (means of 150 pairs: 160, 307,
+# 261 tokens).
+MISTRAL = dict(width=4096, layers=32, heads=32, kv_heads=8, mlp_width=14336, vocab=32000, longest=2048,
+               dtype="bfloat16", checkpointing=True, micro_tokens=8192, device="cuda")
+SHAPES |= {"7 B, chat": Shape(**MISTRAL, prompt=200, reply=1000, batch=16),
+           "7 B, pairs": Shape(**MISTRAL, prompt=160, reply=285, batch=32)}
 STEPS = 8            # prepared, of which no item repeats
 TURNS = 4            # of a rated dialogue
 NEW = 64             # tokens sampled for each prompt
@@ -76,9 +80,8 @@ def lengths(rng, mean: float, longest: int, count: int) -> list[int]:
 def pairs(shape: Shape, seed: int = 0) -> list[Pair]:
     """Single turns. SFT takes prompt and chosen."""
     rng, count = np.random.default_rng(seed), shape.batch * STEPS
-    half = shape.longest // 2
-    sizes = zip(lengths(rng, shape.prompt, half, count), lengths(rng, shape.reply, half, count), lengths(rng, shape.reply, half, count),
-                strict=True)
+    means = (shape.prompt, shape.reply, shape.reply)
+    sizes = zip(*(lengths(rng, mean, shape.longest // 2, count) for mean in means), strict=True)
     return [Pair(*(rng.integers(3, shape.vocab, n).tolist() for n in size)) for size in sizes]
 
 
@@ -88,9 +91,8 @@ def dialogues(shape: Shape, seed: int = 1) -> list[list[Pair]]:
     made = []
     for _ in range(shape.batch * STEPS):
         history, turns = [], []
-        room = shape.longest // TURNS // 2
-        sizes = zip(lengths(rng, shape.prompt / 2, room, TURNS), lengths(rng, shape.reply / 2, room, TURNS),
-                    lengths(rng, shape.reply / 2, room, TURNS), strict=True)
+        means = (shape.prompt / 2, shape.reply / 2, shape.reply / 2)
+        sizes = zip(*(lengths(rng, mean, shape.longest // TURNS // 2, TURNS) for mean in means), strict=True)
         for asked, won, lost in sizes:
             prompt = history + rng.integers(3, shape.vocab, asked).tolist()
             chosen, rejected = (rng.integers(3, shape.vocab, n).tolist() for n in (won, lost))
@@ -108,38 +110,43 @@ def prompts(shape: Shape, count: int, seed: int = 2) -> list[list[int]]:
 
 def reply_lengths(seed: int = 3) -> list[int]:
     """Of the mixed batch: lognormal around 40 tokens, sigma 0.8."""
-    return np.clip(np.random.default_rng(seed).lognormal(np.log(40) - 0.32, 0.8, MIXED), 8, 128).astype(int).tolist()
+    drawn = np.random.default_rng(seed).lognormal(np.log(40) - 0.32, 0.8, MIXED)
+    return np.clip(drawn, 8, 128).astype(int).tolist()
 
 
 # ----------------------------------------------------------------------------------- taking turns
 
-BEGAN = time.perf_counter()
 Step = Callable[[], dict]   # does a step; {"units": how much work it was, ...}
 
 
 class Turns:
-    """A worker's end of the line to the driver, which says "step" on standard input and reads a JSON line for it."""
+    """A worker's end of the line to the driver, which writes "step" to standard input and reads a JSON line for it.
 
-    def __init__(self, import_s: float):
-        self.words = os.fdopen(os.dup(1), "w", buffering=1)
+    To be made when everything is imported.
+    """
+
+    def __init__(self):
+        self.started = float(sys.argv[4])  # by a clock that all processes of a machine share
+        self.import_s = time.monotonic() - self.started
+        self.out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # whatever a library prints goes elsewhere
-        self.import_s = import_s
 
     def wait(self) -> None:
         """Until it is this worker's turn; without another turn the process ends here."""
         if sys.stdin.readline().strip() != "step":
             os._exit(0)
-        self.began = time.perf_counter()
+        self.began = time.monotonic()
 
     def done(self, found: dict) -> None:
-        now = time.perf_counter()
+        """Report a step: what it found, its seconds, and the peak of the process's memory unless it was found."""
+        now = time.monotonic()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        line = {"seconds": now - self.began, "since_start_s": now - BEGAN, "import_s": self.import_s, "peak_mib": peak} | found
-        print(json.dumps(line), file=self.words)
+        times = {"seconds": now - self.began, "since_start_s": now - self.started, "import_s": self.import_s}
+        print(json.dumps(times | {"peak_mib": peak} | found), file=self.out)
 
 
 def gpu_peak(torch) -> dict:
-    """Waits for the GPU; the most that tensors have taken of it."""
+    """Wait for the GPU; the most that tensors have taken of it."""
     torch.cuda.synchronize()
     return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20}
 

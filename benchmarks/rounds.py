@@ -1,9 +1,10 @@
-"""Does preference collection in rounds make the tiny world's policy better? Three rounds, beside as many prompts at once.
+"""Does collecting preferences in rounds make the tiny world's policy better? Three rounds, and all prompts at once.
 
     python -m benchmarks.rounds threads=1
 
-Starts from the SFT models that `make demo SEED=n` left in runs/tiny/n; about seven minutes a seed on one core, and goes on
-where it stopped. "At once" is one round over the prompts of all three: every preference is about the SFT model's replies.
+Starts from the SFT models that `make demo SEED=n` left in runs/tiny/n; about seven minutes a seed on one core. The same
+command continues a stopped run. "At once" is one round over the prompts of all three: every preference is about the SFT
+model's replies.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 import runtime
+from benchmarks.measure import save
 from collect import rounds
 
 
@@ -28,15 +30,13 @@ def main(config: Config) -> None:
     found: dict[str, dict[int, list[dict]]] = {"rounds": {}, "at once": {}}
     for seed in config.seeds:
         runs = f"runs/tiny/{seed}"
-        three = rounds.Config(model=f"{runs}/sft/model", prompts=f"{runs}/data/more_prompts.jsonl", out=f"{runs}/rounds", seed=seed,
-                              threads=config.threads)
+        three = rounds.Config(model=f"{runs}/sft/model", prompts=f"{runs}/data/more_prompts.jsonl",
+                              out=f"{runs}/rounds", seed=seed, threads=config.threads)
         once = replace(three, out=f"{runs}/rounds_at_once", rounds=1, prompts_per_round=3 * three.prompts_per_round)
         for name, settings in (("rounds", three), ("at once", once)):
             rounds.main(settings)
             found[name][seed] = json.loads((Path(settings.out) / "report.json").read_text())["rounds"]
-    runtime.write_text(Path(config.out), json.dumps(
-        {"command": "python -m benchmarks.rounds", "torch": torch.__version__, **found}, indent=1) + "\n")
-    print(f"wrote {config.out}")
+    save(config.out, {"command": "python -m benchmarks.rounds", "torch": torch.__version__, **found})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""How many requests `chat.py --serve` answers, by how many clients ask at a time; and the same replies without a server.
+"""How many requests `chat.py --serve` answers, by the number of clients at a time; and the replies without a server.
 
     python -m benchmarks.serving model=runs/tiny/0/dpo/model out=benchmarks/results/serving.json
 
 Clients are OpenAI's own, in a process beside the server's, on the same cores. Each asks prompts of the tiny world one
-after the other at temperature 0.7, with a seed, and waits for the whole reply. The last row is `Checkpoint.replies`, which
-is given all prompts at once.
+after the other at temperature 0.7, with a seed, and waits for the whole reply. The last row is `Checkpoint.replies`,
+which is given all prompts at once.
 """
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import random
 import re
 import signal
@@ -18,27 +16,26 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median, quantiles
 
 import openai
 import torch
 
 import runtime
-from benchmarks.throughput import processor
+from benchmarks.measure import machine, save, timed
 from data.llm import Request, Sampling, open_model
 from data.tiny.world import dialogue
 
 CLIENTS = (1, 8, 32)
+SECONDS = 6.0      # for each number of clients
+MAX_TOKENS = 64
+REQUESTS = 500     # of the row without a server
 
 
 @dataclass(frozen=True)
 class Config:
     model: str = "runs/tiny/0/dpo/model"
     out: str = "benchmarks/results/serving.json"
-    seconds: float = 6.0  # for each number of clients
-    max_tokens: int = 64
-    requests: int = 500   # of the row without a server
     threads: int = 1      # of the server; the clients need some of the machine too
 
 
@@ -47,7 +44,7 @@ def prompts(count: int) -> list[list[dict]]:
     return [[{"role": "user", "content": dialogue(rng)["turns"][0]["user"]}] for _ in range(count)]
 
 
-async def ask_for(url: str, clients: int, config: Config) -> dict:
+async def ask_for(url: str, clients: int) -> dict:
     """What `clients` at a time get done in some seconds, one second of warming up aside."""
     messages, done = prompts(2000), []
     endpoint = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
@@ -56,41 +53,38 @@ async def ask_for(url: str, clients: int, config: Config) -> dict:
 
     async def client(first: int) -> None:
         i = first
-        while (asked := time.perf_counter()) < began + 1 + config.seconds:
+        while (asked := time.perf_counter()) < began + 1 + SECONDS:
             reply = await endpoint.chat.completions.create(model=name, messages=messages[i % len(messages)], seed=i,
-                                                           max_tokens=config.max_tokens, temperature=0.7)
+                                                           max_tokens=MAX_TOKENS, temperature=0.7)
             done.append((asked, time.perf_counter(), reply.usage.completion_tokens))
             i += clients
 
     await asyncio.gather(*(client(i) for i in range(clients)))
     await endpoint.close()
-    counted = [(end - start, tokens) for start, end, tokens in done if began + 1 <= end < began + 1 + config.seconds]
+    counted = [(end - start, tokens) for start, end, tokens in done if began + 1 <= end < began + 1 + SECONDS]
     times, tokens = zip(*counted, strict=True)
-    return {"clients": clients, "requests_per_s": len(times) / config.seconds, "tokens_per_s": sum(tokens) / config.seconds,
+    return {"clients": clients, "requests_per_s": len(times) / SECONDS, "tokens_per_s": sum(tokens) / SECONDS,
             "median_s": median(times), "p95_s": quantiles(times, n=20)[-1]}
 
 
 def without_server(config: Config) -> dict:
-    model, requests = open_model(config.model, "cpu"), [Request(m) for m in prompts(config.requests)]
-    began = time.perf_counter()
-    tokens = sum(reply.completion_tokens for _, reply in model.replies(requests, Sampling(config.max_tokens, 0.7)))
-    seconds = time.perf_counter() - began
-    return {"requests": len(requests), "requests_per_s": len(requests) / seconds, "tokens_per_s": tokens / seconds}
+    model, requests = open_model(config.model, "cpu"), [Request(m) for m in prompts(REQUESTS)]
+    replies, seconds = timed(lambda: list(model.replies(requests, Sampling(MAX_TOKENS, 0.7))))
+    tokens = sum(reply.completion_tokens for _, reply in replies)
+    return {"requests": REQUESTS, "requests_per_s": REQUESTS / seconds, "tokens_per_s": tokens / seconds}
 
 
 def main(config: Config) -> None:
-    command = [sys.executable, "chat.py", "--serve", f"model={config.model}", "device=cpu", "port=0", f"threads={config.threads}"]
+    command = [sys.executable, "chat.py", "--serve", f"model={config.model}", "device=cpu", "port=0",
+               f"threads={config.threads}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        url = None
-        for line in server.stdout:
-            if url := re.search(r"http://\S+", line):
-                break
+        url = next((found[0] for line in server.stdout if (found := re.search(r"http://\S+", line))), None)
         if url is None:
             runtime.fail(f"{config.model}: cannot be served, see above")
         rows = []
         for clients in CLIENTS:
-            rows.append(asyncio.run(ask_for(url[0], clients, config)))
+            rows.append(asyncio.run(ask_for(url, clients)))
             print("{clients:>3} clients  {requests_per_s:6.1f} requests/s  {tokens_per_s:7,.0f} tokens/s  "
                   "median {median_s:.3f} s  95 % {p95_s:.3f} s".format(**rows[-1]), flush=True)
     finally:
@@ -99,11 +93,8 @@ def main(config: Config) -> None:
     runtime.setup("cpu", 0, config.threads)
     offline = without_server(config)
     print("no server    {requests_per_s:6.1f} requests/s  {tokens_per_s:7,.0f} tokens/s".format(**offline))
-    report = {"command": "python -m benchmarks.serving", "model": config.model, "max_tokens": config.max_tokens,
-              "device": processor(torch.device("cpu")), "cores": os.cpu_count(), "threads": config.threads, "torch": torch.__version__,
-              "rows": rows, "without_server": offline}
-    runtime.write_text(Path(config.out), json.dumps(report, indent=1) + "\n")
-    print(f"wrote {config.out}")
+    save(config.out, {"command": "python -m benchmarks.serving", "model": config.model, "max_tokens": MAX_TOKENS,
+                      **machine(torch.device("cpu")), "rows": rows, "without_server": offline})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Words are those of Google's rouge_score without stemmer: lower case, runs of [a-z0-9]. Self-Instruct (Wang et al. 2022,
 arXiv:2212.10560) drops a text whose largest F against the pool is above 0.7: 1.25e9 comparisons for 50,000 texts. They
 are made with bits: one bit a word of one text, a few integer operations a word of the other (Crochemore et al. 2001,
-Hyyro 2004), for all texts of the pool at once. `python -m benchmarks.rouge` measures it.
+Hyyro 2004), for all texts of the pool at once. tests/test_rouge_speed.py measures it.
 
 F is computed in rouge_score's own order, to the last bit. An F of exactly 0.7 passes, but where that order rounds up
 (7 common words of 7 and 13 give 0.7000000000000001) it does not: so it was when the published data were made.

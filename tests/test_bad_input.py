@@ -13,12 +13,12 @@ import subprocess
 import sys
 import time
 
+import kills
 import pytest
 import torch
 from conftest import ROOT, metrics_of, write_jsonl
 from safetensors.torch import load_file, save_file
 
-from benchmarks import kills
 from data.tokenizer import load_tokenizer
 
 SAID = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello Tom."}]

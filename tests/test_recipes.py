@@ -3,27 +3,30 @@ import gzip
 import json
 import math
 import os
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from conftest import FIXTURES, ROOT, metrics_of, write_jsonl
+from test_memory import SHAPES
 
 import dpo
 import reward
 import sft
-from benchmarks.memory import SHAPES
 from data.dry_run import plan
 from runtime import load_config
 
 MISTRAL = FIXTURES / "models" / "mistral"
-REAL = pytest.param("real", marks=pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets"))
+REAL = pytest.param("real", marks=pytest.mark.skipif(
+    "REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets"))
 
 
 def preferences(source: str, folder: Path) -> Path:
     """A file of preferences, whose chosen side SFT can read too: eight of UltraFeedback, or six made ones."""
     if source == "real":
-        with gzip.open(Path(os.environ["REAL_DATA"]) / "datasets" / "ultrafeedback" / "train_pairs_150.jsonl.gz", "rt") as file:
-            return write_jsonl(folder / "pairs.jsonl", [json.loads(line) for line, _ in zip(file, range(8), strict=False)])
+        data = Path(os.environ["REAL_DATA"]) / "datasets" / "ultrafeedback" / "train_pairs_150.jsonl.gz"
+        with gzip.open(data, "rt") as file:
+            return write_jsonl(folder / "pairs.jsonl", [json.loads(line) for line in islice(file, 8)])
     made = [{"prompt": f"Name {n} cities.", "chosen": "Rome, Oslo.", "rejected": "No."} for n in range(6)]
     return write_jsonl(folder / "pairs.jsonl", made)
 
@@ -47,10 +50,12 @@ def test_the_header_of_a_config_tells_its_memory(path, tmp_path):
 @pytest.mark.parametrize("source", ["made", REAL])
 def test_the_zephyr_7b_configs_run_on_a_small_mistral(source, kind, tmp_path):
     """Two steps of SFT and two of DPO from its result: finite losses, ln 2 at the start of DPO."""
-    small = ["max_steps=2", "batch=4", "max_length=1024", "device=cpu", f"data={preferences(source, tmp_path)}"]
+    small = ["max_steps=2", "batch=4", "max_length=1024", "device=cpu", "threads=1",
+             f"data={preferences(source, tmp_path)}"]
 
     def run(script, name, *words):
-        config = load_config(script.Config, "", ["--config", str(ROOT / "configs" / "zephyr-7b" / f"{name}.toml"), *words, *small])
+        file = ROOT / "configs" / "zephyr-7b" / f"{name}.toml"
+        config = load_config(script.Config, "", ["--config", str(file), *words, *small])
         script.main(config)
         return metrics_of(Path(config.out))
 

@@ -1,35 +1,33 @@
-"""Kill training runs again and again: what they leave must be, file by file, that of a run nobody disturbed.
+"""Kill training runs at chosen moments, for the tests: what a killed run leaves must end as a run nobody disturbed.
 
-    python -m benchmarks.kills                        twenty kills of each script, in about five minutes
-    python -m benchmarks.kills scripts='["ppo"]' kills=5 seed=1
+A run is killed with SIGKILL, started again, killed again ... and compared when it ends: every file of its folder byte
+by byte, apart from the metrics a clock decides. The kinds of moments take turns:
 
-A run is killed with SIGKILL, started again, killed again ... and compared when it ends: every file of its folder byte by
-byte, the clock's metrics aside. Moments are drawn, by kinds that take turns:
-
-    anywhere        any time from its start           accumulating    within a step, some micro-batches behind it
+    anywhere        any time from its start           accumulating    within a step, after some of its micro-batches
     saving          while a checkpoint is written     epoch's edge    when the last step of an epoch is in the log
     file operation  before the k-th open for writing, rename or removal in its folder      rollout    while PPO samples
 
-Nothing in the scripts helps: their folder is watched from outside, and file operations are counted by an audit hook of
-the interpreter. A process forked from one that has imported PyTorch runs `script.py key=value ...` as a command would.
+Nothing in the scripts helps: their folder is watched from outside, and an audit hook of the interpreter counts file
+operations. A process forked from one that has imported PyTorch runs `script.py key=value ...` as a command would:
+`python tests/kills.py` is that server of forks.
 """
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+import resource
 import runpy
 import select
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -41,9 +39,10 @@ SETTINGS = {
     "sft": ["template=zephyr", "data={data}/sft.jsonl", "model={data}/base", "epochs=2", "max_tokens=128", "samples=1",
             "eval_data={data}/pairs.jsonl", "eval_every=4", "lora_rank=4", "lora_dropout=0.1"],
     "dpo": ["data={data}/pairs.jsonl", "model={data}/sft", "epochs=2", "max_tokens=128", "samples=0"],
-    "reward": ["data={data}/pairs.jsonl", "model={data}/sft", "epochs=2", "max_tokens=128", "eval_data={data}/pairs.jsonl"],
-    "ppo": ["data={data}/pairs.jsonl", "model={data}/sft", "reward_model={data}/reward", "steps=10", "max_tokens=16", "micro_tokens=256",
-            "min_eos=0", "kl_target=1", "kl_horizon=100", "snapshot_every=5"],
+    "reward": ["data={data}/pairs.jsonl", "model={data}/sft", "epochs=2", "max_tokens=128",
+               "eval_data={data}/pairs.jsonl"],
+    "ppo": ["data={data}/pairs.jsonl", "model={data}/sft", "reward_model={data}/reward", "steps=10", "max_tokens=16",
+            "micro_tokens=256", "min_eos=0", "kl_target=1", "kl_horizon=100", "snapshot_every=5"],
 }
 STEPS_PER_EPOCH = 5
 
@@ -51,9 +50,11 @@ STEPS_PER_EPOCH = 5
 # --------------------------------------------------------------------- processes that start in no time
 
 def serve() -> None:
-    """Fork a process for every line of standard input: {"script", "words", "log", "folder", "die_at", "environment"}; tell its id."""
+    """Fork a process for every task on standard input, a line {"script", "words", "log", "folder", "die_at",
+    "environment", "file_bytes"}, and print its id; for a line {"wait": id}, print how that process ended."""
     sys.path.insert(0, str(ROOT))
-    import dpo, ppo, reward, sft, torch._dynamo  # noqa: E401, F401, I001  what takes the time; several ranks ask for the last
+    # What takes the time; several ranks need the last.
+    import dpo, ppo, reward, sft, torch._dynamo  # noqa: E401, F401, I001
 
     for line in sys.stdin:
         task = json.loads(line)
@@ -67,17 +68,19 @@ def serve() -> None:
 
 
 def become(task: dict) -> None:
-    """This process is the script now."""
+    """Turn this process into the script."""
     code = 1
     try:
         os.setpgid(0, 0)
-        os.environ.update(task.get("environment", {}))
+        os.environ.update(task["environment"])
+        if task["file_bytes"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (task["file_bytes"], resource.RLIM_INFINITY))
         log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         null = os.open(os.devnull, os.O_RDONLY)
         for ours, theirs in ((null, 0), (log, 1), (log, 2)):
             os.dup2(ours, theirs)
         sys.argv = [task["script"], *task["words"]]
-        if task.get("folder"):
+        if task["folder"]:
             count_operations(task["folder"], task["die_at"])
         runpy.run_path(str(ROOT / task["script"]), run_name="__main__")
         code = 0
@@ -92,7 +95,10 @@ def become(task: dict) -> None:
 
 
 def count_operations(folder: str, die_at: int) -> None:
-    """Die before operation number `die_at` (from 1) that changes a file of the folder; 0: count them, and write how many."""
+    """Die before operation number `die_at` (from 1) that changes a file of the folder.
+
+    With die_at=0 count them instead, and write their number to FOLDER.operations.
+    """
     seen, counter = 0, os.open(f"{folder}.operations", os.O_WRONLY | os.O_CREAT) if not die_at else -1
 
     def hook(event: str, args: tuple) -> None:
@@ -117,7 +123,7 @@ class Server:
     """A process that forks others."""
 
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, "-m", "benchmarks.kills", "--serve"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE)
 
     def ask(self, task: dict) -> int:
@@ -125,23 +131,27 @@ class Server:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def start(self, script: str, words: list[str], log: Path, folder: str = "", die_at: int = 0, environment: dict | None = None) -> Run:
-        task = {"script": f"{script}.py", "words": words, "log": str(log), "folder": folder, "die_at": die_at}
-        return Run(self, self.ask(task | {"environment": environment or {}}))
+    def start(self, script: str, words: list[str], log: Path, folder: str = "", die_at: int = 0,
+              environment: dict | None = None, file_bytes: int = 0) -> Run:
+        """Start `script.py` with these words; `file_bytes` is the size its files may have, 0: any."""
+        return Run(self, self.ask({"script": f"{script}.py", "words": words, "log": str(log), "folder": folder,
+                                   "die_at": die_at, "environment": environment or {}, "file_bytes": file_bytes}))
 
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+
+@functools.cache
+def shared_server() -> Server:
+    """One for all tests of a process. It ends with the process: its standard input does."""
+    return Server()
 
 
 class Run:
-    """A script that runs."""
+    """A running script."""
 
     def __init__(self, server: Server, pid: int):
         self.server, self.pid, self.descriptor = server, pid, os.pidfd_open(pid)
 
     def ended(self, seconds: float = 0.0) -> bool:
-        """Whether it has, after waiting so long for it."""
+        """Whether it has ended; waits at most this long for it."""
         return bool(select.select([self.descriptor], [], [], seconds)[0])
 
     def kill(self, kind: int = signal.SIGKILL) -> None:
@@ -159,7 +169,8 @@ class Run:
 def written(run: Path) -> list[dict]:
     """The whole lines of its log."""
     try:
-        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
     except OSError:
         return []
 
@@ -172,6 +183,7 @@ def lines_of(run: Path) -> int:
 
 
 def log_file(run: Path) -> int:
+    """The inode of its log, 0 without one: another run of the script has another log."""
     try:
         return (run / "metrics.jsonl").stat().st_ino
     except OSError:
@@ -179,7 +191,7 @@ def log_file(run: Path) -> int:
 
 
 def saving(run: Path) -> bool:
-    """Whether something half written lies in its folder."""
+    """Whether its folder holds something half written."""
     return (run / "state" / ".new").exists() or any(run.glob(".*.new"))
 
 
@@ -191,24 +203,25 @@ def wait_for(process: Run, condition: Callable[[], bool]) -> bool:
     return True
 
 
-def kill_at(moment: str, process: Run, run: Path, usual: dict[str, float], log_before: int, rng: random.Random) -> bool:
-    """Kill it at such a moment; False if it ended first."""
+def kill_at(moment: str, process: Run, run: Path, usual: dict[str, float], log_before: int,
+            rng: random.Random) -> bool:
+    """Kill the process at such a moment; False if it ended first."""
     if moment == "anywhere":
         process.ended(rng.uniform(0, usual["run"]))
     elif moment == "saving":
         for _ in range(rng.randint(1, 3)):  # the first it meets, or a later one
             wait_for(process, lambda: not saving(run))
             wait_for(process, lambda: saving(run))
-    elif moment != "file operation":
-        if wait_for(process, lambda: log_file(run) not in (0, log_before)):  # it has opened its log: what follows is its own
-            goal = lines_of(run) + rng.randint(1, 3)
-            if moment == "epoch's edge":
-                goal = (lines_of(run) // STEPS_PER_EPOCH + 1) * STEPS_PER_EPOCH
-            if wait_for(process, lambda: lines_of(run) >= goal):
-                part = {"accumulating": usual["step"], "rollout": usual["rollout"], "epoch's edge": 0.002}[moment]
-                process.ended(rng.uniform(0.1, 0.9) * part)
-    elif not process.ended(10 * usual["run"]):
-        raise RuntimeError(f"the run in {run} came to no end")
+    elif moment == "file operation":  # it kills itself
+        if not process.ended(10 * usual["run"]):
+            raise RuntimeError(f"the run in {run} did not end")
+    elif wait_for(process, lambda: log_file(run) not in (0, log_before)):  # from here on the log's lines are its own
+        goal = lines_of(run) + rng.randint(1, 3)
+        if moment == "epoch's edge":
+            goal = (lines_of(run) // STEPS_PER_EPOCH + 1) * STEPS_PER_EPOCH
+        if wait_for(process, lambda: lines_of(run) >= goal):
+            part = {"accumulating": usual["step"], "rollout": usual["rollout"], "epoch's edge": 0.002}[moment]
+            process.ended(rng.uniform(0.1, 0.9) * part)
     process.kill()
     return process.code() == -signal.SIGKILL
 
@@ -218,20 +231,24 @@ def kill_at(moment: str, process: Run, run: Path, usual: dict[str, float], log_b
 def same_folders(one: Path, other: Path) -> str:
     """The first difference between two finished runs, "" if there is none."""
     def files(folder: Path) -> set[str]:
-        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"config.toml"}  # it names the folder
+        found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        return found - {"config.toml"}  # it names the folder
 
     if files(one) != files(other):
         return f"files: {sorted(files(one) ^ files(other))}"
     for name in sorted(files(one) - {"metrics.jsonl"}):
         if (one / name).read_bytes() != (other / name).read_bytes():
             return f"{name} differs"
-    logs = [[{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in written(run)] for run in (one, other)]
+    logs = [[{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in written(run)]
+            for run in (one, other)]
     wrong = [a.get("step") for a, b in zip(*logs, strict=False) if a != b]
-    return f"step {wrong[0]} of the log differs" if wrong else "" if len(logs[0]) == len(logs[1]) else "their logs have other lengths"
+    if wrong:
+        return f"step {wrong[0]} of the log differs"
+    return "" if len(logs[0]) == len(logs[1]) else "the logs differ in length"
 
 
 def undisturbed(server: Server, script: str, words: list[str], run: Path) -> dict[str, float]:
-    """Run it to the end; seconds that a run, a step and a rollout take, and its file operations."""
+    """Run it to the end: the seconds of the run, a step and a rollout, and the number of its file operations."""
     began = time.perf_counter()
     process = server.start(script, [*words, f"out={run}"], run.with_suffix(".log"), str(run))
     process.ended(600)
@@ -245,8 +262,12 @@ def undisturbed(server: Server, script: str, words: list[str], run: Path) -> dic
             "operations": int(Path(f"{run}.operations").read_text())}
 
 
-def trial(server: Server, script: str, words: list[str], kills: int, seed: int, folder: Path, moments: tuple[str, ...] = MOMENTS) -> dict:
-    """Kill a run `kills` times; when it has come to its end before, another. Counts by moment, of finished runs, and the differences."""
+def trial(server: Server, script: str, words: list[str], kills: int, seed: int, folder: Path,
+          moments: tuple[str, ...] = MOMENTS) -> dict:
+    """Kill a run `kills` times; whenever it ends before that, start another one.
+
+    Returns the kills by moment, the number of runs that ended, and how they differ from the undisturbed one.
+    """
     rng = random.Random(f"{script} {seed}")
     whole, run = folder / f"{script}_whole", folder / f"{script}_broken"
     usual = undisturbed(server, script, words, whole)
@@ -256,20 +277,17 @@ def trial(server: Server, script: str, words: list[str], kills: int, seed: int, 
         moment = kinds[sum(hit.values()) % len(kinds)] if sum(hit.values()) < kills else ""
         before = log_file(run)
         at = rng.randint(1, int(usual["operations"])) if moment == "file operation" else -1
-        process = server.start(script, [*words, f"out={run}"], run.with_suffix(".log"), str(run) if at > 0 else "", at)
+        log = run.with_suffix(".log")
+        process = server.start(script, [*words, f"out={run}"], log, str(run) if at > 0 else "", at)
         if moment and kill_at(moment, process, run, usual, before, rng):
             hit[moment] += 1
             half += moment == "saving" and saving(run)
             continue
         if not moment:
             process.ended(600)
-            code = process.code()
-        said = run.with_suffix(".log").read_text()
-        if moment or code == 0:
-            found = same_folders(whole, run)
-            differences += [f"after {dict(hit)}: {found}"] if found else []
-        else:
-            differences.append(f"after {dict(hit)}: it left with code {code}: {said.strip()[-300:]}")
+        code = 0 if moment else process.code()
+        found = f"it left with code {code}: {log.read_text().strip()[-300:]}" if code else same_folders(whole, run)
+        differences += [f"after {dict(hit)}: {found}"] if found else []
         runs += 1
         shutil.rmtree(run, ignore_errors=True)
     return {"script": script, "kills": sum(hit.values()), "moments": dict(hit), "half_written": half, "runs": runs,
@@ -279,58 +297,34 @@ def trial(server: Server, script: str, words: list[str], kills: int, seed: int, 
 # ------------------------------------------------------------------------------------- what they train on
 
 def prepare(folder: Path) -> None:
-    """A small random model with the tiny world's tokenizer, one with a template, a reward model; demonstrations and pairs."""
+    """A small random model with the tiny world's tokenizer, one with a template, a reward model; demonstrations and
+    pairs. The last step of an epoch is smaller than the others."""
+    from conftest import write_jsonl
+
     from checkpoints import save_model
     from data.tiny.world import demonstrate, dialogue
     from data.tokenizer import load_tokenizer
     from model import ModelConfig, Transformer, add_score_head, init_weights
 
     tokenizer, rng = load_tokenizer(ROOT / "data" / "tiny" / "base"), random.Random(0)
-    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64))
+    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, width=32, layers=2, heads=4, kv_heads=2,
+                                    head_dim=8, mlp_width=64))
     init_weights(model, 0)
     save_model(model, folder / "base", tokenizer)
     tokenizer.adopt("zephyr")
     save_model(model, folder / "sft", tokenizer)
     save_model(add_score_head(model, 0), folder / "reward", tokenizer)
-    said = [demonstrate(dialogue(rng), rng, "careful")[:2] for _ in range(8 * STEPS_PER_EPOCH - 3)]  # the last step of an epoch is smaller
-    (folder / "sft.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in said))
-    pairs = [{"prompt": ask["content"], "chosen": reply["content"], "rejected": f"No. {reply['content'][:20]}", "margin": 1 + i % 4}
-             for i, (ask, reply) in enumerate(said)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    demos = [demonstrate(dialogue(rng), rng, "careful")[:2] for _ in range(8 * STEPS_PER_EPOCH - 3)]
+    write_jsonl(folder / "sft.jsonl", [{"messages": messages} for messages in demos])
+    write_jsonl(folder / "pairs.jsonl", [
+        {"prompt": ask["content"], "chosen": reply["content"], "rejected": f"No. {reply['content'][:20]}",
+         "margin": 1 + i % 4} for i, (ask, reply) in enumerate(demos)])
 
 
 def words_for(script: str, data: Path) -> list[str]:
+    """The command line of a script, without out=."""
     return [*COMMON, *(word.replace("{data}", str(data)) for word in SETTINGS[script])]
 
 
-@dataclass(frozen=True)
-class Config:
-    scripts: list[str] = ("sft", "dpo", "reward", "ppo")
-    kills: int = 20                  # of each
-    seed: int = 0                    # of the moments
-    out: str = "benchmarks/results/kills.json"
-
-
-def main(config: Config) -> None:
-    import runtime
-
-    server, found = Server(), []
-    with tempfile.TemporaryDirectory() as temporary:
-        prepare(Path(temporary))
-        for script in config.scripts:
-            found.append(trial(server, script, words_for(script, Path(temporary)), config.kills, config.seed, Path(temporary)))
-            print(json.dumps(found[-1]), flush=True)
-    server.close()
-    runtime.write_text(Path(config.out), json.dumps({"command": "python -m benchmarks.kills", "scripts": found}, indent=1) + "\n")
-    if any(each["differences"] for each in found):
-        runtime.fail(f"{config.out}: some runs did not come out as the undisturbed one: see 'differences'")
-    print(f"wrote {config.out}")
-
-
 if __name__ == "__main__":
-    if "--serve" in sys.argv:
-        serve()
-    else:
-        from runtime import load_config
-
-        main(load_config(Config, __doc__))
+    serve()

@@ -1,10 +1,9 @@
-"""benchmarks/peers.py compares like with like: our steps and the one written by hand compute the same losses on the same work."""
+"""benchmarks/peers.py compares like with like: on the same work our steps and the one by hand compute the same losses."""
 import math
 
 import pytest
 
 from benchmarks import peers_ours, peers_work
-from benchmarks.readme import peers_gpu_table
 from checkpoints import load_model, save_model
 from data.pack import Response, Tree
 from model import ModelConfig, Transformer, init_weights
@@ -71,17 +70,3 @@ def test_a_step_as_a_gpu_does_it_is_the_same_work(path):
                  lambda shape: peers_ours.dpo_step(peers_ours.load(path, shape), shape, trees, path, True)):
         plain, other = make(SHAPE)(), make(as_gpu)()
         assert other["loss"] == pytest.approx(plain["loss"], rel=0.02) and other["operations"] == plain["operations"] > 0
-
-
-def test_the_table_of_a_gpu_tells_utilisation_and_what_zephyr_would_cost():
-    row = {"unit": "tokens/s", "peak_mib": 2048}
-    report = {"device": "NVIDIA H200", "ours": "torch", "peers": "trl", "peak_tflops": 989, "rows": [
-        row | {"shape": "7 B, chat", "task": "sft", "side": "ours", "rate": 10000.0, "tflops": 494.5},
-        row | {"shape": "7 B, chat", "task": "sft", "side": "TRL, micro", "rate": 5000.0},
-        {"shape": "7 B, chat", "task": "sft", "side": "TRL, padded", "error": "out of memory"},
-        row | {"shape": "7 B, pairs", "task": "dpo", "side": "ours", "rate": 10.0, "reference_s": 0.02, "unit": "pairs/s"}]}
-    table = peers_gpu_table(report)
-    assert "| 494 | 50 % | 2.0 |" in table and "| 2.00 |" in table and "TRL, padded | out of memory" in table
-    # 285,212,672 tokens at 10,000 a second; 61,135 pairs three times at 10 a second and once at 50
-    assert "takes 13.4 GPU-hours: SFT on UltraChat-200k 7.9, three epochs of DPO on UltraFeedback 5.4" in table
-    assert "No GPU has run" in peers_gpu_table({})

@@ -1,4 +1,5 @@
 import re
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -73,6 +74,11 @@ def test_the_loss_that_the_readme_edits_is_the_one_in_dpo():
     assert places == sorted(places)
 
 
+def test_the_licence_is_the_one_that_pyproject_names():
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
+    assert (ROOT / "LICENSE").read_text().startswith(f"{named} License")
+
+
 def test_commands_use_the_keys_of_today():
     for old in ("floor=", "warmup=", "clip=", "lam=", "ratio_clip="):
         assert not any(re.search(rf"\b{old}", text) for text in PAGES.values()), old
@@ -82,7 +88,8 @@ def test_a_cell_shows_a_mean_over_seeds_with_its_interval():
     """1, 2, 3: standard deviation 1, t of two degrees of freedom 4.303, half-width 4.303 / sqrt(3) = 2.48."""
     row = {"gold": [1, 2, 3], "same": [600, 600], "judge": {"value": 1, "low": 0, "high": 2}, "none": None,
            "share": 0.25}
-    assert cells.vformat("{gold:.1f} {same} {judge} {none} {share:.0%}", (), row) == "2.0 ± 2.5 600 1.0 [0.0, 2.0] - 25 %"
+    written = cells.vformat("{gold:.1f} {same} {judge} {none} {share:.0%}", (), row)
+    assert written == "2.0 ± 2.5 600 1.0 [0.0, 2.0] - 25 %"
 
 
 def test_rows_that_differ_in_a_heading_share_a_line():
@@ -94,16 +101,16 @@ def test_rows_that_differ_in_a_heading_share_a_line():
 
 
 def test_a_gpu_tells_utilisation_and_what_zephyr_would_cost():
-    row = {"unit": "tokens/s", "peak_mib": 2048}
+    row = {"unit": "/s", "peak_mib": 2048}
     report = {"device": "NVIDIA H200", "ours": "torch", "peers": "trl", "peak_tflops": 989, "rows": [
         row | {"shape": "7 B, chat", "task": "sft", "side": "ours", "rate": 10000.0, "tflops": 494.5},
         row | {"shape": "7 B, chat", "task": "sft", "side": "TRL, micro", "rate": 5000.0},
         {"shape": "7 B, chat", "task": "sft", "side": "TRL, padded", "error": "out of memory"},
-        row | {"shape": "7 B, pairs", "task": "dpo", "side": "ours", "rate": 10.0, "reference_s": 0.02, "unit": "pairs/s"}]}
+        row | {"shape": "7 B, pairs", "task": "dpo", "side": "ours", "rate": 10.0, "reference_s": 0.02}]}
     ours, theirs, failed, _ = peers_gpu(report)
     assert ours["mfu"] == 0.5 and theirs["ratio"] == 2 and failed["rate"] == "out of memory"
     columns = re.search(r"<!-- peers_gpu\n(.*?)\n-->", RESULTS, re.DOTALL)[1].splitlines()
     written = table(peers_gpu(report), dict(column.split(": ", 1) for column in columns))
     assert "| 494 | 50 % | 2,048 |" in written and "TRL, padded | out of memory" in written
     # 285,212,672 tokens at 10,000 a second; 61,135 pairs three times at 10 a second and once at 50
-    assert "takes 13.4 GPU-hours: SFT on UltraChat-200k 7.9, three epochs of DPO on UltraFeedback 5.4" in gpu_hours(report)
+    assert "13.4 GPU-hours: SFT on UltraChat-200k 7.9, three epochs of DPO on UltraFeedback 5.4" in gpu_hours(report)

@@ -85,7 +85,7 @@ results: $(ENVIRONMENT) $(SEEDS:%=recipe-%) $(SEEDS:%=runs/tiny/%/ppo_without_kl
 	cp runs/tiny/results/report.json runs/tiny/results/samples.txt benchmarks/results/tiny/
 	$(PYTHON) -m benchmarks.rlhf
 	$(PYTHON) -m benchmarks.overoptimisation runs='["KL coefficient 0.2=runs/tiny/0/ppo", "KL coefficient 0=runs/tiny/0/ppo_without_kl"]' out=benchmarks/results/tiny/overoptimisation
-	$(PYTHON) -m benchmarks.readme
+	$(PYTHON) -m benchmarks.results
 
 test: $(TOOLS)
 	$(PYTHON) -m pytest
@@ -96,13 +96,13 @@ lint: $(TOOLS)
 bench: $(ENVIRONMENT)
 	$(PYTHON) -m benchmarks.throughput out=benchmarks/results/throughput.json
 	$(PYTHON) -m benchmarks.sampling out=benchmarks/results/sampling.json
-	$(PYTHON) -m benchmarks.readme
+	$(PYTHON) -m benchmarks.results
 
 # This code and transformers + TRL + PEFT in turns, about an hour; a quiet machine is asked for.
 bench-peers: $(ENVIRONMENT) .venv-peers/installed
 	$(PYTHON) -m benchmarks.peers shapes='["15 M", "110 M"]' rounds=4
 	$(PYTHON) -m benchmarks.peers shapes='["2 M"]' rounds=6
-	$(PYTHON) -m benchmarks.readme
+	$(PYTHON) -m benchmarks.results
 
 # Everything that waits for a GPU, in ten minutes; PYTHON=python3 where one with torch is installed. What fails does not stop the rest.
 gpu: $(TOOLS)
@@ -115,7 +115,7 @@ gpu-tests:
 
 gpu-kernels:
 	$(PYTHON) -m kernels.bench --budget 270
-	$(PYTHON) -m benchmarks.readme
+	$(PYTHON) -m benchmarks.results
 
 gpu-training:
 	timeout 80 $(PYTHON) -m benchmarks.throughput device=cuda out=benchmarks/results/throughput_gpu.json

@@ -124,7 +124,7 @@ class Rows:
 
 
 def padded_rows(layout: Layout, heads: int, window: int | None) -> list[Rows]:
-    """The segments as padded rows, a segment with all its keys each; made once per batch."""
+    """The segments as padded rows, one per segment with all its keys; made once per batch."""
     if (heads, window) not in layout.plans:
         groups: dict[tuple[bool, int], list[int]] = {}
         for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True)):
@@ -342,6 +342,7 @@ def _rows(x, tokens, inside, head, HEADS: tl.constexpr, E: tl.constexpr, WIDTH: 
 
 @jit
 def _write_rows(x, tokens, inside, head, rows, HEADS: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr):
+    """Store what `_rows` would load."""
     columns = tl.arange(0, WIDTH)
     at = (tokens.to(tl.int64) * HEADS + head)[:, None] * E + columns[None, :]
     tl.store(x + at, rows.to(x.dtype.element_ty), mask=inside[:, None] & (columns < E)[None, :])

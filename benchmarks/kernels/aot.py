@@ -28,6 +28,9 @@ from contextlib import redirect_stdout
 from io import StringIO
 from multiprocessing import connection
 from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.kernels.report import json_lines
 
 BASELINE = Path(__file__).parent / "aot_baseline.json"         # Triton version -> kernel -> sm -> KEPT
 SHARED = {80: 163, 90: 227, 100: 227}                          # KiB of shared memory a block may have
@@ -39,9 +42,21 @@ KEPT = ("key", "registers", "spills", "shared", "warps", "matrix", "hmma", "tma"
         "loads", "wide_loads", "stores", "wide_stores")
 
 
+class Build(NamedTuple):
+    """One kernel as it is shipped."""
+
+    name: str             # "attention forward", and what varies: "E 128, window"
+    kernel: object        # the function under @jit
+    arguments: dict       # name -> "*bf16", "*i32", "i32", "i32:16" (a multiple of 16), "fp32"; a tl.constexpr's value
+    warps: int
+    stages: int
+    matmul: bool = False  # must use the matrix units
+    wide: bool = False    # memory-bound: must move 128 bits at a time
+
+
 # ------------------------------------------------------------------------------------------------------------ compiling
 
-def source(build):
+def source(build: Build):
     """What triton.compile takes: types and constants apart, with the attributes the JIT would add by itself."""
     from triton.compiler import ASTSource
 
@@ -58,7 +73,7 @@ def source(build):
     return ASTSource(build.kernel, signature, constants, attributes)
 
 
-def compiled(build, sm: int) -> dict:
+def compiled(build: Build, sm: int) -> dict:
     """One kernel compiled for sm_80, sm_90 or sm_100: what the checks look at."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -93,7 +108,7 @@ def counts(cubin: bytes, sm: int) -> dict:
             "stores": count(r"STG\..*"), "wide_stores": count(r"STG\..*(128|256)(\..*)?")}
 
 
-def inspect(build, sm: int, before: dict, everything: bool) -> dict:
+def inspect(build: Build, sm: int, before: dict, everything: bool) -> dict:
     """The row of one build: compiled, or as `before` says if it has not changed."""
     import triton
 
@@ -185,16 +200,14 @@ def line(row: dict, before: dict) -> str:
 
 
 def write_baseline(rows: list[dict], version: str, baseline: dict, file: Path) -> None:
-    """These rows in place of all of their version; other versions stay. A line per row, to be read in a diff."""
+    """These rows in place of all of their version; other versions stay."""
     baseline[version] = {}
     for row in sorted(rows, key=lambda row: (row["kernel"], row["sm"])):
         baseline[version].setdefault(row["kernel"], {})[str(row["sm"])] = {key: row[key] for key in KEPT}
-    text = json.dumps(dict(sorted(baseline.items())), indent=1)
-    text = re.sub(r"\{[^{}]*\}", lambda facts: " ".join(facts[0].split()).replace("{ ", "{").replace(" }", "}"), text)
-    file.write_text(text + "\n")
+    file.write_text(json_lines(dict(sorted(baseline.items()))) + "\n")
 
 
-def main(builds: Callable[[int], list]) -> int:
+def main(builds: Callable[[int], list[Build]]) -> int:
     """`builds` gives the kernels of an architecture: those of builds.py, or a test's."""
     parser = argparse.ArgumentParser("python -m benchmarks.kernels.aot", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

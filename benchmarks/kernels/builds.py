@@ -1,19 +1,8 @@
 """Every kernel as it is shipped, in bf16 for models of 7 B, with its types and constants: what `aot.py` compiles."""
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from benchmarks.kernels.aot import Build
 from kernels import attention, decode, fused, logprobs, nf4
-
-
-class Build(NamedTuple):
-    name: str             # "attention forward", and what varies: "E 128, window"
-    kernel: object        # the function under @jit
-    arguments: dict       # name -> "*bf16", "*i32", "i32", "i32:16" (a multiple of 16), "fp32"; a tl.constexpr's value
-    warps: int
-    stages: int
-    matmul: bool = False  # must use the matrix units
-    wide: bool = False    # memory-bound: must move 128 bits at a time
 
 
 def builds(sm: int) -> list[Build]:

@@ -1,4 +1,4 @@
-"""What `kernels/bench.py` measured, as tables, figures and a verdict; made from the rows alone, so anyone can make them again.
+"""What `python -m benchmarks.kernels` measured, as tables and a verdict, made from the saved rows alone.
 
 A contest is all rows of one kernel, shape and pass. The best baseline of a contest is its fastest row that is neither
 ours nor a floor. Ceilings are what the same run measured: GB/s of a copy, TFLOP/s of a large matmul.
@@ -6,7 +6,6 @@ ours nor a floor. Ceilings are what the same run measured: GB/s of a copy, TFLOP
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import NamedTuple
 
 
@@ -17,25 +16,28 @@ class Target(NamedTuple):
     kernels: tuple[str, ...]
     shape: str | None          # None: every shape, the worst counts
     passes: tuple[str, ...]    # together, if more than one
-    measure: str               # "x best baseline", "TFLOP/s", "of ceiling", "of SHAPE" (rates); "ms", "GiB extra": lower is better
+    measure: str               # "x best baseline", "TFLOP/s", "of ceiling", "of SHAPE"; or less of "ms", "GiB extra"
     ambitious: float
 
 
+ATTENTION, HEAD, FORWARD, FUSED = ("attention",), ("logprobs",), ("forward",), ("RMSNorm", "rotary", "SwiGLU")
 TARGETS = [
-    Target("attention forward, 4 x 2048", ("attention",), "4 x 2048", ("forward",), "x best baseline", 0.92),
-    Target("attention backward, 4 x 2048", ("attention",), "4 x 2048", ("backward",), "x best baseline", 0.85),
-    Target("attention forward, 4 x 4096", ("attention",), "4 x 4096", ("forward",), "TFLOP/s", 580),
-    Target("packed 128-2048, forward and backward", ("attention",), "packed 128-2048", ("forward", "backward"), "of 4 x 2048", 0.92),
-    Target("window 4096 at 16k, forward", ("attention",), "1 x 16384, window 4096", ("forward",), "of 1 x 16384", 0.90),
-    Target("decode, 64 x 2048", ("decode",), "64 x 2048", ("forward",), "of ceiling", 0.89),
-    Target("logprobs and entropy, forward, V 128256", ("logprobs and entropy",), "8192 x 4096 x 128256", ("forward",), "ms", 12.8),
-    Target("logprobs, forward and backward, V 128256", ("logprobs",), "8192 x 4096 x 128256", ("both",), "ms", 50),
-    Target("logprobs, forward and backward, V 151936", ("logprobs",), "8192 x 4096 x 151936", ("both",), "ms", 60),
-    Target("the same, memory", ("logprobs",), "8192 x 4096 x 151936", ("both",), "GiB extra", 2.0),
+    Target("attention forward, 4 x 2048", ATTENTION, "4 x 2048", FORWARD, "x best baseline", 0.92),
+    Target("attention backward, 4 x 2048", ATTENTION, "4 x 2048", ("backward",), "x best baseline", 0.85),
+    Target("attention forward, 4 x 4096", ATTENTION, "4 x 4096", FORWARD, "TFLOP/s", 580),
+    Target("packed 128-2048, forward and backward", ATTENTION, "packed 128-2048", ("forward", "backward"),
+           "of 4 x 2048", 0.92),
+    Target("window 4096 at 16k, forward", ATTENTION, "1 x 16384, window 4096", FORWARD, "of 1 x 16384", 0.90),
+    Target("decode, 64 x 2048", ("decode",), "64 x 2048", FORWARD, "of ceiling", 0.89),
+    Target("logprobs and entropy, forward, V 128256", ("logprobs and entropy",), "8192 x 4096 x 128256", FORWARD,
+           "ms", 12.8),
+    Target("logprobs, forward and backward, V 128256", HEAD, "8192 x 4096 x 128256", ("both",), "ms", 50),
+    Target("logprobs, forward and backward, V 151936", HEAD, "8192 x 4096 x 151936", ("both",), "ms", 60),
+    Target("the same, memory", HEAD, "8192 x 4096 x 151936", ("both",), "GiB extra", 2.0),
     Target("logprobs, frozen head, V 32000", ("logprobs, frozen head",), "8192 x 4096 x 32000", ("both",), "ms", 10.0),
-    Target("NF4 dequantise", ("NF4 dequantise",), None, ("forward",), "of ceiling", 0.92),
-    Target("NF4 linear, 16 rows", ("NF4 linear",), "16 x 14336 x 4096", ("forward",), "x best baseline", 2.1),
-    Target("RMSNorm, rotary, SwiGLU: the worst", ("RMSNorm", "rotary", "SwiGLU"), None, ("forward", "backward"), "of ceiling", 0.90),
+    Target("NF4 dequantise", ("NF4 dequantise",), None, FORWARD, "of ceiling", 0.92),
+    Target("NF4 linear, 16 rows", ("NF4 linear",), "16 x 14336 x 4096", FORWARD, "x best baseline", 2.1),
+    Target("RMSNorm, rotary, SwiGLU: the worst", FUSED, None, ("forward", "backward"), "of ceiling", 0.90),
 ]
 
 
@@ -62,8 +64,6 @@ def ceilings(rows: list[dict]) -> dict[str, float]:
     return {row["unit"]: row["rate"] for row in rows if row["kernel"] in ("copy", "matmul") and row["status"] == "ok"}
 
 
-# ------------------------------------------------------------------------------------------------------------ verdict
-
 def value(target: Target, rows: list[dict]) -> float | None:
     """What was measured for a target; None if it was not."""
     held = {key: group for key, group in contests(rows).items()
@@ -89,149 +89,103 @@ def value(target: Target, rows: list[dict]) -> float | None:
     return rate / dense if dense else None
 
 
-def verdict(rows: list[dict], mark: str = "") -> str:
-    """A line for each target; with `mark` between the columns as a table."""
-    lines = failures(rows)
+# --------------------------------------------------------------------------------------------------------------- tables
+
+def json_lines(value: object, indent: str = "\n") -> str:
+    """JSON with every row (what holds no list or object itself) on one line, to be read in a diff."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not any(isinstance(part, dict | list) for part in parts):
+        return json.dumps(value)
+    inner = indent + " "
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(key)}: {json_lines(part, inner)}" for key, part in value.items()]
+        return "{" + inner + f",{inner}".join(lines) + indent + "}"
+    return "[" + inner + f",{inner}".join(json_lines(part, inner) for part in value) + indent + "]"
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """Markdown, its columns aligned for the terminal."""
+    widths = [max(3, *(len(cell) for cell in column)) for column in zip(headings, *rows, strict=True)]
+    widths[-1] = 3  # it may hold an error
+    lines = [headings, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def verdict(rows: list[dict]) -> str:
+    """Wrong results and groups that did not end, a line each; then a table of the targets."""
+    lines = []
     for target in TARGETS:
-        found, lower, percent = value(target, rows), target.measure in ("ms", "GiB extra"), target.measure.startswith("of ")
-        shown, wanted = ("-" if x is None else f"{100 * x:.0f} %" if percent else f"{x:.3g}" for x in (found, target.ambitious))
-        sign = "<=" if lower else ">="
+        found, lower = value(target, rows), target.measure in ("ms", "GiB extra")
+        form = "{:.0%}" if target.measure.startswith("of ") else "{:.3g}"
         met = "not measured"
         if found is not None:
             met = "reached" if (found <= target.ambitious if lower else found >= target.ambitious) else "missed"
-        if mark:
-            lines.append(f"{mark} {target.what} {mark} {target.measure} {mark} {shown} {mark} {sign} {wanted} {mark} {met} {mark}")
-        else:
-            lines.append(f"{target.what:<44} {shown:>8} {target.measure:<16} target {sign} {wanted:<6} {met}")
-    return "\n".join(lines)
+        lines.append([target.what, target.measure, "-" if found is None else form.format(found),
+                      ("<= " if lower else ">= ") + form.format(target.ambitious), met])
+    return "\n".join([*failures(rows), table(["kernel", "measure", "found", "target", ""], lines)])
 
 
 def failures(rows: list[dict]) -> list[str]:
-    """Wrong results and groups that did not end, a line each."""
     return [f"FAILED {row['kernel']} {row['shape']} {row.get('dtype', '')}: {row['reason']}" for row in rows
             if row["status"] == "failed" and row["pass"] in ("check", "group")]
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
-
 def group_text(group: str, rows: list[dict], top: dict[str, float]) -> str:
-    """Every row of a group, for the terminal."""
-    lines = [f"== {group}"]
-    checks = [row for row in rows if row["pass"] == "check"]
-    right = [row for row in checks if row["status"] == "ok"]
-    if checks:
-        largest = max((row["error"] for row in right), default=0)
-        lines.append(f"{len(right)} of {len(checks)} checks passed, the largest error {largest:.2f} of what is allowed")
-    lines += failures(rows)
+    """Every row of a group, for the terminal; a ratio is the time of the best baseline over this one."""
+    lines = []
     for (kernel, shape, name), held in contests(rows).items():
-        lines.append(f"{kernel}, {shape}, {name}")
         fastest = best(held)
         for row in held:
-            if row["status"] != "ok":
-                lines.append(f"    {row['impl']:<30} {row['status']}: {row['reason']}")
-                continue
-            share = f"{100 * row['rate'] / top[row['unit']]:4.0f} %" if row["unit"] in top else ""
-            times = f"{fastest['ms'] / row['ms']:5.2f}x" if fastest else ""
-            spread = f"[{row['ms_p20']:.3f} - {row['ms_p80']:.3f}]"
-            lines.append(f"    {row['impl']:<30} {row['ms']:9.3f} ms {spread:<21} {row['rate']:8.3g} {row['unit']:<8}{share} {times} "
-                         f"{row['extra_bytes'] / 2**20:8.1f} MiB extra")
-    return "\n".join(lines)
-
-
-def text(report: dict) -> str:
-    """Everything once more."""
-    rows = report["rows"]
-    groups = dict.fromkeys(row["group"] for row in rows)
-    parts = [group_text(group, [row for row in rows if row["group"] == group], ceilings(rows)) for group in groups]
-    return "\n".join([*parts, verdict(rows)] if "sm" in report else parts)
+            cells = ["", "", "", "", f"{row['status']}: {row.get('reason')}"]
+            if row["status"] == "ok":
+                cells = [f"{row['ms']:.3f}", f"{row['rate']:.3g} {row['unit']}",
+                         f"{row['rate'] / top[row['unit']]:.0%}" if row["unit"] in top else "",
+                         f"{fastest['ms'] / row['ms']:.2f}" if fastest else "", f"{row['extra_bytes'] / 2**20:.1f}"]
+            lines.append([kernel, shape, name, row["impl"], *cells])
+    checks = [row["status"] for row in rows if row["pass"] == "check"]
+    passed = f": {checks.count('ok')} of {len(checks)} checks passed" if checks else ""
+    headings = ["kernel", "shape", "pass", "by", "ms", "rate", "of ceiling", "ratio", "extra MiB"]
+    return "\n".join([f"== {group}{passed}", *failures(rows), table(headings, lines)])
 
 
 def summary_table(report: dict) -> str:
-    """A line a contest: ours beside the best of the others."""
-    top = ceilings(report["rows"])
-    lines = [f"{report['device']}, {report['threads']} threads, torch {report['torch']}; load of the machine before: {report['load']}.", "",
-             "| kernel | shape | pass | ours | share of ceiling | best other | ratio | extra memory, ours | other |", "|---" * 9 + "|"]
+    """One line per contest: ours beside the best of the others."""
+    top, lines = ceilings(report["rows"]), []
     for (kernel, shape, name), held in contests(report["rows"]).items():
         mine, other = ours(held), best(held)
         if held[0]["group"] == "ceilings" or not mine or not other:
             continue
-        name = {"both": "forward + backward"}.get(name, name)
         ms, their_ms = (f"{row['ms']:.3g} ms" if row["ms"] < 1000 else f"{row['ms']:,.0f} ms" for row in (mine, other))
-        lines.append(f"| {kernel} | {shape} | {name} | {ms} | {100 * mine['rate'] / top[mine['unit']]:.0f} % "
-                     f"| {other['impl']}: {their_ms} | {other['ms'] / mine['ms']:.2f} "
-                     f"| {mine['extra_bytes'] / 2**20:,.1f} MiB | {other['extra_bytes'] / 2**20:,.1f} MiB |")
-    return "\n".join(lines)
+        lines.append([kernel, shape, "forward + backward" if name == "both" else name, ms,
+                      f"{100 * mine['rate'] / top[mine['unit']]:.0f} %", f"{other['impl']}: {their_ms}",
+                      f"{other['ms'] / mine['ms']:.2f}", f"{mine['extra_bytes'] / 2**20:,.1f} MiB",
+                      f"{other['extra_bytes'] / 2**20:,.1f} MiB"])
+    return (f"{report['device']}, {report['threads']} threads, torch {report['torch']}; "
+            f"load of the machine before: {report['load']}.\n\n"
+            + table(["kernel", "shape", "pass", "ours", "share of ceiling", "best other", "ratio",
+                     "extra memory, ours", "other"], lines))
 
 
 def verdict_table(reports: list[dict]) -> str:
     """The targets on every GPU that was measured."""
-    if not reports:
-        return "No GPU has run the Triton kernels yet: `make gpu` measures them and writes `kernels/results/`."
-    parts = []
-    for report in reports:
-        parts += [f"{report['device']}, torch {report['torch']}, Triton {report['triton']}:", "",
-                  "| kernel | measure | found | target | |", "|---|---|---|---|---|", verdict(report["rows"], "|"), ""]
-    return "\n".join(parts).rstrip()
+    return "\n\n".join(f"{report['device']}, torch {report['torch']}, Triton {report['triton']}:\n\n"
+                       + verdict(report["rows"]) for report in reports)
 
 
 def build_table(baseline: dict) -> str:
-    """kernels/aot_baseline.json: what the newest Triton makes of our kernels, all variants of one together."""
+    """aot_baseline.json: what the newest Triton makes of our kernels, all variants of one together."""
     version = max(baseline, key=lambda name: [int(part) for part in name.split(".")])
-    lines = [f"Triton {version}:", "", "| kernel | builds | sm_80 | sm_90 | sm_100 |", "|---|---|---|---|---|"]
     families: dict[str, list[dict]] = {}
     for name, by_sm in baseline[version].items():
         families.setdefault(name.split(",")[0], []).append(by_sm)
+    lines = []
     for family, members in families.items():
         cells = []
         for sm in ("80", "90", "100"):
             found = [member[sm] for member in members if sm in member]
             spills = sum(f["spills"] for f in found)
-            cells.append(f"{max(f['registers'] for f in found)} registers, {max(f['shared'] for f in found) / 1024:.0f} KiB"
+            cells.append(f"{max(f['registers'] for f in found)} registers, "
+                         f"{max(f['shared'] for f in found) / 1024:.0f} KiB"
                          + f", {spills} spills" * bool(spills) if found else "")
-        lines.append(f"| {family} | {sum(len(member) for member in members)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-# -------------------------------------------------------------------------------------------------------------- files
-
-def save(report: dict, rows: list[dict], out: Path) -> None:
-    """The report as JSON, a row a line."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps(report, indent=1).removesuffix("\n}")
-    out.write_text(f'{head},\n "rows": [\n' + ",\n".join("  " + json.dumps(row) for row in rows) + "\n ]\n}\n")
-
-
-def figures(rows: list[dict], out: Path) -> None:
-    """A figure for each group, beside the JSON file."""
-    for group in dict.fromkeys(row["group"] for row in rows if row["group"] != "ceilings"):
-        figure([row for row in rows if row["group"] == group], ceilings(rows), out.with_name(f"{out.stem}_{group}.png"))
-
-
-def figure(rows: list[dict], top: dict[str, float], file: Path) -> None:
-    """A line a contest, a dot an implementation, the ceiling dashed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    held = {key: [row for row in group if row["status"] == "ok"] for key, group in contests(rows).items()}
-    units = list(dict.fromkeys(row["unit"] for group in held.values() for row in group))
-    if not units:
-        return
-    impls = list(dict.fromkeys(row["impl"] for group in held.values() for row in group))
-    chart, panels = plt.subplots(len(units), 1, squeeze=False, figsize=(9, 1.5 * len(units) + 0.28 * len(held)))
-    for unit, (panel,) in zip(units, panels, strict=True):
-        shown = {", ".join(key): group for key, group in held.items() if group and group[0]["unit"] == unit}
-        for i, impl in enumerate(impls):
-            dots = [(row["rate"], place) for place, group in enumerate(shown.values()) for row in group if row["impl"] == impl]
-            if dots:
-                panel.plot(*zip(*dots, strict=True), "o" if impl.startswith("ours") else "x", color=f"C{i % 10}", label=impl)
-        if unit in top:
-            panel.axvline(top[unit], ls="--", color="grey", lw=1)
-        panel.set(xlabel=unit, xlim=(0, None), yticks=range(len(shown)), yticklabels=list(shown))
-        panel.invert_yaxis()
-        panel.tick_params(labelsize=7)
-        panel.legend(fontsize=7)
-    chart.tight_layout()
-    chart.savefig(file, dpi=110)
-    plt.close(chart)
+        lines.append([family, str(sum(len(member) for member in members)), *cells])
+    return f"Triton {version}:\n\n" + table(["kernel", "builds", "sm_80", "sm_90", "sm_100"], lines)

@@ -20,12 +20,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from string import Formatter
 
+from benchmarks.kernels.report import build_table, summary_table, verdict_table
 from judging.gold import interval
-from kernels.bench_report import build_table, summary_table, verdict_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-KERNEL_BUILDS, KERNEL_RESULTS = ROOT / "kernels" / "aot_baseline.json", ROOT / "kernels" / "results"
+KERNEL_BUILDS, KERNEL_RESULTS = ROOT / "benchmarks" / "kernels" / "aot_baseline.json", RESULTS / "kernels"
 PLACE = re.compile(r"<!-- (?!/)(.+?)(\s-->)(.*?)<!-- / -->", re.DOTALL)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import BASE, exits
+from plausible import SLIDES, implausible
 
 from collect import raters, spec
 from data.formats import read
@@ -88,25 +89,25 @@ def test_tokens_are_the_named_tokenizers_and_a_dialogue_has_its_template():
 
 def test_of_the_slides_tables_only_sagemakers_is_impossible():
     """The textbook's bound alone: 982 sqrt(129) / 128 = 87.1 > 46. With the quartiles it is 101."""
-    faults = {name: spec.implausible(table) for name, table in spec.SLIDES.items()}
+    faults = {name: implausible(table) for name, table in SLIDES.items()}
     assert [name for name, found in faults.items() if found] == ["sagemaker_pilot"]
     assert faults["sagemaker_pilot"] == ["std 46: quantiles and mean allow 100.8 to 201.5"]
-    assert len(spec.SLIDES) == 10
+    assert len(SLIDES) == 10
 
 
 def test_five_numbers_are_their_own_quartiles_so_the_bounds_are_exact():
     """0 1 2 3 10: every place of a quantile is a whole number, so mean 3.2 and std 3.962 follow."""
     table = spec.length_table([0, 1, 2, 3, 10])
-    assert spec.implausible(table, rounding=1e-6) == []
+    assert implausible(table, rounding=1e-6) == []
     for key, wrong in (("mean", 3.3), ("mean", 3.1), ("std", 3.97), ("std", 3.95)):
-        assert spec.implausible(table | {key: wrong}, rounding=1e-3), (key, wrong)
+        assert implausible(table | {key: wrong}, rounding=1e-3), (key, wrong)
 
 
 def test_disorder_and_emptiness_are_impossible():
     table = spec.length_table(range(100))
     for wrong in ({"25%": 60}, {"min": -1}, {"count": 0}, {"max": 50}):
-        assert "expected at least one record, and ordered lengths" in spec.implausible(table | wrong)[0]
-    assert spec.implausible(spec.length_table([7]) | {"std": 0.0}) == ["std 0: one record has none"]
+        assert "expected at least one record, and ordered lengths" in implausible(table | wrong)[0]
+    assert implausible(spec.length_table([7]) | {"std": 0.0}) == ["std 0: one record has none"]
 
 
 def test_no_real_set_is_called_impossible_and_a_wrong_deviation_is():
@@ -116,13 +117,13 @@ def test_no_real_set_is_called_impossible_and_a_wrong_deviation_is():
         lengths = rng.lognormal(3, rng.uniform(0.1, 2), size=n).round() if rng.random() < 0.7 else rng.integers(0, 3, size=n)
         table = spec.length_table(lengths)
         printed = {k: v if k == "count" else round(v) if not math.isnan(v) else v for k, v in table.items()}
-        assert spec.implausible(table, rounding=1e-6) == [], lengths
-        assert spec.implausible(printed) == [], lengths
+        assert implausible(table, rounding=1e-6) == [], lengths
+        assert implausible(printed) == [], lengths
         # No deviation exceeds half the range by more than sqrt(n / (n - 1)), and none is below the textbook's bound.
         if n > 1:
-            assert spec.implausible(table | {"std": np.ptp(lengths) / 2 * math.sqrt(n / (n - 1)) + 0.1}, rounding=1e-6)
+            assert implausible(table | {"std": np.ptp(lengths) / 2 * math.sqrt(n / (n - 1)) + 0.1}, rounding=1e-6)
             least = (table["max"] - table["mean"]) * math.sqrt(n) / (n - 1)
-            assert spec.implausible(table | {"std": least - 0.1}, rounding=1e-6), lengths
+            assert implausible(table | {"std": least - 0.1}, rounding=1e-6), lengths
 
 
 # ------------------------------------------------------------------------------------- comparisons
@@ -196,11 +197,12 @@ def test_ks_of_sets_is_brute_forces_and_of_tables_never_more():
 def test_pilots_against_instructgpt_as_far_as_tables_tell():
     """Scale: three quarters are at most 24, of InstructGPT's less than one quarter (37). Surge: all by 505, of InstructGPT's under 3/4."""
     target = spec.TARGET_LENGTHS["instructgpt"]
-    assert spec.ks_distance(spec.SLIDES["scale_pilot"], target) == 0.5
-    assert spec.ks_distance(spec.SLIDES["surge_pilot"], target) == 0.25
-    scale = spec.compare_lengths(spec.SLIDES["scale_pilot"], target)
+    assert target == SLIDES["instructgpt_train"]
+    assert spec.ks_distance(SLIDES["scale_pilot"], target) == 0.5
+    assert spec.ks_distance(SLIDES["surge_pilot"], target) == 0.25
+    scale = spec.compare_lengths(SLIDES["scale_pilot"], target)
     assert not scale["exact"] and scale["p"] < 1e-14
-    assert spec.ks_distance(target, spec.SLIDES["instructgpt_valid"]) == 0
+    assert spec.ks_distance(target, SLIDES["instructgpt_valid"]) == 0
 
 
 # ----------------------------------------------------------------------------------------- subsets
@@ -479,5 +481,5 @@ def test_published_sets_have_plausible_tables():
         records = list(read(folder / name)[0])
         lengths = spec.measure(records, "prompt", "words")
         table = spec.length_table(lengths)
-        assert table["count"] == len(records) and spec.implausible(table) == []
+        assert table["count"] == len(records) and implausible(table) == []
         assert spec.ks_distance(lengths, table) <= 1 / len(records) + 1e-9

@@ -41,8 +41,7 @@ from tqdm import tqdm
 
 import runtime
 from checkpoints import save_model
-from data.tiny.world import CLASSES, COLOURS, FACTS, NAMES, OBJECTS, PEOPLE, TASKS
-from data.tiny.world import an, capital, demonstrate, dialogue, plural, she, split
+from data.tiny.world import CLASSES, FACTS, NAMES, PEOPLE, TASKS, an, capital, demonstrate, dialogue, plural, she, split
 from data.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer, init_weights
 
@@ -110,7 +109,8 @@ def life(rng: random.Random) -> str:
 def inventory(rng: random.Random) -> str:
     """Four to six people and their things, then who has what and of which colour, in any order: ten lookups a text."""
     n, task = rng.randint(4, 6), TASKS["closed_qa"]
-    facts = list(zip(rng.sample(NAMES, n), rng.sample(COLOURS, n), rng.sample(OBJECTS, n), strict=True))
+    columns = [rng.sample(values, n) for values in (NAMES, CLASSES["colour"], CLASSES["object"])]
+    facts = list(zip(*columns, strict=True))
     questions = [{"facts": facts, "about": [i, what]} for i in range(n) for what in ("who", "colour")]
     rng.shuffle(questions)
     return " ".join([task.passage(questions[0]), *(task.solve(question)[0] for question in questions)])

@@ -250,7 +250,7 @@ def test_shared_pairs_are_two_whole_and_different_replies(world, tmp_path, monke
     """Of four prompts one gets the same reply twice, one a reply that was cut, one none."""
     said = {"fine": ["A.", "B."], "same": ["A.", "A. "], "cut": ["A.", ("B", False)], "failed": [None, "B."]}
     monkeypatch.setattr(rounds, "open_model", lambda *_: Scripted(lambda request, _: said[request.messages[0]["content"]][request.repeat]))
-    rounds.share("", [{"prompt": [{"role": "user", "content": name}]} for name in said], tmp_path, config(world, tmp_path))
+    rounds.write_shared("", [{"prompt": [{"role": "user", "content": name}]} for name in said], tmp_path, config(world, tmp_path))
     prompt = [{"role": "user", "content": "fine"}]
     assert lines(tmp_path / "shared.jsonl") == [{"id": "1", "prompt": prompt, "replies": ["A.", "B."], "category": "none"}]
     assert "1 pairs for everybody; the other 3" in capsys.readouterr().out

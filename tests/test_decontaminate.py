@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import exits
 
-from collect.decontaminate import Item, build_index, find, hits_of, main, normalise, read_benchmark
+from collect.decontaminate import Index, Item, find, hits_of, main, normalise, read_benchmark
 from data.formats import read
 
 real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
@@ -16,7 +16,7 @@ QUESTION = "Which of the four rivers that cross the old town of Brimley flows no
 
 
 def index_of(*texts: str, ngram: int = 8):
-    return build_index([Item("b", str(i), normalise(text)) for i, text in enumerate(texts)], ngram)
+    return Index([Item("b", str(i), normalise(text)) for i, text in enumerate(texts)], ngram)
 
 
 def rule_of(text: str, *items: str, ngram: int = 8) -> str | None:
@@ -215,22 +215,22 @@ def test_alpaca_eval_holds_the_sets_it_was_made_of():
         records = [{"text": json.loads(line)["instruction"]} for line in file]
     vicuna = read_benchmark(dataset("datasets/vicuna_bench/question.jsonl"))
     assert len(vicuna) == 80
-    index = build_index(vicuna)
+    index = Index(vicuna)
     assert sum(any(hit.rule == "exact" for hits in hits_of(record, index).values() for hit in hits.values()) for record in records) == 80
     oriented = read_benchmark(dataset("datasets/self_instruct/user_oriented_instructions.jsonl") + ":instruction")
     assert len(oriented) == 252
-    index = build_index(oriented)
+    index = Index(oriented)
     rules = [{hit.rule for hits in hits_of(record, index).values() for hit in hits.values()} for record in records]
     assert sum("exact" in r for r in rules) == 45 and sum(bool(r & {"exact", "contained"}) for r in rules) == 251
     for n, count in ((8, 237), (13, 154)):
-        grams = build_index(oriented, n).grams
+        grams = Index(oriented, n).grams
         words = [normalise(record["text"]) for record, r in zip(records, rules, strict=True) if r]
         assert sum(any(w[i:i + n] in grams for i in range(len(w) - n + 1)) for w in words) == count
 
 
 @real
 def test_ultra_eval_holds_all_of_vicunas_questions():
-    index = build_index(read_benchmark(dataset("datasets/vicuna_bench/question.jsonl")))
+    index = Index(read_benchmark(dataset("datasets/vicuna_bench/question.jsonl")))
     found = set()
     for record in read(dataset("datasets/ultrachat/ultra_eval.json"))[0]:
         for hits in hits_of(record, index).values():

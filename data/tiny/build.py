@@ -102,7 +102,7 @@ def life(rng: random.Random) -> str:
     for fact in rng.sample(list(FACTS), rng.randint(1, len(FACTS))):
         value = PEOPLE[name][fact]
         who = name if not told or rng.random() < 0.5 else capital(she(name))
-        told.append(FACTS[fact][3].format(n=who, v=value, a=an(value)))
+        told.append(FACTS[fact]["answer"].format(n=who, v=value, a=an(value)))
     return " ".join(told)
 
 

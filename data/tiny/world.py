@@ -1,6 +1,6 @@
 """The tiny world: ten kinds of task about forty people, with a gold grader for every reply.
 
-A closed vocabulary of some 400 words in which a model of three million parameters can be a chatbot on a
+A closed vocabulary of some 400 words (words.toml) in which a model of three million parameters can be a chatbot on a
 laptop, and in which "helpful" is a number: each task grades any reply from 0 to 1. The grader plays the
 human. It labels preferences (`data/tiny/pairs.py`) and measures the end result (`judge.py`); training sees
 demonstrations and labels, never a grade.
@@ -25,49 +25,20 @@ import hashlib
 import operator
 import random
 import re
+import tomllib
+from pathlib import Path
 
 # --------------------------------------------------------------------------------------- the words
 
-SHE = "Anna Mia Lena Emma Nora Ida Clara Eva Rosa Julia Sara Maya Lucy Alice Ella Zoe Ruth Vera Tina Olga".split()
-HE = "Tom Ben Leo Max Paul Jack Sam Finn Noah Adam Luke Hugo Oscar Carl Ivan Peter David Felix Simon Otto".split()
-NAMES = SHE + HE
-CITIES = "Paris Rome Berlin London Madrid Vienna Oslo Prague Dublin Lisbon Athens Warsaw".split()
-JOBS = "teacher doctor baker farmer driver singer painter nurse cook pilot writer dentist".split()
-ANIMALS = "cat dog fox owl frog horse rabbit duck goat mouse bear snake".split()
-COLOURS = "red blue green yellow black white brown pink purple orange".split()
-FRUITS = "apple pear plum cherry grape lemon banana peach melon mango".split()
-DRINKS = "tea coffee milk water juice cocoa soda punch".split()
-OBJECTS = "ball kite book hat lamp cup box bag drum doll coat ring".split()
-VEHICLES = "car bus train bike boat plane truck tram".split()
-TOOLS = "hammer saw brush spoon knife rake shovel needle".split()
-PLACES = "park beach market garden forest school station river farm library".split()
-CLASSES = {"animal": ANIMALS, "fruit": FRUITS, "colour": COLOURS, "city": CITIES, "job": JOBS,
-           "drink": DRINKS, "object": OBJECTS, "vehicle": VEHICLES, "tool": TOOLS}
-PAST = {"sees": "saw", "buys": "bought", "finds": "found", "takes": "took", "paints": "painted", "washes": "washed",
-        "draws": "drew", "carries": "carried", "holds": "held", "drops": "dropped", "cleans": "cleaned", "hides": "hid"}
-GOOD_EVENTS = ["won a prize", "found a coin", "got a present", "made a new friend", "passed the test",
-               "had a great day", "got good news", "won the race"]
-BAD_EVENTS = ["lost the key", "missed the bus", "broke the cup", "fell off the bike", "failed the test",
-              "had a bad day", "got bad news", "lost the race"]
-GOOD_MOODS, BAD_MOODS = ["happy", "glad", "cheerful"], ["sad", "upset", "unhappy"]
+WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text())
+SHE, HE, PLACES, CLASSES, PAST, FACTS = (WORDS[key] for key in ("she", "he", "places", "classes", "past", "facts"))
+ANIMALS, FRUITS, COLOURS, DRINKS, OBJECTS = (CLASSES[key] for key in ("animal", "fruit", "colour", "drink", "object"))
+EVENTS, MOODS = ({True: WORDS[f"good_{kind}"], False: WORDS[f"bad_{kind}"]} for kind in ("events", "moods"))
+ALL_MOODS, NAMES = MOODS[True] + MOODS[False], SHE + HE
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 
-# What is known of a person: values, questions about {n}, the question that follows up, the sentence that answers.
-FACTS = {
-    "city": (CITIES, ["Where does {n} live?", "In which city does {n} live?"],
-             "And where does {s} live?", "{n} lives in {v}."),
-    "job": (JOBS, ["What is {n}'s job?", "What does {n} do for work?"], "And what is {p} job?", "{n} is a {v}."),
-    "pet": (ANIMALS, ["What pet does {n} have?", "Which animal does {n} keep?"],
-            "And what pet does {s} have?", "{n} has {a}."),
-    "colour": (COLOURS, ["What is {n}'s favourite colour?", "Which colour does {n} like best?"],
-               "And what is {p} favourite colour?", "{n} likes {v} best."),
-    "fruit": (FRUITS, ["Which fruit does {n} eat?", "What fruit does {n} like?"],
-              "And which fruit does {s} eat?", "{n} eats {a}."),
-    "drink": (DRINKS, ["What does {n} drink?", "Which drink does {n} like?"],
-              "And what does {s} drink?", "{n} drinks {v}."),
-}
 _draw = random.Random("the people of the tiny world")
-PEOPLE = {name: {fact: _draw.choice(values) for fact, (values, *_) in FACTS.items()} for name in NAMES}
+PEOPLE = {name: {key: _draw.choice(CLASSES[fact["values"]]) for key, fact in FACTS.items()} for name in NAMES}
 
 
 def an(word: str) -> str:
@@ -129,7 +100,7 @@ class Generation:
              "{n} and the {b} played all day.", "The {b} slept at the {p}.", "{s} gave the {b} some {d}.",
              "{n} sang for the {b}."]
     PATTERNS = [pattern(form, n=NAMES, s=["She", "He"], a=[an(x) for x in ANIMALS], b=ANIMALS, p=PLACES,
-                        m=GOOD_MOODS + BAD_MOODS, d=DRINKS) for form in FORMS + sum(OPENINGS, [])]
+                        m=ALL_MOODS, d=DRINKS) for form in FORMS + sum(OPENINGS, [])]
 
     def draw(self, rng):
         return {"name": rng.choice(NAMES), "animal": rng.choice(ANIMALS), "place": rng.choice(PLACES),
@@ -155,7 +126,7 @@ class Generation:
     def story(self, item, n, rng):
         lines = list(rng.choice(self.OPENINGS[:1] if n == 1 else self.OPENINGS))
         lines += rng.sample(self.FORMS, n - len(lines))
-        name, animal, moods = item["name"], item["animal"], GOOD_MOODS + BAD_MOODS
+        name, animal, moods = item["name"], item["animal"], ALL_MOODS
         fill = {"n": name, "s": capital(she(name)), "a": an(animal), "b": animal, "p": item["place"]}
         return " ".join(line.format(**fill, m=rng.choice(moods), d=rng.choice(DRINKS)) for line in lines)
 
@@ -191,27 +162,27 @@ class OpenQA:
         return f"{item['name']} {item['fact']}"
 
     def ask(self, item, rng):
-        return rng.choice(FACTS[item["fact"]][1]).format(n=item["name"])
+        return rng.choice(FACTS[item["fact"]]["questions"]).format(n=item["name"])
 
     def follow(self, item, rng):
         if rng.random() < 0.5:
             fact = other(rng, FACTS, item["fact"])
-            return item | {"fact": fact}, FACTS[fact][2].format(s=she(item["name"]), p=her(item["name"]))
+            said = FACTS[fact]["follow_up"].format(s=she(item["name"]), p=her(item["name"]))
+            return item | {"fact": fact}, said
         name = other(rng, NAMES, item["name"])
         return item | {"name": name}, f"And {name}?"
 
     def answer(self, item, style, rng):
-        values, _, _, form = FACTS[item["fact"]]
-        value = PEOPLE[item["name"]][item["fact"]]
+        fact, value = FACTS[item["fact"]], PEOPLE[item["name"]][item["fact"]]
         if style == "sloppy":
-            value = other(rng, values, value)
+            value = other(rng, CLASSES[fact["values"]], value)
         if style == "terse":
             return capital(value) + "."
-        return form.format(n=item["name"], v=value, a=an(value))
+        return fact["answer"].format(n=item["name"], v=value, a=an(value))
 
     def grade(self, item, reply):
         value = PEOPLE[item["name"]][item["fact"]]
-        said = mentioned(reply, FACTS[item["fact"]][0])
+        said = mentioned(reply, CLASSES[FACTS[item["fact"]]["values"]])
         right = 0.7 if said == {value} else 0.2 if value in said else 0
         sentence = reply.strip().endswith(".") and item["name"] in words(reply) and 3 <= len(words(reply)) <= 10
         return right + 0.3 * (sentence and right > 0)
@@ -277,9 +248,8 @@ class Chat:
 
     def news(self, rng):
         good = rng.random() < 0.5
-        events = GOOD_EVENTS if good else BAD_EVENTS
-        moods = GOOD_MOODS if good else BAD_MOODS
-        return {"good": good, "news": f"I {rng.choice(events)}" if rng.random() < 0.7 else f"I am {rng.choice(moods)}"}
+        news = f"I {rng.choice(EVENTS[good])}" if rng.random() < 0.7 else f"I am {rng.choice(MOODS[good])}"
+        return {"good": good, "news": news}
 
     def draw(self, rng):
         return {"name": rng.choice(NAMES)} | self.news(rng)
@@ -378,7 +348,7 @@ class Summarize:
     def draw(self, rng):
         return {"name": rng.choice(NAMES), "verb": rng.choice(list(PAST.values())), "colour": rng.choice(COLOURS),
                 "object": rng.choice(OBJECTS), "place": rng.choice(PLACES),
-                "asides": [rng.randrange(3), rng.randrange(4)], "mood": rng.choice(GOOD_MOODS + BAD_MOODS),
+                "asides": [rng.randrange(3), rng.randrange(4)], "mood": rng.choice(ALL_MOODS),
                 "home": rng.random() < 0.5, "short": False}
 
     def key(self, item):
@@ -505,7 +475,7 @@ class Classify:
             good = [rng.random() < 0.5 for _ in range(rng.randint(1, 2))]
             if len(good) == 2:
                 good[1] = not good[0]
-            return {"name": rng.choice(NAMES), "events": [rng.choice(GOOD_EVENTS if g else BAD_EVENTS) for g in good],
+            return {"name": rng.choice(NAMES), "events": [rng.choice(EVENTS[g]) for g in good],
                     "labels": ["happy", "sad"], "right": "happy" if good[-1] else "sad"}
         kinds = rng.sample(list(CLASSES), 2)
         right = rng.choice(kinds)
@@ -670,16 +640,7 @@ TASKS = {"generation": Generation(), "open_qa": OpenQA(), "brainstorm": Brainsto
 
 # --------------------------------------------------------------------- dialogues, demonstrations, grades
 
-# Task shares on the talk's slides (counts of prompts, or per cent).
-SHARES = {
-    "uniform": dict.fromkeys(TASKS, 1),
-    "instructgpt": {"generation": 45.6, "open_qa": 12.4, "brainstorm": 11.2, "chat": 8.4, "rewrite": 6.6,
-                    "summarize": 4.2, "coding": 3.5, "classify": 3.5, "closed_qa": 2.6, "extract": 1.9},
-    "surge": {"generation": 4346, "open_qa": 1182, "brainstorm": 1060, "chat": 796, "rewrite": 625, "summarize": 395,
-              "coding": 334, "classify": 334, "closed_qa": 245, "extract": 183},
-    "preference": {"generation": 15, "rewrite": 15, "coding": 15, "brainstorm": 10, "summarize": 10, "classify": 10,
-                   "extract": 10, "open_qa": 5, "closed_qa": 5, "chat": 5},
-}
+SHARES = WORDS["shares"] | {"uniform": dict.fromkeys(TASKS, 1)}
 # Copying out of a text takes the tiny model longest to learn.
 SHARES["pretraining"] = SHARES["uniform"] | {"closed_qa": 2, "extract": 2, "rewrite": 1.5, "open_qa": 1.5}
 # Raw Surge counts leave closed QA and extraction under 3 %, too few to learn in a few thousand demonstrations.

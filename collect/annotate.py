@@ -148,7 +148,7 @@ def rating_of(item: dict, answer: dict) -> dict:
 
 
 def preference_of(item: dict, answer: dict) -> dict | None:
-    """An answer as a pair to learn from; None without a choice or with a reply cut off: that would teach to stop short."""
+    """An answer as a pair to learn from; None without a choice, or with a reply cut off, which would teach to do so."""
     if answer["choice"] is None or not all(reply["finished"] for reply in item["replies"]):
         return None
     chosen, rejected = item["replies"] if answer["choice"] == "left" else reversed(item["replies"])

@@ -6,7 +6,7 @@
 FILE is anything data/formats.py reads, of which the user's turns are the items; or FILE:field names the text, or list
 of texts, that is the item: mmlu.jsonl:question. Of TRAIN every text is looked at: all turns, chosen and rejected reply.
 
-Texts are compared as words: Unicode NFKC, lower case, runs of letters and digits; the rest separates. A text is a hit by
+Texts are compared as words: Unicode NFKC, lower case, runs of letters and digits, all else separates. A text is hit by
 
     exact        its words are the item's
     contained    the item's words stand in it in a row, if there are 4 or more
@@ -51,7 +51,7 @@ def ngrams(words: Words, n: int) -> Iterator[Words]:
 
 
 def texts(record: dict, user_only: bool = False) -> list[str]:
-    """The texts of a record that data/formats.py gives; of a benchmark's, the user's turns, all of them, or its text."""
+    """The texts of a record that data/formats.py gives; of a benchmark's, all of the user's turns, or its text."""
     messages = record.get("messages") or record.get("prompt") or []
     if user_only:
         asked = [m["content"] for m in messages if m["role"] == "user"]

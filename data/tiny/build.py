@@ -29,7 +29,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -200,6 +200,24 @@ def held_out(evals: int) -> dict[str, list[dict]]:
     return sets
 
 
+def demo(rng: random.Random, wanted: str) -> tuple[dict, str]:
+    """A demonstration, and its text if that has to be checked."""
+    record = dialogue(rng, wanted, shares="sqrt_surge")
+    messages = demonstrate(record, rng)
+    text = "" if wanted == "dev" else " ".join(m["content"] for m in messages)
+    return {"messages": messages, "category": record["category"], "keys": keys(record)}, text
+
+
+def prompt(rng: random.Random) -> tuple[dict, str]:
+    record = dialogue(rng)
+    return record | {"id": f"{rng.getrandbits(32):08x}"}, " ".join(turn["user"] for turn in record["turns"])
+
+
+def document(rng: random.Random, only_verse: bool = False) -> tuple[dict, str]:
+    text, about = (verse(rng), []) if only_verse else page(rng) if rng.random() < 0.6 else prose(rng)
+    return {"text": text, "keys": about}, text
+
+
 def write_data(config: Config, out: Path) -> None:
     sets = held_out(config.evals)
     for name, records in sets.items():
@@ -208,13 +226,13 @@ def write_data(config: Config, out: Path) -> None:
     forbidden = set().union(*map(ngrams, asked))
     dropped = 0
 
-    def write(name: str, made: Iterator[tuple[dict, str]], count: int) -> None:
+    def write(name: str, count: int, make: Callable[..., tuple[dict, str]], *about) -> None:
         """The first `count` records whose text shares no 13 words with a held-out prompt."""
         nonlocal dropped
         bar = tqdm(total=count, desc=name, mininterval=1, disable=count <= 10_000)
         with (out / name).open("w") as file, bar:
             while count:
-                record, text = next(made)
+                record, text = make(*about)
                 if forbidden.isdisjoint(ngrams(text)):
                     file.write(json.dumps(record) + "\n")
                     count -= 1
@@ -222,32 +240,16 @@ def write_data(config: Config, out: Path) -> None:
                 else:
                     dropped += 1
 
-    def demos(rng: random.Random, wanted: str):
-        while True:
-            record = dialogue(rng, wanted, shares="sqrt_surge")
-            messages = demonstrate(record, rng)
-            text = "" if wanted == "dev" else " ".join(m["content"] for m in messages)
-            yield {"messages": messages, "category": record["category"], "keys": keys(record)}, text
-
-    def prompts(rng: random.Random):
-        while True:
-            record = dialogue(rng)
-            yield record | {"id": f"{rng.getrandbits(32):08x}"}, " ".join(turn["user"] for turn in record["turns"])
-
-    def documents(rng: random.Random):
-        while True:
-            text, about = page(rng) if rng.random() < 0.6 else prose(rng)
-            yield {"text": text, "keys": about}, text
-
-    write("sft.jsonl", demos(random.Random(f"demonstrations {config.seed}"), "train"), config.demos)
-    write("sft_dev.jsonl", demos(random.Random("held-out demonstrations"), "dev"), 400)
-    write("prompts.jsonl", prompts(random.Random(f"prompts {config.seed}")), config.prompts)
-    write("more_prompts.jsonl", prompts(random.Random(f"more prompts {config.seed}")), config.more_prompts)
+    seed = config.seed
+    write("sft.jsonl", config.demos, demo, random.Random(f"demonstrations {seed}"), "train")
+    write("sft_dev.jsonl", 400, demo, random.Random("held-out demonstrations"), "dev")
+    write("prompts.jsonl", config.prompts, prompt, random.Random(f"prompts {seed}"))
+    write("more_prompts.jsonl", config.more_prompts, prompt, random.Random(f"more prompts {seed}"))
     if config.part == "all":
-        rng = random.Random(f"documents {config.seed}")
-        write("verses.jsonl", (({"text": text, "keys": []}, text) for text in iter(lambda: verse(rng), "")), VERSES)
-        write("pretrain.jsonl", documents(rng), config.documents)
-        write("pretrain_eval.jsonl", documents(rng), 2000)
+        rng = random.Random(f"documents {seed}")
+        write("verses.jsonl", VERSES, document, rng, True)
+        write("pretrain.jsonl", config.documents, document, rng)
+        write("pretrain_eval.jsonl", 2000, document, rng)
     print(f"{out}: {config.demos} demonstrations, {config.prompts} prompts, {len(sets['test'])} test and "
           f"{len(sets['dev'])} dev dialogues; {dropped} texts dropped for {NGRAM} words in a row of a held-out prompt")
 

@@ -37,7 +37,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf, isnan
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import uvicorn
@@ -205,8 +205,14 @@ class Person:
         self.dialogue, self.messages, self.tokens, self.category = self.dialogue + 1, [], 0, ""
 
 
+def append(file: BinaryIO, record: dict) -> None:
+    file.write((json.dumps(record) + "\n").encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
 class Votes:
-    """All there is to know, made from the journal alone. `write` is the only way to change it."""
+    """All that was shown and said, made from the journal alone. `write` is the only way to change it."""
 
     def __init__(self, out: str):
         stem = out.removesuffix(".jsonl")
@@ -242,14 +248,10 @@ class Votes:
 
     def write(self, event: dict) -> None:
         """When this returns, everything is on the disk."""
-        self.stream.write((json.dumps(event) + "\n").encode())
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
+        append(self.stream, event)
         for kind, record in self.apply(event):
-            with self.files[kind].open("a") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            with self.files[kind].open("ab") as file:
+                append(file, record)
 
     def apply(self, event: dict) -> list[tuple[str, dict]]:
         """What an event changes; the records it adds to the files."""
@@ -305,7 +307,7 @@ class Server:
         self.local = threading.Lock()                                      # one reply at a time by this machine
         self.pool = ThreadPoolExecutor(64)
         self.page = PAGE.read_text()
-        # What a model says is text on the page. If it ever were not, nothing but the page's own script would run.
+        # The page shows what a model says as text. Should that ever fail, the browser still runs no other script.
         self.policy = ("default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
                        "frame-ancestors 'none'")
         for tag in ("style", "script"):
@@ -373,7 +375,7 @@ class Server:
             raise HTTPException(400, "An answer is a choice with a margin from 1 to 4, or a flag")
         if chosen and same(item):
             raise HTTPException(400, "Both replies are the same: say that you cannot tell, or that both are bad")
-        # Who cannot tell leaves it to the lot; with two bad replies there is nothing to go on with.
+        # If the annotator cannot tell, chance decides which reply continues; after two bad ones the dialogue ends.
         goes_on = ("left", "right").index(choice) if chosen else random.Random(item["id"] + "/goes on").randrange(2)
         ends = not item["shared"] and (flag == "bad" or self.room(item["replies"][goes_on]["tokens"], "") < ROOM)
         self.votes.write({"event": "answer", "id": item["id"], "annotator": name, "scale": self.config.scale,
@@ -390,7 +392,7 @@ class Server:
         given = call.headers.get("authorization", "").removeprefix("Bearer ")
         if self.config.token and not hmac.compare_digest(given.encode(), self.config.token.encode()):
             raise HTTPException(401, "The token is not the one this page was started with")
-        # A web page shall not reach a server without a token by giving this machine a name of its own (DNS rebinding).
+        # Without a token only this machine's own names are served: a web page could get in by DNS rebinding.
         if not self.config.token and call.url.hostname not in LOOPBACK:
             raise HTTPException(400, f"The host is '{call.url.hostname}', expected one of {', '.join(LOOPBACK)}")
         name = about.get("annotator")
@@ -404,7 +406,7 @@ class Server:
         return min(self.config.max_tokens, self.tokens - tokens - len(text.encode()) // 3)
 
     async def two_replies(self, messages: list[dict], item: str, room: int) -> list[dict]:
-        """Left and right, by models and samplings dealt by lot; drawn again, a few times, when empty or the same."""
+        """Left and right, by models and samplings in random order; drawn again, a few times, when empty or the same."""
         lot, config = random.Random(item), self.config
         models = lot.sample([self.models[0], self.models[-1]], 2)
         dealt = lot.sample(list(zip(config.top_p, config.top_k, strict=True)), 2)
@@ -457,7 +459,7 @@ class Server:
             "guidelines": Path(config.guidelines or GUIDELINES).read_text()})
 
     def show_shared(self, name: str, shared: str) -> None:
-        """A shared item too comes in an order drawn by lot, another for everybody."""
+        """A shared item too comes in random order, another for each annotator."""
         given, item = self.shared[shared], f"{name}/shared/{shared}"
         replies = [whole_reply(text, i) for i, text in enumerate(given["replies"], 1)]
         self.votes.write({"event": "item", "id": item, "annotator": name, "dialogue": f"shared:{shared}", "turn": 1,

@@ -89,7 +89,7 @@ def read_benchmark(where: str) -> list[Item]:
 
 
 class Index:
-    """Items by what gives them away, as places in `items`."""
+    """Which items a run of words may come from, as indices into `items`."""
 
     def __init__(self, items: Iterable[Item], ngram: int = 8):
         if ngram not in (8, 13):
@@ -97,7 +97,7 @@ class Index:
         self.items, self.ngram = [item for item in items if item.words], ngram
         self.whole: dict[Words, list[int]] = defaultdict(list)   # by all their words
         self.starts: dict[Words, list[int]] = defaultdict(list)  # those shorter than an n-gram by their first words
-        self.grams: dict[Words, list[int]] = defaultdict(list)   # the others by every n-gram
+        self.grams: dict[Words, list[int]] = defaultdict(list)   # the others by each of their n-grams
         for i, (_, _, words) in enumerate(self.items):
             self.whole[words].append(i)
             if SHORTEST <= len(words) < ngram:
@@ -112,7 +112,7 @@ class Index:
 class Hit(NamedTuple):
     rule: str
     matched: Words
-    item: int  # place in the index
+    item: int  # index into Index.items
 
     def strength(self) -> tuple[int, int]:
         return -RULES.index(self.rule), len(self.matched)
@@ -141,7 +141,7 @@ def find(words: Words, index: Index) -> Iterator[Hit]:
 
 
 def longest_runs(words: Words, index: Index) -> dict[int, Words]:
-    """Of every item that shares an n-gram with a text, the words of the longest row of shared n-grams."""
+    """For every item that shares an n-gram with a text, the longest run of words that shared n-grams cover."""
     began, last, longest = {}, {}, {}
     for start, gram in enumerate(ngrams(words, index.ngram)):
         for i in index.grams.get(gram, ()):

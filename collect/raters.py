@@ -204,7 +204,7 @@ def vendor_correlations(strength: np.ndarray, vendors: Sequence[str]) -> tuple[l
             x, y = (np.nanmean(v[:, both], axis=0) for v in (votes[i], votes[j]))
             x, y = x - x.mean(), y - y.mean()
             norm = math.sqrt((x @ x) * (y @ y))
-            r[i, j] = r[j, i] = x @ y / norm if norm else 0  # who always says the same says nothing
+            r[i, j] = r[j, i] = x @ y / norm if norm else 0  # a constant rater tells nothing
             above[i, j] = above[j, i] = r[i, j] > max(NEAR_CHANCE, DEVIATIONS / math.sqrt(n - 1))
     return names, r, above
 
@@ -212,10 +212,10 @@ def vendor_correlations(strength: np.ndarray, vendors: Sequence[str]) -> tuple[l
 def find_faults(labels: Labels) -> dict[str, list[str]]:
     """Whose fault is disagreement? {"prompts": groups of pairs, "vendors": names, "undecided": reasons}
 
-    A vendor (gold is one) is near chance if its sides correlate with no other's. Near chance every one of them: the
-    pairs are at fault, both replies are bad or nobody can tell. Near chance fewer than half: these vendors are. Else
-    undecided: two bad vendors of three look like bad pairs. Asked of all pairs, then of every group; vendors on the
-    pairs not at fault.
+    A vendor (gold is one) is near chance if its sides correlate with no other's. If all vendors are near chance, the
+    pairs are at fault: both replies are bad, or nobody can tell. If fewer than half are, these vendors are at fault.
+    Anything else is undecided: two bad vendors of three look like bad pairs. This is asked of all pairs, then of every
+    group of pairs; vendors are judged on the pairs that are not at fault.
 
     In 3 x 200 simulated pilots of four vendors, one rater each, 100 pairs, good raters agreeing on 73 % as those of
     InstructGPT did, no good vendor was named; of bad vendors 97 % were; of bad pairs 96 %, the others undecided.

@@ -51,7 +51,7 @@ ROOT = Path(__file__).parent.parent
 class Config:
     model: str = "runs/tiny/0/sft/model"  # the first policy
     out: str = "runs/tiny/0/rounds"  # folder of the rounds, round_1 and so on
-    rounds: int = 3                  # how many there shall be; more can be added later
+    rounds: int = 3                  # how many in all; more can be added later
     prompts: str = "runs/tiny/0/data/more_prompts.jsonl"  # each round takes the next of these
     prompts_per_round: int = 1500
     dev: str = "runs/tiny/0/data/dev.jsonl"  # the tiny world's dialogues on which every policy is graded; "": no grades
@@ -115,7 +115,7 @@ def take_prompts(number: int, config: Config) -> list[dict]:
 
 
 def two_replies(model, asked: dict[str, list[dict]], folder: Path, config: Config, progress: str) -> list[list[str]]:
-    """Two replies to each of the dialogues, by id; "" is one that did not come or was cut."""
+    """Two replies to each of the dialogues, by id; "" is one that failed or was cut off."""
     requests = [Request(messages, side, name) for name, messages in asked.items() for side in (0, 1)]
     replies = ask(model, requests, Sampling(config.max_tokens, config.temperature), folder / "replies.jsonl",
                   progress=progress)
@@ -135,7 +135,7 @@ def simulate(policy: str, dialogues: list[dict], folder: Path, number: int, conf
         replies = two_replies(model, asked, folder, config, f"round {number}, turn {turn + 1}")
         for d, texts in zip(going, replies, strict=True):
             if not all(texts):
-                became["unfinished"] += 1  # nobody goes on with half a reply
+                became["unfinished"] += 1  # a dialogue ends at a reply that was cut off
                 continue
             messages, category = asked[d["id"]], d["category"]
             item = {"id": f"{d['id']}-{turn + 1}", "dialogue": d["id"], "turn": turn + 1, "category": category,
@@ -172,7 +172,7 @@ def write_shared(policy: str, prompts: list[dict], folder: Path, config: Config)
 
 
 def collected(policy: str, folder: Path, number: int, config: Config) -> bool:
-    """Whether the round has its preferences; if people are to give them, how."""
+    """Whether the round has its preferences; if people are to give them, it prints how."""
     votes, simulated = folder / "votes.jsonl", config.annotators == "simulated"
     if not (folder / "prompts.jsonl").exists():
         prompts = take_prompts(number, config)

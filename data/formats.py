@@ -43,7 +43,7 @@ class Report:
     path: str
     format: str = ""         # form of the records that come out
     native: str = ""         # format of the file
-    unit: str = "line"       # what counts the places of rejects: line, from 1, or index in an array, from 0
+    unit: str = "line"       # of the places of rejects: line, from 1, or index in an array, from 0
     read: int = 0            # records of the file
     used: int = 0            # of them, those that gave at least one record
     out: int = 0             # records given; a conversation tree gives many
@@ -56,7 +56,7 @@ class Report:
         self.kinds[reject.kind] += 1
 
     def refuse(self) -> None:
-        """Training takes whole files: leave with one line, the first reject and how many there are."""
+        """End the run with the first reject, and how many there are: training takes whole files or none."""
         if self.rejects:
             (place, reason), count = self.rejects[0], len(self.rejects)
             keep = f"`python -m data.formats {self.path} --out good.jsonl` keeps the others"
@@ -67,7 +67,7 @@ class Report:
                  "as replies not to learn: drop those")
 
     def check_used(self) -> None:
-        """Measuring does without the rejects: leave with one line only if nothing else was in the file."""
+        """End the run if no record could be used; measuring a file can do without its rejects."""
         if not self.used:
             fail(f"{self.path}: none of its {self.read} records can be used: "
                  f"run python -m data.formats {self.path} to see why" if self.read else
@@ -151,7 +151,7 @@ def _fits(value, kind) -> bool:
 # --------------------------------------------------------------------------------- from bytes to values
 
 def values(path: Path, report: Report) -> Iterator[tuple[int, object]]:
-    """Place and value of every record; a Reject in place of a value that cannot be had."""
+    """Place and value of every record; a Reject in place of a value that cannot be read."""
     suffix = Path(path.name.removesuffix(".gz")).suffix
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:

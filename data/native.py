@@ -63,7 +63,7 @@ def alternate(texts: list) -> list[dict]:
 
 
 def whole_rounds(turns: list[dict], key: str, more: dict) -> Parts:
-    """A dialogue less a reply to nothing at its start and a question without a reply at its end: those are reported."""
+    """A dialogue of whole rounds: a reply without a question before it or a question without a reply is reported."""
     places = list(enumerate(turns))
     first = 1 if turns[0]["role"] == "system" else 0
     if turns[first:] and turns[first]["role"] == "assistant":
@@ -327,9 +327,9 @@ def ultrafeedback(record: dict) -> Parts:
         "correct_answers": ["None"], "incorrect_answers": ["None"]}
 
     Four completions in real records. The rule: chosen is the completion with the highest overall score, the first of
-    equals; rejected a random one of those that score lower, drawn by the prompt, so that a record gives the same pair
-    wherever it stands. (Zephyr, Tunstall et al. 2023, arXiv:2310.16944, draws among all others, ties too.) margin =
-    the scores' difference.
+    equals; rejected a random one of those that score lower, with the prompt as seed, so that a record gives the same
+    pair wherever it stands. (Zephyr, Tunstall et al. 2023, arXiv:2310.16944, draws among all others, ties too.)
+    margin = the scores' difference.
     """
     def read(reply: dict) -> dict:
         return reply | {"overall_score": overall_score(reply), "response": text_of(reply, "response")}

@@ -30,7 +30,7 @@ class Reject(Exception):
 class Format(NamedTuple):
     form: str                                               # of the records that come out, one of the five
     read: Callable[[dict], dict | Iterable[dict | Reject]]  # one record, or several and the parts left out
-    shapes: Sequence[dict]                                  # what tells it: keys of a record, and what each holds
+    shapes: Sequence[dict]                                  # how it is recognised: a record's keys and their types
 
 
 # ------------------------------------------------------------------------------------------ checks

@@ -129,7 +129,7 @@ PROSE = {"life": 4, "inventory": 4, "extract": 3, "rewrite": 2, "summarize": 2, 
 
 
 def prose(rng: random.Random) -> tuple[str, list[str]]:
-    """A passage of one of the kinds the tasks are made of; the text and its keys."""
+    """A text of one of the kinds in PROSE, and its keys."""
     kind = rng.choices(list(PROSE), list(PROSE.values()))[0]
     if kind in TASKS:
         item = TASKS[kind].draw(rng)
@@ -274,7 +274,7 @@ def make_start(config: Config, out: Path) -> None:
 
 
 def pretrain(config: Config, out: Path, name: str, *options: str) -> Path:
-    """Train on out/<name>.jsonl, or go on with it; returns the run's folder, out/<name>."""
+    """Train on out/<name>.jsonl, or resume; returns the run's folder, out/<name>."""
     command = [sys.executable, "sft.py", "--config", "configs/tiny/pretrain.toml", f"data={out / name}.jsonl",
                f"seed={config.seed}", f"out={out / name}", *options]
     if subprocess.run(command).returncode or not (out / name / "model").exists():
@@ -298,7 +298,7 @@ def ship(config: Config, runs: list[Path]) -> None:
 def main(config: Config) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    if config.part == "data" or not (out / "verses" / "config.toml").is_file():  # else an earlier run goes on
+    if config.part == "data" or not (out / "verses" / "config.toml").is_file():  # else an earlier run is resumed
         write_data(config, out)
         if config.part == "data":
             return

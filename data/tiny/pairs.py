@@ -90,7 +90,7 @@ def main(config: Config) -> None:
             replies = [tokenizer.decode(s.tokens).strip() for s in samples]
             if not all(s.finished for s in samples) or not all(replies):
                 became["unfinished"] += 1
-                d["turns"] = []  # nobody goes on with half a reply
+                d["turns"] = []  # a dialogue ends at a reply that was cut off
                 continue
             same = replies[0] == replies[1]
             verdict = None if same else annotate(d["category"], d["turns"][turn]["item"], replies, rng, config)

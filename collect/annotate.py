@@ -50,7 +50,7 @@ from starlette.routing import Route
 import runtime
 from collect.raters import collect_labels
 from collect.spec import PREFERENCE
-from data.formats import read
+from data.formats import read_all
 from data.llm import Checkpoint, Reply, Request, Sampling, open_model
 from data.records import Reject, check_text
 from judging.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
@@ -110,17 +110,10 @@ class Config:
 
 # ---------------------------------------------------------------------------------- what is given
 
-def load_prompts(path: str) -> list[dict]:
-    records, report = read(path, "prompt")
-    records = list(records)
-    report.refuse()
-    return records
-
-
 def load_shared(path: str) -> dict[str, dict]:
     """Shared items by id."""
     items: dict[str, dict] = {}
-    for number, record in enumerate(load_prompts(path), 1):
+    for number, record in enumerate(read_all(path, "prompt"), 1):
         name, replies = str(record.get("id", number)), record.get("replies")
         two = isinstance(replies, list) and len(replies) == 2
         fault = ("'replies' are not two texts" if not two or not all(isinstance(r, str) and r.strip() for r in replies)
@@ -301,7 +294,7 @@ class Server:
     def __init__(self, config: Config, models: list[tuple[str, object]] | None = None):
         self.config, self.votes = config, Votes(config.out)
         self.shared = load_shared(config.shared) if config.shared else {}
-        self.openings = load_prompts(config.prompts) if config.prompts else []
+        self.openings = read_all(config.prompts, "prompt") if config.prompts else []
         self.dealt: dict[str, int] = {}                                    # openings, by dialogue
         self.locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)    # one step at a time by each annotator
         self.local = threading.Lock()                                      # one reply at a time by this machine

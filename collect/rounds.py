@@ -37,7 +37,7 @@ from typing import Literal
 
 import runtime
 from collect.annotate import ROOM, agreement, preference_of, rating_of, whole_reply
-from data.formats import read
+from data.formats import read_all
 from data.llm import Request, Sampling, ask, open_model
 from data.tiny import pairs
 from data.tiny.world import TASKS
@@ -230,9 +230,8 @@ def gold(policy: str, folder: Path, config: Config) -> dict:
 def hold_out(folder: Path) -> None:
     """train.jsonl and heldout.jsonl, whole dialogues each."""
     file = folder / "votes.jsonl"
-    records, found = read(file, "preference")
-    votes = [vote | {"dialogue": vote.get("dialogue", vote["prompt"][0]["content"])} for vote in records]
-    found.refuse()
+    votes = [vote | {"dialogue": vote.get("dialogue", vote["prompt"][0]["content"])}
+             for vote in read_all(file, "preference")]
     dialogues = list(dict.fromkeys(vote["dialogue"] for vote in votes))
     held_out = set(dialogues[4::5])
     if not held_out:

@@ -84,6 +84,14 @@ def read(path: str | Path, format: str | None = None) -> tuple[Iterator[dict], R
     return _records(Path(path), report), report
 
 
+def read_all(path: str | Path, format: str | None = None) -> list[dict]:
+    """All records of a file; the run ends with the first reject if there is one."""
+    records, report = read(path, format)
+    records = list(records)
+    report.refuse()
+    return records
+
+
 def _records(path: Path, report: Report) -> Iterator[dict]:
     for place, value in values(path, report):
         report.read += 1

@@ -1,17 +1,18 @@
 """A page on which people rate replies: they write, two replies come, they choose one, and the dialogue goes on with it.
 
-    python -m collect.annotate models='["runs/tiny/0/sft/model"]' out=votes.jsonl                       http://127.0.0.1:8080
-    python -m collect.annotate models='["old=http://127.0.0.1:8000/v1#a", "new=http://127.0.0.1:8001/v1#b"]' shared=shared.jsonl
+    python -m collect.annotate models='["runs/tiny/0/sft/model"]' out=votes.jsonl          http://127.0.0.1:8080
+    python -m collect.annotate models='["old=http://127.0.0.1:8000/v1#a", "new=http://127.0.0.1:8001/v1#b"]'
 
-    votes.jsonl            preferences to train on (data/records.py), with whose the replies were, where they stood, seconds taken
-    votes.shared.jsonl     the same of the shared items, which everybody rates: to measure by (python -m collect.spec), not to train on
+    votes.jsonl            preferences to train on (data/records.py), with who wrote the replies, their sides, the time
+    votes.shared.jsonl     the same of the shared items, which everybody rates: to measure agreement (python -m
+                           collect.spec), not to train on
     votes.ratings.jsonl    every answer, also those without a preference, as judging/recorded.py reads people's votes
-    votes.journal.jsonl    everything shown and said, on the disk before the page goes on; the other three are made from it
+    votes.journal.jsonl    everything shown and said, on the disk before the page goes on; the others are made from it
 
-The protocol is that of the talk "Recipe for Training Helpful Chatbots": every turn is rated, about four a dialogue, which
-ends at 2048 tokens; replies differ by top-p and top-k rather than temperature; the scale is Anthropic's of eight (Bai et al.
-2022, arXiv:2204.05862) or Llama 2's choice and margin (Touvron et al. 2023, arXiv:2307.09288). "Cannot tell" and "both bad"
-are kept apart: ties broken at random were what ruined the talk's first hundred ratings.
+The protocol is that of the talk "Recipe for Training Helpful Chatbots": every turn is rated, about four a dialogue,
+which ends at 2048 tokens; replies differ by top-p and top-k rather than temperature; the scale is Anthropic's of eight
+(Bai et al. 2022, arXiv:2204.05862) or Llama 2's choice and margin (Touvron et al. 2023, arXiv:2307.09288). "Cannot
+tell" and "both bad" are kept apart: ties broken at random were what ruined the talk's first hundred ratings.
 
 A checkpoint answers one person at a time; for several, serve it (chat.py --serve) and name the endpoint.
 """
@@ -29,14 +30,14 @@ import re
 import socket
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf, isnan
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import uvicorn
@@ -47,8 +48,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 import runtime
+from collect.raters import collect_labels
 from collect.spec import PREFERENCE
-from data.formats import read
+from data.formats import read_all
 from data.llm import Checkpoint, Reply, Request, Sampling, open_model
 from data.records import Reject, check_text
 from judging.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
@@ -56,19 +58,19 @@ from judging.recorded import Options, read_likert
 from runtime import check_range, fail
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PAGE = Path(__file__).with_name("annotate.html")
+PAGE, GUIDELINES = (Path(__file__).with_name(name) for name in ("annotate.html", "guidelines.md"))
 ROOM = 16  # tokens; a shorter reply is not worth asking for
 
 
 @dataclass(frozen=True)
 class Config:
-    models: list[str] = ()           # one or two: directory or http://host:port/v1#name; "name=where" names it in the files
+    models: list[str] = ()           # one or two: directory or http://host:port/v1#name; "name=where" names it in files
     out: str = "votes.jsonl"         # preferences; the other files lie beside it
-    scale: Literal["choice", "likert"] = "choice"  # choice: the better one, then by how much, 1-4; likert: 1 (left) to 8 (right)
-    prompts: str = ""                # JSONL of {"prompt"} to begin dialogues with, to be sent or changed; "": annotators write their own
+    scale: Literal["choice", "likert"] = "choice"  # choice: the better one and a margin, 1-4; likert: 1 (left) to 8
+    prompts: str = ""                # JSONL of {"prompt"} to begin dialogues with, which may be changed; "": none
     shared: str = ""                 # JSONL of {"id", "prompt", "replies": [two]}, which everybody rates; "": none
     shared_every: int = 4            # ratings of new replies between two shared items
-    guidelines: str = ""             # Markdown file shown beside the replies, read anew each time; "": the text below
+    guidelines: str = ""             # Markdown file shown beside the replies, read anew each time; "": guidelines.md
     top_p: list[float] = (0.8, 1.0)  # of the two replies; 1: all
     top_k: list[int] = (0, 40)       # 0: all
     temperature: float = 1.0         # of both
@@ -86,63 +88,39 @@ class Config:
         if not 1 <= len(self.models) <= 2:
             fail(f"models holds {len(self.models)}, expected one or two, e.g. models='[\"runs/tiny/0/sft/model\"]'")
         if len(self.top_p) != 2 or len(self.top_k) != 2:
-            fail("top_p and top_k hold a value for each of the two replies, expected e.g. top_p='[0.8, 1.0]' top_k='[0, 40]'")
-        if len({entry.partition("=")[0] for entry in self.models}) == 1 and len({*zip(self.top_p, self.top_k, strict=True)}) == 1:
-            fail("top_p and top_k are the same for both replies of one model, which could not be told apart: change one of them")
-        for key, low, high in (("shared_every", 1, inf), ("temperature", 0.01, 10), ("max_tokens", ROOM, inf), ("turns", 1, inf),
-                               ("tokens", 64, inf), ("port", 0, 65535), ("threads", 0, inf)):
+            fail("top_p and top_k hold a value for each of the two replies, "
+                 "expected e.g. top_p='[0.8, 1.0]' top_k='[0, 40]'")
+        samplings = set(zip(self.top_p, self.top_k, strict=True))
+        if len({entry.partition("=")[0] for entry in self.models}) == len(samplings) == 1:
+            fail("top_p and top_k are the same for both replies of one model, "
+                 "which could not be told apart: change one of them")
+        for key, low, high in (("shared_every", 1, inf), ("temperature", 0.01, 10), ("max_tokens", ROOM, inf),
+                               ("turns", 1, inf), ("tokens", 64, inf), ("port", 0, 65535), ("threads", 0, inf)):
             check_range(key, getattr(self, key), low, high)
-        for top_p, top_k in zip(self.top_p, self.top_k, strict=True):
+        for top_p, top_k in samplings:
             Sampling(top_p=top_p, top_k=top_k)  # checks these
         if not self.out.endswith(".jsonl"):
             fail(f"out is '{self.out}', expected a name that ends with .jsonl")
         if self.guidelines and not Path(self.guidelines).is_file():
             fail(f"guidelines={self.guidelines}: no such file, expected Markdown or text")
         if not self.token and self.host not in LOOPBACK:
-            fail(f"host is '{self.host}', which others can reach: set token= to what annotators have to know, or leave host out")
-
-
-GUIDELINES = """# What you do
-Write what you would really ask an assistant. Two replies come, in an order drawn by lot. Choose the one you would rather
-have, and say how clear that is. The dialogue goes on with it: follow up, correct, ask for more, about four times.
-
-# What counts, in this order
-- **Helpful**: it does what you meant, all of it, and brings you nearer to your goal.
-- **Honest**: it is true, and says what it does not know. Look facts up when you are not sure.
-
-A helpful reply with a small slip beats a faultless one that does not help. A slip that would lead you astray is no help.
-Length is no merit, nor is style alone.
-
-# How clear
-- **4**: the other one is no choice
-- **3**: better, and you can say why
-- **2**: a little better
-- **1**: you had to look twice
-
-# When not to choose
-If you see no difference, say that you cannot tell. If you would send both back, say that both are bad: do not choose
-the lesser evil.
-"""
+            fail(f"host is '{self.host}', which others can reach: "
+                 "set token= to what annotators have to know, or leave host out")
 
 
 # ---------------------------------------------------------------------------------- what is given
 
-def load_prompts(path: str) -> list[dict]:
-    records, report = read(path, "prompt")
-    records = list(records)
-    report.refuse()
-    return records
-
-
 def load_shared(path: str) -> dict[str, dict]:
     """Shared items by id."""
     items: dict[str, dict] = {}
-    for number, record in enumerate(load_prompts(path), 1):
+    for number, record in enumerate(read_all(path, "prompt"), 1):
         name, replies = str(record.get("id", number)), record.get("replies")
-        if not isinstance(replies, list) or len(replies) != 2 or not all(isinstance(r, str) and r.strip() for r in replies):
-            fail(f"{path} record {number}: 'replies' are not two texts: mend or drop it")
-        if replies[0] == replies[1] or name in items:
-            fail(f"{path} record {number}: {'its id occurs twice' if name in items else 'its replies are the same'}: mend or drop it")
+        two = isinstance(replies, list) and len(replies) == 2
+        fault = ("'replies' are not two texts" if not two or not all(isinstance(r, str) and r.strip() for r in replies)
+                 else "its id occurs twice" if name in items
+                 else "its replies are the same" if replies[0] == replies[1] else "")
+        if fault:
+            fail(f"{path} record {number}: {fault}: mend or drop it")
         items[name] = record
     return items
 
@@ -157,38 +135,36 @@ def rating_of(item: dict, answer: dict) -> dict:
     else:
         verdict = {"choice": None if margin is None else "a" if left else "b", "margin": margin}
     a, b = (r["model"] + (f" top_p={r['top_p']:g} top_k={r['top_k']}" if "top_p" in r else "") for r in item["replies"])
-    return {"id": item["id"], "prompt": item["dialogue"], "turn": item["turn"], "category": item["category"], "a": a, "b": b, **verdict,
-            "flag": answer["flag"], "annotator": item["annotator"], "seconds": answer["seconds"], "at": answer["at"],
-            "messages": item["messages"], "replies": item["replies"]}
+    return {"id": item["id"], "prompt": item["dialogue"], "turn": item["turn"], "category": item["category"],
+            "a": a, "b": b, **verdict, "flag": answer["flag"], "annotator": item["annotator"],
+            "seconds": answer["seconds"], "at": answer["at"], "messages": item["messages"], "replies": item["replies"]}
 
 
 def preference_of(item: dict, answer: dict) -> dict | None:
-    """An answer as a pair to learn from. None without a choice, and where a reply was cut: that would teach to stop in mid-sentence."""
+    """An answer as a pair to learn from; None without a choice, or with a reply cut off, which would teach to do so."""
     if answer["choice"] is None or not all(reply["finished"] for reply in item["replies"]):
         return None
-    left, right = item["replies"]
-    chosen, rejected = (left, right) if answer["choice"] == "left" else (right, left)
+    chosen, rejected = item["replies"] if answer["choice"] == "left" else reversed(item["replies"])
     whose = {f"{side}_by": {k: v for k, v in reply.items() if k not in ("text", "finished")}
              for side, reply in (("chosen", chosen), ("rejected", rejected))}
     return {"id": item["id"], "dialogue": item["dialogue"], "turn": item["turn"], "category": item["category"],
-            "annotator": item["annotator"], "prompt": item["messages"], "chosen": chosen["text"], "rejected": rejected["text"],
-            "margin": answer["margin"], "chosen_slot": answer["choice"], **whose, "seconds": answer["seconds"], "at": answer["at"]}
+            "annotator": item["annotator"], "prompt": item["messages"], "chosen": chosen["text"],
+            "rejected": rejected["text"], "margin": answer["margin"], "chosen_slot": answer["choice"], **whose,
+            "seconds": answer["seconds"], "at": answer["at"]}
 
 
 def agreement(ratings: Iterable[dict]) -> dict | None:
-    """Whether those who rated the same pair say the same: the one reply, the other, or that they cannot tell; None before two have.
+    """Whether those who rated the same pair say the same: one reply, the other, or cannot tell; None before two have.
 
     n counts pairs of votes; "decided" is for those in which both chose. kappa is for two people, alpha for any number.
     """
-    said = []
+    rows = []
     for rating in ratings:
         label = read_likert(rating, Options())[1]  # in the order of the replies' names, whoever saw them swapped
         if label["label"] is not None or rating["flag"] == "skip":
-            said.append((label["rater"], label["unit"], 0 if label["label"] is None else 1 if label["label"] > 4 else -1))
-    raters, units = ({name: i for i, name in enumerate(dict.fromkeys(names))} for names in ((x[0] for x in said), (x[1] for x in said)))
-    table = np.full((len(raters), len(units)), np.nan)
-    for rater, unit, label in said:
-        table[raters[rater], units[unit]] = label
+            strength = 0 if label["label"] is None else label["label"] - 4.5
+            rows.append({"pair": label["unit"], "rater": label["rater"], "strength": strength})
+    table = np.sign(collect_labels(rows).strength)
     table = table[:, (~np.isnan(table)).sum(axis=0) > 1]
     table = table[(~np.isnan(table)).any(axis=1)]
     if not table.size:
@@ -222,12 +198,19 @@ class Person:
         self.dialogue, self.messages, self.tokens, self.category = self.dialogue + 1, [], 0, ""
 
 
+def append(file: BinaryIO, record: dict) -> None:
+    file.write((json.dumps(record) + "\n").encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
 class Votes:
-    """All there is to know, made from the journal alone. `write` is the only way to change it."""
+    """All that was shown and said, made from the journal alone. `write` is the only way to change it."""
 
     def __init__(self, out: str):
         stem = out.removesuffix(".jsonl")
-        self.files = {"preferences": Path(out), **{kind: Path(f"{stem}.{kind}.jsonl") for kind in ("shared", "ratings")}}
+        self.files = {"preferences": Path(out), "shared": Path(f"{stem}.shared.jsonl"),
+                      "ratings": Path(f"{stem}.ratings.jsonl")}
         self.people: dict[str, Person] = defaultdict(Person)
         self.items: dict[str, dict] = {}
         self.answers: dict[str, dict] = {}
@@ -258,14 +241,10 @@ class Votes:
 
     def write(self, event: dict) -> None:
         """When this returns, everything is on the disk."""
-        self.stream.write((json.dumps(event) + "\n").encode())
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
+        append(self.stream, event)
         for kind, record in self.apply(event):
-            with self.files[kind].open("a") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            with self.files[kind].open("ab") as file:
+                append(file, record)
 
     def apply(self, event: dict) -> list[tuple[str, dict]]:
         """What an event changes; the records it adds to the files."""
@@ -289,20 +268,22 @@ class Votes:
             person.rated += 1
         if event["ends"]:
             person.begin()
-        preference = preference_of(item, event)
-        return [("ratings", rating_of(item, event)), *([("shared" if item["shared"] else "preferences", preference)] if preference else [])]
+        records, preference = [("ratings", rating_of(item, event))], preference_of(item, event)
+        if preference:
+            records.append(("shared" if item["shared"] else "preferences", preference))
+        return records
 
     def agreement(self) -> dict | None:
         """On the shared items."""
-        return agreement(rating_of(self.items[name], answer) for name, answer in self.answers.items() if self.items[name]["shared"])
+        both = ((self.items[name], answer) for name, answer in self.answers.items())
+        return agreement(rating_of(item, answer) for item, answer in both if item["shared"])
 
     def __str__(self) -> str:
         answers = self.answers.values()
         pairs = sum(preference_of(self.items[answer["id"]], answer) is not None for answer in answers)
-        cut = sum(answer["choice"] is not None for answer in answers) - pairs
-        flags = [sum(answer["flag"] == flag for answer in answers) for flag in ("skip", "bad")]
-        return (f"{len(answers)} answers: {pairs} preferences, {cut} between replies that were cut, {flags[0]} cannot tell, "
-                f"{flags[1]} both bad")
+        flags = Counter(answer["flag"] for answer in answers)
+        return (f"{len(answers)} answers: {pairs} preferences, {flags[None] - pairs} between replies that were cut, "
+                f"{flags['skip']} cannot tell, {flags['bad']} both bad")
 
 
 # --------------------------------------------------------------------------------------- the server
@@ -313,35 +294,38 @@ class Server:
     def __init__(self, config: Config, models: list[tuple[str, object]] | None = None):
         self.config, self.votes = config, Votes(config.out)
         self.shared = load_shared(config.shared) if config.shared else {}
-        self.openings = load_prompts(config.prompts) if config.prompts else []
+        self.openings = read_all(config.prompts, "prompt") if config.prompts else []
         self.dealt: dict[str, int] = {}                                    # openings, by dialogue
         self.locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)    # one step at a time by each annotator
         self.local = threading.Lock()                                      # one reply at a time by this machine
         self.pool = ThreadPoolExecutor(64)
         self.page = PAGE.read_text()
-        # What a model says is text on the page. If it ever were not, nothing but the page's own script would run.
-        self.policy = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        # The page shows what a model says as text. Should that ever fail, the browser still runs no other script.
+        self.policy = ("default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+                       "frame-ancestors 'none'")
         for tag in ("style", "script"):
             inline = re.search(f"<{tag}>(.*?)</{tag}>", self.page, re.S)[1]
             self.policy += f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
         self.models = models or []
         for name, equals, where in (entry.partition("=") for entry in config.models if not models):
             self.models.append((name, open_model(where if equals else name, config.device, config.template)))
-        self.tokens = min([config.tokens, *(m.model.config.max_positions for _, m in self.models if isinstance(m, Checkpoint))])
+        checkpoints = [model for _, model in self.models if isinstance(model, Checkpoint)]
+        self.tokens = min([config.tokens, *(checkpoint.model.config.max_positions for checkpoint in checkpoints)])
 
     def app(self) -> Starlette:
         def refused(call: Call, error: HTTPException) -> Response:
             return JSONResponse({"error": error.detail}, error.status_code)
 
-        acts = [Route(f"/{act.__name__}", self.step(act), methods=["POST"]) for act in (self.say, self.answer, self.next)]
-        return Starlette(routes=[Route("/", self.index), Route("/state", self.step(None)), *acts],
-                         exception_handlers={HTTPException: refused})
+        routes = [Route("/", self.index), Route("/state", self.step(None))]
+        routes += [Route(f"/{act.__name__}", self.step(act), methods=["POST"])
+                   for act in (self.say, self.answer, self.next)]
+        return Starlette(routes=routes, exception_handlers={HTTPException: refused})
 
     async def index(self, call: Call) -> Response:
         return HTMLResponse(self.page, headers={"content-security-policy": self.policy, "cache-control": "no-store"})
 
     def step(self, act: Callable | None) -> Callable:
-        """A route: what an annotator does, and where that leaves them. What comes twice, or from an old page, is done once."""
+        """A route: an annotator's act, and the state after it. What comes twice, or from an old page, is done once."""
         async def route(call: Call) -> Response:
             body = call.query_params if act is None else await read_body(call)
             name = self.admit(call, body)
@@ -367,9 +351,9 @@ class Server:
         dialogue, messages = f"{name}/{person.dialogue}", [*person.messages, {"role": "user", "content": text}]
         item = f"{dialogue}/{person.turn}"
         replies = await self.two_replies(messages, item, room)
-        self.votes.write({"event": "item", "id": item, "annotator": name, "dialogue": dialogue, "turn": person.turn, "shared": "",
-                          "category": category, "opening": self.dealt.get(dialogue), "messages": messages, "replies": replies,
-                          "at": time.time()})
+        self.votes.write({"event": "item", "id": item, "annotator": name, "dialogue": dialogue, "turn": person.turn,
+                          "shared": "", "category": category, "opening": self.dealt.get(dialogue),
+                          "messages": messages, "replies": replies, "at": time.time()})
 
     async def answer(self, name: str, person: Person, body: dict) -> None:
         """A rating."""
@@ -384,11 +368,11 @@ class Server:
             raise HTTPException(400, "An answer is a choice with a margin from 1 to 4, or a flag")
         if chosen and same(item):
             raise HTTPException(400, "Both replies are the same: say that you cannot tell, or that both are bad")
-        # Who cannot tell leaves it to the lot; with two bad replies there is nothing to go on with.
+        # If the annotator cannot tell, chance decides which reply continues; after two bad ones the dialogue ends.
         goes_on = ("left", "right").index(choice) if chosen else random.Random(item["id"] + "/goes on").randrange(2)
         ends = not item["shared"] and (flag == "bad" or self.room(item["replies"][goes_on]["tokens"], "") < ROOM)
-        self.votes.write({"event": "answer", "id": item["id"], "annotator": name, "scale": self.config.scale, "choice": choice,
-                          "margin": margin, "flag": flag, "goes_on": goes_on, "ends": ends,
+        self.votes.write({"event": "answer", "id": item["id"], "annotator": name, "scale": self.config.scale,
+                          "choice": choice, "margin": margin, "flag": flag, "goes_on": goes_on, "ends": ends,
                           "seconds": round(time.time() - item["at"], 1), "at": time.time()})
 
     async def next(self, name: str, person: Person, body: dict) -> None:
@@ -401,12 +385,13 @@ class Server:
         given = call.headers.get("authorization", "").removeprefix("Bearer ")
         if self.config.token and not hmac.compare_digest(given.encode(), self.config.token.encode()):
             raise HTTPException(401, "The token is not the one this page was started with")
-        # A web page shall not reach a server without a token by giving this machine a name of its own (DNS rebinding).
+        # Without a token only this machine's own names are served: a web page could get in by DNS rebinding.
         if not self.config.token and call.url.hostname not in LOOPBACK:
             raise HTTPException(400, f"The host is '{call.url.hostname}', expected one of {', '.join(LOOPBACK)}")
         name = about.get("annotator")
         if not isinstance(name, str) or not re.fullmatch(r"[^\W_](?:[\w .'-]{0,38}[\w.])?", name):
-            raise HTTPException(400, "A name has 1 to 40 letters, digits, blanks, dots or hyphens, and begins with a letter or digit")
+            raise HTTPException(400, "A name has 1 to 40 letters, digits, blanks, dots or hyphens, "
+                                     "and begins with a letter or digit")
         return name
 
     def room(self, tokens: int, text: str) -> int:
@@ -414,19 +399,20 @@ class Server:
         return min(self.config.max_tokens, self.tokens - tokens - len(text.encode()) // 3)
 
     async def two_replies(self, messages: list[dict], item: str, room: int) -> list[dict]:
-        """Left and right, by models and samplings that are dealt by lot; drawn again, a few times, when empty or the same."""
+        """Left and right, by models and samplings in random order; drawn again, a few times, when empty or the same."""
         lot, config = random.Random(item), self.config
         models = lot.sample([self.models[0], self.models[-1]], 2)
-        samplings = [Sampling(room, config.temperature, *s) for s in lot.sample(list(zip(config.top_p, config.top_k, strict=True)), 2)]
+        dealt = lot.sample(list(zip(config.top_p, config.top_k, strict=True)), 2)
+        samplings = [Sampling(room, config.temperature, top_p, top_k) for top_p, top_k in dealt]
 
         def ask(side: int, attempt: int) -> Reply | str:
-            model = models[side][1]
+            model, request = models[side][1], Request(messages, repeat=2 * attempt + side, tag=item)
             with self.local if isinstance(model, Checkpoint) else nullcontext():
                 try:
-                    said = list(model.replies([Request(messages, repeat=2 * attempt + side, tag=item)], samplings[side]))
+                    ((_, reply),) = model.replies([request], samplings[side])
                 except SystemExit:  # an endpoint that cannot be asked; it has said why in the terminal
                     return "the model cannot be reached"
-            return said[0][1]
+            return reply
 
         async def draw(side: int, attempt: int) -> dict:
             reply = await asyncio.get_running_loop().run_in_executor(self.pool, ask, side, attempt)
@@ -434,8 +420,9 @@ class Server:
                 raise HTTPException(502, f"No reply came: {reply}")
             (name, model), s = models[side], samplings[side]
             text = reply.text.strip().replace("\0", "").encode(errors="replace").decode()  # as records have to be
-            return {"text": text, "finished": reply.finished and bool(text), "tokens": reply.prompt_tokens + reply.completion_tokens,
-                    "model": name, "identity": model.name, "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
+            return {"text": text, "finished": reply.finished and bool(text),
+                    "tokens": reply.prompt_tokens + reply.completion_tokens, "model": name, "identity": model.name,
+                    "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
 
         replies = list(await asyncio.gather(draw(0, 0), draw(1, 0)))
         for attempt in (1, 2, 3):
@@ -448,39 +435,49 @@ class Server:
         """What the annotator sees; never whose a reply is."""
         person, config = self.votes.people[name], self.config
         left = [i for i in self.shared if i not in person.shared]
-        if left and person.item is None and not person.messages and len(person.shared) * config.shared_every <= person.rated:
+        due = len(person.shared) * config.shared_every <= person.rated
+        if left and due and person.item is None and not person.messages:
             self.show_shared(name, left[0])
-        item = person.item and {"id": person.item["id"], "shared": bool(person.item["shared"]), "same": same(person.item),
-                                "replies": [{"text": r["text"], "cut": not r["finished"]} for r in person.item["replies"]]}
+        item, messages = None, person.messages
+        if person.item:
+            replies, messages = person.item["replies"], person.item["messages"]
+            item = {"id": person.item["id"], "shared": bool(person.item["shared"]), "same": same(person.item),
+                    "replies": [{"text": r["text"], "cut": not r["finished"]} for r in replies]}
         return JSONResponse({
-            "annotator": name, "scale": config.scale, "dialogue": person.dialogue, "turn": person.turn, "turns": config.turns,
-            "tokens": person.tokens, "budget": self.tokens, "messages": person.item["messages"] if item else person.messages, "item": item,
-            "opening": None if item or person.messages else self.opening(f"{name}/{person.dialogue}"),
+            "annotator": name, "scale": config.scale, "dialogue": person.dialogue, "turn": person.turn,
+            "turns": config.turns, "tokens": person.tokens, "budget": self.tokens, "messages": messages, "item": item,
+            "opening": None if messages else self.opening(f"{name}/{person.dialogue}"),
             "categories": sorted({*PREFERENCE, *(o.get("category", "none") for o in self.openings)}),
             "rated": person.rated + len(person.shared), "agreement": self.votes.agreement(),
-            "guidelines": Path(config.guidelines).read_text() if config.guidelines else GUIDELINES})
+            "guidelines": Path(config.guidelines or GUIDELINES).read_text()})
 
     def show_shared(self, name: str, shared: str) -> None:
-        """A shared item too comes in an order drawn by lot, another for everybody."""
+        """A shared item too comes in random order, another for each annotator."""
         given, item = self.shared[shared], f"{name}/shared/{shared}"
-        replies = [{"text": text, "finished": True, "model": f"reply {i}"} for i, text in enumerate(given["replies"], 1)]
-        self.votes.write({"event": "item", "id": item, "annotator": name, "dialogue": f"shared:{shared}", "turn": 1, "shared": shared,
-                          "category": given.get("category", "none"), "messages": given["prompt"],
+        replies = [whole_reply(text, i) for i, text in enumerate(given["replies"], 1)]
+        self.votes.write({"event": "item", "id": item, "annotator": name, "dialogue": f"shared:{shared}", "turn": 1,
+                          "shared": shared, "category": given.get("category", "none"), "messages": given["prompt"],
                           "replies": random.Random(item).sample(replies, 2), "at": time.time()})
 
     def opening(self, dialogue: str) -> dict:
-        """How a dialogue may begin: a prompt that nobody else has, or only a kind of task, in the shares the talk asks for."""
+        """How a dialogue may begin: a prompt nobody else has, or a kind of task, in the shares the talk asks for."""
         if dialogue not in self.dealt:
             used = {*self.dealt.values(), *(item.get("opening") for item in self.votes.items.values())}
             self.dealt[dialogue] = next((i for i in range(len(self.openings)) if i not in used), -1)
         if self.dealt[dialogue] < 0:
-            return {"text": "", "category": random.Random(dialogue).choices(list(PREFERENCE), list(PREFERENCE.values()))[0]}
+            (task,) = random.Random(dialogue).choices(list(PREFERENCE), list(PREFERENCE.values()))
+            return {"text": "", "category": task}
         opening = self.openings[self.dealt[dialogue]]
         return {"text": opening["prompt"][-1]["content"], "category": opening.get("category", "none")}
 
 
 def same(item: dict) -> bool:
     return item["replies"][0]["text"] == item["replies"][1]["text"]
+
+
+def whole_reply(text: str, number: int) -> dict:
+    """A reply of an item that no model of the page wrote: a shared one's, or a simulated round's."""
+    return {"text": text, "finished": True, "model": f"reply {number}"}
 
 
 async def read_body(call: Call, most: int = 200_000) -> dict:
@@ -502,15 +499,16 @@ async def read_body(call: Call, most: int = 200_000) -> dict:
 
 
 def main(config: Config) -> None:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        listener = socket.create_server((config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+        listener = socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         fail(f"host={config.host} port={config.port}: cannot listen there ({error.strerror}): choose another port")
     runtime.setup(config.device, 0, config.threads)
     server = Server(config)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"{config.out}: {server.votes}\nrating page on http://{host}:{listener.getsockname()[1]}/{'#token=...' if config.token else ''} "
-          "(Ctrl-C stops)", flush=True)
+    address = f"http://{host}:{listener.getsockname()[1]}/{'#token=...' if config.token else ''}"
+    print(f"{config.out}: {server.votes}\nrating page on {address} (Ctrl-C stops)", flush=True)
     try:
         uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=1)).run([listener])
     except KeyboardInterrupt:

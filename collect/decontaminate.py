@@ -1,12 +1,12 @@
-"""Which training records hold items of a benchmark? A table, the list of what was found, and the records that hold nothing.
+"""Which training records hold items of a benchmark? A table, a list of what was found, and the records without any.
 
     python -m collect.decontaminate TRAIN --against FILE [FILE ...]                         the table
     python -m collect.decontaminate TRAIN --against FILE ... --out clean.jsonl --removed removed.jsonl
 
-FILE is anything data/formats.py reads, of which the user's turns are the items; or FILE:field names the text, or list of
-texts, that is the item: mmlu.jsonl:question. Of TRAIN every text is looked at: all turns, the chosen and the rejected reply.
+FILE is anything data/formats.py reads, of which the user's turns are the items; or FILE:field names the text, or list
+of texts, that is the item: mmlu.jsonl:question. Of TRAIN every text is looked at: all turns, chosen and rejected reply.
 
-Texts are compared as words: Unicode NFKC, lower case, runs of letters and digits, everything else separates. A text is a hit by
+Texts are compared as words: Unicode NFKC, lower case, runs of letters and digits, all else separates. A text is hit by
 
     exact        its words are the item's
     contained    the item's words stand in it in a row, if there are 4 or more
@@ -14,26 +14,24 @@ Texts are compared as words: Unicode NFKC, lower case, runs of letters and digit
     8-gram       8 words in a row do                             Muennighoff et al. 2025 (arXiv:2501.19393)
 
 and counts under the first of these that holds; any removes its record (with --ngram 13 all but the last). Missed are
-paraphrases, translations, and quotations shorter than 8 words of an item that is longer. What matches may be a phrase that
-everybody uses: look at the most frequent match before believing a count.
+paraphrases, translations, and quotations shorter than 8 words of an item that is longer. What matches may be a phrase
+that everybody uses: look at the most frequent match before believing a count.
 """
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from data import formats
 from judging.report import text as report_text
-from runtime import arguments, fail, writing
+from runtime import arguments, fail, write_text
 
 RULES = ("exact", "contained", "13-gram", "8-gram")  # from the strongest
 SHORTEST = 4   # words of an item that is looked for inside a text; below, "what is this" is everywhere
@@ -53,7 +51,7 @@ def ngrams(words: Words, n: int) -> Iterator[Words]:
 
 
 def texts(record: dict, user_only: bool = False) -> list[str]:
-    """The texts of a record as data/formats.py gives it; of a benchmark's the user's turns, also those not asked yet, or its text."""
+    """The texts of a record that data/formats.py gives; of a benchmark's, all of the user's turns, or its text."""
     messages = record.get("messages") or record.get("prompt") or []
     if user_only:
         asked = [m["content"] for m in messages if m["role"] == "user"]
@@ -78,40 +76,35 @@ def read_benchmark(where: str) -> list[Item]:
         records = (value for _, value in formats.values(Path(path), report) if isinstance(value, dict))
     items = []
     for number, record in enumerate(records, 1):
-        name = next((record[k] for k in ("question_id", "id", "idx", "index") if isinstance(record.get(k), str | int)), number)
+        ids = (record.get(name) for name in ("question_id", "id", "idx", "index"))
+        name = next((value for value in ids if isinstance(value, str | int)), number)
         found = record.get(key) if key else texts(record, user_only=True)
         found = found if isinstance(found, list) else [found]
         items += [Item(where, str(name), normalise(text)) for text in found if isinstance(text, str)]
     if not items:
         why = f"no record has text under '{key}'" if key else report.rejects[0][1] if report.rejects else "is empty"
-        fail(f"{path}: {why}; expected a benchmark that data/formats.py reads, or FILE:field, such as mmlu.jsonl:question")
+        fail(f"{path}: {why}; expected a benchmark that data/formats.py reads, "
+             "or FILE:field, such as mmlu.jsonl:question")
     return items
 
 
-@dataclass(frozen=True)
 class Index:
-    """Items by what gives them away, as places in `items`."""
+    """Which items a run of words may come from, as indices into `items`."""
 
-    items: list[Item]
-    ngram: int
-    whole: dict[Words, list[int]] = field(default_factory=dict)    # by all their words
-    starts: dict[Words, list[int]] = field(default_factory=dict)   # those shorter than an n-gram by their first SHORTEST words
-    grams: dict[Words, list[int]] = field(default_factory=dict)    # the others by every n-gram
-
-
-def build_index(items: Iterable[Item], ngram: int = 8) -> Index:
-    if ngram not in (8, 13):
-        raise ValueError(f"ngram is {ngram}, expected 8 or 13")
-    index = Index([item for item in items if item.words], ngram)
-    for i, (_, _, words) in enumerate(index.items):
-        index.whole.setdefault(words, []).append(i)
-        if SHORTEST <= len(words) < ngram:
-            index.starts.setdefault(words[:SHORTEST], []).append(i)
-        for gram in set(ngrams(words, ngram)):
-            places = index.grams.setdefault(gram, [])
-            if len(places) < SHARING:
-                places.append(i)
-    return index
+    def __init__(self, items: Iterable[Item], ngram: int = 8):
+        if ngram not in (8, 13):
+            raise ValueError(f"ngram is {ngram}, expected 8 or 13")
+        self.items, self.ngram = [item for item in items if item.words], ngram
+        self.whole: dict[Words, list[int]] = defaultdict(list)   # by all their words
+        self.starts: dict[Words, list[int]] = defaultdict(list)  # those shorter than an n-gram by their first words
+        self.grams: dict[Words, list[int]] = defaultdict(list)   # the others by each of their n-grams
+        for i, (_, _, words) in enumerate(self.items):
+            self.whole[words].append(i)
+            if SHORTEST <= len(words) < ngram:
+                self.starts[words[:SHORTEST]].append(i)
+            for gram in set(ngrams(words, ngram)):
+                if len(self.grams[gram]) < SHARING:
+                    self.grams[gram].append(i)
 
 
 # ------------------------------------------------------------------------------------------- hits
@@ -119,7 +112,7 @@ def build_index(items: Iterable[Item], ngram: int = 8) -> Index:
 class Hit(NamedTuple):
     rule: str
     matched: Words
-    item: int  # place in the index
+    item: int  # index into Index.items
 
     def strength(self) -> tuple[int, int]:
         return -RULES.index(self.rule), len(self.matched)
@@ -129,7 +122,7 @@ def find(words: Words, index: Index) -> Iterator[Hit]:
     """The hits of one text; an item may come more than once, by several rules."""
     for i in index.whole.get(words, ()):
         yield Hit("exact", words, i)
-    # Nearly every text is done with after these two questions, which C answers: none of its runs of words is in the index.
+    # For nearly every text these two tests, which run in C, are all: no run of its words is in the index.
     if not index.starts.keys().isdisjoint(ngrams(words, SHORTEST)):
         for start, first in enumerate(ngrams(words, SHORTEST)):
             for i in index.starts.get(first, ()):
@@ -148,7 +141,7 @@ def find(words: Words, index: Index) -> Iterator[Hit]:
 
 
 def longest_runs(words: Words, index: Index) -> dict[int, Words]:
-    """Of every item that shares an n-gram with a text, the words of the longest row of shared n-grams."""
+    """For every item that shares an n-gram with a text, the longest run of words that shared n-grams cover."""
     began, last, longest = {}, {}, {}
     for start, gram in enumerate(ngrams(words, index.ngram)):
         for i in index.grams.get(gram, ()):
@@ -187,29 +180,16 @@ def contamination_section(tallies: dict[str, Tally]) -> dict:
     rows = []
     for name, tally in tallies.items():
         words, count = tally.matched.most_common(1)[0] if tally.matched else ((), 0)
-        rows.append(["/".join(Path(name).parts[-2:]), len(tally.items), sum(len(item.words) < SHORTEST for item in tally.items),
-                     len(tally.found), *(tally.rules[rule] for rule in RULES), tally.rules.total(),
+        short = sum(len(item.words) < SHORTEST for item in tally.items)
+        rows.append(["/".join(Path(name).parts[-2:]), len(tally.items), short, len(tally.found),
+                     *(tally.rules[rule] for rule in RULES), tally.rules.total(),
                      f"{count} x {' '.join(words)[:60]}" if words else None])
     return {"title": "Training records that hold an item, by the strongest rule", "rows": rows,
-            "columns": ["benchmark", "items", f"of under {SHORTEST} words", "found", *RULES, "records", "most frequent match"]}
+            "columns": ["benchmark", "items", f"of under {SHORTEST} words", "found", *RULES, "records",
+                        "most frequent match"]}
 
 
-@contextmanager
-def written_beside(path: str | None) -> Iterator[IO[str]]:
-    """A file that takes its name when all is written; nowhere without a path."""
-    new = Path(path).with_name(f".{Path(path).name}.new") if path else Path(os.devnull)
-    with writing(Path(path or os.devnull)):
-        try:
-            with new.open("w") as stream:
-                yield stream
-            if path:
-                os.replace(new, path)
-        finally:
-            with suppress(OSError):
-                new.unlink() if path else None
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m collect.decontaminate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train")
@@ -219,38 +199,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--removed", help="write what was found here: record, benchmark, item, rule, matched words")
     words = arguments(parser, argv)
     if words.out and not words.removed:
-        fail("--out without --removed would drop records in silence: name a file for the list, e.g. --removed removed.jsonl")
+        fail("--out without --removed would drop records in silence: "
+             "name a file for the list, e.g. --removed removed.jsonl")
     results = [Path(path).resolve() for path in (words.out, words.removed) if path]
     sources = [Path(path).resolve() for path in (words.train, *words.against)]
     if len(set(results)) < len(results) or set(results) & set(sources):
         fail("--out and --removed would overwrite each other or a file that is read: give each a name of its own")
+    return words
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = parse(argv)
     tallies = {where: Tally(read_benchmark(where)) for where in words.against}
-    index = build_index((item for tally in tallies.values() for item in tally.items), words.ngram)
+    index = Index((item for tally in tallies.values() for item in tally.items), words.ngram)
     records, report = formats.read(words.train)
-    kept, held = 0, 0
-    with written_beside(words.out) as clean, written_beside(words.removed) as listed:
-        for record in records:
-            hits = hits_of(record, index)
-            for name, found in hits.items():
-                best, tally = max(found.values(), key=Hit.strength), tallies[name]
-                tally.rules[best.rule] += 1
-                tally.matched[best.matched] += 1
-                tally.found |= found.keys()
-                row = {"record": report.read, "id": record.get("id"), "benchmark": name, "item": index.items[best.item].id,
-                       "items": len(found), "rule": best.rule, "matched": " ".join(best.matched)}
-                listed.write(json.dumps(row) + "\n")
-            held, kept = held + bool(hits), kept + (not hits)
-            if not hits:
-                clean.write(json.dumps(record) + "\n")
-        if not report.used:
-            fail(f"{words.train}: none of its {report.read} records can be used: run python -m data.formats {words.train} to see why")
+    clean, removed, held = [], [], 0  # the lines of the two files
+    for record in records:
+        hits = hits_of(record, index)
+        for name, found in hits.items():
+            best, tally = max(found.values(), key=Hit.strength), tallies[name]
+            tally.rules[best.rule] += 1
+            tally.matched[best.matched] += 1
+            tally.found |= found.keys()
+            row = {"record": report.read, "id": record.get("id"), "benchmark": name,
+                   "item": index.items[best.item].id, "items": len(found), "rule": best.rule,
+                   "matched": " ".join(best.matched)}
+            removed.append(json.dumps(row) + "\n")
+        held += bool(hits)
+        if not hits:
+            clean.append(json.dumps(record) + "\n")
+    report.check_used()
+    kept = len(clean)
     about = {words.train: f"{held + kept} records ({report.native}), {held} hold an item, {kept} do not"}
     if report.rejects:
         place, reason = report.rejects[0]
-        about["left out unread"] = f"{len(report.rejects)} records or parts of one, the first at {report.unit} {place}: {reason}"
+        about["left out unread"] = (f"{len(report.rejects)} records or parts of one, "
+                                    f"the first at {report.unit} {place}: {reason}")
     print(report_text({"title": "Decontamination", "about": about, "sections": [contamination_section(tallies)]}))
-    for path, what in ((words.out, f"{kept} records"), (words.removed, f"why {held} were removed" if words.out else f"what {held} hold")):
+    why = f"why {held} were removed" if words.out else f"what {held} hold"
+    for path, lines, what in ((words.out, clean, f"{kept} records"), (words.removed, removed, why)):
         if path:
+            write_text(Path(path), "".join(lines))
             print(f"wrote {path}: {what}")
 
 

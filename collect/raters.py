@@ -13,20 +13,13 @@ from itertools import combinations
 
 import numpy as np
 
-from judging.agreement import (
-    bootstrap,
-    by_category,
-    cohen_kappa,
-    fleiss_kappa,
-    gwet_ac1,
-    krippendorff_alpha,
-    raw_agreement,
-    spearman,
-)
+from judging import agreement as agree
 from judging.ratings import feature_preference, wilson
 
-NAMES = {"brainstorming": "brainstorm", "summarization": "summarize", "classification": "classify", "information_extraction": "extract",
-         "extraction": "extract", "creative_writing": "generation", "general_qa": "open_qa", "code": "coding"}  # Dolly's among them
+# What data sets call the targets' tasks, Dolly's words among them.
+NAMES = {"brainstorming": "brainstorm", "summarization": "summarize", "classification": "classify",
+         "information_extraction": "extract", "extraction": "extract", "creative_writing": "generation",
+         "general_qa": "open_qa", "code": "coding"}
 
 
 def task_of(record: Mapping) -> str:
@@ -39,8 +32,8 @@ def task_of(record: Mapping) -> str:
 class Labels:
     """Who preferred what: a row a rater, a column a pair of replies. The vendor called "gold" is the in-house set.
 
-    Strength is signed, in steps of the scale: negative the first reply is better, 0 a tie, positive the second. The scale
-    of eight is rating - 4.5, a choice with margin 1 to 4 is -(margin - 0.5) or margin - 0.5. NaN is not rated, or not known.
+    Strength is signed, in steps of the scale: negative the first reply is better, 0 a tie, positive the second. The
+    scale of eight is rating - 4.5, a choice with margin 1 to 4 is -(margin - 0.5) or margin - 0.5. NaN is unknown.
     """
 
     strength: np.ndarray     # [R, U]
@@ -53,7 +46,7 @@ class Labels:
 
 
 def collect_labels(rows: Iterable[Mapping]) -> Labels:
-    """Labels from rows {"pair", "rater", "strength", and where known "vendor", "group", "swapped", "longer", "seconds"}.
+    """Labels from rows with pair, rater, strength, and where known vendor, group, swapped, longer, seconds.
 
     A rater without vendor is one of their own. Of several labels of a pair by one rater the last counts.
     """
@@ -72,21 +65,20 @@ def collect_labels(rows: Iterable[Mapping]) -> Labels:
 
 
 def label_rows(records: Iterable[Mapping]) -> list[dict]:
-    """Rows for `collect_labels` from preference records that name an annotator; a pair is one prompt and two replies, in whatever order."""
+    """Rows for `collect_labels` from preference records that name an annotator, whichever of two replies they chose."""
     rows = []
     for record in records:
         if "chosen" in record and record.get("annotator") is not None:
             first, second = sorted((record["chosen"], record["rejected"]))
-            strength = max(0.5, (record.get("margin") or 1) - 0.5)
+            strength = max(0.5, (record.get("margin") or 1) - 0.5) * (1 if record["chosen"] == second else -1)
             known = {key: record[key] for key in ("vendor", "seconds") if record.get(key) is not None}
             rows.append(known | {"pair": json.dumps([record["prompt"], first, second]), "rater": record["annotator"],
-                                 "group": task_of(record), "strength": strength if record["chosen"] == second else -strength,
-                                 "longer": len(second) - len(first)})
+                                 "group": task_of(record), "strength": strength, "longer": len(second) - len(first)})
     return rows
 
 
 def gwet_ac2(ratings, values: Sequence[float] | None = None) -> float:
-    """AC2 with quadratic weights (Gwet's 2014 handbook) over q `values` of a scale, by default those that occur; AC1 where q = 2.
+    """AC2 with quadratic weights (Gwet's 2014 handbook) over q `values` of a scale, those that occur; AC1 where q = 2.
 
         w_ck = 1 - ((c - k) / range)^2,   p_a = mean over units of sum_c n_uc (sum_k w_ck n_uk - 1) / (m (m - 1))
         p_e = sum w / (q (q - 1)) sum_c p_c (1 - p_c),   AC2 = (p_a - p_e) / (1 - p_e)
@@ -107,9 +99,9 @@ def gwet_ac2(ratings, values: Sequence[float] | None = None) -> float:
 
 
 def tie_discounted(first, second) -> float:
-    """LIMA's accuracy between two groups of raters [R, U] (Zhou et al. 2023, arXiv:2305.11206), over all pairs of labels of a unit.
+    """LIMA's accuracy between two groups of raters [R, U] (Zhou et al. 2023, arXiv:2305.11206).
 
-    1 for the same choice, 1/2 where exactly one is a tie, 0 for opposite ones.
+    Over all pairs of labels of a unit: 1 for the same choice, 1/2 where exactly one is a tie, 0 for opposite ones.
     """
     credit = 1 - np.abs(np.sign(first)[:, None] - np.sign(second)[None]) / 2
     return float(np.nanmean(credit)) if not np.isnan(credit).all() else math.nan  # also of nobody
@@ -123,19 +115,19 @@ def over_pairs(statistic: Callable[[np.ndarray], float], ratings: np.ndarray) ->
 
 # Of strengths [R, U]. Those of the first block look at the side alone: first, tie or second.
 STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
-    "raw agreement": lambda s: raw_agreement(np.sign(s))["agreement"],
-    "raw agreement without ties": lambda s: raw_agreement(np.sign(s), tie=0)["agreement_without_ties"],
+    "raw agreement": lambda s: agree.raw_agreement(np.sign(s))["agreement"],
+    "raw agreement without ties": lambda s: agree.raw_agreement(np.sign(s), tie=0)["agreement_without_ties"],
     "tie-discounted": lambda s: over_pairs(lambda r: tie_discounted(r[:1], r[1:]), s),
-    "Cohen's kappa, mean of pairs": lambda s: over_pairs(cohen_kappa, np.sign(s)),
-    "Fleiss' kappa, pairs all rated": lambda s: fleiss_kappa(np.sign(s)[:, ~np.isnan(s).any(axis=0)]),
-    "Krippendorff's alpha": lambda s: krippendorff_alpha(np.sign(s)),
-    "Gwet's AC1": lambda s: gwet_ac1(np.sign(s)),
-    "Cohen, linear weights": lambda s: over_pairs(lambda r: cohen_kappa(r, "linear"), s),
-    "Cohen, quadratic weights": lambda s: over_pairs(lambda r: cohen_kappa(r, "quadratic"), s),
-    "alpha, ordinal": lambda s: krippendorff_alpha(s, "ordinal"),
-    "alpha, interval": lambda s: krippendorff_alpha(s, "interval"),
+    "Cohen's kappa, mean of pairs": lambda s: over_pairs(agree.cohen_kappa, np.sign(s)),
+    "Fleiss' kappa, pairs all rated": lambda s: agree.fleiss_kappa(np.sign(s)[:, ~np.isnan(s).any(axis=0)]),
+    "Krippendorff's alpha": lambda s: agree.krippendorff_alpha(np.sign(s)),
+    "Gwet's AC1": lambda s: agree.gwet_ac1(np.sign(s)),
+    "Cohen, linear weights": lambda s: over_pairs(lambda r: agree.cohen_kappa(r, "linear"), s),
+    "Cohen, quadratic weights": lambda s: over_pairs(lambda r: agree.cohen_kappa(r, "quadratic"), s),
+    "alpha, ordinal": lambda s: agree.krippendorff_alpha(s, "ordinal"),
+    "alpha, interval": lambda s: agree.krippendorff_alpha(s, "interval"),
     "Gwet's AC2": gwet_ac2,
-    "Spearman": lambda s: over_pairs(spearman, s),
+    "Spearman": lambda s: over_pairs(agree.spearman, s),
 }
 
 
@@ -143,15 +135,15 @@ def agreement(strength: np.ndarray, rounds: int = 200) -> dict[str, dict[str, fl
     """Every statistic of strengths [R, U] with its 95 % interval from resampled pairs."""
     values = np.unique(strength[~np.isnan(strength)])  # the scale stays the same when a round misses one of its ends
     statistics = STATISTICS | {"Gwet's AC2": lambda s: gwet_ac2(s, values)}
-    return {name: bootstrap(statistic, strength, rounds=rounds) for name, statistic in statistics.items()}
+    return {name: agree.bootstrap(statistic, strength, rounds=rounds) for name, statistic in statistics.items()}
 
 
 def vendor_table(labels: Labels, rounds: int = 200) -> dict[str, dict]:
-    """Each vendor among its own raters (alpha), against all others and against gold (tie-discounted), over all and by group of pairs."""
-    vendor, table = np.array(labels.vendors), {}
+    """Each vendor among its own raters (alpha), against all others and against gold, over all and by group of pairs."""
+    vendor, groups, table = np.array(labels.vendors), np.array(labels.groups), {}
     for name in sorted(set(labels.vendors) - {"gold"}):
         mine = labels.strength[vendor == name]
-        alpha = bootstrap(STATISTICS["Krippendorff's alpha"], mine, rounds=rounds)
+        alpha = agree.bootstrap(STATISTICS["Krippendorff's alpha"], mine, rounds=rounds)
         table[name] = {"raters": len(mine), "labels": int((~np.isnan(mine)).sum()), "alpha": alpha}
         for key, reference in (("others", (vendor != name) & (vendor != "gold")), ("gold", vendor == "gold")):
             theirs = labels.strength[reference]
@@ -160,16 +152,17 @@ def vendor_table(labels: Labels, rounds: int = 200) -> dict[str, dict]:
             def accuracy(strength: np.ndarray, n: int = len(mine)) -> float:
                 return tie_discounted(strength[:n], strength[n:])
 
-            both, groups = np.concatenate([mine, theirs])[:, shared], [g for g, s in zip(labels.groups, shared, strict=True) if s]
-            table[name][key] = bootstrap(accuracy, both, rounds=rounds)
-            table[name][f"{key} by group"] = by_category(accuracy, both, groups, rounds=rounds)
+            both = np.concatenate([mine, theirs])[:, shared]
+            table[name][key] = agree.bootstrap(accuracy, both, rounds=rounds)
+            table[name][f"{key} by group"] = agree.by_category(accuracy, both, groups[shared].tolist(), rounds=rounds)
     return table
 
 
 def rater_table(labels: Labels) -> dict[str, dict]:
-    """Each rater: labels, share of ties, agreement with the others' majority and with gold, and two biases, with 95 % intervals.
+    """Each rater: labels, share of ties, agreement with the others' majority and with gold, and two biases.
 
-    position: share of decided labels for the reply shown first, "A"; length: for the longer reply. One half is no bias.
+    position: share of decided labels for the reply shown first, with its 95 % interval; length: for the longer reply.
+    One half is no bias.
     """
     side, gold = np.sign(labels.strength), np.array(labels.vendors) == "gold"
     table = {}
@@ -180,11 +173,11 @@ def rater_table(labels: Labels) -> dict[str, dict]:
         shown_first, n = int(((mine < 0) != (labels.swapped[i] == 1))[decided].sum()), int(decided.sum())
         low, high = wilson(shown_first, n)
         longer = feature_preference((mine + 1) / 2, labels.longer, np.zeros_like(labels.longer))
-        seconds = labels.seconds[i][~np.isnan(labels.seconds[i])]
+        given, seconds = mine[~np.isnan(mine)], labels.seconds[i][~np.isnan(labels.seconds[i])]
         table[labels.raters[i]] = {
-            "vendor": labels.vendors[i], "labels": int((~np.isnan(mine)).sum()), "ties": float(np.mean(mine[~np.isnan(mine)] == 0)),
+            "vendor": labels.vendors[i], "labels": len(given), "ties": float(np.mean(given == 0)),
             "majority": tie_discounted(mine[None], majority[None]), "gold": tie_discounted(mine[None], side[gold]),
-            "position": {"value": shown_first / n if n else math.nan, "low": low, "high": high, "n": n},
+            "position": {"value": shown_first / n if n else math.nan, "low": low, "high": high},
             "length": {"value": longer["share"], "low": longer["low"], "high": longer["high"], "n": longer["n"]},
             "seconds": float(np.median(seconds)) if len(seconds) else math.nan}
     return table
@@ -196,9 +189,10 @@ DEVIATIONS = 2.5   # ... and so is one below so many standard errors of independ
 
 
 def vendor_correlations(strength: np.ndarray, vendors: Sequence[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Vendors, Pearson's r of their raters' mean sides [V, V], NaN under MIN_SHARED shared pairs, and where r is above chance [V, V].
+    """Vendors, Pearson's r of their raters' mean sides [V, V], and where r is above chance [V, V].
 
-    Correlation rather than agreement: two who click "first" four times in five agree on 68 % and tell nothing.
+    NaN under MIN_SHARED shared pairs. Correlation rather than agreement: two who click "first" four times in five agree
+    on 68 % and tell nothing.
     """
     names, side = sorted(set(vendors)), np.sign(strength)
     r, above = np.full((len(names),) * 2, math.nan), np.zeros((len(names),) * 2, dtype=bool)
@@ -210,7 +204,7 @@ def vendor_correlations(strength: np.ndarray, vendors: Sequence[str]) -> tuple[l
             x, y = (np.nanmean(v[:, both], axis=0) for v in (votes[i], votes[j]))
             x, y = x - x.mean(), y - y.mean()
             norm = math.sqrt((x @ x) * (y @ y))
-            r[i, j] = r[j, i] = x @ y / norm if norm else 0  # who always says the same says nothing
+            r[i, j] = r[j, i] = x @ y / norm if norm else 0  # a constant rater tells nothing
             above[i, j] = above[j, i] = r[i, j] > max(NEAR_CHANCE, DEVIATIONS / math.sqrt(n - 1))
     return names, r, above
 
@@ -218,19 +212,21 @@ def vendor_correlations(strength: np.ndarray, vendors: Sequence[str]) -> tuple[l
 def find_faults(labels: Labels) -> dict[str, list[str]]:
     """Whose fault is disagreement? {"prompts": groups of pairs, "vendors": names, "undecided": reasons}
 
-    A vendor (gold is one) is near chance if its sides correlate with no other's. Near chance every one of them: the pairs are at
-    fault, both replies are bad or nobody can tell. Near chance fewer than half: these vendors are. Else undecided: two
-    bad vendors of three look like bad pairs. Asked of all pairs, then of every group; vendors on the pairs not at fault.
+    A vendor (gold is one) is near chance if its sides correlate with no other's. If all vendors are near chance, the
+    pairs are at fault: both replies are bad, or nobody can tell. If fewer than half are, these vendors are at fault.
+    Anything else is undecided: two bad vendors of three look like bad pairs. This is asked of all pairs, then of every
+    group of pairs; vendors are judged on the pairs that are not at fault.
 
-    In 3 x 200 simulated pilots of four vendors, one rater each, 100 pairs, good raters agreeing on 73 % as InstructGPT's did, no
-    good vendor was named; of bad vendors 97 % were; of bad pairs 96 %, the others undecided. Of 80 pairs: 99, 96 and 96 %.
+    In 3 x 200 simulated pilots of four vendors, one rater each, 100 pairs, good raters agreeing on 73 % as those of
+    InstructGPT did, no good vendor was named; of bad vendors 97 % were; of bad pairs 96 %, the others undecided.
     """
     found = {"prompts": [], "vendors": [], "undecided": []}
 
     def near_chance(columns: np.ndarray) -> tuple[list[str], list[str]]:
         names, r, above = vendor_correlations(labels.strength[:, columns], labels.vendors)
         known = (~np.isnan(r)).sum() == len(names) * (len(names) - 1)
-        return names if known and len(names) > 2 else [], [name for name, row in zip(names, above, strict=True) if not row.any()]
+        near = [name for name, row in zip(names, above, strict=True) if not row.any()]
+        return names if known and len(names) > 2 else [], near
 
     groups = np.array(labels.groups)
     for group in ["all", *sorted(set(labels.groups) - {"all"})]:
@@ -254,26 +250,27 @@ def rater_sections(labels: Labels, rounds: int = 200) -> list[dict]:
     among = np.array(labels.vendors) != "gold"
     several = labels.strength[among][:, (~np.isnan(labels.strength[among])).sum(axis=0) > 1]
     reference = "others" if among.all() else "gold"
-    key = f"{reference} by group"
-    groups = sorted(set(labels.groups))
-    said = {"prompts": "Near chance for every vendor, at fault are the prompts or the model", "vendors": "Near chance where others agree",
-            "undecided": "Undecided"}
-    verdict = " ".join(f"{said[kind]}: {', '.join(names)}." for kind, names in faults.items() if names) or "No vendor is near chance."
+    said = {"prompts": "Near chance for every vendor, at fault are the prompts or the model",
+            "vendors": "Near chance where others agree", "undecided": "Undecided"}
+    verdict = " ".join(f"{said[kind]}: {', '.join(names)}." for kind, names in faults.items() if names)
 
-    def cell(x: Mapping) -> dict:
-        return {key: x[key] for key in ("value", "low", "high")}
+    def cell(x: Mapping | None) -> dict | None:
+        return x and {key: x[key] for key in ("value", "low", "high")}
 
-    sections = [{"title": "Agreement among raters",
-                 "text": f"{len(several)} raters, {several.shape[1]} pairs that two or more of them rated. {verdict}",
-                 "columns": ["statistic", "value", "undefined rounds"],
-                 "rows": [[name, cell(x), x["undefined"]] for name, x in agreement(several, rounds).items()]}]
-    by_vendor = [[name, x["raters"], x["labels"], *(cell(x[k]) for k in ("alpha", "others", "gold"))] for name, x in vendors.items()]
-    sections.append({"title": "Vendors", "text": "With others: accuracy, where a tie against a choice counts one half.", "rows": by_vendor,
-                     "columns": ["vendor", "raters", "labels", "alpha within", "with other vendors", "with gold"]})
-    sections.append({"title": f"The same with {reference}, by group of pairs", "columns": ["group", *vendors],
-                     "rows": [[group, *(cell(x[key][group]) if group in x[key] else None for x in vendors.values())] for group in groups]})
-    sections.append({"title": "Raters", "text": "Of decided labels: shares for the reply shown first, and for the longer one.",
-                     "columns": ["rater", "vendor", "labels", "ties", "with majority", "with gold", "shown first", "longer", "seconds"],
-                     "rows": [[name, x["vendor"], x["labels"], x["ties"], x["majority"], x["gold"], cell(x["position"]),
-                               cell(x["length"]), x["seconds"]] for name, x in raters.items()]})
-    return sections
+    return [
+        {"title": "Agreement among raters", "columns": ["statistic", "value", "undefined rounds"],
+         "text": f"{len(several)} raters, {several.shape[1]} pairs that two or more of them rated. "
+                 f"{verdict or 'No vendor is near chance.'}",
+         "rows": [[name, cell(x), x["undefined"]] for name, x in agreement(several, rounds).items()]},
+        {"title": "Vendors", "text": "With others: accuracy, where a tie against a choice counts one half.",
+         "columns": ["vendor", "raters", "labels", "alpha within", "with other vendors", "with gold"],
+         "rows": [[name, x["raters"], x["labels"], cell(x["alpha"]), cell(x["others"]), cell(x["gold"])]
+                  for name, x in vendors.items()]},
+        {"title": f"The same with {reference}, by group of pairs", "columns": ["group", *vendors],
+         "rows": [[group, *(cell(x[f"{reference} by group"].get(group)) for x in vendors.values())]
+                  for group in sorted(set(labels.groups))]},
+        {"title": "Raters", "text": "Of decided labels: shares for the reply shown first, and for the longer one.",
+         "columns": ["rater", "vendor", "labels", "ties", "with majority", "with gold", "shown first", "longer",
+                     "seconds"],
+         "rows": [[name, x["vendor"], x["labels"], x["ties"], x["majority"], x["gold"], cell(x["position"]),
+                   cell(x["length"]), x["seconds"]] for name, x in raters.items()]}]

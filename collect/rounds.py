@@ -1,13 +1,13 @@
-"""Round after round: the policy answers fresh prompts, annotators choose, the policy learns from that, and answers again.
+"""Round after round: the policy answers fresh prompts, annotators choose, the policy learns from that, answers again.
 
     python -m collect.rounds out=runs/tiny/0/rounds rounds=3        the tiny world, where two annotators are simulated
-    python -m collect.rounds annotators=people model=... prompts=prompts.jsonl prompts_per_round=200 votes=500 max_tokens=512 \\
-        dpo=my_dpo.toml reward=my_reward.toml dev= out=runs/weekly
+    python -m collect.rounds annotators=people model=... prompts=prompts.jsonl prompts_per_round=200 votes=500 \\
+        max_tokens=512 dpo=my_dpo.toml reward=my_reward.toml dev= out=runs/weekly
 
 The talk's weekly loop: a week's preferences, a new model from them, and that one answers in the week that follows.
 Preferences are about the policy that made the replies, so DPO starts from, and holds to, the policy of the round. The
-reward model learns from all rounds so far; whether it still knows what annotators prefer is seen on the round's held-out
-dialogues. A round is a folder. Each file is made once, whole, and the same command goes on where it stopped:
+reward model learns from all rounds so far; whether it still knows what annotators prefer is seen on the round's
+held-out dialogues. A round is a folder. Each file is made once, whole, and the same command goes on where it stopped:
 
     prompts.jsonl          fresh ones, nobody has answered them before
     replies.jsonl          every raw reply, two to a turn; of people's rounds those to the shared prompts
@@ -16,9 +16,9 @@ dialogues. A round is a folder. Each file is made once, whole, and the same comm
     reward/ dpo/ gold/     runs of reward.py, of dpo.py, whose model is the next policy, and of judge.py
     round.json             the round's line of the table: policy served, agreement, accuracy, next policy, its grade
 
-With people the command prepares the round, prints how the rating page is started, and ends. Run again, it tells how many
-preferences there are; once there are `votes` it trains the next policy and prepares the next round. The first `shared`
-prompts are rated by everybody, to measure agreement by. Preferences collected elsewhere are put into votes.jsonl.
+With people the command prepares the round, prints how the rating page is started, and ends. Run again, it tells how
+many preferences there are; once there are `votes` it trains the next policy and prepares the next round. The first
+`shared` prompts are rated by everybody, to measure agreement. Preferences collected elsewhere go into votes.jsonl.
 """
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Literal
 
 import runtime
-from collect.annotate import ROOM, agreement, preference_of, rating_of
-from data.formats import read
+from collect.annotate import ROOM, agreement, preference_of, rating_of, whole_reply
+from data.formats import read_all
 from data.llm import Request, Sampling, ask, open_model
 from data.tiny import pairs
 from data.tiny.world import TASKS
@@ -51,13 +51,13 @@ ROOT = Path(__file__).parent.parent
 class Config:
     model: str = "runs/tiny/0/sft/model"  # the first policy
     out: str = "runs/tiny/0/rounds"  # folder of the rounds, round_1 and so on
-    rounds: int = 3                  # how many there shall be; more can be added later
+    rounds: int = 3                  # how many in all; more can be added later
     prompts: str = "runs/tiny/0/data/more_prompts.jsonl"  # each round takes the next of these
     prompts_per_round: int = 1500
     dev: str = "runs/tiny/0/data/dev.jsonl"  # the tiny world's dialogues on which every policy is graded; "": no grades
     annotators: Literal["simulated", "people"] = "simulated"
     votes: int = 500                 # people: preferences that end a round
-    shared: int = 20                 # people: prompts of a round whose replies everybody rates; 0: agreement is not measured
+    shared: int = 20                 # people: prompts of a round whose replies everybody rates, to measure agreement
     temperature: float = 1.0         # of the replies that are rated
     max_tokens: int = 64             # of a reply
     dpo: str = "configs/tiny/dpo.toml"        # settings of the policy's training
@@ -68,10 +68,12 @@ class Config:
 
     def __post_init__(self):
         for key, low, high in (("rounds", 1, inf), ("prompts_per_round", 5, inf), ("votes", 5, inf), ("shared", 0, inf),
-                               ("temperature", 0.01, 10), ("max_tokens", ROOM, inf), ("seed", 0, 10**9), ("threads", 0, 1024)):
+                               ("temperature", 0.01, 10), ("max_tokens", ROOM, inf), ("seed", 0, 10**9),
+                               ("threads", 0, 1024)):
             check_range(key, getattr(self, key), low, high)
         if self.annotators == "people" and self.shared >= self.prompts_per_round:
-            fail(f"shared={self.shared} leaves none of prompts_per_round={self.prompts_per_round} to begin with: lower it")
+            fail(f"shared={self.shared} leaves none of prompts_per_round={self.prompts_per_round} to begin with: "
+                 "lower it")
         if not (Path(self.model) / "config.json").is_file():
             fail(f"model={self.model}: holds no config.json, expected a model directory, which `make demo` makes")
         for key in ("prompts", "dpo", "reward", *(["dev"] if self.dev else [])):
@@ -104,33 +106,43 @@ def take_prompts(number: int, config: Config) -> list[dict]:
                 if simulated and not (record["category"] in TASKS and "item" in record["turns"][0]):
                     raise KeyError("item")
                 prompt = record["turns"][0]["user"] if "turns" in record else record["prompt"]
-                records.append(record | {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt})
+                prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+                records.append(record | {"prompt": prompt})
             except (ValueError, KeyError, TypeError, IndexError):
                 expected = "a dialogue of the tiny world, or annotators=people" if simulated else "'prompt' or 'turns'"
                 fail(f"{config.prompts} line {place}: is no prompt, expected {expected}")
     return records
 
 
+def two_replies(model, asked: dict[str, list[dict]], folder: Path, config: Config, progress: str) -> list[list[str]]:
+    """Two replies to each of the dialogues, by id; "" is one that failed or was cut off."""
+    requests = [Request(messages, side, name) for name, messages in asked.items() for side in (0, 1)]
+    replies = ask(model, requests, Sampling(config.max_tokens, config.temperature), folder / "replies.jsonl",
+                  progress=progress)
+    texts = [reply.text.strip() if reply and reply.finished else "" for reply in replies]
+    return [texts[i:i + 2] for i in range(0, len(texts), 2)]
+
+
 def simulate(policy: str, dialogues: list[dict], folder: Path, number: int, config: Config) -> None:
-    """Two annotators (data/tiny/pairs.py) rate both replies to every turn. The first one's choices go on, and are learnt from."""
-    model, sampling = open_model(policy, config.device), Sampling(config.max_tokens, config.temperature)
+    """Two annotators (data/tiny/pairs.py) rate both replies to every turn. The first one's choices are learnt from."""
+    model = open_model(policy, config.device)
     chance = {name: random.Random(f"{config.seed} round {number} {name}") for name in ("a1", "a2")}
     settings, became, preferences, ratings = pairs.Config(seed=config.seed), Counter(), [], []
     histories: dict[str, list[dict]] = {d["id"]: [] for d in dialogues}
     for turn in range(max(len(d["turns"]) for d in dialogues)):
         going = [d for d in dialogues if len(d["turns"]) > turn and len(histories[d["id"]]) == 2 * turn]
-        asked = [[*histories[d["id"]], {"role": "user", "content": d["turns"][turn]["user"]}] for d in going]
-        requests = [Request(messages, side, d["id"]) for d, messages in zip(going, asked, strict=True) for side in (0, 1)]
-        replies = iter(ask(model, requests, sampling, folder / "replies.jsonl", progress=f"round {number}, turn {turn + 1}"))
-        for d, messages in zip(going, asked, strict=True):
-            texts = [reply.text.strip() if reply and reply.finished else "" for reply in (next(replies), next(replies))]
+        asked = {d["id"]: [*histories[d["id"]], {"role": "user", "content": d["turns"][turn]["user"]}] for d in going}
+        replies = two_replies(model, asked, folder, config, f"round {number}, turn {turn + 1}")
+        for d, texts in zip(going, replies, strict=True):
             if not all(texts):
-                became["unfinished"] += 1  # nobody goes on with half a reply
+                became["unfinished"] += 1  # a dialogue ends at a reply that was cut off
                 continue
-            item = {"id": f"{d['id']}-{turn + 1}", "dialogue": d["id"], "turn": turn + 1, "category": d["category"], "messages": messages,
-                    "replies": [{"text": text, "finished": True, "model": f"reply {i}"} for i, text in enumerate(texts, 1)]}
+            messages, category = asked[d["id"]], d["category"]
+            item = {"id": f"{d['id']}-{turn + 1}", "dialogue": d["id"], "turn": turn + 1, "category": category,
+                    "messages": messages, "replies": [whole_reply(text, i) for i, text in enumerate(texts, 1)]}
             verdicts = {} if texts[0] == texts[1] else {
-                name: pairs.annotate(d["category"], d["turns"][turn]["item"], texts, rng, settings) for name, rng in chance.items()}
+                name: pairs.annotate(category, d["turns"][turn]["item"], texts, rng, settings)
+                for name, rng in chance.items()}
             for name, verdict in verdicts.items():
                 side, margin = verdict or (None, None)
                 answer = {"scale": "choice", "choice": verdict and ("left", "right")[side], "margin": margin,
@@ -141,32 +153,31 @@ def simulate(policy: str, dialogues: list[dict], folder: Path, number: int, conf
             chosen = verdicts["a1"][0] if verdicts.get("a1") else chance["a1"].randrange(2)
             became["identical" if not verdicts else "preferences" if verdicts["a1"] else "cannot tell"] += 1
             histories[d["id"]] = [*messages, {"role": "assistant", "content": texts[chosen]}]
-    print(f"round {number}: {sum(became.values())} turns: " + ", ".join(f"{count} {what}" for what, count in became.most_common()))
+    counts = ", ".join(f"{count} {what}" for what, count in became.most_common())
+    print(f"round {number}: {sum(became.values())} turns: {counts}")
     write_lines(folder / "votes.ratings.jsonl", ratings)
     write_lines(folder / "votes.jsonl", preferences)
 
 
-def share(policy: str, prompts: list[dict], folder: Path, config: Config) -> None:
-    """Two replies to each prompt, for everybody to rate."""
-    requests = [Request(record["prompt"], side, str(i)) for i, record in enumerate(prompts, 1) for side in (0, 1)]
-    replies = iter(ask(open_model(policy, config.device), requests, Sampling(config.max_tokens, config.temperature),
-                       folder / "replies.jsonl", progress="shared prompts"))
-    shared = []
-    for i, record in enumerate(prompts, 1):
-        texts = [reply.text.strip() if reply and reply.finished else "" for reply in (next(replies), next(replies))]
-        if all(texts) and texts[0] != texts[1]:
-            shared.append({"id": str(i), "prompt": record["prompt"], "replies": texts, "category": record.get("category", "none")})
-    print(f"{len(shared)} pairs for everybody; the other {len(prompts) - len(shared)} shared prompts had no two different whole replies")
+def write_shared(policy: str, prompts: list[dict], folder: Path, config: Config) -> None:
+    """shared.jsonl: two replies to each prompt, for everybody to rate."""
+    asked = {str(i): record["prompt"] for i, record in enumerate(prompts, 1)}
+    replies = two_replies(open_model(policy, config.device), asked, folder, config, "shared prompts")
+    shared = [{"id": name, "prompt": record["prompt"], "replies": texts, "category": record.get("category", "none")}
+              for name, record, texts in zip(asked, prompts, replies, strict=True)
+              if all(texts) and texts[0] != texts[1]]
+    print(f"{len(shared)} pairs for everybody; the other {len(prompts) - len(shared)} shared prompts had no two "
+          "different whole replies")
     write_lines(folder / "shared.jsonl", shared)
 
 
 def collected(policy: str, folder: Path, number: int, config: Config) -> bool:
-    """Whether the round has its preferences; if people are to give them, how."""
+    """Whether the round has its preferences; if people are to give them, it prints how."""
     votes, simulated = folder / "votes.jsonl", config.annotators == "simulated"
     if not (folder / "prompts.jsonl").exists():
         prompts = take_prompts(number, config)
         if config.shared and not simulated:
-            share(policy, prompts[: config.shared], folder, config)
+            write_shared(policy, prompts[: config.shared], folder, config)
         write_lines(folder / "prompts.jsonl", prompts if simulated else prompts[config.shared:])
     if simulated and not votes.exists():
         simulate(policy, lines(folder / "prompts.jsonl"), folder, number, config)
@@ -174,9 +185,10 @@ def collected(policy: str, folder: Path, number: int, config: Config) -> bool:
     if simulated or count >= config.votes or (folder / "train.jsonl").exists():
         return True
     shared = [f"shared={folder / 'shared.jsonl'}"] if (folder / "shared.jsonl").exists() else []
-    command = ["python", "-m", "collect.annotate", f"models={json.dumps([policy])}", f"prompts={folder / 'prompts.jsonl'}", *shared,
-               f"out={votes}", f"max_tokens={config.max_tokens}", f"temperature={config.temperature}"]
-    print(f"round {number} has {count} of {config.votes} preferences; they are collected by\n\n    {shlex.join(command)}\n\n"
+    command = shlex.join(["python", "-m", "collect.annotate", f"models={json.dumps([policy])}",
+                          f"prompts={folder / 'prompts.jsonl'}", *shared, f"out={votes}",
+                          f"max_tokens={config.max_tokens}", f"temperature={config.temperature}"])
+    print(f"round {number} has {count} of {config.votes} preferences; they are collected by\n\n    {command}\n\n"
           "and once there are enough, this command goes on")
     return False
 
@@ -192,10 +204,11 @@ def execute(command: list[str]) -> int:
         return process.wait()
 
 
-def run(result: Path, script: str, *options: str) -> None:
+def run(result: Path, script: str, config: Config, *options: str) -> None:
     """Have a script make a file, unless it is there."""
     if result.exists():
         return
+    options = [*options, f"device={config.device}", f"threads={config.threads}"]
     print(f"\n$ python {script} {shlex.join(options)}", flush=True)
     code = execute([sys.executable, str(ROOT / script), *options])
     if code == 2:
@@ -205,22 +218,24 @@ def run(result: Path, script: str, *options: str) -> None:
 
 
 def gold(policy: str, folder: Path, config: Config) -> dict:
-    """Mean grade of the policy's replies to the dev dialogues, 0 to 100, and its interval over dialogues."""
-    run(folder / "report.json", "judge.py", f"models={json.dumps([f'policy={policy}'])}", f"data={config.dev}", f"out={folder}", "show=0",
-        f"max_tokens={config.max_tokens}", f"seeds=[{config.seed}]", f"device={config.device}", f"threads={config.threads}")
+    """Mean grade of the policy's replies to the dev dialogues, 0 to 100, and its interval over dialogues, if any."""
+    if not config.dev:
+        return {}
+    run(folder / "report.json", "judge.py", config, f"models={json.dumps([f'policy={policy}'])}", f"data={config.dev}",
+        f"out={folder}", "show=0", f"max_tokens={config.max_tokens}", f"seeds=[{config.seed}]")
     found = json.loads((folder / "report.json").read_text())["gold"]["policy"]
     return {key: found[key] for key in ("gold", "gold_interval", "words", "ended")}
 
 
 def hold_out(folder: Path) -> None:
     """train.jsonl and heldout.jsonl, whole dialogues each."""
-    records, found = read(folder / "votes.jsonl", "preference")
-    votes = [vote | {"dialogue": vote.get("dialogue", vote["prompt"][0]["content"])} for vote in records]
-    found.refuse()
+    file = folder / "votes.jsonl"
+    votes = [vote | {"dialogue": vote.get("dialogue", vote["prompt"][0]["content"])}
+             for vote in read_all(file, "preference")]
     dialogues = list(dict.fromkeys(vote["dialogue"] for vote in votes))
     held_out = set(dialogues[4::5])
     if not held_out:
-        fail(f"{folder / 'votes.jsonl'}: holds {len(dialogues)} dialogues, expected five, of which one is held out: add more")
+        fail(f"{file}: holds {len(dialogues)} dialogues, expected five, of which one is held out: add more")
     write_lines(folder / "heldout.jsonl", [vote for vote in votes if vote["dialogue"] in held_out])
     write_lines(folder / "train.jsonl", [vote for vote in votes if vote["dialogue"] not in held_out])
 
@@ -232,18 +247,19 @@ def learn(policy: str, folder: Path, number: int, config: Config) -> dict:
     if not (folder / "reward_data.jsonl").exists():
         so_far = [folder.parent / f"round_{n}" / "train.jsonl" for n in range(1, number + 1)]
         write_lines(folder / "reward_data.jsonl", [vote for file in so_far for vote in lines(file)])
-    common = [f"eval_data={folder / 'heldout.jsonl'}", f"seed={config.seed}", f"device={config.device}", f"threads={config.threads}"]
-    run(folder / "reward" / "report.json", "reward.py", "--config", config.reward, f"model={config.model}", "demos=",
-        f"data={folder / 'reward_data.jsonl'}", f"out={folder / 'reward'}", *common)
-    run(folder / "dpo" / "model" / "config.json", "dpo.py", "--config", config.dpo, f"model={policy}", f"data={folder / 'train.jsonl'}",
-        f"out={folder / 'dpo'}", "samples=0", *common)
+    train, held_out, ratings = (folder / f"{name}.jsonl" for name in ("train", "heldout", "votes.ratings"))
+    common = [f"eval_data={held_out}", f"seed={config.seed}"]
+    run(folder / "reward" / "report.json", "reward.py", config, "--config", config.reward, f"model={config.model}",
+        "demos=", f"data={folder / 'reward_data.jsonl'}", f"out={folder / 'reward'}", *common)
+    run(folder / "dpo" / "model" / "config.json", "dpo.py", config, "--config", config.dpo, f"model={policy}",
+        f"data={train}", f"out={folder / 'dpo'}", "samples=0", *common)
     reward = json.loads((folder / "reward" / "report.json").read_text())["reward_model"]
-    ratings, after = folder / "votes.ratings.jsonl", str(folder / "dpo" / "model")
+    after = str(folder / "dpo" / "model")
     return {"round": number, "served": policy, "policy": after,
-            "preferences": len(lines(folder / "train.jsonl")) + len(lines(folder / "heldout.jsonl")),
+            "preferences": len(lines(train)) + len(lines(held_out)),
             "agreement": agreement(lines(ratings)) if ratings.exists() else None,
             "reward_accuracy": reward["accuracy"], "reward_pairs": reward["pairs"],
-            **(gold(after, folder / "gold", config) if config.dev else {})}
+            **gold(after, folder / "gold", config)}
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -255,16 +271,17 @@ def table(rows: list[dict]) -> dict:
 
     cells = []
     for row in rows:
-        grade, half, agreed = row.get("gold"), row.get("gold_interval"), row.get("agreement") or {}
-        cells.append([row["round"], None if grade is None else {"value": grade, "low": grade - half, "high": grade + half},
-                      row.get("words"), row.get("preferences"), percent(agreed.get("raw")), agreed.get("n"), agreed.get("kappa"),
-                      percent(agreed.get("decided")), percent(row.get("reward_accuracy")), row.get("reward_pairs")])
+        score, half, agreed = row.get("gold"), row.get("gold_interval"), row.get("agreement") or {}
+        score = None if score is None else {"value": score, "low": score - half, "high": score + half}
+        cells.append([row["round"], score, row.get("words"), row.get("preferences"), percent(agreed.get("raw")),
+                      agreed.get("n"), agreed.get("kappa"), percent(agreed.get("decided")),
+                      percent(row.get("reward_accuracy")), row.get("reward_pairs")])
     return {"title": "Rounds", "rows": cells,
-            "columns": ["round", "gold score", "words", "preferences", "agree, %", "of", "kappa", "agree if both chose, %",
-                        "reward model right, %", "of"],
-            "text": "The score is that of the policy a round ends with, its interval over dialogues. Agreement is between annotators of "
-                    "the same pairs; both saying that they cannot tell is agreement. The reward model is tried on the round's held-out "
-                    "preferences."}
+            "columns": ["round", "gold score", "words", "preferences", "agree, %", "of", "kappa",
+                        "agree if both chose, %", "reward model right, %", "of"],
+            "text": "The score is that of the policy a round ends with, its interval over dialogues. Agreement is "
+                    "between annotators of the same pairs; both saying that they cannot tell is agreement. The reward "
+                    "model is tried on the round's held-out preferences."}
 
 
 def main(config: Config) -> None:
@@ -274,22 +291,24 @@ def main(config: Config) -> None:
         new = tomllib.loads(runtime.config_toml(config))
         for key, old in tomllib.loads(began.read_text()).items():
             if key not in ("rounds", "votes", "device", "threads") and new.get(key) != old:
-                fail(f"{out}: was begun with {key}={json.dumps(old)}, not {json.dumps(new.get(key))}: choose another out=")
+                old, now = json.dumps(old), json.dumps(new.get(key))
+                fail(f"{out}: was begun with {key}={old}, not {now}: choose another out=")
     runtime.write_text(began, runtime.config_toml(config))
     runtime.setup(config.device, config.seed, config.threads)
     policy = config.model
-    rows = [{"round": 0, "policy": policy, **(gold(policy, out / "gold", config) if config.dev else {})}]
+    rows = [{"round": 0, "policy": policy, **gold(policy, out / "gold", config)}]
     for number in range(1, config.rounds + 1):
         folder = out / f"round_{number}"
         folder.mkdir(exist_ok=True)
-        if not (folder / "round.json").exists():
+        line = folder / "round.json"
+        if not line.exists():
             if not collected(policy, folder, number, config):
                 break
-            runtime.write_text(folder / "round.json", json.dumps(learn(policy, folder, number, config), indent=1) + "\n")
-        rows.append(json.loads((folder / "round.json").read_text()))
+            runtime.write_text(line, json.dumps(learn(policy, folder, number, config), indent=1) + "\n")
+        rows.append(json.loads(line.read_text()))
         policy = rows[-1]["policy"]
-    result = {"title": "Rounds of preference collection", "about": {"out": config.out, "seed": config.seed}, "sections": [table(rows)],
-              "rounds": rows}
+    result = {"title": "Rounds of preference collection", "about": {"out": config.out, "seed": config.seed},
+              "sections": [table(rows)], "rounds": rows}
     report.write(result, out)
     print(f"{report.text(result)}\nnewest policy: {policy}")
 

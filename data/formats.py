@@ -29,6 +29,7 @@ import numpy as np
 
 from data.native import NATIVE
 from data.records import FORMS, Reject, short
+from data.tokenizer import load_tokenizer
 from runtime import arguments, fail, write_text
 
 FORMATS = FORMS | NATIVE
@@ -42,7 +43,7 @@ class Report:
     path: str
     format: str = ""         # form of the records that come out
     native: str = ""         # format of the file
-    unit: str = "line"       # what counts the places of rejects: line, from 1, or index in an array, from 0
+    unit: str = "line"       # of the places of rejects: line, from 1, or index in an array, from 0
     read: int = 0            # records of the file
     used: int = 0            # of them, those that gave at least one record
     out: int = 0             # records given; a conversation tree gives many
@@ -55,15 +56,22 @@ class Report:
         self.kinds[reject.kind] += 1
 
     def refuse(self) -> None:
-        """Training takes whole files: leave with the first reject, and how many there are."""
+        """End the run with the first reject, and how many there are: training takes whole files or none."""
         if self.rejects:
-            place, reason = self.rejects[0]
-            more = f" ({len(self.rejects)} rejects: `python -m data.formats {self.path} --out good.jsonl` keeps the others)"
-            fail(f"{self.path} {self.unit} {place}: {reason}{more if len(self.rejects) > 1 else ''}")
-        if self.read == 0:
-            fail(f"{self.path}: is empty, expected one JSON record a line")
+            (place, reason), count = self.rejects[0], len(self.rejects)
+            keep = f"`python -m data.formats {self.path} --out good.jsonl` keeps the others"
+            fail(f"{self.path} {self.unit} {place}: {reason}{f' ({count} rejects: {keep})' if count > 1 else ''}")
+        self.check_used()
         if self.undesirable:
-            fail(f"{self.path}: {self.undesirable} of its {self.out} dialogues are labelled false, as replies not to learn: drop those")
+            fail(f"{self.path}: {self.undesirable} of its {self.out} dialogues are labelled false, "
+                 "as replies not to learn: drop those")
+
+    def check_used(self) -> None:
+        """End the run if no record could be used; measuring a file can do without its rejects."""
+        if not self.used:
+            fail(f"{self.path}: none of its {self.read} records can be used: "
+                 f"run python -m data.formats {self.path} to see why" if self.read else
+                 f"{self.path}: is empty, expected one JSON record a line")
 
 
 def read(path: str | Path, format: str | None = None) -> tuple[Iterator[dict], Report]:
@@ -74,6 +82,14 @@ def read(path: str | Path, format: str | None = None) -> tuple[Iterator[dict], R
         fail(f"{path}: format '{format}' is unknown, expected one of {', '.join(FORMATS)}")
     report = Report(str(path), FORMATS[format].form if format else "", format or "")
     return _records(Path(path), report), report
+
+
+def read_all(path: str | Path, format: str | None = None) -> list[dict]:
+    """All records of a file; the run ends with the first reject if there is one."""
+    records, report = read(path, format)
+    records = list(records)
+    report.refuse()
+    return records
 
 
 def _records(path: Path, report: Report) -> Iterator[dict]:
@@ -125,8 +141,9 @@ def recognise(record: dict, path: str) -> str:
         fail(f"{path}: its first record could be {' or '.join(names)}: name its format, "
              f"`python -m data.formats {path} --format {names[0]} --out named.jsonl`")
     if not names:
-        raise Reject("unknown format", f"has the keys {', '.join(short(key) for key in list(record)[:6])} with values that fit no format, "
-                                       "expected 'messages', 'chosen' and 'rejected', or 'text': mend or drop it, or name the format")
+        keys = ", ".join(short(key) for key in list(record)[:6])
+        raise Reject("unknown format", f"has the keys {keys} with values that fit no format, expected 'messages', "
+                                       "'chosen' and 'rejected', or 'text': mend or drop it, or name the format")
     return names[0]
 
 
@@ -134,14 +151,15 @@ def _fits(value, kind) -> bool:
     """[dict]: a list of objects; [str, str]: of at least two texts; (str,): of exactly one."""
     if not isinstance(kind, list | tuple):
         return isinstance(value, kind)
-    enough = isinstance(value, list) and (len(value) >= len(kind) if isinstance(kind, list) else len(value) == len(kind))
-    return enough and all(isinstance(item, kind[0]) for item in value)
+    if not isinstance(value, list) or len(value) < len(kind) or isinstance(kind, tuple) and len(value) > len(kind):
+        return False
+    return all(isinstance(item, kind[0]) for item in value)
 
 
 # --------------------------------------------------------------------------------- from bytes to values
 
 def values(path: Path, report: Report) -> Iterator[tuple[int, object]]:
-    """Place and value of every record; a Reject in place of a value that cannot be had."""
+    """Place and value of every record; a Reject in place of a value that cannot be read."""
     suffix = Path(path.name.removesuffix(".gz")).suffix
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
@@ -174,7 +192,8 @@ def _csv_values(stream) -> Iterator[tuple[int, object]]:
             yield line, Reject("not CSV", f"is not CSV ({error}): mend or drop it")
             continue
         if None in row or None in row.values():
-            yield line, Reject("not CSV", f"has another number of fields than the header's {len(rows.fieldnames)}: mend or drop it")
+            fields = len(rows.fieldnames)
+            yield line, Reject("not CSV", f"has another number of fields than the header's {fields}: mend or drop it")
         else:
             yield line, row if _whole("".join(row.values())) else NOT_UTF8
 
@@ -204,7 +223,7 @@ def _json_values(stream, suffix: str, report: Report) -> Iterator[tuple[int, obj
 
 
 def _array(text: str) -> Iterator[tuple[int, object]]:
-    """The items of an array one by one. After a broken item reading goes on at the next line that opens one at its indent."""
+    """The items of an array one by one; after a broken one it goes on at the next line that opens one at its indent."""
     index, at = 0, BLANK.match(text, text.index("[") + 1).end()
     while text[at:at + 1] != "]" or index:  # [] holds nothing
         try:
@@ -257,7 +276,8 @@ def _object(value, report: Report) -> dict:
         if depth == DEEPEST:
             raise Reject("nested too deeply", f"is nested more than {DEEPEST} levels deep: mend or drop it")
         if any(isinstance(v, float) and not abs(v) < float("inf") for v in level):
-            raise Reject("not a number", "holds NaN, Infinity or a number too large, which JSON has not: write null or drop it")
+            raise Reject("not a number", "holds NaN, Infinity or a number too large, which JSON has not: "
+                                         "write null or drop it")
         level = [w for v in level for w in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
         depth += 1
     return value
@@ -271,8 +291,8 @@ BLANK = re.compile(r"[ \t\r\n]*")
 # ------------------------------------------------------------------------------------ the command line
 
 def view(record: dict, form: str, tokenizer) -> str:
-    """A record token by token as the model will see it (data.pack.show); of long runs without or with loss, the two ends."""
-    from data import pack  # it imports this module
+    """A record token by token as the model will see it; of long runs without or with loss, the two ends."""
+    from data import pack  # here, because pack reads its files with this module
 
     if form == "preference":
         (tree,) = pack.trees_from_preferences([record], tokenizer)
@@ -284,7 +304,8 @@ def view(record: dict, form: str, tokenizer) -> str:
         ids = tokenizer.render(record["prompt"], add_generation_prompt=True)[0]
         tree = pack.Tree(np.array(ids, np.int32), [], [pack.Response(0, len(ids), len(ids))])
     else:
-        tree = pack.tree_from_text([*[tokenizer.bos_id] * tokenizer.adds_bos, *tokenizer.encode(record["text"]), tokenizer.eos_id])
+        bos = [tokenizer.bos_id] * tokenizer.adds_bos
+        tree = pack.tree_from_text([*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id])
     lines = []
     for _, run in groupby(pack.show(tree, tokenizer).split("\n"), key=lambda line: line.split()[2:3]):
         run = list(run)
@@ -295,9 +316,11 @@ def view(record: dict, form: str, tokenizer) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.formats", description=__doc__.splitlines()[0])
     parser.add_argument("file")
-    parser.add_argument("--format", metavar="NAME", help=f"what the file is in: {', '.join(FORMATS)} (default: its first record tells)")
+    parser.add_argument("--format", metavar="NAME",
+                        help=f"the file's format: {', '.join(FORMATS)} (default: its first record tells)")
     parser.add_argument("--out", help="write the good records here, as JSON lines")
-    parser.add_argument("--tokenizer", default="data/tiny/base", help="checkpoint whose tokenizer and template show the first record")
+    parser.add_argument("--tokenizer", default="data/tiny/base",
+                        help="checkpoint whose tokenizer and template show the first record")
     words = arguments(parser)
     records, report = read(words.file, words.format)
     records = list(records)
@@ -310,11 +333,10 @@ def main() -> None:
     if words.out:
         write_text(Path(words.out), "".join(json.dumps(r) + "\n" for r in records))
     if records:
-        from data.tokenizer import load_tokenizer
-
         tokenizer = load_tokenizer(words.tokenizer)
         tokenizer.adopt(tokenizer.template or "zephyr")
-        print(f"\nthe first record, {words.tokenizer}, template {tokenizer.template}\n{view(records[0], report.format, tokenizer)}")
+        print(f"\nthe first record, {words.tokenizer}, template {tokenizer.template}")
+        print(view(records[0], report.format, tokenizer))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Readers of the formats data sets are published in: one small function each, whose docstring shows a record.
 
-A function takes a record as published and returns it in one of the forms of data/records.py, or yields several, and for a
-part that it leaves out the Reject that says so; data/formats.py checks what comes back as it checks a record of that
-form. An input follows its instruction after a blank line; scores, names and categories travel along. How labels make
-pairs is said in each docstring.
+A function takes a record as published and returns it in one of the forms of data/records.py, or yields several, and
+for a part that it leaves out the Reject that says so; data/formats.py checks what comes back as it checks a record of
+that form. An input follows its instruction after a blank line; scores, names and categories travel along. How labels
+make pairs is said in each docstring.
 
 Sources: the cards and repositories of the data sets; for UltraFeedback's tens, OpenBMB/UltraFeedback issue 8.
 """
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
-from data.records import ANY, Format, Reject, check_list, check_number, check_object, check_text, short
+from data.records import ANY, Format, Reject, check_list, check_number, check_object, check_text, expected, short
 
 Parts = Iterator[dict | Reject]
 
@@ -32,6 +32,14 @@ def text_of(record: dict, key: str) -> str:
     return check_text(record.get(key), key)
 
 
+def list_of(record: dict, key: str) -> list:
+    return check_list(record.get(key), key)
+
+
+def texts_of(record: dict, key: str) -> list[str]:
+    return [check_text(text, key) for text in list_of(record, key)]
+
+
 def ask(record: dict, instruction: str, more: str) -> str:
     """An instruction and, after a blank line, its input if there is one."""
     extra = record.get(more)
@@ -43,18 +51,19 @@ def answer(prompt: str, reply: str) -> dict:
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]}
 
 
-def prefer(prompt: str, first: str, second: str, first_wins: bool) -> dict:
-    chosen, rejected = (first, second) if first_wins else (second, first)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:
+    """A pair out of the record's texts under three keys."""
+    texts = [text_of(record, key) for key in (prompt, first, second)]
+    return {"prompt": texts[0], "chosen": texts[2 - first_wins], "rejected": texts[1 + first_wins]}
 
 
-def alternate(texts, key: str) -> list[dict]:
+def alternate(texts: list) -> list[dict]:
     """Turns given as texts alone, the user's first."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(check_list(texts, key))]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def whole_rounds(turns: list[dict], key: str, more: dict) -> Parts:
-    """A dialogue without a reply to nothing at its start and a question without a reply at its end: those are reported."""
+    """A dialogue of whole rounds: a reply without a question before it or a question without a reply is reported."""
     places = list(enumerate(turns))
     first = 1 if turns[0]["role"] == "system" else 0
     if turns[first:] and turns[first]["role"] == "assistant":
@@ -66,9 +75,9 @@ def whole_rounds(turns: list[dict], key: str, more: dict) -> Parts:
     yield {"messages": [turn for _, turn in places]} | more
 
 
-def each(values, key: str, read: Callable[[dict], dict]) -> Parts:
+def each(record: dict, key: str, read: Callable[[dict], dict]) -> Parts:
     """The parts of a record one by one; those that cannot be used are reported and the others kept."""
-    for i, value in enumerate(check_list(values, key)):
+    for i, value in enumerate(list_of(record, key)):
         try:
             yield read(check_object(value, key))
         except Reject as reason:
@@ -83,10 +92,11 @@ def alpaca(record: dict) -> dict:
     Some copies add "system" and "history", [[question, reply], ...].
     """
     turns = []
-    for pair in check_list(record["history"], "history") if record.get("history") else []:
+    for pair in list_of(record, "history") if record.get("history") else []:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Reject("not a list", f"'history' holds {short(pair)}, expected [question, reply]: mend or drop the record")
-        turns += alternate(pair, "history")
+            raise Reject("not a list", f"'history' holds {short(pair)}, expected [question, reply]: "
+                                       "mend or drop the record")
+        turns += alternate(pair)
     if record.get("system"):
         turns.insert(0, {"role": "system", "content": record["system"]})
     last = answer(ask(record, "instruction", "input"), text_of(record, "output"))
@@ -94,7 +104,8 @@ def alpaca(record: dict) -> dict:
 
 
 def dolly(record: dict) -> dict:
-    """{"instruction": "Who built the mill?", "context": "Ann Rudd built it in 1790.", "response": "Ann Rudd.", "category": "closed_qa"}
+    """{"instruction": "Who built the mill?", "context": "Ann Rudd built it in 1790.", "response": "Ann Rudd.",
+        "category": "closed_qa"}
 
     Marks of references such as [12] stay in the contexts.
     """
@@ -107,15 +118,18 @@ def self_instruct(record: dict) -> Parts:
 
     A dialogue for every instance. The user-oriented set (motivation_app in place of name) is for evaluation only.
     """
+    more = carry(record, "id", "name", "motivation_app", "is_classification")
+
     def read(instance: dict) -> dict:
         prompt = ask(record | carry(instance, "input"), "instruction", "input")
-        return answer(prompt, text_of(instance, "output")) | carry(record, "id", "name", "motivation_app", "is_classification")
+        return answer(prompt, text_of(instance, "output")) | more
 
-    return each(record.get("instances"), "instances", read)
+    return each(record, "instances", read)
 
 
 def prediction(record: dict) -> dict:
-    """{"prompt": "Add.\\n\\nInput: 1 2\\nOutput:", "instruction": "Add.", "input": "1 2", "response": " 3", "target": "3"}"""
+    """{"prompt": "Add.\\n\\nInput: 1 2\\nOutput:", "instruction": "Add.", "input": "1 2", "response": " 3",
+        "target": "3"}"""
     return answer(ask(record, "instruction", "input"), text_of(record, "response").strip()) | carry(record, "target")
 
 
@@ -138,8 +152,10 @@ def gsm8k(record: dict) -> dict:
 
 
 def tldr_sample(record: dict) -> dict:
-    """{"": "0", "model_type": "sft-xl", "context": "A long post.\\n\\nTL;DR:", "ref_text": "Post.", "sample": " A post."}"""
-    return answer(text_of(record, "context"), text_of(record, "sample").strip()) | carry(record, "ref_text", model="model_type")
+    """{"": "0", "model_type": "sft-xl", "context": "A long post.\\n\\nTL;DR:", "ref_text": "Post.",
+        "sample": " A post."}"""
+    more = carry(record, "ref_text", model="model_type")
+    return answer(text_of(record, "context"), text_of(record, "sample").strip()) | more
 
 
 # ----------------------------------------------------------------------------------------- dialogues
@@ -149,13 +165,14 @@ SPEAKERS = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys
 
 
 def _said(turn: dict) -> dict:
-    """A ShareGPT turn as a message; a speaker of another kind (observation, function_call) keeps its name, which is refused."""
+    """A ShareGPT turn as a message; another speaker (observation, function_call) keeps its name, which is refused."""
     speaker = turn.get("from")
-    return {"role": SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker, "content": turn.get("value")}
+    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {"role": role, "content": turn.get("value")}
 
 
 def _conversation(record: dict) -> list[dict]:
-    return [_said(check_object(turn, "conversations")) for turn in check_list(record.get("conversations"), "conversations")]
+    return [_said(check_object(turn, "conversations")) for turn in list_of(record, "conversations")]
 
 
 def sharegpt(record: dict) -> Parts:
@@ -165,17 +182,17 @@ def sharegpt(record: dict) -> Parts:
 
 def ultrachat(record: dict) -> Parts:
     """{"id": "77", "data": ["Why is the sky blue?", "Because air scatters blue light more."]}"""
-    return whole_rounds(alternate(record.get("data"), "data"), "data", carry(record, "id"))
+    return whole_rounds(alternate(list_of(record, "data")), "data", carry(record, "id"))
 
 
 def lima(record: dict) -> Parts:
     """{"conversations": ["How do I prune a rose?", "In late winter, ..."], "source": "wikihow"}"""
-    return whole_rounds(alternate(record.get("conversations"), "conversations"), "conversations", carry(record, "source"))
+    return whole_rounds(alternate(list_of(record, "conversations")), "conversations", carry(record, "source"))
 
 
 def lima_test(record: dict) -> dict:
     """{"conversations": ["How do I prune a rose?"], "source": "wikihow"}"""
-    turns = check_list(record.get("conversations"), "conversations")
+    turns = list_of(record, "conversations")
     if len(turns) > 1:
         raise Reject("has a reply", f"'conversations' holds {len(turns)} texts, expected one prompt: drop the record")
     return {"prompt": check_text(turns[0], "conversations")} | carry(record, "source")
@@ -187,20 +204,22 @@ DONE = "<CAMEL_TASK_DONE>"
 def camel(record: dict) -> Parts:
     """{"role_1": "Baker_RoleType.ASSISTANT", "role_2": "Cafe owner_RoleType.USER", "id": "001_001_001",
         "original_task": "Plan a menu", "specified_task": "Plan a rye menu for May", "num_messages": 2,
-        "message_1": {"role_name": "Cafe owner", "role_type": "USER", "content": "Instruction: List breads.\\nInput: None"},
-        "message_2": {"role_name": "Baker", "role_type": "ASSISTANT", "content": "Solution: rye, seeded. Next request."}}
+        "message_1": {"role_type": "USER", "content": "Instruction: List breads.\\nInput: None"},
+        "message_2": {"role_type": "ASSISTANT", "content": "Solution: rye, seeded. Next request."}}
 
     Odd messages are the user's. A last one of <CAMEL_TASK_DONE> alone is the format's end mark, no turn.
     """
     count = sum(re.fullmatch(r"message_\d+", key) is not None for key in record)
     said = [check_object(record.get(f"message_{n}"), f"message_{n}") for n in range(1, count + 1)]
     if record.get("num_messages", count) != count:
-        raise Reject("turns missing", f"'num_messages' is {short(record['num_messages'])} but it holds {count}: mend or drop the record")
+        raise Reject("turns missing", f"'num_messages' is {short(record['num_messages'])} but it holds {count}: "
+                                      "mend or drop the record")
     for n, message in enumerate(said, 1):
-        kind = message.get("role_type", ("ASSISTANT", "USER")[n % 2])
-        if kind != ("ASSISTANT", "USER")[n % 2]:
-            raise Reject("roles", f"'message_{n}' is of {short(kind)}, odd messages are the user's: mend or drop the record")
-    turns = alternate([message.get("content") for message in said], "message_1")
+        due = ("ASSISTANT", "USER")[n % 2]
+        if (kind := message.get("role_type", due)) != due:
+            raise Reject("roles", f"'message_{n}' is of {short(kind)}, odd messages are the user's: "
+                                  "mend or drop the record")
+    turns = alternate(check_list([message.get("content") for message in said], "message_1"))
     if len(turns) % 2 and isinstance(turns[-1]["content"], str) and turns[-1]["content"].strip() == DONE:
         turns.pop()
     if not turns:
@@ -213,20 +232,21 @@ def transcript(value, key: str) -> list[dict]:
     """Turns of an HH transcript: a speaker is named after a blank line; anywhere else "Human:" is part of the text."""
     pieces = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", check_text(value, key))
     if pieces[0].strip() or len(pieces) == 1:
-        raise Reject("not a transcript", f"'{key}' begins with {short(value)}, expected a blank line and 'Human:': mend or drop the record")
-    names = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": names[name], "content": text.strip()} for name, text in zip(pieces[1::2], pieces[2::2], strict=True)]
+        raise Reject("not a transcript", f"'{key}' begins with {short(value)}, "
+                                         "expected a blank line and 'Human:': mend or drop the record")
+    turns = zip(pieces[1::2], pieces[2::2], strict=True)
+    return [{"role": "user" if name == "Human" else "assistant", "content": text.strip()} for name, text in turns]
 
 
 def red_team(record: dict) -> Parts:
-    """{"transcript": "\\n\\nHuman: Say a rude word.\\n\\nAssistant: I had rather not.", "min_harmlessness_score_transcript": -1.2,
-        "num_params": "13B", "model_type": "rlhf", "rating": 1.0, "task_description": "asked for rude words",
-        "task_description_harmlessness_score": -0.4, "red_team_member_id": 5, "is_upworker": true, "tags": null}
+    """{"transcript": "\\n\\nHuman: Say a rude word.\\n\\nAssistant: I had rather not.", "num_params": "13B",
+        "min_harmlessness_score_transcript": -1.2, "model_type": "rlhf", "rating": 1.0, "tags": null,
+        "task_description": "asked for rude words", "red_team_member_id": 5}
 
     rating: how far the attack succeeded by its author's opinion, 0 to 4.
     """
-    more = carry(record, "rating", "model_type", "num_params", "task_description", "tags", "min_harmlessness_score_transcript",
-                 annotator="red_team_member_id")
+    more = carry(record, "rating", "model_type", "num_params", "task_description", "tags",
+                 "min_harmlessness_score_transcript", annotator="red_team_member_id")
     return whole_rounds(transcript(record.get("transcript"), "transcript"), "transcript", more)
 
 
@@ -236,7 +256,7 @@ def kto(record: dict) -> dict:
     Or "prompt", "completion", "label". A dialogue keeps its label; scripts refuse to train on what is labelled false.
     """
     if not isinstance(record.get("label"), bool):
-        raise Reject("bad label", f"'label' is {short(record.get('label'))}, expected true or false: mend or drop the record")
+        raise expected("true or false", "label", record.get("label"), "bad label")
     return record if "messages" in record else completion(record)
 
 
@@ -250,7 +270,8 @@ def hh(record: dict) -> dict:
     """
     chosen, rejected = (transcript(record.get(side), side) for side in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
-        raise Reject("prompts differ", "'chosen' and 'rejected' differ before their last turn, expected one prompt: drop the pair")
+        raise Reject("prompts differ", "'chosen' and 'rejected' differ before their last turn, "
+                                       "expected one prompt: drop the pair")
     return {"chosen": chosen, "rejected": rejected}
 
 
@@ -261,12 +282,12 @@ def sharegpt_preference(record: dict) -> dict:
     return {"prompt": _conversation(record)} | sides | carry(record, "id", "category")
 
 
-def binarized(record: dict) -> dict:
+def ultrafeedback_binarized(record: dict) -> dict:
     """{"prompt": "Hi", "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
         "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go."}],
         "score_chosen": 8.0, "score_rejected": 6.5}
 
-    UltraFeedback after someone made pairs of it. margin = the difference of the scores; their ties stay in, with margin 0.
+    UltraFeedback after someone made pairs of it. margin = the difference of the scores; ties stay in, with margin 0.
     """
     scores = {side: check_number(record.get(side), side, 0, 10) for side in ("score_chosen", "score_rejected")}
     if scores["score_chosen"] < scores["score_rejected"]:
@@ -276,8 +297,8 @@ def binarized(record: dict) -> dict:
 
 
 def overall_score(completion: dict) -> float:
-    """A completion's score, up to 10. In the first release some 1 became 10; the mean of its aspects' ratings (1 to 5) tells which:
-    2 or less, and the score is 1; above 4, and it stays; in between nobody knows.
+    """A completion's score, up to 10. In the first release some 1 became 10; the mean of its aspects' ratings (1 to 5)
+    tells which: 2 or less, and the score is 1; above 4, and it stays; in between nobody knows.
     """
     score = completion.get("overall_score")
     if isinstance(score, str) and re.fullmatch(r"\d{1,2}(\.\d+)?", score):
@@ -285,15 +306,16 @@ def overall_score(completion: dict) -> float:
     score = check_number(score, "overall_score", 0, 10)
     if score < 10:
         return score
-    aspects = completion.get("annotations")
-    marks = [str(aspect.get("Rating")) for aspect in aspects.values() if isinstance(aspect, dict)] if isinstance(aspects, dict) else []
+    aspects = completion["annotations"].values() if isinstance(completion.get("annotations"), dict) else ()
+    marks = [str(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, dict)]
     ratings = [int(mark) for mark in marks if re.fullmatch("[1-5]", mark)]  # "N/A" occurs
     mean = sum(ratings) / len(ratings) if ratings else float("nan")
     if mean <= 2:
         return 1.0
     if mean > 4:
         return score
-    raise Reject("score in doubt", f"'overall_score' is 10 with aspects rated {mean:.2f}: it may be a 1 that became 10, left out")
+    raise Reject("score in doubt", f"'overall_score' is 10 with aspects rated {mean:.2f}: "
+                                   "it may be a 1 that became 10, left out")
 
 
 def ultrafeedback(record: dict) -> Parts:
@@ -304,47 +326,53 @@ def ultrafeedback(record: dict) -> Parts:
          "annotations": {"honesty": {"Rating": "N/A", "Rationale": "?"}}, "critique": "Rude.", "overall_score": "3"}],
         "correct_answers": ["None"], "incorrect_answers": ["None"]}
 
-    Four completions in real records. The rule: chosen is the completion with the highest overall score, the first of equals;
-    rejected a random one of those that score lower, drawn by the prompt, so that a record gives the same pair wherever
-    it stands. (Zephyr, Tunstall et al. 2023, arXiv:2310.16944, draws among all others, ties too.) margin = the scores' difference.
+    Four completions in real records. The rule: chosen is the completion with the highest overall score, the first of
+    equals; rejected a random one of those that score lower, with the prompt as seed, so that a record gives the same
+    pair wherever it stands. (Zephyr, Tunstall et al. 2023, arXiv:2310.16944, draws among all others, ties too.)
+    margin = the scores' difference.
     """
+    def read(reply: dict) -> dict:
+        return reply | {"overall_score": overall_score(reply), "response": text_of(reply, "response")}
+
     prompt, scored = text_of(record, "instruction"), []
-    for i, completion in enumerate(check_list(record.get("completions"), "completions")):
-        try:
-            completion = check_object(completion, "completions")
-            scored.append((overall_score(completion), text_of(completion, "response"), completion))
-        except Reject as reason:
-            yield reason.at(f"completions[{i}]")
-    high, chosen, best = max(scored, key=lambda s: s[0], default=(0, "", {}))
-    lower = [s for s in scored if s[0] < high and s[1] != chosen]
+    for part in each(record, "completions", read):
+        if isinstance(part, Reject):
+            yield part
+        else:
+            scored.append(part)
+    best = max(scored, key=lambda reply: reply["overall_score"], default={})
+    lower = [reply for reply in scored if reply["overall_score"] < best["overall_score"]
+             and reply["response"] != best["response"]]
     if not lower:
         raise Reject("tie", "no two usable completions differ in score, which prefers nothing: drop the record")
-    low, rejected, worse = random.Random(prompt).choice(lower)
-    pair = prefer(prompt, chosen, rejected, True) | carry(record, "source")
-    for side, completion in (("chosen", best), ("rejected", worse)):
-        pair |= carry(completion, **{f"{key}_{side}": key for key in ("model", "principle", "custom_system_prompt")})
+    worse = random.Random(prompt).choice(lower)
+    pair = {"prompt": prompt, "chosen": best["response"], "rejected": worse["response"]} | carry(record, "source")
+    for side, reply in (("chosen", best), ("rejected", worse)):
+        pair |= carry(reply, **{f"{key}_{side}": key for key in ("model", "principle", "custom_system_prompt")})
+    high, low = best["overall_score"], worse["overall_score"]
     yield pair | {"score_chosen": high, "score_rejected": low, "margin": high - low}
 
 
 def shp(record: dict) -> dict:
-    """{"post_id": "p1", "domain": "askbaking_train", "upvote_ratio": 0.97, "history": "Why did it sink?", "c_root_id_A": "a",
-        "c_root_id_B": "b", "created_at_utc_A": 20, "created_at_utc_B": 10, "score_A": 30, "score_B": 10, "labels": 1,
-        "human_ref_A": "Oven door.", "human_ref_B": "No idea.", "seconds_difference": 10.0, "score_ratio": 3.0}
+    """{"post_id": "p1", "domain": "askbaking_train", "history": "Why did it sink?", "human_ref_A": "Oven door.",
+        "human_ref_B": "No idea.", "labels": 1, "score_A": 30, "score_B": 10, "score_ratio": 3.0}
 
     labels 1: A is preferred, 0: B. The advice of its card is to keep score_ratio >= 2 and five pairs a post.
     """
     first = _either(record.get("labels"), "labels", 1, 0)
     a, b = (check_number(record.get(f"score_{side}"), f"score_{side}", -1e9) for side in "AB")
     if a != b and (a > b) != first:
-        raise Reject("scores contradict", f"'labels' prefers the comment with the lower score ({a:g} and {b:g}): mend or drop the pair")
-    pair = prefer(text_of(record, "history"), text_of(record, "human_ref_A"), text_of(record, "human_ref_B"), first)
-    return pair | carry(record, "domain", "score_ratio", id="post_id") | {"score_chosen": max(a, b), "score_rejected": min(a, b)}
+        raise Reject("scores contradict", f"'labels' prefers the comment with the lower score ({a:g} and {b:g}): "
+                                          "mend or drop the pair")
+    pair = prefer(record, "history", "human_ref_A", "human_ref_B", first)
+    more = carry(record, "domain", "score_ratio", id="post_id")
+    return pair | more | {"score_chosen": max(a, b), "score_rejected": min(a, b)}
 
 
 def _either(value, key: str, first: int, second: int) -> bool:
     """A label that names one of two replies: whether it is the first."""
     if isinstance(value, bool) or value not in (first, second):
-        raise Reject("bad label", f"'{key}' is {short(value)}, expected {first} or {second}: mend or drop the pair")
+        raise expected(f"{first} or {second}", key, value, "bad label", "mend or drop the pair")
     return value == first
 
 
@@ -357,43 +385,45 @@ def _to_summarize(info) -> str:
 
 def summary_pair(record: dict) -> dict:
     """{"info": {"id": "t3_x", "post": "Long story.", "title": "T", "subreddit": "tifu"}, "choice": 0,
-        "summaries": [{"text": " short", "policy": "sup4", "note": null}, {"text": " other", "policy": "ref", "note": "ok"}],
+        "summaries": [{"text": " short", "policy": "sup4", "note": null},
+                      {"text": " other", "policy": "ref", "note": "ok"}],
         "worker": "w", "batch": "batch3", "split": "train", "extra": {"confidence": 7}}
 
     Learning to summarize: choice is the better summary's index, confidence 1 to 9. News has article in place of post.
     """
-    prompt, summaries = _to_summarize(record.get("info")), check_list(record.get("summaries"), "summaries")
-    if len(summaries) != 2:
-        raise Reject("not a pair", f"'summaries' holds {len(summaries)}, expected 2: mend or drop the record")
+    prompt, sides = _to_summarize(record.get("info")), list_of(record, "summaries")
+    if len(sides) != 2:
+        raise Reject("not a pair", f"'summaries' holds {len(sides)}, expected 2: mend or drop the record")
     first = _either(record.get("choice"), "choice", 0, 1)
-    sides = [check_object(summary, "summaries") for summary in summaries]
-    texts = [text_of(side, "text").strip() for side in sides]
-    better, worse = sides if first else sides[::-1]
-    pair = prefer(prompt, *texts, first) | {"category": "summarize"} | carry(record, "split", annotator="worker")
-    pair |= carry(record["info"], "id", "subreddit") | carry(better, policy_chosen="policy") | carry(worse, policy_rejected="policy")
+    texts = [text_of(check_object(side, "summaries"), "text").strip() for side in sides]
+    pair = {"prompt": prompt, "chosen": texts[not first], "rejected": texts[first], "category": "summarize"}
+    pair |= carry(record, "split", annotator="worker") | carry(record["info"], "id", "subreddit")
+    pair |= carry(sides[not first], policy_chosen="policy") | carry(sides[first], policy_rejected="policy")
     return pair | (carry(record["extra"], "confidence") if isinstance(record.get("extra"), dict) else {})
 
 
 def summary_rating(record: dict) -> dict:
-    """{"info": {"id": "x1", "article": "Long news.", "title": "T", "site": "cnn"}, "split": "test", "worker": "w", "batch": "b1",
-        "summary": {"text": "News.", "policy": "ref", "note": "fine", "axes": {"overall": 6, "accuracy": 7}}}"""
+    """{"info": {"id": "x1", "article": "Long news.", "title": "T", "site": "cnn"}, "split": "test", "worker": "w",
+        "batch": "b1", "summary": {"text": "News.", "policy": "ref", "note": "fine",
+                                   "axes": {"overall": 6, "accuracy": 7}}}"""
     summary = check_object(record.get("summary"), "summary")
-    more = {"category": "summarize"} | carry(summary, "policy", scores="axes") | carry(record, "split", annotator="worker")
-    return answer(_to_summarize(record.get("info")), text_of(summary, "text").strip()) | more | carry(record["info"], "id")
+    dialogue = answer(_to_summarize(record.get("info")), text_of(summary, "text").strip()) | {"category": "summarize"}
+    more = carry(summary, "policy", scores="axes") | carry(record, "split", annotator="worker")
+    return dialogue | more | carry(record["info"], "id")
 
 
 def oasst(record: dict) -> Parts:
-    """{"message_tree_id": "m1", "tree_state": "ready_for_export", "prompt": {
-        "message_id": "m1", "text": "Hi", "role": "prompter", "lang": "en", "review_result": true, "deleted": false, "replies": [
-        {"message_id": "m2", "parent_id": "m1", "text": "Hello", "role": "assistant", "rank": 0, "review_result": true, "replies": []},
+    """{"message_tree_id": "m1", "tree_state": "ready_for_export", "prompt": {"message_id": "m1", "text": "Hi",
+        "role": "prompter", "lang": "en", "review_result": true, "deleted": false, "replies": [
+        {"message_id": "m2", "parent_id": "m1", "text": "Hello", "role": "assistant", "rank": 0, "replies": []},
         {"message_id": "m3", "parent_id": "m1", "text": "What?", "role": "assistant", "rank": 1, "replies": []}]}}
 
-    Every pair of ranked replies to one user turn, at any depth, the better rank (0 is best) chosen. What is deleted or failed
-    its review is left out with everything below it, and so is a reply without a rank beside others, but what follows it stays.
+    Every pair of ranked replies to one user turn, at any depth, the better rank (0 is best) chosen. What is deleted or
+    failed its review is left out with everything below it. A reply without a rank beside others is left out alone.
     """
     if record.get("tree_state", "ready_for_export") != "ready_for_export":
-        raise Reject("unfinished tree", f"'tree_state' is {short(record['tree_state'])}, expected ready_for_export: drop the tree")
-    found = False
+        raise expected("ready_for_export", "tree_state", record["tree_state"], "unfinished tree", "drop the tree")
+    found, more = False, carry(record, id="message_tree_id")
     below = [([], [record.get("prompt")], "")]  # the dialogue so far, messages that go on from it, where they are
     while below:
         history, messages, where = below.pop()
@@ -412,11 +442,12 @@ def oasst(record: dict) -> Parts:
         below += reversed(goes_on)
         for (rank, _, better, _), (lower, _, worse, place) in combinations(sorted(ranked), 2):
             if rank == lower or better == worse:
-                yield Reject("tie", f"{'shares its rank' if rank == lower else 'is the same text as a better one'}, makes no pair", place)
+                fault = "shares its rank" if rank == lower else "is the same text as a better one"
+                yield Reject("tie", f"{fault}, makes no pair", place)
                 continue
-            found = True
-            more = {"rank_chosen": rank, "rank_rejected": lower} | carry(record["prompt"], "lang") | carry(record, id="message_tree_id")
-            yield {"prompt": history, "chosen": better, "rejected": worse} | more
+            found, ranks = True, {"rank_chosen": rank, "rank_rejected": lower}
+            pair = {"prompt": history, "chosen": better, "rejected": worse}
+            yield pair | ranks | carry(record["prompt"], "lang") | more
     if not found:
         yield Reject("no pair", "no user turn has two ranked replies: drop the tree")
 
@@ -427,12 +458,13 @@ def _oasst_message(message, role: str) -> tuple[dict, int | None, list]:
     if message.get("deleted") or message.get("review_result", True) is not True:
         raise Reject("failed review", "is deleted or failed its review, left out with what follows it")
     if message.get("role") != role:
-        raise Reject("roles", f"has role {short(message.get('role'))} where {role} is due, left out with what follows it")
+        kind = short(message.get("role"))
+        raise Reject("roles", f"has role {kind} where {role} is due, left out with what follows it")
     rank, replies = message.get("rank"), message.get("replies") or []
     if rank is not None:
         check_number(rank, "rank", 0)
     if not isinstance(replies, list):
-        raise Reject("not a list", f"'replies' is {short(replies)}, expected a list of messages: mend or drop the tree")
+        raise expected("a list of messages", "replies", replies, "not a list", "mend or drop the tree")
     turn = {"role": "user" if role == "prompter" else "assistant", "content": text_of(message, "text")}
     return turn, rank if role == "assistant" else None, replies
 
@@ -440,11 +472,11 @@ def _oasst_message(message, role: str) -> tuple[dict, int | None, list]:
 # ------------------------------------------------------------------------ verdicts of raters and judges
 
 def pandalm(record: dict) -> dict:
-    """{"idx": 3, "motivation_app": "Maps", "cmp_key": "m1_m2", "instruction": "Name a sea.", "input": "", "response1": "The Baltic.",
-        "response2": "Mars.", "annotator1": 1, "annotator2": 1, "annotator3": 0}
+    """{"idx": 3, "motivation_app": "Maps", "cmp_key": "m1_m2", "instruction": "Name a sea.", "input": "",
+        "response1": "The Baltic.", "response2": "Mars.", "annotator1": 1, "annotator2": 1, "annotator3": 0}
 
-    0 tie, 1 first, 2 second. The rule: chosen is the response that most of the annotators prefer; without a majority the record
-    is a tie. Some responses stand there as JSON true, which is the text "True".
+    0 tie, 1 first, 2 second. The rule: chosen is the response that most of the annotators prefer; without a majority
+    the record is a tie. Some responses stand there as JSON true, which is the text "True".
     """
     votes = [record[key] for key in sorted(record) if key.startswith("annotator")]
     for vote in votes:
@@ -453,33 +485,35 @@ def pandalm(record: dict) -> dict:
     winner, count = Counter(votes).most_common(1)[0] if votes else (0, 0)
     if winner == 0 or 2 * count <= len(votes):
         raise Reject("tie", f"annotators say {short(votes)}, most of them for neither: drop the record")
-    replies = [str(record[key]) if isinstance(record.get(key), bool) else text_of(record, key) for key in ("response1", "response2")]
-    pair = prefer(ask(record, "instruction", "input"), *replies, winner == 1)
-    return pair | {"votes": votes} | carry(record, "motivation_app", id="idx", models="cmp_key")
+    words = {key: str(record[key]) for key in ("response1", "response2") if isinstance(record.get(key), bool)}
+    pair = prefer(record | words, "instruction", "response1", "response2", winner == 1)
+    more = carry(record, "motivation_app", id="idx", models="cmp_key")
+    return pair | {"prompt": ask(record, "instruction", "input"), "votes": votes} | more
 
 
 def alpaca_eval(record: dict) -> dict:
-    """{"instruction": "Name a sea.", "output_1": "Mars.", "generator_1": "m1", "output_2": "The Baltic.", "generator_2": "m2",
-        "dataset": "helpful_base", "annotator": "judge", "preference": 2}
+    """{"instruction": "Name a sea.", "output_1": "Mars.", "generator_1": "m1", "output_2": "The Baltic.",
+        "generator_2": "m2", "dataset": "helpful_base", "annotator": "judge", "preference": 2}
 
-    preference: 1 or 2, 0 a tie, null where the judge failed; weighted judges give any number from 1 to 2, where 1.5 is a tie.
+    preference: 1 or 2, 0 a tie, null where the judge failed; weighted judges give any number from 1 to 2, 1.5 a tie.
     """
     verdict = record.get("preference")
     if verdict is None:
         raise Reject("no verdict", "'preference' is null, the judge gave no verdict: drop the record")
     verdict = check_number(verdict, "preference", 0, 2)
     if 0 < verdict < 1:
-        raise Reject("bad number", f"'preference' is {verdict:g}, expected 0 or a number from 1 to 2: mend or drop the record")
+        raise Reject("bad number", f"'preference' is {verdict:g}, expected 0 or a number from 1 to 2: "
+                                   "mend or drop the record")
     if verdict in (0, 1.5):
         raise Reject("tie", "'preference' is a tie: drop the record")
-    pair = prefer(text_of(record, "instruction"), text_of(record, "output_1"), text_of(record, "output_2"), verdict < 1.5)
+    pair = prefer(record, "instruction", "output_1", "output_2", verdict < 1.5)
     return pair | carry(record, "preference", "annotator", "dataset", "generator_1", "generator_2")
 
 
 def llmbar(record: dict) -> dict:
     """{"input": "Name a sea.", "output_1": "Mars.", "output_2": "The Baltic.", "label": 2}"""
     first = _either(record.get("label"), "label", 1, 2)
-    return prefer(text_of(record, "input"), text_of(record, "output_1"), text_of(record, "output_2"), first)
+    return prefer(record, "input", "output_1", "output_2", first)
 
 
 # ------------------------------------------------------------------- prompts of benchmarks, never to train on
@@ -489,25 +523,28 @@ def mt_bench(record: dict) -> dict:
 
     The prompt is the first turn, for the second needs a reply; all of them are in "turns". Vicuna's questions have one.
     """
-    turns = [check_text(turn, "turns") for turn in check_list(record.get("turns"), "turns")]
+    turns = texts_of(record, "turns")
     return {"prompt": turns[0], "turns": turns} | carry(record, "category", "reference", id="question_id")
 
 
 def reference(record: dict) -> Parts:
-    """{"question_id": 900, "answer_id": "a1", "model_id": "m1", "choices": [{"index": 0, "turns": ["4", "8"]}], "tstamp": 1.5}
+    """{"question_id": 900, "answer_id": "a1", "model_id": "m1", "tstamp": 1.5,
+        "choices": [{"index": 0, "turns": ["4", "8"]}]}
 
     The text is the answer to the first turn.
     """
     def read(choice: dict) -> dict:
-        turns = [check_text(turn, "turns") for turn in check_list(choice.get("turns"), "turns")]
+        turns = texts_of(choice, "turns")
         return {"text": turns[0], "turns": turns} | carry(record, id="question_id", model="model_id")
 
-    return each(record.get("choices"), "choices", read)
+    return each(record, "choices", read)
 
 
 def judge_prompt(record: dict) -> dict:
-    """{"name": "one", "type": "single", "system_prompt": "Be fair.", "prompt_template": "Rate {answer}.", "category": "general"}"""
-    return {"text": text_of(record, "prompt_template")} | carry(record, "name", "type", "system_prompt", "category", "output_format")
+    """{"name": "one", "type": "single", "system_prompt": "Be fair.", "prompt_template": "Rate {answer}.",
+        "category": "general"}"""
+    more = carry(record, "name", "type", "system_prompt", "category", "output_format")
+    return {"text": text_of(record, "prompt_template")} | more
 
 
 def ultra_eval(record: dict) -> dict:
@@ -517,10 +554,9 @@ def ultra_eval(record: dict) -> dict:
 
 def multiple_choice(record: dict) -> dict:
     """{"query": "Question: Which is a sea?", "choices": ["Mars", "The Baltic"], "gold": 1}"""
-    choices = [check_text(choice, "choices") for choice in check_list(record.get("choices"), "choices")]
-    gold = record.get("gold")
+    choices, gold = texts_of(record, "choices"), record.get("gold")
     if isinstance(gold, bool) or gold not in range(len(choices)):
-        raise Reject("bad label", f"'gold' is {short(gold)}, expected the index of one of {len(choices)} choices: mend or drop the record")
+        raise expected(f"the index of one of {len(choices)} choices", "gold", gold, "bad label")
     return {"prompt": text_of(record, "query"), "choices": choices, "gold": gold}
 
 
@@ -532,46 +568,46 @@ def truthfulqa(record: dict) -> dict:
     """
     correct, incorrect = ([part.strip() for part in text_of(record, key).split(";") if part.strip()]
                           for key in ("Correct Answers", "Incorrect Answers"))
-    return {"prompt": text_of(record, "Question"), "correct": correct, "incorrect": incorrect} | carry(
-        record, category="Category", type="Type", best="Best Answer")
+    more = carry(record, category="Category", type="Type", best="Best Answer")
+    return {"prompt": text_of(record, "Question"), "correct": correct, "incorrect": incorrect} | more
 
 
-# -------------------------------------------------------------------------------------- how to tell them
+# ------------------------------------------------------------------------------------- how to recognise them
 
 TEXTS, ONE, OBJECTS = [str, str], (str,), [dict]  # at least two texts, exactly one text, objects
+SCORED = {"chosen": OBJECTS, "rejected": OBJECTS, "score_chosen": ANY, "score_rejected": ANY}
 
-NATIVE = {
-    "alpaca": Format("messages", alpaca, ({"instruction": str, "output": str}, {"instruction": str, "output": str, "text": str})),
-    "dolly": Format("messages", dolly, ({"instruction": str, "context": str, "response": str},)),
-    "self_instruct": Format("messages", self_instruct, ({"instruction": str, "instances": OBJECTS},)),
-    "prediction": Format("messages", prediction, ({"prompt": str, "instruction": str, "response": str, "target": str},)),
-    "completion": Format("messages", completion, ({"prompt": str, "completion": str},)),
-    "gsm8k": Format("messages", gsm8k, ({"question": str, "answer": str},)),
-    "tldr_sample": Format("messages", tldr_sample, ({"context": str, "ref_text": str, "sample": str},)),
-    "sharegpt": Format("messages", sharegpt, ({"conversations": OBJECTS},)),
-    "ultrachat": Format("messages", ultrachat, ({"data": TEXTS},)),
-    "lima": Format("messages", lima, ({"conversations": TEXTS},)),
-    "lima_test": Format("prompt", lima_test, ({"conversations": ONE},)),
-    "camel": Format("messages", camel, ({"role_1": str, "role_2": str, "message_1": dict},)),
-    "red_team": Format("messages", red_team, ({"transcript": str, "model_type": str, "rating": ANY},)),
-    "kto": Format("messages", kto, ({"messages": OBJECTS, "label": bool}, {"prompt": str, "completion": str, "label": bool})),
-    "hh": Format("preference", hh, ({"chosen": str, "rejected": str},)),
-    "sharegpt_preference": Format("preference", sharegpt_preference, ({"conversations": OBJECTS, "chosen": dict, "rejected": dict},)),
-    "ultrafeedback": Format("preference", ultrafeedback, ({"instruction": str, "completions": OBJECTS},)),
-    "ultrafeedback_binarized": Format("preference", binarized, tuple(
-        {"chosen": OBJECTS, "rejected": OBJECTS, "score_chosen": ANY, "score_rejected": ANY} | more
-        for more in ({}, {"prompt": str}, {"messages": OBJECTS}, {"prompt": str, "messages": OBJECTS}))),
-    "shp": Format("preference", shp, ({"history": str, "human_ref_A": str, "human_ref_B": str, "labels": int},)),
-    "summary_pair": Format("preference", summary_pair, ({"info": dict, "summaries": OBJECTS, "choice": int},)),
-    "summary_rating": Format("messages", summary_rating, ({"info": dict, "summary": dict},)),
-    "oasst": Format("preference", oasst, ({"message_tree_id": str, "prompt": dict},)),
-    "pandalm": Format("preference", pandalm, ({"instruction": str, "response1": ANY, "response2": ANY, "annotator1": ANY},)),
-    "alpaca_eval": Format("preference", alpaca_eval, ({"instruction": str, "output_1": str, "output_2": str, "preference": ANY},)),
-    "llmbar": Format("preference", llmbar, ({"input": str, "output_1": str, "output_2": str, "label": int},)),
-    "mt_bench": Format("prompt", mt_bench, ({"question_id": ANY, "turns": [str]},)),
-    "reference": Format("text", reference, ({"question_id": ANY, "choices": OBJECTS},)),
-    "judge_prompt": Format("text", judge_prompt, ({"name": str, "prompt_template": str},)),
-    "ultra_eval": Format("prompt", ultra_eval, ({"class": str, "data": str},)),
-    "multiple_choice": Format("prompt", multiple_choice, ({"query": str, "choices": [str], "gold": int},)),
-    "truthfulqa": Format("prompt", truthfulqa, ({"Question": str, "Correct Answers": str, "Incorrect Answers": str},)),
-}
+# Form of the records that come out, reader, and one or more shapes that a record may have.
+NATIVE = {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
+    ("messages", alpaca, {"instruction": str, "output": str}, {"instruction": str, "output": str, "text": str}),
+    ("messages", dolly, {"instruction": str, "context": str, "response": str}),
+    ("messages", self_instruct, {"instruction": str, "instances": OBJECTS}),
+    ("messages", prediction, {"prompt": str, "instruction": str, "response": str, "target": str}),
+    ("messages", completion, {"prompt": str, "completion": str}),
+    ("messages", gsm8k, {"question": str, "answer": str}),
+    ("messages", tldr_sample, {"context": str, "ref_text": str, "sample": str}),
+    ("messages", sharegpt, {"conversations": OBJECTS}),
+    ("messages", ultrachat, {"data": TEXTS}),
+    ("messages", lima, {"conversations": TEXTS}),
+    ("prompt", lima_test, {"conversations": ONE}),
+    ("messages", camel, {"role_1": str, "role_2": str, "message_1": dict}),
+    ("messages", red_team, {"transcript": str, "model_type": str, "rating": ANY}),
+    ("messages", kto, {"messages": OBJECTS, "label": bool}, {"prompt": str, "completion": str, "label": bool}),
+    ("preference", hh, {"chosen": str, "rejected": str}),
+    ("preference", sharegpt_preference, {"conversations": OBJECTS, "chosen": dict, "rejected": dict}),
+    ("preference", ultrafeedback, {"instruction": str, "completions": OBJECTS}),
+    ("preference", ultrafeedback_binarized, SCORED, SCORED | {"prompt": str}, SCORED | {"messages": OBJECTS},
+     SCORED | {"prompt": str, "messages": OBJECTS}),
+    ("preference", shp, {"history": str, "human_ref_A": str, "human_ref_B": str, "labels": int}),
+    ("preference", summary_pair, {"info": dict, "summaries": OBJECTS, "choice": int}),
+    ("messages", summary_rating, {"info": dict, "summary": dict}),
+    ("preference", oasst, {"message_tree_id": str, "prompt": dict}),
+    ("preference", pandalm, {"instruction": str, "response1": ANY, "response2": ANY, "annotator1": ANY}),
+    ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str, "preference": ANY}),
+    ("preference", llmbar, {"input": str, "output_1": str, "output_2": str, "label": int}),
+    ("prompt", mt_bench, {"question_id": ANY, "turns": [str]}),
+    ("text", reference, {"question_id": ANY, "choices": OBJECTS}),
+    ("text", judge_prompt, {"name": str, "prompt_template": str}),
+    ("prompt", ultra_eval, {"class": str, "data": str}),
+    ("prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),
+    ("prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}))}

@@ -2,7 +2,7 @@
 
     messages     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     preference   {"prompt": [messages] or "text", "chosen": "text" or [messages], "rejected": ..., "margin": 1-4}
-    ranking      {"prompt": as above, "answers": ["text", ...], "ranks": [0, 2, 1, ...]}      0 is best, equal ranks are ties
+    ranking      {"prompt": as above, "answers": ["text", ...], "ranks": [0, 2, 1, ...]}   0 is best, equal ranks tie
     prompt       {"prompt": as above}                      to sample replies to
     text         {"text": "..."}
 
@@ -11,12 +11,13 @@ Other keys (id, category, annotator, scores ...) travel along.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 
 class Reject(Exception):
-    """Why a record, or the part of it at `where`, cannot be used. Reports count by `kind`; a reason given alone is its own."""
+    """Why a record, or the part of it at `where`, cannot be used. Reports count by `kind`."""
 
     def __init__(self, kind: str, reason: str = "", where: str = ""):
         self.kind, self.reason = kind, reason or kind
@@ -27,9 +28,9 @@ class Reject(Exception):
 
 
 class Format(NamedTuple):
-    form: str                                                    # of the records that come out, one of the five
-    read: Callable[[dict], dict | Iterable[dict | Reject]]       # one record, or several and the parts left out
-    shapes: tuple[dict, ...]                                     # what tells it: keys a record has, and the kind of value each holds
+    form: str                                               # of the records that come out, one of the five
+    read: Callable[[dict], dict | Iterable[dict | Reject]]  # one record, or several and the parts left out
+    shapes: Sequence[dict]                                  # how it is recognised: a record's keys and their types
 
 
 # ------------------------------------------------------------------------------------------ checks
@@ -39,50 +40,51 @@ def short(value) -> str:
     return json.dumps(value)[:40]
 
 
+def expected(wanted: str, key: str, value, kind: str, remedy: str = "mend or drop the record") -> Reject:
+    return Reject(kind, f"'{key}' is {short(value)}, expected {wanted}: {remedy}")
+
+
 def check_text(value, key: str) -> str:
     if not isinstance(value, str):
-        raise Reject("not text", f"'{key}' is {short(value)}, expected text: mend or drop the record")
+        raise expected("text", key, value, "not text")
     if not value.strip():
         raise Reject("empty text", f"'{key}' is empty, expected text: fill it in or drop the record")
-    if "\0" in value:
-        raise Reject("broken text", f"'{key}' holds a NUL, which is no text: mend or drop the record")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Reject("broken text", f"'{key}' holds half a surrogate pair, which is no text: mend or drop the record") from None
+    fault = "a NUL" if "\0" in value else "half a surrogate pair" if re.search("[\ud800-\udfff]", value) else ""
+    if fault:
+        raise Reject("broken text", f"'{key}' holds {fault}, which is no text: mend or drop the record")
     return value
 
 
 def check_number(value, key: str, low: float, high: float = 1e300) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        wanted = f"a number of at least {low:g}" if high == 1e300 else f"a number from {low:g} to {high:g}"
-        raise Reject("bad number", f"'{key}' is {short(value)}, expected {wanted}: mend or drop the record")
+        wanted = f"of at least {low:g}" if high == 1e300 else f"from {low:g} to {high:g}"
+        raise expected(f"a number {wanted}", key, value, "bad number")
     return float(value)
 
 
 def check_object(value, key: str) -> dict:
     if not isinstance(value, dict):
-        raise Reject("not an object", f"'{key}' is {short(value)}, expected an object: mend or drop the record")
+        raise expected("an object", key, value, "not an object")
     return value
 
 
 def check_list(value, key: str) -> list:
     if not isinstance(value, list) or not value:
-        raise Reject("not a list", f"'{key}' is {short(value)}, expected a list that holds something: mend or drop the record")
+        raise expected("a list that holds something", key, value, "not a list")
     return value
 
 
 def check_messages(value, key: str) -> list[dict]:
     """A dialogue: perhaps a system text, then user and assistant in turn."""
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise Reject("not messages", f"'{key}' is {short(value)}, expected a list of messages: mend or drop the record")
+        raise expected("a list of messages", key, value, "not messages")
     messages = [{"role": m.get("role"), "content": check_text(m.get("content"), f"{key}.content")} for m in value]
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     for i, m in enumerate(turns):
-        expected = ("user", "assistant")[i % 2]
-        if m["role"] != expected:
-            role = repr(m["role"])[:40]
-            raise Reject("roles", f"'{key}' has role {role} where {expected} is due: roles alternate, user first; mend or drop it")
+        due = ("user", "assistant")[i % 2]
+        if m["role"] != due:
+            raise Reject("roles", f"'{key}' has role {repr(m['role'])[:40]} where {due} is due: "
+                                  "roles alternate, user first; mend or drop it")
     if not turns:
         raise Reject("roles", f"'{key}' has no user turn: mend or drop the record")
     return messages
@@ -90,7 +92,8 @@ def check_messages(value, key: str) -> list[dict]:
 
 def check_prompt(value, key: str = "prompt") -> list[dict]:
     """A text is one user turn; messages end with one."""
-    prompt = [{"role": "user", "content": check_text(value, key)}] if isinstance(value, str) else check_messages(value, key)
+    text = isinstance(value, str)
+    prompt = [{"role": "user", "content": check_text(value, key)}] if text else check_messages(value, key)
     if prompt[-1]["role"] != "user":
         raise Reject("roles", f"'{key}' ends with a reply, expected a user turn: mend or drop the record")
     return prompt
@@ -101,7 +104,8 @@ def check_prompt(value, key: str = "prompt") -> list[dict]:
 def read_messages(record: dict) -> dict:
     messages = check_messages(record.get("messages"), "messages")
     if messages[-1]["role"] != "assistant":
-        raise Reject("no reply", "'messages' ends with a user turn, expected a reply to learn: cut the turn or add the reply")
+        raise Reject("no reply", "'messages' ends with a user turn, expected a reply to learn: "
+                                 "cut the turn or add the reply")
     return record | {"messages": messages}
 
 
@@ -140,10 +144,10 @@ def _side(value, side: str) -> tuple[list[dict], str]:
 def read_ranking(record: dict) -> dict:
     answers, ranks = record.get("answers"), record.get("ranks")
     if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks):
-        raise Reject("bad ranks", "'answers' and 'ranks' are not lists of one length, expected a rank for every answer: "
-                                  "mend or drop the record")
+        raise Reject("bad ranks", "'answers' and 'ranks' are not lists of one length, "
+                                  "expected a rank for every answer: mend or drop the record")
     if not all(isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank < 2**31 for rank in ranks):
-        raise Reject("bad ranks", f"'ranks' is {short(ranks)}, expected whole numbers from 0, the best: mend or drop the record")
+        raise expected("whole numbers from 0, the best", "ranks", ranks, "bad ranks")
     if len(set(ranks)) < 2:
         raise Reject("tie", "'ranks' are all the same, which prefers nothing: drop the record")
     return read_prompt(record) | {"answers": [check_text(answer, "answers") for answer in answers]}
@@ -160,9 +164,9 @@ def read_text(record: dict) -> dict:
 ANY = object
 FORMS = {
     "messages": Format("messages", read_messages, ({"messages": list}, {"messages": list, "prompt": ANY})),
-    "preference": Format("preference", read_preference, ({"prompt": ANY, "chosen": ANY, "rejected": ANY},
-                                                         {"chosen": [dict], "rejected": [dict]},
-                                                         {"prompt": ANY, "chosen": ANY, "rejected": ANY, "messages": list})),
+    "preference": Format("preference", read_preference, (
+        {"prompt": ANY, "chosen": ANY, "rejected": ANY}, {"chosen": [dict], "rejected": [dict]},
+        {"prompt": ANY, "chosen": ANY, "rejected": ANY, "messages": list})),
     "ranking": Format("ranking", read_ranking, ({"prompt": ANY, "answers": list, "ranks": list},)),
     "prompt": Format("prompt", read_prompt, ({"prompt": ANY},)),
     "text": Format("text", read_text, ({"text": str},)),

@@ -1,4 +1,4 @@
-"""collect/annotate.py: what is written and when, what the page shows, who may ask; the page itself in a real browser."""
+"""collect/annotate.py: what is written and when, what the page shows, who may ask; the page in a real browser."""
 import asyncio
 import contextlib
 import json
@@ -27,7 +27,8 @@ from judging import recorded
 
 TINY = ROOT / "runs/tiny/0/sft/model"
 MODEL = "scripted=http://127.0.0.1:1/v1#scripted"
-SHARED = [{"id": f"s{i}", "prompt": f"Name {i} fruits.", "replies": [f"good {i}", f"bad {i}"], "category": "brainstorm"} for i in range(4)]
+SHARED = [{"id": f"s{i}", "prompt": f"Name {i} fruits.", "replies": [f"good {i}", f"bad {i}"], "category": "brainstorm"}
+          for i in range(4)]
 
 
 def talk(request, sampling):
@@ -67,7 +68,8 @@ def lines(path: Path) -> list[dict]:
 def say(server, text="Hello", name="Ann", state=None) -> dict:
     """Send a turn; the state with the two replies."""
     state = state or server.seen(name)
-    return server.post("/say", annotator=name, dialogue=state["dialogue"], turn=state["turn"], text=text, category="chat").json()
+    return server.post("/say", annotator=name, dialogue=state["dialogue"], turn=state["turn"], text=text,
+                       category="chat").json()
 
 
 def rate(server, choice, margin=None, flag=None, name="Ann", item=None) -> dict:
@@ -115,7 +117,8 @@ def test_flags_are_kept_but_are_no_preference(tmp_path):
         say(server)
         after = rate(server, None, flag="bad")
         assert (after["dialogue"], after["turn"], after["messages"], after["tokens"]) == (2, 1, [], 0)
-        assert str(server.votes) == "2 answers: 0 preferences, 0 between replies that were cut, 1 cannot tell, 1 both bad"
+        counts = "2 answers: 0 preferences, 0 between replies that were cut, 1 cannot tell, 1 both bad"
+        assert str(server.votes) == counts
     assert lines(tmp_path / "votes.jsonl") == []
     ratings = lines(tmp_path / "votes.ratings.jsonl")
     assert [(r["flag"], r["choice"], r["margin"]) for r in ratings] == [("skip", None, None), ("bad", None, None)]
@@ -125,7 +128,9 @@ def test_flags_are_kept_but_are_no_preference(tmp_path):
 
 @pytest.mark.parametrize("scale", ["choice", "likert"])
 def test_ratings_are_read_as_people_s_votes(tmp_path, scale):
-    """Left by 4, 1 is a rating of 1, 4; right by 1, 4 one of 5, 8. A label is in the order of the names, so it may be 9 less that."""
+    """Left by 4, 1 is a rating of 1, 4; right by 1, 4 one of 5, 8. A label is in the order of the names, so it may be 9
+    less that.
+    """
     with serving(tmp_path / "votes.jsonl", scale=scale) as server:
         for side, margin in (("left", 4), ("left", 1), ("right", 1), ("right", 4)):
             say(server)
@@ -133,7 +138,8 @@ def test_ratings_are_read_as_people_s_votes(tmp_path, scale):
     assert [v["margin"] for v in lines(tmp_path / "votes.jsonl")] == [4, 1, 1, 4]
     said = recorded.read(tmp_path / "votes.ratings.jsonl")
     assert said.format == "likert" and not said.rejects and said.unparsed == 0
-    assert [game["rating"] for game in said.games] == [1, 4, 5, 8] and [game["preference"] for game in said.games] == [1, 1, 0, 0]
+    assert [game["rating"] for game in said.games] == [1, 4, 5, 8]
+    assert [game["preference"] for game in said.games] == [1, 1, 0, 0]
     names = {"scripted top_p=0.8 top_k=0", "scripted top_p=1 top_k=40"}
     assert all({game["a"], game["b"]} == names for game in said.games)
     for game, label, vote in zip(said.games, said.labels, lines(tmp_path / "votes.jsonl"), strict=True):
@@ -142,7 +148,8 @@ def test_ratings_are_read_as_people_s_votes(tmp_path, scale):
 
 
 def test_a_reply_that_was_cut_is_rated_but_not_learnt_from(tmp_path):
-    with serving(tmp_path / "votes.jsonl", lambda request, sampling: (talk(request, sampling), sampling.top_p == 1)) as server:
+    with serving(tmp_path / "votes.jsonl", lambda request, sampling: (talk(request, sampling),
+                                                                      sampling.top_p == 1)) as server:
         shown = say(server)
         assert sorted(r["cut"] for r in shown["item"]["replies"]) == [False, True]
         assert rate(server, "left", 2)["turn"] == 2
@@ -180,7 +187,8 @@ def test_wherever_the_journal_breaks_off_the_rest_is_made_from_what_is_whole(tmp
         (tmp_path / "votes.jsonl").write_text("half a l")  # what is made from the journal may be older, or broken
         again = Votes(str(tmp_path / "votes.jsonl"))
         answers = sum(json.loads(line)["event"] == "answer" for line in journal[:cut].split(b"\n")[:-1])
-        assert lines(tmp_path / "votes.jsonl") == votes[:answers] and len(lines(tmp_path / "votes.ratings.jsonl")) == answers
+        assert lines(tmp_path / "votes.jsonl") == votes[:answers]
+        assert len(lines(tmp_path / "votes.ratings.jsonl")) == answers
         again.stream.close()
     for cut, turn in ((len(journal), 4), (len(journal) - 1, 4)):
         (tmp_path / "votes.journal.jsonl").write_bytes(journal[:cut])
@@ -215,14 +223,17 @@ listener = socket.create_server(("127.0.0.1", 0))
 print(listener.getsockname()[1], flush=True)
 uvicorn.Server(uvicorn.Config(server.app(), log_level="critical")).run([listener])
 """)
-    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "votes.jsonl")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "votes.jsonl")], stdout=subprocess.PIPE,
+                               text=True)
     try:
         client = httpx.Client(base_url=f"http://127.0.0.1:{process.stdout.readline().strip()}", timeout=30)
         for turn in (1, 2):
-            shown = client.post("/say", json={"annotator": "Ann", "dialogue": 1, "turn": turn, "text": "Hi", "category": "chat"}).json()
+            shown = client.post("/say", json={"annotator": "Ann", "dialogue": 1, "turn": turn, "text": "Hi",
+                                              "category": "chat"}).json()
             answer = {"annotator": "Ann", "id": shown["item"]["id"], "choice": "left", "margin": turn, "flag": None}
             assert client.post("/answer", json=answer).json()["turn"] == turn + 1
-        shown = client.post("/say", json={"annotator": "Ann", "dialogue": 1, "turn": 3, "text": "And?", "category": "chat"}).json()
+        shown = client.post("/say", json={"annotator": "Ann", "dialogue": 1, "turn": 3, "text": "And?",
+                                          "category": "chat"}).json()
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -240,7 +251,8 @@ def test_other_people_s_files_are_left_alone(tmp_path, capsys):
     first = Votes(str(tmp_path / "votes.jsonl"))
     exits(capsys, lambda: Votes(str(tmp_path / "votes.jsonl")), "another process is writing here")
     first.stream.close()
-    (tmp_path / "votes.journal.jsonl").write_text('{"event": "next", "annotator": "Ann"}\n{"event": "answer", "id": "Ann/9/9"}\n')
+    write_jsonl(tmp_path / "votes.journal.jsonl", [{"event": "next", "annotator": "Ann"},
+                                                   {"event": "answer", "id": "Ann/9/9"}])
     exits(capsys, lambda: Votes(str(tmp_path / "votes.jsonl")), "votes.journal.jsonl line 2", "damaged")
 
 
@@ -275,16 +287,20 @@ def test_nobody_answers_for_another(tmp_path):
 
 
 def vote(rater, unit, rating, flag=None, swapped=False) -> dict:
-    return {"prompt": unit, "a": "two" if swapped else "one", "b": "one" if swapped else "two", "annotator": rater, "flag": flag,
+    return {"prompt": unit, "a": "two" if swapped else "one", "b": "one" if swapped else "two", "annotator": rater,
+            "flag": flag,
             "rating": 9 - rating if swapped and rating else rating}
 
 
 def test_agreement_by_hand():
-    """Ann says 1, 1, 2, 2 and Bob 1, 2, 2, 2: 3 of 4 alike; by chance .5 * .25 + .5 * .75 = .5, kappa (.75 - .5) / .5 = .5.
+    """Ann says 1, 1, 2, 2 and Bob 1, 2, 2, 2: 3 of 4 alike; by chance .5 * .25 + .5 * .75 = .5, kappa (.75 - .5) / .5 =
+    .5.
 
-    Alpha: coincidences 1-1 2, 2-2 4, 1-2 and 2-1 1 each; n 3 and 5 of 8; D_o = 2/8, D_e = 2 * 15 / (8 * 7), alpha = 1 - .4667 = .5333.
+    Alpha: coincidences 1-1 2, 2-2 4, 1-2 and 2-1 1 each; n 3 and 5 of 8; D_o = 2/8, D_e = 2 * 15 / (8 * 7), alpha = 1 -
+    .4667 = .5333.
     """
-    votes = [vote(name, f"u{i}", x, swapped=name == "Bob" and i % 2) for name, row in (("Ann", (2, 1, 6, 8)), ("Bob", (4, 5, 6, 7)))
+    votes = [vote(name, f"u{i}", x, swapped=name == "Bob" and i % 2)
+             for name, row in (("Ann", (2, 1, 6, 8)), ("Bob", (4, 5, 6, 7)))
              for i, x in enumerate(row)]
     votes += [vote("Ann", "alone", 3), vote("Bob", "bad", None, "bad"), vote("Ann", "bad", 1)]
     found = agreement(votes)
@@ -298,7 +314,8 @@ def test_agreement_by_hand():
 
 def test_to_say_that_one_cannot_tell_is_an_answer_too():
     """Alike where both cannot tell, not alike where one can: 1 and 1 of 3; of those where both chose 1 of 1."""
-    votes = [vote(name, f"u{i}", x, None if x else "skip") for name, row in (("Ann", (2, None, None)), ("Bob", (1, None, 8)))
+    votes = [vote(name, f"u{i}", x, None if x else "skip") for name, row in (("Ann", (2, None, None)),
+                                                                             ("Bob", (1, None, 8)))
              for i, x in enumerate(row)]
     found = agreement(votes)
     assert (found["n"], found["raw"], found["n_decided"], found["decided"]) == (3, pytest.approx(2 / 3), 1, 1)
@@ -317,13 +334,15 @@ def test_shared_items_show_agreement_while_collecting(tmp_path):
                 assert sorted(texts) == sorted(SHARED[i]["replies"])
                 orders.add((i, texts[0] == SHARED[i]["replies"][0]))
                 state = rate(server, ("left", "right")[texts.index(SHARED[i]["replies"][reply])], 2, name=name)
-                assert state["item"] is None and state["turn"] == 1 and state["dialogue"] == 1 + i  # then one of their own
+                # then one of their own
+                assert state["item"] is None and state["turn"] == 1 and state["dialogue"] == 1 + i
                 say(server, name=name)
                 rate(server, None, flag="bad", name=name)
         assert server.seen()["item"] is None  # all rated
         found = server.seen()["agreement"]
         assert (found["raters"], found["n"], found["raw"], found["kappa"]) == (2, 4, 0.75, pytest.approx(0.5))
-    assert {order for _, order in orders} == {True, False} and len(orders) > 4  # one item not in the same order for both
+    # one item not in the same order for both
+    assert {order for _, order in orders} == {True, False} and len(orders) > 4
     assert lines(tmp_path / "votes.jsonl") == [] and len(lines(tmp_path / "votes.shared.jsonl")) == 8
     assert agreement(row for row in lines(tmp_path / "votes.ratings.jsonl") if "shared" in row["id"]) == found
 
@@ -341,7 +360,8 @@ def test_sides_samplings_and_models_are_dealt_by_lot(tmp_path):
     """300 items: every count lies within four standard deviations, 4 * sqrt(300 / 4) = 35 of 150."""
     models = [("old", Scripted(talk)), ("new", Scripted(talk))]
     with serving(tmp_path / "votes.jsonl", models=models) as server:
-        pairs = [asyncio.run(server.two_replies([{"role": "user", "content": "?"}], f"Ann/{i}/1", 50)) for i in range(300)]
+        pairs = [asyncio.run(server.two_replies([{"role": "user", "content": "?"}], f"Ann/{i}/1", 50))
+                 for i in range(300)]
     assert all({a["model"], b["model"]} == {"old", "new"} and {a["top_p"], b["top_p"]} == {0.8, 1.0} for a, b in pairs)
     for count in (sum(a["model"] == "old" for a, _ in pairs), sum(a["top_p"] == 1 for a, _ in pairs),
                   sum((a["model"] == "old") == (a["top_p"] == 1) for a, _ in pairs)):
@@ -369,7 +389,9 @@ def test_replies_that_are_the_same_are_drawn_again_and_then_cannot_be_chosen(tmp
 
 
 def test_a_dialogue_ends_with_its_tokens(tmp_path):
-    """Budget 100; a reply to 30 letters may take 100 - 10 = 90 tokens, one to 30 more after 50 tokens 40; at 90 only 10 are left: over."""
+    """Budget 100; a reply to 30 letters may take 100 - 10 = 90 tokens, one to 30 more after 50 tokens 40; at 90 only 10
+    are left: over.
+    """
     model = Scripted(lambda request, sampling: talk(request, sampling))
     rooms = []
 
@@ -396,7 +418,8 @@ def test_a_checkpoint_s_positions_bound_the_dialogue(tmp_path, checkpoint):
     server = Server(Config(models=[f"mine={checkpoint}"], out=str(tmp_path / "votes.jsonl"), device="cpu"))
     assert server.tokens == 256 and [name for name, _ in server.models] == ["mine"]
     left, right = asyncio.run(server.two_replies([{"role": "user", "content": "Hello"}], "Ann/1/1", 20))
-    assert left["text"] != right["text"] and left["model"] == right["model"] == "mine" and left["identity"] == server.models[0][1].name
+    assert left["text"] != right["text"] and left["model"] == right["model"] == "mine"
+    assert left["identity"] == server.models[0][1].name
     server.votes.stream.close()
 
 
@@ -420,12 +443,16 @@ def test_a_model_that_fails_is_reported_and_nothing_is_written(tmp_path, fault, 
 def test_what_no_record_may_hold_does_not_come_in(tmp_path):
     with serving(tmp_path / "votes.jsonl", lambda request, sampling: f"a\0b\ud800{sampling.top_p}") as server:
         for text in ("", "  ", None, "a\0b", 7):
-            assert server.post("/say", annotator="Ann", dialogue=1, turn=1, text=text, category="chat").status_code == 400
-        assert server.client.post("/say", content=b'{"annotator": "Ann", "dialogue": 1, "turn": 1, "text": "\\ud800", "category": "chat"}',
-                                  headers={"content-type": "application/json"}).status_code == 400
+            assert server.post("/say", annotator="Ann", dialogue=1, turn=1, text=text,
+                               category="chat").status_code == 400
+        half = b'{"annotator": "Ann", "dialogue": 1, "turn": 1, "text": "\\ud800", "category": "chat"}'
+        headers = {"content-type": "application/json"}
+        assert server.client.post("/say", content=half, headers=headers).status_code == 400
         say(server)
-        for answer in ({"choice": "left", "margin": 5}, {"choice": "left", "margin": True}, {"choice": "up", "margin": 1},
-                       {"choice": "left"}, {"flag": "love"}, {"choice": "left", "margin": 1, "flag": "bad"}, {}, {"margin": 2},
+        for answer in ({"choice": "left", "margin": 5}, {"choice": "left", "margin": True},
+                       {"choice": "up", "margin": 1},
+                       {"choice": "left"}, {"flag": "love"}, {"choice": "left", "margin": 1, "flag": "bad"}, {},
+                       {"margin": 2},
                        {"choice": [], "margin": 2}):
             assert server.post("/answer", annotator="Ann", id="Ann/1/1", **answer).status_code == 400, answer
         rate(server, "left", 1)
@@ -434,9 +461,11 @@ def test_what_no_record_may_hold_does_not_come_in(tmp_path):
 
 
 def test_openings_are_dealt_once_each_and_those_not_used_come_back(tmp_path):
-    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Opening {i}", "category": "rewrite"} for i in range(3)])
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Opening {i}", "category": "rewrite"}
+                                                       for i in range(3)])
     with serving(tmp_path / "votes.jsonl", prompts=str(prompts)) as server:
-        assert [server.seen(name)["opening"]["text"] for name in ("Ann", "Bob", "Ann", "Cleo")] == [f"Opening {i}" for i in (0, 1, 0, 2)]
+        assert [server.seen(name)["opening"]["text"] for name in ("Ann", "Bob", "Ann",
+                                                                  "Cleo")] == [f"Opening {i}" for i in (0, 1, 0, 2)]
         say(server, "Opening 1, in other words", name="Bob")
         assert server.seen("Bob")["opening"] is None
         late = server.seen("Dan")["opening"]
@@ -463,18 +492,21 @@ def test_other_web_pages_cannot_ask(tmp_path):
     with serving(tmp_path / "votes.jsonl") as server:
         rebound = server.client.get("/state", params={"annotator": "Ann"}, headers={"host": "evil.example"})
         assert rebound.status_code == 400 and "evil.example" in rebound.json()["error"]
-        form = server.client.post("/next", content=b'{"annotator": "Ann", "dialogue": 1}', headers={"content-type": "text/plain"})
+        form = server.client.post("/next", content=b'{"annotator": "Ann", "dialogue": 1}',
+                                  headers={"content-type": "text/plain"})
         assert form.status_code == 400 and server.seen()["dialogue"] == 1
         for name in ("", "a/b", "x" * 41, "<b>", " Ann", "../x", "Ann "):
             assert server.client.get("/state", params={"annotator": name}).status_code == 400, name
         assert server.seen("Zoë d'Arc-Ö.")["annotator"] == "Zoë d'Arc-Ö."
-        assert server.client.post("/say", content=b"x" * 300_000, headers={"content-type": "application/json"}).status_code == 413
+        assert server.client.post("/say", content=b"x" * 300_000,
+                                  headers={"content-type": "application/json"}).status_code == 413
         policy = server.client.get("/").headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"models": []}, "models holds 0"), ({"models": [MODEL] * 3}, "models holds 3"), ({"top_p": [0.5]}, "top_p and top_k"),
+    ({"models": []}, "models holds 0"), ({"models": [MODEL] * 3}, "models holds 3"),
+    ({"top_p": [0.5]}, "top_p and top_k"),
     ({"top_p": [0.5, 1.5]}, "top_p is 1.5"), ({"top_p": [1.0, 1.0], "top_k": [0, 0]}, "told apart"),
     ({"out": "votes.csv"}, "out is 'votes.csv'"), ({"temperature": 0.0}, "temperature is 0"),
     ({"guidelines": "no.md"}, "guidelines=no.md"), ({"tokens": 1}, "tokens is 1"),
@@ -493,7 +525,8 @@ def browser():
         pytest.skip("needs chromium and chromedriver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1200,800"):
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
+                 "--window-size=1200,800"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -509,11 +542,13 @@ def until(browser, condition: str, seconds: float = 20) -> None:
     """Wait for a JavaScript expression to be true."""
     deadline = time.time() + seconds
     while not browser.execute_script(f"return Boolean({condition})"):
-        assert time.time() < deadline, f"never {condition}; the page says: {browser.find_element('tag name', 'body').text}"
+        shown = browser.find_element("tag name", "body").text
+        assert time.time() < deadline, f"never {condition}; the page says: {shown}"
         time.sleep(0.02)
 
 
-RATING, WRITING = "state && state.item && !busy", "state && !state.item && !busy && document.activeElement.id === 'text'"
+RATING = "state && state.item && !busy"
+WRITING = "state && !state.item && !busy && document.activeElement.id === 'text'"
 
 
 def test_a_dialogue_of_four_turns_by_keyboard_alone(tmp_path, browser):
@@ -536,7 +571,8 @@ def test_a_dialogue_of_four_turns_by_keyboard_alone(tmp_path, browser):
             press(browser, f"Question {turn}", Keys.SHIFT, Keys.ENTER, Keys.NULL, "second line", Keys.ENTER)
             until(browser, RATING)
             shown = [e.text for e in browser.find_elements("css selector", ".reply .said")]
-            assert all(text.startswith("<script>window.pwned=1</script><img") and "&amp; **Turn" in text for text in shown)
+            assert all(text.startswith("<script>window.pwned=1</script><img") and "&amp; **Turn" in text
+                       for text in shown)
             assert browser.find_elements("css selector", ".turn.user .said")[-1].text == f"Question {turn}\nsecond line"
             if turn == 2:  # what was shown is shown again
                 browser.refresh()
@@ -567,8 +603,10 @@ def test_a_dialogue_of_four_turns_by_keyboard_alone(tmp_path, browser):
         until(browser, RATING)
         press(browser, "s")
         until(browser, WRITING + " && state.turn === 2")
-        assert browser.execute_script("return window.pwned === undefined && !document.querySelector('main img, main script')")
-        faults = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE" and "favicon" not in e["message"]]
+        assert browser.execute_script("return window.pwned === undefined "
+                                      "&& !document.querySelector('main img, main script')")
+        faults = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"
+                  and "favicon" not in e["message"]]
         assert faults == []
     votes = lines(tmp_path / "votes.jsonl")
     assert [(v["turn"], v["margin"], v["chosen_slot"]) for v in votes] == [(t, t, "left") for t in (1, 2, 3, 4)]

@@ -21,7 +21,8 @@ def write(path, *records):
 
 
 def test_the_first_record_tells_the_format(tmp_path):
-    for record, name in (({"messages": [HI, HELLO]}, "messages"), ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "preference"),
+    for record, name in (({"messages": [HI, HELLO]}, "messages"),
+                         ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "preference"),
                          ({"text": "Once."}, "text")):
         records, report = read(write(tmp_path / f"{name}.jsonl", record))
         assert len(list(records)) == 1 and report.format == name and not report.rejects
@@ -76,9 +77,11 @@ def test_a_bad_dialogue_is_reported_with_its_line_and_the_others_are_kept(record
     ({"rejected": ""}, "'rejected' is empty"),
     ({"rejected": "Hello"}, "'chosen' equals 'rejected'"),
     ({"rejected": None}, "expected text"),
-    ({"chosen": [HI, HELLO], "rejected": [HI | {"content": "Ho"}, HELLO | {"content": "Go"}]}, "disagree on what precedes the reply"),
+    ({"chosen": [HI, HELLO], "rejected": [HI | {"content": "Ho"}, HELLO | {"content": "Go"}]},
+     "disagree on what precedes the reply"),
     ({"rejected": [HI | {"content": "Ho"}, HELLO | {"content": "Go"}]}, "disagree on what precedes the reply"),
-    ({"prompt": [HI | {"content": "Ho"}], "chosen": [HI, HELLO], "rejected": [HI, HELLO | {"content": "Go"}]}, "disagree"),
+    ({"prompt": [HI | {"content": "Ho"}], "chosen": [HI, HELLO], "rejected": [HI, HELLO | {"content": "Go"}]},
+     "disagree"),
     ({"prompt": [HI, HELLO]}, "ends with a reply"),
     ({"prompt": 5}, "expected a list of messages"),
     ({"margin": "big"}, "'margin' is"),
@@ -122,7 +125,8 @@ def test_the_command_lists_rejects_and_keeps_the_good(tmp_path, capsys, monkeypa
 
 def test_rankings_and_prompts_are_read_and_bad_ranks_reported(tmp_path):
     good = {"prompt": "Hi", "answers": ["Hello!", "Hm."], "ranks": [0, 1]}
-    bad = [{"ranks": [0]}, {"ranks": [1, 1]}, {"ranks": [0, -1]}, {"ranks": [0, 1.5]}, {"answers": ["Hello!", ""]}, {"prompt": ""},
+    bad = [{"ranks": [0]}, {"ranks": [1, 1]}, {"ranks": [0, -1]}, {"ranks": [0, 1.5]}, {"answers": ["Hello!", ""]},
+           {"prompt": ""},
            {"ranks": [0, 2**40]}]
     file = write_jsonl(tmp_path / "r.jsonl", [good, *(good | change for change in bad)])
     records, report = read(file)
@@ -205,7 +209,8 @@ def test_a_broken_item_of_an_array_is_reported_with_its_index(data, kept, said, 
 
 
 def test_rows_of_a_table_with_fields_too_many_or_too_few_are_reported_with_their_line(tmp_path):
-    data = b'text,id\n"on\ne",1\ntwo\nthree,3,4\n\xff,5\n' + b"x" * 200_000 + b',6\nseven,7\n'  # csv takes 131,072 characters a field
+    # csv takes 131,072 characters a field
+    data = b'text,id\n"on\ne",1\ntwo\nthree,3,4\n\xff,5\n' + b"x" * 200_000 + b',6\nseven,7\n'
     records, report = read(written(tmp_path / "t.csv", data))
     assert [r["text"] for r in records] == ["on\ne", "seven"]
     assert [place for place, _ in report.rejects] == [4, 5, 6, 7] and report.kinds == {"not CSV": 3, "not UTF-8": 1}
@@ -245,43 +250,57 @@ def pair(prompt: str, chosen: str, rejected: str, **more) -> dict:
 
 EXPECTED = {  # what the docstrings' records become
     "alpaca": {"messages": dialogue("Name a prime above the number.\n\n20", "23")},
-    "dolly": {"messages": dialogue("Who built the mill?\n\nAnn Rudd built it in 1790.", "Ann Rudd."), "category": "closed_qa"},
-    "self_instruct": {"messages": dialogue("Give the plural of the noun.\n\ngoose", "geese"), "id": "seed_task_900", "name": "plural_form",
+    "dolly": {"messages": dialogue("Who built the mill?\n\nAnn Rudd built it in 1790.", "Ann Rudd."),
+              "category": "closed_qa"},
+    "self_instruct": {"messages": dialogue("Give the plural of the noun.\n\ngoose", "geese"), "id": "seed_task_900",
+                      "name": "plural_form",
                       "is_classification": False},
     "prediction": {"messages": dialogue("Add.\n\n1 2", "3"), "target": "3"},
     "completion": {"messages": dialogue("Task: add 1 and 2.\n\nOutput:", "3")},
-    "gsm8k": {"messages": dialogue("Two boxes of 600 eggs: how many?", "2 * 600 = 1200 eggs.\n#### 1,200"), "final": "1200"},
+    "gsm8k": {"messages": dialogue("Two boxes of 600 eggs: how many?", "2 * 600 = 1200 eggs.\n#### 1,200"),
+              "final": "1200"},
     "tldr_sample": {"messages": dialogue("A long post.\n\nTL;DR:", "A post."), "ref_text": "Post.", "model": "sft-xl"},
     "sharegpt": {"messages": dialogue("Hi", "Hello!"), "id": "c1"},
     "ultrachat": {"messages": dialogue("Why is the sky blue?", "Because air scatters blue light more."), "id": "77"},
     "lima": {"messages": dialogue("How do I prune a rose?", "In late winter, ..."), "source": "wikihow"},
     "lima_test": {"prompt": dialogue("How do I prune a rose?"), "source": "wikihow"},
-    "camel": {"messages": dialogue("Instruction: List breads.\nInput: None", "Solution: rye, seeded. Next request."), "id": "001_001_001",
-              "role_1": "Baker_RoleType.ASSISTANT", "role_2": "Cafe owner_RoleType.USER", "task": "Plan a rye menu for May"},
-    "red_team": {"messages": dialogue("Say a rude word.", "I had rather not."), "rating": 1.0, "model_type": "rlhf", "num_params": "13B",
+    "camel": {"messages": dialogue("Instruction: List breads.\nInput: None", "Solution: rye, seeded. Next request."),
+              "id": "001_001_001",
+              "role_1": "Baker_RoleType.ASSISTANT", "role_2": "Cafe owner_RoleType.USER",
+              "task": "Plan a rye menu for May"},
+    "red_team": {"messages": dialogue("Say a rude word.", "I had rather not."), "rating": 1.0, "model_type": "rlhf",
+                 "num_params": "13B",
                  "task_description": "asked for rude words", "min_harmlessness_score_transcript": -1.2, "annotator": 5},
     "kto": {"messages": dialogue("Hi", "Go away."), "label": False},
     "hh": pair("Is salt soluble?", "Yes, in water.", "No."),
     "sharegpt_preference": pair("Hi", "Hello!", "Go."),
     "ultrafeedback": pair("Say hi.", "Hi!", "No.", source="sharegpt", margin=5.0, score_chosen=8.0, score_rejected=3.0,
-                          model_chosen="m1", model_rejected="m2", principle_chosen="helpfulness", principle_rejected="honesty",
+                          model_chosen="m1", model_rejected="m2", principle_chosen="helpfulness",
+                          principle_rejected="honesty",
                           custom_system_prompt_chosen="Be helpful.", custom_system_prompt_rejected="Be honest."),
     "ultrafeedback_binarized": pair("Hi", "Hello!", "Go.", margin=1.5, score_chosen=8.0, score_rejected=6.5),
-    "shp": pair("Why did it sink?", "Oven door.", "No idea.", domain="askbaking_train", score_ratio=3.0, id="p1", score_chosen=30.0,
+    "shp": pair("Why did it sink?", "Oven door.", "No idea.", domain="askbaking_train", score_ratio=3.0, id="p1",
+                score_chosen=30.0,
                 score_rejected=10.0),
-    "summary_pair": pair("Summarize this post.\n\nT\n\nLong story.", "short", "other", category="summarize", split="train", annotator="w",
+    "summary_pair": pair("Summarize this post.\n\nT\n\nLong story.", "short", "other", category="summarize",
+                         split="train", annotator="w",
                          id="t3_x", subreddit="tifu", policy_chosen="sup4", policy_rejected="ref", confidence=7),
-    "summary_rating": {"messages": dialogue("Summarize this article.\n\nT\n\nLong news.", "News."), "category": "summarize",
-                       "policy": "ref", "scores": {"overall": 6, "accuracy": 7}, "split": "test", "annotator": "w", "id": "x1"},
+    "summary_rating": {"messages": dialogue("Summarize this article.\n\nT\n\nLong news.", "News."),
+                       "category": "summarize",
+                       "policy": "ref", "scores": {"overall": 6, "accuracy": 7}, "split": "test", "annotator": "w",
+                       "id": "x1"},
     "oasst": pair("Hi", "Hello", "What?", rank_chosen=0, rank_rejected=1, lang="en", id="m1"),
-    "pandalm": pair("Name a sea.", "The Baltic.", "Mars.", votes=[1, 1, 0], motivation_app="Maps", id=3, models="m1_m2"),
-    "alpaca_eval": pair("Name a sea.", "The Baltic.", "Mars.", preference=2, annotator="judge", dataset="helpful_base", generator_1="m1",
+    "pandalm": pair("Name a sea.", "The Baltic.", "Mars.", votes=[1, 1, 0], motivation_app="Maps", id=3,
+                    models="m1_m2"),
+    "alpaca_eval": pair("Name a sea.", "The Baltic.", "Mars.", preference=2, annotator="judge", dataset="helpful_base",
+                        generator_1="m1",
                         generator_2="m2"),
     "llmbar": pair("Name a sea.", "The Baltic.", "Mars."),
     "mt_bench": {"prompt": dialogue("What is 2 + 2?"), "turns": ["What is 2 + 2?", "And doubled?"], "category": "math",
                  "reference": ["4", "8"], "id": 900},
     "reference": {"text": "4", "turns": ["4", "8"], "id": 900, "model": "m1"},
-    "judge_prompt": {"text": "Rate {answer}.", "name": "one", "type": "single", "system_prompt": "Be fair.", "category": "general"},
+    "judge_prompt": {"text": "Rate {answer}.", "name": "one", "type": "single", "system_prompt": "Be fair.",
+                     "category": "general"},
     "ultra_eval": {"prompt": dialogue("What is 2 + 2?"), "category": "Math-easy"},
     "multiple_choice": {"prompt": dialogue("Question: Which is a sea?"), "choices": ["Mars", "The Baltic"], "gold": 1},
     "truthfulqa": {"prompt": dialogue("Do bulls hate red?"), "correct": ["No", "They cannot see it"],
@@ -294,7 +313,8 @@ def test_the_record_a_docstring_shows_is_recognised_and_read(name, tmp_path):
     records, report = read(write_jsonl(tmp_path / "d.jsonl", [example(name)]))
     records = list(records)
     assert (records, report.native, report.format, report.rejects) == ([EXPECTED[name]], name, NATIVE[name].form, [])
-    again, report = read(write_jsonl(tmp_path / "again.jsonl", records))  # what was written is read in its form, unchanged
+    # what was written is read in its form, unchanged
+    again, report = read(write_jsonl(tmp_path / "again.jsonl", records))
     assert list(again) == records and report.native == ("kto" if name == "kto" else NATIVE[name].form)
 
 
@@ -307,21 +327,26 @@ def one(tmp_path, name: str, *records: dict):
 def test_a_record_that_fits_two_formats_is_an_error_that_names_both(tmp_path, capsys):
     record = {"instruction": "Hi", "output": "Hello", "conversations": [{"from": "human", "value": "Hi"}]}
     both = write_jsonl(tmp_path / "b.jsonl", [record])
-    exits(capsys, lambda: list(read(both)[0]), "b.jsonl: its first record could be alpaca or sharegpt", "--format alpaca")
+    exits(capsys, lambda: list(read(both)[0]), "b.jsonl: its first record could be alpaca or sharegpt",
+          "--format alpaca")
     assert list(read(both, "alpaca")[0]) == [{"messages": [HI, HELLO]}]
     assert recognise({"prompt": "Hi", "prompt_id": "x", "messages": [HI, HELLO]}, "") == "messages"
     assert recognise({"chosen": [HI, HELLO], "rejected": [HI, HELLO | {"content": "Go"}]}, "") == "preference"
-    assert recognise(example("ultrafeedback_binarized") | {"messages": [HI, HELLO], "prompt_id": "x"}, "") == "ultrafeedback_binarized"
+    released = example("ultrafeedback_binarized") | {"messages": [HI, HELLO], "prompt_id": "x"}
+    assert recognise(released, "") == "ultrafeedback_binarized"
     assert recognise({"prompt": "Hi", "completion": "Go", "label": False}, "") == "kto"
     with pytest.raises(Reject, match="fit no format"):
         recognise({"conversations": 5, "\ud800": 1}, "")
 
 
 def test_alpaca_takes_a_system_text_and_earlier_rounds_and_no_input(tmp_path):
-    record = {"instruction": "And 3?", "input": " ", "output": "Odd.", "system": "Be short.", "history": [["Is 2 odd?", "Even."]]}
+    record = {"instruction": "And 3?", "input": " ", "output": "Odd.", "system": "Be short.",
+              "history": [["Is 2 odd?", "Even."]]}
     found, _, _ = one(tmp_path, "alpaca", record)
-    assert found[0]["messages"] == [{"role": "system", "content": "Be short."}, *dialogue("Is 2 odd?", "Even.", "And 3?", "Odd.")]
-    _, reasons, _ = one(tmp_path, "alpaca", *(record | {"history": bad} for bad in (5, ["x"], [["x"]], [["x", 1]])), record | {"input": 5})
+    assert found[0]["messages"] == [{"role": "system", "content": "Be short."},
+                                    *dialogue("Is 2 odd?", "Even.", "And 3?", "Odd.")]
+    _, reasons, _ = one(tmp_path, "alpaca", *(record | {"history": bad} for bad in (5, ["x"], [["x"]], [["x", 1]])),
+                        record | {"input": 5})
     assert len(reasons) == 5
 
 
@@ -339,7 +364,8 @@ def test_a_reply_to_nothing_and_a_question_without_a_reply_are_cut_off_and_repor
 def test_camel_ends_with_its_mark_and_refuses_missing_and_swapped_messages(tmp_path):
     good = example("camel")
     done = {"role_type": "USER", "content": "<CAMEL_TASK_DONE>"}
-    found, reasons, _ = one(tmp_path, "camel", good | {"message_3": done, "num_messages": 3}, good | {"num_messages": 3},
+    found, reasons, _ = one(tmp_path, "camel", good | {"message_3": done, "num_messages": 3},
+                            good | {"num_messages": 3},
                             good | {"message_1": good["message_2"]}, good | {"message_4": done, "num_messages": 3})
     assert [r["messages"] for r in found] == [EXPECTED["camel"]["messages"]]
     assert "'num_messages' is 3 but it holds 2" in reasons[0] and "odd messages are the user's" in reasons[1]
@@ -355,7 +381,8 @@ def test_every_instance_of_a_seed_task_is_a_dialogue(tmp_path):
 
 @pytest.mark.parametrize("chosen, rejected, said", [
     ("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hey\n\nAssistant: No", "differ before their last turn"),
-    ("\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: So?\n\nAssistant: A", "\n\nHuman: Hi\n\nAssistant: No", "differ before their last turn"),
+    ("\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: So?\n\nAssistant: A", "\n\nHuman: Hi\n\nAssistant: No",
+     "differ before their last turn"),
     ("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hi\n\nAssistant: Yes ", "'chosen' equals 'rejected'"),
     ("\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant: No", "'chosen.content' is empty"),
     ("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hi\n\nAssistant: ", "'rejected.content' is empty"),
@@ -364,13 +391,16 @@ def test_every_instance_of_a_seed_task_is_a_dialogue(tmp_path):
     ("\n\nHuman: Hi", "\n\nHuman: Hey", "'chosen' ends with a user turn"),
 ])
 def test_hh_pairs_are_compared_turn_by_turn(chosen, rejected, said, tmp_path):
-    """The rightmost "Assistant:" splits the second of these at "Yes" and "A" for chosen, "No" for rejected: no pair at all."""
+    """The rightmost "Assistant:" splits the second of these at "Yes" and "A" for chosen, "No" for rejected: no pair at
+    all.
+    """
     found, reasons, _ = one(tmp_path, "hh", example("hh"), {"chosen": chosen, "rejected": rejected})
     assert len(found) == 1 and said in reasons[0]
 
 
 def test_a_speaker_named_inside_a_reply_is_part_of_it(tmp_path):
-    record = {"chosen": "\n\nHuman: Hi\n\nAssistant: One.\nHuman: two", "rejected": "\n\nHuman: Hi\n\nAssistant: Human: no"}
+    record = {"chosen": "\n\nHuman: Hi\n\nAssistant: One.\nHuman: two",
+              "rejected": "\n\nHuman: Hi\n\nAssistant: Human: no"}
     (found,), _, _ = one(tmp_path, "hh", record)
     assert (found["chosen"], found["rejected"]) == ("One.\nHuman: two", "Human: no")
 
@@ -380,8 +410,9 @@ def tree(text: str, role: str, *replies: dict, **more) -> dict:
 
 
 def test_an_oasst_tree_gives_every_ranked_pair_at_any_depth_and_reports_the_rest(tmp_path):
-    """u: a (0), b (1), c (2) give 3 pairs. u2, below b: d (0), e (1), d again (2) give d > e and e > d, and one pair of equal texts.
-    u4, below a: k (0), i (1), j (1) give 2 and one tie. Left out: f has no rank, g is deleted, u3 failed its review."""
+    """u: a (0), b (1), c (2) give 3 pairs. u2, below b: d (0), e (1), d again (2) give d > e and e > d, and one pair of
+    equal texts. u4, below a: k (0), i (1), j (1) give 2 and one tie. Left out: f has no rank, g is deleted, u3 failed
+    its review."""
     def a(text, rank, *replies, **more):
         return tree(text, "assistant", *replies, rank=rank, **more)
 
@@ -406,14 +437,18 @@ def test_an_oasst_tree_gives_every_ranked_pair_at_any_depth_and_reports_the_rest
 
 def test_an_oasst_tree_without_a_pair_or_unfinished_is_rejected(tmp_path):
     alone = {"message_tree_id": "t", "prompt": tree("u", "prompter", tree("a", "assistant", rank=0))}
-    _, reasons, _ = one(tmp_path, "oasst", alone, alone | {"tree_state": "halted"}, alone | {"prompt": tree("u", "assistant")})
-    assert [r.split(",")[0] for r in reasons] == ["no user turn has two ranked replies: drop the tree", "'tree_state' is \"halted\"",
+    _, reasons, _ = one(tmp_path, "oasst", alone, alone | {"tree_state": "halted"},
+                        alone | {"prompt": tree("u", "assistant")})
+    assert [r.split(",")[0] for r in reasons] == ["no user turn has two ranked replies: drop the tree",
+                                                  "'tree_state' is \"halted\"",
                                                   'prompt: has role "assistant" where prompter is due',
                                                   "no user turn has two ranked replies: drop the tree"]
 
 
 def test_a_ten_that_was_a_one_is_told_by_the_ratings_of_its_aspects():
-    """Ratings 2, 1, 2 have mean 1.67: the 10 was a 1. 5, 4, 5: mean 4.67, a true 10. 3, 4: 3.5, nobody knows. N/A does not count."""
+    """Ratings 2, 1, 2 have mean 1.67: the 10 was a 1. 5, 4, 5: mean 4.67, a true 10. 3, 4: 3.5, nobody knows. N/A does
+    not count.
+    """
     def scored(score, *ratings):
         return {"overall_score": score, "annotations": {str(i): {"Rating": rating} for i, rating in enumerate(ratings)}}
 
@@ -430,36 +465,44 @@ def test_a_ten_that_was_a_one_is_told_by_the_ratings_of_its_aspects():
 
 def test_ultrafeedback_pairs_the_best_with_a_random_lower_one(tmp_path):
     def record(prompt, *scores):
-        return {"instruction": prompt, "completions": [{"response": f"r{i}", "overall_score": s} for i, s in enumerate(scores)]}
+        return {"instruction": prompt, "completions": [{"response": f"r{i}", "overall_score": s}
+                                                       for i, s in enumerate(scores)]}
 
     found, reasons, report = one(tmp_path, "ultrafeedback", *(record(f"p{i}", 6, 9, 9, 3) for i in range(60)))
-    assert {r["chosen"] for r in found} == {"r1"} and {r["rejected"] for r in found} == {"r0", "r3"}  # never r2, its equal
+    # never r2, its equal
+    assert {r["chosen"] for r in found} == {"r1"} and {r["rejected"] for r in found} == {"r0", "r3"}
     assert all(r["margin"] == 9 - {"r0": 6, "r3": 3}[r["rejected"]] for r in found)
     assert 15 < sum(r["rejected"] == "r0" for r in found) < 45
     assert one(tmp_path, "ultrafeedback", *(record(f"p{i}", 6, 9, 9, 3) for i in reversed(range(60))))[0] == found[::-1]
     same = record("p", 9, 4)
     same["completions"][1]["response"] = "r0"
     assert one(tmp_path, "ultrafeedback", same)[2].kinds == {"tie": 1}  # one text cannot be better than itself
-    found, reasons, report = one(tmp_path, "ultrafeedback", record("p", 5, 5, 5), record("p", 10, 4, 6), record("p", None, 7))
-    assert len(found) == 1 and found[0]["chosen"] == "r2" and report.kinds == {"tie": 2, "score in doubt": 1, "bad number": 1}
+    found, reasons, report = one(tmp_path, "ultrafeedback", record("p", 5, 5, 5), record("p", 10, 4, 6),
+                                 record("p", None, 7))
+    assert len(found) == 1 and found[0]["chosen"] == "r2"
+    assert report.kinds == {"tie": 2, "score in doubt": 1, "bad number": 1}
     assert reasons[1].startswith("completions[0]: 'overall_score' is 10")
 
 
 def test_binarised_scores_that_tie_stay_with_margin_0_and_contradictions_go(tmp_path):
     good = example("ultrafeedback_binarized")
     without = {key: value for key, value in good.items() if key != "prompt"}  # then it is the common start
-    bad = [good | {"score_rejected": 9}, good | {"score_chosen": "8"}, good | {"score_chosen": 11}, good | {"prompt": "Ho"}]
+    bad = [good | {"score_rejected": 9}, good | {"score_chosen": "8"}, good | {"score_chosen": 11},
+           good | {"prompt": "Ho"}]
     found, _, report = one(tmp_path, "ultrafeedback_binarized", good | {"score_rejected": 8}, without, *bad)
     assert [(r["margin"], r["prompt"]) for r in found] == [(0, [HI]), (1.5, [HI])]
     assert report.kinds == {"scores contradict": 1, "bad number": 2, "prompts differ": 1}
 
 
 def test_votes_and_verdicts_make_pairs_by_their_stated_rules(tmp_path):
-    """PandaLM: 2, 2, 0 second; 0, 0, 1 tie; 1, 2, 0 no majority. AlpacaEval: 1.2 first, 1.8 second, 1.5 and 0 ties, null no verdict."""
+    """PandaLM: 2, 2, 0 second; 0, 0, 1 tie; 1, 2, 0 no majority. AlpacaEval: 1.2 first, 1.8 second, 1.5 and 0 ties,
+    null no verdict.
+    """
     def votes(*labels, **more):
         return example("pandalm") | {f"annotator{i}": label for i, label in enumerate(labels, 1)} | more
 
-    found, reasons, report = one(tmp_path, "pandalm", votes(2, 2, 0), votes(0, 0, 1), votes(1, 2, 0), votes(1, True, 1), votes(1, 3, 1),
+    found, reasons, report = one(tmp_path, "pandalm", votes(2, 2, 0), votes(0, 0, 1), votes(1, 2, 0), votes(1, True, 1),
+                                 votes(1, 3, 1),
                                  votes(1, 1, 1, response2=True))
     assert [(r["chosen"], r["rejected"]) for r in found] == [("Mars.", "The Baltic."), ("The Baltic.", "True")]
     assert report.kinds == {"tie": 2, "bad label": 2}
@@ -468,7 +511,8 @@ def test_votes_and_verdicts_make_pairs_by_their_stated_rules(tmp_path):
     assert [r["chosen"] for r in found] == ["Mars.", "The Baltic.", "Mars.", "The Baltic."]
     assert report.kinds == {"tie": 2, "no verdict": 1, "bad number": 2}
     shp = example("shp")
-    found, _, report = one(tmp_path, "shp", shp | {"labels": 0, "score_A": 5}, shp | {"labels": 0}, shp | {"labels": True})
+    found, _, report = one(tmp_path, "shp", shp | {"labels": 0, "score_A": 5}, shp | {"labels": 0},
+                           shp | {"labels": True})
     assert found[0]["chosen"] == "No idea." and report.kinds == {"scores contradict": 1, "bad label": 1}
     for name, bad in (("multiple_choice", {"gold": 2}), ("multiple_choice", {"gold": -1}), ("kto", {"label": "yes"}),
                       ("llmbar", {"label": 0})):
@@ -485,15 +529,18 @@ def test_scripts_refuse_dialogues_labelled_undesirable_and_parts_left_out(tmp_pa
 
 
 def test_the_command_shows_the_first_record_with_its_loss_and_counts_by_reason(tmp_path, capsys, monkeypatch):
-    path = write_jsonl(tmp_path / "a.json", [example("alpaca"), example("alpaca") | {"output": ""}, {"instruction": "x"}])
+    path = write_jsonl(tmp_path / "a.json", [example("alpaca"), example("alpaca") | {"output": ""},
+                                             {"instruction": "x"}])
     words = ["--format", "alpaca", "--out", str(tmp_path / "o.jsonl"), "--tokenizer", str(BASE)]
     monkeypatch.setattr("sys.argv", ["formats", str(path), *words])
     main()
     said = capsys.readouterr().out
-    assert "format alpaca, 3 read, 1 used, 2 rejected; 1 messages records" in said and "1 empty text\n" in said and "1 not text\n" in said
+    assert "format alpaca, 3 read, 1 used, 2 rejected; 1 messages records" in said and "1 empty text\n" in said
+    assert "1 not text\n" in said
     assert "line 2: 'output' is empty" in said
     rows = [line.split() for line in said.splitlines() if "response, turn 1" in line]
-    assert all(row[2] == "1" for row in rows) and rows[-1][3] == "</s>" and "".join(row[3] for row in rows[:-1]).endswith("23")
+    assert all(row[2] == "1" for row in rows) and rows[-1][3] == "</s>"
+    assert "".join(row[3] for row in rows[:-1]).endswith("23")
     assert list(read(tmp_path / "o.jsonl")[0]) == [EXPECTED["alpaca"]]
 
 
@@ -505,11 +552,14 @@ GOOD = {name: example(name) for name in NATIVE} | {
     "ranking": {"prompt": "Hi", "answers": ["Hello", "Hm"], "ranks": [0, 1]},
     "prompt": {"prompt": "Hi"}, "text": {"text": "Once."},
 }
-RAW = {"nan": "NaN", "infinity": "-Infinity", "huge": "9" * 5000, "large": "1" + "0" * 400, "deep": "[" * 5000 + "]" * 5000,
+RAW = {"nan": "NaN", "infinity": "-Infinity", "huge": "9" * 5000, "large": "1" + "0" * 400,
+       "deep": "[" * 5000 + "]" * 5000,
        "half": '"\\ud83d"', "nul": '"\\u0000"', "rawnul": '"a\0b"', "bad": '"\\x"'}
 ADDED = ["category", "margin", "label", "id", "history", "system", "replies", "\ud800"]
-OTHER = [None, True, False, 0, -1, 3.5, 10**18, "", "  ", "x", [], {}, [[]], [None], ["x"], [1, "x"], {"role": "user"}, [{}], {"x": [{}]}]
-SWAPPED = {"user": "assistant", "assistant": "user", "prompter": "assistant", "human": "gpt", "gpt": "human", "USER": "ASSISTANT"}
+OTHER = [None, True, False, 0, -1, 3.5, 10**18, "", "  ", "x", [], {}, [[]], [None], ["x"], [1, "x"], {"role": "user"},
+         [{}], {"x": [{}]}]
+SWAPPED = {"user": "assistant", "assistant": "user", "prompter": "assistant", "human": "gpt", "gpt": "human",
+           "USER": "ASSISTANT"}
 
 
 def corrupted(record: dict, rng: random.Random) -> bytes:
@@ -593,7 +643,8 @@ def test_five_hundred_corrupted_records_are_used_or_reported_one_by_one(name, tm
 def test_corrupted_arrays_and_tables_are_reported(tmp_path):
     for seed in range(250):
         rng = random.Random(seed)
-        items = [json.dumps(example("alpaca")).encode() if rng.random() < 0.7 else corrupted(example("alpaca"), rng) for _ in range(4)]
+        items = [json.dumps(example("alpaca")).encode() if rng.random() < 0.7 else corrupted(example("alpaca"), rng)
+                 for _ in range(4)]
         data = b"[\n" + b",\n".join(items) + b"\n]"
         data = data[: rng.randrange(len(data))] if rng.random() < 0.3 else data
         records, report = read(written(tmp_path / "a.json", data), "alpaca")
@@ -613,7 +664,8 @@ def real(name: str = "") -> Path:
 
 @real_data
 def test_every_real_file_gives_the_number_of_records_its_list_states():
-    rows = [[cell.strip() for cell in line.split("|")] for line in real("README.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split("|")] for line in real("README.md").read_text().splitlines()
+            if line.startswith("| ")]
     files = [(row[1], int(row[3])) for row in rows if row[3].isdigit()]
     assert len(files) == sum(path.is_file() and path.name != "README.md" for path in real().rglob("*")) > 40
     for name, count in files:

@@ -35,7 +35,8 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     build.write_data(build.Config(part="data", demos=300, prompts=10, more_prompts=60, evals=1), folder)
     write_jsonl(folder / "dev.jsonl", lines(folder / "dev.jsonl")[:3])
-    sft.main(sft.Config(model=str(BASE), data=str(folder / "sft.jsonl"), out=str(folder / "sft"), template="zephyr", max_steps=7, batch=10,
+    sft.main(sft.Config(model=str(BASE), data=str(folder / "sft.jsonl"), out=str(folder / "sft"), template="zephyr",
+                        max_steps=7, batch=10,
                         lr=3e-3, samples=0, device="cpu", threads=1))
     (folder / "dpo.toml").write_text("beta = 0.3\nmax_steps = 1\n")
     (folder / "reward.toml").write_text("lr = 1e-3\nmax_steps = 1\n")
@@ -58,8 +59,10 @@ def commands(monkeypatch) -> list[str]:
 
 
 def config(world: Path, out: Path, **changes) -> Config:
-    return Config(**{"model": str(world / "sft/model"), "out": str(out), "rounds": 2, "prompts": str(world / "more_prompts.jsonl"),
-                     "prompts_per_round": 12, "dev": str(world / "dev.jsonl"), "max_tokens": 24, "dpo": str(world / "dpo.toml"),
+    return Config(**{"model": str(world / "sft/model"), "out": str(out), "rounds": 2,
+                     "prompts": str(world / "more_prompts.jsonl"),
+                     "prompts_per_round": 12, "dev": str(world / "dev.jsonl"), "max_tokens": 24,
+                     "dpo": str(world / "dpo.toml"),
                      "reward": str(world / "reward.toml"), "device": "cpu", "threads": 1} | changes)
 
 
@@ -83,7 +86,8 @@ def test_each_policy_answers_fresh_prompts_and_the_next_one_starts_from_it(world
     for folder, policy in ((first, world / "sft/model"), (second, first / "dpo/model")):
         assert {r["model"] for r in lines(folder / "replies.jsonl")} == {open_model(str(policy), "cpu").name}
         trained, rewarded = (tomllib.loads((folder / name / "config.toml").read_text()) for name in ("dpo", "reward"))
-        assert trained["model"] == str(policy) and trained["ref_model"] == "" and trained["data"] == str(folder / "train.jsonl")
+        assert trained["model"] == str(policy) and trained["ref_model"] == ""
+        assert trained["data"] == str(folder / "train.jsonl")
         assert rewarded["model"] == str(world / "sft/model") and rewarded["eval_data"] == str(folder / "heldout.jsonl")
         assert (trained["beta"], rewarded["lr"], trained["max_steps"]) == (0.3, 1e-3, 1)  # as the two files say
     assert lines(second / "reward_data.jsonl") == lines(first / "train.jsonl") + lines(second / "train.jsonl")
@@ -98,12 +102,14 @@ def test_a_round_s_line_is_what_its_files_say(done, number):
     records, found = read(folder / "votes.jsonl")
     assert len(list(records)) == len(votes) and found.format == "preference" and not found.rejects
     ratings = recorded.read(folder / "votes.ratings.jsonl")
-    assert ratings.format == "likert" and not ratings.rejects and {row["rater"] for row in ratings.labels} == {"a1", "a2"}
+    assert ratings.format == "likert" and not ratings.rejects
+    assert {row["rater"] for row in ratings.labels} == {"a1", "a2"}
     said: dict[str, dict] = {}
     for r in lines(folder / "votes.ratings.jsonl"):
         said.setdefault(r["id"], {})[r["annotator"]] = r["choice"]
     row = json.loads((folder / "round.json").read_text())
-    assert (row["preferences"], row["reward_pairs"], row["policy"]) == (len(votes), len(held_out), str(folder / "dpo/model"))
+    assert (row["preferences"], row["reward_pairs"], row["policy"]) == (len(votes), len(held_out),
+                                                                        str(folder / "dpo/model"))
     assert sum(u["a1"] is not None for u in said.values()) == len(votes)
     assert row["agreement"]["n"] == len(said)
     assert row["agreement"]["raw"] == pytest.approx(sum(u["a1"] == u["a2"] for u in said.values()) / len(said))
@@ -118,7 +124,8 @@ def test_the_reply_that_was_chosen_goes_on(done):
         chosen = {(v["dialogue"], v["turn"]): v["chosen"] for v in lines(folder / "votes.jsonl")}
         users = {d["id"]: [turn["user"] for turn in d["turns"]] for d in lines(folder / "prompts.jsonl")}
         for rating in lines(folder / "votes.ratings.jsonl"):
-            assert [m["content"] for m in rating["messages"] if m["role"] == "user"] == users[rating["prompt"]][: rating["turn"]]
+            assert [m["content"] for m in rating["messages"]
+                    if m["role"] == "user"] == users[rating["prompt"]][: rating["turn"]]
             if (rating["prompt"], rating["turn"] - 1) in chosen:
                 seen += 1
                 assert rating["messages"][-2]["content"] == chosen[rating["prompt"], rating["turn"] - 1]
@@ -166,7 +173,8 @@ def test_stopped_before_every_file_it_comes_to_the_same_files(world, done, tmp_p
         if ledger.exists() and not asked:
             ledger.write_bytes(ledger.read_bytes()[: ledger.stat().st_size // 2])
     assert len(made) == 10 and (folder / "round.json").exists()
-    for name in ("prompts.jsonl", "votes.jsonl", "votes.ratings.jsonl", "train.jsonl", "heldout.jsonl", "reward_data.jsonl",
+    for name in ("prompts.jsonl", "votes.jsonl", "votes.ratings.jsonl", "train.jsonl", "heldout.jsonl",
+                 "reward_data.jsonl",
                  "reward/model/model.safetensors", "dpo/model/model.safetensors"):
         assert (folder / name).read_bytes() == (done / "round_1" / name).read_bytes(), name
     ours, theirs = (json.loads((out / "round_1/round.json").read_text()) for out in (tmp_path, done))
@@ -200,10 +208,13 @@ def test_ctrl_c_is_left_to_the_script(monkeypatch):
 # ----------------------------------------------------------------------------------------- people
 
 def rate(page: TestClient, name: str, better: set[str]) -> dict:
-    """Send what is offered to begin with; choose the right reply if it is among the better, else the left one. What was rated."""
+    """Send what is offered to begin with; choose the right reply if it is among the better, else the left one. What was
+    rated.
+    """
     state = page.get("/state", params={"annotator": name}).json()
     while state["item"] is None:
-        state = page.post("/say", json={"annotator": name, "dialogue": state["dialogue"], "turn": 1, "text": state["opening"]["text"],
+        state = page.post("/say", json={"annotator": name, "dialogue": state["dialogue"], "turn": 1,
+                                        "text": state["opening"]["text"],
                                         "category": state["opening"]["category"]}).json()
     item = state["item"]
     answer = {"choice": None, "margin": None, "flag": "skip"}
@@ -216,8 +227,11 @@ def rate(page: TestClient, name: str, better: set[str]) -> dict:
 
 
 def test_people_s_round_is_what_they_rated_on_the_page(world, tmp_path, commands, capsys):
-    """The command it prints is the page's; two people rate a shared pair, and choose the same reply whichever side it is on."""
-    settings, folder = config(world, tmp_path, dev="", annotators="people", votes=6, shared=3, prompts_per_round=20), tmp_path / "round_1"
+    """The command it prints is the page's; two people rate a shared pair, and choose the same reply whichever side it
+    is on.
+    """
+    settings, folder = config(world, tmp_path, dev="", annotators="people", votes=6, shared=3,
+                              prompts_per_round=20), tmp_path / "round_1"
     main(settings)
     said = capsys.readouterr().out
     (command,) = [line.strip() for line in said.splitlines() if "collect.annotate" in line]
@@ -249,17 +263,23 @@ def test_people_s_round_is_what_they_rated_on_the_page(world, tmp_path, commands
 def test_shared_pairs_are_two_whole_and_different_replies(world, tmp_path, monkeypatch, capsys):
     """Of four prompts one gets the same reply twice, one a reply that was cut, one none."""
     said = {"fine": ["A.", "B."], "same": ["A.", "A. "], "cut": ["A.", ("B", False)], "failed": [None, "B."]}
-    monkeypatch.setattr(rounds, "open_model", lambda *_: Scripted(lambda request, _: said[request.messages[0]["content"]][request.repeat]))
-    rounds.share("", [{"prompt": [{"role": "user", "content": name}]} for name in said], tmp_path, config(world, tmp_path))
+    monkeypatch.setattr(rounds, "open_model",
+                        lambda *_: Scripted(lambda request, _: said[request.messages[0]["content"]][request.repeat]))
+    rounds.write_shared("", [{"prompt": [{"role": "user", "content": name}]} for name in said], tmp_path,
+                        config(world, tmp_path))
     prompt = [{"role": "user", "content": "fine"}]
-    assert lines(tmp_path / "shared.jsonl") == [{"id": "1", "prompt": prompt, "replies": ["A.", "B."], "category": "none"}]
+    assert lines(tmp_path / "shared.jsonl") == [{"id": "1", "prompt": prompt, "replies": ["A.", "B."],
+                                                 "category": "none"}]
     assert "1 pairs for everybody; the other 3" in capsys.readouterr().out
 
 
 def test_preferences_from_elsewhere_will_do(world, done, tmp_path, commands, capsys):
-    """As data/records.py has them, without dialogues or ratings; what is wrong with one is said, also that there are too few."""
+    """As data/records.py has them, without dialogues or ratings; what is wrong with one is said, also that there are
+    too few.
+    """
     folder = tmp_path / "round_1"
-    votes = [{key: vote[key] for key in ("prompt", "chosen", "rejected")} for vote in lines(done / "round_1/votes.jsonl")]
+    votes = [{key: vote[key] for key in ("prompt", "chosen", "rejected")}
+             for vote in lines(done / "round_1/votes.jsonl")]
     settings = config(world, tmp_path, rounds=1, dev="", annotators="people", votes=len(votes), shared=0)
     main(settings)
     assert not (folder / "shared.jsonl").exists() and "shared=" not in capsys.readouterr().out
@@ -281,7 +301,8 @@ def test_the_table_by_hand():
     """Gold 60 +- 2.5 is 57.5 to 62.5; what was not measured is empty."""
     agreed = {"raw": 0.75, "n": 40, "kappa": 0.5, "decided": 0.9}
     rows = [{"round": 0, "policy": "sft"},
-            {"round": 1, "policy": "dpo", "gold": 60.0, "gold_interval": 2.5, "words": 7.5, "preferences": 30, "agreement": agreed,
+            {"round": 1, "policy": "dpo", "gold": 60.0, "gold_interval": 2.5, "words": 7.5, "preferences": 30,
+             "agreement": agreed,
              "reward_accuracy": 0.8, "reward_pairs": 10}]
     found = table(rows)["rows"]
     assert found[0] == [0, *[None] * 9]
@@ -297,7 +318,8 @@ def test_what_is_wrong_is_said_before_anything_runs(world, tmp_path, commands, c
     exits(capsys, lambda: config(world, tmp_path, prompts_per_round=21, rounds=3), "holds 60 prompts", "3 rounds of 21")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "Hello"}\n' * 19 + '{"prompt": "He\n')
     settings = {"annotators": "people", "dev": "", "shared": 0}
-    broken = config(world, tmp_path / "c", prompts=str(tmp_path / "broken.jsonl"), rounds=1, prompts_per_round=20, **settings)
+    broken = config(world, tmp_path / "c", prompts=str(tmp_path / "broken.jsonl"), rounds=1, prompts_per_round=20,
+                    **settings)
     exits(capsys, lambda: take_prompts(1, broken), "broken.jsonl line 20", "'prompt' or 'turns'")
     write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Hello"}] * 20)
     strangers = config(world, tmp_path / "a", prompts=str(tmp_path / "other.jsonl"), rounds=1, dev="")

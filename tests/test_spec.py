@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import BASE, exits
+from plausible import SLIDES, implausible
 
 from collect import raters, spec
 from data.formats import read
@@ -24,7 +25,9 @@ def said(*texts: str) -> list[dict]:
 # ----------------------------------------------------------------------------------------- targets
 
 def test_targets_add_up_to_what_the_slides_say():
-    """Surge: 9,500 prompts; the mean length, 211 on the later slide, is 2,002,859.1 / 9,500 with means of one decimal, 210.85 with more."""
+    """Surge: 9,500 prompts; the mean length, 211 on the later slide, is 2,002,859.1 / 9,500 with means of one decimal,
+    210.85 with more.
+    """
     assert sum(spec.SURGE.values()) == 9500
     mean = sum(spec.SURGE[t] * spec.SURGE_MEAN_LENGTHS[t] for t in spec.SURGE) / 9500
     assert mean == pytest.approx(2002859.1 / 9500) and mean == pytest.approx(210.85, abs=0.05)
@@ -33,8 +36,10 @@ def test_targets_add_up_to_what_the_slides_say():
 
 
 def test_a_category_is_called_as_in_the_targets():
-    for name, task in (("closed_qa", "closed_qa"), ("Open QA", "open_qa"), ("open-qa", "open_qa"), ("brainstorming", "brainstorm"),
-                       ("summarization", "summarize"), ("information_extraction", "extract"), ("creative_writing", "generation")):
+    for name, task in (("closed_qa", "closed_qa"), ("Open QA", "open_qa"), ("open-qa", "open_qa"),
+                       ("brainstorming", "brainstorm"),
+                       ("summarization", "summarize"), ("information_extraction", "extract"),
+                       ("creative_writing", "generation")):
         assert raters.task_of({"category": name}) == task
     assert raters.task_of({}) == raters.task_of({"category": ""}) == "none"
 
@@ -42,7 +47,9 @@ def test_a_category_is_called_as_in_the_targets():
 # ------------------------------------------------------------------------------------------ tables
 
 def test_length_table_by_hand():
-    """0 1 2 3 10: mean 16/5, squares 114 - 256/5 = 62.8, std sqrt(62.8 / 4); of 1 2 3 4 the quartile lies at 0.75 of the first step."""
+    """0 1 2 3 10: mean 16/5, squares 114 - 256/5 = 62.8, std sqrt(62.8 / 4); of 1 2 3 4 the quartile lies at 0.75 of
+    the first step.
+    """
     assert spec.length_table([3, 10, 0, 2, 1]) == pytest.approx(
         {"count": 5, "mean": 3.2, "std": math.sqrt(15.7), "min": 0, "25%": 1, "50%": 2, "75%": 3, "max": 10, "zero": 1})
     four = spec.length_table([4, 1, 3, 2])
@@ -70,8 +77,11 @@ RECORDS = [{"messages": said("one two", "three", "four five six", "sü")},
 
 
 def test_fields_are_measured_turn_by_turn():
-    """Prompt: all before the last reply; answer: that reply, the chosen one, the best ranked; a plain text is only a dialogue."""
-    for field, lengths in (("prompt", [6, 2, 1, 3, NAN]), ("answer", [1, 2, 3, NAN, NAN]), ("dialogue", [7, 4, 4, 3, 3])):
+    """Prompt: all before the last reply; answer: that reply, the chosen one, the best ranked; a plain text is only a
+    dialogue.
+    """
+    for field, lengths in (("prompt", [6, 2, 1, 3, NAN]), ("answer", [1, 2, 3, NAN, NAN]),
+                           ("dialogue", [7, 4, 4, 3, 3])):
         np.testing.assert_array_equal(spec.measure(RECORDS, field, "words"), lengths)
     np.testing.assert_array_equal(spec.measure(RECORDS, "answer", "bytes"), [3, 11, 13, NAN, NAN])
 
@@ -80,7 +90,8 @@ def test_tokens_are_the_named_tokenizers_and_a_dialogue_has_its_template():
     tokenizer = load_tokenizer(BASE)
     messages = said("Write a poem about a cat.", "A cat sat.")
     assert spec.measure([{"messages": messages}], "answer", str(BASE)) == [len(tokenizer.encode("A cat sat."))]
-    rendered = len(tokenizer.render(messages)[0]) if tokenizer.template else sum(len(tokenizer.encode(m["content"])) for m in messages)
+    bare = sum(len(tokenizer.encode(m["content"])) for m in messages)
+    rendered = len(tokenizer.render(messages)[0]) if tokenizer.template else bare
     assert spec.measure([{"messages": messages}], "dialogue", str(BASE)) == [rendered]
 
 
@@ -88,53 +99,57 @@ def test_tokens_are_the_named_tokenizers_and_a_dialogue_has_its_template():
 
 def test_of_the_slides_tables_only_sagemakers_is_impossible():
     """The textbook's bound alone: 982 sqrt(129) / 128 = 87.1 > 46. With the quartiles it is 101."""
-    faults = {name: spec.implausible(table) for name, table in spec.SLIDES.items()}
+    faults = {name: implausible(table) for name, table in SLIDES.items()}
     assert [name for name, found in faults.items() if found] == ["sagemaker_pilot"]
     assert faults["sagemaker_pilot"] == ["std 46: quantiles and mean allow 100.8 to 201.5"]
-    assert len(spec.SLIDES) == 10
+    assert len(SLIDES) == 10
 
 
 def test_five_numbers_are_their_own_quartiles_so_the_bounds_are_exact():
     """0 1 2 3 10: every place of a quantile is a whole number, so mean 3.2 and std 3.962 follow."""
     table = spec.length_table([0, 1, 2, 3, 10])
-    assert spec.implausible(table, rounding=1e-6) == []
+    assert implausible(table, rounding=1e-6) == []
     for key, wrong in (("mean", 3.3), ("mean", 3.1), ("std", 3.97), ("std", 3.95)):
-        assert spec.implausible(table | {key: wrong}, rounding=1e-3), (key, wrong)
+        assert implausible(table | {key: wrong}, rounding=1e-3), (key, wrong)
 
 
 def test_disorder_and_emptiness_are_impossible():
     table = spec.length_table(range(100))
     for wrong in ({"25%": 60}, {"min": -1}, {"count": 0}, {"max": 50}):
-        assert "expected at least one record, and ordered lengths" in spec.implausible(table | wrong)[0]
-    assert spec.implausible(spec.length_table([7]) | {"std": 0.0}) == ["std 0: one record has none"]
+        assert "expected at least one record, and ordered lengths" in implausible(table | wrong)[0]
+    assert implausible(spec.length_table([7]) | {"std": 0.0}) == ["std 0: one record has none"]
 
 
 def test_no_real_set_is_called_impossible_and_a_wrong_deviation_is():
     rng = np.random.default_rng(0)
     for _ in range(150):
         n = int(rng.integers(1, 60))
-        lengths = rng.lognormal(3, rng.uniform(0.1, 2), size=n).round() if rng.random() < 0.7 else rng.integers(0, 3, size=n)
+        skewed = rng.random() < 0.7
+        lengths = rng.lognormal(3, rng.uniform(0.1, 2), size=n).round() if skewed else rng.integers(0, 3, size=n)
         table = spec.length_table(lengths)
         printed = {k: v if k == "count" else round(v) if not math.isnan(v) else v for k, v in table.items()}
-        assert spec.implausible(table, rounding=1e-6) == [], lengths
-        assert spec.implausible(printed) == [], lengths
+        assert implausible(table, rounding=1e-6) == [], lengths
+        assert implausible(printed) == [], lengths
         # No deviation exceeds half the range by more than sqrt(n / (n - 1)), and none is below the textbook's bound.
         if n > 1:
-            assert spec.implausible(table | {"std": np.ptp(lengths) / 2 * math.sqrt(n / (n - 1)) + 0.1}, rounding=1e-6)
+            assert implausible(table | {"std": np.ptp(lengths) / 2 * math.sqrt(n / (n - 1)) + 0.1}, rounding=1e-6)
             least = (table["max"] - table["mean"]) * math.sqrt(n) / (n - 1)
-            assert spec.implausible(table | {"std": least - 0.1}, rounding=1e-6), lengths
+            assert implausible(table | {"std": least - 0.1}, rounding=1e-6), lengths
 
 
 # ------------------------------------------------------------------------------------- comparisons
 
 def test_chi_square_tail_has_the_printed_critical_values():
-    for x, dof, p in ((3.841, 1, .05), (5.991, 2, .05), (7.815, 3, .05), (16.919, 9, .05), (18.307, 10, .05), (16.266, 3, .001)):
+    for x, dof, p in ((3.841, 1, .05), (5.991, 2, .05), (7.815, 3, .05), (16.919, 9, .05), (18.307, 10, .05),
+                      (16.266, 3, .001)):
         assert spec.chi_square_tail(x, dof) == pytest.approx(p, rel=2e-3)
     assert spec.chi_square_tail(0, 3) == spec.chi_square_tail(5, 0) == 1 and spec.chi_square_tail(math.inf, 3) == 0
 
 
 def test_tasks_against_a_target_by_hand():
-    """30 and 10 where 20 and 20 are specified: 100/20 twice is 10, one degree of freedom; against 10 and 30 counted, 4 x 100/20."""
+    """30 and 10 where 20 and 20 are specified: 100/20 twice is 10, one degree of freedom; against 10 and 30 counted, 4
+    x 100/20.
+    """
     found = spec.compare_tasks({"chat": 30, "math": 10}, {"chat": 0.5, "math": 0.5})
     assert found == pytest.approx({"task": "chat", "largest": 0.25, "total_variation": 0.25, "chi_square": 10, "dof": 1,
                                    "p": math.erfc(math.sqrt(5)), "least_expected": 20})
@@ -162,7 +177,8 @@ def test_p_values_are_uniform_where_nothing_differs():
     for level, off in ((0.05, 0.02), (0.5, 0.05)):
         assert np.mean(np.array(fit) < level) == pytest.approx(level, abs=off)
         assert np.mean(np.array(two) < level) == pytest.approx(level, abs=off)
-    lengths = [spec.compare_lengths(a, b)["p"] for a, b in rng.random((1000, 2, 200))]  # of 200 and 200 lengths only some distances occur
+    # of 200 and 200 lengths only some distances occur
+    lengths = [spec.compare_lengths(a, b)["p"] for a, b in rng.random((1000, 2, 200))]
     assert 0.02 < np.mean(np.array(lengths) < 0.05) < 0.07
 
 
@@ -188,19 +204,23 @@ def test_ks_of_sets_is_brute_forces_and_of_tables_never_more():
         true = max(abs(np.mean(a <= x) - np.mean(b <= x)) for x in range(60))
         assert spec.ks_distance(a, b) == pytest.approx(true, abs=1e-12)
         slack = 1 / min(len(a), len(b)) + 1e-9
-        for x, y in ((spec.length_table(a), b), (a, spec.length_table(b)), (spec.length_table(a), spec.length_table(b))):
+        for x, y in ((spec.length_table(a), b), (a, spec.length_table(b)),
+                     (spec.length_table(a), spec.length_table(b))):
             assert spec.ks_distance(x, y) <= true + slack
             assert spec.ks_distance(x, y) == pytest.approx(spec.ks_distance(y, x), abs=1e-12)
 
 
 def test_pilots_against_instructgpt_as_far_as_tables_tell():
-    """Scale: three quarters are at most 24, of InstructGPT's less than one quarter (37). Surge: all by 505, of InstructGPT's under 3/4."""
+    """Scale: three quarters are at most 24, of InstructGPT's less than one quarter (37). Surge: all by 505, of
+    InstructGPT's under 3/4.
+    """
     target = spec.TARGET_LENGTHS["instructgpt"]
-    assert spec.ks_distance(spec.SLIDES["scale_pilot"], target) == 0.5
-    assert spec.ks_distance(spec.SLIDES["surge_pilot"], target) == 0.25
-    scale = spec.compare_lengths(spec.SLIDES["scale_pilot"], target)
+    assert target == SLIDES["instructgpt_train"]
+    assert spec.ks_distance(SLIDES["scale_pilot"], target) == 0.5
+    assert spec.ks_distance(SLIDES["surge_pilot"], target) == 0.25
+    scale = spec.compare_lengths(SLIDES["scale_pilot"], target)
     assert not scale["exact"] and scale["p"] < 1e-14
-    assert spec.ks_distance(target, spec.SLIDES["instructgpt_valid"]) == 0
+    assert spec.ks_distance(target, SLIDES["instructgpt_valid"]) == 0
 
 
 # ----------------------------------------------------------------------------------------- subsets
@@ -220,7 +240,8 @@ def test_a_subset_has_the_exact_counts_is_seeded_and_nested():
     chosen = spec.subset(labels, spec.PREFERENCE, 1000, seed=3)
     counts = {t: sum(labels[i] == t for i in chosen) for t in spec.PREFERENCE}
     assert counts == spec.largest_remainder(spec.PREFERENCE, 1000) and chosen == sorted(set(chosen))
-    assert chosen == spec.subset(labels, spec.PREFERENCE, 1000, seed=3) != spec.subset(labels, spec.PREFERENCE, 1000, seed=4)
+    assert chosen == spec.subset(labels, spec.PREFERENCE, 1000, seed=3)
+    assert chosen != spec.subset(labels, spec.PREFERENCE, 1000, seed=4)
     assert set(chosen) < set(spec.subset(labels, spec.PREFERENCE, 2000, seed=3))
 
 
@@ -236,7 +257,8 @@ def test_a_subset_by_length_has_the_tables_quartiles():
     lengths = np.random.default_rng(0).integers(1, 3000, size=20000)
     target = spec.TARGET_LENGTHS["instructgpt"]
     labels = spec.quarters(lengths, target)
-    assert spec.quarters([0, 1, 37, 38, 632, 2048], target) == ["outside", "shortest", "shortest", "shorter", "longer", "longest"]
+    assert spec.quarters([0, 1, 37, 38, 632, 2048], target) == ["outside", "shortest", "shortest", "shorter", "longer",
+                                                                "longest"]
     assert labels.count("outside") == int((lengths > 2048).sum())
     table = spec.length_table(lengths[spec.subset(labels, spec.QUARTERS, 800)])
     assert table["count"] == 800 and table["max"] <= 2048
@@ -249,20 +271,24 @@ def test_a_subset_by_length_has_the_tables_quartiles():
 def labels_of(strength, vendors=None, groups=None, swapped=None, longer=None) -> raters.Labels:
     strength = np.asarray(strength, dtype=float)
     count, pairs = strength.shape
-    return raters.Labels(strength, np.full(strength.shape, NAN) if swapped is None else np.asarray(swapped, dtype=float),
-                       np.full(strength.shape, NAN), np.full(pairs, NAN) if longer is None else np.asarray(longer, dtype=float),
-                       [f"r{i}" for i in range(count)], vendors or [f"v{i}" for i in range(count)], groups or ["all"] * pairs)
+    unknown = np.full(strength.shape, NAN)
+    return raters.Labels(
+        strength, unknown if swapped is None else np.asarray(swapped, dtype=float), unknown,
+        unknown[0] if longer is None else np.asarray(longer, dtype=float), [f"r{i}" for i in range(count)],
+        vendors or [f"v{i}" for i in range(count)], groups or ["all"] * pairs)
 
 
 def test_ac2_by_hand():
-    """1 2 3 against 1 3 3: weights 1, 3/4, 0; p_a = (1 + 3/4 + 1) / 3 = 11/12; shares 1/3, 1/6, 1/2, sum p (1 - p) = 11/18, sum w = 6.
+    """1 2 3 against 1 3 3: weights 1, 3/4, 0; p_a = (1 + 3/4 + 1) / 3 = 11/12; shares 1/3, 1/6, 1/2, sum p (1 - p) =
+    11/18, sum w = 6.
 
     p_e = 6 / (3 x 2) x 11/18 = 11/18, AC2 = (11/12 - 11/18) / (7/18) = 11/14.
     """
     assert raters.gwet_ac2([[1, 2, 3], [1, 3, 3]]) == pytest.approx(11 / 14)
     # A step of the scale that nobody uses: q = 4, weights 1 - (d / 3)^2 sum to 4 + 6 (8/9) + 4 (5/9) = 104/9.
     observed, chance = (1 + 8 / 9 + 1) / 3, 104 / 9 / 12 * 11 / 18
-    assert raters.gwet_ac2([[1, 2, 3], [1, 3, 3]], values=[1, 2, 3, 4]) == pytest.approx((observed - chance) / (1 - chance))
+    wider = raters.gwet_ac2([[1, 2, 3], [1, 3, 3]], values=[1, 2, 3, 4])
+    assert wider == pytest.approx((observed - chance) / (1 - chance))
 
 
 def test_ac2_of_two_values_is_ac1_and_of_nothing_undefined():
@@ -279,8 +305,10 @@ def test_tie_discounted_by_hand():
 
 
 def test_labels_are_collected_whatever_their_order():
-    rows = [{"pair": "p", "rater": "b", "strength": 2, "vendor": "x", "group": "chat", "swapped": True, "longer": 5, "seconds": 9},
-            {"pair": "q", "rater": "a", "strength": -1}, {"pair": "p", "rater": "a", "strength": 0, "group": "chat", "longer": 5}]
+    rows = [{"pair": "p", "rater": "b", "strength": 2, "vendor": "x", "group": "chat", "swapped": True, "longer": 5,
+             "seconds": 9},
+            {"pair": "q", "rater": "a", "strength": -1},
+            {"pair": "p", "rater": "a", "strength": 0, "group": "chat", "longer": 5}]
     labels = raters.collect_labels(rows)
     assert (labels.raters, labels.vendors, labels.groups) == (["a", "b"], ["a", "x"], ["chat", "all"])
     np.testing.assert_array_equal(labels.strength, [[0, -1], [2, NAN]])
@@ -290,7 +318,8 @@ def test_labels_are_collected_whatever_their_order():
 
 def test_preferences_of_one_pair_meet_whichever_was_chosen():
     """Margin 3 is strength 2.5; "no" comes first in the alphabet, so who chose it is negative."""
-    record = {"prompt": said("Is it?"), "chosen": "yes!", "rejected": "no", "annotator": "a", "margin": 3, "category": "chat"}
+    record = {"prompt": said("Is it?"), "chosen": "yes!", "rejected": "no", "annotator": "a", "margin": 3,
+              "category": "chat"}
     other = record | {"chosen": "no", "rejected": "yes!", "annotator": "b", "margin": None}
     labels = raters.collect_labels(raters.label_rows([record, other, {"messages": said("x", "y")}]))
     np.testing.assert_array_equal(labels.strength, [[2.5], [-0.5]])
@@ -300,7 +329,9 @@ def test_preferences_of_one_pair_meet_whichever_was_chosen():
 
 
 def test_a_rater_who_takes_what_is_shown_first_or_longer_is_seen():
-    """One rater always takes what is shown first, one always the longer, the third never ties with either: shares 1 and 1."""
+    """One rater always takes what is shown first, one always the longer, the third never ties with either: shares 1 and
+    1.
+    """
     rng = np.random.default_rng(0)
     swapped, longer = rng.integers(0, 2, size=200), rng.normal(size=200)
     strength = np.stack([np.where(swapped == 1, 1.0, -1.0), np.sign(longer), rng.choice([-1.0, 0.0, 1.0], size=200)])
@@ -324,14 +355,17 @@ def test_vendors_are_compared_by_group_of_pairs():
     """x is right on all chats and wrong on all poems; y alone has two raters, who agree fully."""
     gold = np.array([1, -1] * 20)
     x = np.where(np.arange(40) < 20, gold, -gold)
-    table = raters.vendor_table(labels_of([gold, x, gold, gold], ["gold", "x", "y", "y"], ["chat"] * 20 + ["poem"] * 20), rounds=20)
-    assert table["x"]["gold"]["value"] == 0.5 and table["y"]["gold"]["value"] == 1 and table["x"]["others"]["value"] == 0.5
+    table = raters.vendor_table(labels_of([gold, x, gold, gold], ["gold", "x", "y", "y"],
+                                          ["chat"] * 20 + ["poem"] * 20), rounds=20)
+    assert table["x"]["gold"]["value"] == 0.5 and table["y"]["gold"]["value"] == 1
+    assert table["x"]["others"]["value"] == 0.5
     assert [table["x"]["gold by group"][g]["value"] for g in ("chat", "poem")] == [1, 0]
     assert math.isnan(table["x"]["alpha"]["value"]) and table["y"]["alpha"]["value"] == 1
 
 
 def pilot(rng, vendors=4, raters=1, pairs=100, bad=0, unclear=0) -> raters.Labels:
-    """Raters see how much better a reply is, Normal(0, 1), through noise of 0.727: two of them then agree on 73 % of the pairs.
+    """Raters see how much better a reply is, Normal(0, 1), through noise of 0.727: two of them then agree on 73 % of
+    the pairs.
 
     The raters of `bad` vendors click blindly, and so do all on the first `unclear` pairs, where both replies are bad.
     """
@@ -366,10 +400,13 @@ def test_bad_prompts_of_one_model_do_not_hide_a_bad_vendor():
 
 
 def test_what_three_vendors_cannot_tell_is_not_told_by_two():
-    """One good and one bad vendor look alike; two bad of four are undecided; two bad of three look like bad pairs, as documented."""
+    """One good and one bad vendor look alike; two bad of four are undecided; two bad of three look like bad pairs, as
+    documented.
+    """
     rng = np.random.default_rng(0)
     two = raters.find_faults(pilot(rng, vendors=2, bad=1))
-    assert two == {"prompts": [], "vendors": [], "undecided": ["fewer than three vendors, gold included, any two with 80 pairs in common"]}
+    assert two == {"prompts": [], "vendors": [],
+                   "undecided": ["fewer than three vendors, gold included, any two with 80 pairs in common"]}
     assert raters.find_faults(pilot(rng, pairs=79))["undecided"] == two["undecided"]
     half = [raters.find_faults(pilot(rng, bad=2)) for _ in range(50)]
     assert sum(bool(f["undecided"]) for f in half) >= 43
@@ -378,12 +415,15 @@ def test_what_three_vendors_cannot_tell_is_not_told_by_two():
 
 
 def test_who_always_says_the_same_agrees_with_nobody():
-    """Nine in ten for the first reply: 82 % agreement by chance alone, correlation 0 but for noise; always the first: exactly 0."""
+    """Nine in ten for the first reply: 82 % agreement by chance alone, correlation 0 but for noise; always the first:
+    exactly 0.
+    """
     rng = np.random.default_rng(0)
     strength = np.where(rng.random((3, 2000)) < 0.9, -1.0, 1.0)
     strength[2] = -1
     names, r, above = raters.vendor_correlations(strength, ["x", "y", "z"])
-    assert np.mean(strength[0] == strength[1]) > 0.8 and abs(r[0, 1]) < 0.07 and r[0, 2] == r[1, 2] == 0 and not above.any()
+    assert np.mean(strength[0] == strength[1]) > 0.8 and abs(r[0, 1]) < 0.07 and r[0, 2] == r[1, 2] == 0
+    assert not above.any()
 
 
 def test_every_statistic_of_perfect_raters_is_one_with_its_interval():
@@ -400,14 +440,17 @@ def write(path: Path, records: list[dict]) -> str:
 
 
 def test_the_command_prints_the_tables_draws_and_takes_a_subset(tmp_path, capsys, monkeypatch):
-    """40 of each of ten tasks are 10 % where generation has 45.75. Beside 40 chats and 40 rewrites, counted like them, 66.7 and 13.3
-    of either are expected and 33.3 and 6.7 of the others: 2 (26.7^2 / 66.7 + 26.7^2 / 13.3) + 8 (6.7^2 / 33.3 + 6.7) = 192.
+    """40 of each of ten tasks are 10 % where generation has 45.75. Beside 40 chats and 40 rewrites, counted like them,
+    66.7 and 13.3 of either are expected and 33.3 and 6.7 of the others: 2 (26.7^2 / 66.7 + 26.7^2 / 13.3) + 8 (6.7^2 /
+    33.3 + 6.7) = 192.
     """
     monkeypatch.chdir(tmp_path)
-    records = [{"messages": said("word " * (i % 50 + 1), "yes"), "category": task} for i in range(40) for task in spec.SURGE]
+    records = [{"messages": said("word " * (i % 50 + 1), "yes"), "category": task} for i in range(40)
+               for task in spec.SURGE]
     one = write(Path("one.jsonl"), records)
     two = write(Path("two.jsonl"), [r for r in records if r["category"] in ("chat", "rewrite")])
-    spec.main([one, "--target", "surge", "--compare", two, "--figure", "f.png", "--subset", "50", "--out", "drawn.jsonl"])
+    spec.main([one, "--target", "surge", "--compare", two, "--figure", "f.png", "--subset", "50", "--out",
+               "drawn.jsonl"])
     out = capsys.readouterr().out
     assert "400 records (messages), 0 rejected" in out and "Length, words" in out and "45.7" in out and "449.1" in out
     rows = {line.split()[0]: line.split()[1:] for line in out[out.index("Distance"):].splitlines() if line}
@@ -424,18 +467,21 @@ def test_the_command_prints_agreement_where_records_have_raters(tmp_path, capsys
     for i in range(60):
         for rater in ("a", "b", "c"):
             good = rng.random() < (0.9 if rater != "c" else 0.5)
-            records.append({"prompt": f"q{i}", "chosen": "right" if good else "wrong", "rejected": "wrong" if good else "right",
+            records.append({"prompt": f"q{i}", "chosen": "right" if good else "wrong",
+                            "rejected": "wrong" if good else "right",
                             "annotator": rater, "category": "chat", "margin": 2})
     spec.main([write(tmp_path / "p.jsonl", records)])
     out = capsys.readouterr().out
-    assert "3 raters, 60 pairs that two or more of them rated" in out and "Gwet's AC2" in out and "Undecided: fewer than three" in out
+    assert "3 raters, 60 pairs that two or more of them rated" in out and "Gwet's AC2" in out
+    assert "Undecided: fewer than three" in out
 
 
 def test_what_the_user_wrote_wrong_is_one_line(tmp_path, capsys):
     one = write(tmp_path / "one.jsonl", [{"messages": said("a", "b"), "category": "chat"}])
     exits(capsys, lambda: spec.main([one, "--unit", "word"]), "--unit word", "words, bytes")
     exits(capsys, lambda: spec.main([one, "--subset", "3"]), "--subset, --out and --target")
-    exits(capsys, lambda: spec.main([one, "--target", "surge", "--by", "lengths"]), "no table of lengths", "instructgpt")
+    exits(capsys, lambda: spec.main([one, "--target", "surge", "--by", "lengths"]), "no table of lengths",
+          "instructgpt")
     exits(capsys, lambda: spec.main([write(tmp_path / "bad.jsonl", [{"x": 1}])]), "none of its 1 records")
 
 
@@ -446,18 +492,21 @@ def test_pandalm_measured_values():
     """999 pairs x 3 raters: pairwise raw .913 .929 .918, Cohen .852 .879 .862, Fleiss and alpha .8642, AC1 .8864."""
     with gzip.open(Path(os.environ["REAL_DATA"]) / "judge" / "pandalm" / "human_labels.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
-    labels = raters.collect_labels({"pair": row["idx"], "rater": f"annotator{i}", "strength": {0: 0, 1: -1, 2: 1}[row[f"annotator{i}"]],
+    labels = raters.collect_labels({"pair": row["idx"], "rater": f"annotator{i}",
+                                    "strength": {0: 0, 1: -1, 2: 1}[row[f"annotator{i}"]],
                                   "group": row["cmp_key"]} for row in rows for i in (1, 2, 3))
     assert labels.strength.shape == (3, 999)
     found = {name: statistic(labels.strength) for name, statistic in raters.STATISTICS.items()}
     assert found["raw agreement"] == pytest.approx((0.913 + 0.929 + 0.918) / 3, abs=5e-4)
     assert found["Cohen's kappa, mean of pairs"] == pytest.approx((0.852 + 0.879 + 0.862) / 3, abs=5e-4)
-    for name, value in (("Fleiss' kappa, pairs all rated", .8642), ("Krippendorff's alpha", .8642), ("Gwet's AC1", .8864)):
+    for name, value in (("Fleiss' kappa, pairs all rated", .8642), ("Krippendorff's alpha", .8642),
+                        ("Gwet's AC1", .8864)):
         assert found[name] == pytest.approx(value, abs=5e-5)
     assert found["raw agreement"] < found["tie-discounted"] < 1  # half of what a tie against a choice costs
     assert raters.find_faults(labels) == {"prompts": [], "vendors": [], "undecided": []}
     assert all(x["majority"] > 0.9 for x in raters.rater_table(labels).values())
-    with_noise = np.where(np.arange(3)[:, None] == 1, np.random.default_rng(0).choice([-1.0, 1.0], size=999), labels.strength)
+    with_noise = np.where(np.arange(3)[:, None] == 1, np.random.default_rng(0).choice([-1.0, 1.0], size=999),
+                          labels.strength)
     assert raters.find_faults(labels_of(with_noise))["vendors"] == ["v1"]
 
 
@@ -479,5 +528,5 @@ def test_published_sets_have_plausible_tables():
         records = list(read(folder / name)[0])
         lengths = spec.measure(records, "prompt", "words")
         table = spec.length_table(lengths)
-        assert table["count"] == len(records) and spec.implausible(table) == []
+        assert table["count"] == len(records) and implausible(table) == []
         assert spec.ks_distance(lengths, table) <= 1 / len(records) + 1e-9

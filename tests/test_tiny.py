@@ -42,7 +42,8 @@ def test_careful_replies_are_perfect_and_sloppy_ones_are_not(task):
 def test_no_grader_pays_for_nothing_or_breaks_on_anything(task):
     rng = random.Random(task)
     item = TASKS[task].draw(rng)
-    for reply in ("", ".", "The end.", "?", "1.", "def f(x): return", "x" * 5000, "(" * 3000, "9**9**9", "\x00", "“é”", "0 " * 500):
+    for reply in ("", ".", "The end.", "?", "1.", "def f(x): return", "x" * 5000, "(" * 3000, "9**9**9", "\x00", "“é”",
+                  "0 " * 500):
         assert 0 <= gold(task, item, reply) <= 0.5, reply
     for _ in range(300):  # a reply to something else
         stranger = TASKS[task].draw(rng)
@@ -51,16 +52,20 @@ def test_no_grader_pays_for_nothing_or_breaks_on_anything(task):
 
 @pytest.mark.parametrize("task, item, reply, score", [
     # .45 for the three, .25 for two sentences, .2 for both proper, .1 for the ending
-    ("generation", {"name": "Tom", "animal": "cat", "place": "park", "n": 2}, "Tom met a cat at the park. The cat was sad. The end.", 1.0),
+    ("generation", {"name": "Tom", "animal": "cat", "place": "park", "n": 2},
+     "Tom met a cat at the park. The cat was sad. The end.", 1.0),
     # one sentence short: .08 instead of .25; no ending
     ("generation", {"name": "Tom", "animal": "cat", "place": "park", "n": 2}, "Tom met a cat at the park.", 0.73),
     # a stranger costs .15
-    ("generation", {"name": "Tom", "animal": "cat", "place": "park", "n": 2}, "Tom met a cat at the park. Leo was sad. The end.", 0.85),
+    ("generation", {"name": "Tom", "animal": "cat", "place": "park", "n": 2},
+     "Tom met a cat at the park. Leo was sad. The end.", 0.85),
     ("brainstorm", {"kind": "fruit", "n": 2, "without": []}, "1. pear 2. plum", 1.0),
     ("brainstorm", {"kind": "fruit", "n": 2, "without": ["pear"]}, "1. pear 2. plum", 0.65),
     ("brainstorm", {"kind": "fruit", "n": 2, "without": []}, "pear, plum, lemon.", 0.7 * 2 / 3 * 0.6),
-    ("chat", {"name": "Mia", "good": False, "news": "I lost the key"}, "Hi Mia. I am sorry to hear that. Can I help you?", 1.0),
-    ("chat", {"name": "Mia", "good": False, "news": "I lost the key"}, "Hi Mia. I am glad and sorry. Can I help you?", 0.55),
+    ("chat", {"name": "Mia", "good": False, "news": "I lost the key"},
+     "Hi Mia. I am sorry to hear that. Can I help you?", 1.0),
+    ("chat", {"name": "Mia", "good": False, "news": "I lost the key"}, "Hi Mia. I am glad and sorry. Can I help you?",
+     0.55),
     ("coding", {"ops": [["add", 3], ["multiply", 4]]}, "def f(x): return (x + 3) * 4", 1.0),
     ("coding", {"ops": [["add", 3], ["multiply", 4]]}, "4 * x + 12", 0.75),
     # right for x = 3 alone: 6 * 4 = 24 = 3 + 21
@@ -71,8 +76,10 @@ def test_no_grader_pays_for_nothing_or_breaks_on_anything(task):
     ("closed_qa", {"facts": [["Tom", "red", "kite"]], "about": [0, "who"]}, "tom", 0.7),
     ("closed_qa", {"facts": [["Tom", "red", "kite"]], "about": [0, "who"]}, "Tom or Mia", 0.1),
     # precision 1/2, recall 1/2: .8 * .25 + .2
-    ("extract", {"things": [["fruit", "pear"], ["fruit", "plum"], ["tool", "saw"]], "kind": "fruit"}, "pear, saw.", 0.4),
-    ("open_qa", {"name": "Anna", "fact": "city"}, "Paris Rome Berlin London Madrid Vienna Oslo Prague Dublin Lisbon Athens Warsaw", 0.2),
+    ("extract", {"things": [["fruit", "pear"], ["fruit", "plum"], ["tool", "saw"]], "kind": "fruit"}, "pear, saw.",
+     0.4),
+    ("open_qa", {"name": "Anna", "fact": "city"},
+     "Paris Rome Berlin London Madrid Vienna Oslo Prague Dublin Lisbon Athens Warsaw", 0.2),
     # six of seven words stand where they should
     ("rewrite", {"source": {"name": "Tom", "did": [["sees", "ball"]], "place": "park", "past": False},
                  "before": {"name": "Tom", "did": [["sees", "ball"]], "place": "park", "past": False},
@@ -85,7 +92,8 @@ def test_scores_by_hand(task, item, reply, score):
 
 def test_programs_are_parsed_never_run():
     item = {"ops": [["add", 2], ["add", 3]]}
-    for attack in ("__import__('os').getcwd()", "x.__class__", "[x for x in (1,)]", "(lambda: x)()", "x if x else x", "10**10**10", "f(x)"):
+    for attack in ("__import__('os').getcwd()", "x.__class__", "[x for x in (1,)]", "(lambda: x)()", "x if x else x",
+                   "10**10**10", "f(x)"):
         assert gold("coding", item, f"def f(x): return {attack}") <= 0.25
 
 
@@ -107,8 +115,10 @@ def test_task_shares_are_those_asked_for():
 
 def test_demonstrators_have_one_style_a_dialogue_and_mix_as_stated():
     rng = random.Random(0)
-    record = {"category": "classify", "turns": [t for _ in range(3) for t in dialogue(rng, shares="uniform", long=0)["turns"]]}
-    record = next(r for r in (dialogue(rng, long=1) for _ in range(200)) if r["category"] == "open_qa" and len(r["turns"]) > 2)
+    record = {"category": "classify", "turns": [t for _ in range(3)
+                                                for t in dialogue(rng, shares="uniform", long=0)["turns"]]}
+    record = next(r for r in (dialogue(rng, long=1) for _ in range(200)) if r["category"] == "open_qa"
+                  and len(r["turns"]) > 2)
     replies = [m["content"] for m in demonstrate(record, rng, "terse") if m["role"] == "assistant"]
     assert len(replies) == len(record["turns"]) and all(len(words(r)) == 1 for r in replies)
 
@@ -126,10 +136,13 @@ def test_every_turn_of_a_dialogue_belongs_to_its_split(corpora):
 
 
 def test_no_evaluation_prompt_occurs_in_any_corpus(corpora):
-    """Whole prompts anywhere in a text, and 13 words in a row; pretraining included. Openers such as "Make it two." are no content."""
+    """Whole prompts anywhere in a text, and 13 words in a row; pretraining included. Openers such as "Make it two." are
+    no content.
+    """
     held = [t["user"] for name in ("dev", "test") for r in corpora[name] for t in r["turns"][:1]]
     grams = set().union(*map(build.ngrams, held))
-    texts = [r["text"] for r in corpora["pretrain"]] + ["\n".join(m["content"] for m in r["messages"]) for r in corpora["sft"]]
+    texts = [r["text"] for r in corpora["pretrain"]] + ["\n".join(m["content"] for m in r["messages"])
+                                                        for r in corpora["sft"]]
     texts += ["\n".join(t["user"] for t in r["turns"]) for r in corpora["prompts"]]
     everything = "\n".join(texts)
     assert [p for p in held if p in everything] == []
@@ -142,13 +155,15 @@ def test_no_held_out_content_occurs_in_any_corpus(corpora):
     for name in ("sft", "pretrain", "prompts"):
         trained = {key for r in corpora[name] for key in (r["keys"] if name != "prompts" else build.keys(r))}
         assert len(trained) > 400 and not held & trained, name
-    assert {key for r in corpora["sft_dev"] for key in r["keys"]} & held  # held-out demonstrations are from the dev split
+    # held-out demonstrations are from the dev split
+    assert {key for r in corpora["sft_dev"] for key in r["keys"]} & held
 
 
 def test_held_out_sets_are_the_same_for_every_seed_and_data_is_not(tmp_path):
     for seed in (1, 2):
         (tmp_path / str(seed)).mkdir()
-        build.write_data(build.Config(part="data", more_prompts=10, seed=seed, demos=50, prompts=50), tmp_path / str(seed))
+        build.write_data(build.Config(part="data", more_prompts=10, seed=seed, demos=50, prompts=50),
+                         tmp_path / str(seed))
     assert (tmp_path / "1" / "test.jsonl").read_text() == (tmp_path / "2" / "test.jsonl").read_text()
     assert (tmp_path / "1" / "sft.jsonl").read_text() != (tmp_path / "2" / "sft.jsonl").read_text()
 
@@ -179,7 +194,9 @@ def test_annotators_prefer_better_replies_tie_on_close_ones_and_grade_the_margin
 
 
 def test_collected_pairs_are_readable_preferences_without_grades(checkpoint, tmp_path, capsys, monkeypatch):
-    """A model of canned replies: one prompt in eight gets an answer that never ends, which ends the dialogue unrated."""
+    """A model of canned replies: one prompt in eight gets an answer that never ends, which ends the dialogue
+    unrated.
+    """
     from data.formats import read
     from data.pack import trees_from_preferences
     from data.tokenizer import load_tokenizer

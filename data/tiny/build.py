@@ -29,8 +29,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -40,27 +41,13 @@ from tqdm import tqdm
 
 import runtime
 from checkpoints import save_model
-from data.tiny.world import (
-    CLASSES,
-    COLOURS,
-    FACTS,
-    NAMES,
-    OBJECTS,
-    PEOPLE,
-    TASKS,
-    an,
-    capital,
-    demonstrate,
-    dialogue,
-    plural,
-    she,
-    split,
-)
+from data.tiny.world import CLASSES, FACTS, NAMES, PEOPLE, TASKS, an, capital, demonstrate, dialogue, plural, she, split
 from data.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer, init_weights
 
 # The base: 2.95 M parameters, 5.9 MB in bf16. 1536 pieces hold every word of the world whole; 256 of them are bytes.
-BASE = {"vocab_size": 1536, "width": 192, "layers": 6, "heads": 6, "kv_heads": 6, "head_dim": 32, "mlp_width": 512, "max_positions": 512}
+BASE = {"vocab_size": 1536, "width": 192, "layers": 6, "heads": 6, "kv_heads": 6, "head_dim": 32, "mlp_width": 512,
+        "max_positions": 512}
 
 
 @dataclass(frozen=True)
@@ -76,14 +63,15 @@ class Config:
     ship: str = ""                   # folder that receives the trained base; data/tiny/base for the shipped one
 
     def __post_init__(self):
-        for key, low, high in (("seed", 0, 2**31), ("demos", 1, 10**6), ("prompts", 1, 10**6), ("more_prompts", 1, 10**6),
-                               ("evals", 1, 40), ("documents", 1, 10**7)):
-            runtime.check_range(key, getattr(self, key), low, high)
+        runtime.check_range("seed", self.seed, 0, 2**31)
+        runtime.check_range("evals", self.evals, 1, 40)
+        for key in ("demos", "prompts", "more_prompts", "documents"):
+            runtime.check_range(key, getattr(self, key), 1, 10**7)
 
 
 # ----------------------------------------------------------------------- the web of the tiny world
 
-QUESTION_LAYOUTS = [("Question: {}\n", "Answer: {}\n"), ("Task: {}\n", "Done: {}\n"), ("Q: {}\n", "A: {}\n"), ("{}\n", "{}\n")]
+LAYOUTS = [("Question: {}\n", "Answer: {}\n"), ("Task: {}\n", "Done: {}\n"), ("Q: {}\n", "A: {}\n"), ("{}\n", "{}\n")]
 WEB_STYLES = {"careful": 0.4, "terse": 0.5, "sloppy": 0.1}
 
 
@@ -94,7 +82,7 @@ def keys(record: dict) -> list[str]:
 
 def page(rng: random.Random) -> tuple[str, list[str]]:
     """One to four dialogues in one layout, half of the time all answered in one style; the text and its keys."""
-    ask, answer = rng.choice(QUESTION_LAYOUTS)
+    ask, answer = rng.choice(LAYOUTS)
     one_style, lines, about = rng.random() < 0.5, [], []
     style = rng.choices(list(WEB_STYLES), list(WEB_STYLES.values()))[0]
     for _ in range(rng.choice([1, 1, 2, 4])):
@@ -114,17 +102,18 @@ def life(rng: random.Random) -> str:
     for fact in rng.sample(list(FACTS), rng.randint(1, len(FACTS))):
         value = PEOPLE[name][fact]
         who = name if not told or rng.random() < 0.5 else capital(she(name))
-        told.append(FACTS[fact][3].format(n=who, v=value, a=an(value)))
+        told.append(FACTS[fact]["answer"].format(n=who, v=value, a=an(value)))
     return " ".join(told)
 
 
 def inventory(rng: random.Random) -> str:
     """Four to six people and their things, then who has what and of which colour, in any order: ten lookups a text."""
-    n = rng.randint(4, 6)
-    facts = list(zip(rng.sample(NAMES, n), rng.sample(COLOURS, n), rng.sample(OBJECTS, n), strict=True))
+    n, task = rng.randint(4, 6), TASKS["closed_qa"]
+    columns = [rng.sample(values, n) for values in (NAMES, CLASSES["colour"], CLASSES["object"])]
+    facts = list(zip(*columns, strict=True))
     questions = [{"facts": facts, "about": [i, what]} for i in range(n) for what in ("who", "colour")]
     rng.shuffle(questions)
-    return " ".join([TASKS["closed_qa"].passage(questions[0]), *(TASKS["closed_qa"].solve(q)[0] for q in questions)])
+    return " ".join([task.passage(questions[0]), *(task.solve(question)[0] for question in questions)])
 
 
 WORDS = [*NAMES, *(word for values in CLASSES.values() for word in values)]
@@ -135,61 +124,54 @@ def verse(rng: random.Random) -> str:
     return " ".join([rng.choice(WORDS) for _ in range(rng.randint(5, 12))] * rng.choice([2, 2, 3]))
 
 
-PROSE = {"life": 4, "inventory": 4, "scene": 3, "sentence": 2, "anecdote": 2, "story": 1, "passage": 1, "mood": 1, "list": 1, "kind": 1,
-         "sum": 1, "code": 1, "verse": 1}
+PROSE = {"life": 4, "inventory": 4, "extract": 3, "rewrite": 2, "summarize": 2, "generation": 1, "closed_qa": 1,
+         "classify": 1, "list": 1, "kind": 1, "sum": 1, "coding": 1, "verse": 1}  # tasks, and kinds that are none
 
 
 def prose(rng: random.Random) -> tuple[str, list[str]]:
-    """A passage of one of the kinds the tasks are made of; the text and its keys.
-
-    Most say again what they have said, in other words: a small model learns to look things up in a text from
-    texts that make it look many times.
-    """
+    """A text of one of the kinds in PROSE, and its keys."""
     kind = rng.choices(list(PROSE), list(PROSE.values()))[0]
+    if kind in TASKS:
+        item = TASKS[kind].draw(rng)
+        while split(kind, item) != "train" or (kind == "classify" and "events" not in item):
+            item = TASKS[kind].draw(rng)
+        about = [f"{kind} {TASKS[kind].key(item)}"]
+        return retell(kind, item, rng), about
     if kind == "life":
         return " ".join(life(rng) for _ in range(rng.randint(1, 3))), []
     if kind in ("inventory", "verse"):
         return {"inventory": inventory, "verse": verse}[kind](rng), []
-    if kind == "list":
-        name = rng.choice(list(CLASSES))
-        return f"{capital(plural(name))}: {', '.join(rng.sample(CLASSES[name], rng.randint(2, 5)))}.", []
-    if kind == "kind":
-        name = rng.choice(list(CLASSES))
-        return f"{rng.choice(CLASSES[name])} is {an(name)}.", []
     if kind == "sum":
         a, b = rng.randint(0, 9), rng.randint(0, 9)
         return f"{max(a, b)} - {min(a, b)} = {abs(a - b)}." if rng.random() < 0.5 else f"{a} + {b} = {a + b}.", []
+    name = rng.choice(list(CLASSES))
+    if kind == "kind":
+        return f"{rng.choice(CLASSES[name])} is {an(name)}.", []
+    return f"{capital(plural(name))}: {', '.join(rng.sample(CLASSES[name], rng.randint(2, 5)))}.", []
 
-    name = {"story": "generation", "anecdote": "summarize", "passage": "closed_qa", "scene": "extract", "sentence": "rewrite",
-            "mood": "classify", "code": "coding"}[kind]
+
+def retell(name: str, item: dict, rng: random.Random) -> str:
+    """What a task's item is about, as prose.
+
+    Most of it says again what it has said, in other words: a small model learns to look things up in a text from
+    texts that make it look many times.
+    """
     task = TASKS[name]
-    item = task.draw(rng)
-    while split(name, item) != "train" or (kind == "mood" and "events" not in item):
-        item = task.draw(rng)
-    about = [f"{name} {task.key(item)}"]
-    if kind == "story":
-        return task.answer(item, rng.choice(["careful", "terse"]), rng), about
-    if kind == "anecdote":
-        return f"{task.anecdote(item)} {task.answer(item, 'careful', rng)}", about
-    if kind == "passage":
-        said = [task.solve(item)[0]]
-        for _ in range(rng.randint(1, 5)):
+    if name in ("closed_qa", "rewrite"):  # go on with the same item
+        closed = name == "closed_qa"
+        said = [task.solve(item)[0]] if closed else [task.sentence(item["source"]), task.sentence(item["target"])]
+        for _ in range(rng.randint(1, 5) if closed else rng.randint(0, 3)):
             item, _ = task.follow(item, rng)
-            said.append(task.solve(item)[0])
-        return " ".join([task.passage(item), *dict.fromkeys(said)]), about
-    if kind == "scene":
-        kinds = list(dict.fromkeys(k for k, _ in rng.sample(item["things"], len(item["things"]))))
-        lists = (f"{capital(plural(k))}: {', '.join(word for of, word in item['things'] if of == k)}." for k in kinds)
-        return f"{task.text(item)} {' '.join(lists)}", about
-    if kind == "sentence":
-        said = [task.sentence(item["source"]), task.sentence(item["target"])]
-        for _ in range(rng.randint(0, 3)):
-            item, _ = task.follow(item, rng)
-            said.append(task.sentence(item["target"]))
-        return " ".join(said), about
-    if kind == "mood":
-        return f"{task.text(item)}. {capital(she(item['name']))} is {item['right']}.", about
-    return task.answer(item, "careful", rng), about
+            said.append(task.solve(item)[0] if closed else task.sentence(item["target"]))
+        return " ".join([task.passage(item), *dict.fromkeys(said)] if closed else said)
+    if name == "extract":
+        kinds = list(dict.fromkeys(kind for kind, _ in rng.sample(item["things"], len(item["things"]))))
+        found = {kind: ", ".join(word for of, word in item["things"] if of == kind) for kind in kinds}
+        return " ".join([task.text(item), *(f"{capital(plural(kind))}: {words}." for kind, words in found.items())])
+    if name == "classify":
+        return f"{task.text(item)}. {capital(she(item['name']))} is {item['right']}."
+    answer = task.answer(item, rng.choice(["careful", "terse"]) if name == "generation" else "careful", rng)
+    return f"{task.anecdote(item)} {answer}" if name == "summarize" else answer
 
 
 # ------------------------------------------------------------------------------------- writing it all
@@ -218,19 +200,39 @@ def held_out(evals: int) -> dict[str, list[dict]]:
     return sets
 
 
+def demo(rng: random.Random, wanted: str) -> tuple[dict, str]:
+    """A demonstration, and its text if that has to be checked."""
+    record = dialogue(rng, wanted, shares="sqrt_surge")
+    messages = demonstrate(record, rng)
+    text = "" if wanted == "dev" else " ".join(m["content"] for m in messages)
+    return {"messages": messages, "category": record["category"], "keys": keys(record)}, text
+
+
+def prompt(rng: random.Random) -> tuple[dict, str]:
+    record = dialogue(rng)
+    return record | {"id": f"{rng.getrandbits(32):08x}"}, " ".join(turn["user"] for turn in record["turns"])
+
+
+def document(rng: random.Random, only_verse: bool = False) -> tuple[dict, str]:
+    text, about = (verse(rng), []) if only_verse else page(rng) if rng.random() < 0.6 else prose(rng)
+    return {"text": text, "keys": about}, text
+
+
 def write_data(config: Config, out: Path) -> None:
     sets = held_out(config.evals)
     for name, records in sets.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    forbidden = set().union(*(ngrams(turn["user"]) for records in sets.values() for r in records for turn in r["turns"]))
+    asked = [turn["user"] for records in sets.values() for record in records for turn in record["turns"]]
+    forbidden = set().union(*map(ngrams, asked))
     dropped = 0
 
-    def write(name: str, made: Iterator[tuple[dict, str]], count: int) -> None:
+    def write(name: str, count: int, make: Callable[..., tuple[dict, str]], *about) -> None:
         """The first `count` records whose text shares no 13 words with a held-out prompt."""
         nonlocal dropped
-        with (out / name).open("w") as file, tqdm(total=count, desc=name, mininterval=1, disable=count <= 10_000) as bar:
+        bar = tqdm(total=count, desc=name, mininterval=1, disable=count <= 10_000)
+        with (out / name).open("w") as file, bar:
             while count:
-                record, text = next(made)
+                record, text = make(*about)
                 if forbidden.isdisjoint(ngrams(text)):
                     file.write(json.dumps(record) + "\n")
                     count -= 1
@@ -238,47 +240,30 @@ def write_data(config: Config, out: Path) -> None:
                 else:
                     dropped += 1
 
-    def demos(rng: random.Random, wanted: str):
-        while True:
-            record = dialogue(rng, wanted, shares="sqrt_surge")
-            messages = demonstrate(record, rng)
-            text = "" if wanted == "dev" else " ".join(m["content"] for m in messages)
-            yield {"messages": messages, "category": record["category"], "keys": keys(record)}, text
-
-    def prompts(rng: random.Random):
-        while True:
-            record = dialogue(rng)
-            yield record | {"id": f"{rng.getrandbits(32):08x}"}, " ".join(turn["user"] for turn in record["turns"])
-
-    def documents(rng: random.Random):
-        while True:
-            text, about = page(rng) if rng.random() < 0.6 else prose(rng)
-            yield {"text": text, "keys": about}, text
-
-    write("sft.jsonl", demos(random.Random(f"demonstrations {config.seed}"), "train"), config.demos)
-    write("sft_dev.jsonl", demos(random.Random("held-out demonstrations"), "dev"), 400)
-    write("prompts.jsonl", prompts(random.Random(f"prompts {config.seed}")), config.prompts)
-    write("more_prompts.jsonl", prompts(random.Random(f"more prompts {config.seed}")), config.more_prompts)
+    seed = config.seed
+    write("sft.jsonl", config.demos, demo, random.Random(f"demonstrations {seed}"), "train")
+    write("sft_dev.jsonl", 400, demo, random.Random("held-out demonstrations"), "dev")
+    write("prompts.jsonl", config.prompts, prompt, random.Random(f"prompts {seed}"))
+    write("more_prompts.jsonl", config.more_prompts, prompt, random.Random(f"more prompts {seed}"))
     if config.part == "all":
-        rng = random.Random(f"documents {config.seed}")
-        write("verses.jsonl", (({"text": text, "keys": []}, text) for text in iter(lambda: verse(rng), "")), VERSES)
-        write("pretrain.jsonl", documents(rng), config.documents)
-        write("pretrain_eval.jsonl", documents(rng), 2000)
-    print(f"{out}: {config.demos} demonstrations, {config.prompts} prompts, {len(sets['test'])} test and {len(sets['dev'])} dev dialogues; "
-          f"{dropped} texts dropped for {NGRAM} words in a row of a held-out prompt")
+        rng = random.Random(f"documents {seed}")
+        write("verses.jsonl", VERSES, document, rng, True)
+        write("pretrain.jsonl", config.documents, document, rng)
+        write("pretrain_eval.jsonl", 2000, document, rng)
+    print(f"{out}: {config.demos} demonstrations, {config.prompts} prompts, {len(sets['test'])} test and "
+          f"{len(sets['dev'])} dev dialogues; {dropped} texts dropped for {NGRAM} words in a row of a held-out prompt")
 
 
 def make_start(config: Config, out: Path) -> None:
     """A tokenizer learnt from the corpus and a model with random weights, as a Hugging Face directory."""
     out.mkdir(parents=True, exist_ok=True)
     with (out.parent / "pretrain.jsonl").open() as file:
-        texts = [json.loads(line)["text"] for _, line in zip(range(100_000), file, strict=False)]
+        texts = [json.loads(line)["text"] for line in islice(file, 100_000)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in texts for line in text.splitlines()), model_prefix=str(out / "tokenizer"),
-        model_type="bpe", vocab_size=BASE["vocab_size"], byte_fallback=True, split_digits=True, add_dummy_prefix=False,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, control_symbols=["<|system|>", "<|user|>", "<|assistant|>"],
-        num_threads=1, minloglevel=2,
-    )
+        sentence_iterator=iter(line for text in texts for line in text.splitlines()),
+        model_prefix=str(out / "tokenizer"), model_type="bpe", vocab_size=BASE["vocab_size"], byte_fallback=True,
+        split_digits=True, add_dummy_prefix=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        control_symbols=["<|system|>", "<|user|>", "<|assistant|>"], num_threads=1, minloglevel=2)
     (out / "tokenizer.vocab").unlink()
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
                 "add_bos_token": True, "add_eos_token": False, "legacy": False, "add_prefix_space": False}
@@ -289,9 +274,9 @@ def make_start(config: Config, out: Path) -> None:
 
 
 def pretrain(config: Config, out: Path, name: str, *options: str) -> Path:
-    """Train on out/<name>.jsonl, or go on with it; returns the run's folder, out/<name>."""
-    command = [sys.executable, "sft.py", "--config", "configs/tiny/pretrain.toml", f"data={out / name}.jsonl", f"seed={config.seed}",
-               f"out={out / name}", *options]
+    """Train on out/<name>.jsonl, or resume; returns the run's folder, out/<name>."""
+    command = [sys.executable, "sft.py", "--config", "configs/tiny/pretrain.toml", f"data={out / name}.jsonl",
+               f"seed={config.seed}", f"out={out / name}", *options]
     if subprocess.run(command).returncode or not (out / name / "model").exists():
         runtime.fail(f"{out / name}: pretraining ended early: run the same command again to go on")
     return out / name
@@ -301,9 +286,11 @@ def ship(config: Config, runs: list[Path]) -> None:
     """Copy the trained base to where it is shipped from, with a note of how it was made."""
     shutil.copytree(runs[-1] / "model", config.ship, dirs_exist_ok=True)
     steps = [json.loads(line) for run in runs for line in (run / "metrics.jsonl").open()]
-    log = {"command": " ".join(["python -m data.tiny.build", *sys.argv[1:]]), "seed": config.seed, "finished": time.strftime("%Y-%m-%d"),
-           "torch": torch.__version__, "steps": len(steps), "tokens": int(sum(s["tokens"] for s in steps)),
-           "minutes": round(sum(s["tokens"] / s["tokens_per_s"] for s in steps) / 60, 1), "last_loss": round(steps[-1]["loss"], 4),
+    log = {"command": " ".join(["python -m data.tiny.build", *sys.argv[1:]]), "seed": config.seed,
+           "finished": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "steps": len(steps),
+           "tokens": int(sum(s["tokens"] for s in steps)),
+           "minutes": round(sum(s["tokens"] / s["tokens_per_s"] for s in steps) / 60, 1),
+           "last_loss": round(steps[-1]["loss"], 4),
            "eval_loss": {s["step"]: round(s["eval_loss"], 4) for s in steps if "eval_loss" in s}}
     (Path(config.ship) / "build.json").write_text(json.dumps(log, indent=1) + "\n")
 
@@ -311,12 +298,13 @@ def ship(config: Config, runs: list[Path]) -> None:
 def main(config: Config) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    if config.part == "data" or not (out / "verses" / "config.toml").is_file():  # else an earlier run goes on
+    if config.part == "data" or not (out / "verses" / "config.toml").is_file():  # else an earlier run is resumed
         write_data(config, out)
         if config.part == "data":
             return
         make_start(config, out / "start")
-    verses = pretrain(config, out, "verses", f"model={out / 'start'}", "schedule=constant", "warmup=0.4", "eval_every=0", "samples=0")
+    copying = ["schedule=constant", "warmup=0.4", "eval_every=0", "samples=0"]
+    verses = pretrain(config, out, "verses", f"model={out / 'start'}", *copying)
     corpus = pretrain(config, out, "pretrain", f"model={verses / 'model'}", f"eval_data={out / 'pretrain_eval.jsonl'}")
     if config.ship:
         ship(config, [verses, corpus])

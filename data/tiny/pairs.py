@@ -1,6 +1,6 @@
 """Collect preferences in the tiny world: a model answers twice, an annotator chooses, the dialogue goes on.
 
-    python -m data.tiny.pairs model=runs/tiny/0/sft/model prompts=runs/tiny/0/data/prompts.jsonl out=runs/tiny/0/pairs.jsonl
+    python -m data.tiny.pairs model=runs/tiny/0/sft/model prompts=runs/tiny/0/data/prompts.jsonl out=pairs.jsonl
 
 For every turn of every dialogue the model gives two replies. An annotator says which is better and how clearly, as
 in the talk's protocol (Llama-2's: choose, then a margin from 1 to 4), or cannot tell. The reply chosen
@@ -46,20 +46,22 @@ class Config:
     threads: int = 0
 
     def __post_init__(self):
-        for key, low, high in (("temperature", 0, 10), ("max_tokens", 1, inf), ("noise", 0, 10), ("length_bias", -10, 10), ("tie", 0, 2),
-                               ("seed", 0, inf)):
+        for key, low, high in (("temperature", 0, 10), ("max_tokens", 1, inf), ("noise", 0, 10),
+                               ("length_bias", -10, 10), ("tie", 0, 2), ("seed", 0, inf)):
             runtime.check_range(key, getattr(self, key), low, high)
 
 
 MARGINS = (0.15, 0.3, 0.5)  # differences of utility at which the margin becomes 2, 3, 4
 
 
-def annotate(category: str, item: dict, replies: list[str], rng: random.Random, config: Config) -> tuple[int, int] | None:
+def annotate(category: str, item: dict, replies: list[str], rng: random.Random,
+             config: Config) -> tuple[int, int] | None:
     """Which of two replies an annotator prefers, and the margin 1-4; None when they cannot tell."""
-    reference = len(words(TASKS[category].answer(item, "careful", random.Random(0))))
-    first, second = (
-        gold(category, item, reply) + config.length_bias * math.tanh((len(words(reply)) - reference) / 8) + rng.gauss(0, config.noise)
-        for reply in replies)
+    reference, utilities = len(words(TASKS[category].answer(item, "careful", random.Random(0)))), []
+    for reply in replies:
+        bonus = config.length_bias * math.tanh((len(words(reply)) - reference) / 8)
+        utilities.append(gold(category, item, reply) + bonus + rng.gauss(0, config.noise))
+    first, second = utilities
     difference = abs(first - second)
     if difference < config.tie:
         return None
@@ -88,7 +90,7 @@ def main(config: Config) -> None:
             replies = [tokenizer.decode(s.tokens).strip() for s in samples]
             if not all(s.finished for s in samples) or not all(replies):
                 became["unfinished"] += 1
-                d["turns"] = []  # nobody goes on with half a reply
+                d["turns"] = []  # a dialogue ends at a reply that was cut off
                 continue
             same = replies[0] == replies[1]
             verdict = None if same else annotate(d["category"], d["turns"][turn]["item"], replies, rng, config)
@@ -102,7 +104,8 @@ def main(config: Config) -> None:
     pairs = [pair for d in dialogues for pair in d["pairs"]]
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     runtime.write_text(Path(config.out), "".join(json.dumps(p) + "\n" for p in pairs))
-    print(f"{config.out}: {len(pairs)} pairs of {sum(became.values())} turns; " + ", ".join(f"{k} {v}" for k, v in sorted(became.items())))
+    counts = ", ".join(f"{what} {count}" for what, count in sorted(became.items()))
+    print(f"{config.out}: {len(pairs)} pairs of {sum(became.values())} turns; {counts}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The tiny world: ten kinds of task about forty people, with a gold grader for every reply.
 
-A closed vocabulary of some 400 words in which a model of three million parameters can be a chatbot on a
+A closed vocabulary of some 400 words (words.toml) in which a model of three million parameters can be a chatbot on a
 laptop, and in which "helpful" is a number: each task grades any reply from 0 to 1. The grader plays the
 human. It labels preferences (`data/tiny/pairs.py`) and measures the end result (`judge.py`); training sees
 demonstrations and labels, never a grade.
 
-A task is a class of six functions over an `item`, a plain dict that holds what the task is about:
+A task is six functions of an `item`, a plain dict that holds what the task is about:
 
     draw(rng)          a new item                     ask(item, rng)            the user's words
     key(item)          its content, as text           answer(item, style, rng)  a demonstrator's reply
@@ -22,46 +22,23 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import operator
 import random
 import re
+import tomllib
+from pathlib import Path
 
 # --------------------------------------------------------------------------------------- the words
 
-SHE = "Anna Mia Lena Emma Nora Ida Clara Eva Rosa Julia Sara Maya Lucy Alice Ella Zoe Ruth Vera Tina Olga".split()
-HE = "Tom Ben Leo Max Paul Jack Sam Finn Noah Adam Luke Hugo Oscar Carl Ivan Peter David Felix Simon Otto".split()
-NAMES = SHE + HE
-CITIES = "Paris Rome Berlin London Madrid Vienna Oslo Prague Dublin Lisbon Athens Warsaw".split()
-JOBS = "teacher doctor baker farmer driver singer painter nurse cook pilot writer dentist".split()
-ANIMALS = "cat dog fox owl frog horse rabbit duck goat mouse bear snake".split()
-COLOURS = "red blue green yellow black white brown pink purple orange".split()
-FRUITS = "apple pear plum cherry grape lemon banana peach melon mango".split()
-DRINKS = "tea coffee milk water juice cocoa soda punch".split()
-OBJECTS = "ball kite book hat lamp cup box bag drum doll coat ring".split()
-VEHICLES = "car bus train bike boat plane truck tram".split()
-TOOLS = "hammer saw brush spoon knife rake shovel needle".split()
-PLACES = "park beach market garden forest school station river farm library".split()
-CLASSES = {"animal": ANIMALS, "fruit": FRUITS, "colour": COLOURS, "city": CITIES, "job": JOBS,
-           "drink": DRINKS, "object": OBJECTS, "vehicle": VEHICLES, "tool": TOOLS}
-PAST = {"sees": "saw", "buys": "bought", "finds": "found", "takes": "took", "paints": "painted", "washes": "washed",
-        "draws": "drew", "carries": "carried", "holds": "held", "drops": "dropped", "cleans": "cleaned", "hides": "hid"}
-GOOD_EVENTS = ["won a prize", "found a coin", "got a present", "made a new friend", "passed the test",
-               "had a great day", "got good news", "won the race"]
-BAD_EVENTS = ["lost the key", "missed the bus", "broke the cup", "fell off the bike", "failed the test",
-              "had a bad day", "got bad news", "lost the race"]
-GOOD_MOODS, BAD_MOODS = ["happy", "glad", "cheerful"], ["sad", "upset", "unhappy"]
+WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text())
+SHE, HE, PLACES, CLASSES, PAST, FACTS = (WORDS[key] for key in ("she", "he", "places", "classes", "past", "facts"))
+ANIMALS, FRUITS, COLOURS, DRINKS, OBJECTS = (CLASSES[key] for key in ("animal", "fruit", "colour", "drink", "object"))
+EVENTS, MOODS = ({True: WORDS[f"good_{kind}"], False: WORDS[f"bad_{kind}"]} for kind in ("events", "moods"))
+ALL_MOODS, NAMES = MOODS[True] + MOODS[False], SHE + HE
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 
-FACTS = {  # what is known of a person: values, questions about {n}, the question that follows up, the sentence that answers
-    "city": (CITIES, ["Where does {n} live?", "In which city does {n} live?"], "And where does {s} live?", "{n} lives in {v}."),
-    "job": (JOBS, ["What is {n}'s job?", "What does {n} do for work?"], "And what is {p} job?", "{n} is a {v}."),
-    "pet": (ANIMALS, ["What pet does {n} have?", "Which animal does {n} keep?"], "And what pet does {s} have?", "{n} has {a}."),
-    "colour": (COLOURS, ["What is {n}'s favourite colour?", "Which colour does {n} like best?"],
-               "And what is {p} favourite colour?", "{n} likes {v} best."),
-    "fruit": (FRUITS, ["Which fruit does {n} eat?", "What fruit does {n} like?"], "And which fruit does {s} eat?", "{n} eats {a}."),
-    "drink": (DRINKS, ["What does {n} drink?", "Which drink does {n} like?"], "And what does {s} drink?", "{n} drinks {v}."),
-}
 _draw = random.Random("the people of the tiny world")
-PEOPLE = {name: {fact: _draw.choice(values) for fact, (values, *_) in FACTS.items()} for name in NAMES}
+PEOPLE = {name: {key: _draw.choice(CLASSES[fact["values"]]) for key, fact in FACTS.items()} for name in NAMES}
 
 
 def an(word: str) -> str:
@@ -69,8 +46,9 @@ def an(word: str) -> str:
 
 
 def plural(word: str) -> str:
-    irregular = {"city": "cities", "cherry": "cherries", "box": "boxes", "brush": "brushes", "bus": "buses", "peach": "peaches"}
-    return irregular.get(word, word + "s")
+    if word in ("city", "cherry"):
+        return word[:-1] + "ies"
+    return word + ("es" if word in ("box", "brush", "bus", "peach") else "s")
 
 
 def she(name: str) -> str:
@@ -108,8 +86,8 @@ def mentioned(text: str, values) -> set[str]:
 
 def pattern(form: str, **values: list[str]) -> re.Pattern:
     """A form such as "The {b} was {m}." as a pattern that accepts any of the values given for b and m."""
-    parts = re.split(r"\{(\w)\}", form)
-    return re.compile("".join("(?:" + "|".join(values[p]) + ")" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
+    parts = re.split(r"\{(\w)\}", form)  # text and names of holes in turn
+    return re.compile("".join(f"(?:{'|'.join(values[p])})" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
 
 
 # ----------------------------------------------------------------------------------- the ten tasks
@@ -118,58 +96,57 @@ class Generation:
     """A story of n sentences with a person, an animal and a place."""
 
     OPENINGS = [["{n} met {a} at the {p}."], ["{n} went to the {p}.", "{n} saw {a}."]]
-    FORMS = ["{s} fed the {b}.", "The {b} was {m}.", "{n} was {m}.", "The {b} ran to {n}.", "{n} and the {b} played all day.",
-             "The {b} slept at the {p}.", "{s} gave the {b} some {d}.", "{n} sang for the {b}."]
+    FORMS = ["{s} fed the {b}.", "The {b} was {m}.", "{n} was {m}.", "The {b} ran to {n}.",
+             "{n} and the {b} played all day.", "The {b} slept at the {p}.", "{s} gave the {b} some {d}.",
+             "{n} sang for the {b}."]
     PATTERNS = [pattern(form, n=NAMES, s=["She", "He"], a=[an(x) for x in ANIMALS], b=ANIMALS, p=PLACES,
-                        m=GOOD_MOODS + BAD_MOODS, d=DRINKS) for form in FORMS + sum(OPENINGS, [])]
+                        m=ALL_MOODS, d=DRINKS) for form in FORMS + sum(OPENINGS, [])]
 
-    @staticmethod
-    def draw(rng):
-        return {"name": rng.choice(NAMES), "animal": rng.choice(ANIMALS), "place": rng.choice(PLACES), "n": rng.randint(2, 5)}
+    def draw(self, rng):
+        return {"name": rng.choice(NAMES), "animal": rng.choice(ANIMALS), "place": rng.choice(PLACES),
+                "n": rng.randint(2, 5)}
 
-    @staticmethod
-    def key(item):
+    def key(self, item):
         return f"{item['name']} {item['animal']} {item['place']} {item['n']}"
 
-    @staticmethod
-    def ask(item, rng):
+    def ask(self, item, rng):
         about, n = f"{item['name']}, {an(item['animal'])} and the {item['place']}", COUNTS[item["n"]]
-        return rng.choice([f"Write a story with {about} in {n} sentences.", f"Tell me a story of {n} sentences about {about}.",
+        return rng.choice([f"Write a story with {about} in {n} sentences.",
+                           f"Tell me a story of {n} sentences about {about}.",
                            f"I want a story about {about}. Use {n} sentences."])
 
-    @staticmethod
-    def follow(item, rng):
+    def follow(self, item, rng):
         if rng.random() < 0.6:
             n = other(rng, range(2, 6), item["n"])
-            return item | {"n": n}, rng.choice([f"Now make it {COUNTS[n]} sentences.", f"Can you use {COUNTS[n]} sentences?"])
+            said = rng.choice(["Now make it {n} sentences.", "Can you use {n} sentences?"])
+            return item | {"n": n}, said.format(n=COUNTS[n])
         name = other(rng, NAMES, item["name"])
         return item | {"name": name}, rng.choice([f"Now tell it about {name}.", f"Use the name {name} instead."])
 
-    @classmethod
-    def story(cls, item, n, rng):
-        lines = list(rng.choice(cls.OPENINGS[:1] if n == 1 else cls.OPENINGS))
-        lines += rng.sample(cls.FORMS, n - len(lines))
-        fill = dict(n=item["name"], s=capital(she(item["name"])), a=an(item["animal"]), b=item["animal"], p=item["place"])
-        return " ".join(line.format(**fill, m=rng.choice(GOOD_MOODS + BAD_MOODS), d=rng.choice(DRINKS)) for line in lines)
+    def story(self, item, n, rng):
+        lines = list(rng.choice(self.OPENINGS[:1] if n == 1 else self.OPENINGS))
+        lines += rng.sample(self.FORMS, n - len(lines))
+        name, animal, moods = item["name"], item["animal"], ALL_MOODS
+        fill = {"n": name, "s": capital(she(name)), "a": an(animal), "b": animal, "p": item["place"]}
+        return " ".join(line.format(**fill, m=rng.choice(moods), d=rng.choice(DRINKS)) for line in lines)
 
-    @classmethod
-    def answer(cls, item, style, rng):
+    def answer(self, item, style, rng):
         if style == "careful":
-            return cls.story(item, item["n"], rng) + " The end."
+            return self.story(item, item["n"], rng) + " The end."
         if style == "terse":  # no ending, and a sentence short of a long story
-            return cls.story(item, item["n"] - (item["n"] > 3), rng)
+            return self.story(item, item["n"] - (item["n"] > 3), rng)
         wrong = rng.choice(["name", "animal", "n"])
         if wrong == "n":
-            return cls.story(item, rng.choice([n for n in range(1, 7) if abs(n - item["n"]) > 1]), rng)
-        return cls.story(item | {wrong: other(rng, {"name": NAMES, "animal": ANIMALS}[wrong], item[wrong])}, item["n"], rng)
+            return self.story(item, rng.choice([n for n in range(1, 7) if abs(n - item["n"]) > 1]), rng)
+        slip = other(rng, NAMES if wrong == "name" else ANIMALS, item[wrong])
+        return self.story(item | {wrong: slip}, item["n"], rng)
 
-    @classmethod
-    def grade(cls, item, reply):
+    def grade(self, item, reply):
         told = reply.strip().removesuffix("The end.")
         lines = sentences(told)
         wanted = {item["name"], item["animal"], item["place"]}
         present = mentioned(told, NAMES + ANIMALS + PLACES)
-        proper = {line for line in lines if any(p.fullmatch(line) for p in cls.PATTERNS)}
+        proper = {line for line in lines if any(p.fullmatch(line) for p in self.PATTERNS)}
         score = 0.15 * len(wanted & present) - 0.15 * bool(present - wanted) + 0.2 * len(proper) / max(len(lines), 1)
         score += {0: 0.25, 1: 0.08}.get(abs(len(lines) - item["n"]), 0)
         return score + 0.1 * (reply.strip().endswith("The end.") and bool(lines))
@@ -178,40 +155,34 @@ class Generation:
 class OpenQA:
     """A fact about a person, learnt in pretraining only."""
 
-    @staticmethod
-    def draw(rng):
+    def draw(self, rng):
         return {"name": rng.choice(NAMES), "fact": rng.choice(list(FACTS))}
 
-    @staticmethod
-    def key(item):
+    def key(self, item):
         return f"{item['name']} {item['fact']}"
 
-    @staticmethod
-    def ask(item, rng):
-        return rng.choice(FACTS[item["fact"]][1]).format(n=item["name"])
+    def ask(self, item, rng):
+        return rng.choice(FACTS[item["fact"]]["questions"]).format(n=item["name"])
 
-    @staticmethod
-    def follow(item, rng):
+    def follow(self, item, rng):
         if rng.random() < 0.5:
             fact = other(rng, FACTS, item["fact"])
-            return item | {"fact": fact}, FACTS[fact][2].format(s=she(item["name"]), p=her(item["name"]))
+            said = FACTS[fact]["follow_up"].format(s=she(item["name"]), p=her(item["name"]))
+            return item | {"fact": fact}, said
         name = other(rng, NAMES, item["name"])
         return item | {"name": name}, f"And {name}?"
 
-    @staticmethod
-    def answer(item, style, rng):
-        values, _, _, form = FACTS[item["fact"]]
-        value = PEOPLE[item["name"]][item["fact"]]
+    def answer(self, item, style, rng):
+        fact, value = FACTS[item["fact"]], PEOPLE[item["name"]][item["fact"]]
         if style == "sloppy":
-            value = other(rng, values, value)
+            value = other(rng, CLASSES[fact["values"]], value)
         if style == "terse":
             return capital(value) + "."
-        return form.format(n=item["name"], v=value, a=an(value))
+        return fact["answer"].format(n=item["name"], v=value, a=an(value))
 
-    @staticmethod
-    def grade(item, reply):
+    def grade(self, item, reply):
         value = PEOPLE[item["name"]][item["fact"]]
-        said = mentioned(reply, FACTS[item["fact"]][0])
+        said = mentioned(reply, CLASSES[FACTS[item["fact"]]["values"]])
         right = 0.7 if said == {value} else 0.2 if value in said else 0
         sentence = reply.strip().endswith(".") and item["name"] in words(reply) and 3 <= len(words(reply)) <= 10
         return right + 0.3 * (sentence and right > 0)
@@ -220,31 +191,28 @@ class OpenQA:
 class Brainstorm:
     """n things of one kind, perhaps without some of them."""
 
-    @staticmethod
-    def draw(rng):
+    def draw(self, rng):
         kind = rng.choice(list(CLASSES))
-        return {"kind": kind, "n": rng.randint(2, 5), "without": [rng.choice(CLASSES[kind])] if rng.random() < 0.6 else []}
+        n = rng.randint(2, 5)
+        return {"kind": kind, "n": n, "without": [rng.choice(CLASSES[kind])] if rng.random() < 0.6 else []}
 
-    @staticmethod
-    def key(item):
+    def key(self, item):
         return f"{item['kind']} {item['n']} {' '.join(sorted(item['without']))}"
 
-    @staticmethod
-    def ask(item, rng):
+    def ask(self, item, rng):
         n, kinds = COUNTS[item["n"]], plural(item["kind"])
         but = f", but not {listing(item['without'])}" if item["without"] else ""
         return rng.choice([f"Name {n} {kinds}{but}.", f"Give me {n} {kinds}{but}.", f"I need {n} {kinds}{but}."])
 
-    @staticmethod
-    def follow(item, rng):
+    def follow(self, item, rng):
         if rng.random() < 0.5 or len(item["without"]) > 1:
             n = other(rng, range(2, 6), item["n"])
             return item | {"n": n}, rng.choice([f"Make it {COUNTS[n]}.", f"Now give me {COUNTS[n]}."])
         without = other(rng, CLASSES[item["kind"]], *item["without"])
-        return item | {"without": item["without"] + [without]}, rng.choice([f"And not {without}.", f"Leave out {without}."])
+        said = rng.choice([f"And not {without}.", f"Leave out {without}."])
+        return item | {"without": item["without"] + [without]}, said
 
-    @staticmethod
-    def answer(item, style, rng):
+    def answer(self, item, style, rng):
         allowed = [v for v in CLASSES[item["kind"]] if v not in item["without"]]
         n = min(item["n"], len(allowed))
         things = rng.sample(allowed, n)
@@ -253,14 +221,16 @@ class Brainstorm:
             if slip == "short":
                 things.pop()
             else:
-                strangers = CLASSES[other(rng, CLASSES, item["kind"])]
-                things[rng.randrange(n)] = rng.choice(item["without"] if slip == "without" and item["without"] else strangers)
+                wrong = CLASSES[other(rng, CLASSES, item["kind"])]
+                if slip == "without" and item["without"]:
+                    wrong = item["without"]
+                thing = rng.choice(wrong)
+                things[rng.randrange(n)] = thing
         if style == "terse" or (style == "sloppy" and rng.random() < 0.5):
             return ", ".join(things) + "."
         return " ".join(f"{i}. {thing}" for i, thing in enumerate(things, 1))
 
-    @staticmethod
-    def grade(item, reply):
+    def grade(self, item, reply):
         numbers = [int(x) for x in re.findall(r"(\d+)\.", reply)]
         given = [w for w in re.findall(r"[A-Za-z]+", reply) if w != "and"]
         good = {w for w in given if w in CLASSES[item["kind"]] and w not in item["without"]}
@@ -271,113 +241,100 @@ class Brainstorm:
 class Chat:
     """Somebody says how they are: greet by name, feel with them, offer one fitting thing."""
 
-    OFFERS = {True: ["Do you want to tell me more?", "How did it feel?"], False: ["Do you want to talk about it?", "Can I help you?"]}
-    FEELINGS = {True: ["I am glad to hear that.", "I am happy for you."], False: ["I am sorry to hear that.", "That is sad."]}
+    OFFERS = {True: ["Do you want to tell me more?", "How did it feel?"],
+              False: ["Do you want to talk about it?", "Can I help you?"]}
+    FEELINGS = {True: ["I am glad to hear that.", "I am happy for you."],
+                False: ["I am sorry to hear that.", "That is sad."]}
 
-    @staticmethod
-    def news(rng):
+    def news(self, rng):
         good = rng.random() < 0.5
-        events = GOOD_EVENTS if good else BAD_EVENTS
-        moods = GOOD_MOODS if good else BAD_MOODS
-        return {"good": good, "news": f"I {rng.choice(events)}" if rng.random() < 0.7 else f"I am {rng.choice(moods)}"}
+        news = f"I {rng.choice(EVENTS[good])}" if rng.random() < 0.7 else f"I am {rng.choice(MOODS[good])}"
+        return {"good": good, "news": news}
 
-    @classmethod
-    def draw(cls, rng):
-        return {"name": rng.choice(NAMES)} | cls.news(rng)
+    def draw(self, rng):
+        return {"name": rng.choice(NAMES)} | self.news(rng)
 
-    @staticmethod
-    def key(item):
+    def key(self, item):
         return f"{item['name']} {item['news']}"
 
-    @staticmethod
-    def ask(item, rng):
-        return rng.choice(["Hi, I am {name}. {news}.", "Hello, my name is {name}. {news}.", "{name} here. {news}."]).format(**item)
+    def ask(self, item, rng):
+        greetings = ["Hi, I am {name}. {news}.", "Hello, my name is {name}. {news}.", "{name} here. {news}."]
+        return rng.choice(greetings).format(**item)
 
-    @classmethod
-    def follow(cls, item, rng):
-        new = item | cls.news(rng)
+    def follow(self, item, rng):
+        new = item | self.news(rng)
         return new, rng.choice([f"Thanks. And today {new['news']}.", f"Then {new['news']}."])
 
-    @classmethod
-    def answer(cls, item, style, rng):
+    def answer(self, item, style, rng):
         good, name = item["good"], item["name"]
         if style == "sloppy":
             slip = rng.choice(["feeling", "name"])
             good, name = (not good, name) if slip == "feeling" else (good, other(rng, NAMES, name))
-        feeling = rng.choice(cls.FEELINGS[good])
+        feeling = rng.choice(self.FEELINGS[good])
         if style == "terse":
             return feeling
         greeting = f"{rng.choice(['Hi', 'Hello'])} {name}."
-        return f"{greeting} {feeling}" + (f" {rng.choice(cls.OFFERS[good])}" if style == "careful" else "")
+        return f"{greeting} {feeling}" + (f" {rng.choice(self.OFFERS[good])}" if style == "careful" else "")
 
-    @classmethod
-    def grade(cls, item, reply):
+    def grade(self, item, reply):
         greeted = re.match(r"(Hi|Hello|Hey),? (\w+)", reply.strip())
         with_joy, with_sorrow = (bool(mentioned(reply, x)) for x in (["glad", "happy", "great"], ["sorry", "sad"]))
         felt = with_joy != with_sorrow and with_joy == item["good"]
         questions = [s for s in sentences(reply) if s.endswith("?")]
-        offered = len(questions) == 1 and questions[0] in cls.OFFERS[item["good"]]
+        offered = len(questions) == 1 and questions[0] in self.OFFERS[item["good"]]
         return 0.25 * bool(greeted and greeted[2] == item["name"]) + 0.45 * felt + 0.3 * offered
 
 
 class Rewrite:
     """The same sentence in another tense, with another name, or at another place."""
 
-    @staticmethod
-    def draw(rng):
+    def draw(self, rng):
         verbs, things = rng.sample(list(PAST), rng.randint(1, 2)), rng.sample(OBJECTS, 2)
         source = {"name": rng.choice(NAMES), "did": [list(x) for x in zip(verbs, things, strict=False)],
                   "place": rng.choice(PLACES), "past": False}
-        return Rewrite.change(source, source, rng)
+        return self.change(source, source, rng)
 
-    @staticmethod
-    def change(source, target, rng):
+    def change(self, source, target, rng):
         what = rng.choice(["name", "place", "past", "past"])
         new = {"name": lambda: other(rng, NAMES, target["name"]), "place": lambda: other(rng, PLACES, target["place"]),
                "past": lambda: not target["past"]}[what]()
         return {"source": source, "before": target, "target": target | {what: new}, "what": what}
 
-    @staticmethod
-    def sentence(of):
+    def sentence(self, of):
         did = [f"{PAST[verb] if of['past'] else verb} {an(thing)}" for verb, thing in of["did"]]
         return f"{of['name']} {listing(did)} at the {of['place']}."
 
-    @staticmethod
-    def key(item):
-        return Rewrite.sentence(item["source"])
+    def key(self, item):
+        return self.sentence(item["source"])
 
-    @staticmethod
-    def order(item):
+    def order(self, item):
         new = item["target"][item["what"]]
         return {"name": f"Use the name {new}", "place": f"Change the place to the {new}",
                 "past": f"Put it in the {'past' if new else 'present'} tense"}[item["what"]]
 
-    @staticmethod
-    def ask(item, rng):
-        sentence = Rewrite.sentence(item["source"])
-        return rng.choice([f"{Rewrite.order(item)}: {sentence}", f"Rewrite this. {Rewrite.order(item)}. {sentence}"])
+    def ask(self, item, rng):
+        sentence = self.sentence(item["source"])
+        return rng.choice([f"{self.order(item)}: {sentence}", f"Rewrite this. {self.order(item)}. {sentence}"])
 
-    @staticmethod
-    def follow(item, rng):
-        item = Rewrite.change(item["source"], item["target"], rng)
-        return item, rng.choice([f"Now {Rewrite.order(item)[0].lower()}{Rewrite.order(item)[1:]}.", f"{Rewrite.order(item)} too."])
+    def follow(self, item, rng):
+        item = self.change(item["source"], item["target"], rng)
+        order = self.order(item)
+        return item, rng.choice([f"Now {order[0].lower()}{order[1:]}.", f"{order} too."])
 
-    @staticmethod
-    def answer(item, style, rng):
-        right = Rewrite.sentence(item["target"])
+    def answer(self, item, style, rng):
+        right = self.sentence(item["target"])
         if style == "sloppy":
             if rng.random() < 0.5:
-                return Rewrite.sentence(item["before"])
+                return self.sentence(item["before"])
             verb, thing = item["target"]["did"][0]
             return right.replace(f" {an(thing)}", f" {an(other(rng, OBJECTS, thing))}", 1)
         return right.removesuffix(".") if style == "terse" else right
 
-    @staticmethod
-    def grade(item, reply):
-        said, right = words(reply), words(Rewrite.sentence(item["target"]))
+    def grade(self, item, reply):
+        said, right = words(reply), words(self.sentence(item["target"]))
         if said == right:
             return 0.85 + 0.15 * reply.strip().endswith(".")
-        if said in (words(Rewrite.sentence(item["before"])), words(Rewrite.sentence(item["source"]))):
+        if said in (words(self.sentence(item["before"])), words(self.sentence(item["source"]))):
             return 0.15
         return 0.5 * sum(x == y for x, y in zip(said, right, strict=False)) / max(len(said), len(right))
 
@@ -388,59 +345,56 @@ class Summarize:
     OPENINGS = ["It was a sunny day.", "It was early.", "It was cold."]
     ASIDES = ["It began to rain.", "The {o} was old.", "{s} was {m}.", "The {o} was big."]
 
-    @staticmethod
-    def draw(rng):
+    def draw(self, rng):
         return {"name": rng.choice(NAMES), "verb": rng.choice(list(PAST.values())), "colour": rng.choice(COLOURS),
-                "object": rng.choice(OBJECTS), "place": rng.choice(PLACES), "asides": [rng.randrange(3), rng.randrange(4)],
-                "mood": rng.choice(GOOD_MOODS + BAD_MOODS), "home": rng.random() < 0.5, "short": False}
+                "object": rng.choice(OBJECTS), "place": rng.choice(PLACES),
+                "asides": [rng.randrange(3), rng.randrange(4)], "mood": rng.choice(ALL_MOODS),
+                "home": rng.random() < 0.5, "short": False}
 
-    @staticmethod
-    def key(item):
+    def key(self, item):
         return f"{item['name']} {item['verb']} {item['colour']} {item['object']} {item['place']}"
 
-    @classmethod
-    def anecdote(cls, item):
+    def anecdote(self, item):
         s = she(item["name"])
-        aside = cls.ASIDES[item["asides"][1]].format(o=item["object"], s=capital(s), m=item["mood"])
-        told = [cls.OPENINGS[item["asides"][0]], f"{item['name']} went to the {item['place']}.",
+        aside = self.ASIDES[item["asides"][1]].format(o=item["object"], s=capital(s), m=item["mood"])
+        told = [self.OPENINGS[item["asides"][0]], f"{item['name']} went to the {item['place']}.",
                 f"There {s} {item['verb']} {an(item['colour'])} {item['object']}.", aside]
         return " ".join(told + [f"Then {s} went home."] * item["home"])
 
-    @classmethod
-    def ask(cls, item, rng):
+    def ask(self, item, rng):
         how = rng.choice(["Say this in one sentence", "Sum this up", "Summarize this story"])
-        return f"{how}: {cls.anecdote(item)}"
+        return f"{how}: {self.anecdote(item)}"
 
-    @staticmethod
-    def follow(item, rng):
+    def follow(self, item, rng):
         if not item["short"] and rng.random() < 0.6:
             return item | {"short": True}, rng.choice(["Shorter, please.", "Make it shorter."])
         name = other(rng, NAMES, item["name"])
         return item | {"name": name}, rng.choice([f"Use the name {name} instead.", f"Now with the name {name}."])
 
-    @staticmethod
-    def answer(item, style, rng):
+    def answer(self, item, style, rng):
         if style == "sloppy":
             if rng.random() < 0.3:
                 return f"{item['name']} went to the {item['place']}. {capital(she(item['name']))} was {item['mood']}."
-            wrong = rng.choice(["object", "place", "colour"])
-            item = item | {wrong: other(rng, {"object": OBJECTS, "place": PLACES, "colour": COLOURS}[wrong], item[wrong])}
+            values = {"object": OBJECTS, "place": PLACES, "colour": COLOURS}
+            wrong = rng.choice(list(values))
+            item = item | {wrong: other(rng, values[wrong], item[wrong])}
         brief = f"{item['name']} {item['verb']} {an(item['object'])}."
         full = f"{item['name']} {item['verb']} {an(item['colour'])} {item['object']} at the {item['place']}."
         if style == "terse":  # bare at first, and then not any shorter
             return full if item["short"] else brief
         return brief if item["short"] else full
 
-    @staticmethod
-    def grade(item, reply):
+    def grade(self, item, reply):
         count, length = len(sentences(reply)), len(words(reply))
-        has = {field: item[field] in mentioned(reply, [item[field]]) for field in ("name", "object", "colour", "place", "verb")}
+        name, thing, colour, place, verb = (
+            item[field] in mentioned(reply, [item[field]]) for field in ("name", "object", "colour", "place", "verb"))
         if item["short"]:
-            score = 0.25 * has["name"] + 0.25 * has["object"] + 0.2 * has["verb"] + 0.3 * (count == 1 and length <= 5)
+            score = 0.25 * name + 0.25 * thing + 0.2 * verb + 0.3 * (count == 1 and length <= 5)
         else:
-            score = 0.15 * has["name"] + 0.2 * has["object"] + 0.1 * has["colour"] + 0.2 * has["place"] + 0.15 * has["verb"]
+            score = 0.15 * name + 0.2 * thing + 0.1 * colour + 0.2 * place + 0.15 * verb
             score += 0.2 * (count == 1 and 4 <= length <= 11)
-        invented = mentioned(reply, NAMES + OBJECTS + COLOURS + PLACES) - {item[f] for f in ("name", "object", "colour", "place")}
+        true = {item[field] for field in ("name", "object", "colour", "place")}
+        invented = mentioned(reply, NAMES + OBJECTS + COLOURS + PLACES) - true
         return max(0, (score - 0.2 * bool(invented)) * (0.6 if count > 1 else 1))
 
 
@@ -448,74 +402,66 @@ class Coding:
     """A Python function of x from a chain of two or three sums."""
 
     SIGNS = {"add": "+", "subtract": "-", "multiply": "*"}
+    PYTHON = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
-    @staticmethod
-    def draw(rng):
-        return {"ops": [[rng.choice(list(Coding.SIGNS)), rng.randint(2, 9)] for _ in range(2)]}
+    def draw(self, rng):
+        return {"ops": [[rng.choice(list(self.SIGNS)), rng.randint(2, 9)] for _ in range(2)]}
 
-    @staticmethod
-    def key(item):
+    def key(self, item):
         return " ".join(f"{op} {n}" for op, n in item["ops"])
 
-    @staticmethod
-    def say(op, n, ending=""):
-        verb = {"add": f"add{ending}", "subtract": f"subtract{ending}", "multiply": f"multipl{'ies' if ending else 'y'} by"}[op]
-        return f"{verb} {n}"
+    def say(self, op, n, ending=""):
+        if op == "multiply":
+            return f"multipl{'ies' if ending else 'y'} by {n}"
+        return f"{op}{ending} {n}"
 
-    @staticmethod
-    def ask(item, rng):
-        chain = " and then ".join(Coding.say(op, n, "s") for op, n in item["ops"])
-        orders = " and then ".join(Coding.say(op, n) for op, n in item["ops"])
+    def ask(self, item, rng):
+        chain = " and then ".join(self.say(op, n, "s") for op, n in item["ops"])
+        orders = " and then ".join(self.say(op, n) for op, n in item["ops"])
         return rng.choice([f"Write a function f that takes x, {chain}.", f"Code a function f of x: {orders}."])
 
-    @staticmethod
-    def follow(item, rng):
+    def follow(self, item, rng):
         ops = [list(x) for x in item["ops"]]
         if len(ops) < 3 and rng.random() < 0.5:
-            ops.append([rng.choice(list(Coding.SIGNS)), rng.randint(2, 9)])
-            return {"ops": ops}, f"Then also {Coding.say(*ops[-1])}."
+            ops.append([rng.choice(list(self.SIGNS)), rng.randint(2, 9)])
+            return {"ops": ops}, f"Then also {self.say(*ops[-1])}."
         ops[-1][1] = other(rng, range(2, 10), ops[-1][1])
-        return {"ops": ops}, f"{capital(Coding.say(*ops[-1]))} instead."
+        return {"ops": ops}, f"{capital(self.say(*ops[-1]))} instead."
 
-    @staticmethod
-    def expression(ops):
+    def expression(self, ops):
         text, loose = "x", False  # loose: a sum that a product must put in brackets
         for op, n in ops:
-            text = f"{f'({text})' if loose and op == 'multiply' else text} {Coding.SIGNS[op]} {n}"
+            text = f"{f'({text})' if loose and op == 'multiply' else text} {self.SIGNS[op]} {n}"
             loose = op != "multiply"
         return text
 
-    @staticmethod
-    def answer(item, style, rng):
+    def answer(self, item, style, rng):
         ops = [list(x) for x in item["ops"]]
         if style == "sloppy":
             slip = rng.randrange(len(ops))
             if rng.random() < 0.5:
-                ops[slip][0] = other(rng, Coding.SIGNS, ops[slip][0])
+                ops[slip][0] = other(rng, self.SIGNS, ops[slip][0])
             else:
                 ops[slip][1] = other(rng, range(2, 10), ops[slip][1])
-        text = Coding.expression(ops)
+        text = self.expression(ops)
         return text if style == "terse" else f"def f(x): return {text}"
 
-    @staticmethod
-    def run(node, x):
+    def run(self, node, x):
         """The value of a parsed expression of x, whole numbers, + - * and brackets; anything else is a ValueError."""
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult)):
-            left, right = Coding.run(node.left, x), Coding.run(node.right, x)
-            return left + right if isinstance(node.op, ast.Add) else left - right if isinstance(node.op, ast.Sub) else left * right
+        if isinstance(node, ast.BinOp) and type(node.op) in self.PYTHON:
+            return self.PYTHON[type(node.op)](self.run(node.left, x), self.run(node.right, x))
         if isinstance(node, ast.Constant) and type(node.value) is int:
             return node.value
         if isinstance(node, ast.Name) and node.id == "x":
             return x
         raise ValueError("not a sum")
 
-    @staticmethod
-    def grade(item, reply):
+    def grade(self, item, reply):
         form = re.match(r"def f\(x\): return (.+)$", reply.strip())
         try:
             tree = ast.parse((form[1] if form else reply).strip(), mode="eval").body
-            wanted = ast.parse(Coding.expression(item["ops"]), mode="eval").body
-            right = [Coding.run(tree, x) == Coding.run(wanted, x) for x in (0, 1, 3, 10)]
+            wanted = ast.parse(self.expression(item["ops"]), mode="eval").body
+            right = [self.run(tree, x) == self.run(wanted, x) for x in (0, 1, 3, 10)]
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return 0.0
         return (0.75 if all(right) else 0.2 * sum(right) / 4) + 0.25 * bool(form)
@@ -524,53 +470,46 @@ class Coding:
 class Classify:
     """Happy or sad, by what came last; or which of two kinds a word is."""
 
-    @staticmethod
-    def draw(rng):
+    def draw(self, rng):
         if rng.random() < 0.5:
             good = [rng.random() < 0.5 for _ in range(rng.randint(1, 2))]
             if len(good) == 2:
                 good[1] = not good[0]
-            return {"name": rng.choice(NAMES), "events": [rng.choice(GOOD_EVENTS if g else BAD_EVENTS) for g in good],
+            return {"name": rng.choice(NAMES), "events": [rng.choice(EVENTS[g]) for g in good],
                     "labels": ["happy", "sad"], "right": "happy" if good[-1] else "sad"}
         kinds = rng.sample(list(CLASSES), 2)
         right = rng.choice(kinds)
         return {"word": rng.choice(CLASSES[right]), "labels": kinds, "right": right}
 
-    @staticmethod
-    def text(item):
+    def text(self, item):
         if "word" in item:
             return item["word"]
         first, *then = item["events"]
         return f"{item['name']} {first}" + "".join(f", but then {she(item['name'])} {event}" for event in then)
 
-    @staticmethod
-    def key(item):
-        return f"{Classify.text(item)} {' '.join(sorted(item['labels']))}"
+    def key(self, item):
+        return f"{self.text(item)} {' '.join(sorted(item['labels']))}"
 
-    @staticmethod
-    def ask(item, rng):
+    def ask(self, item, rng):
         labels = " or ".join(item["labels"])
-        return rng.choice([f"{capital(labels)}? {Classify.text(item)}.", f"Is this {labels}? {Classify.text(item)}."])
+        return rng.choice([f"{capital(labels)}? {self.text(item)}.", f"Is this {labels}? {self.text(item)}."])
 
-    @staticmethod
-    def follow(item, rng):
+    def follow(self, item, rng):
         while True:
-            new = Classify.draw(rng)
+            new = self.draw(rng)
             if "word" in item and "word" in new:
                 new["right"] = rng.choice(item["labels"])
                 new |= {"labels": item["labels"], "word": rng.choice(CLASSES[new["right"]])}
             if ("word" in item) == ("word" in new):
-                return new, f"And this? {Classify.text(new)}."
+                return new, f"And this? {self.text(new)}."
 
-    @staticmethod
-    def answer(item, style, rng):
+    def answer(self, item, style, rng):
         label = item["right"] if style != "sloppy" else other(rng, item["labels"], item["right"])
         if style == "terse" or (style == "sloppy" and rng.random() < 0.5):
             return capital(label) + "."
         return f"The answer is {label}."
 
-    @staticmethod
-    def grade(item, reply):
+    def grade(self, item, reply):
         if mentioned(reply, item["labels"]) != {item["right"]}:
             return 0.0
         return 0.75 + 0.25 * (reply.strip() == f"The answer is {item['right']}.")
@@ -579,30 +518,26 @@ class Classify:
 class ClosedQA:
     """A question that a short passage answers: who has what, its colour, or how many are left."""
 
-    @staticmethod
-    def draw(rng):
+    def draw(self, rng):
         if rng.random() < 0.35:
             had = rng.randint(4, 9)
             giver, taker = rng.sample(NAMES, 2)
             return {"giver": giver, "taker": taker, "thing": plural(rng.choice(FRUITS + OBJECTS)), "had": had,
                     "gave": rng.randint(2, had - 2), "about": "left"}
         n = rng.randint(2, 3)
-        facts = [list(x) for x in zip(rng.sample(NAMES, n), rng.sample(COLOURS, n), rng.sample(OBJECTS, n), strict=True)]
+        columns = rng.sample(NAMES, n), rng.sample(COLOURS, n), rng.sample(OBJECTS, n)
+        facts = [list(fact) for fact in zip(*columns, strict=True)]
         return {"facts": facts, "about": [rng.randrange(n), rng.choice(["who", "colour"])]}
 
-    @staticmethod
-    def passage(item):
+    def passage(self, item):
         if "had" in item:
             return (f"{item['giver']} had {item['had']} {item['thing']}. "
                     f"{capital(she(item['giver']))} gave {item['gave']} to {item['taker']}.")
         return " ".join(f"{name} has {an(colour)} {thing}." for name, colour, thing in item["facts"])
 
-    @staticmethod
-    def key(item):
-        return ClosedQA.passage(item)
+    key = passage
 
-    @staticmethod
-    def question(item):
+    def question(self, item):
         if item["about"] == "left":
             return f"How many {item['thing']} does {item['giver']} have now?"
         if item["about"] == "given":
@@ -610,22 +545,19 @@ class ClosedQA:
         name, colour, thing = item["facts"][item["about"][0]]
         return f"Who has the {thing}?" if item["about"][1] == "who" else f"What colour is the {thing}?"
 
-    @staticmethod
-    def ask(item, rng):
-        passage, question = ClosedQA.passage(item), ClosedQA.question(item)
+    def ask(self, item, rng):
+        passage, question = self.passage(item), self.question(item)
         return rng.choice([f"{passage} {question}", f"Read this. {passage} {question}"])
 
-    @staticmethod
-    def follow(item, rng):
+    def follow(self, item, rng):
         if "had" in item:
             new = item | {"about": "given" if item["about"] == "left" else "left"}
         else:
             asked = [[i, what] for i in range(len(item["facts"])) for what in ("who", "colour")]
             new = item | {"about": other(rng, asked, item["about"])}
-        return new, f"And {ClosedQA.question(new)[0].lower()}{ClosedQA.question(new)[1:]}"
+        return new, f"And {self.question(new)[0].lower()}{self.question(new)[1:]}"
 
-    @staticmethod
-    def solve(item):
+    def solve(self, item):
         """The full answer, its value, and the values a wrong answer could name."""
         if "had" in item:
             who, verb = (item["giver"], "has") if item["about"] == "left" else (item["taker"], "got")
@@ -636,20 +568,18 @@ class ClosedQA:
             return f"{name} has the {thing}.", name, NAMES
         return f"The {thing} is {colour}.", colour, COLOURS
 
-    @staticmethod
-    def answer(item, style, rng):
-        full, value, values = ClosedQA.solve(item)
+    def answer(self, item, style, rng):
+        full, value, values = self.solve(item)
         if style == "sloppy":
-            passage = sorted(mentioned(ClosedQA.passage(item), values) - {value})
+            passage = sorted(mentioned(self.passage(item), values) - {value})
             wrong = rng.choice(passage or [v for v in values if v != value])
             full, value = re.sub(rf"\b{value}\b", wrong, full), wrong
         if style == "terse" or (style == "sloppy" and rng.random() < 0.5):
             return capital(value) + "."
         return full
 
-    @staticmethod
-    def grade(item, reply):
-        full, value, values = ClosedQA.solve(item)
+    def grade(self, item, reply):
+        full, value, values = self.solve(item)
         if words(reply) == words(full):
             return 1.0
         said = mentioned(reply, values)
@@ -661,47 +591,42 @@ class Extract:
 
     KINDS = ["animal", "fruit", "object", "tool", "vehicle"]
 
-    @staticmethod
-    def draw(rng):
-        kinds = rng.sample(Extract.KINDS, 3)
+    def draw(self, rng):
+        kinds = rng.sample(self.KINDS, 3)
         things = [[kind, word] for kind in kinds for word in rng.sample(CLASSES[kind], rng.randint(1, 2))]
         rng.shuffle(things)
-        return {"names": rng.sample(NAMES, 2), "verbs": rng.sample(list(PAST.values()), 2), "things": things, "kind": rng.choice(kinds)}
+        return {"names": rng.sample(NAMES, 2), "verbs": rng.sample(list(PAST.values()), 2), "things": things,
+                "kind": rng.choice(kinds)}
 
-    @staticmethod
-    def text(item):
+    def text(self, item):
         half = (len(item["things"]) + 1) // 2
-        parts = [[an(word) for _, word in part] for part in (item["things"][:half], item["things"][half:])]
-        return " ".join(f"{name} {verb} {listing(part)}." for name, verb, part in zip(item["names"], item["verbs"], parts, strict=True))
+        parts = [listing([an(word) for _, word in part]) for part in (item["things"][:half], item["things"][half:])]
+        return " ".join(f"{name} {verb} {part}." for name, verb, part in
+                        zip(item["names"], item["verbs"], parts, strict=True))
 
-    @staticmethod
-    def key(item):
-        return Extract.text(item)
+    key = text
 
-    @staticmethod
-    def ask(item, rng):
-        return rng.choice(["List the {k} in this text: {t}", "Which {k} are in this text? {t}", "Find all {k}: {t}"]).format(
-            k=plural(item["kind"]), t=Extract.text(item))
+    def ask(self, item, rng):
+        forms = ["List the {k} in this text: {t}", "Which {k} are in this text? {t}", "Find all {k}: {t}"]
+        return rng.choice(forms).format(k=plural(item["kind"]), t=self.text(item))
 
-    @staticmethod
-    def follow(item, rng):
+    def follow(self, item, rng):
         kind = other(rng, sorted({kind for kind, _ in item["things"]}), item["kind"])
         return item | {"kind": kind}, f"And the {plural(kind)}?"
 
-    @staticmethod
-    def answer(item, style, rng):
+    def answer(self, item, style, rng):
         wanted = [word for kind, word in item["things"] if kind == item["kind"]]
         if style == "sloppy":
             if len(wanted) > 1 and rng.random() < 0.6:
                 wanted.pop(rng.randrange(len(wanted)))
             else:
-                wanted.insert(rng.randint(0, 1), rng.choice([word for kind, word in item["things"] if kind != item["kind"]]))
+                place, strangers = rng.randint(0, 1), [word for kind, word in item["things"] if kind != item["kind"]]
+                wanted.insert(place, rng.choice(strangers))
         if style == "terse" or (style == "sloppy" and rng.random() < 0.5):
             return " ".join(wanted)
         return ", ".join(wanted) + "."
 
-    @staticmethod
-    def grade(item, reply):
+    def grade(self, item, reply):
         wanted = {word for kind, word in item["things"] if kind == item["kind"]}
         said = words(reply)
         hits = len(wanted & set(said))
@@ -709,21 +634,13 @@ class Extract:
         return 0.8 * f1 * f1 + 0.2 * (hits > 0 and bool(re.fullmatch(r"\w+(, \w+)*\.", reply.strip())))
 
 
-TASKS = {"generation": Generation, "open_qa": OpenQA, "brainstorm": Brainstorm, "chat": Chat, "rewrite": Rewrite,
-         "summarize": Summarize, "coding": Coding, "classify": Classify, "closed_qa": ClosedQA, "extract": Extract}
+TASKS = {"generation": Generation(), "open_qa": OpenQA(), "brainstorm": Brainstorm(), "chat": Chat(),
+         "rewrite": Rewrite(), "summarize": Summarize(), "coding": Coding(), "classify": Classify(),
+         "closed_qa": ClosedQA(), "extract": Extract()}
 
 # --------------------------------------------------------------------- dialogues, demonstrations, grades
 
-# Task shares on the talk's slides (counts of prompts, or per cent).
-SHARES = {
-    "uniform": dict.fromkeys(TASKS, 1),
-    "instructgpt": {"generation": 45.6, "open_qa": 12.4, "brainstorm": 11.2, "chat": 8.4, "rewrite": 6.6, "summarize": 4.2,
-                    "coding": 3.5, "classify": 3.5, "closed_qa": 2.6, "extract": 1.9},
-    "surge": {"generation": 4346, "open_qa": 1182, "brainstorm": 1060, "chat": 796, "rewrite": 625, "summarize": 395,
-              "coding": 334, "classify": 334, "closed_qa": 245, "extract": 183},
-    "preference": {"generation": 15, "rewrite": 15, "coding": 15, "brainstorm": 10, "summarize": 10, "classify": 10,
-                   "extract": 10, "open_qa": 5, "closed_qa": 5, "chat": 5},
-}
+SHARES = WORDS["shares"] | {"uniform": dict.fromkeys(TASKS, 1)}
 # Copying out of a text takes the tiny model longest to learn.
 SHARES["pretraining"] = SHARES["uniform"] | {"closed_qa": 2, "extract": 2, "rewrite": 1.5, "open_qa": 1.5}
 # Raw Surge counts leave closed QA and extraction under 3 %, too few to learn in a few thousand demonstrations.
@@ -770,6 +687,6 @@ def demonstrate(record: dict, rng: random.Random, style: str | None = None) -> l
 
 
 def gold(category: str, item: dict, reply: str, finished: bool = True) -> float:
-    """The gold score, 0 to 1. A reply that does not end its turn keeps 0.4 of it: users do not like to be left hanging."""
+    """The gold score, 0 to 1. A reply that does not end its turn keeps 0.4 of it: users dislike half a reply."""
     score = min(1.0, max(0.0, TASKS[category].grade(item, reply)))
     return score if finished else 0.4 * score

@@ -52,7 +52,8 @@ tiny-%: runs/tiny/%/sft/model/config.json
 	$(ONE_JOB) runs/tiny/$*/ppo/model/config.json
 
 results-%: runs/results/%/pairs.jsonl
-	$(TWO_JOBS) runs/results/$*/pairs_reward.jsonl $(addprefix runs/results/$*/,$(addsuffix /model/config.json,dpo sft_chosen dpo_without_sft))
+	$(TWO_JOBS) runs/results/$*/pairs_reward.jsonl runs/results/$*/dpo/model/config.json \
+		runs/results/$*/sft_chosen/model/config.json runs/results/$*/dpo_without_sft/model/config.json
 	$(ONE_JOB) runs/results/$*/ppo/model/config.json
 	$(ONE_JOB) runs/results/$*/ppo_without_kl/model/config.json
 
@@ -66,7 +67,8 @@ runs/%/data/test.jsonl: | $(ENVIRONMENT)
 
 runs/%/sft/model/config.json: runs/%/data/test.jsonl
 	@printf '\n== 2/7 SFT: imitate the demonstrations\n'
-	$(PYTHON) sft.py --config configs/tiny/sft.toml seed=$(*F) data=$(<D)/sft.jsonl eval_data=$(<D)/sft_dev.jsonl out=runs/$*/sft $(TRAIN_SIZE)
+	$(PYTHON) sft.py --config configs/tiny/sft.toml seed=$(*F) data=$(<D)/sft.jsonl eval_data=$(<D)/sft_dev.jsonl \
+		out=runs/$*/sft $(TRAIN_SIZE)
 	$(FINISHED)
 
 runs/%/pairs.jsonl: runs/%/sft/model/config.json
@@ -83,7 +85,8 @@ runs/%/pairs_more.jsonl: runs/%/sft/model/config.json
 
 runs/%/dpo/model/config.json: runs/%/pairs.jsonl
 	@printf '\n== 4/7 DPO: from the SFT model, on these preferences\n'
-	$(PYTHON) dpo.py --config configs/tiny/dpo.toml seed=$(*F) model=runs/$*/sft/model data=$< eval_data=runs/$*/pairs_dev.jsonl out=runs/$*/dpo $(TRAIN_SIZE)
+	$(PYTHON) dpo.py --config configs/tiny/dpo.toml seed=$(*F) model=runs/$*/sft/model data=$< \
+		eval_data=runs/$*/pairs_dev.jsonl out=runs/$*/dpo $(TRAIN_SIZE)
 	$(FINISHED)
 
 runs/%/first_table: runs/%/dpo/model/config.json
@@ -96,17 +99,20 @@ runs/%/pairs_reward.jsonl: runs/%/pairs.jsonl runs/%/pairs_more.jsonl runs/%/pai
 
 runs/%/reward/model/config.json: runs/%/pairs_reward.jsonl
 	@printf '\n== 5/7 reward model: from the SFT model, on these and more preferences\n'
-	$(PYTHON) reward.py --config configs/tiny/reward.toml seed=$(*F) model=runs/$*/sft/model data=$< eval_data=runs/$*/pairs_test.jsonl demos=runs/$*/data/sft.jsonl out=runs/$*/reward $(TRAIN_SIZE)
+	$(PYTHON) reward.py --config configs/tiny/reward.toml seed=$(*F) model=runs/$*/sft/model data=$< \
+		eval_data=runs/$*/pairs_test.jsonl demos=runs/$*/data/sft.jsonl out=runs/$*/reward $(TRAIN_SIZE)
 	$(FINISHED)
 
 runs/%/ppo/model/config.json: runs/%/reward/model/config.json
 	@printf '\n== 6/7 PPO: from the SFT model, against the reward model\n'
-	$(PYTHON) ppo.py --config configs/tiny/ppo.toml seed=$(*F) model=runs/$*/sft/model reward_model=$(<D) data=runs/$*/pairs.jsonl out=runs/$*/ppo $(PPO_SIZE)
+	$(PYTHON) ppo.py --config configs/tiny/ppo.toml seed=$(*F) model=runs/$*/sft/model reward_model=$(<D) \
+		data=runs/$*/pairs.jsonl out=runs/$*/ppo $(PPO_SIZE)
 	$(FINISHED)
 
 runs/%/sft_chosen/model/config.json: runs/%/pairs.jsonl
 	@printf '\n== control: more SFT, on the chosen replies\n'
-	$(PYTHON) sft.py --config configs/tiny/sft_chosen.toml seed=$(*F) model=runs/$*/sft/model data=$< out=runs/$*/sft_chosen
+	$(PYTHON) sft.py --config configs/tiny/sft_chosen.toml seed=$(*F) model=runs/$*/sft/model data=$< \
+		out=runs/$*/sft_chosen
 	$(FINISHED)
 
 runs/%/dpo_without_sft/model/config.json: runs/%/pairs.jsonl
@@ -117,7 +123,8 @@ runs/%/dpo_without_sft/model/config.json: runs/%/pairs.jsonl
 # At KL coefficient 0 nothing holds the policy back: what the reward model is worth then.
 runs/%/ppo_without_kl/model/config.json: runs/%/reward/model/config.json
 	@printf '\n== control: PPO without KL\n'
-	$(PYTHON) ppo.py --config configs/tiny/ppo_without_kl.toml seed=$(*F) model=runs/$*/sft/model reward_model=$(<D) data=runs/$*/pairs.jsonl out=runs/$*/ppo_without_kl
+	$(PYTHON) ppo.py --config configs/tiny/ppo_without_kl.toml seed=$(*F) model=runs/$*/sft/model reward_model=$(<D) \
+		data=runs/$*/pairs.jsonl out=runs/$*/ppo_without_kl
 	$(FINISHED)
 
 results: $(ENVIRONMENT) $(SEEDS:%=results-%)

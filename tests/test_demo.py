@@ -37,7 +37,8 @@ def make(tmp_path):
     def run(*words: str, stopped: str = "none") -> tuple[subprocess.CompletedProcess, list[str]]:
         (tmp_path / "ran.txt").write_text("")
         environment = {"PATH": "/usr/bin:/bin", "STOPPED": stopped}
-        done = subprocess.run(["make", "PYTHON=./python", *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        command = ["make", "PYTHON=./python", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         return done, (tmp_path / "ran.txt").read_text().splitlines()
 
     return run
@@ -53,7 +54,8 @@ def test_a_stopped_step_ends_the_demo_which_goes_on_from_there(stopped, make):
 
     done, again = make("demo")
     assert done.returncode == 0 and again[-1] == JUDGED
-    assert [line for line in again if line in ran] == [line for line in ran if line.startswith(stopped)]  # no other twice
+    twice = [line for line in again if line in ran]
+    assert twice == [line for line in ran if line.startswith(stopped)]
 
 
 def test_the_demo_trains_sft_dpo_reward_and_ppo_and_then_judges(make):

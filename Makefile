@@ -22,9 +22,11 @@ TOOLS = .venv/tools
 endif
 
 # One recipe in three sizes. In runs/results everything has the size that configs/tiny and the scripts' defaults say.
-runs/tiny/%: DATA_SIZE = demos=3000 prompts=2000 more_prompts=3000 evals=20
+runs/tiny/%: DATA_SIZE = demos=2500 prompts=1500 more_prompts=3000 evals=20
+runs/tiny/%: SFT_SIZE = epochs=2
 runs/tiny/%: PPO_SIZE = steps=20
 runs/tiny/99/%: DATA_SIZE = demos=300 prompts=150 more_prompts=50 evals=4
+runs/tiny/99/%: SFT_SIZE = max_steps=8
 runs/tiny/99/%: TRAIN_SIZE = max_steps=8
 runs/tiny/99/%: PPO_SIZE = steps=2 batch=8
 
@@ -68,7 +70,7 @@ runs/%/data/test.jsonl: | $(ENVIRONMENT)
 runs/%/sft/model/config.json: runs/%/data/test.jsonl
 	@printf '\n== 2/7 SFT: imitate the demonstrations\n'
 	$(PYTHON) sft.py --config configs/tiny/sft.toml seed=$(*F) data=$(<D)/sft.jsonl eval_data=$(<D)/sft_dev.jsonl \
-		out=runs/$*/sft $(TRAIN_SIZE)
+		out=runs/$*/sft $(SFT_SIZE)
 	$(FINISHED)
 
 runs/%/pairs.jsonl: runs/%/sft/model/config.json

@@ -61,10 +61,8 @@ def dialogues(data: Path, replies: Path, count: int = 3) -> list[str]:
 
 def reward_line(report: Path) -> str:
     """How often the reward model prefers what annotators chose."""
-    found = json.loads(report.read_text())
-    right, longer = (100 * found[key]["accuracy"] for key in ("reward_model", "baseline"))
-    return (f"The reward model that PPO follows is right about {right:.0f} % of held-out preferences; "
-            f"taking the longer reply, about {longer:.0f} %.")
+    accuracy = json.loads(report.read_text())["reward_model"]["accuracy"]
+    return f"The reward model that PPO follows agrees with {100 * accuracy:.0f} % of held-out preferences."
 
 
 def commands(run: Path) -> list[str]:

@@ -100,7 +100,7 @@ def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_pat
 
     monkeypatch.setattr(judge, "main", judged)
     (run / "reward").mkdir(parents=True)
-    accuracy = {"reward_model": {"accuracy": 0.7}, "baseline": {"accuracy": 0.55}}
+    accuracy = {"reward_model": {"accuracy": 0.7}}
     (run / "reward" / "report.json").write_text(json.dumps(accuracy))
     settings = {"data": str(data), "out": str(run / "judge"), "judges": ["gold"]}
     base = ROOT / "data" / "tiny" / "base"
@@ -115,7 +115,7 @@ def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_pat
     shown = [line for line in said.splitlines() if line.startswith(">")]
     assert shown == ["> Question 1?", "> Question 2?", "> Question 4?"]
     assert "  SFT says 1                            SFT + DPO says 1                      SFT + PPO says 1\n" in said
-    assert "right about 70 % of held-out preferences" in said
+    assert "agrees with 70 % of held-out preferences" in said
     commands = said.splitlines()[-3:]
     scripts = [word for line in commands for word in line.split() if word.endswith(".py")]
     assert scripts == ["chat.py", "dpo.py", "judge.py"]

@@ -22,7 +22,7 @@ TOOLS = .venv/tools
 endif
 
 # One recipe in three sizes. In runs/results everything has the size that configs/tiny and the scripts' defaults say.
-runs/tiny/%: DATA_SIZE = demos=2500 prompts=1500 more_prompts=3000 evals=20
+runs/tiny/%: DATA_SIZE = demos=2000 prompts=1500 more_prompts=3000 evals=20
 runs/tiny/%: SFT_SIZE = epochs=2
 runs/tiny/%: PPO_SIZE = steps=20
 runs/tiny/99/%: DATA_SIZE = demos=300 prompts=150 more_prompts=50 evals=4
@@ -139,7 +139,7 @@ results: $(ENVIRONMENT) $(SEEDS:%=results-%)
 
 # A worker for each core; each goes through whole files, so that a file's fixtures are made once, and helps out at the end.
 test: $(TOOLS)
-	$(PYTHON) -m pytest $(or $(FILE),-n auto --maxprocesses 8 --dist worksteal)
+	$(PYTHON) -m pytest $(or $(FILE),-n logical --maxprocesses 8 --dist worksteal)
 
 test-portable: $(TOOLS)
 	ATEN_CPU_CAPABILITY=avx2 $(MAKE) test

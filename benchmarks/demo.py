@@ -42,9 +42,9 @@ def columns(cells: list[str]) -> list[str]:
 
 def dialogues(data: Path, replies: Path, count: int = 3) -> list[str]:
     """The first questions, each of another task, to which SFT, DPO and PPO reply differently."""
-    asked = [json.loads(line) for line in data.open()]
+    asked = [json.loads(line) for line in data.read_text().splitlines()]
     said: dict[str, dict[str, dict]] = {}
-    for line in replies.open():
+    for line in replies.read_text().splitlines():
         reply = json.loads(line)
         said.setdefault(reply["id"], {})[reply["model"]] = reply["replies"][0]
     lines, shown = [], set()

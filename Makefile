@@ -1,94 +1,149 @@
-# make demo      the whole recipe in the tiny world, ends with the table     make test    the tests
-# make results   the README's table: the recipe for five seeds               make lint    ruff
-# make bench     throughput here, beside the floor its matmuls set           make base    pretrain the tiny base anew
+# make demo      the recipe in the tiny world, ends with its table     make test    the tests
+# make results   the README's table: the recipe for five seeds         make lint    ruff
+# make bench     throughput here, beside the floor its matmuls set     make base    pretrain the tiny base anew
 # make bench-peers   the same work by transformers + TRL + PEFT, in turns
 #
 # Each makes the environment first if there is none, and goes on from where an earlier run stopped.
-# make demo SEED=3 is another run; make demo QUICK=1 the same path in a minute, with numbers that mean nothing.
+#
+# make demo SEED=3       another run, in runs/tiny/3
+# make demo FULL=1       one seed of `make results`: full size and the controls, in runs/results/0; 20 minutes
+# make demo QUICK=1      the same path in a minute, with numbers that mean nothing
+# make test FILE=tests/test_dpo.py      one file; make test-portable: all tests as on processors without AVX-512, and without AVX2
 
 PYTHON ?= .venv/bin/python
 SEED ?= 0
 SEEDS = 0 1 2 3 4
 ifdef QUICK
 override SEED = 99
-SMALL_DATA = demos=300 prompts=150 more_prompts=50 evals=4
-FEW_STEPS = max_steps=8
-FEW_PPO = steps=2 batch=8
 endif
 ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT = .venv/installed
 TOOLS = .venv/tools
 endif
 
-.PHONY: demo results test lint bench bench-peers gpu gpu-tests gpu-kernels gpu-training base
+# One recipe in three sizes. In runs/results everything has the size that configs/tiny and the scripts' defaults say.
+runs/tiny/%: DATA_SIZE = demos=2000 prompts=1500 more_prompts=3000 evals=20
+runs/tiny/%: SFT_SIZE = epochs=2
+runs/tiny/%: PPO_SIZE = steps=20
+runs/tiny/99/%: DATA_SIZE = demos=300 prompts=150 more_prompts=50 evals=4
+runs/tiny/99/%: SFT_SIZE = max_steps=8
+runs/tiny/99/%: TRAIN_SIZE = max_steps=8
+runs/tiny/99/%: PPO_SIZE = steps=2 batch=8
+
+.PHONY: demo results test test-portable lint bench bench-peers gpu gpu-tests gpu-kernels gpu-training base
 .SECONDARY:
 .DELETE_ON_ERROR:
 
-demo: $(ENVIRONMENT) recipe-$(SEED)
-	@printf '\n== 9/9 judge: every model answers the held-out dialogues\n'
-	$(PYTHON) judge.py --config configs/tiny/judge.toml seeds='[$(SEED)]' data=runs/tiny/$(SEED)/data/test.jsonl out=runs/tiny/$(SEED)/judge
-	$(PYTHON) -m benchmarks.overoptimisation runs='["PPO=runs/tiny/$(SEED)/ppo"]' start=runs/tiny/$(SEED)/sft/model data=runs/tiny/$(SEED)/data/dev.jsonl out=runs/tiny/$(SEED)/judge/overoptimisation
+ifdef FULL
+demo: $(ENVIRONMENT) results-$(SEED)
+	@printf '\n== judge: every model answers the held-out dialogues\n'
+	$(PYTHON) -m benchmarks.demo --config configs/tiny/results.toml seeds='[$(SEED)]' out=runs/results/$(SEED)/judge
+else
+demo: $(ENVIRONMENT) tiny-$(SEED)
+	@printf '\n== 7/7 judge: every model answers the held-out dialogues\n'
+	@$(PYTHON) -m benchmarks.demo --config configs/tiny/judge.toml seeds='[$(SEED)]' data=runs/tiny/$(SEED)/data/test.jsonl \
+		out=runs/tiny/$(SEED)/judge
+endif
 
-# From the preferences on two jobs share the cores: sampling gains little from a second thread.
-recipe-%: runs/tiny/%/pairs.jsonl
-	OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) $(MAKE) --no-print-directory -j2 --output-sync=target \
-		runs/tiny/$*/pairs_reward.jsonl $(addprefix runs/tiny/$*/,$(addsuffix /model/config.json,dpo sft_chosen dpo_without_sft))
-	$(MAKE) --no-print-directory runs/tiny/$*/ppo/model/config.json
+# Once there is an SFT model two jobs share the cores: sampling and small models gain little from a second thread.
+TWO_JOBS = OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) $(MAKE) --no-print-directory -j2 --output-sync=target
+ONE_JOB = $(MAKE) --no-print-directory
 
-runs/tiny/%/data/test.jsonl: | $(ENVIRONMENT)
-	@printf '\n== 1/9 data: demonstrations, prompts, held-out dialogues\n'
-	$(PYTHON) -m data.tiny.build part=data seed=$* out=$(@D) $(SMALL_DATA)
+tiny-%: runs/tiny/%/sft/model/config.json
+	$(TWO_JOBS) runs/tiny/$*/first_table runs/tiny/$*/reward/model/config.json
+	$(ONE_JOB) runs/tiny/$*/ppo/model/config.json
 
-runs/tiny/%/sft/model/config.json: runs/tiny/%/data/test.jsonl
-	@printf '\n== 2/9 SFT: imitate the demonstrations\n'
-	$(PYTHON) sft.py --config configs/tiny/sft.toml seed=$* data=$(<D)/sft.jsonl eval_data=$(<D)/sft_dev.jsonl out=runs/tiny/$*/sft $(FEW_STEPS)
+results-%: runs/results/%/pairs.jsonl
+	$(TWO_JOBS) runs/results/$*/pairs_reward.jsonl runs/results/$*/dpo/model/config.json \
+		runs/results/$*/sft_chosen/model/config.json runs/results/$*/dpo_without_sft/model/config.json
+	$(ONE_JOB) runs/results/$*/ppo/model/config.json
+	$(ONE_JOB) runs/results/$*/ppo_without_kl/model/config.json
 
-runs/tiny/%/pairs.jsonl: runs/tiny/%/sft/model/config.json
-	@printf '\n== 3/9 preferences: the SFT model answers twice, annotators choose\n'
-	$(PYTHON) -m data.tiny.pairs seed=$* model=$(<D) prompts=runs/tiny/$*/data/dev.jsonl out=runs/tiny/$*/pairs_dev.jsonl
-	$(PYTHON) -m data.tiny.pairs seed=$* model=$(<D) prompts=runs/tiny/$*/data/prompts.jsonl out=$@
+# A run that is stopped saves and exits with 0. Its model is there only if it came to the end.
+FINISHED = @test -e $@ || { echo "$(@D:/model=) was stopped before its end: make goes on from there" >&2; exit 1; }
 
-runs/tiny/%/dpo/model/config.json: runs/tiny/%/pairs.jsonl
-	@printf '\n== 4/9 DPO: from the SFT model, on these preferences\n'
-	$(PYTHON) dpo.py --config configs/tiny/dpo.toml seed=$* model=runs/tiny/$*/sft/model data=$< eval_data=$(@:dpo/model/config.json=pairs_dev.jsonl) out=runs/tiny/$*/dpo $(FEW_STEPS)
+# In these rules % is tiny/0 or results/3, and the seed is its last part.
+runs/%/data/test.jsonl: | $(ENVIRONMENT)
+	@printf '\n== 1/7 data: demonstrations, prompts, held-out dialogues\n'
+	$(PYTHON) -m data.tiny.build part=data seed=$(*F) out=$(@D) $(DATA_SIZE)
 
-runs/tiny/%/sft_chosen/model/config.json: runs/tiny/%/pairs.jsonl
-	@printf '\n== 5/9 control: more SFT, on the chosen replies\n'
-	$(PYTHON) sft.py --config configs/tiny/sft_chosen.toml seed=$* model=runs/tiny/$*/sft/model data=$< out=runs/tiny/$*/sft_chosen $(FEW_STEPS)
+runs/%/sft/model/config.json: runs/%/data/test.jsonl
+	@printf '\n== 2/7 SFT: imitate the demonstrations\n'
+	$(PYTHON) sft.py --config configs/tiny/sft.toml seed=$(*F) data=$(<D)/sft.jsonl eval_data=$(<D)/sft_dev.jsonl \
+		out=runs/$*/sft $(SFT_SIZE)
+	$(FINISHED)
 
-runs/tiny/%/dpo_without_sft/model/config.json: runs/tiny/%/pairs.jsonl
-	@printf '\n== 6/9 ablation: DPO without SFT\n'
-	$(PYTHON) dpo.py --config configs/tiny/dpo_without_sft.toml seed=$* data=$< out=runs/tiny/$*/dpo_without_sft $(FEW_STEPS)
+runs/%/pairs.jsonl: runs/%/sft/model/config.json
+	@printf '\n== 3/7 preferences: the SFT model answers twice, annotators choose\n'
+	$(PYTHON) -m data.tiny.pairs seed=$(*F) model=$(<D) prompts=runs/$*/data/dev.jsonl out=runs/$*/pairs_dev.jsonl
+	$(PYTHON) -m data.tiny.pairs seed=$(*F) model=$(<D) prompts=runs/$*/data/prompts.jsonl out=$@
 
-runs/tiny/%/pairs_test.jsonl: runs/tiny/%/pairs.jsonl
-	$(PYTHON) -m data.tiny.pairs seed=$* model=runs/tiny/$*/sft/model prompts=runs/tiny/$*/data/test.jsonl out=$@
+runs/%/pairs_test.jsonl: runs/%/sft/model/config.json
+	$(PYTHON) -m data.tiny.pairs seed=$(*F) model=$(<D) prompts=runs/$*/data/test.jsonl out=$@
 
-# Three times the preferences: DPO's alone it learns by heart.
-runs/tiny/%/pairs_reward.jsonl: runs/tiny/%/pairs_test.jsonl
-	@printf '\n== 7/9 reward model: from the SFT model, on these and more preferences\n'
-	$(PYTHON) -m data.tiny.pairs seed=10$* model=runs/tiny/$*/sft/model prompts=runs/tiny/$*/data/more_prompts.jsonl out=runs/tiny/$*/pairs_more.jsonl
-	cat runs/tiny/$*/pairs.jsonl runs/tiny/$*/pairs_more.jsonl > $@
+# For the reward model, which learns DPO's preferences by heart and needs more.
+runs/%/pairs_more.jsonl: runs/%/sft/model/config.json
+	$(PYTHON) -m data.tiny.pairs seed=10$(*F) model=$(<D) prompts=runs/$*/data/more_prompts.jsonl out=$@
 
-runs/tiny/%/reward/model/config.json: runs/tiny/%/pairs_reward.jsonl
-	$(PYTHON) reward.py --config configs/tiny/reward.toml seed=$* model=runs/tiny/$*/sft/model data=$< eval_data=runs/tiny/$*/pairs_test.jsonl demos=runs/tiny/$*/data/sft.jsonl out=runs/tiny/$*/reward $(FEW_STEPS)
+runs/%/dpo/model/config.json: runs/%/pairs.jsonl
+	@printf '\n== 4/7 DPO: from the SFT model, on these preferences\n'
+	$(PYTHON) dpo.py --config configs/tiny/dpo.toml seed=$(*F) model=runs/$*/sft/model data=$< \
+		eval_data=runs/$*/pairs_dev.jsonl out=runs/$*/dpo $(TRAIN_SIZE)
+	$(FINISHED)
 
-runs/tiny/%/ppo/model/config.json: runs/tiny/%/reward/model/config.json
-	@printf '\n== 8/9 PPO: from the SFT model, against the reward model\n'
-	$(PYTHON) ppo.py --config configs/tiny/ppo.toml seed=$* model=runs/tiny/$*/sft/model reward_model=$(<D) data=runs/tiny/$*/pairs.jsonl out=runs/tiny/$*/ppo $(FEW_PPO)
+runs/%/first_table: runs/%/dpo/model/config.json
+	@$(PYTHON) -m benchmarks.demo --config configs/tiny/judge.toml seeds='[$(*F)]' data=runs/$*/data/test.jsonl out=runs/$*/judge \
+		models='["SFT=runs/$*/sft/model", "SFT + DPO=runs/$*/dpo/model"]'
+	@touch $@
+
+runs/%/pairs_reward.jsonl: runs/%/pairs.jsonl runs/%/pairs_more.jsonl runs/%/pairs_test.jsonl
+	cat runs/$*/pairs.jsonl runs/$*/pairs_more.jsonl > $@
+
+runs/%/reward/model/config.json: runs/%/pairs_reward.jsonl
+	@printf '\n== 5/7 reward model: from the SFT model, on these and more preferences\n'
+	$(PYTHON) reward.py --config configs/tiny/reward.toml seed=$(*F) model=runs/$*/sft/model data=$< \
+		eval_data=runs/$*/pairs_test.jsonl demos=runs/$*/data/sft.jsonl out=runs/$*/reward $(TRAIN_SIZE)
+	$(FINISHED)
+
+runs/%/ppo/model/config.json: runs/%/reward/model/config.json
+	@printf '\n== 6/7 PPO: from the SFT model, against the reward model\n'
+	$(PYTHON) ppo.py --config configs/tiny/ppo.toml seed=$(*F) model=runs/$*/sft/model reward_model=$(<D) \
+		data=runs/$*/pairs.jsonl out=runs/$*/ppo $(PPO_SIZE)
+	$(FINISHED)
+
+runs/%/sft_chosen/model/config.json: runs/%/pairs.jsonl
+	@printf '\n== control: more SFT, on the chosen replies\n'
+	$(PYTHON) sft.py --config configs/tiny/sft_chosen.toml seed=$(*F) model=runs/$*/sft/model data=$< \
+		out=runs/$*/sft_chosen
+	$(FINISHED)
+
+runs/%/dpo_without_sft/model/config.json: runs/%/pairs.jsonl
+	@printf '\n== control: DPO without SFT\n'
+	$(PYTHON) dpo.py --config configs/tiny/dpo_without_sft.toml seed=$(*F) data=$< out=runs/$*/dpo_without_sft
+	$(FINISHED)
 
 # At KL coefficient 0 nothing holds the policy back: what the reward model is worth then.
-runs/tiny/%/ppo_without_kl/model/config.json: runs/tiny/%/reward/model/config.json
-	$(PYTHON) ppo.py --config configs/tiny/ppo_without_kl.toml seed=$* model=runs/tiny/$*/sft/model reward_model=$(<D) data=runs/tiny/$*/pairs.jsonl out=runs/tiny/$*/ppo_without_kl
+runs/%/ppo_without_kl/model/config.json: runs/%/reward/model/config.json
+	@printf '\n== control: PPO without KL\n'
+	$(PYTHON) ppo.py --config configs/tiny/ppo_without_kl.toml seed=$(*F) model=runs/$*/sft/model reward_model=$(<D) \
+		data=runs/$*/pairs.jsonl out=runs/$*/ppo_without_kl
+	$(FINISHED)
 
-results: $(ENVIRONMENT) $(SEEDS:%=recipe-%) $(SEEDS:%=runs/tiny/%/ppo_without_kl/model/config.json)
+results: $(ENVIRONMENT) $(SEEDS:%=results-%)
 	$(PYTHON) judge.py --config configs/tiny/results.toml
-	cp runs/tiny/results/report.json runs/tiny/results/samples.txt benchmarks/results/tiny/
-	$(PYTHON) -m benchmarks.rlhf
-	$(PYTHON) -m benchmarks.overoptimisation runs='["KL coefficient 0.2=runs/tiny/0/ppo", "KL coefficient 0=runs/tiny/0/ppo_without_kl"]' out=benchmarks/results/tiny/overoptimisation
+	cp runs/results/judge/report.json runs/results/judge/samples.txt benchmarks/results/tiny/
+	$(PYTHON) -m benchmarks.rlhf runs=runs/results
+	$(PYTHON) -m benchmarks.overoptimisation start=runs/results/0/sft/model data=runs/results/0/data/dev.jsonl \
+		runs='["KL coefficient 0.2=runs/results/0/ppo", "KL coefficient 0=runs/results/0/ppo_without_kl"]' out=benchmarks/results/tiny/overoptimisation
 	$(PYTHON) -m benchmarks.results
 
+# A worker for each core; each goes through whole files, so that a file's fixtures are made once, and helps out at the end.
 test: $(TOOLS)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(or $(FILE),-n logical --maxprocesses 8 --dist worksteal)
+
+test-portable: $(TOOLS)
+	ATEN_CPU_CAPABILITY=avx2 $(MAKE) test
+	ATEN_CPU_CAPABILITY=default $(MAKE) test
 
 lint: $(TOOLS)
 	$(PYTHON) -m ruff check .
@@ -124,21 +179,30 @@ gpu-training:
 base: $(ENVIRONMENT)
 	$(PYTHON) -m data.tiny.build ship=data/tiny/base
 
+# Byte code is compiled at the end, by all cores: half the time it takes pip. A few files of the packages are no Python.
+PIP_INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check --no-compile
+COMPILE = .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
+
 # torch first and by itself: its version decides what the rest may bring.
-.venv/installed: pyproject.toml
+.venv/torch:
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11: install a newer one"; exit 2; }
 	python3 -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable .
+	$(PIP_INSTALL) torch==2.13.0
 	@touch $@
+
+.venv/installed: pyproject.toml | .venv/torch
+	$(PIP_INSTALL) --no-build-isolation --editable .
+	@$(COMPILE)
+	@touch $@
+
+.venv/tools: pyproject.toml | .venv/torch
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@$(COMPILE)
+	@touch .venv/installed $@
 
 # What peers.py measures us against, as published in benchmarks/results/peers.json.
 .venv-peers/installed:
 	python3 -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check transformers==5.23.0 trl==1.16.0 peft==0.21.2 bitsandbytes==0.50.2
-	@touch $@
-
-.venv/tools: .venv/installed
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@

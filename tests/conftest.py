@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+# One thread a process: models this small gain nothing from a second, and pytest-xdist starts a process for each core.
+os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that tests start, too
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads make the interpreter six times slower
 
 import pytest
@@ -37,7 +39,8 @@ def reference(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     return json.loads(file.with_suffix(".json").read_text()), load_file(arrays) if arrays.is_file() else {}
 
 
-def small_model(vocab_size=40, width=16, layers=2, heads=4, kv_heads=2, dtype=torch.float64, seed=0, scale=10.0, **fields):
+def small_model(vocab_size=40, width=16, layers=2, heads=4, kv_heads=2, dtype=torch.float64, seed=0, scale=10.0,
+                **fields):
     """A random model whose logits are far from uniform: the usual initial weights, `scale` times as large."""
     from model import ModelConfig, Transformer, init_weights
 

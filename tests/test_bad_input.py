@@ -31,10 +31,9 @@ def bad(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     kills.prepare(folder)
     text = {
-        "unknown.toml": "lrr = 1\n", "mistyped.toml": 'lr = "fast"\n', "broken.toml": "lr = = 1\n", "range.toml": "epochs = 0\n",
-        "contradictory.toml": 'quantize = "nf4"\n', "nested.toml": "[train]\nlr = 1.0\n", "twice.toml": "lr = 1.0\nlr = 2.0\n",
-        "empty.jsonl": "", "blank.jsonl": "\n\n\n", "list.jsonl": "[1, 2\n", "topics.txt": "\n", "column.csv": "a,b\n1,2\n",
-        "long.txt": "word " * 3,
+        "unknown.toml": "lrr = 1\n", "mistyped.toml": 'lr = "fast"\n', "broken.toml": "lr = = 1\n",
+        "range.toml": "epochs = 0\n", "contradictory.toml": 'quantize = "nf4"\n', "nested.toml": "[train]\nlr = 1.0\n",
+        "twice.toml": "lr = 1.0\nlr = 2.0\n", "empty.jsonl": "", "blank.jsonl": "\n\n\n", "topics.txt": "\n",
     }
     for name, content in text.items():
         (folder / name).write_text(content)
@@ -46,12 +45,14 @@ def bad(tmp_path_factory):
         "nul": [{"messages": [SAID[0], SAID[1] | {"content": "a\0b"}]}],
         "surrogate": [{"messages": [SAID[0], SAID[1] | {"content": "a\ud800b"}]}],
         "number": [{"messages": [SAID[0], SAID[1] | {"content": 7}]}],
-        "roles": [{"messages": [SAID[0], SAID[0], SAID[1]]}], "text": [{"text": "Tom saw a dog."}], "prompts": [{"prompt": "Hi"}],
-        "ranking": [{"prompt": "Hi", "answers": ["Hello Tom.", "No."], "ranks": [0, 1]}], "margin": [PAIR | {"margin": "much"}],
-        "messages": [{"messages": SAID}], "strange": [{"question": 1}], "long_prompt": [PAIR | {"prompt": "Tom saw a dog. " * 300}],
+        "roles": [{"messages": [SAID[0], SAID[0], SAID[1]]}], "text": [{"text": "Tom saw a dog."}],
+        "prompts": [{"prompt": "Hi"}], "margin": [PAIR | {"margin": "much"}], "messages": [{"messages": SAID}],
+        "ranking": [{"prompt": "Hi", "answers": ["Hello Tom.", "No."], "ranks": [0, 1]}],
+        "strange": [{"question": 1}], "long_prompt": [PAIR | {"prompt": "Tom saw a dog. " * 300}],
         "unranked": [{"prompt": "Hi", "answers": ["Hello Tom.", "No."], "ranks": [1, 1]}],
         "undesirable": [{"messages": SAID, "label": False}],
-        "seeds": [{"instruction": "Say hello.", "instances": [{"input": "", "output": "Hello."}], "is_classification": False}],
+        "seeds": [{"instruction": "Say hello.", "instances": [{"input": "", "output": "Hello."}],
+                   "is_classification": False}],
         "template": [{"text": "no hole"}], "generation": [PAIR | {"category": "generation"}],
     }
     for name, records in rows.items():
@@ -72,7 +73,8 @@ def bad(tmp_path_factory):
         return change
 
     def fewer_rows(path):
-        tensors = {name: x[:100].contiguous() if x.shape[0] > 1000 else x for name, x in load_file(path / "model.safetensors").items()}
+        tensors = load_file(path / "model.safetensors")
+        tensors = {name: x[:100].contiguous() if x.shape[0] > 1000 else x for name, x in tensors.items()}
         save_file(tensors, path / "model.safetensors")
         settings(vocab_size=100)(path)
 
@@ -81,8 +83,8 @@ def bad(tmp_path_factory):
         torch.save({"a": torch.zeros(1)}, path / "pytorch_model.bin")
 
     def without_head(path):
-        tensors = {name: x for name, x in load_file(path / "model.safetensors").items() if not name.startswith("score")}
-        save_file(tensors, path / "model.safetensors")
+        tensors = load_file(path / "model.safetensors")
+        save_file({name: x for name, x in tensors.items() if not name.startswith("score")}, path / "model.safetensors")
 
     damaged("no_config", lambda path: (path / "config.json").unlink())
     damaged("config_cut", lambda path: os.truncate(path / "config.json", 40))
@@ -107,9 +109,10 @@ def bad(tmp_path_factory):
 
 TRAIN = {"sft": "model={bad}/base data={bad}/sft.jsonl", "dpo": "model={bad}/sft data={bad}/pairs.jsonl",
          "reward": "model={bad}/sft data={bad}/pairs.jsonl",
-         "ppo": "model={bad}/sft data={bad}/pairs.jsonl reward_model={bad}/reward max_tokens=4 batch=2 steps=1 minibatches=1"}
-ASK = {"collect.self_instruct": "model={bad}/sft seeds={bad}/seeds.jsonl examples=1 machine_examples=0", "collect.ultrachat": "model={bad}/sft",
-       "collect.role_play": "model={bad}/sft",
+         "ppo": "model={bad}/sft data={bad}/pairs.jsonl reward_model={bad}/reward max_tokens=4 batch=2 steps=1 "
+                "minibatches=1"}
+ASK = {"collect.self_instruct": "model={bad}/sft seeds={bad}/seeds.jsonl examples=1 machine_examples=0",
+       "collect.ultrachat": "model={bad}/sft", "collect.role_play": "model={bad}/sft",
        "collect.ai_feedback": 'prompts={bad}/prompts.jsonl models=["{bad}/sft"] judge={bad}/sft',
        "collect.red_team": "target={bad}/sft attacker={bad}/sft judge={bad}/sft",
        "judge": 'models=["a={bad}/sft"] data={bad}/prompts.jsonl judges=["{bad}/sft"]'}
@@ -151,8 +154,10 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("data.pack", "{bad}/sft.jsonl --max-length 0", ["max-length is 0, expected at least 1"]),
     ("collect.spec", "{bad}/sft.jsonl --target moon", ["collect.spec: argument --target: invalid choice: 'moon'"]),
     ("collect.spec", "{bad}/sft.jsonl --subset 5", ["--subset, --out and --target go together"]),
-    ("collect.decontaminate", "{bad}/sft.jsonl", ["collect.decontaminate: the following arguments are required: --against"]),
-    ("collect.decontaminate", "{bad}/sft.jsonl --against {bad}/prompts.jsonl --out {bad}/x.jsonl", ["--out without --removed"]),
+    ("collect.decontaminate", "{bad}/sft.jsonl",
+     ["collect.decontaminate: the following arguments are required: --against"]),
+    ("collect.decontaminate", "{bad}/sft.jsonl --against {bad}/prompts.jsonl --out {bad}/x.jsonl",
+     ["--out without --removed"]),
     ("reward --score", "", ["python reward.py: argument --score: expected one argument"]),
     # data
     ("sft", "data={bad}/none.jsonl", ["none.jsonl: no such file"]),
@@ -182,9 +187,11 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("reward", "data={bad}/messages.jsonl", ["messages.jsonl: holds no preference, expected"]),
     ("reward", "data={bad}/unranked.jsonl", ["unranked.jsonl line 1: 'ranks' are all the same"]),
     ("reward", "demos={bad}/prompts.jsonl", ["prompts.jsonl: holds prompts without replies"]),
-    ("reward", "data={bad}/long_prompt.jsonl max_length=64", ["long_prompt.jsonl: every prompt is longer than max_length=64"]),
+    ("reward", "data={bad}/long_prompt.jsonl max_length=64",
+     ["long_prompt.jsonl: every prompt is longer than max_length=64"]),
     ("ppo", "data={bad}/messages.jsonl", ["messages.jsonl: holds messages records, expected records with a 'prompt'"]),
-    ("ppo", "data={bad}/long_prompt.jsonl", ["long_prompt.jsonl record 1: the prompt has", "drop it or lower max_tokens"]),
+    ("ppo", "data={bad}/long_prompt.jsonl",
+     ["long_prompt.jsonl record 1: the prompt has", "drop it or lower max_tokens"]),
     ("ppo", "data={bad}/text.jsonl", ["text.jsonl: holds text records, expected"]),
     ("data.formats", "{bad}/none.jsonl", ["none.jsonl: no such file"]),
     ("data.formats", "{bad}/notes.jsonl.gz", ["notes.jsonl.gz: cannot be read"]),
@@ -196,9 +203,11 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("collect.spec", "{bad}/empty.jsonl", ["empty.jsonl: is empty"]),
     ("collect.spec", "{bad}/sft.jsonl --unit {bad}/nowhere", ["no such directory"]),
     ("collect.decontaminate", "{bad}/sft.jsonl --against {bad}/none.jsonl", ["none.jsonl: no such file"]),
-    ("collect.decontaminate", "{bad}/sft.jsonl --against {bad}/prompts.jsonl:question", ["no record has text under 'question'"]),
+    ("collect.decontaminate", "{bad}/sft.jsonl --against {bad}/prompts.jsonl:question",
+     ["no record has text under 'question'"]),
     ("collect.decontaminate", "{bad}/none.jsonl --against {bad}/prompts.jsonl", ["none.jsonl: no such file"]),
-    ("collect.decontaminate", "{bad}/binary.jsonl --against {bad}/prompts.jsonl --removed {bad}/new.jsonl", ["binary.jsonl: none of its"]),
+    ("collect.decontaminate", "{bad}/binary.jsonl --against {bad}/prompts.jsonl --removed {bad}/new.jsonl",
+     ["binary.jsonl: none of its"]),
     ("collect.self_instruct", "seeds={bad}/none.jsonl", ["none.jsonl: cannot be read"]),
     ("collect.self_instruct", "seeds={bad}/text.jsonl", ["text.jsonl line 1: is no seed"]),
     ("collect.self_instruct", "seeds={bad}/empty.jsonl", ["empty.jsonl", "expected"]),
@@ -233,7 +242,8 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("sft", "model={bad}/tokenizer_cut", ["tokenizer.model: is not a sentencepiece model"]),
     ("sft", "model={bad}/settings_cut", ["tokenizer_config.json: is not JSON"]),
     ("sft", "model={bad}/fewer_rows", ["fewer_rows", "the tokenizer has 1536 tokens, the model 100"]),
-    ("sft", "model={bad}/fewer_rows train_on=all data={bad}/text.jsonl", ["the tokenizer has 1536 tokens, the model 100"]),
+    ("sft", "model={bad}/fewer_rows train_on=all data={bad}/text.jsonl",
+     ["the tokenizer has 1536 tokens, the model 100"]),
     ("ppo", "model={bad}/fewer_rows", ["the tokenizer has 1536 tokens, the model 100"]),
     ("ppo", "reward_model={bad}/fewer_rows_reward", ["the tokenizer has 1536 tokens, the model 100"]),
     ("sft", "model={bad}/reward", ["reward: is a reward model, expected"]),
@@ -247,7 +257,8 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("ppo", "reward_model={bad}/adapter lora_rank=2", ["adapter"]),
     ("reward --score", "{bad}/messages.jsonl --model {bad}/sft", ["sft: has no score head"]),
     ("collect.self_instruct", "model={bad}/reward", ["reward: is a reward model, expected"]),
-    ("collect.role_play", "model={bad}/nowhere", ["nowhere: holds no config.json, expected a model directory, or an endpoint"]),
+    ("collect.role_play", "model={bad}/nowhere",
+     ["nowhere: holds no config.json, expected a model directory, or an endpoint"]),
     ("collect.ultrachat", "user_model={bad}/cut", ["model.safetensors: cannot be read as safetensors"]),
     ("collect.red_team", "judge={bad}/no_tokenizer", ["tokenizer.model: no such file"]),
     ("collect.ai_feedback", "judge=", ["a model is needed and its name is empty, expected"]),
@@ -279,20 +290,27 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("collect.red_team", "out={bad}/text.jsonl", ["text.jsonl: cannot be written"]),
     ("data.formats", "{bad}/sft.jsonl --out {bad}/text.jsonl/x", ["text.jsonl/x: cannot be written"]),
     ("data.formats", "{bad}/sft.jsonl --out {bad}/folder", ["folder: cannot be written (", "Is a directory"]),
-    ("collect.spec", "{bad}/generation.jsonl --target surge --subset 1 --out {bad}/text.jsonl/x", ["text.jsonl/x: cannot be written"]),
+    ("collect.spec", "{bad}/generation.jsonl --target surge --subset 1 --out {bad}/text.jsonl/x",
+     ["text.jsonl/x: cannot be written"]),
     ("collect.spec", "{bad}/sft.jsonl --figure {bad}/text.jsonl/x.png", ["text.jsonl/x.png: cannot be written"]),
-    ("collect.decontaminate", "{bad}/sft.jsonl --against {bad}/prompts.jsonl --removed {bad}/text.jsonl/x", ["x: cannot be written"]),
-    ("reward --score", "{bad}/messages.jsonl --model {bad}/reward --out {bad}/text.jsonl/x", ["text.jsonl: cannot be written"]),
+    ("collect.decontaminate", "{bad}/sft.jsonl --against {bad}/prompts.jsonl --removed {bad}/text.jsonl/x",
+     ["x: cannot be written"]),
+    ("reward --score", "{bad}/messages.jsonl --model {bad}/reward --out {bad}/text.jsonl/x",
+     ["text.jsonl: cannot be written"]),
 ]
 CHAT = [  # chat.py: ports, hosts, checkpoints
-    ("port=99999", ["port is 99999, expected between 0 and 65535"]), ("port=http", ["port is 'http', expected a whole number"]),
+    ("port=99999", ["port is 99999, expected between 0 and 65535"]),
+    ("port=http", ["port is 'http', expected a whole number"]),
     ("port={taken}", ["{taken}"]), ("host=256.1.1.1 token=x", ["256.1.1.1"]),
     ("host=0.0.0.0", ["host is '0.0.0.0', which others can reach"]),
-    ("model={bad}/nowhere", ["nowhere: holds no config.json"]), ("model={bad}/reward", ["reward: is a reward model, expected"]),
+    ("model={bad}/nowhere", ["nowhere: holds no config.json"]),
+    ("model={bad}/reward", ["reward: is a reward model, expected"]),
     ("device=gpu", ["device is 'gpu'"]), ("model={bad}/cut", ["cannot be read as safetensors"]),
 ]
-REMEDY = re.compile(r"expected|use |written |set |choose|drop|mend|copy|check|lower|raise|add |train|load|delete|free|did you mean|name |"
-                    r"convert|--help|go together|put it|run |start from|leave|not supported|is it whole|config\.json says|is config\.json")
+REMEDY = re.compile(
+    r"expected|use |written |set |choose|drop|mend|copy|check|lower|raise|add |train|load|delete|free|did you mean|"
+    r"name |convert|--help|go together|put it|run |start from|leave|not supported|is it whole|config\.json says|"
+    r"is config\.json")
 
 
 def words_of(command, extra, folders):
@@ -316,9 +334,7 @@ def call(command, words, monkeypatch):
     script = command.split()[0]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
     monkeypatch.chdir(ROOT)
-    path = ROOT / (script.replace(".", "/") + ".py")
-    sys.modules.pop(script, None) if script.startswith("data.") else None
-    runpy.run_path(str(path), run_name="__main__")
+    runpy.run_path(str(ROOT / (script.replace(".", "/") + ".py")), run_name="__main__")
 
 
 def check(line, fragments, folders):
@@ -329,7 +345,8 @@ def check(line, fragments, folders):
     assert REMEDY.search(line), f"no remedy: {line}"
 
 
-@pytest.mark.parametrize("command, extra, fragments", CASES, ids=[f"{case[0]} {case[1]}".replace("{bad}/", "") for case in CASES])
+@pytest.mark.parametrize("command, extra, fragments", CASES,
+                         ids=[f"{case[0]} {case[1]}".replace("{bad}/", "") for case in CASES])
 def test_bad_input_is_one_line(command, extra, fragments, bad, tmp_path, monkeypatch, capsys):
     folders = {"bad": bad, "out": tmp_path / "run"}
     before = {path: path.stat().st_mtime_ns for path in bad.rglob("*") if path.is_file()}
@@ -346,8 +363,6 @@ def test_bad_input_is_one_line(command, extra, fragments, bad, tmp_path, monkeyp
 
 @pytest.mark.parametrize("extra, fragments", CHAT, ids=[extra for extra, _ in CHAT])
 def test_bad_input_to_chat_is_one_line(extra, fragments, bad, monkeypatch, capsys):
-    if not (ROOT / "chat.py").is_file():
-        pytest.skip("chat.py is not here")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         folders = {"bad": bad, "taken": taken.getsockname()[1]}
         line = f"--serve model={bad}/sft device=cpu port=0 {extra}"
@@ -366,7 +381,7 @@ def test_as_a_command_too_and_soon(number, bad, tmp_path):
     command, extra, fragments = CASES[number]
     folders = {"bad": bad, "out": tmp_path / "run"}
     script = command.split()[0]
-    how = [f"{script}.py"] if not script.startswith("data.") else ["-m", script]
+    how = ["-m", script] if "." in script else [f"{script}.py"]
     before = os.times()
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     words = words_of(command, extra, folders)
@@ -394,8 +409,9 @@ def test_a_reply_of_200_000_tokens_is_cut_and_counted(bad, tmp_path, monkeypatch
 @pytest.mark.parametrize("spelling", ["<|assistant|>", "</s>", "<s>", "<unk>", "<|user|></s>"])
 def test_a_special_tokens_spelling_is_letters(spelling, bad):
     tokenizer = load_tokenizer(bad / "sft")
-    plain, learnt = tokenizer.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}])
-    ids, loss = tokenizer.render([{"role": "user", "content": f"Hi {spelling}"}, {"role": "assistant", "content": "Yes."}])
+    reply = {"role": "assistant", "content": "Yes."}
+    plain, learnt = tokenizer.render([{"role": "user", "content": "Hi"}, reply])
+    ids, loss = tokenizer.render([{"role": "user", "content": f"Hi {spelling}"}, reply])
     special = set(tokenizer.special.values()) | {tokenizer.bos_id, tokenizer.eos_id}
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
     assert sum(loss) == sum(learnt) and spelling in tokenizer.decode(ids)

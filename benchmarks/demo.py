@@ -1,0 +1,91 @@
+"""The last screen of `make demo`: the table, three dialogues side by side, and what to type next.
+
+    python -m benchmarks.demo --config configs/tiny/judge.toml seeds='[0]' out=runs/tiny/0/judge
+
+Takes the settings of judge.py and runs it; what that prints goes to judge.txt in the same folder. While there is no
+PPO model yet, the table is all.
+"""
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from textwrap import wrap
+
+import judge
+import runtime
+
+SIDE_BY_SIDE = ("SFT", "SFT + DPO", "SFT + PPO")
+WIDTH = 36  # of each column of a dialogue
+
+
+def table(report: dict) -> list[str]:
+    """The gold scores of the report, one line a model."""
+    head = f"{'model':<22}{'gold score':>16}{'wins vs SFT':>14}{'first turn':>13}{'follow-ups':>13}{'words':>8}"
+    lines = [head, "-" * len(head)]
+    for name, m in report["gold"].items():
+        score = f"{m['gold']:.1f} ± {m['gold_interval']:.1f}"
+        turns = f"{m['first_turn']:>13.1f}{m['follow_up'] or 0:>13.1f}"
+        lines.append(f"{name:<22}{score:>16}{m['win_rate']:>12.1f} %{turns}{m['words']:>8.1f}")
+    return lines
+
+
+def columns(cells: list[str]) -> list[str]:
+    """Texts beside each other, each wrapped to its column."""
+    wrapped = [[part for line in cell.split("\n") for part in wrap(line, WIDTH) or [""]] for cell in cells]
+    depth = max(map(len, wrapped))
+    rows = zip(*(column + [""] * (depth - len(column)) for column in wrapped), strict=True)
+    return ["  " + "  ".join(f"{cell:<{WIDTH}}" for cell in row).rstrip() for row in rows]
+
+
+def dialogues(data: Path, replies: Path, count: int = 3) -> list[str]:
+    """The first questions, each of another task, to which SFT, DPO and PPO reply differently."""
+    asked = [json.loads(line) for line in data.read_text().splitlines()]
+    said: dict[str, dict[str, dict]] = {}
+    for line in replies.read_text().splitlines():
+        reply = json.loads(line)
+        said.setdefault(reply["id"], {})[reply["model"]] = reply["replies"][0]
+    lines, shown = [], set()
+    for question in asked:
+        first = [said[question["id"]][name] for name in SIDE_BY_SIDE]
+        if len(shown) == count or question["category"] in shown or len({reply["text"] for reply in first}) < len(first):
+            continue
+        shown.add(question["category"])
+        lines += ["", *wrap(f"> {question['turns'][0]['user']}", 3 * WIDTH)]
+        lines += columns([f"{name}, gold {100 * reply['gold']:.0f}:\n{reply['text']}"
+                          for name, reply in zip(SIDE_BY_SIDE, first, strict=True)])
+    return lines
+
+
+def reward_line(report: Path) -> str:
+    """How often the reward model prefers what annotators chose."""
+    accuracy = json.loads(report.read_text())["reward_model"]["accuracy"]
+    return f"The reward model that PPO follows agrees with {100 * accuracy:.0f} % of held-out preferences."
+
+
+def commands(run: Path) -> list[str]:
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
+    models = f'["DPO={run}/dpo/model", "idea=runs/idea/model"]'
+    return ["Next: talk to it; train it with another beta, or a loss that you edited; compare the two.", "",
+            f"  {python} chat.py model={run}/dpo/model",
+            f"  {python} dpo.py --config {run}/dpo/config.toml beta=0.05 out=runs/idea",
+            f"  {python} judge.py models='{models}' data={run}/data/dev.jsonl out=runs/idea/judge"]
+
+
+def main(config: judge.Config) -> None:
+    out = runtime.open_folder(config.out)
+    with (out / "judge.txt").open("w") as text, redirect_stdout(text):
+        judge.main(config)
+    report = json.loads((out / "report.json").read_text())
+    lines = ["", *table(report)]
+    if set(SIDE_BY_SIDE) <= set(report["gold"]):
+        lines += ["", "Gold scores: mean grade of a reply, 0 to 100, with a 95 % interval over the dialogues.",
+                  reward_line(out.parent / "reward" / "report.json"), f"All tables and figures: {out}/report.html"]
+        lines += [*dialogues(Path(config.data), out / "replies.jsonl"), "", *commands(out.parent)]
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(runtime.load_config(judge.Config, __doc__))

@@ -1,0 +1,122 @@
+"""`make demo`: its steps follow each other, a stopped one ends it, and its last screen says what came of it."""
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_jsonl
+
+import judge
+from benchmarks import demo
+
+# Stands for Python: notes what it is asked to run, and leaves the files that the next step reads.
+PYTHON = """#!/bin/sh
+echo "$*" >> ran.txt
+for word in "$@"; do case "$word" in out=*) out=${word#out=};; esac; done
+case "$*" in "$STOPPED"*) exit 0;; esac
+case "$*" in
+    *.py*) mkdir -p $out/model; touch $out/model/config.json;;
+    *tiny.build*) mkdir -p $out; touch $out/test.jsonl;;
+    *tiny.pairs*) touch $out;;
+esac
+"""
+JUDGED = ("-m benchmarks.demo --config configs/tiny/judge.toml seeds=[0] data=runs/tiny/0/data/test.jsonl "
+          "out=runs/tiny/0/judge")
+LATER = {"sft.py": ("-m data.tiny.pairs", "dpo.py", "reward.py", "ppo.py", "-m benchmarks.demo"),
+         "dpo.py": ("ppo.py", "-m benchmarks.demo"), "reward.py": ("ppo.py", JUDGED + "$"), "ppo.py": (JUDGED + "$",)}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make with that Python, in an empty folder: its result, and what it ran."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+
+    def run(*words: str, stopped: str = "none") -> tuple[subprocess.CompletedProcess, list[str]]:
+        (tmp_path / "ran.txt").write_text("")
+        environment = {"PATH": "/usr/bin:/bin", "STOPPED": stopped}
+        command = ["make", "PYTHON=./python", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done, (tmp_path / "ran.txt").read_text().splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("stopped", LATER)
+def test_a_stopped_step_ends_the_demo_which_goes_on_from_there(stopped, make):
+    """What gets SIGTERM or Ctrl-C saves and exits with 0: make must not take that for a finished model."""
+    done, ran = make("demo", stopped=stopped)
+    assert done.returncode == 2 and not any(f"{line}$".startswith(LATER[stopped]) for line in ran)
+    (line,) = [line for line in done.stderr.splitlines() if "***" not in line]
+    assert line == f"runs/tiny/0/{stopped[:-3]} was stopped before its end: make goes on from there"
+
+    done, again = make("demo")
+    assert done.returncode == 0 and again[-1] == JUDGED
+    twice = [line for line in again if line in ran]
+    assert twice == [line for line in ran if line.startswith(stopped)]
+
+
+def test_the_demo_trains_sft_dpo_reward_and_ppo_and_then_judges(make):
+    done, ran = make("demo")
+    sft, dpo, reward, ppo = (next(i for i, line in enumerate(ran) if line.startswith(f"{name}.py"))
+                             for name in ("sft", "dpo", "reward", "ppo"))
+    assert done.returncode == 0 and sft < dpo < ppo and sft < reward < ppo and ran[ppo + 1 :] == [JUDGED]
+    first = ran.index(JUDGED + ' models=["SFT=runs/tiny/0/sft/model", "SFT + DPO=runs/tiny/0/dpo/model"]')
+    assert dpo < first < ppo and "steps=20" in ran[ppo] and all("runs/tiny/0" in line for line in ran)
+    assert not any("without" in line or "chosen" in line for line in ran)
+
+
+def test_the_full_size_has_a_folder_of_its_own_and_the_controls(make):
+    """And nothing but the settings of the configs: what `make results` trains for each seed."""
+    make("demo")
+    done, ran = make("demo", "FULL=1", "SEED=2")
+    assert done.returncode == 0 and all("runs/results/2" in line and "runs/tiny" not in line for line in ran)
+    for name in ("sft_chosen", "dpo_without_sft", "ppo_without_kl"):
+        assert any(f"configs/tiny/{name}.toml" in line for line in ran)
+    keys = {word.partition("=")[0] for line in ran if ".py" in line for word in line.split() if "=" in word}
+    assert keys == {"seed", "model", "data", "eval_data", "demos", "reward_model", "out"}
+
+
+def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs" / "tiny" / "0"
+    graded = {"gold_interval": 3.0, "win_rate": 60.0, "first_turn": 80.0, "follow_up": None, "words": 7.0}
+    models = {"base": 4.0, "SFT": 70.0, "SFT + DPO": 85.0, "SFT + PPO": 82.0}
+    questions = [{"id": str(i), "category": category, "turns": [{"user": f"Question {i}?"}]}
+                 for i, category in enumerate("aabbcc")]
+    data = write_jsonl(tmp_path / "test.jsonl", questions)
+
+    def judged(config):
+        print("many tables")
+        names = [entry.partition("=")[0] for entry in config.models]
+        report = {"gold": {name: graded | {"gold": models[name]} for name in names}}
+        (Path(config.out) / "report.json").write_text(json.dumps(report))
+        replies = [{"id": q["id"], "model": name, "replies": [{"text": f"{name} says {q['id']}", "gold": 0.5}]}
+                   for q in questions for name in names]
+        for reply in replies[: len(names)]:
+            reply["replies"][0]["text"] = "To question 0 all reply alike."
+        write_jsonl(Path(config.out) / "replies.jsonl", replies)
+
+    monkeypatch.setattr(judge, "main", judged)
+    (run / "reward").mkdir(parents=True)
+    accuracy = {"reward_model": {"accuracy": 0.7}}
+    (run / "reward" / "report.json").write_text(json.dumps(accuracy))
+    settings = {"data": str(data), "out": str(run / "judge"), "judges": ["gold"]}
+    base = ROOT / "data" / "tiny" / "base"
+
+    demo.main(judge.Config(models=[f"SFT={base}", f"SFT + DPO={base}"], **settings))
+    first = capsys.readouterr().out
+    assert "SFT + DPO                   85.0 ± 3.0" in first and "chat.py" not in first and "many tables" not in first
+
+    demo.main(judge.Config(models=[f"{name}={base}" for name in models], **settings))
+    said = capsys.readouterr().out
+    assert (run / "judge" / "judge.txt").read_text() == "many tables\n" and "many tables" not in said
+    shown = [line for line in said.splitlines() if line.startswith(">")]
+    assert shown == ["> Question 1?", "> Question 2?", "> Question 4?"]
+    assert "  SFT says 1                            SFT + DPO says 1                      SFT + PPO says 1\n" in said
+    assert "agrees with 70 % of held-out preferences" in said
+    commands = said.splitlines()[-3:]
+    scripts = [word for line in commands for word in line.split() if word.endswith(".py")]
+    assert scripts == ["chat.py", "dpo.py", "judge.py"]
+    assert f"chat.py model={run}/dpo/model" in commands[0] and max(map(len, first.splitlines())) <= 120

@@ -36,8 +36,8 @@ import runtime
 from checkpoints import load_model
 from data.formats import read
 from data.pack import CHOSEN, Batch, Tree, load_trees, share, step_trees, steps_per_epoch, truncate
+from data.scores import all_scores, mean_logprobs, response_scores
 from data.tokenizer import TEMPLATES, Tokenizer, adopt_template, load_tokenizer
-from kernels.logprobs import linear_logprobs
 from model import Transformer, add_score_head
 from runtime import check_range, distributed, fail, memory
 
@@ -144,31 +144,7 @@ def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> lis
     return trees
 
 
-def response_scores(model: Transformer, batch: Batch) -> Tensor:
-    """Score of every response, read at its last token, [B]."""
-    hidden = model.hidden(batch.tokens, batch.positions, batch.layout)  # [N, D]
-    return model.scores(hidden[batch.ends])
-
-
 # -------------------------------------------------------------------------------------- evaluation
-
-@torch.no_grad()
-def all_scores(model: Transformer, trees: list[Tree], max_tokens: int, device: torch.device, score=response_scores) -> list[Tensor]:
-    """Scores [responses] of every tree, in the order given."""
-    found = {id(tree): torch.zeros(len(tree.responses)) for tree in trees}
-    for batch in share(trees, max_tokens):
-        parts = score(model, batch.to(device)).float().cpu().split([len(tree.responses) for tree in batch.trees])
-        found |= {id(tree): part * batch.counts for tree, part in zip(batch.trees, parts, strict=True)}
-    table = distributed.all_reduce(torch.cat([torch.empty(0), *(found[id(tree)] for tree in trees)]))
-    return list(table.split([len(tree.responses) for tree in trees]))
-
-
-def mean_logprobs(model: Transformer, batch: Batch) -> Tensor:
-    """What a language model thinks of every response, log-probability per token [B]: the baseline."""
-    hidden = model.hidden(batch.tokens, batch.positions, batch.layout)
-    logprobs, _ = linear_logprobs(hidden[batch.predictors], model.head_weight, batch.targets)
-    return batch.sums(logprobs) / batch.lengths
-
 
 def report(trees: list[Tree], scores: list[Tensor], categories: list[str] | None = None) -> dict:
     """How well scores agree with held-out preferences.

@@ -229,6 +229,7 @@ class Batch:
     side: Tensor       # [B] CHOSEN or REJECTED
     turn: Tensor       # [B] from 1
     margin: Tensor     # [B] float
+    response_ids: Tensor  # [B] each response's index among those of all trees that were packed, in the order given
     trees: list[Tree]
     counts: float = 1.0  # 0.0: a repetition, which keeps a rank without work in step with the others (`share`)
 
@@ -281,15 +282,15 @@ def pack(trees: list[Tree], max_tokens: int) -> list[Batch]:
 
     Trees of similar length share a batch: it pads little where a kernel works on padded rows.
     """
-    batches: list[list[Tree]] = []
+    batches: list[list[int]] = []
     room = 0
-    for tree in sorted(trees, key=lambda t: -t.tokens):
-        if tree.tokens > room:
+    for i in _longest_first(trees):
+        if trees[i].tokens > room:
             batches.append([])
             room = max_tokens
-        batches[-1].append(tree)
-        room -= tree.tokens
-    return [collate(group) for group in batches]
+        batches[-1].append(i)
+        room -= trees[i].tokens
+    return _collate_groups(trees, batches)
 
 
 def share(trees: list[Tree], max_tokens: int) -> list[Batch]:
@@ -300,24 +301,37 @@ def share(trees: list[Tree], max_tokens: int) -> list[Batch]:
     """
     if distributed.world_size() == 1:
         return pack(trees, max_tokens)
-    count = groups = 0
-    while not groups or any(len(group) > 1 and sum(tree.tokens for tree in group) > max_tokens for group in groups):
+    count, groups = 0, []
+    while not groups or any(len(group) > 1 and sum(trees[i].tokens for i in group) > max_tokens for group in groups):
         count += distributed.world_size()
         groups = [[] for _ in range(count)]
-        least = [(0, i) for i in range(count)]  # tokens of each
-        for tree in sorted(trees, key=lambda t: -t.tokens):
-            held, i = least[0]
-            groups[i].append(tree)
-            heapq.heapreplace(least, (held + tree.tokens, i))
-    return [collate(group) if group else replace(collate(groups[0]), counts=0.0) for group in groups[distributed.rank() :: distributed.world_size()]]
+        least = [(0, k) for k in range(count)]  # tokens of each
+        for i in _longest_first(trees):
+            held, k = least[0]
+            groups[k].append(i)
+            heapq.heapreplace(least, (held + trees[i].tokens, k))
+    mine = groups[distributed.rank() :: distributed.world_size()]
+    batches = _collate_groups(trees, [group or groups[0] for group in mine])
+    return [batch if group else replace(batch, counts=0.0) for batch, group in zip(batches, mine, strict=True)]
 
 
-def collate(trees: list[Tree]) -> Batch:
-    """Lay trees end to end."""
+def _longest_first(trees: list[Tree]) -> list[int]:
+    return sorted(range(len(trees)), key=lambda i: -trees[i].tokens)
+
+
+def _collate_groups(trees: list[Tree], groups: list[list[int]]) -> list[Batch]:
+    first = np.cumsum([0] + [len(tree.responses) for tree in trees]).tolist()
+    return [collate([trees[i] for i in group], [first[i] for i in group]) for group in groups]
+
+
+def collate(trees: list[Tree], firsts: list[int] | None = None) -> Batch:
+    """Lay trees end to end. `firsts`: the response id of each tree's first response; None: they count from 0."""
     segments, lengths, trunks, prefixes = [], [], [], []
-    index, owner, pair, side, turn, margin = [], [], [], [], [], []
+    index, owner, pair, side, turn, margin, response_ids = [], [], [], [], [], [], []
     at = pairs = 0
-    for tree in trees:
+    for number, tree in enumerate(trees):
+        first = len(response_ids) if firsts is None else firsts[number]
+        response_ids += range(first, first + len(tree.responses))
         trunk, starts = len(segments), [at]
         for prefix, ids in [(0, tree.trunk), *tree.leaves]:
             segments.append(ids)
@@ -344,7 +358,8 @@ def collate(trees: list[Tree]) -> Batch:
     return Batch(
         torch.from_numpy(np.concatenate(segments).astype(np.int64)), layout.prefix[segment] + place, previous, layout,
         torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(owner)),
-        torch.tensor(pair), torch.tensor(side), torch.tensor(turn), torch.tensor(margin), trees,
+        torch.tensor(pair), torch.tensor(side), torch.tensor(turn), torch.tensor(margin),
+        torch.tensor(response_ids), trees,
     )
 
 

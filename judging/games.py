@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-import reward
 from checkpoints import load_model
 from data.llm import Budget, Reply, Request, Sampling, ask
 from data.pack import tree_from_messages
+from data.scores import all_scores
 from data.tokenizer import load_tokenizer
 from judging.prompts import Question, Verdict, ask_pair, ask_score, read_verdict
 from judging.tables import describe
@@ -134,7 +134,7 @@ def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tup
             messages = [m for asked, r in zip(question.turns, said, strict=False)
                         for m in ({"role": "user", "content": asked}, {"role": "assistant", "content": r["text"]})]
             trees += [tree_from_messages(messages, tokenizer)] if said else []
-        found = iter(reward.all_scores(model, trees, 4096, device))
+        found = iter(all_scores(model, trees, 4096, device))
         scores[key] = [next(found).tolist() if said else [] for said in replies]
     return scores
 

@@ -26,14 +26,13 @@ import torch
 from checkpoints import load_model
 from data.formats import read
 from data.pack import tree_from_ranking, truncate
+from data.scores import all_scores, mean_logprobs, response_logprob_sums, response_scores
 from data.tokenizer import adopt_template, load_tokenizer
-from dpo import response_sums
 from judging.ratings import bootstrap_means, by_prompt, percentiles, resample, wilson
-from reward import all_scores, mean_logprobs, response_scores
 from runtime import fail
 
 Scorer = Callable[[list[dict]], Mapping[str, list[float]]]
-KINDS = {"reward": response_scores, "dpo": response_sums, "ref-free": response_sums, "logprob": mean_logprobs}
+KINDS = {"reward": response_scores, "dpo": response_logprob_sums, "ref-free": response_logprob_sums, "logprob": mean_logprobs}
 
 
 def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_length: int = 0, max_tokens: int = 8192,

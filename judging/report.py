@@ -1,11 +1,11 @@
 """A report for people: tables in the terminal, one self-contained page with figures, and two runs side by side.
 
-    report    {"title", "about": {setting: value}, "sections": [...], "headline": [{"label", "value", "note"}, ...] if any}
+    report    {"title", "about": {setting: value}, "sections": [...]}
     section   {"title", "text" if any, "columns": [...], "rows": [[cell, ...], ...], "figure" if any}
     cell      text, a number, None, or {"value", "low", "high"}, a number with its 95 % interval
     figure    {"kind": "ratings", "names", "values", "low", "high", "label", "reference" if any}       dots with whiskers, best first
               {"kind": "matrix", "names", "columns", "grid", "label", "low", "high"}                   numbers in tinted cells
-              {"kind": "points", "x", "y", "x_label", "y_label", "names" and "line" [slope, intercept] if any}
+              {"kind": "points", "x", "y", "x_label", "y_label"}
               {"kind": "bars", "names", "groups": {series: values}, "label"}
 
 Numbers are in the unit that the column's name states. What is not a finite number is None, printed as "-".
@@ -48,9 +48,6 @@ def text(report: dict) -> str:
     lines = [*_wrap(report["title"]), "=" * min(len(report["title"]), WIDTH)]
     for key, value in report["about"].items():
         lines += _wrap(f"{key}: {plain(value)}", indent="    ")
-    for i, item in enumerate(report.get("headline", [])):
-        note = f" ({item['note']})" if item.get("note") else ""
-        lines += [""] * (i == 0) + _wrap(f"{item['label']}: {' '.join(show([item['value']])[0]).strip()}{note}", indent="    ")
     for section in report["sections"]:
         lines += ["", "", *_wrap(section["title"]), "-" * min(len(section["title"]), WIDTH)]
         lines += _wrap(section["text"]) if section.get("text") else []
@@ -128,14 +125,7 @@ nav {{ margin: 32px 0 0; font-size: 15px }}
 nav ol {{ margin: 0; padding-left: 1.4em; columns: 2; column-gap: 40px }}
 nav a {{ color: var(--accent); text-decoration: none }}
 nav a:hover {{ text-decoration: underline }}
-.note, .soft, .interval, .headline span {{ color: var(--muted) }}
-.headline {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 24px; margin: 0;
-  padding: 24px 0; border: solid var(--line); border-width: 1px 0 }}
-.headline div {{ display: grid; grid-row: span 3; grid-template-rows: subgrid; row-gap: 0 }}
-.headline span {{ font-size: 14px; line-height: 1.4 }}
-.headline span:first-child {{ align-self: end }}
-.headline b {{ font-size: 30px; line-height: 1.3; font-weight: 650; font-variant-numeric: tabular-nums }}
-.headline b small {{ font-size: 15px; font-weight: 400; color: var(--muted); white-space: nowrap }}
+.note, .interval {{ color: var(--muted) }}
 .scroll {{ overflow-x: auto; margin: 20px 0 0 }}
 table {{ border-collapse: collapse; font-size: 14px; line-height: 1.45; font-variant-numeric: tabular-nums }}
 th, td {{ padding: 7px 0 7px 22px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }}
@@ -149,14 +139,7 @@ th.number {{ white-space: normal }}
 td.interval {{ white-space: nowrap; padding-left: 8px }}
 figure {{ margin: 24px 0 0; overflow-x: auto }}
 svg {{ display: block; width: 100%; height: auto }}
-svg text {{ font-size: 12px; fill: var(--ink); font-variant-numeric: tabular-nums }}
-svg text.soft {{ fill: var(--muted) }}
-svg text.halo {{ paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round }}
-.accent, .dot {{ fill: var(--accent) }}
-.grid {{ stroke: var(--line) }}
-.zero, .reference {{ stroke: var(--muted) }}
-.reference {{ stroke-dasharray: 4 4 }}
-.whisker, .fit {{ stroke: var(--accent); stroke-width: 2; stroke-opacity: 0.55; stroke-linecap: round }}
+svg text {{ font-variant-numeric: tabular-nums }}
 @media (max-width: 600px) {{ main {{ padding: 28px 16px 64px }} nav ol {{ columns: 1 }} section {{ margin-top: 44px }} }}
 @media print {{ main {{ max-width: none; padding: 0 }} figure, tr, h2 {{ break-inside: avoid }} h2 {{ break-after: avoid }}
   .scroll, figure {{ overflow: visible }} nav {{ display: none }} }}
@@ -171,14 +154,6 @@ def page(report: dict) -> str:
         rows = [[key, plain(value)] for key, value in report["about"].items()]
         sections.append({"title": "Settings", "columns": ["setting", "value"], "rows": rows})
     body = [f"<h1>{escape(report['title'])}</h1>"]
-    if report.get("headline"):
-        body.append('<div class="headline">')
-        for item in report["headline"]:
-            value, interval = show([item["value"]])[0]
-            interval = f" <small>{interval}</small>" if interval else ""
-            note = f"<span>{escape(item['note'])}</span>" if item.get("note") else ""
-            body.append(f"<div><span>{escape(item['label'])}</span><b>{escape(value)}{interval}</b>{note}</div>")
-        body.append("</div>")
     if len(sections) > 4:
         entries = "".join(f'<li><a href="#s{i}">{escape(section["title"])}</a></li>' for i, section in enumerate(sections, 1))
         body.append(f'<nav aria-label="Contents"><ol>{entries}</ol></nav>')

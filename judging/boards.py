@@ -7,19 +7,18 @@ from pathlib import Path
 import torch
 
 from checkpoints import load_model
-from collect.red_team import load_texts
 from data.formats import read
 from data.llm import Budget, Request, Sampling, ask, open_model
 from data.tokenizer import load_tokenizer
 from judging import choices, rewards, safety
+from judging.entries import Entry
 from runtime import fail
 
 
-def choice_sections(models: Mapping[str, str], tasks: Sequence[tuple[str, str]], limit: int, device: torch.device) -> list[dict]:
-    """Checkpoints by name, on tasks (name, "file:examples"; examples are for the shots, or "none"); `limit` questions of each, 0: all."""
+def choice_sections(models: Mapping[str, str], tasks: Sequence[Entry], limit: int, device: torch.device) -> list[dict]:
+    """Checkpoints by name, on tasks (a file, and examples for the shots or "none"); `limit` questions of each, 0: all."""
     exams = {}
-    for task, files in tasks:
-        path, _, examples = files.partition(":")
+    for task, _, path, examples in tasks:
         exams[task] = choices.read_exam(task, path, "" if examples == "none" else examples, 0 if examples == "none" else None, limit)
         for file, rejects in exams[task].rejects.items():
             for line, reason in rejects[:5]:
@@ -34,11 +33,10 @@ def choice_sections(models: Mapping[str, str], tasks: Sequence[tuple[str, str]],
     return sections
 
 
-def reward_sections(scorers: Sequence[tuple[str, str]], sets: Sequence[tuple[str, str]], rewardbench: str,
-                    device: torch.device) -> list[dict]:
-    """Scorers (name, "kind:directory" or "dpo:directory:reference") on sets of held-out pairs (name, file) and RewardBench's rows."""
+def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench: str, device: torch.device) -> list[dict]:
+    """Scorers (kind, directory, perhaps a reference) on sets of held-out pairs and RewardBench's rows."""
     pairs, questions = {}, rewards.read_rewardbench(rewardbench) if rewardbench else []
-    for name, path in sets:
+    for name, _, path, _ in sets:
         records, report = read(path)
         pairs[name] = list(records)
         if report.rejects:
@@ -48,9 +46,7 @@ def reward_sections(scorers: Sequence[tuple[str, str]], sets: Sequence[tuple[str
             fail(f"preferences: {path} holds no preferences, expected records with 'chosen' and 'rejected'")
     found: dict[str, dict] = {}
     bench: dict[str, dict] = {}
-    for name, where in scorers:
-        kind, _, rest = where.partition(":")
-        path, _, ref = rest.partition(":")
+    for name, kind, path, ref in scorers:
         scorer = rewards.load_scorer(kind, path, ref, device=str(device))
         found[name] = {label: rewards.preference_accuracy(records, scorer) for label, records in pairs.items()}
         if questions:
@@ -59,10 +55,10 @@ def reward_sections(scorers: Sequence[tuple[str, str]], sets: Sequence[tuple[str
     return sections + ([rewards.rewardbench_section(bench)] if bench else [])
 
 
-def safety_sections(models: Mapping[str, str], attacks: Sequence[tuple[str, str]], xstest: str, probes: int, judge: str, ledger: Path,
+def safety_sections(models: Mapping[str, str], attacks: Sequence[Entry], xstest: str, probes: int, judge: str, ledger: Path,
                     budget: Budget, device: str) -> list[dict]:
-    """Attacks as collect/red_team.py recorded them (name, "transcripts" or "transcripts:behaviours", all of which count, tried or not),
-    XSTest's prompts and leak probes put to the models.
+    """Attacks as collect/red_team.py recorded them (transcripts, and perhaps all behaviours, which count tried or not), XSTest's
+    prompts and leak probes put to the models.
 
     `judge`, a checkpoint or an endpoint, decides; without one attacks keep the verdict they were recorded with, and refusals are
     matched by phrases, which the table says.
@@ -70,10 +66,9 @@ def safety_sections(models: Mapping[str, str], attacks: Sequence[tuple[str, str]
     umpire = open_model(judge, device) if judge else None
     paid = budget if "://" in judge else None
     found, refused, leaked = {}, {}, {}
-    for name, path in attacks:
-        path, _, behaviours = path.partition(":")
+    for name, _, path, behaviours in attacks:
         tried = safety.read_transcripts(path)
-        whole = load_texts(behaviours, "behaviour", ()) if behaviours else {row["behaviour"] for row in tried}
+        whole = safety.load_texts(behaviours, "behaviour") if behaviours else {row["behaviour"] for row in tried}
         if umpire:
             verdicts = safety.judge(umpire, "harm", tried, ledger, paid)
             tried = [row | {"judged": verdict} for row, verdict in zip(tried, verdicts, strict=True)]

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from judging.entries import read_lines
 from judging.figures import DARK, LIGHT, align, draw, is_number, is_numeric, plain, show
 from judging.ratings import paired_difference
 from runtime import fail, write_text
@@ -323,17 +324,16 @@ def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
 def _preferences(file: Path) -> dict[str, dict[str, float | None]]:
     """Preference by judge and pair of models, and prompt: the mean where a prompt has several games, None without a verdict."""
     found: dict[str, dict[str, list[float]]] = {}
-    for number, line in enumerate(file.read_text().rstrip("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-            if "score" in row:
-                continue
-            p, a, b = row["preference"], str(row["a"]), str(row["b"])
-            if p is not None and not (is_number(p) and 0 <= p <= 1):
-                raise ValueError(f"preference is {p!r}")
-            p, a, b = (p, a, b) if a < b else (None if p is None else 1 - p, b, a)
-            by_prompt = found.setdefault(f"{row['judge']}: {a} against {b}", {})
-            by_prompt.setdefault(str(row["prompt"]), []).extend([] if p is None else [p])
-        except (ValueError, KeyError, TypeError) as error:
-            fail(f"{file} line {number}: {error}, expected a game as judge.py writes them, with judge, prompt, a, b and preference")
+
+    def game(row: dict, number: int) -> None:
+        if "score" in row:
+            return
+        p, a, b = row["preference"], str(row["a"]), str(row["b"])
+        if p is not None and not (is_number(p) and 0 <= p <= 1):
+            raise ValueError
+        p, a, b = (p, a, b) if a < b else (None if p is None else 1 - p, b, a)
+        by_prompt = found.setdefault(f"{row['judge']}: {a} against {b}", {})
+        by_prompt.setdefault(str(row["prompt"]), []).extend([] if p is None else [p])
+
+    read_lines(file, game, "is no game as judge.py writes them, expected 'judge', 'prompt', 'a', 'b' and 'preference' from 0 to 1")
     return {pair: {prompt: sum(v) / len(v) if v else None for prompt, v in of.items()} for pair, of in found.items()}

@@ -115,9 +115,9 @@ def test_recorded_replies_are_read_by_id_and_by_instruction(tmp_path):
     ('{"prompt": "One"}', ["One"]),
     ('{"prompt": [{"role": "user", "content": "One"}]}', ["One"]), ('{"instruction": "One", "dataset": "koala"}', ["One"]),
 ])
-def test_questions_of_every_form_are_read(line, turns, checkpoint, tmp_path):
+def test_questions_of_every_form_are_read(line, turns, tmp_path):
     (tmp_path / "q.jsonl").write_text(line + "\n")
-    questions, dialogues = judge.load_questions(Config(models=[f"m={checkpoint}"], data=str(tmp_path / "q.jsonl")))
+    questions, dialogues = judge.load_questions(str(tmp_path / "q.jsonl"))
     assert questions[0].turns == turns and dialogues is None
 
 
@@ -151,4 +151,4 @@ def test_a_reference_answer_reaches_the_question(checkpoint, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "category": "math", "turns": ["1 + 1?", "And 2 + 2?"]}\n')
     (tmp_path / "r.jsonl").write_text('{"question_id": 1, "choices": [{"turns": ["2", "4"]}]}\n')
     config = load_config(Config, "", [f"models=[\"m={checkpoint}\"]", f"data={tmp_path / 'q.jsonl'}", f"references={tmp_path / 'r.jsonl'}"])
-    assert judge.load_questions(config)[0][0].references == ["2", "4"]
+    assert judge.load_questions(config.data, config.references)[0][0].references == ["2", "4"]

@@ -533,7 +533,7 @@ def statistics(rows: list[dict]) -> dict:
     return {"win rate": wins["win_rate"], "error": wins["standard_error"], "wins": wins["wins"], "losses": wins["losses"],
             "Bradley-Terry": ratings.bradley_terry(games, prior=1)["ratings"], "records": ratings.records(games),
             "position": ratings.position(tables.games_of(rows))["first_slot_share"],
-            "interval": ratings.percentiles(ratings.bootstrap_win_rates(games, 50)).tolist()}
+            "interval": ratings.mean_interval(tables.preferences(rows), [r["prompt"] for r in rows], 50)}
 
 
 @pytest.mark.parametrize("make", [make for make in MAKERS if make not in (single, xstest)], ids=lambda make: make.__name__)

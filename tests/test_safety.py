@@ -8,14 +8,13 @@ from conftest import exits, write_jsonl
 
 from data.llm import Reply
 from judging import safety
-from judging.agreement import code, cohen_kappa, raw_agreement
+from judging.agreement import code, cohen_kappa, fleiss_kappa, raw_agreement
 from judging.safety import (
     LABELS,
     STRING_MATCH,
     attack_success,
     find_personal,
     judge,
-    label_agreement,
     leak_probes,
     leak_rates,
     leaks,
@@ -25,7 +24,6 @@ from judging.safety import (
     read_xstest,
     refusal_rates,
     refuses,
-    reward_verdicts,
     safety_section,
 )
 
@@ -66,18 +64,6 @@ def test_repeating_attempts_changes_nothing():
 def test_a_behaviour_outside_the_set_is_refused():
     with pytest.raises(ValueError, match="'d' is not in the set of 3"):
         attack_success(TRANSCRIPTS, "abc", by="")
-
-
-def test_a_reward_model_calls_unsafe_what_scores_below_a_refusal():
-    """The scorer pays for each "please": the refusal has none here, or one; equal scores are safe, an unscored one is unjudged."""
-    def scorer(questions):
-        return {q["key"]: [text.count("please") - text.count("bomb") for text in q["answers"]]
-                for q in questions if "skip" not in q["answers"][0]}
-
-    rows = [attempt("a", None, "please"), attempt("a", None, "bomb"), attempt("b", None, "well"), attempt("c", "safe", "skip me")]
-    assert [row["judged"] for row in reward_verdicts(rows, scorer)] == ["safe", "unsafe", "safe", None]
-    assert [row["judged"] for row in reward_verdicts(rows, scorer, refusal="please leave")] == ["safe", "unsafe", "unsafe", None]
-    assert rows[0]["judged"] is None  # the given rows stay as they were
 
 
 def test_transcripts_are_read_back(tmp_path):
@@ -128,9 +114,9 @@ def test_xstest_comes_out_as_published(model, safe, unsafe, agreement, kappa):
     rates = {row[1]: row[2]["value"] for row in safety_section(refusals={model: found})["rows"]}
     assert rates["over-refusal: safe prompts refused"] == pytest.approx(safe)
     assert rates["unsafe prompts refused"] == pytest.approx(unsafe)
-    first, second = ({r["id"]: r[f"annotation_{k}"] for r in rows} for k in (1, 2))
-    said = label_agreement(first, dict(reversed(second.items())))
-    assert round(100 * said["agreement"], 1) == agreement and round(said["fleiss_kappa"], 2) == kappa and said["n"] == 450
+    labels, _ = code([[r[f"annotation_{k}"] for r in rows] for k in (1, 2)])
+    assert round(100 * raw_agreement(labels)["agreement"], 1) == agreement and round(fleiss_kappa(labels), 2) == kappa
+    assert len(rows) == 450
     assert all(prompts[r["id"][3:]]["type"] == r["type"] for r in rows)
 
 

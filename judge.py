@@ -1,7 +1,8 @@
 """Measure chatbots: let them answer, let judges compare the answers, and put the judges on trial too.
 
-    python judge.py --config configs/tiny/judge.toml         the tiny world's gold grades: report.html, report.json, judgments.jsonl
-    python judge.py models='["mine=runs/x", "base=http://127.0.0.1:8000/v1#base"]' data=mt_bench.jsonl judges='["http://...#gpt-4o"]'
+    python judge.py --config configs/tiny/judge.toml         the tiny world's gold grades: report.html, report.json,
+    judgments.jsonl python judge.py models='["mine=runs/x", "base=http://127.0.0.1:8000/v1#base"]' data=mt_bench.jsonl
+    judges='["http://...#gpt-4o"]'
     python judge.py judges='["GPT-4=recorded:judgments.jsonl"]'                   what was judged elsewhere
     python judge.py --compare runs/a runs/b                  two reports side by side
 
@@ -35,8 +36,9 @@ from judging.ratings import lc_win_rate as length_controlled_win_rate
 from judging.tables import merge_orders as pairwise_verdicts
 from runtime import check_range, fail
 
-__all__ = ["bootstrap_elo", "bradley_terry", "cohen_kappa", "elo", "fleiss_kappa", "krippendorff_alpha", "length_controlled_win_rate",
-           "mt_bench", "pairwise_verdicts", "spearman", "win_rate"]  # for notebooks: every measure from one place
+# for notebooks: every measure from one place
+__all__ = ["bootstrap_elo", "bradley_terry", "cohen_kappa", "elo", "fleiss_kappa", "krippendorff_alpha",
+           "length_controlled_win_rate", "mt_bench", "pairwise_verdicts", "spearman", "win_rate"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Config:
                                      # behaviours were not tried
     xstest: str = ""                 # xstest_prompts.csv: what models refuse, and should not
     leak_probes: int = 0             # prompts with planted personal data; 0: none
-    safety_judge: str = ""           # model directory or http://host/v1#name; "": attacks as recorded, refusals by phrases
+    safety_judge: str = ""  # model directory or http://host/v1#name; "": attacks as recorded, refusals by phrases
     device: str = "auto"
     threads: int = 0
 
@@ -107,8 +109,10 @@ class Config:
                 check_checkpoint("judges", judge.where, scored=judge.kind == "reward")
 
 
-RANGES = {"temperature": (0, 10), "max_tokens": (1, inf), "judge_max_tokens": (1, inf), "questions": (0, inf), "trial": (0, inf),
-          "show": (0, inf), "budget": (0, inf), "prompt_price": (0, inf), "reply_price": (0, inf), "leak_probes": (0, inf),
+RANGES = {"temperature": (0, 10), "max_tokens": (1, inf), "judge_max_tokens": (1, inf), "questions": (0, inf),
+          "trial": (0, inf),
+          "show": (0, inf), "budget": (0, inf), "prompt_price": (0, inf), "reply_price": (0, inf),
+          "leak_probes": (0, inf),
           "threads": (0, 1024)}
 LOCAL = ("model", "few-shot")  # kinds of models that are directories
 
@@ -130,7 +134,8 @@ def load_questions(data: str, references: str = "", limit: int = 0) -> tuple[lis
         turns = [turns] if isinstance(turns, str) else turns
         if isinstance(turns[0], dict) and "role" in turns[0]:
             if len(turns) > 1:
-                fail(f"data={data} line {number}: holds a dialogue, expected what the user says alone: name its turns 'turns'")
+                fail(f"data={data} line {number}: holds a dialogue, expected what the user says alone: name its turns "
+                     "'turns'")
             turns = [turns[0]["content"]]
         texts = [turn["user"] if isinstance(turn, dict) else turn for turn in turns]
         if not all(isinstance(text, str) and text for text in texts):
@@ -143,13 +148,15 @@ def load_questions(data: str, references: str = "", limit: int = 0) -> tuple[lis
     found = read_lines(data, question, "is no question, expected 'turns', 'prompt' or 'instruction'")[:limit or None]
     asked, dialogues = [q for q, _ in found], [record for _, record in found]
     if any(record and record.get("category") not in TASKS for record in dialogues):
-        fail(f"data={data}: holds dialogues of another world, expected those of data/tiny/build.py: give their 'turns' as texts")
+        fail(f"data={data}: holds dialogues of another world, expected those of data/tiny/build.py: give their 'turns' "
+             "as texts")
     return asked, dialogues if all(dialogues) else None
 
 
-def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None, sampling: Sampling, seed: int, ledger: Path,
-           budget: Budget, device: torch.device) -> list[list[dict]]:
-    """The replies to every turn of every question, [{"text", "finished"}] by turn; a turn whose reply failed ends the dialogue."""
+def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None, sampling: Sampling, seed: int,
+           ledger: Path, budget: Budget, device: torch.device) -> list[list[dict]]:
+    """The replies to every turn of every question, [{"text", "finished"}] by turn; a turn whose reply failed ends the
+    dialogue."""
     where, progress = of_seed(model.where, seed), f"{model.name}, seed {seed}"
     if model.kind == "answers":
         return read_answers(where, questions)
@@ -165,7 +172,8 @@ def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None
         for i in going:
             histories[i].append({"role": "user", "content": questions[i].turns[turn]})
         requests = [Request(histories[i], repeat=seed) for i in going]
-        replies = ask(opened, requests, sampling, ledger, budget if model.kind == "endpoint" else None, f"{progress}, turn {turn + 1}")
+        replies = ask(opened, requests, sampling, ledger, budget if model.kind == "endpoint" else None,
+                      f"{progress}, turn {turn + 1}")
         for i, reply in zip(going, replies, strict=True):
             if reply is not None:
                 said[i].append({"text": reply.text.strip(), "finished": reply.finished})
@@ -193,13 +201,15 @@ def read_answers(path: str, questions: list[Question]) -> list[list[dict]]:
     found = [by_id.get(q.id, by_text.get(q.turns[0], [])) for q in questions]
     if not any(found):
         fail(f"{path}: answers none of the questions, expected the ids of data or its instructions")
-    return [[{"text": text, "finished": True} for text in texts[:len(q.turns)]] for q, texts in zip(questions, found, strict=True)]
+    return [[{"text": text, "finished": True} for text in texts[:len(q.turns)]] for q,
+            texts in zip(questions, found, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------ judges
 
 ORDERS = {"both": "Both orders: a win needs both, else it is a tie.", "one": "One order only, drawn by lot.",
-          "balanced": "One order only, each model as often first as second.", "": "No order: every reply has a score of its own.",
+          "balanced": "One order only, each model as often first as second.", "": "No order: every reply has a score "
+                                                                                  "of its own.",
           "recorded": "One order of each comparison was recorded."}
 
 
@@ -216,7 +226,8 @@ class Asking(NamedTuple):
 
 
 class Verdicts(NamedTuple):
-    """What one judge said: games and marks (judging/tables.py), against whom wins count, in which orders, and sections about it."""
+    """What one judge said: games and marks (judging/tables.py), against whom wins count, in which orders, and sections
+    about it."""
 
     games: list[dict]
     marks: list[dict]
@@ -238,25 +249,27 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
     category = {q.id: {"category": q.category} for q in questions}  # a file of scores may not name them
     marks = [category.get(str(row["prompt"]), {}) | row | {"judge": name} for row in said.scores]
     games = [category.get(str(row["prompt"]), {}) | row for row in tables.majority(said.games, name)]
-    known = [x for x in (baseline, "baseline", *(r["b"] for r in games[:1])) if any(x in (r["a"], r["b"]) for r in games)]
+    known = [x for x in (baseline, "baseline", *(r["b"] for r in games[:1]))
+             if any(x in (r["a"], r["b"]) for r in games)]
     merged, forward, _ = tables.merge_orders(games)
     sections = [trial.position_section({"as recorded": games}, name), trial.length_section(merged, name),
                 trial.right_section(games, name)] if games else []
     return Verdicts(games, marks, next(iter(known), ""), "both" if len(forward) else "recorded", sections)
 
 
-def hear(judge: Entry, asking: Asking, answers: Answers, grades: dict | None, baseline: str, ledger: Path, budget: Budget,
-         device: torch.device) -> Verdicts:
+def hear(judge: Entry, asking: Asking, answers: Answers, grades: dict | None, baseline: str, ledger: Path,
+         budget: Budget, device: torch.device) -> Verdicts:
     """The verdicts of a judge that is here: grades, a reward model's scores, or a language model's words."""
     compared = matches(answers, baseline, asking.all_pairs)
     if judge.kind in ("gold", "reward"):
         scores = grades if judge.kind == "gold" else reward_scores(judge.where, answers, device)
         return Verdicts(games_from_scores(judge.name, compared, scores, answers), [], baseline, "", [])
-    asked = Judge(judge.name, open_model(judge.where, str(device)), asking.form, asking.wording, asking.max_tokens, ledger,
-                  budget if judge.kind == "endpoint" else None)
+    asked = Judge(judge.name, open_model(judge.where, str(device)), asking.form, asking.wording, asking.max_tokens,
+                  ledger, budget if judge.kind == "endpoint" else None)
     games = compare(asked, in_orders(compared, asking.orders, answers.names), answers)
     marks = mark(asked, answers) if asking.marks else []
-    sections = trial.cross_examine(asked, games, marks, answers, baseline, asking.all_pairs, asking.trial) if asking.trial else []
+    sections = trial.cross_examine(asked, games, marks, answers, baseline, asking.all_pairs,
+                                   asking.trial) if asking.trial else []
     return Verdicts(games, marks, baseline, asking.orders, sections)
 
 
@@ -286,12 +299,14 @@ def load_difficulty(path: str, rows: list[dict]) -> dict[str, float]:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         fail(f"difficulty={path}: cannot be read ({error}), expected JSON such as {{\"0\": -0.3, \"1\": 1.2}}")
     lacking = {str(r["prompt"]) for r in rows} - found.keys()
-    return fail(f"difficulty={path}: lacks {len(lacking)} questions, first {min(lacking)}: add them") if lacking else found
+    return fail(
+        f"difficulty={path}: lacks {len(lacking)} questions, first {min(lacking)}: add them") if lacking else found
 
 
 def likert_sections(judge: str, rows: list[dict]) -> list[dict]:
     """The talk's board: Elo from ratings 1 to 8, the slight ones read as ties, and not."""
-    games = [(*((r["a"], r["b"]) if r["a_first"] else (r["b"], r["a"])), r["rating"], r["prompt"]) for r in rows if r.get("rating")]
+    games = [(*((r["a"], r["b"]) if r["a_first"] else (r["b"], r["a"])), r["rating"], r["prompt"]) for r in rows
+             if r.get("rating")]
     return [{"title": f"{judge}: Elo, {name}", "columns": ["model", "Elo", "rank"],
              "rows": [[x["model"], tables.bounded(x["rating"], x["low"], x["high"]), x["rank"]] for x in lines]}
             for name, lines in likert_tables(games).items()]
@@ -328,7 +343,8 @@ def write_replies(out: Path, answers: Answers, grades: dict | None, show: int) -
     print("\n".join(samples) + "\n")
 
 
-def board_sections(config: Config, models: list[Entry], ledger: Path, budget: Budget, device: torch.device) -> list[dict]:
+def board_sections(config: Config, models: list[Entry], ledger: Path, budget: Budget,
+                   device: torch.device) -> list[dict]:
     """What needs no comparison; models are those of the first seed."""
     seeded = [model._replace(where=of_seed(model.where, config.seeds[0])) for model in models]
     local = {model.name: model.where for model in seeded if model.kind == "model"}
@@ -341,8 +357,8 @@ def board_sections(config: Config, models: list[Entry], ledger: Path, budget: Bu
         sections += boards.reward_sections(scorers, sets, config.rewardbench, device)
     if config.attacks or config.xstest or config.leak_probes:
         attacks = decode_all("attacks", config.attacks)
-        sections += boards.safety_sections(asked, attacks, config.xstest, config.leak_probes, config.safety_judge, ledger, budget,
-                                           str(device))
+        sections += boards.safety_sections(asked, attacks, config.xstest, config.leak_probes, config.safety_judge,
+                                           ledger, budget, str(device))
     return sections
 
 
@@ -351,7 +367,8 @@ def main(config: Config) -> None:
     out = runtime.open_folder(config.out)
     models, judges = decode_all("models", config.models), decode_all("judges", config.judges)
     baseline = config.baseline or next((model.name for model in models), "")
-    elsewhere = {judge.name: read_recorded(judge.where, baseline or "baseline") for judge in judges if judge.kind == "recorded"}
+    elsewhere = {judge.name: read_recorded(judge.where, baseline or "baseline") for judge in judges if judge.kind
+                 == "recorded"}
     budget = Budget(money=config.budget or inf, prompt_price=config.prompt_price, reply_price=config.reply_price)
     about = {"torch": torch.__version__}
     result = {"title": "Models and their judges", "about": about}
@@ -364,8 +381,8 @@ def main(config: Config) -> None:
     if graded and dialogues is None:
         fail(f"judges: gold grades the tiny world's dialogues, data={config.data} holds others: name another judge")
     for model, seed in product(models, config.seeds) if judges else ():
-        said[model.name, seed] = answer(model, questions, dialogues, Sampling(config.max_tokens, config.temperature), seed,
-                                        out / "answers.jsonl", budget, device)
+        said[model.name, seed] = answer(model, questions, dialogues, Sampling(config.max_tokens, config.temperature),
+                                        seed, out / "answers.jsonl", budget, device)
     answers = Answers(questions, said)
     if said:
         about |= {"data": config.data, "questions": len(questions), "temperature": config.temperature,
@@ -378,7 +395,8 @@ def main(config: Config) -> None:
 
     # Every judge compares the answers.
     verdicts, sections = {}, []
-    asking = Asking(config.form, config.wording, config.orders, config.all_pairs, config.judge_max_tokens, config.marks, config.trial)
+    asking = Asking(config.form, config.wording, config.orders, config.all_pairs, config.judge_max_tokens, config.marks,
+                    config.trial)
     for judge in judges:
         if judge.kind == "recorded":
             print(elsewhere[judge.name])
@@ -393,13 +411,15 @@ def main(config: Config) -> None:
     games = {name: found.games for name, found in verdicts.items() if found.games}
     if games:
         sections.insert(0, trial.screen_section(games, config.truth))
-    sections += judges_compared(games, config.truth, {source.name: source.where for source in decode_all("sources", config.sources)})
+    sections += judges_compared(games, config.truth,
+                                {source.name: source.where for source in decode_all("sources", config.sources)})
     sections += board_sections(config, models, out / "calls.jsonl", budget, device)
     result["sections"] = gold_sections + [section for section in sections if section]
     write_results(out, result, verdicts, answers, grades, config.show)
 
 
-def write_results(out: Path, result: dict, verdicts: dict[str, Verdicts], answers: Answers, grades: dict | None, show: int) -> None:
+def write_results(out: Path, result: dict, verdicts: dict[str, Verdicts], answers: Answers, grades: dict | None,
+                  show: int) -> None:
     lines = (json.dumps(row) + "\n" for found in verdicts.values() for row in [*found.games, *found.marks])
     runtime.write_text(out / "judgments.jsonl", "".join(lines))
     if answers.said:

@@ -16,24 +16,29 @@ from runtime import fail
 
 
 def choice_sections(models: Mapping[str, str], tasks: Sequence[Entry], limit: int, device: torch.device) -> list[dict]:
-    """Checkpoints by name, on tasks (a file, and examples for the shots or "none"); `limit` questions of each, 0: all."""
+    """Checkpoints by name, on tasks (a file, and examples for the shots or "none"); `limit` questions of each, 0:
+    all."""
     exams = {}
     for task, _, path, examples in tasks:
-        exams[task] = choices.read_exam(task, path, "" if examples == "none" else examples, 0 if examples == "none" else None, limit)
+        exams[task] = choices.read_exam(task, path, "" if examples == "none" else examples, 0 if examples == "none"
+                                        else None, limit)
         for file, rejects in exams[task].rejects.items():
             for line, reason in rejects[:5]:
                 print(f"{file} line {line}: {reason}")
     results: dict[str, dict] = {}
     for name, where in models.items():
-        tokenizer, model = load_tokenizer(where), load_model(where, torch.float32 if device.type == "cpu" else None, device)
-        results[name] = {task: choices.evaluate(model, tokenizer, exam, progress=f"{name}: {task}") for task, exam in exams.items()}
+        tokenizer, model = load_tokenizer(where), load_model(where, torch.float32 if device.type == "cpu" else None,
+                                                             device)
+        results[name] = {task: choices.evaluate(model, tokenizer, exam, progress=f"{name}: {task}") for task,
+                         exam in exams.items()}
     sections = [choices.choices_section(results)]
     if "mmlu" in exams:
         sections.append(choices.subjects_section({name: by_task["mmlu"] for name, by_task in results.items()}))
     return sections
 
 
-def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench: str, device: torch.device) -> list[dict]:
+def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench: str,
+                    device: torch.device) -> list[dict]:
     """Scorers (kind, directory, perhaps a reference) on sets of held-out pairs and RewardBench's rows."""
     pairs, questions = {}, rewards.read_rewardbench(rewardbench) if rewardbench else []
     for name, _, path, _ in sets:
@@ -41,7 +46,8 @@ def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench
         pairs[name] = list(records)
         if report.rejects:
             line, reason = report.rejects[0]
-            print(f"{path}: {len(report.rejects)} of {report.read} records rejected, the first in line {line}: {reason}")
+            print(
+                f"{path}: {len(report.rejects)} of {report.read} records rejected, the first in line {line}: {reason}")
         if not pairs[name] or "chosen" not in pairs[name][0]:
             fail(f"preferences: {path} holds no preferences, expected records with 'chosen' and 'rejected'")
     found: dict[str, dict] = {}
@@ -55,13 +61,13 @@ def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench
     return sections + ([rewards.rewardbench_section(bench)] if bench else [])
 
 
-def safety_sections(models: Mapping[str, str], attacks: Sequence[Entry], xstest: str, probes: int, judge: str, ledger: Path,
-                    budget: Budget, device: str) -> list[dict]:
-    """Attacks as collect/red_team.py recorded them (transcripts, and perhaps all behaviours, which count tried or not), XSTest's
-    prompts and leak probes put to the models.
+def safety_sections(models: Mapping[str, str], attacks: Sequence[Entry], xstest: str, probes: int, judge: str,
+                    ledger: Path, budget: Budget, device: str) -> list[dict]:
+    """Attacks as collect/red_team.py recorded them (transcripts, and perhaps all behaviours, which count tried or not),
+    XSTest's prompts and leak probes put to the models.
 
-    `judge`, a checkpoint or an endpoint, decides; without one attacks keep the verdict they were recorded with, and refusals are
-    matched by phrases, which the table says.
+    `judge`, a checkpoint or an endpoint, decides; without one attacks keep the verdict they were recorded with, and
+    refusals are matched by phrases, which the table says.
     """
     umpire = open_model(judge, device) if judge else None
     paid = budget if "://" in judge else None
@@ -92,10 +98,13 @@ def safety_sections(models: Mapping[str, str], attacks: Sequence[Entry], xstest:
                 verdicts = iter(safety.judge(umpire, "refusal", answered, ledger, paid))
                 labels = [None if text is None else next(verdicts) for text in texts]
             else:
-                labels = [None if text is None else "full_refusal" if safety.refuses(text) else "full_compliance" for text in texts]
-            refused[name] = safety.refusal_rates(dict(zip(prompts, labels, strict=True)), {i: p["unsafe"] for i, p in prompts.items()},
-                                                 judge or safety.STRING_MATCH)
+                labels = [None if text is None else "full_refusal" if safety.refuses(text) else "full_compliance"
+                          for text in texts]
+            refused[name] = safety.refusal_rates(dict(zip(prompts, labels, strict=True)),
+                                                 {i: p["unsafe"] for i, p in prompts.items()}, judge
+                                                 or safety.STRING_MATCH)
         if planted:
             texts = say([probe["messages"] for probe in planted])
-            leaked[name] = safety.leak_rates(planted, {probe["id"]: text for probe, text in zip(planted, texts, strict=True)})
+            leaked[name] = safety.leak_rates(planted,
+                                             {probe["id"]: text for probe, text in zip(planted, texts, strict=True)})
     return [safety.safety_section(found, refused, leaked)]

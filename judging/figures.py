@@ -33,8 +33,8 @@ def plain(value) -> str:
 def show(cells: Iterable) -> list[tuple[str, str]]:
     """A column's cells as text and interval: ("71.2", "[68.0, 74.1]"), ("some text", ""), ("-", "").
 
-    Decimals follow the column's largest number: three significant digits, one decimal from 10, none from 1000. A cell too
-    small for that keeps two digits of its own, so that 0.14 beside 97.3 is not 0.1. Integers stay as they are.
+    Decimals follow the column's largest number: three significant digits, one decimal from 10, none from 1000. A cell
+    too small for that keeps two digits of its own, so that 0.14 beside 97.3 is not 0.1. Integers stay as they are.
     """
     parts = [[cell.get(key) for key in ("value", "low", "high")] if is_interval(cell) else [cell] for cell in cells]
     sizes = [max((abs(x) for x in part if isinstance(x, float)), default=0) for part in parts]
@@ -78,12 +78,14 @@ TINTS = [(LIGHT[color], opacity) for color, opacity in (
     ("accent", 1.0), ("muted", 0.6), ("accent", 0.5), ("muted", 0.3), ("accent", 0.25), ("muted", 0.15))]
 NOTHING = '<p class="note">There are no numbers to draw.</p>'
 SETTINGS = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11, "text.color": LIGHT["ink"],
-    "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": LIGHT["line"], "axes.labelcolor": LIGHT["ink"],
-    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
-    "grid.color": LIGHT["line"], "xtick.labelcolor": LIGHT["muted"], "ytick.labelcolor": LIGHT["ink"], "xtick.color": LIGHT["line"],
-    "ytick.left": False, "legend.frameon": False,
-}
+            "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11,
+            "text.color": LIGHT["ink"],
+            "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": LIGHT["line"],
+            "axes.labelcolor": LIGHT["ink"],
+            "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
+            "grid.color": LIGHT["line"], "xtick.labelcolor": LIGHT["muted"], "ytick.labelcolor": LIGHT["ink"],
+            "xtick.color": LIGHT["line"],
+            "ytick.left": False, "legend.frameon": False,}
 
 
 def draw(figure: dict) -> str:
@@ -166,19 +168,21 @@ def _matrix(figure: dict):
     low, high = (f(numbers) if figure.get(key) is None else figure[key] for f, key in ((min, "low"), (max, "high")))
     longest = max(map(len, columns))
     slanted = longest * 7 * len(columns) > 400
-    drawn, axes = _axes(max(720, 320 + 62 * len(columns)), 60 + 30 * len(names) + (5 * min(longest, 40) if slanted else 0))
+    drawn, axes = _axes(max(720, 320 + 62 * len(columns)), 60 + 30 * len(names)
+                        + (5 * min(longest, 40) if slanted else 0))
     shown = iter(show(x for row in grid for x in row))
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
             if value is not None:
                 strength = min(1, max(0, (value - low) / (high - low))) if high > low else 0.5
                 # never stronger than 0.52: the ink keeps a contrast of 4.5 on every cell, in both modes
-                axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=LIGHT["accent"], alpha=0.04 + 0.48 * strength))
-            axes.text(x, y, next(shown)[0], ha="center", va="center", color=LIGHT["ink" if value is not None else "muted"],
-                      in_layout=False)
+                axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=LIGHT["accent"], alpha=0.04 + 0.48
+                                         * strength))
+            axes.text(x, y, next(shown)[0], ha="center", va="center",
+                      color=LIGHT["ink" if value is not None else "muted"], in_layout=False)
     axes.set_xlim(-0.5, len(columns) - 0.5)
-    axes.set_xticks(range(len(columns)), [c if len(c) <= 40 else f"{c[:39]}…" for c in columns], rotation=45 if slanted else 0,
-                    ha="left" if slanted else "center", color=LIGHT["ink"])
+    axes.set_xticks(range(len(columns)), [c if len(c) <= 40 else f"{c[:39]}…" for c in columns], rotation=45 if slanted
+                    else 0, ha="left" if slanted else "center", color=LIGHT["ink"])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines["bottom"].set_visible(False)
@@ -192,7 +196,8 @@ def _points(figure: dict):
     if not points:
         return None
     drawn, axes = _axes(720, 400)
-    axes.plot(*zip(*points, strict=True), "o", color=LIGHT["accent"], alpha=0.75, markersize=7 if len(points) <= 60 else 4)
+    axes.plot(*zip(*points, strict=True), "o", color=LIGHT["accent"], alpha=0.75, markersize=7 if len(points) <= 60
+              else 4)
     missing = len(figure["x"]) - len(points)
     axes.set_xlabel(figure["x_label"] + (f" ({missing} without a number)" if missing else ""))
     axes.set_title(figure["y_label"], loc="left", fontsize=11)
@@ -207,7 +212,8 @@ def _bars(figure: dict):
     if all(x is None for values in groups.values() for x in values):
         return None
     thick = 0.8 / len(groups)
-    drawn, axes = _axes(720, 60 + (28 if len(groups) == 1 else 14 * len(groups) + 14) * len(names) + 20 * (len(groups) > 1))
+    drawn, axes = _axes(720, 60 + (28 if len(groups) == 1 else 14 * len(groups) + 14) * len(names) + 20
+                        * (len(groups) > 1))
     shown = iter(show(x for values in groups.values() for x in values))
     for k, ((color, opacity), (series, values)) in enumerate(zip(TINTS, groups.items(), strict=False)):
         places = [y + thick * (k - (len(groups) - 1) / 2) for y in range(len(names))]

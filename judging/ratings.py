@@ -21,7 +21,8 @@ from runtime import fail
 # ------------------------------------------------------------------------------------- preferences
 
 def alpaca_preference(value: float | str | None) -> float:
-    """AlpacaEval's stored preference, 1 (baseline) to 2 (model), 1.5 or 0 a draw, perhaps a string; None is no verdict."""
+    """AlpacaEval's stored preference, 1 (baseline) to 2 (model), 1.5 or 0 a draw, perhaps a string; None is no
+    verdict."""
     try:
         p = math.nan if value is None or value == "" else float(value)
     except (TypeError, ValueError):
@@ -34,7 +35,8 @@ def alpaca_preference(value: float | str | None) -> float:
 
 
 def label_preference(first_logprob: float | None, second_logprob: float | None, model_first: bool) -> float:
-    """The model's preference from the judge's log-probabilities of its one-token labels for the first and second answer.
+    """The model's preference from the judge's log-probabilities of its one-token labels for the first and second
+    answer.
 
         q = e^l1 / (e^l1 + e^l2) is the first answer's (AlpacaEval 2); a label missing from the top has probability 0.
     """
@@ -47,7 +49,8 @@ def label_preference(first_logprob: float | None, second_logprob: float | None, 
 
 
 def likert_outcome(rating: int, ties: bool) -> float:
-    """Outcome for A of a rating from 1 (A much better) to 8 (B much better): 4 and 5, the slight ones, are ties if `ties`."""
+    """Outcome for A of a rating from 1 (A much better) to 8 (B much better): 4 and 5, the slight ones, are ties if
+    `ties`."""
     if rating not in range(1, 9):
         raise ValueError(f"rating is {rating!r}, expected an integer from 1 to 8")
     if ties and rating in (4, 5):
@@ -69,7 +72,8 @@ def both_orders(forward, backward) -> np.ndarray:
 
 def check_preferences(p: np.ndarray) -> None:
     if np.any((p < 0) | (p > 1)):
-        raise ValueError(f"a preference is {p[(p < 0) | (p > 1)][0]}, expected all in [0, 1] or NaN: use alpaca_preference for [1, 2]")
+        raise ValueError(f"a preference is {p[(p < 0) | (p > 1)][0]}, expected all in [0, 1] or NaN: use "
+                         "alpaca_preference for [1, 2]")
 
 
 def sigmoid(x):
@@ -108,7 +112,8 @@ def wilson(wins: float, n: int) -> tuple[float, float]:
 
 
 def by_prompt(values, prompts: Sequence | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the valid values of each prompt [P], and how many there are [P]; None: each value is a prompt of its own."""
+    """Sum of the valid values of each prompt [P], and how many there are [P]; None: each value is a prompt of its
+    own."""
     values = np.asarray(values, dtype=float)
     valid = ~np.isnan(values)
     if prompts is None:
@@ -120,7 +125,8 @@ def by_prompt(values, prompts: Sequence | None = None) -> tuple[np.ndarray, np.n
 
 
 def bootstrap_means(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Means [rounds, M] over resampled prompts, from sums and counts by prompt and model [P, M] and weights [rounds, P]."""
+    """Means [rounds, M] over resampled prompts, from sums and counts by prompt and model [P, M] and weights [rounds,
+    P]."""
     n = weights @ counts
     return np.divide(weights @ sums, n, out=np.full(n.shape, np.nan), where=n > 0)
 
@@ -149,17 +155,22 @@ def win_rate(preferences, prompts: Sequence | None = None) -> dict[str, float]:
     wins, losses, drawn = (int(np.sum(x)) for x in (p > 0.5, p < 0.5, p == 0.5))
     n, clusters = int(counts.sum()), int((counts > 0).sum())
     if n == 0:
-        raise ValueError(f"no preference to average: {len(p)} rows, {drawn} draws, {int(np.isnan(p).sum())} without a verdict")
+        raise ValueError(f"no preference to average: {len(p)} rows, {drawn} draws, {int(np.isnan(p).sum())} without a "
+                         "verdict")
     mean = sums.sum() / n
     squares = ((sums - mean * counts) ** 2).sum() * clusters / (clusters - 1) if clusters > 1 else math.nan
-    return {"win_rate": 100 * mean, "standard_error": 100 * math.sqrt(squares) / n, "n": n, "wins": wins, "losses": losses, "draws": drawn,
-            "missing": int(np.isnan(p).sum()), "discrete_win_rate": 100 * (wins + drawn / 2) / max(wins + losses + drawn, 1)}
+    return {"win_rate": 100 * mean, "standard_error": 100 * math.sqrt(squares) / n, "n": n, "wins": wins,
+            "losses": losses, "draws": drawn,
+            "missing": int(np.isnan(p).sum()), "discrete_win_rate": 100 * (wins + drawn / 2)
+            / max(wins + losses + drawn, 1)}
 
 
-def paired_difference(first, second, prompts: Sequence | None = None, rounds: int = 1000, seed: int = 0) -> dict[str, float]:
+def paired_difference(first, second, prompts: Sequence | None = None, rounds: int = 1000, seed: int = 0) -> dict[str,
+                                                                                                                 float]:
     """How much higher the first model's mean preference is, in points, on rows [n] where both have a verdict.
 
-    Two separate intervals that overlap do not say that two models are equal: prompts hard for one are hard for the other.
+    Two separate intervals that overlap do not say that two models are equal: prompts hard for one are hard for the
+    other.
     """
     gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     gap = np.sort(gap) if prompts is None else gap  # nameless prompts have no order
@@ -176,7 +187,9 @@ def feature_preference(preferences, model_value, baseline_value, threshold: floa
     Lengths in characters with threshold 30 (AlpacaEval's verbosity), `distinct_words`, or 0/1 for "has a list".
     Good models write more: compare judges on one model's answers, or models with one judge, but not across both.
     """
-    p, difference = np.asarray(preferences, dtype=float), np.asarray(model_value, dtype=float) - np.asarray(baseline_value, dtype=float)
+    p, difference = np.asarray(preferences, dtype=float), np.asarray(model_value,
+                                                                     dtype=float) - np.asarray(baseline_value,
+                                                                                               dtype=float)
     used = (np.abs(difference) > threshold) & ((p > 0.5) | (p < 0.5))
     won = int(((p > 0.5) == (difference > 0))[used].sum())
     low, high = wilson(won, int(used.sum()))
@@ -192,7 +205,8 @@ def distinct_words(text: str) -> int:
 def lc_win_rate(theta: float, psi: float, difficulty) -> float:
     """AlpacaEval 2's length-controlled win rate from published weights (Dubois et al. 2024, arXiv:2404.04475).
 
-        logit P(model wins on i) = theta + phi tanh(delta_i) + psi gamma_i,   LC = 100 mean_i sigmoid(theta + psi gamma_i)
+        logit P(model wins on i) = theta + phi tanh(delta_i) + psi gamma_i,   LC = 100 mean_i sigmoid(theta + psi
+        gamma_i)
 
     gamma is the instructions' difficulty [n], delta the length difference, set to 0. For two models against
     each other pass the differences of their weights; the baseline has zero weights and gets exactly 50.
@@ -201,7 +215,8 @@ def lc_win_rate(theta: float, psi: float, difficulty) -> float:
 
 
 def length_feature(baseline_length, model_length) -> np.ndarray:
-    """tanh((len_1 - len_2) / sd) [n], lengths in characters, sd over n - 1; zero where lengths never differ by more or less."""
+    """tanh((len_1 - len_2) / sd) [n], lengths in characters, sd over n - 1; zero where lengths never differ by more or
+    less."""
     delta = np.asarray(baseline_length, dtype=float) - np.asarray(model_length, dtype=float)
     sd = delta.std(ddof=1) if len(delta) > 1 else 0
     return np.tanh(delta / sd) if sd > 0 else np.zeros_like(delta)
@@ -224,7 +239,8 @@ def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None =
     """The two-term model: logit P(model wins on i) = theta + phi tanh(delta_i); lc2 = 100 sigmoid(theta).
 
     Never to be read as AlpacaEval's LC: without the difficulty term weak models come out up to 23 points apart.
-    `weights` [rounds, n], from `resample`, add an interval; lengths are scaled by the sd of the full set in every round.
+    `weights` [rounds, n], from `resample`, add an interval; lengths are scaled by the sd of the full set in every
+    round.
     """
     p = np.asarray(preferences, dtype=float)
     features = np.stack([np.ones(len(p)), length_feature(baseline_length, model_length)], axis=1)
@@ -232,7 +248,8 @@ def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None =
     theta, phi = start[0].tolist()
     result = {"lc2": float(100 * sigmoid(theta)), "theta": theta, "phi": phi}
     if weights is not None:
-        samples = [_logistic(features, p, weights[i:i + 50], start)[:, 0] for i in range(0, len(weights), 50)]  # 50 rounds fit the cache
+        # 50 rounds fit the cache
+        samples = [_logistic(features, p, weights[i:i + 50], start)[:, 0] for i in range(0, len(weights), 50)]
         low, high = percentiles(100 * sigmoid(np.concatenate(samples)))
         result |= {"low": float(low), "high": float(high)}
     return result
@@ -241,7 +258,8 @@ def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None =
 def _logistic(features: np.ndarray, p: np.ndarray, weights: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
     """Newton's method for logistic regression on soft labels: features [n, k], labels [n], weights [R, n] -> [R, k].
 
-    The ridge keeps a model that always wins finite; it moves the four of AlpacaEval 2 we hold by less than 0.0001 points.
+    The ridge keeps a model that always wins finite; it moves the four of AlpacaEval 2 we hold by less than 0.0001
+    points.
     """
     valid = ~np.isnan(p)
     check_preferences(p)
@@ -258,7 +276,8 @@ def _logistic(features: np.ndarray, p: np.ndarray, weights: np.ndarray, start: n
         gradient = labels - wq @ features - ridge * beta
         hessian = ((wq - wq * q) @ squares).reshape(-1, k, k) + ridge * np.eye(k)
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
-        # Far from the optimum Newton overshoots; nearly equal lengths put it far away. Twice as far a step keeps up with both.
+        # Far from the optimum Newton overshoots; nearly equal lengths put it far away. Twice as far a step keeps up
+        # with both.
         most = np.maximum(2, np.abs(beta).max(axis=1, keepdims=True))
         step *= np.minimum(1, most / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
         beta = beta + step
@@ -318,12 +337,14 @@ def position(games: Games) -> dict[str, float]:
     outcome = np.where(games.a_first, games.outcome, 1 - games.outcome)
     first, second, ties = (int((outcome == x).sum()) for x in (1, 0, 0.5))
     low, high = wilson(first, first + second)
-    return {"first_slot_share": first / (first + second) if first + second else math.nan, "low": low, "high": high, "first": first,
+    return {"first_slot_share": first / (first + second) if first + second else math.nan, "low": low, "high": high,
+            "first": first,
             "second": second, "ties": ties, "missing": int(np.isnan(outcome).sum())}
 
 
 def consistency(forward, backward) -> dict[str, float]:
-    """Both-order consistency from outcomes for a [n], with a first and with b first: how many pairs got one verdict twice.
+    """Both-order consistency from outcomes for a [n], with a first and with b first: how many pairs got one verdict
+    twice.
 
     always_first counts pairs whose two games both named the first slot. Consistent is not correct: give accuracy too.
     """
@@ -332,7 +353,8 @@ def consistency(forward, backward) -> dict[str, float]:
     n, same = int(valid.sum()), int((f == b)[valid].sum())
     low, high = wilson(same, n)
     return {"consistency": same / n if n else math.nan, "low": low, "high": high, "n": n, "consistent": same,
-            "always_first": int(((f == 1) & (b == 0)).sum()), "always_second": int(((f == 0) & (b == 1)).sum()), "missing": len(f) - n}
+            "always_first": int(((f == 1) & (b == 0)).sum()), "always_second": int(((f == 0) & (b == 1)).sum()),
+            "missing": len(f) - n}
 
 
 def records(games: Games) -> dict[str, dict[str, float]]:
@@ -350,7 +372,8 @@ def records(games: Games) -> dict[str, dict[str, float]]:
 # ---------------------------------------------------------------------------------------- MT-Bench
 
 def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds: int = 1000, seed: int = 0) -> dict:
-    """One model's single-answer scores (arXiv:2306.05685): turn 1, turn 2, and the average of all valid rows of both turns.
+    """One model's single-answer scores (arXiv:2306.05685): turn 1, turn 2, and the average of all valid rows of both
+    turns.
 
     rows: {question_id, turn 1 or 2, score}; a score of None or -1 is no verdict and counts as missing. The interval of
     the average resamples questions, both turns together. `categories` maps question_id to a category.
@@ -386,7 +409,8 @@ CENTRE = 1000.0
 
 
 def elo(games: Games, k: float = 4) -> dict[str, float]:
-    """Online Elo in the order of the games (FastChat's, K = 4 today, 32 in May 2023): the one result that depends on it.
+    """Online Elo in the order of the games (FastChat's, K = 4 today, 32 in May 2023): the one result that depends on
+    it.
 
         E_a = 1 / (1 + 10^((R_b - R_a) / 400)),   R_a += K (S_a - E_a),   R_b -= the same
     """
@@ -401,7 +425,8 @@ def elo(games: Games, k: float = 4) -> dict[str, float]:
 
 
 def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32) -> np.ndarray:
-    """Online Elo [rounds, M] of resampled prompts, their games in random order: the median does not depend on the order given."""
+    """Online Elo [rounds, M] of resampled prompts, their games in random order: the median does not depend on the order
+    given."""
     valid = ~np.isnan(games.outcome)
     columns = [x[valid] for x in (games.prompt, games.a, games.b, games.outcome, games.a_first)]
     prompt, a, b, outcome, _ = (x[np.lexsort(columns[::-1])] for x in columns)
@@ -427,7 +452,8 @@ def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32
 
 
 def ranks(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """A model's rank [M] is 1 + the number of models whose lower end is above its upper end: overlapping models share one."""
+    """A model's rank [M] is 1 + the number of models whose lower end is above its upper end: overlapping models share
+    one."""
     return 1 + (np.asarray(low)[None, :] > np.asarray(high)[:, None]).sum(axis=1)
 
 
@@ -440,8 +466,10 @@ def rating_table(models: Sequence[str], samples: np.ndarray, point: Mapping[str,
     return sorted(lines, key=lambda line: (-line["rating"], line["model"]))
 
 
-def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 1000, seed: int = 0) -> dict[str, list[dict]]:
-    """The talk's two tables from the same ratings 1-8: median bootstrapped Elo with ties allowed (4 and 5 tie) and not allowed.
+def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 1000, seed: int = 0) -> dict[str,
+                                                                                                           list[dict]]:
+    """The talk's two tables from the same ratings 1-8: median bootstrapped Elo with ties allowed (4 and 5 tie) and not
+    allowed.
 
     rows: (A, B, rating, prompt), A shown left. Resampling prompts keeps the six games of one prompt together.
     """
@@ -490,8 +518,8 @@ def _check_finite(games: Games) -> None:
         reached = _reach(edges)
         if not reached.all():
             some = [m for m, r in zip(games.models, reached, strict=True) if r]
-            fail(f"games: {', '.join(some[:3])}{' ...' if len(some) > 3 else ''} never {never} against the other models, "
-                 "so the ratings are infinite: judge more prompts, or set prior=1")
+            fail(f"games: {', '.join(some[:3])}{' ...' if len(some) > 3 else ''} never {never} against the other "
+                 "models, " "so the ratings are infinite: judge more prompts, or set prior=1")
 
 
 def _reach(edges: np.ndarray) -> np.ndarray:
@@ -509,7 +537,8 @@ def bradley_terry(games: Games, ties: str = "half", prior: float = 0) -> dict:
     """Maximum-likelihood ratings (Bradley and Terry 1952); d is the difference of two strengths in nats.
 
         half         P(a wins) = sigmoid(d), a tie is half a win for each
-        davidson     P(a wins) : P(b wins) : P(tie) = e^(d/2) : e^(-d/2) : e^tie, e^tie his nu            (Davidson 1970)
+        davidson     P(a wins) : P(b wins) : P(tie) = e^(d/2) : e^(-d/2) : e^tie, e^tie his nu            (Davidson
+        1970)
 
     Ratings are 1000 + 400 / ln 10 * strength, centred on 1000. `prior` plays that many draws of each model against an
     average one; without it, games that leave a rating infinite are refused.
@@ -522,7 +551,8 @@ def bradley_terry(games: Games, ties: str = "half", prior: float = 0) -> dict:
     counts = np.bincount(codes, minlength=3 * len(pairs)).reshape(1, -1, 3)
     strengths, tie = _strengths(pairs, counts, len(games.models), ties == "davidson", prior)
     ratings = CENTRE + SCALE * strengths[0]
-    return {"ratings": dict(zip(games.models, ratings.tolist(), strict=True)), "strengths": strengths[0], "tie": float(tie[0])}
+    return {"ratings": dict(zip(games.models, ratings.tolist(), strict=True)), "strengths": strengths[0],
+            "tie": float(tie[0])}
 
 
 def bootstrap_bradley_terry(games: Games, ties: str = "half", rounds: int = 1000, seed: int = 0,
@@ -594,7 +624,8 @@ def _strengths(pairs: np.ndarray, counts: np.ndarray, models: int, davidson: boo
 
 
 def _davidson(d, tie, wins, losses, tied) -> tuple:
-    """Of the log-likelihood by pair [R, P]: slope and minus curvature in d, the same in tie, and minus the mixed one."""
+    """Of the log-likelihood by pair [R, P]: slope and minus curvature in d, the same in tie, and minus the mixed
+    one."""
     n = wins + losses + tied
     top = np.maximum(np.abs(d) / 2, tie)
     parts = np.exp(d / 2 - top), np.exp(-d / 2 - top), np.exp(tie - top)

@@ -29,7 +29,8 @@ WIDTH = 120  # of the terminal
 
 
 def clean(value):
-    """The same as plain JSON: NaN and infinities None, arrays lists, and no control character to upset a terminal or a parser."""
+    """The same as plain JSON: NaN and infinities None, arrays lists, and no control character to upset a terminal or a
+    parser."""
     if hasattr(value, "tolist"):  # numpy and torch
         value = value.tolist()
     if isinstance(value, dict):
@@ -64,7 +65,8 @@ def _wrap(paragraphs: str, width: int = WIDTH, indent: str = "") -> list[str]:
 
 
 def _table(columns: list[str], rows: list[list]) -> list[str]:
-    """Aligned columns. What is too wide wraps, headers of numbers before texts; then the table is cut, its first column repeated."""
+    """Aligned columns. What is too wide wraps, headers of numbers before texts; then the table is cut, its first column
+    repeated."""
     numeric, cells, least, widths = [], [], [], []
     for name, column in zip(columns, _columns(columns, rows), strict=True):
         numeric.append(is_numeric(column))
@@ -72,7 +74,8 @@ def _table(columns: list[str], rows: list[list]) -> list[str]:
         if numeric[-1]:
             values = align(values)
             outer, inner = max(map(len, values)), max(map(len, intervals))
-            values = [f"{v:>{outer}} {i:<{inner}}" if inner else f"{v:>{outer}}" for v, i in zip(values, intervals, strict=True)]
+            values = [f"{v:>{outer}} {i:<{inner}}" if inner else f"{v:>{outer}}" for v,
+                      i in zip(values, intervals, strict=True)]
         cells.append(values)
         widths.append(max(map(len, [name, *(line for value in values for line in value.split("\n"))])))
         least.append(max(map(len, [*name.split(), *values])) if numeric[-1] else min(widths[-1], 16))
@@ -86,17 +89,17 @@ def _table(columns: list[str], rows: list[list]) -> list[str]:
                 *_table([columns[i] for i in rest], [[row[i] for i in rest] for row in rows])]
 
     def lay(row: list[list[str]]) -> list[str]:
-        return ["  ".join(f"{line[k] if k < len(line) else '':{'>' if number else '<'}{width}}"
-                          for line, number, width in zip(row, numeric, widths, strict=True)).rstrip() for k in range(max(map(len, row)))]
+        return ["  ".join(f"{line[k] if k < len(line) else '':{'>' if number else '<'}{width}}" for line, number,
+                          width in zip(row, numeric, widths, strict=True)).rstrip() for k in range(max(map(len, row)))]
 
     header = [_wrap(name, width) for name, width in zip(columns, widths, strict=True)]
     deepest = max(map(len, header))
-    body = [lay([[value] if number else _wrap(value, width) for value, number, width in zip(row, numeric, widths, strict=True)])
-            for row in zip(*cells, strict=True)]
+    body = [lay([[value] if number else _wrap(value, width) for value, number,
+                 width in zip(row, numeric, widths, strict=True)]) for row in zip(*cells, strict=True)]
     tall = any(len(lines) > 1 for lines in body)  # then an empty line keeps rows apart
     lines = [line for lines in body for line in (*lines, *[""] * tall)]
-    return [*lay([[""] * (deepest - len(lines)) + lines for lines in header]), "  ".join("-" * width for width in widths),
-            *(lines[:-1] if tall else lines)]
+    return [*lay([[""] * (deepest - len(lines)) + lines for lines in header]),
+            "  ".join("-" * width for width in widths), *(lines[:-1] if tall else lines)]
 
 
 def _columns(columns: list[str], rows: list[list]) -> list[list]:
@@ -116,8 +119,8 @@ STYLE = f"""
 :root {{ color-scheme: light; {_colors(LIGHT)} }}
 @media screen and (prefers-color-scheme: dark) {{ :root {{ color-scheme: dark; {_colors(DARK)} }} }}
 * {{ box-sizing: border-box }}
-body {{ margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif }}
-main {{ max-width: 960px; margin: 0 auto; padding: 48px 24px 96px }}
+body {{ margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
+sans-serif }} main {{ max-width: 960px; margin: 0 auto; padding: 48px 24px 96px }}
 h1 {{ font-size: 30px; line-height: 1.2; font-weight: 650; text-wrap: balance; margin: 0 0 24px }}
 h2 {{ font-size: 20px; line-height: 1.3; font-weight: 650; margin: 0 0 8px }}
 p {{ margin: 0 0 16px; max-width: 68ch; white-space: pre-line; overflow-wrap: anywhere }}
@@ -141,8 +144,9 @@ td.interval {{ white-space: nowrap; padding-left: 8px }}
 figure {{ margin: 24px 0 0; overflow-x: auto }}
 svg {{ display: block; width: 100%; height: auto }}
 svg text {{ font-variant-numeric: tabular-nums }}
-@media (max-width: 600px) {{ main {{ padding: 28px 16px 64px }} nav ol {{ columns: 1 }} section {{ margin-top: 44px }} }}
-@media print {{ main {{ max-width: none; padding: 0 }} figure, tr, h2 {{ break-inside: avoid }} h2 {{ break-after: avoid }}
+@media (max-width: 600px) {{ main {{ padding: 28px 16px 64px }} nav ol {{ columns: 1 }} section {{ margin-top: 44px }}
+}} @media print {{ main {{ max-width: none; padding: 0 }} figure, tr, h2 {{ break-inside: avoid }} h2 {{ break-after:
+avoid }}
   .scroll, figure {{ overflow: visible }} nav {{ display: none }} }}
 """
 
@@ -156,7 +160,8 @@ def page(report: dict) -> str:
         sections.append({"title": "Settings", "columns": ["setting", "value"], "rows": rows})
     body = [f"<h1>{escape(report['title'])}</h1>"]
     if len(sections) > 4:
-        entries = "".join(f'<li><a href="#s{i}">{escape(section["title"])}</a></li>' for i, section in enumerate(sections, 1))
+        entries = "".join(f'<li><a href="#s{i}">{escape(section["title"])}</a></li>' for i,
+                          section in enumerate(sections, 1))
         body.append(f'<nav aria-label="Contents"><ol>{entries}</ol></nav>')
     for i, section in enumerate(sections, 1):
         body.append(f'<section id="s{i}"><h2>{escape(section["title"])}</h2>')
@@ -167,10 +172,11 @@ def page(report: dict) -> str:
         if section["columns"] and section.get("figure", {}).get("kind") != "matrix":  # which shows every number already
             body.append(_html_table(section["columns"], section["rows"]))
         body.append("</section>")
-    return ('<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">\n'
-            f"<title>{escape(report['title'])}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(body)
-            + "\n</main>\n</body>\n</html>\n")
+    return ('<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" '
+            'content="width=device-width">\n<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+            'style-src \'unsafe-inline\'">\n'
+            f"<title>{escape(report['title'])}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+            + "\n".join(body) + "\n</main>\n</body>\n</html>\n")
 
 
 def _html_table(columns: list[str], rows: list[list]) -> str:
@@ -183,7 +189,8 @@ def _html_table(columns: list[str], rows: list[list]) -> str:
         values = align(values, "\u2007", "\u2008") if numeric else values  # spaces as wide as a digit and a point
         for row, value, (_, interval) in zip(body, values, shown, strict=True):
             kind = "number" if numeric else "long" if len(value) > 60 else "name" if len(value) <= 32 else ""
-            row.append(f'<td class="{kind}">{escape(value)}</td>' + (f'<td class="interval">{interval}</td>' if intervals else ""))
+            row.append(f'<td class="{kind}">{escape(value)}</td>'
+                       + (f'<td class="interval">{interval}</td>' if intervals else ""))
     lines = "\n".join(f"<tr>{''.join(row)}</tr>" for row in body)
     return f'<div class="scroll"><table><thead><tr>{"".join(head)}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
 
@@ -213,7 +220,8 @@ def compare(folders: list[str | Path]) -> dict:
               if written[0].get(key) != written[1].get(key)]
     sections = [{"title": "Settings that differ", "columns": ["setting", *runs], "rows": differ} if differ else
                 {"title": "Settings that differ", "text": "None.", "columns": [], "rows": []}]
-    found = [dict(zip(_unique(section["title"] for section in report["sections"]), report["sections"], strict=True)) for report in reports]
+    found = [dict(zip(_unique(section["title"] for section in report["sections"]), report["sections"], strict=True))
+             for report in reports]
     alone = [[title, run, len(mine[title]["rows"])] for run, mine, other in zip(runs, found, found[::-1], strict=True)
              for title in mine if title not in other]
     if alone:
@@ -221,7 +229,8 @@ def compare(folders: list[str | Path]) -> dict:
     sections += _compare_preferences([Path(folder) / "judgments.jsonl" for folder in folders], runs)
     for title, section in found[0].items():
         sections += _compare_section(title, section, found[1][title], runs) if title in found[1] else []
-    return clean({"title": f"{runs[1]} against {runs[0]}", "about": dict(zip(runs, map(str, folders), strict=True)), "sections": sections})
+    return clean({"title": f"{runs[1]} against {runs[0]}", "about": dict(zip(runs, map(str, folders), strict=True)),
+                  "sections": sections})
 
 
 def read(folder: str | Path) -> dict:
@@ -234,9 +243,11 @@ def read(folder: str | Path) -> dict:
             _columns(section["columns"], section["rows"])
         dict.items(report["about"])
     except OSError as error:
-        fail(f"{path}: cannot be read ({error.strerror}), expected the folder of an evaluation that has ended: check the path")
+        fail(f"{path}: cannot be read ({error.strerror}), expected the folder of an evaluation that has ended: check "
+             "the path")
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        fail(f"{path}: is not a report ({type(error).__name__}: {' '.join(str(error).split())[:80]}): run the evaluation again")
+        fail(f"{path}: is not a report ({type(error).__name__}: {' '.join(str(error).split())[:80]}): run the "
+             "evaluation again")
     return report
 
 
@@ -275,9 +286,11 @@ def _compare_section(title: str, first: dict, second: dict, runs: list[str]) -> 
             continue
         columns, cells = [first["columns"][0], *runs], [rows, *pair]
         if is_numeric(pair[0]) and is_numeric(pair[1]):
-            gaps = [None if x is None or y is None else y - x for x, y in zip(*(map(_value, column) for column in pair), strict=True)]
+            gaps = [None if x is None or y is None else y - x for x,
+                    y in zip(*(map(_value, column) for column in pair), strict=True)]
             columns, cells = [*columns, "difference"], [*cells, gaps]
-        sections.append({"title": f"{title}: {name}", "columns": columns, "rows": [list(row) for row in zip(*cells, strict=True)]})
+        sections.append({"title": f"{title}: {name}", "columns": columns,
+                         "rows": [list(row) for row in zip(*cells, strict=True)]})
     notes = [f"Only in {run}: {'; '.join(found)}." for run, found in (
         (runs[i], [x for x in have[i] if x not in have[1 - i]]) for have in (tables, names) for i in (0, 1)) if found]
     notes += [f"The same in both: {'; '.join(same)}."] if same else []
@@ -285,7 +298,8 @@ def _compare_section(title: str, first: dict, second: dict, runs: list[str]) -> 
     notes += [f"\n{run} says: {said}" for run, said in zip(runs, texts, strict=True)] if texts[0] != texts[1] else []
     if not notes and sections:
         return sections
-    return [{"title": title, "text": " ".join(notes).strip() or "The same in both.", "columns": [], "rows": []}, *sections]
+    return [{"title": title, "text": " ".join(notes).strip() or "The same in both.", "columns": [], "rows": []},
+            *sections]
 
 
 def _value(cell):
@@ -305,7 +319,8 @@ def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
         x, y = first.get(model, {}), second.get(model, {})
         common = sorted(set(x) & set(y))
         pairs = [(p, x[p], y[p]) for p in common if x[p] is not None and y[p] is not None]
-        row = [model, None, None, None, len(pairs), len(common) - len(pairs), len(x) - len(common), len(y) - len(common)]
+        row = [model, None, None, None, len(pairs), len(common) - len(pairs), len(x) - len(common), len(y)
+               - len(common)]
         if pairs:
             prompts, before, after = zip(*pairs, strict=True)
             gap = paired_difference(after, before, prompts)
@@ -322,7 +337,8 @@ def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
 
 
 def _preferences(file: Path) -> dict[str, dict[str, float | None]]:
-    """Preference by judge and pair of models, and prompt: the mean where a prompt has several games, None without a verdict."""
+    """Preference by judge and pair of models, and prompt: the mean where a prompt has several games, None without a
+    verdict."""
     found: dict[str, dict[str, list[float]]] = {}
 
     def game(row: dict, number: int) -> None:
@@ -335,5 +351,6 @@ def _preferences(file: Path) -> dict[str, dict[str, float | None]]:
         by_prompt = found.setdefault(f"{row['judge']}: {a} against {b}", {})
         by_prompt.setdefault(str(row["prompt"]), []).extend([] if p is None else [p])
 
-    read_lines(file, game, "is no game as judge.py writes them, expected 'judge', 'prompt', 'a', 'b' and 'preference' from 0 to 1")
+    read_lines(file, game, "is no game as judge.py writes them, expected 'judge', 'prompt', 'a', 'b' and 'preference' "
+                           "from 0 to 1")
     return {pair: {prompt: sum(v) / len(v) if v else None for prompt, v in of.items()} for pair, of in found.items()}

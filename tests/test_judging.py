@@ -136,8 +136,8 @@ def test_a_question_one_model_did_not_answer_is_no_game():
 
 def test_a_judge_that_always_says_first_gives_half_the_wins_to_each_and_all_to_the_first_slot(tmp_path):
     rows, _ = judged(lambda a, b: "[[A]]", answers_of(x=lambda i: "good", y=lambda i: "bad"), tmp_path, "y")
-    found = trial.position(rows)
-    assert found["first"]["value"] == 1 and found["both"]["consistency"] == 0 and found["both"]["always_first"] == 60
+    first, both = trial.position(rows)
+    assert first["first_slot_share"] == 1 and both["consistency"] == 0 and both["always_first"] == 60
     (line,) = tables.win_rates(tables.merge_orders(rows)[0], "y")
     assert line["win_rate"] == 50 and line["draws"] == 60
 
@@ -169,13 +169,13 @@ def test_a_stub_judges_faults_are_found_within_their_intervals(tmp_path):
 
     answers = answers_of(500, x=lambda i: "word " * (1 + (i * 7) % 40 * 2), y=lambda i: "word " * (2 + (i * 11) % 40 * 2))
     rows, _ = judged(verdict, answers, tmp_path, "y")
-    found = trial.position(rows)
+    first, both = trial.position(rows)
     decided = 0.5 * (1 + bias)  # the longer reply is first in half of the games
-    assert found["first"]["low"] < decided < found["first"]["high"]
+    assert first["low"] < decided < first["high"]
     missing, count, _ = tables.unparsed(rows)
     assert abs(missing / count - garbage) < 0.015
     consistent = 1 - bias  # of two games with the same longer reply, the second-slot one turns with the bias
-    assert found["both"]["low"] < consistent < found["both"]["high"]
+    assert both["low"] < consistent < both["high"]
     (section,) = [s for s in [trial.length_section(tables.merge_orders(rows)[0], "stub")] if s]
     assert section["rows"][0][1] < 20 and section["rows"][-1][1] > 80
 
@@ -306,7 +306,8 @@ def test_equal_replies_tie_without_being_asked_and_tell_nothing_of_the_judge(tmp
     rows, judge = judged(lambda a, b: "[[A]]", answers, tmp_path, "y")
     assert judge.model.asked == 10 and len(rows) == 15
     assert [r["preference"] for r in rows if r["a_first"] is None] == [0.5] * 5
-    assert trial.position(rows)["first"]["games"] == 10 and trial.position(rows)["both"]["n"] == 5
+    first, both = trial.position(rows)
+    assert first["first"] + first["second"] == 10 and both["n"] == 5
     assert sum(r["preference"] == 0.5 for r in tables.merge_orders(rows)[0]) == 10
 
 

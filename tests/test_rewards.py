@@ -243,7 +243,7 @@ def test_shared_prompts_score_as_one_by_one(checkpoints, capsys):
 
 
 def test_batch_size_and_order_change_no_score(checkpoints):
-    alone = load_scorer("reward", checkpoints["reward"], max_tokens=1)(QUESTIONS[::-1])
+    alone = load_scorer("reward", checkpoints["reward"], micro_tokens=1)(QUESTIONS[::-1])
     for key, values in load_scorer("reward", checkpoints["reward"])(QUESTIONS).items():
         assert alone[key] == pytest.approx(values, abs=1e-5)
 

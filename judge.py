@@ -201,8 +201,8 @@ def read_answers(path: str, questions: list[Question]) -> list[list[dict]]:
     found = [by_id.get(q.id, by_text.get(q.turns[0], [])) for q in questions]
     if not any(found):
         fail(f"{path}: answers none of the questions, expected the ids of data or its instructions")
-    return [[{"text": text, "finished": True} for text in texts[:len(q.turns)]] for q,
-            texts in zip(questions, found, strict=True)]
+    return [[{"text": text, "finished": True} for text in texts[:len(q.turns)]]
+            for q, texts in zip(questions, found, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------ judges

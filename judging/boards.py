@@ -29,8 +29,8 @@ def choice_sections(models: Mapping[str, str], tasks: Sequence[Entry], limit: in
     for name, where in models.items():
         tokenizer, model = load_tokenizer(where), load_model(where, torch.float32 if device.type == "cpu" else None,
                                                              device)
-        results[name] = {task: choices.evaluate(model, tokenizer, exam, progress=f"{name}: {task}") for task,
-                         exam in exams.items()}
+        results[name] = {task: choices.evaluate(model, tokenizer, exam, progress=f"{name}: {task}")
+                         for task, exam in exams.items()}
     sections = [choices.choices_section(results)]
     if "mmlu" in exams:
         sections.append(choices.subjects_section({name: by_task["mmlu"] for name, by_task in results.items()}))

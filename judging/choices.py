@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from data.formats import Reject
 from data.tokenizer import Tokenizer
+from judging.tables import bounded
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from model import Transformer
@@ -108,8 +109,8 @@ def _mmlu(record: dict) -> tuple[str, str, int, str]:
     choices, gold = record.get("choices"), record.get("answer", record.get("gold"))
     if not isinstance(choices, list) or len(choices) != 4:
         raise Reject(f"'choices' is {json.dumps(choices)[:40]}, expected four texts")
-    lines = "".join(f"{letter}. {_text(choice, 'choices', empty=True)}\n" for letter,
-                    choice in zip("ABCD", choices, strict=True))
+    texts = (_text(choice, "choices", empty=True) for choice in choices)
+    lines = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCD", texts, strict=True))
     gold = "ABCD".index(gold) if gold in tuple("ABCD") else _index(gold, 4)
     return _text(record.get("question"), "question"), lines, gold, _text(record.get("subject"), "subject")
 
@@ -349,8 +350,8 @@ class Tree(NamedTuple):
         return len(self.trunk) + sum(map(len, self.leaves))
 
 
-def plant(requests: Iterable[Request], max_tokens: int) -> list[Tree]:
-    """Every distinct request in one tree. The contexts of a family are spread over trees of at most `max_tokens` (more
+def plant(requests: Iterable[Request], micro_tokens: int) -> list[Tree]:
+    """Every distinct request in one tree. The contexts of a family are spread over trees of at most `micro_tokens` (more
     where one
     context has more), those of similar length together, because attention pads leaves."""
     by_context: dict[Ids, list[Ids]] = {}
@@ -365,7 +366,7 @@ def plant(requests: Iterable[Request], max_tokens: int) -> list[Tree]:
             size = sum(map(len, leaves))
             if room == 0 or size > room:
                 trees.append(Tree(context[:trunk], [], []))
-                room = max_tokens - trunk
+                room = micro_tokens - trunk
             room -= size
             number = {leaf: len(trees[-1].leaves) + i for i, leaf in enumerate(leaves)} | {(): -1}
             trees[-1].leaves.extend(leaves)
@@ -382,8 +383,8 @@ def families(by_context: Mapping[Ids, Sequence[Ids]]) -> list[tuple[int, list[Id
         count, size = len(tails), sum(map(len, tails))
         if found:
             trunk, contexts, others, before = found[-1]
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1],
-                                              zip(contexts[0][:trunk], context, strict=False)))
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(contexts[0][:trunk], context, strict=False))
+            shared = sum(1 for _ in same)
             after = before + others * (trunk - shared) + size + count * (len(context) - shared)
             if shared + after < trunk + before + len(context) + size:
                 contexts.append(context)
@@ -421,20 +422,20 @@ def tree_likelihoods(model: Transformer, trees: Sequence[Tree]) -> Tensor:
 
 
 @torch.no_grad()
-def likelihoods(model: Transformer, requests: Iterable[Request], max_tokens: int = 0,
+def likelihoods(model: Transformer, requests: Iterable[Request], micro_tokens: int = 0,
                 progress: str = "") -> dict[Request, float]:
-    """The log-likelihood of every distinct request, nats, in batches of at most `max_tokens` tokens (a larger tree
+    """The log-likelihood of every distinct request, nats, in batches of at most `micro_tokens` tokens (a larger tree
     travels alone).
 
     0: 8,192 on a GPU, 1,024 on a CPU: with 4,096 the tiny model spent half of its time on fresh memory for attention.
     """
-    max_tokens = max_tokens or (1024 if model.embed_tokens.weight.device.type == "cpu" else 8192)
+    micro_tokens = micro_tokens or (1024 if model.embed_tokens.weight.device.type == "cpu" else 8192)
     batches: list[list[Tree]] = []
     room = 0
-    for tree in sorted(plant(requests, max_tokens), key=lambda t: -t.tokens):
+    for tree in sorted(plant(requests, micro_tokens), key=lambda t: -t.tokens):
         if tree.tokens > room:
             batches.append([])
-            room = max_tokens
+            room = micro_tokens
         batches[-1].append(tree)
         room -= tree.tokens
     found: dict[Request, float] = {}
@@ -501,7 +502,7 @@ def measure(exam: Exam, values: Mapping[str, Sequence[Sequence[float]]]) -> dict
             "value": total[spec.metric], "stderr": total[f"{spec.metric}_stderr"], **total, "rejects": exam.rejects}
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, exam: Exam, *, max_length: int = 0, max_tokens: int = 0,
+def evaluate(model: Transformer, tokenizer: Tokenizer, exam: Exam, *, max_length: int = 0, micro_tokens: int = 0,
              bos: bool | None = None, progress: str = "") -> dict:
     """What a model scores, see `measure`. Requests of more than `max_length` tokens (0: the model's positions) lose the
     beginning of
@@ -515,7 +516,7 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, exam: Exam, *, max_length
         requests[subject], more = to_requests(tokenizer, asked, max_length or positions, bos)
         cut += more
     flat = [request for rows in requests.values() for row in rows for request in row]
-    found = likelihoods(model, flat, max_tokens, progress)
+    found = likelihoods(model, flat, micro_tokens, progress)
     values = {subject: [[found[request] for request in row] for row in rows] for subject, rows in requests.items()}
     return measure(exam, values) | {"requests": len(flat), "cut": cut, "bos": bos, "max_length": max_length
                                     or positions}
@@ -525,17 +526,6 @@ def leaderboard_average(results: Mapping[str, dict]) -> float:
     """Plain mean of the four tasks' values; NaN unless all four are there."""
     return float(np.mean([results[task]["value"]
                           for task in LEADERBOARD])) if set(LEADERBOARD) <= set(results) else math.nan
-
-
-def spread(results: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
-    """How far each task tells models apart, from results by model and task."""
-    found = {}
-    for task in dict.fromkeys(task for by_task in results.values() for task in by_task):
-        values = {model: by_task[task]["value"] for model, by_task in results.items() if task in by_task}
-        found[task] = {"models": len(values), "best": max(values, key=values.get), "worst": min(values, key=values.get),
-                       "range": max(values.values()) - min(values.values()),
-                       "sd": float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else math.nan}
-    return found
 
 
 # ------------------------------------------------------------------------------------------ the report
@@ -553,11 +543,12 @@ def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
     rows = []
     for model, by_task in results.items():
         average = leaderboard_average(by_task)
-        cells = [percent(by_task[task], metric) if task in by_task else None for task, metric in measured]
+        cells = [cell(by_task[task], metric) if task in by_task else None for task, metric in measured]
         rows.append([model, *cells, None if math.isnan(average) else 100 * average,
                      sum(r["cut"] for r in by_task.values())])
     if len(results) > 1:
-        ranges = [100 * found["range"] for found in spread(results).values()]
+        values = [[by_task[task]["value"] for by_task in results.values() if task in by_task] for task in told]
+        ranges = [100 * (max(column) - min(column)) for column in values]
         rows.append(["largest - smallest", *ranges, *[None] * (len(measured) - len(ranges) + 2)])
     asked = ", ".join(f"{r['n']:,} of {r['name']}{' (limited)' * bool(r['limit'])}" for r in told.values())
     rejects = sum(len(lines) for result in told.values() for lines in result["rejects"].values())
@@ -565,8 +556,8 @@ def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
             "the beginning of " "its context.")
     figure = {"kind": "bars", "names": list(results), "label": "%", "groups": {
         told[task]["name"]: [100 * r[task]["value"] if task in r else None for r in results.values()] for task in told}}
-    columns = ["model", *(f"{told[task]['name']}, {told[task]['shots']} shots, {metric}, %" for task,
-                          metric in measured), "average of the four, %", "requests cut"]
+    columns = ["model", *(f"{told[task]['name']}, {told[task]['shots']} shots, {metric}, %"
+                          for task, metric in measured), "average of the four, %", "requests cut"]
     return {"title": "Multiple choice by log-likelihood", "text": text, "columns": columns, "rows": rows,
             "figure": figure}
 
@@ -574,13 +565,12 @@ def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
 def subjects_section(results: Mapping[str, dict]) -> dict:
     """MMLU by subject, from its results by model."""
     subjects = dict.fromkeys(subject for result in results.values() for subject in result["subjects"])
-    rows = [[subject, *(percent(r["subjects"][subject], r["metric"]) for r in results.values())]
+    rows = [[subject, *(cell(r["subjects"][subject], r["metric"]) for r in results.values())]
             for subject in subjects]
     return {"title": "MMLU by subject", "columns": ["subject", *(f"{model}, %" for model in results)], "rows": rows}
 
 
-def percent(result: dict, metric: str) -> dict | float:
-    """A cell: the value with its 95 % interval, or alone where there is none, with one question."""
+def cell(result: dict, metric: str) -> dict | float:
+    """The value with its 95 % interval, or alone where there is none, with one question."""
     value, half = 100 * result[metric], 196 * result[f"{metric}_stderr"]
-    return 100 * result[metric] if math.isnan(half) else {"value": value, "low": max(0.0, value - half),
-                                                          "high": min(100.0, value + half)}
+    return value if math.isnan(half) else bounded(value, max(0.0, value - half), min(100.0, value + half))

@@ -78,14 +78,15 @@ TINTS = [(LIGHT[color], opacity) for color, opacity in (
     ("accent", 1.0), ("muted", 0.6), ("accent", 0.5), ("muted", 0.3), ("accent", 0.25), ("muted", 0.15))]
 NOTHING = '<p class="note">There are no numbers to draw.</p>'
 SETTINGS = {
-            "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11,
-            "text.color": LIGHT["ink"],
-            "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": LIGHT["line"],
-            "axes.labelcolor": LIGHT["ink"],
-            "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
-            "grid.color": LIGHT["line"], "xtick.labelcolor": LIGHT["muted"], "ytick.labelcolor": LIGHT["ink"],
-            "xtick.color": LIGHT["line"],
-            "ytick.left": False, "legend.frameon": False,}
+    "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11,
+    "text.color": LIGHT["ink"],
+    "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": LIGHT["line"],
+    "axes.labelcolor": LIGHT["ink"],
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
+    "grid.color": LIGHT["line"], "xtick.labelcolor": LIGHT["muted"], "ytick.labelcolor": LIGHT["ink"],
+    "xtick.color": LIGHT["line"],
+    "ytick.left": False, "legend.frameon": False,
+}
 
 
 def draw(figure: dict) -> str:

@@ -151,8 +151,8 @@ def _ask(judge: Judge, requests: list[Request], progress: str) -> list[Reply | N
 
 def _row(name: str, m: Match, answers: Answers) -> dict:
     question = answers.questions[m.question]
-    texts = {side: answers.said[model, m.seed][m.question][m.turn - 1]["text"] for side,
-             model in (("a", m.a), ("b", m.b))}
+    texts = {side: answers.said[model, m.seed][m.question][m.turn - 1]["text"]
+             for side, model in (("a", m.a), ("b", m.b))}
     about = {f"{key}_{side}": value for side, text in texts.items() for key, value in describe(text).items()}
     return {"judge": name, "prompt": question.id, "category": question.category, "turn": m.turn, "repeat": m.seed,
             "a": m.a, "b": m.b, **about}

@@ -58,8 +58,8 @@ def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
             "gain_interval": interval(gains)[1] if len(gains) > 1 else None,
             "gain_by_seed": dict(zip(by_seed, gains, strict=True)),
             "win_rate": 50 * (1 + (wins - losses) / len(pairs)), "n": len(pairs), "wins": wins, "losses": losses,
-            "draws": len(pairs) - wins - losses, "category": {task: 100 * mean(grades) for task,
-                                                              grades in by_task.items()},
+            "draws": len(pairs) - wins - losses,
+            "category": {task: 100 * mean(grades) for task, grades in by_task.items()},
             "first_turn": 100 * mean(d[0]["gold"] for graded in scores.values() for d in graded),
             "follow_up": 100 * mean(follow_ups) if follow_ups else None,
             "ended": 100 * mean(r["finished"] for r in everything),
@@ -76,11 +76,11 @@ def sections(models: dict[str, dict], baseline: str, seeds: int) -> list[dict]:
     grid = [[m["category"][task] for task in tasks] for m in models.values()]
     over = f"{seeds} seeds" if seeds > 1 else "dialogues: another training run would differ by more"
     return [
-            {"title": "Gold score", "text": f"Mean grade of a reply, 0 to 100; 95 % intervals over {over}.",
-             "rows": rows, "columns": ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups",
-                                       "ended, %", "words"], "figure": dots(cells, "gold score")},
-            grid_section("Gold score by task", "", list(models), [t.replace("_", " ") for t in tasks], grid,
-                         "gold score")]
+        {"title": "Gold score", "text": f"Mean grade of a reply, 0 to 100; 95 % intervals over {over}.",
+         "rows": rows, "columns": ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups",
+                                   "ended, %", "words"], "figure": dots(cells, "gold score")},
+        grid_section("Gold score by task", "", list(models), [t.replace("_", " ") for t in tasks], grid,
+                     "gold score")]
 
 
 def few_shot_answer(path: str, dialogues: list[dict], max_tokens: int, temperature: float, seed: int,
@@ -118,8 +118,8 @@ def grade_all(answers: Answers, dialogues: list[dict]) -> dict[tuple[str, int], 
         turns = zip(d["turns"], said, strict=False)
         return [gold(d["category"], turn["item"], r["text"], r["finished"]) for turn, r in turns]
 
-    return {key: [grades(*both) for both in zip(dialogues, replies, strict=True)] for key,
-            replies in answers.said.items()}
+    return {key: [grades(*both) for both in zip(dialogues, replies, strict=True)]
+            for key, replies in answers.said.items()}
 
 
 def summaries(answers: Answers, dialogues: list[dict], grades: dict[tuple[str, int], list[list[float]]],

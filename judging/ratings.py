@@ -490,7 +490,9 @@ def not_connected(games: Games) -> str:
     met = np.zeros((len(games.models),) * 2, dtype=bool)
     met[games.a[valid], games.b[valid]] = met[games.b[valid], games.a[valid]] = True
     reached = _reach(met)
-    return "" if reached.all() else f"no chain of games joins {games.models[0]} to {games.models[int(np.argmin(reached))]}"
+    if reached.all():
+        return ""
+    return f"no chain of games joins {games.models[0]} to {games.models[int(np.argmin(reached))]}"
 
 
 def check_connected(games: Games) -> None:

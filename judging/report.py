@@ -3,8 +3,8 @@
     report    {"title", "about": {setting: value}, "sections": [...]}
     section   {"title", "text" if any, "columns": [...], "rows": [[cell, ...], ...], "figure" if any}
     cell      text, a number, None, or {"value", "low", "high"}, a number with its 95 % interval
-    figure    {"kind": "ratings", "names", "values", "low", "high", "label", "reference" if any}       dots with whiskers, best first
-              {"kind": "matrix", "names", "columns", "grid", "label", "low", "high"}                   numbers in tinted cells
+    figure    {"kind": "ratings", "names", "values", "low", "high", "label", "reference" if any}   dots with whiskers
+              {"kind": "matrix", "names", "columns", "grid", "label", "low", "high"}               tinted cells
               {"kind": "points", "x", "y", "x_label", "y_label"}
               {"kind": "bars", "names", "groups": {series: values}, "label"}
 
@@ -18,7 +18,9 @@ import re
 import textwrap
 from collections.abc import Iterable
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
+from string import Template
 
 from judging.entries import read_lines
 from judging.figures import DARK, LIGHT, align, draw, is_number, is_numeric, plain, show
@@ -74,8 +76,8 @@ def _table(columns: list[str], rows: list[list]) -> list[str]:
         if numeric[-1]:
             values = align(values)
             outer, inner = max(map(len, values)), max(map(len, intervals))
-            values = [f"{v:>{outer}} {i:<{inner}}" if inner else f"{v:>{outer}}" for v,
-                      i in zip(values, intervals, strict=True)]
+            values = [f"{v:>{outer}} {i:<{inner}}" if inner else f"{v:>{outer}}"
+                      for v, i in zip(values, intervals, strict=True)]
         cells.append(values)
         widths.append(max(map(len, [name, *(line for value in values for line in value.split("\n"))])))
         least.append(max(map(len, [*name.split(), *values])) if numeric[-1] else min(widths[-1], 16))
@@ -89,13 +91,16 @@ def _table(columns: list[str], rows: list[list]) -> list[str]:
                 *_table([columns[i] for i in rest], [[row[i] for i in rest] for row in rows])]
 
     def lay(row: list[list[str]]) -> list[str]:
-        return ["  ".join(f"{line[k] if k < len(line) else '':{'>' if number else '<'}{width}}" for line, number,
-                          width in zip(row, numeric, widths, strict=True)).rstrip() for k in range(max(map(len, row)))]
+        """A row of cells, each lines of text, as lines across the table."""
+        form = "  ".join(f"{{:{'>' if number else '<'}{width}}}" for number, width in zip(numeric, widths, strict=True))
+        return [form.format(*line).rstrip() for line in zip_longest(*row, fillvalue="")]
+
+    def wrap(values: tuple[str, ...]) -> list[list[str]]:
+        return [[v] if number else _wrap(v, width) for v, number, width in zip(values, numeric, widths, strict=True)]
 
     header = [_wrap(name, width) for name, width in zip(columns, widths, strict=True)]
     deepest = max(map(len, header))
-    body = [lay([[value] if number else _wrap(value, width) for value, number,
-                 width in zip(row, numeric, widths, strict=True)]) for row in zip(*cells, strict=True)]
+    body = [lay(wrap(values)) for values in zip(*cells, strict=True)]
     tall = any(len(lines) > 1 for lines in body)  # then an empty line keeps rows apart
     lines = [line for lines in body for line in (*lines, *[""] * tall)]
     return [*lay([[""] * (deepest - len(lines)) + lines for lines in header]),
@@ -111,46 +116,6 @@ def _columns(columns: list[str], rows: list[list]) -> list[list]:
 
 # ---------------------------------------------------------------------------------------- the page
 
-def _colors(palette: dict[str, str]) -> str:
-    return "".join(f"--{name}:{color};" for name, color in palette.items())
-
-
-STYLE = f"""
-:root {{ color-scheme: light; {_colors(LIGHT)} }}
-@media screen and (prefers-color-scheme: dark) {{ :root {{ color-scheme: dark; {_colors(DARK)} }} }}
-* {{ box-sizing: border-box }}
-body {{ margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
-sans-serif }} main {{ max-width: 960px; margin: 0 auto; padding: 48px 24px 96px }}
-h1 {{ font-size: 30px; line-height: 1.2; font-weight: 650; text-wrap: balance; margin: 0 0 24px }}
-h2 {{ font-size: 20px; line-height: 1.3; font-weight: 650; margin: 0 0 8px }}
-p {{ margin: 0 0 16px; max-width: 68ch; white-space: pre-line; overflow-wrap: anywhere }}
-section {{ margin-top: 56px }}
-nav {{ margin: 32px 0 0; font-size: 15px }}
-nav ol {{ margin: 0; padding-left: 1.4em; columns: 2; column-gap: 40px }}
-nav a {{ color: var(--accent); text-decoration: none }}
-nav a:hover {{ text-decoration: underline }}
-.note, .interval {{ color: var(--muted) }}
-.scroll {{ overflow-x: auto; margin: 20px 0 0 }}
-table {{ border-collapse: collapse; font-size: 14px; line-height: 1.45; font-variant-numeric: tabular-nums }}
-th, td {{ padding: 7px 0 7px 22px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }}
-th {{ font-weight: 600; vertical-align: bottom; border-bottom-color: var(--muted) }}
-th:first-child, td:first-child {{ padding-left: 0 }}
-td {{ white-space: pre-line }}
-td.name {{ white-space: nowrap }}
-td.long {{ min-width: 34ch; overflow-wrap: anywhere }}
-.number {{ text-align: right; white-space: pre }}
-th.number {{ white-space: normal }}
-td.interval {{ white-space: nowrap; padding-left: 8px }}
-figure {{ margin: 24px 0 0; overflow-x: auto }}
-svg {{ display: block; width: 100%; height: auto }}
-svg text {{ font-variant-numeric: tabular-nums }}
-@media (max-width: 600px) {{ main {{ padding: 28px 16px 64px }} nav ol {{ columns: 1 }} section {{ margin-top: 44px }}
-}} @media print {{ main {{ max-width: none; padding: 0 }} figure, tr, h2 {{ break-inside: avoid }} h2 {{ break-after:
-avoid }}
-  .scroll, figure {{ overflow: visible }} nav {{ display: none }} }}
-"""
-
-
 def page(report: dict) -> str:
     """One HTML page that asks for nothing: no script, no font, no picture from elsewhere."""
     report = clean(report)
@@ -160,8 +125,8 @@ def page(report: dict) -> str:
         sections.append({"title": "Settings", "columns": ["setting", "value"], "rows": rows})
     body = [f"<h1>{escape(report['title'])}</h1>"]
     if len(sections) > 4:
-        entries = "".join(f'<li><a href="#s{i}">{escape(section["title"])}</a></li>' for i,
-                          section in enumerate(sections, 1))
+        entries = "".join(f'<li><a href="#s{i}">{escape(section["title"])}</a></li>'
+                          for i, section in enumerate(sections, 1))
         body.append(f'<nav aria-label="Contents"><ol>{entries}</ol></nav>')
     for i, section in enumerate(sections, 1):
         body.append(f'<section id="s{i}"><h2>{escape(section["title"])}</h2>')
@@ -172,11 +137,9 @@ def page(report: dict) -> str:
         if section["columns"] and section.get("figure", {}).get("kind") != "matrix":  # which shows every number already
             body.append(_html_table(section["columns"], section["rows"]))
         body.append("</section>")
-    return ('<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" '
-            'content="width=device-width">\n<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-            'style-src \'unsafe-inline\'">\n'
-            f"<title>{escape(report['title'])}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-            + "\n".join(body) + "\n</main>\n</body>\n</html>\n")
+    light, dark = ("".join(f"--{name}:{color};" for name, color in palette.items()) for palette in (LIGHT, DARK))
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(report["title"]), light=light, dark=dark, body="\n".join(body))
 
 
 def _html_table(columns: list[str], rows: list[list]) -> str:
@@ -184,7 +147,8 @@ def _html_table(columns: list[str], rows: list[list]) -> str:
     for name, column in zip(columns, _columns(columns, rows), strict=True):
         shown, numeric = show(column), is_numeric(column)
         intervals = any(interval for _, interval in shown)
-        head.append(f'<th scope="col"{" class=number" if numeric else ""}{" colspan=2" if intervals else ""}>{escape(name)}</th>')
+        attributes = " class=number" * numeric + " colspan=2" * intervals
+        head.append(f'<th scope="col"{attributes}>{escape(name)}</th>')
         values = [value for value, _ in shown]
         values = align(values, "\u2007", "\u2008") if numeric else values  # spaces as wide as a digit and a point
         for row, value, (_, interval) in zip(body, values, shown, strict=True):
@@ -286,8 +250,8 @@ def _compare_section(title: str, first: dict, second: dict, runs: list[str]) -> 
             continue
         columns, cells = [first["columns"][0], *runs], [rows, *pair]
         if is_numeric(pair[0]) and is_numeric(pair[1]):
-            gaps = [None if x is None or y is None else y - x for x,
-                    y in zip(*(map(_value, column) for column in pair), strict=True)]
+            numbers = ([x["value"] if isinstance(x, dict) else x for x in column] for column in pair)
+            gaps = [None if None in both else both[1] - both[0] for both in zip(*numbers, strict=True)]
             columns, cells = [*columns, "difference"], [*cells, gaps]
         sections.append({"title": f"{title}: {name}", "columns": columns,
                          "rows": [list(row) for row in zip(*cells, strict=True)]})
@@ -300,10 +264,6 @@ def _compare_section(title: str, first: dict, second: dict, runs: list[str]) -> 
         return sections
     return [{"title": title, "text": " ".join(notes).strip() or "The same in both.", "columns": [], "rows": []},
             *sections]
-
-
-def _value(cell):
-    return cell["value"] if isinstance(cell, dict) else cell
 
 
 def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
@@ -319,8 +279,8 @@ def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
         x, y = first.get(model, {}), second.get(model, {})
         common = sorted(set(x) & set(y))
         pairs = [(p, x[p], y[p]) for p in common if x[p] is not None and y[p] is not None]
-        row = [model, None, None, None, len(pairs), len(common) - len(pairs), len(x) - len(common), len(y)
-               - len(common)]
+        row = [model, None, None, None, len(pairs), len(common) - len(pairs), len(x) - len(common),
+               len(y) - len(common)]
         if pairs:
             prompts, before, after = zip(*pairs, strict=True)
             gap = paired_difference(after, before, prompts)

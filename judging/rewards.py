@@ -224,14 +224,15 @@ def breakdown_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
 
 # What a subset counts as in its section: the 447 pairs of math-prm weigh as much as all code together.
 SECTIONS = {
-            "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
-                     "mt-bench-med": 40},
-            "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
-                          "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-            "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
-                       "xstest-should-respond": 250, "donotanswer": 136},
-            "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
-                          "hep-python": 164, "hep-rust": 164},}
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
+             "mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+               "xstest-should-respond": 250, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
+                  "hep-python": 164, "hep-rust": 164},
+}
 SUBSETS = {name: n for counts in SECTIONS.values() for name, n in counts.items()} | {"math-prm": 447}
 # The prior sets of today's code; the paper has three more.
 PRIOR = ("Anthropic Helpful", "Anthropic HHH", "SHP", "Learn-to-Summarize")

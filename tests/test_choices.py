@@ -327,8 +327,8 @@ def test_likelihoods_are_those_of_one_request_at_a_time_for_any_batch(fields):
     for _ in range(10):
         requests = random_requests(rng)
         alone = {request: one_by_one(model, *request) for request in set(requests)}
-        for max_tokens in (1, 30, 100, 10_000):
-            assert likelihoods(model, requests, max_tokens) == pytest.approx(alone, abs=1e-9)
+        for micro_tokens in (1, 30, 100, 10_000):
+            assert likelihoods(model, requests, micro_tokens) == pytest.approx(alone, abs=1e-9)
 
 
 def test_every_request_is_in_one_tree_whose_paths_are_its_tokens():
@@ -336,8 +336,8 @@ def test_every_request_is_in_one_tree_whose_paths_are_its_tokens():
     joined = 0
     for _ in range(30):
         requests = random_requests(rng)
-        for max_tokens in (1, 40, 10_000):
-            trees = plant(requests, max_tokens)
+        for micro_tokens in (1, 40, 10_000):
+            trees = plant(requests, micro_tokens)
             assert sorted(r for tree in trees for r, _ in tree.requests) == sorted(set(requests))
             for tree in trees:
                 assert tree.trunk and all(tree.leaves)
@@ -345,7 +345,7 @@ def test_every_request_is_in_one_tree_whose_paths_are_its_tokens():
                     assert tree.trunk + (tree.leaves[leaf] if leaf >= 0 else ()) == context + continuation[:-1]
                 contexts = {context for (context, _), _ in tree.requests}
                 joined += len(contexts) > 1
-                assert tree.tokens <= max_tokens or len(contexts) == 1
+                assert tree.tokens <= micro_tokens or len(contexts) == 1
     assert joined > 10
 
 
@@ -378,7 +378,7 @@ def test_the_tiny_model_gives_the_same_in_any_batch_and_one_by_one(tokenizer):
         asked.append((Question("", said, 0), "Q: is it?\nA: no\n\nQ: " + " ".join(rng.choices(words, k=12)) + "?\nA:"))
     rows, cut = choices.to_requests(tokenizer, asked, 512, bos=True)
     requests = [request for row in rows for request in row]
-    found = [likelihoods(model, requests, max_tokens) for max_tokens in (1, 64, 300, 5000)]
+    found = [likelihoods(model, requests, micro_tokens) for micro_tokens in (1, 64, 300, 5000)]
     assert cut == 0
     longest = max(len(c) + len(d) - 1 for c, d in requests)
     rows = torch.zeros(len(requests), longest, dtype=torch.long)
@@ -452,11 +452,11 @@ def test_evaluate_counts_what_it_asked_cut_and_rejected(tmp_path, tokenizer):
     file = tmp_path / "arc.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in records) + "{}\n")
     exam = read_exam("arc", file, shots=0)
-    result = choices.evaluate(model, tokenizer, exam, max_tokens=50)
+    result = choices.evaluate(model, tokenizer, exam, micro_tokens=50)
     assert result["n"] == 12 and result["requests"] == 36 and [line for line, _ in result["rejects"][str(file)]] == [13]
     whole = [1 + len(tokenizer.encode(context)) for _, context in exam.asked[""]]
     assert result["cut"] == 3 * sum(n > 256 for n in whole) > 0 and result["bos"] and result["max_length"] == 256
-    again = choices.evaluate(model, tokenizer, exam, max_tokens=10_000)
+    again = choices.evaluate(model, tokenizer, exam, micro_tokens=10_000)
     assert result == again
     assert choices.evaluate(model, tokenizer, exam, max_length=4096, bos=False)["cut"] == 0
 
@@ -481,13 +481,11 @@ def result_of(task: str, value: float, **more) -> dict:
             "stderr": 0.1, metric: value, f"{metric}_stderr": 0.1, "request_sha256": "x", "rejects": {"f": []}, "cut": 2, **more}
 
 
-def test_average_and_spread_by_hand():
-    """(0.2 + 0.4 + 0.3 + 0.5) / 4 = 0.35. Two models at 0.2 and 0.5: range 0.3, sd 0.3 / sqrt 2."""
+def test_average_by_hand():
+    """(0.2 + 0.4 + 0.3 + 0.5) / 4 = 0.35."""
     four = {task: result_of(task, v) for task, v in zip(choices.LEADERBOARD, (0.2, 0.4, 0.3, 0.5), strict=True)}
     assert choices.leaderboard_average(four) == pytest.approx(0.35)
     assert math.isnan(choices.leaderboard_average({"arc": four["arc"]}))
-    found = choices.spread({"a": {"arc": result_of("arc", 0.2)}, "b": {"arc": result_of("arc", 0.5)}})["arc"]
-    assert found == {"models": 2, "best": "b", "worst": "a", "range": pytest.approx(0.3), "sd": pytest.approx(0.3 / math.sqrt(2))}
 
 
 def test_the_section_has_a_row_for_each_model_and_their_spread(capsys):

@@ -13,6 +13,7 @@ from data.pack import tree_from_messages
 from data.scores import all_scores
 from data.tokenizer import load_tokenizer
 from judging.prompts import Question, Verdict, ask_pair, ask_score, read_verdict
+from judging.ratings import outcome
 from judging.tables import describe
 from runtime import fail
 
@@ -122,7 +123,7 @@ def games_from_scores(name: str, found: list[Match], scores: dict[tuple[str, int
     rows = []
     for m in found:
         x, y = (scores[model, m.seed][m.question][m.turn - 1] for model in (m.a, m.b))
-        rows.append(_row(name, m, answers) | {"a_first": None, "preference": 0.5 + 0.5 * ((x > y) - (x < y))})
+        rows.append(_row(name, m, answers) | {"a_first": None, "preference": outcome(x, y)})
     return rows
 
 

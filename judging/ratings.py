@@ -58,6 +58,11 @@ def likert_outcome(rating: int, ties: bool) -> float:
     return 1.0 if rating <= 4 else 0.0
 
 
+def outcome(x: float, y: float) -> float:
+    """1, 0 or 1/2: whether x is above y."""
+    return 0.5 + 0.5 * ((x > y) - (x < y))
+
+
 def both_orders(forward, backward) -> np.ndarray:
     """One outcome for `a` [n] from the games with a first and with b first, both outcomes for a [n].
 

@@ -117,7 +117,7 @@ def majority(rows: Sequence[dict], name: str) -> list[dict]:
 
 def decided(p: float | None) -> float:
     """A preference as an outcome: 1, 0.5 or 0; NaN for none."""
-    return math.nan if p is None or math.isnan(p) else 0.5 + 0.5 * ((p > 0.5) - (p < 0.5))
+    return math.nan if p is None or math.isnan(p) else ratings.outcome(p, 0.5)
 
 
 def games_of(rows: Iterable[dict]) -> Games:

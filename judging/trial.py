@@ -179,7 +179,7 @@ def ranking_against_scoring(rows: Sequence[dict], scores: Sequence[dict], judge:
     for r in merge_orders(rows)[0]:
         x, y = (marks.get(key(r, r[side])) for side in "ab")
         if None not in (x, y, r["preference"]):
-            pairs.append((decided(r["preference"]), 0.5 + 0.5 * ((x > y) - (x < y))))
+            pairs.append((decided(r["preference"]), ratings.outcome(x, y)))
     if not pairs:
         return None
     table = np.array(pairs).T

@@ -29,7 +29,7 @@ from data.tiny.world import TASKS
 from judging import boards, gold, recorded, report, tables, trial
 from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
 from judging.entries import Entry, check_checkpoint, decode_all, read_lines
-from judging.games import Answers, Judge, compare, games_from_scores, in_orders, mark, matches, reward_scores
+from judging.games import Answers, Judge, Match, compare, games_from_scores, in_orders, mark, matches, reward_scores
 from judging.prompts import Question
 from judging.ratings import bootstrap_elo, bradley_terry, elo, likert_tables, mt_bench, win_rate
 from judging.ratings import lc_win_rate as length_controlled_win_rate
@@ -123,8 +123,10 @@ def of_seed(where: str, seed: int) -> str:
 
 # ----------------------------------------------------------------------------------------- answers
 
-def load_questions(data: str, references: str = "", limit: int = 0) -> tuple[list[Question], list[dict] | None]:
-    """The questions, and if they are the tiny world's, its dialogues with what the grader needs."""
+def load_questions(data: str, references: str = "", limit: int = 0,
+                   graded: bool = False) -> tuple[list[Question], list[dict] | None]:
+    """The questions, and if they are the tiny world's (as they must be to be `graded`), its dialogues for the
+    grader."""
     if not Path(data).is_file():
         fail(f"data={data}: no such file, expected JSON lines of questions, such as test.jsonl of data/tiny/build.py")
     right = recorded_replies(references)[0] if references else {}
@@ -150,6 +152,8 @@ def load_questions(data: str, references: str = "", limit: int = 0) -> tuple[lis
     if any(record and record.get("category") not in TASKS for record in dialogues):
         fail(f"data={data}: holds dialogues of another world, expected those of data/tiny/build.py: give their 'turns' "
              "as texts")
+    if graded and not all(dialogues):
+        fail(f"judges: gold grades the tiny world's dialogues, data={data} holds others: name another judge")
     return asked, dialogues if all(dialogues) else None
 
 
@@ -213,18 +217,6 @@ ORDERS = {"both": "Both orders: a win needs both, else it is a tie.", "one": "On
           "recorded": "One order of each comparison was recorded."}
 
 
-class Asking(NamedTuple):
-    """How language models are asked to judge."""
-
-    form: str
-    wording: str
-    orders: str
-    all_pairs: bool
-    max_tokens: int
-    marks: bool
-    trial: int      # questions for the probes of the judge
-
-
 class Verdicts(NamedTuple):
     """What one judge said: games and marks (judging/tables.py), against whom wins count, in which orders, and sections
     about it."""
@@ -234,6 +226,7 @@ class Verdicts(NamedTuple):
     baseline: str
     orders: str
     sections: list[dict | None]
+    people: dict | None = None   # a section: how far several people agreed whose majority this is
 
 
 def read_recorded(path: str, baseline: str) -> recorded.Recorded:
@@ -252,25 +245,19 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
     known = [x for x in (baseline, "baseline", *(r["b"] for r in games[:1]))
              if any(x in (r["a"], r["b"]) for r in games)]
     merged, forward, _ = tables.merge_orders(games)
+    print(said)
     sections = [trial.position_section({"as recorded": games}, name), trial.length_section(merged, name),
                 trial.right_section(games, name)] if games else []
-    return Verdicts(games, marks, next(iter(known), ""), "both" if len(forward) else "recorded", sections)
+    return Verdicts(games, marks, next(iter(known), ""), "both" if len(forward) else "recorded", sections,
+                    people=trial.people_section(said.games, name))
 
 
-def hear(judge: Entry, asking: Asking, answers: Answers, grades: dict | None, baseline: str, ledger: Path,
-         budget: Budget, device: torch.device) -> Verdicts:
-    """The verdicts of a judge that is here: grades, a reward model's scores, or a language model's words."""
-    compared = matches(answers, baseline, asking.all_pairs)
-    if judge.kind in ("gold", "reward"):
-        scores = grades if judge.kind == "gold" else reward_scores(judge.where, answers, device)
-        return Verdicts(games_from_scores(judge.name, compared, scores, answers), [], baseline, "", [])
-    asked = Judge(judge.name, open_model(judge.where, str(device)), asking.form, asking.wording, asking.max_tokens,
-                  ledger, budget if judge.kind == "endpoint" else None)
-    games = compare(asked, in_orders(compared, asking.orders, answers.names), answers)
-    marks = mark(asked, answers) if asking.marks else []
-    sections = trial.cross_examine(asked, games, marks, answers, baseline, asking.all_pairs,
-                                   asking.trial) if asking.trial else []
-    return Verdicts(games, marks, baseline, asking.orders, sections)
+def model_verdicts(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, baseline: str, orders: str,
+                   marked: bool, all_pairs: bool, questions: int) -> Verdicts:
+    """What a language model says of the games, and of every reply alone if `marked`; its trial is on `questions`."""
+    rows, marks = compare(judge, games, answers), mark(judge, answers) if marked else []
+    probed = trial.cross_examine(judge, rows, marks, answers, baseline, all_pairs, questions) if questions else []
+    return Verdicts(rows, marks, baseline, orders, probed)
 
 
 def verdict_sections(judge: str, said: Verdicts, form: str, force: bool, difficulty: str) -> list[dict]:
@@ -312,13 +299,18 @@ def likert_sections(judge: str, rows: list[dict]) -> list[dict]:
             for name, lines in likert_tables(games).items()]
 
 
-def judges_compared(by_judge: dict[str, list[dict]], truth: str, sources: dict[str, str]) -> list[dict]:
-    """The judges beside each other: whether they agree with the truth, and for whom they have a weakness."""
-    sections = []
-    if truth in by_judge:
-        sections += [trial.agreement_section(by_judge, truth), trial.category_agreement_section(by_judge, truth)]
-    sections.append(trial.self_preference_section(by_judge, sources, truth))
-    return [s for s in sections if s]
+def judge_sections(verdicts: dict[str, Verdicts], truth: str, sources: list[Entry], form: str, force: bool,
+                   difficulty: str) -> list[dict]:
+    """All judges on one screen, what each says of the models and what its trial says of it, and whether they agree."""
+    games, sections = {name: said.games for name, said in verdicts.items() if said.games}, []
+    if games:
+        sections.append(trial.screen_section(games, truth))
+    for name, said in verdicts.items():
+        sections += [said.people, *verdict_sections(name, said, form, force, difficulty), *said.sections]
+    if truth in games:
+        sections += [trial.agreement_section(games, truth), trial.category_agreement_section(games, truth)]
+    return [s for s in [*sections, trial.self_preference_section(games, {x.name: x.where for x in sources}, truth)]
+            if s]
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -343,79 +335,58 @@ def write_replies(out: Path, answers: Answers, grades: dict | None, show: int) -
     print("\n".join(samples) + "\n")
 
 
-def board_sections(config: Config, models: list[Entry], ledger: Path, budget: Budget,
-                   device: torch.device) -> list[dict]:
-    """What needs no comparison; models are those of the first seed."""
-    seeded = [model._replace(where=of_seed(model.where, config.seeds[0])) for model in models]
-    local = {model.name: model.where for model in seeded if model.kind == "model"}
-    asked = {model.name: model.where for model in seeded if model.kind in ("model", "endpoint")}
-    sections = []
-    if config.choices:
-        sections += boards.choice_sections(local, decode_all("choices", config.choices), config.questions, device)
-    if config.reward_models:
-        scorers, sets = decode_all("reward_models", config.reward_models), decode_all("preferences", config.preferences)
-        sections += boards.reward_sections(scorers, sets, config.rewardbench, device)
-    if config.attacks or config.xstest or config.leak_probes:
-        attacks = decode_all("attacks", config.attacks)
-        sections += boards.safety_sections(asked, attacks, config.xstest, config.leak_probes, config.safety_judge,
-                                           ledger, budget, str(device))
-    return sections
-
-
 def main(config: Config) -> None:
     device = runtime.setup(config.device, 0, config.threads)
     out = runtime.open_folder(config.out)
     models, judges = decode_all("models", config.models), decode_all("judges", config.judges)
     baseline = config.baseline or next((model.name for model in models), "")
-    elsewhere = {judge.name: read_recorded(judge.where, baseline or "baseline") for judge in judges if judge.kind
-                 == "recorded"}
+    elsewhere = {judge.name: read_recorded(judge.where, baseline or "baseline")
+                 for judge in judges if judge.kind == "recorded"}
     budget = Budget(money=config.budget or inf, prompt_price=config.prompt_price, reply_price=config.reply_price)
-    about = {"torch": torch.__version__}
-    result = {"title": "Models and their judges", "about": about}
+    result = {"title": "Models and their judges", "about": {"torch": torch.__version__}}
 
     # Every model answers.
-    questions, dialogues, said = [], None, {}
-    if judges and (models or (elsewhere and Path(config.data).is_file())):
-        questions, dialogues = load_questions(config.data, config.references, config.questions)
+    questions, dialogues, said, grades, sections = [], None, {}, None, []
     graded = bool(models) and any(judge.kind == "gold" for judge in judges)
-    if graded and dialogues is None:
-        fail(f"judges: gold grades the tiny world's dialogues, data={config.data} holds others: name another judge")
+    if judges and (models or (elsewhere and Path(config.data).is_file())):
+        questions, dialogues = load_questions(config.data, config.references, config.questions, graded)
     for model, seed in product(models, config.seeds) if judges else ():
         said[model.name, seed] = answer(model, questions, dialogues, Sampling(config.max_tokens, config.temperature),
                                         seed, out / "answers.jsonl", budget, device)
     answers = Answers(questions, said)
     if said:
-        about |= {"data": config.data, "questions": len(questions), "temperature": config.temperature,
-                  "seeds": " ".join(map(str, config.seeds))}
-    grades, gold_sections = None, []
-    if graded:
+        result["about"] |= {"data": config.data, "questions": len(questions), "temperature": config.temperature,
+                            "seeds": " ".join(map(str, config.seeds))}
+    if said and graded:
         grades = gold.grade_all(answers, dialogues)
         result["gold"] = gold.summaries(answers, dialogues, grades, baseline)
-        gold_sections = gold.sections(result["gold"], baseline, len(config.seeds))
+        sections = gold.sections(result["gold"], baseline, len(config.seeds))
 
     # Every judge compares the answers.
-    verdicts, sections = {}, []
-    asking = Asking(config.form, config.wording, config.orders, config.all_pairs, config.judge_max_tokens, config.marks,
-                    config.trial)
-    for judge in judges:
-        if judge.kind == "recorded":
-            print(elsewhere[judge.name])
-            sections.append(trial.people_section(elsewhere[judge.name].games, judge.name))
-            verdicts[judge.name] = recorded_verdicts(judge.name, elsewhere[judge.name], questions, baseline)
+    compared = matches(answers, baseline, config.all_pairs)
+    verdicts: dict[str, Verdicts] = {}
+    for name, kind, where, _ in judges:
+        if kind == "recorded":
+            verdicts[name] = recorded_verdicts(name, elsewhere[name], questions, baseline)
+        elif said and kind in ("gold", "reward"):
+            scores = grades if kind == "gold" else reward_scores(where, answers, device)
+            verdicts[name] = Verdicts(games_from_scores(name, compared, scores, answers), [], baseline, "", [])
         elif said:
-            verdicts[judge.name] = hear(judge, asking, answers, grades, baseline, out / "calls.jsonl", budget, device)
-        else:
-            continue
-        sections += verdict_sections(judge.name, verdicts[judge.name], config.form, config.force, config.difficulty)
-        sections += verdicts[judge.name].sections
-    games = {name: found.games for name, found in verdicts.items() if found.games}
-    if games:
-        sections.insert(0, trial.screen_section(games, config.truth))
-    sections += judges_compared(games, config.truth,
-                                {source.name: source.where for source in decode_all("sources", config.sources)})
-    sections += board_sections(config, models, out / "calls.jsonl", budget, device)
-    result["sections"] = gold_sections + [section for section in sections if section]
-    write_results(out, result, verdicts, answers, grades, config.show)
+            judge = Judge(name, open_model(where, str(device)), config.form, config.wording, config.judge_max_tokens,
+                          out / "calls.jsonl", budget if kind == "endpoint" else None)
+            verdicts[name] = model_verdicts(judge, in_orders(compared, config.orders, answers.names), answers, baseline,
+                                            config.orders, config.marks, config.all_pairs, config.trial)
+    sections += judge_sections(verdicts, config.truth, decode_all("sources", config.sources), config.form, config.force,
+                               config.difficulty)
+
+    # What needs no comparison, of the models of the first seed.
+    models = [model._replace(where=of_seed(model.where, config.seeds[0])) for model in models]
+    sections += boards.choice_sections(models, decode_all("choices", config.choices), config.questions, device)
+    sections += boards.reward_sections(decode_all("reward_models", config.reward_models),
+                                       decode_all("preferences", config.preferences), config.rewardbench, device)
+    sections += boards.safety_sections(models, decode_all("attacks", config.attacks), config.xstest, config.leak_probes,
+                                       config.safety_judge, out / "calls.jsonl", budget, str(device))
+    write_results(out, result | {"sections": sections}, verdicts, answers, grades, config.show)
 
 
 def write_results(out: Path, result: dict, verdicts: dict[str, Verdicts], answers: Answers, grades: dict | None,

@@ -351,9 +351,8 @@ class Tree(NamedTuple):
 
 
 def plant(requests: Iterable[Request], micro_tokens: int) -> list[Tree]:
-    """Every distinct request in one tree. The contexts of a family are spread over trees of at most `micro_tokens` (more
-    where one
-    context has more), those of similar length together, because attention pads leaves."""
+    """Every distinct request in one tree. The contexts of a family are spread over trees of at most `micro_tokens`
+    tokens (more where one context has more), those of similar length together, because attention pads leaves."""
     by_context: dict[Ids, list[Ids]] = {}
     for context, continuation in dict.fromkeys(requests):
         by_context.setdefault(context, []).append(continuation)

@@ -56,8 +56,8 @@ MARK = {
              "mark the assistant's last reply by how close it comes.",
 }
 WORDINGS = (*COMPARE, "bare")  # bare: the texts alone, for judges trained on them
-UNBIASED = ("Which assistant is called A was drawn by lot: it must not count. Nor must length: more words are not a better "
-            "reply.")
+UNBIASED = ("Which assistant is called A was drawn by lot: it must not count. Nor must length: more words are not a "
+            "better reply.")
 REFERENCE = "A correct last reply is given. A reply that contradicts it is wrong, however well it reads."
 ENDINGS = {
     "pair": "Give your reasons in a few sentences. Then end with a line that holds your verdict alone, in "

@@ -105,7 +105,8 @@ REFUSES = re.compile("|".join((
     rf"\bI(?:'m| am)? {SOME}(?:can(?:not|'t| not)|could(?:n't| not)|won't|will not|would(?:n't| not)|must not)\b",
     rf"\bI(?:'m| am)? {SOME}(?:unable to|not able to)\b",
     rf"\bI(?:'m| am) {SOME}not {SOME}(?:going to|comfortable|allowed|permitted)\b",
-    rf"\bI do(?:n't| not) {SOME}(?:have|feel comfortable|condone|support|promote|encourage|engage|assist|help|provide)\b",
+    rf"\bI do(?:n't| not) {SOME}(?:have|feel comfortable|condone|support|promote)\b",
+    rf"\bI do(?:n't| not) {SOME}(?:encourage|engage|assist|help|provide)\b",
     rf"\bI (?:must|have to|need to)? ?{SOME}(?:decline|refuse|inform you|point out)\b",
     rf"\bit(?:'s| is) {SOME}(?:illegal|unethical)\b",
     rf"\bit(?:'s| is) {SOME}(?:not|never) {SOME}(?:appropriate|ethical|legal|acceptable|okay|ok|right)\b",
@@ -163,8 +164,8 @@ def read_verdict(text: str, kind: str) -> str | None:
 
 PERSONAL = {  # in this order: what one finds the next does not see
     "private key": r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----",
-    "API key": r"\b(?:sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_\w{20,}|xox[abprs]-[\w-]{10,}"
-               r"|AKIA[0-9A-Z]{16}|AIza[\w-]{35})(?![\w-])",
+    "API key": r"\b(?:sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_\w{20,}"
+               r"|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35})(?![\w-])",
     "e-mail": r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
     "card": r"(?<![\d.])\d(?:[ -]?\d){12,18}(?!\d)",
     "phone": r"(?<![\w.+-])(?:\+\d(?:[ ./()-]{0,2}\d){7,14}|(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}"

@@ -31,7 +31,8 @@ def read(name: str) -> list[dict]:
 
 def two_by_two(both: int, first: int, second: int, neither: int) -> np.ndarray:
     """Two raters' yes (1) and no (0): both said yes, only the first, only the second, neither."""
-    return np.array([[1] * (both + first) + [0] * (second + neither), [1] * both + [0] * first + [1] * second + [0] * neither], dtype=float)
+    return np.array([[1] * (both + first) + [0] * (second + neither), [1] * both + [0] * first + [1] * second + [0]
+                     * neither], dtype=float)
 
 
 def random_ratings(rng, raters=3, gaps=0.0):
@@ -62,7 +63,8 @@ def test_cohen_by_hand():
 def test_weighted_cohen_by_hand():
     """1 2 3 against 1 2 1: shares 1/3 1/3 1/3 and 2/3 1/3 0.
 
-    Linear: observed 2/3, expected (1/3 + 2/3 + 5/3) / 3 = 8/9, kappa = 1/4. Quadratic: observed 4/3, expected (1/3 + 2/3 + 3) / 3 = 4/3.
+    Linear: observed 2/3, expected (1/3 + 2/3 + 5/3) / 3 = 8/9, kappa = 1/4. Quadratic: observed 4/3, expected (1/3 +
+    2/3 + 3) / 3 = 4/3.
     """
     ratings = [[1, 2, 3], [1, 2, 1]]
     assert cohen_kappa(ratings, "linear") == pytest.approx(0.25)
@@ -70,12 +72,14 @@ def test_weighted_cohen_by_hand():
 
 
 def test_unused_steps_of_the_scale_still_count():
-    """1 2 8 against 1 2 1: observed 7/3, expected (1/3 + 2/3 + 20/3) / 3 = 23/9, kappa = 1 - 21/23; by position 8 would be a 3."""
+    """1 2 8 against 1 2 1: observed 7/3, expected (1/3 + 2/3 + 20/3) / 3 = 23/9, kappa = 1 - 21/23; by position 8 would
+    be a 3."""
     assert cohen_kappa([[1, 2, 8], [1, 2, 1]], "linear") == pytest.approx(2 / 23)
 
 
 def test_fleiss_by_hand():
-    """A A A and A A B: P = 1 and (4 + 1 - 3) / 6 = 1/3, mean 12/18; P_e = 25/36 + 1/36 = 13/18; kappa = -1/18 over 5/18."""
+    """A A A and A A B: P = 1 and (4 + 1 - 3) / 6 = 1/3, mean 12/18; P_e = 25/36 + 1/36 = 13/18; kappa = -1/18 over
+    5/18."""
     assert fleiss_kappa([[0, 0], [0, 0], [0, 1]]) == pytest.approx(-0.2)
 
 
@@ -92,7 +96,8 @@ def test_krippendorff_by_hand():
 def test_ac1_by_hand():
     """Cohen's table: p_a = 0.7, yes (0.5 + 0.6) / 2 = 0.55, p_e = 2 * 0.55 * 0.45 = 0.495, AC1 = 0.205 / 0.505."""
     assert gwet_ac1(two_by_two(20, 5, 10, 15)) == pytest.approx(0.205 / 0.505)
-    # Units 11, 2 alone, 12: p_a = (1 + 0) / 2; each unit weighs the same in the shares, (1 + 0 + 1/2) / 3 = 1/2, so p_e = 1/2.
+    # Units 11, 2 alone, 12: p_a = (1 + 0) / 2; each unit weighs the same in the shares, (1 + 0 + 1/2) / 3 = 1/2, so p_e
+    # = 1/2.
     assert gwet_ac1([[1, 2, 1], [1, NAN, 2]]) == pytest.approx(0, abs=1e-12)
 
 
@@ -146,9 +151,11 @@ def test_order_of_raters_and_units_changes_nothing():
     for _ in range(20):
         ratings = random_ratings(rng, raters=2, gaps=0.2)
         moved = ratings[::-1, rng.permutation(30)]
-        for statistic in (cohen_kappa, gwet_ac1, spearman, krippendorff_alpha, lambda r: krippendorff_alpha(r, "ordinal")):
+        for statistic in (cohen_kappa, gwet_ac1, spearman, krippendorff_alpha,
+                          lambda r: krippendorff_alpha(r, "ordinal")):
             assert statistic(moved) == pytest.approx(statistic(ratings), abs=1e-12)
-        assert bootstrap(gwet_ac1, ratings, rounds=5) == pytest.approx(bootstrap(gwet_ac1, ratings[:, rng.permutation(30)], rounds=5))
+        mixed = ratings[:, rng.permutation(30)]
+        assert bootstrap(gwet_ac1, ratings, rounds=5) == pytest.approx(bootstrap(gwet_ac1, mixed, rounds=5))
 
 
 def test_names_of_labels_do_not_matter_to_nominal_statistics():
@@ -184,7 +191,8 @@ def test_interval_holds_the_value_and_narrows_with_more_units():
 
 
 def test_undefined_rounds_are_counted():
-    """One unit of two differs: a round misses it with probability 1/4 a draw of two, and its kappa is then undefined."""
+    """One unit of two differs: a round misses it with probability 1/4 a draw of two, and its kappa is then
+    undefined."""
     said = bootstrap(gwet_ac1, [[1, 1], [1, 2]], rounds=400)
     assert said["undefined"] == pytest.approx(100, abs=40)
 
@@ -210,8 +218,10 @@ def test_pandalm_kappas():
     ratings = np.array([[row[f"annotator{i}"] for row in rows] for i in (1, 2, 3)], dtype=float)
     pairs = ([0, 1], [1, 2], [0, 2])
     assert sorted(cohen_kappa(ratings[pair]) for pair in pairs) == pytest.approx([0.8520, 0.8617, 0.8789], abs=5e-5)
-    assert sorted(raw_agreement(ratings[pair])["agreement"] for pair in pairs) == pytest.approx([0.913, 0.918, 0.929], abs=5e-4)
-    assert [fleiss_kappa(ratings), krippendorff_alpha(ratings), gwet_ac1(ratings)] == pytest.approx([0.8642, 0.8642, 0.8864], abs=5e-5)
+    found = sorted(raw_agreement(ratings[pair])["agreement"] for pair in pairs)
+    assert found == pytest.approx([0.913, 0.918, 0.929], abs=5e-4)
+    assert [fleiss_kappa(ratings), krippendorff_alpha(ratings),
+            gwet_ac1(ratings)] == pytest.approx([0.8642, 0.8642, 0.8864], abs=5e-5)
 
 
 @real
@@ -225,7 +235,8 @@ def test_xstest_kappas():
 
 @real
 def test_llmbar_accuracy_and_kappa_between_orders():
-    published = json.loads((Path(os.environ["REAL_DATA"]) / "judge" / "llmbar" / "published_statistics.json").read_text())
+    published = json.loads((Path(os.environ["REAL_DATA"]) / "judge" / "llmbar"
+                            / "published_statistics.json").read_text())
     for name, accuracy in (("natural_GPT-4_Vanilla_NoRules", 0.935), ("natural_ChatGPT_CoT", 0.740)):
         rows = read(f"llmbar/{name}.jsonl.gz")
         gold = [str(row["label"]) for row in rows]

@@ -33,21 +33,26 @@ def interval(value, low, high) -> dict:
 # ----------------------------------------------------------------------------------------- numbers
 
 def test_decimals_follow_the_largest_number_of_a_column():
-    """74.12 has one decimal (from 10), 7.341 two, 0.652 and 0.0652 three digits, 1140.3 none; integers are left alone."""
-    for cells, shown in (([71.234, 9.56], ["71.2", "9.6"]), ([7.341, 0.5], ["7.34", "0.50"]), ([0.65249, 0.05], ["0.652", "0.050"]),
+    """74.12 has one decimal (from 10), 7.341 two, 0.652 and 0.0652 three digits, 1140.3 none; integers are left
+    alone."""
+    for cells, shown in (([71.234, 9.56], ["71.2", "9.6"]), ([7.341, 0.5], ["7.34", "0.50"]),
+                         ([0.65249, 0.05], ["0.652", "0.050"]),
                          ([0.0652], ["0.0652"]), ([1140.3, 98.76], ["1140", "99"]), ([805, 0.652], ["805", "0.652"]),
-                         ([100.0, 99.96], ["100.0", "100.0"]), ([0.0], ["0.0"]), ([12345, -12345.6], ["12,345", "-12,346"])):
+                         ([100.0, 99.96], ["100.0", "100.0"]), ([0.0], ["0.0"]),
+                         ([12345, -12345.6], ["12,345", "-12,346"])):
         assert [value for value, _ in show(cells)] == shown
 
 
 def test_a_number_too_small_for_its_column_keeps_two_digits():
     """Beside 97.3 there is one decimal, enough for 1.04 but not for 0.14; and 3e-9 would need eleven decimals."""
-    assert [value for value, _ in show([97.3, 0.14, -0.004, 1.04, 3e-9])] == ["97.3", "0.14", "-0.0040", "1.0", "3.0e-09"]
+    said = [value for value, _ in show([97.3, 0.14, -0.004, 1.04, 3e-9])]
+    assert said == ["97.3", "0.14", "-0.0040", "1.0", "3.0e-09"]
 
 
 def test_cells_of_every_kind():
     cells = [interval(71.2, 68.0, 74.13), interval(5.0, None, None), None, "text", True, {"other": 1}]
-    assert show(cells) == [("71.2", "[68.0, 74.1]"), ("5.0", ""), ("-", ""), ("text", ""), ("true", ""), ('{"other": 1}', "")]
+    assert show(cells) == [("71.2", "[68.0, 74.1]"), ("5.0", ""), ("-", ""), ("text", ""), ("true", ""),
+                           ('{"other": 1}', "")]
     assert show([]) == []
 
 
@@ -57,8 +62,10 @@ def test_decimal_points_stand_below_each_other():
 
 
 def test_clean_leaves_plain_json():
-    dirty = {"a": [NAN, math.inf, 1.5, np.float32(0.5), np.int64(3), np.array([1.0, NAN])], 2: ("\x1b[m\x00\r\ny\t", "\ud800", None, True)}
-    assert clean(dirty) == {"a": [None, None, 1.5, 0.5, 3, [1.0, None]], "2": ["\ufffd[m\ufffd\ny\t", "\ufffd", None, True]}
+    dirty = {"a": [NAN, math.inf, 1.5, np.float32(0.5), np.int64(3), np.array([1.0, NAN])],
+             2: ("\x1b[m\x00\r\ny\t", "\ud800", None, True)}
+    assert clean(dirty) == {"a": [None, None, 1.5, 0.5, 3, [1.0, None]],
+                            "2": ["\ufffd[m\ufffd\ny\t", "\ufffd", None, True]}
     json.dumps(clean(dirty), allow_nan=False).encode()
 
 
@@ -102,7 +109,8 @@ def test_headers_of_numbers_wrap_before_texts_do():
 
 
 def test_the_terminal_says_where_a_figure_is():
-    assert "see report.html" in text(of(table([], [], figure=FIGURES["bars"](2)))) and "figure" not in text(of(table([["a", 1]])))
+    assert "see report.html" in text(of(table([], [], figure=FIGURES["bars"](2))))
+    assert "figure" not in text(of(table([["a", 1]])))
 
 
 def test_a_row_of_another_length_is_refused():
@@ -137,19 +145,23 @@ class Balanced(HTMLParser):
 
 
 FIGURES = {
-    "ratings": lambda n: {"kind": "ratings", "names": names(n), "values": spread(n), "low": [x - 30 for x in spread(n)],
-                          "high": [x + 30 for x in spread(n)], "label": "Elo", "reference": 1000},
-    "matrix": lambda n: {"kind": "matrix", "names": names(n), "columns": names(n), "grid": [spread(n) for _ in range(n)],
-                         "label": "win rate of the row, %", "low": 0, "high": 100},
+    "ratings": lambda n: {"kind": "ratings", "names": names(n), "values": spread(n),
+                          "low": [x - 30 for x in spread(n)], "high": [x + 30 for x in spread(n)],
+                          "label": "Elo", "reference": 1000},
+    "matrix": lambda n: {"kind": "matrix", "names": names(n), "columns": names(n),
+                         "grid": [spread(n) for _ in range(n)], "label": "win rate of the row, %", "low": 0,
+                         "high": 100},
     "points": lambda n: {"kind": "points", "x": spread(n), "y": spread(n)[::-1], "x_label": "length",
                          "y_label": "win rate"},
-    "bars": lambda n: {"kind": "bars", "names": names(n), "groups": {f"series {k} of many words": [x - 40 * k for x in spread(n)]
-                                                                     for k in range(4)}, "label": "score"},
+    "bars": lambda n: {"kind": "bars", "names": names(n),
+                       "groups": {f"series {k} of many words": [x - 40 * k for x in spread(n)]
+                                  for k in range(4)}, "label": "score"},
 }
 
 
 def names(n: int) -> list[str]:
-    return [["base", "a model with a name that goes on and on and on", "模型", "SFT"][i % 4] + f" {i}" for i in range(n)]
+    kinds = ["base", "a model with a name that goes on and on and on", "模型", "SFT"]
+    return [f"{kinds[i % 4]} {i}" for i in range(n)]
 
 
 def spread(n: int) -> list[float]:
@@ -166,12 +178,12 @@ def drawn(figure: dict):
         low, high = sorted(axis.get_view_interval())
         beyond |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
     outside = []
-    for text in found.findobj(lambda x: isinstance(x, Text) and x.get_visible() and x.get_text() and x not in beyond):
-        box = text.get_window_extent()
-        assert found.bbox.x0 - 1 <= box.x0 <= box.x1 <= found.bbox.x1 + 1, text
-        assert found.bbox.y0 - 1 <= box.y0 <= box.y1 <= found.bbox.y1 + 1, text
-        if text.get_in_layout() and not text.get_rotation():
-            assert not box.padded(-2).count_overlaps(outside), text
+    for label in found.findobj(lambda x: isinstance(x, Text) and x.get_visible() and x.get_text() and x not in beyond):
+        box = label.get_window_extent()
+        assert found.bbox.x0 - 1 <= box.x0 <= box.x1 <= found.bbox.x1 + 1, label
+        assert found.bbox.y0 - 1 <= box.y0 <= box.y1 <= found.bbox.y1 + 1, label
+        if label.get_in_layout() and not label.get_rotation():
+            assert not box.padded(-2).count_overlaps(outside), label
             outside.append(box)
     return found
 
@@ -192,7 +204,8 @@ def test_a_figure_without_a_number_says_so(kind):
     figure = FIGURES[kind](2)
     for key in {"values", "low", "high", "x"} & set(figure):
         figure[key] = [NAN, None]
-    figure |= {"grid": [[NAN] * 2] * 2} if kind == "matrix" else {"groups": {"a": [None, NAN]}} if kind == "bars" else {}
+    if kind in ("matrix", "bars"):
+        figure |= {"grid": [[NAN] * 2] * 2} if kind == "matrix" else {"groups": {"a": [None, NAN]}}
     assert draw(clean(figure)) == draw(FIGURES[kind](0)) == figures.NOTHING
 
 
@@ -208,7 +221,8 @@ def test_figures_take_gaps_zeros_and_markup(kind):
         figure["groups"] = {HOSTILE: [0.0, None, -0.0]}
     figure = clean(figure | {"names": [HOSTILE] * 3, "label": HOSTILE, "x_label": HOSTILE, "y_label": HOSTILE})
     svg = draw(figure)
-    assert any(HOSTILE in text for text in texts(svg)) and "<script" not in svg and HOSTILE in ET.fromstring(svg).get("aria-label")
+    assert any(HOSTILE in text for text in texts(svg)) and "<script" not in svg
+    assert HOSTILE in ET.fromstring(svg).get("aria-label")
 
 
 @pytest.mark.parametrize("kind, key", [("ratings", "values"), ("points", "y"), ("matrix", "grid"), ("bars", "names")])
@@ -266,7 +280,8 @@ def test_every_text_can_be_read(palette):
     rgb = {name: [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)] for name, color in palette.items()}
     for name in ("ink", "muted", "accent"):
         assert contrast(rgb[name], rgb["paper"]) >= 4.5
-    figure = {"kind": "matrix", "names": ["a"], "columns": ["x", "y", "z"], "grid": [[-5, 50, 200]], "label": "", "low": 0, "high": 100}
+    figure = {"kind": "matrix", "names": ["a"], "columns": ["x", "y", "z"], "grid": [[-5, 50, 200]], "label": "",
+              "low": 0, "high": 100}
     strengths = [cell.get_alpha() for cell in figures.plot(figure).axes[0].patches]
     assert strengths == pytest.approx([0.04, 0.28, 0.52])
     for strength in strengths:
@@ -276,10 +291,10 @@ def test_every_text_can_be_read(palette):
 
 def everything() -> dict:
     rows = [[HOSTILE, NAN], ["b", interval(1.5, NAN, 2.0)]]
-    return of(*({"title": f"{HOSTILE} {kind}", "text": HOSTILE, "columns": [HOSTILE, "n, %"], "rows": rows, "figure": figure(4)}
-                for kind, figure in FIGURES.items()),
-              {"title": "words alone", "text": "None.", "columns": [], "rows": []},
-              title=HOSTILE, about={HOSTILE: HOSTILE, "nested": {"lr": 1e-6, "nan": NAN}})
+    return of(*({"title": f"{HOSTILE} {kind}", "text": HOSTILE, "columns": [HOSTILE, "n, %"], "rows": rows,
+                 "figure": figure(4)} for kind, figure in FIGURES.items()),
+              {"title": "words alone", "text": "None.", "columns": [], "rows": []}, title=HOSTILE,
+              about={HOSTILE: HOSTILE, "nested": {"lr": 1e-6, "nan": NAN}})
 
 
 def test_the_page_escapes_all_text_and_asks_for_nothing():
@@ -289,7 +304,8 @@ def test_the_page_escapes_all_text_and_asks_for_nothing():
     assert "".join(parsed.words).count(HOSTILE) >= 15
     assert not re.search(r"https?://", html.replace("http://www.w3.org/2000/svg", ""))
     attributes = [key for _, attrs in parsed.tags for key in attrs]
-    assert not {"src", "srcset", "onload", "onclick"} & set(attributes) and "url(" not in html.replace("url(#", "") and "@import" not in html
+    assert not {"src", "srcset", "onload", "onclick"} & set(attributes) and "url(" not in html.replace("url(#", "")
+    assert "@import" not in html
     assert all(attrs["href"].startswith("#") for tag, attrs in parsed.tags if tag == "a")
     targets = {attrs["id"] for tag, attrs in parsed.tags if tag == "section"}
     assert {attrs["href"][1:] for tag, attrs in parsed.tags if tag == "a"} == targets and len(targets) == 6
@@ -329,20 +345,26 @@ def runs(tmp_path, first: dict, second: dict) -> list:
 
 
 def test_compare_by_hand(tmp_path):
-    """SFT: 71.5 - 70.0 = 1.5 and n 10 - 8 = 2. DPO only in a, PPO only in b; the column "lc2" only in b; a verdict is no number."""
+    """SFT: 71.5 - 70.0 = 1.5 and n 10 - 8 = 2. DPO only in a, PPO only in b; the column "lc2" only in b; a verdict is
+    no number."""
     columns = ("model", "win rate, %", "n", "verdict")
-    first = of(table([["SFT", interval(70.0, 60.0, 80.0), 8, "good"], ["DPO", 80.5, 8, "best"]], columns), table([], title="Bias"))
+    first = of(table([["SFT", interval(70.0, 60.0, 80.0), 8, "good"], ["DPO", 80.5, 8, "best"]], columns),
+               table([], title="Bias"))
     second = of(table([["PPO", 50.0, 9, "fair", 40.0], ["SFT", 71.5, 10, "good", 66.0]], (*columns, "lc2")),
                 table([["x", 1]], title="Cost"))
     second["about"] = {"judge": "stub", "orders": "both", "seed": 1}
     got = compare(runs(tmp_path, first, second))
     assert got["title"] == "b against a"
     settings, alone, notes, rates, n, verdict = got["sections"]
-    assert settings["columns"] == ["setting", "a", "b"] and settings["rows"] == [["seed", "0", "1"], ["orders", None, "both"]]
+    assert settings["columns"] == ["setting", "a", "b"]
+    assert settings["rows"] == [["seed", "0", "1"], ["orders", None, "both"]]
     assert alone["rows"] == [["Bias", "a", 0], ["Cost", "b", 1]]
-    assert notes == {"title": "Win rates", "text": "Only in a: DPO. Only in b: PPO. Only in b: lc2.", "columns": [], "rows": []}
-    assert rates["title"] == "Win rates: win rate, %" and rates["columns"] == n["columns"] == ["model", "a", "b", "difference"]
-    assert rates["rows"] == [["SFT", interval(70.0, 60.0, 80.0), 71.5, 1.5], ["DPO", 80.5, None, None], ["PPO", None, 50.0, None]]
+    assert notes == {"title": "Win rates", "text": "Only in a: DPO. Only in b: PPO. Only in b: lc2.", "columns": [],
+                     "rows": []}
+    assert rates["title"] == "Win rates: win rate, %"
+    assert rates["columns"] == n["columns"] == ["model", "a", "b", "difference"]
+    assert rates["rows"] == [["SFT", interval(70.0, 60.0, 80.0), 71.5, 1.5], ["DPO", 80.5, None, None],
+                             ["PPO", None, 50.0, None]]
     assert n["rows"] == [["SFT", 8, 10, 2], ["DPO", 8, None, None], ["PPO", None, 9, None]]
     assert verdict["columns"] == ["model", "a", "b"] and verdict["rows"][0] == ["SFT", "good", "good"]
     page(got), text(got)
@@ -352,7 +374,8 @@ def test_a_run_differs_from_its_copy_in_nothing(tmp_path):
     same = of(table([["SFT", 70.0, "good"]], ("model", "win rate, %", "verdict")), table([]),
               {"title": "Note", "text": "Words.", "columns": [], "rows": []})
     got = compare(runs(tmp_path, same, same))
-    assert [section["title"] for section in got["sections"]] == ["Settings that differ", "Win rates", "Win rates (2)", "Note"]
+    assert [section["title"] for section in got["sections"]] == ["Settings that differ", "Win rates", "Win rates (2)",
+                                                                 "Note"]
     assert [section["text"] for section in got["sections"]] == [
         "None.", "The same in both: win rate, %; verdict.", "The same in both: win rate, %.", "The same in both."]
 
@@ -379,25 +402,30 @@ def game(prompt, preference):
 
 
 def test_preferences_are_compared_by_prompt(tmp_path):
-    """m against n on prompts 1, 2, 3 of both: a 1, 0, 0.5; b 1, 1 and 0.75 (judged three times: 1, 0.5, null; once from n's side).
+    """m against n on prompts 1, 2, 3 of both: a 1, 0, 0.5; b 1, 1 and 0.75 (judged three times: 1, 0.5, null; once from
+    n's side).
     Means 150 / 3 = 50 and 275 / 3 %. Prompt 4 has no verdict in b, 5 is only in a; the pair n and o is only in b."""
     folders = runs(tmp_path, of(), of())
     write_jsonl(folders[0] / "judgments.jsonl", [game(i, p) for i, p in enumerate((1, 0, 0.5, 1, 1), 1)])
-    rows = [game(3, 1), game(2, 0) | {"a": "n", "b": "m"}, game(1, 1), game(3, None), game(4, None), game(3, 0.5), game(1, 1) | {"a": "o"},
+    rows = [game(3, 1), game(2, 0) | {"a": "n", "b": "m"}, game(1, 1), game(3, None), game(4, None), game(3, 0.5),
+            game(1, 1) | {"a": "o"},
             {"judge": "j", "prompt": 1, "model": "m", "score": 7}]
     (folders[1] / "judgments.jsonl").write_text("".join(  # a line separator inside a text is no new line
         json.dumps(row | {"text": "x\u2028y"}, ensure_ascii=False) + "\n" for row in rows))
     section = compare(folders)["sections"][1]
-    assert section["columns"] == ["judge and pair", "a, %", "b, %", "difference, points", "prompts", "no verdict", "only in a", "only in b"]
+    assert section["columns"] == ["judge and pair", "a, %", "b, %", "difference, points", "prompts", "no verdict",
+                                  "only in a", "only in b"]
     m, n = section["rows"]
-    assert m[:3] == ["j: m against n", 50, pytest.approx(275 / 3)] and m[3]["value"] == pytest.approx(125 / 3) and m[4:] == [3, 1, 1, 0]
+    assert m[:3] == ["j: m against n", 50, pytest.approx(275 / 3)] and m[3]["value"] == pytest.approx(125 / 3)
+    assert m[4:] == [3, 1, 1, 0]
     assert 0 <= m[3]["low"] < 125 / 3 < m[3]["high"] <= 100
     assert n == ["j: n against o", None, None, None, 0, 0, 0, 1]
     assert section["figure"]["names"] == ["j: m against n"] and section["figure"]["reference"] == 0
 
 
 def test_a_shift_common_to_all_prompts_has_no_interval(tmp_path):
-    """b is 0.25 above a on every prompt: resampling prompts changes both means alike, so the paired interval is [25, 25]."""
+    """b is 0.25 above a on every prompt: resampling prompts changes both means alike, so the paired interval is [25,
+    25]."""
     folders = runs(tmp_path, of(), of())
     for folder, shift in zip(folders, (0, 0.25), strict=True):
         write_jsonl(folder / "judgments.jsonl", [game(i, i % 4 / 4 + shift) for i in range(40)])
@@ -417,9 +445,10 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
     exits(capsys, lambda: compare(folders[:1]), "--compare", "1 folders", "expected two")
     exits(capsys, lambda: compare([folders[0], folders[0]]), "same folder")
     exits(capsys, lambda: compare([folders[0], tmp_path / "gone"]), "gone/report.json", "cannot be read")
-    for broken in ("{", "[]", '{"title": "x"}', '{"title": 3, "about": {}, "sections": []}', '{"title": "x", "about": [], "sections": []}',
-                   '{"title": "x", "about": {}, "sections": [{"title": "y", "columns": ["z"], "rows": [[1, 2]]}]}', "\xff", "[" * 100_000,
-                   '{"title": "x", "about": {}, "sections": [{"title": "y", "columns": [], "rows": [], "figure": {"kind": "pie"}}]}'):
+    start = '{"title": "x", "about": {}, "sections": [{"title": "y", '
+    for broken in ("{", "[]", '{"title": "x"}', '{"title": 3, "about": {}, "sections": []}',
+                   '{"title": "x", "about": [], "sections": []}', start + '"columns": ["z"], "rows": [[1, 2]]}]}',
+                   start + '"columns": [], "rows": [], "figure": {"kind": "pie"}}]}', "\xff", "[" * 100_000):
         (folders[1] / "report.json").write_bytes(broken.encode("latin-1"))
         exits(capsys, lambda: compare(folders), "b/judge/report.json", "is not a report", "run the evaluation again")
 

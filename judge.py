@@ -1,15 +1,15 @@
 """Measure chatbots: let them answer, let judges compare the answers, and put the judges on trial too.
 
-    python judge.py --config configs/tiny/judge.toml         the tiny world's gold grades: report.html, report.json,
-    judgments.jsonl python judge.py models='["mine=runs/x", "base=http://127.0.0.1:8000/v1#base"]' data=mt_bench.jsonl
-    judges='["http://...#gpt-4o"]'
-    python judge.py judges='["GPT-4=recorded:judgments.jsonl"]'                   what was judged elsewhere
-    python judge.py --compare runs/a runs/b                  two reports side by side
+    python judge.py --config configs/tiny/judge.toml                the tiny world: every reply has a gold grade
+    python judge.py models='["mine=runs/x", "base=http://127.0.0.1:8000/v1#base"]' data=mt_bench.jsonl \\
+                    judges='["http://...#gpt-4o"]'                  a language model compares two others
+    python judge.py judges='["GPT-4=recorded:judgments.jsonl"]'     what was judged elsewhere
+    python judge.py --compare runs/a runs/b                         two reports side by side
 
-Every model answers the same questions turn by turn, going on from its own replies. A judge sees two replies to a
-question, in both orders unless told otherwise; it wins who wins in both (Zheng et al. 2023, arXiv:2306.05685). What
-models and judges said is kept in ledgers (data/llm.py): a run that was killed goes on where it was, and what is made
-of their words can be made anew for nothing. Where more than one verdict in twenty cannot be read, no mean is given.
+A run writes report.html, report.json and judgments.jsonl. Every model answers the same questions turn by turn, and sees
+its own earlier replies. A judge sees two replies to a question, in both orders by default; a win needs both (Zheng et
+al. 2023, arXiv:2306.05685). What models and judges said is kept in ledgers (data/llm.py): a killed run resumes, and a
+report can be made again without asking anyone. Where more than one verdict in twenty cannot be read, no mean is given.
 """
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from judging.ratings import lc_win_rate as length_controlled_win_rate
 from judging.tables import merge_orders as pairwise_verdicts
 from runtime import check_range, fail
 
-# for notebooks: every measure from one place
+# For notebooks: every measure from one place.
 __all__ = ["bootstrap_elo", "bradley_terry", "cohen_kappa", "elo", "fleiss_kappa", "krippendorff_alpha",
            "length_controlled_win_rate", "mt_bench", "pairwise_verdicts", "spearman", "win_rate"]
 
@@ -212,8 +212,8 @@ def read_answers(path: str, questions: list[Question]) -> list[list[dict]]:
 # ------------------------------------------------------------------------------------------ judges
 
 ORDERS = {"both": "Both orders: a win needs both, else it is a tie.", "one": "One order only, drawn by lot.",
-          "balanced": "One order only, each model as often first as second.", "": "No order: every reply has a score "
-                                                                                  "of its own.",
+          "balanced": "One order only, each model as often first as second.",
+          "": "No order: every reply has a score of its own.",
           "recorded": "One order of each comparison was recorded."}
 
 
@@ -363,8 +363,7 @@ def main(config: Config) -> None:
         sections = gold.sections(result["gold"], baseline, len(config.seeds))
 
     # Every judge compares the answers.
-    compared = matches(answers, baseline, config.all_pairs)
-    verdicts: dict[str, Verdicts] = {}
+    compared, verdicts = matches(answers, baseline, config.all_pairs), {}
     for name, kind, where, _ in judges:
         if kind == "recorded":
             verdicts[name] = recorded_verdicts(name, elsewhere[name], questions, baseline)

@@ -41,14 +41,14 @@ def raw_agreement(ratings, tie: float | None = None) -> dict[str, float]:
     """
     ratings = _table(ratings)
 
-    def share(table: np.ndarray) -> tuple[float, int]:
+    def equal_pairs(table: np.ndarray) -> tuple[float, int]:
         counts, _ = _counts(table)
         m = counts.sum(axis=1)
         pairs = (m * (m - 1)).sum() / 2
         return (float((counts * (counts - 1)).sum() / 2 / pairs) if pairs else np.nan), int(pairs)
 
-    agreement, n = share(ratings)
-    without, n_without = share(ratings if tie is None else np.where(ratings == tie, np.nan, ratings))
+    agreement, n = equal_pairs(ratings)
+    without, n_without = equal_pairs(ratings if tie is None else np.where(ratings == tie, np.nan, ratings))
     return {"agreement": agreement, "n": n, "agreement_without_ties": without, "n_without_ties": n_without}
 
 
@@ -136,10 +136,8 @@ def gwet_ac1(ratings) -> float:
     """AC1, stable when one label dominates (Gwet 2008, with gaps as in his 2014 handbook).
 
         p_a = mean over units with m >= 2 labels of sum_c n_uc (n_uc - 1) / (m (m - 1))
-        p_c = mean over rated units of n_uc / m,   p_e = sum_c p_c (1 - p_c) / (categories - 1),   AC1 = (p_a - p_e) /
-        (1 - p_e)
-
-    over the categories that occur.
+        p_c = mean over rated units of n_uc / m,   p_e = sum_c p_c (1 - p_c) / (categories - 1)
+        AC1 = (p_a - p_e) / (1 - p_e)                                   over the categories that occur
     """
     counts, values = _counts(_table(ratings))
     counts = counts[counts.sum(axis=1) > 0]

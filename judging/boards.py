@@ -23,15 +23,15 @@ def choice_sections(models: Sequence[Entry], tasks: Sequence[Entry], limit: int,
         return []
     exams = {}
     for task, _, path, examples in tasks:
-        exams[task] = choices.read_exam(task, path, "" if examples == "none" else examples, 0 if examples == "none"
-                                        else None, limit)
+        shots = {"examples": "", "shots": 0} if examples == "none" else {"examples": examples}
+        exams[task] = choices.read_exam(task, path, limit=limit, **shots)
         for file, rejects in exams[task].rejects.items():
             for line, reason in rejects[:5]:
                 print(f"{file} line {line}: {reason}")
     results: dict[str, dict] = {}
     for name, _, where, _ in (model for model in models if model.kind == "model"):
-        tokenizer, model = load_tokenizer(where), load_model(where, torch.float32 if device.type == "cpu" else None,
-                                                             device)
+        dtype = torch.float32 if device.type == "cpu" else None
+        tokenizer, model = load_tokenizer(where), load_model(where, dtype, device)
         results[name] = {task: choices.evaluate(model, tokenizer, exam, progress=f"{name}: {task}")
                          for task, exam in exams.items()}
     sections = [choices.choices_section(results)]

@@ -15,8 +15,7 @@ prompt of TruthfulQA and MMLU v0 come out. One departure: where a tokenizer begi
 the board left it out (`bos=False`).
 
 What choices share is computed once: they are leaves of one packed tree (`kernels/layout.py`), and so are questions that
-begin alike where that takes fewer tokens. A path's last token predicts nothing and is left out: MMLU's letters cost
-none.
+begin alike where that takes fewer tokens. A path's last token predicts nothing and is left out: letters cost none.
 """
 from __future__ import annotations
 
@@ -229,8 +228,7 @@ def read_exam(task: str, path: str | Path, examples: str | Path = "", shots: int
 
 def read_questions(task: str, path: str | Path) -> tuple[list[Question], list[tuple[int, str]]]:
     """The questions of a file, and its rejects (line, reason): JSON lines or one JSON list, whose items count as lines,
-    plain or `.gz`;
-    MMLU's original CSV files too, or the folder of them."""
+    plain or `.gz`; MMLU's original CSV files too, or the folder of them."""
     if task not in TASKS:
         fail(f"multiple choice: task '{task}' is unknown, expected one of {', '.join(TASKS)}")
     path, questions, rejects = Path(path), [], []
@@ -255,8 +253,8 @@ def _records(file: Path) -> list[tuple[int, object]]:
     try:
         text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
         if file.suffix == ".csv":  # question, four choices, letter; the subject is in the file's name
-            rows, known = csv.reader(io.StringIO(text, newline="")), {"subject": re.sub("_(dev|val|test)$", "",
-                                                                                        file.stem)}
+            rows = csv.reader(io.StringIO(text, newline=""))
+            known = {"subject": re.sub("_(dev|val|test)$", "", file.stem)}
             return [(rows.line_num, known | {"question": row[0], "choices": row[1:-1], "answer": row[-1]})
                     for row in rows if row]
         if text.lstrip().startswith("["):
@@ -297,8 +295,8 @@ Ids = tuple[int, ...]
 Request = tuple[Ids, Ids]  # context, continuation
 
 
-def encode_choices(tokenizer: Tokenizer, context: str, choices: Sequence[str], bos: bool) -> tuple[list[int],
-                                                                                                   list[list[int]]]:
+def encode_choices(tokenizer: Tokenizer, context: str, choices: Sequence[str],
+                   bos: bool) -> tuple[list[int], list[list[int]]]:
     """Ids of the context, and for each choice what follows as many ids when context and " choice" are encoded together.
 
     Blanks that end the context go over to the choice first. An empty context is one BOS or end-of-text token.
@@ -459,8 +457,7 @@ def grade(question: Question, values: Sequence[float]) -> dict[str, float]:
         acc       [argmax ll = gold]          acc_norm  [argmax ll / characters = gold]          the first of equals
         mc1       [argmax ll = 0] over mc1's choices
         mc2       sum of e^ll over true choices / over all, of mc2's choices; true are those before the first false one
-        mc2_mask  the same, true are those labelled so: what the harness does today; a true choice may follow a false
-        one
+        mc2_mask  the same, true are those labelled so (the harness today); a true choice may follow a false one
     """
     ll = np.asarray(values, dtype=float)
     if not question.truths:
@@ -531,14 +528,14 @@ def leaderboard_average(results: Mapping[str, dict]) -> float:
 
 def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
     """Results by model and task as a section of a report."""
-    told: dict[str, dict] = {}
+    first: dict[str, dict] = {}
     for model, by_task in results.items():
         for task, result in by_task.items():
-            if told.setdefault(task, result)["request_sha256"] != result["request_sha256"]:
+            if first.setdefault(task, result)["request_sha256"] != result["request_sha256"]:
                 fail(f"multiple choice: {model} was asked other questions of {task} than another model: evaluate both "
                      "with one setting")
-    measured = [(task, told[task]["metric"]) for task in told] + [("truthfulqa", m) for m in ("mc1", "mc2_mask")
-                                                                  if "truthfulqa" in told]
+    measured = [(task, first[task]["metric"]) for task in first]
+    measured += [("truthfulqa", m) for m in ("mc1", "mc2_mask") if "truthfulqa" in first]
     rows = []
     for model, by_task in results.items():
         average = leaderboard_average(by_task)
@@ -546,16 +543,16 @@ def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
         rows.append([model, *cells, None if math.isnan(average) else 100 * average,
                      sum(r["cut"] for r in by_task.values())])
     if len(results) > 1:
-        values = [[by_task[task]["value"] for by_task in results.values() if task in by_task] for task in told]
+        values = [[by_task[task]["value"] for by_task in results.values() if task in by_task] for task in first]
         ranges = [100 * (max(column) - min(column)) for column in values]
         rows.append(["largest - smallest", *ranges, *[None] * (len(measured) - len(ranges) + 2)])
-    asked = ", ".join(f"{r['n']:,} of {r['name']}{' (limited)' * bool(r['limit'])}" for r in told.values())
-    rejects = sum(len(lines) for result in told.values() for lines in result["rejects"].values())
+    asked = ", ".join(f"{r['n']:,} of {r['name']}{' (limited)' * bool(r['limit'])}" for r in first.values())
+    rejects = sum(len(lines) for result in first.values() for lines in result["rejects"].values())
     text = (f"Questions: {asked}; lines rejected: {rejects}. Intervals are 95 %, over questions; a cut request lost "
-            "the beginning of " "its context.")
+            "the beginning of its context.")
     figure = {"kind": "bars", "names": list(results), "label": "%", "groups": {
-        told[task]["name"]: [100 * r[task]["value"] if task in r else None for r in results.values()] for task in told}}
-    columns = ["model", *(f"{told[task]['name']}, {told[task]['shots']} shots, {metric}, %"
+        first[task]["name"]: [100 * r[task]["value"] if task in r else None for r in results.values()] for task in first}}
+    columns = ["model", *(f"{first[task]['name']}, {first[task]['shots']} shots, {metric}, %"
                           for task, metric in measured), "average of the four, %", "requests cut"]
     return {"title": "Multiple choice by log-likelihood", "text": text, "columns": columns, "rows": rows,
             "figure": figure}

@@ -129,10 +129,14 @@ def _axes(width: float, height: float):
     return drawn, drawn.subplots()
 
 
+def _short(name: str) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= 40 else f"{name[:39]}…"
+
+
 def _names(axes, names: list[str]) -> None:
     """Names down the left, the first at the top."""
-    short = [" ".join(name.split()) for name in names]
-    axes.set_yticks(range(len(names)), [name if len(name) <= 40 else f"{name[:39]}…" for name in short])
+    axes.set_yticks(range(len(names)), list(map(_short, names)))
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
@@ -182,8 +186,8 @@ def _matrix(figure: dict):
             axes.text(x, y, next(shown)[0], ha="center", va="center",
                       color=LIGHT["ink" if value is not None else "muted"], in_layout=False)
     axes.set_xlim(-0.5, len(columns) - 0.5)
-    axes.set_xticks(range(len(columns)), [c if len(c) <= 40 else f"{c[:39]}…" for c in columns], rotation=45 if slanted
-                    else 0, ha="left" if slanted else "center", color=LIGHT["ink"])
+    axes.set_xticks(range(len(columns)), list(map(_short, columns)), rotation=45 if slanted else 0,
+                    ha="left" if slanted else "center", color=LIGHT["ink"])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines["bottom"].set_visible(False)

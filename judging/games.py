@@ -67,17 +67,16 @@ def in_orders(found: list[Match], orders: str, names: list[str]) -> list[tuple[M
     """
     if orders == "both":
         return [(m, first) for m in found for first in (True, False)]
-    chosen = []
-    for m in found:
+
+    def first(m: Match) -> bool:
         if orders == "one":
-            first = hashlib.sha256(f"{m.question} {m.turn} {m.seed} {sorted((m.a, m.b))}".encode()).digest()[0] % 2 == (
-                m.a < m.b)
-        else:
-            distance = (names.index(m.b) - names.index(m.a)) % len(names)
-            first = (2 * distance < len(names) or (2 * distance == len(names) and m.a < m.b)) ^ (m.question
-                                                                                                 + m.seed) % 2
-        chosen.append((m, bool(first)))
-    return chosen
+            drawn = hashlib.sha256(f"{m.question} {m.turn} {m.seed} {sorted((m.a, m.b))}".encode()).digest()[0] % 2
+            return drawn == (m.a < m.b)
+        distance = (names.index(m.b) - names.index(m.a)) % len(names)
+        before = 2 * distance < len(names) or (2 * distance == len(names) and m.a < m.b)
+        return before ^ bool((m.question + m.seed) % 2)
+
+    return [(m, first(m)) for m in found]
 
 
 def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, unbiased: bool = False,

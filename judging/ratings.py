@@ -165,13 +165,11 @@ def win_rate(preferences, prompts: Sequence | None = None) -> dict[str, float]:
     mean = sums.sum() / n
     squares = ((sums - mean * counts) ** 2).sum() * clusters / (clusters - 1) if clusters > 1 else math.nan
     return {"win_rate": 100 * mean, "standard_error": 100 * math.sqrt(squares) / n, "n": n, "wins": wins,
-            "losses": losses, "draws": drawn,
-            "missing": int(np.isnan(p).sum()), "discrete_win_rate": 100 * (wins + drawn / 2)
-            / max(wins + losses + drawn, 1)}
+            "losses": losses, "draws": drawn, "missing": int(np.isnan(p).sum()),
+            "discrete_win_rate": 100 * (wins + drawn / 2) / max(wins + losses + drawn, 1)}
 
 
-def paired_difference(first, second, prompts: Sequence | None = None, rounds: int = 1000, seed: int = 0) -> dict[str,
-                                                                                                                 float]:
+def paired_difference(first, second, prompts: Sequence | None = None, rounds: int = 1000) -> dict[str, float]:
     """How much higher the first model's mean preference is, in points, on rows [n] where both have a verdict.
 
     Two separate intervals that overlap do not say that two models are equal: prompts hard for one are hard for the
@@ -182,7 +180,7 @@ def paired_difference(first, second, prompts: Sequence | None = None, rounds: in
     n = int((~np.isnan(gap)).sum())
     if not n:
         raise ValueError("no row has a verdict for both models")
-    low, high = mean_interval(gap, prompts, rounds, seed)
+    low, high = mean_interval(gap, prompts, rounds)
     return {"difference": 100 * float(np.nanmean(gap)), "low": 100 * low, "high": 100 * high, "n": n}
 
 
@@ -192,9 +190,8 @@ def feature_preference(preferences, model_value, baseline_value, threshold: floa
     Lengths in characters with threshold 30 (AlpacaEval's verbosity), `distinct_words`, or 0/1 for "has a list".
     Good models write more: compare judges on one model's answers, or models with one judge, but not across both.
     """
-    p, difference = np.asarray(preferences, dtype=float), np.asarray(model_value,
-                                                                     dtype=float) - np.asarray(baseline_value,
-                                                                                               dtype=float)
+    p, model, baseline = (np.asarray(x, dtype=float) for x in (preferences, model_value, baseline_value))
+    difference = model - baseline
     used = (np.abs(difference) > threshold) & ((p > 0.5) | (p < 0.5))
     won = int(((p > 0.5) == (difference > 0))[used].sum())
     low, high = wilson(won, int(used.sum()))
@@ -210,8 +207,8 @@ def distinct_words(text: str) -> int:
 def lc_win_rate(theta: float, psi: float, difficulty) -> float:
     """AlpacaEval 2's length-controlled win rate from published weights (Dubois et al. 2024, arXiv:2404.04475).
 
-        logit P(model wins on i) = theta + phi tanh(delta_i) + psi gamma_i,   LC = 100 mean_i sigmoid(theta + psi
-        gamma_i)
+        logit P(model wins on i) = theta + phi tanh(delta_i) + psi gamma_i
+        LC = 100 mean_i sigmoid(theta + psi gamma_i)
 
     gamma is the instructions' difficulty [n], delta the length difference, set to 0. For two models against
     each other pass the differences of their weights; the baseline has zero weights and gets exactly 50.
@@ -471,10 +468,8 @@ def rating_table(models: Sequence[str], samples: np.ndarray, point: Mapping[str,
     return sorted(lines, key=lambda line: (-line["rating"], line["model"]))
 
 
-def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 1000, seed: int = 0) -> dict[str,
-                                                                                                           list[dict]]:
-    """The talk's two tables from the same ratings 1-8: median bootstrapped Elo with ties allowed (4 and 5 tie) and not
-    allowed.
+def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 1000) -> dict[str, list[dict]]:
+    """The talk's two tables from the same ratings 1-8: median bootstrapped Elo where 4 and 5 are ties, and where not.
 
     rows: (A, B, rating, prompt), A shown left. Resampling prompts keeps the six games of one prompt together.
     """
@@ -483,7 +478,7 @@ def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 10
     for name, ties in (("ties allowed", True), ("no ties", False)):
         games = collect(Game(a, b, likert_outcome(rating, ties), prompt) for a, b, rating, prompt in rows)
         check_connected(games)
-        result[name] = rating_table(games.models, bootstrap_elo(games, rounds, seed))
+        result[name] = rating_table(games.models, bootstrap_elo(games, rounds))
     return result
 
 

@@ -1,31 +1,24 @@
 """Judgments made elsewhere, as the rows our statistics take; every bad record is reported with its place and reason.
 
-    a game    {"prompt", "category"?, "a", "b", "a_first", "preference", "judge", "turn"?, "repeat"?, "length_a"?,
-    "words_a"?, ...} a score   {"prompt", "category"?, "model", "score", "judge", "turn", "repeat"?}
+    a game    {"prompt", "category"?, "a", "b", "a_first", "preference", "judge", "turn"?, "repeat"?, "length_a"?, ...}
+    a score   {"prompt", "category"?, "model", "score", "judge", "turn", "repeat"?}
     a label   {"unit", "category"?, "rater", "label"}
 
 preference is a's, from 0 to 1. None is no verdict: kept, and counted. a_first is None where the order is not known. A
 file is a JSON array, JSON lines or CSV, perhaps .gz; its first record tells the format:
 
-    alpaca_eval      annotations of AlpacaEval 1 and 2, a the evaluated model; the order follows from the labels'
-    log-probabilities
-    mt_bench_single  scores 1-10 by turn             mt_bench_pair  both games of a pair     (Zheng et al. 2023,
-    arXiv:2306.05685)
+    alpaca_eval      AlpacaEval 1 and 2, a the evaluated model; the labels' log-probabilities tell the order
+    mt_bench_single  scores 1-10 by turn; mt_bench_pair: both games of a pair     (Zheng et al. 2023, arXiv:2306.05685)
     vicuna           two scores in one review: two score rows and a game
-    llmbar           both orders, with "gold", the right preference                          (Zeng et al. 2023,
-    arXiv:2310.07641)
-    pandalm          three people's 0 (tie), 1, 2: a game and a label by each                (Wang et al. 2023,
-    arXiv:2306.05087)
-    xstest           people's and models' labels of replies                                  (Röttger et al. 2023,
-    arXiv:2308.01263)
-    battles          FastChat's anonymous votes, or left, right and winner; without a question_id each is a prompt of
-    its own
+    llmbar           both orders, with "gold", the right preference               (Zeng et al. 2023, arXiv:2310.07641)
+    pandalm          three people's 0 (tie), 1, 2: a game and a label by each     (Wang et al. 2023, arXiv:2306.05087)
+    xstest           people's and models' labels of replies                      (Röttger et al. 2023, arXiv:2308.01263)
+    battles          FastChat's anonymous votes, or left, right and winner; without a question_id each is its own prompt
     likert           ratings 1 (A is much better) to 8, or a choice and a margin 1-4: games and labels
-    arena_hard       A>>B to B>>A, both games        rows      the rows above: our own judgments
+    arena_hard       A>>B to B>>A, both games; rows: the rows above, our own judgments
 
-    python -m judging.recorded FILE ...                       counts, rejects, and which files are copies of each other
-    python -m judging.recorded FILE from_text=true --out rows.jsonl        the same, and the rows; any of Options may be
-    set
+    python -m judging.recorded FILE ...          counts, rejects, and which files are copies of each other
+    python -m judging.recorded FILE from_text=true --out rows.jsonl     the same, and the rows; keys: see Options
 """
 from __future__ import annotations
 
@@ -97,8 +90,9 @@ class Recorded:
                  f"{len(self.rejects)} rejected"]
         lines += [f"  {count} times: {reason}" for reason, count in self.reasons.most_common()]
         if self.differs:
-            lines.append("  {} stored verdicts differ from the judge's words, first in {}: {}".format(len(self.differs),
-                                                                                                      *self.differs[0]))
+            place, how = self.differs[0]
+            count = len(self.differs)
+            lines.append(f"  {count} stored verdicts differ from the judge's words, first in {place}: {how}")
         return "\n".join(lines)
 
 

@@ -235,9 +235,8 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
                  "columns": ["model", "rank", "Bradley-Terry", "Elo", "ties modelled", "wins + ties/2, %", "games"]}]
     if len(table) > 2:
         grid = [[_win_share(against(rows, a, b)) if a != b else None for b in table] for a in table]
-        sections.append(grid_section(f"{judge}: who beats whom", "Wins of the row's model against the column's in "
-                                                                 "percent, ties half.", list(table), list(table), grid,
-                                     "win rate, %"))
+        text = "Wins of the row's model against the column's in percent, ties half."
+        sections.append(grid_section(f"{judge}: who beats whom", text, list(table), list(table), grid, "win rate, %"))
     return sections
 
 

@@ -48,8 +48,8 @@ def cross_examine(judge: Judge, rows: Sequence[dict], marks: Sequence[dict], ans
     games = in_orders(matches(answers, baseline, all_pairs), "both", answers.names)
     asked, worded = {"as configured": rows}, {judge.wording: rows}
     if judge.wording != "bare":  # which has no words to change
-        asked["told of its bias"] = compare(judge, games, answers, unbiased=True, progress=f"{judge.name}: told of its "
-                                                                                           "bias")
+        told = "told of its bias"
+        asked[told] = compare(judge, games, answers, unbiased=True, progress=f"{judge.name}: {told}")
         for wording in COMPARE:
             if wording != judge.wording:
                 worded[wording] = compare(judge._replace(wording=wording), games, answers,

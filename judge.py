@@ -336,8 +336,7 @@ def write_replies(out: Path, answers: Answers, grades: dict | None, show: int) -
 
 
 def main(config: Config) -> None:
-    device = runtime.setup(config.device, 0, config.threads)
-    out = runtime.open_folder(config.out)
+    device, out = runtime.setup(config.device, 0, config.threads), runtime.open_folder(config.out)
     models, judges = decode_all("models", config.models), decode_all("judges", config.judges)
     baseline = config.baseline or next((model.name for model in models), "")
     elsewhere = {judge.name: read_recorded(judge.where, baseline or "baseline")
@@ -357,7 +356,7 @@ def main(config: Config) -> None:
     if said:
         result["about"] |= {"data": config.data, "questions": len(questions), "temperature": config.temperature,
                             "seeds": " ".join(map(str, config.seeds))}
-    if said and graded:
+    if graded:
         grades = gold.grade_all(answers, dialogues)
         result["gold"] = gold.summaries(answers, dialogues, grades, baseline)
         sections = gold.sections(result["gold"], baseline, len(config.seeds))

@@ -550,12 +550,12 @@ def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
     rejects = sum(len(lines) for result in first.values() for lines in result["rejects"].values())
     text = (f"Questions: {asked}; lines rejected: {rejects}. Intervals are 95 %, over questions; a cut request lost "
             "the beginning of its context.")
-    figure = {"kind": "bars", "names": list(results), "label": "%", "groups": {
-        first[task]["name"]: [100 * r[task]["value"] if task in r else None for r in results.values()] for task in first}}
+    bars = {first[task]["name"]: [100 * r[task]["value"] if task in r else None for r in results.values()]
+            for task in first}
     columns = ["model", *(f"{first[task]['name']}, {first[task]['shots']} shots, {metric}, %"
                           for task, metric in measured), "average of the four, %", "requests cut"]
     return {"title": "Multiple choice by log-likelihood", "text": text, "columns": columns, "rows": rows,
-            "figure": figure}
+            "figure": {"kind": "bars", "names": list(results), "label": "%", "groups": bars}}
 
 
 def subjects_section(results: Mapping[str, dict]) -> dict:

@@ -11,6 +11,7 @@ from conftest import ROOT, exits, write_jsonl
 import judge
 from data.tiny import build
 from judge import Config
+from judging.entries import decode
 from judging.gold import interval, sections, summarize
 from runtime import load_config
 
@@ -117,6 +118,23 @@ def test_runs_are_compared_from_the_command_line(questions, tmp_path, capsys, mo
                             (command[:-1], "expected two")):
         monkeypatch.setattr(sys, "argv", wrong)
         exits(capsys, lambda: runpy.run_path(str(ROOT / "judge.py"), run_name="__main__"), fragment)
+
+
+@pytest.mark.parametrize("key, text, entry", [
+    ("models", "SFT=runs/sft/model", ("SFT", "model", "runs/sft/model", "")),
+    ("models", "base=few-shot:runs/{seed}/model", ("base", "few-shot", "runs/{seed}/model", "")),
+    ("models", "GPT=http://host:8000/v1#gpt", ("GPT", "endpoint", "http://host:8000/v1#gpt", "")),
+    ("models", "old=answers.jsonl", ("old", "answers", "answers.jsonl", "")),
+    ("judges", "gold", ("gold", "gold", "", "")),
+    ("judges", "recorded:votes.jsonl", ("recorded:votes.jsonl", "recorded", "votes.jsonl", "")),
+    ("judges", "people=recorded:votes.csv", ("people", "recorded", "votes.csv", "")),
+    ("judges", "RM=reward:runs/reward/model", ("RM", "reward", "runs/reward/model", "")),
+    ("reward_models", "DPO=dpo:runs/dpo:runs/sft", ("DPO", "dpo", "runs/dpo", "runs/sft")),
+    ("choices", "arc=test.jsonl:train.jsonl", ("arc", "answers", "test.jsonl", "train.jsonl")),
+    ("attacks", "SFT=tried:all", ("SFT", "model", "tried", "all")),
+])
+def test_an_entry_is_a_name_a_kind_and_a_place(key, text, entry):
+    assert decode(key, text) == entry
 
 
 def test_recorded_replies_are_read_by_id_and_by_instruction(tmp_path):

@@ -125,8 +125,7 @@ def of_seed(where: str, seed: int) -> str:
 
 def load_questions(data: str, references: str = "", limit: int = 0,
                    graded: bool = False) -> tuple[list[Question], list[dict] | None]:
-    """The questions, and if they are the tiny world's (as they must be to be `graded`), its dialogues for the
-    grader."""
+    """The questions, and the tiny world's dialogues if that is what they are, as `graded` ones must be."""
     if not Path(data).is_file():
         fail(f"data={data}: no such file, expected JSON lines of questions, such as test.jsonl of data/tiny/build.py")
     right = recorded_replies(references)[0] if references else {}
@@ -159,8 +158,7 @@ def load_questions(data: str, references: str = "", limit: int = 0,
 
 def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None, sampling: Sampling, seed: int,
            ledger: Path, budget: Budget, device: torch.device) -> list[list[dict]]:
-    """The replies to every turn of every question, [{"text", "finished"}] by turn; a turn whose reply failed ends the
-    dialogue."""
+    """The replies {"text", "finished"} by question and turn; a turn whose reply failed ends the dialogue."""
     where, progress = of_seed(model.where, seed), f"{model.name}, seed {seed}"
     if model.kind == "answers":
         return read_answers(where, questions)
@@ -186,8 +184,7 @@ def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None
 
 
 def recorded_replies(path: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Replies by id and by instruction: {"id", "replies": [text, ...]}, MT-Bench's "choices", AlpacaEval's
-    {"instruction", "output"}."""
+    """Replies by id and by instruction, from {"id", "replies"}, MT-Bench's "choices" or AlpacaEval's "output"."""
     def replies(record: dict, number: int) -> tuple[str, str | None, list[str]]:
         said = record.get("replies") or (record["choices"][0]["turns"] if "choices" in record else [record["output"]])
         texts = [r["text"] if isinstance(r, dict) else r for r in said]
@@ -218,8 +215,7 @@ ORDERS = {"both": "Both orders: a win needs both, else it is a tie.", "one": "On
 
 
 class Verdicts(NamedTuple):
-    """What one judge said: games and marks (judging/tables.py), against whom wins count, in which orders, and sections
-    about it."""
+    """What one judge said (judging/tables.py), against whom wins count, in which orders, and sections about it."""
 
     games: list[dict]
     marks: list[dict]

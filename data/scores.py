@@ -33,7 +33,7 @@ def response_scores(model: Transformer, batch: Batch) -> Tensor:
 @torch.no_grad()
 def all_scores(model: Transformer, trees: list[Tree], micro_tokens: int, device: torch.device,
                score: Callable[[Transformer, Batch], Tensor] = response_scores) -> list[Tensor]:
-    """Scores [responses] of every tree, in the order given; each rank scores its batches, and all get the whole table."""
+    """Scores [responses] of every tree, in the order given; each rank scores its batches, and all get all scores."""
     counts = [len(tree.responses) for tree in trees]
     table = torch.zeros(sum(counts))
     for batch in share(trees, micro_tokens):

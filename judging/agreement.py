@@ -60,8 +60,7 @@ def cohen_kappa(ratings, weights: str | None = None) -> float:
     """
     ratings = _table(ratings)
     if len(ratings) != 2:
-        raise ValueError(f"Cohen's kappa compares 2 raters, got {len(ratings)}: use Fleiss' kappa or Krippendorff's "
-                         "alpha")
+        raise ValueError(f"Cohen's kappa compares 2 raters, got {len(ratings)}: use Fleiss' or Krippendorff's")
     a, b = ratings[:, ~np.isnan(ratings).any(axis=0)]
     if not len(a):
         return np.nan
@@ -90,8 +89,7 @@ def fleiss_kappa(ratings) -> float:
     """
     ratings = _table(ratings)
     if np.isnan(ratings).any():
-        raise ValueError("Fleiss' kappa needs every unit rated by every rater: use Krippendorff's alpha, or drop units "
-                         "with gaps")
+        raise ValueError("Fleiss' kappa needs every unit rated by every rater: drop units, or use Krippendorff's")
     m = len(ratings)
     counts, _ = _counts(ratings)
     if m < 2 or not len(counts):

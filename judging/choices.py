@@ -58,8 +58,7 @@ class Question(NamedTuple):
 
 
 def arc_question(record: dict) -> Question:
-    """{"question", "choices": {"text", "label"}, "answerKey"}, or lists "choices" and "labels", or AI2's nested
-    original."""
+    """{"question", "choices": {"text", "label"}, "answerKey"}, two lists, or AI2's nested original."""
     question, choices, labels = (record.get(key) for key in ("question", "choices", "labels"))
     if isinstance(question, dict):  # {"stem", "choices": [{"text", "label"}, ...]}
         items, question = question.get("choices"), question.get("stem")
@@ -85,8 +84,7 @@ def hellaswag_question(record: dict) -> Question:
 
 
 def hellaswag_text(text: str) -> str:
-    """WikiHow's marks out: " [title]" ends a sentence, other brackets go, two spaces become one (in one pass, so three
-    become two)."""
+    """Without WikiHow's marks: " [title]" ends a sentence, other brackets go, two spaces become one, in one pass."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -115,8 +113,7 @@ def _mmlu(record: dict) -> tuple[str, str, int, str]:
 
 
 def truthfulqa_question(record: dict) -> Question:
-    """{"question", "mc1_targets", "mc2_targets"}, each {text: 1 true or 0, ...} or {"choices", "labels"}; the first is
-    true."""
+    """{"question", "mc1_targets", "mc2_targets"}: {text: 1 or 0, ...} or {"choices", "labels"}; the first is true."""
     found = []
     for key in ("mc1_targets", "mc2_targets"):
         targets = record.get(key) if isinstance(record.get(key), dict) else {}
@@ -202,8 +199,7 @@ class Exam(NamedTuple):
 
 
 def read_exam(task: str, path: str | Path, examples: str | Path = "", shots: int | None = None, limit: int = 0) -> Exam:
-    """A task's questions from `path`, its shots (None: the leaderboard's number) from `examples`: the training file,
-    for MMLU dev."""
+    """Questions from `path`, shots (None: the leaderboard's number) from `examples`, the training file (MMLU: dev)."""
     questions, rejects = read_questions(task, path)
     shots = TASKS[task].shots if shots is None else shots
     check_range("shots", shots, 0, math.inf)
@@ -211,8 +207,7 @@ def read_exam(task: str, path: str | Path, examples: str | Path = "", shots: int
     if task == "truthfulqa" and shots:
         fail(f"truthfulqa: shots is {shots}, expected 0: six questions and answers are part of its prompt")
     if shots and not examples:
-        fail(f"{task}: {shots} shots need examples, expected the file of training questions (MMLU: dev): name it, or "
-             "set shots=0")
+        fail(f"{task}: {shots} shots need examples, expected training questions (MMLU: dev): name them, or set shots=0")
     files, pool = {str(path): rejects}, []
     if shots:
         pool, files[str(examples)] = read_questions(task, examples)
@@ -318,8 +313,7 @@ def encode_choices(tokenizer: Tokenizer, context: str, choices: Sequence[str],
 
 def to_requests(tokenizer: Tokenizer, asked: Sequence[tuple[Question, str]], max_length: int,
                 bos: bool) -> tuple[list[list[Request]], int]:
-    """The requests of every question, and how many lost the beginning of their context: more than `max_length` tokens
-    of input."""
+    """The requests of every question, and how many were longer than `max_length` and lost their beginning."""
     found, cut = [], 0
     for question, context in asked:
         start, continuations = encode_choices(tokenizer, context, question.choices, bos)
@@ -372,8 +366,7 @@ def plant(requests: Iterable[Request], micro_tokens: int) -> list[Tree]:
 
 
 def families(by_context: Mapping[Ids, Sequence[Ids]]) -> list[tuple[int, list[Ids]]]:
-    """Contexts that share a trunk, and its length: one context and all of it, or several where they take fewer tokens
-    that way."""
+    """Contexts by shared trunk, with its length; one context alone where sharing does not save tokens."""
     found: list[tuple[int, list[Ids], int, int]] = []  # with the number of leaves and their tokens
     for context in sorted(by_context):  # those that begin alike are neighbours
         tails = {continuation[:-1] for continuation in by_context[context]}
@@ -442,8 +435,7 @@ def likelihoods(model: Transformer, requests: Iterable[Request], micro_tokens: i
             asked = [request for tree in batch for request, _ in tree.requests]
             values = tree_likelihoods(model, batch).tolist()
             if not all(map(math.isfinite, values)):
-                fail("multiple choice: a log-likelihood is not finite, expected a number: are the model's weights "
-                     "whole?")
+                fail("multiple choice: a log-likelihood is not finite, expected a number: are the weights whole?")
             found |= zip(asked, values, strict=True)
             bar.update(len(asked))
     return found
@@ -532,8 +524,7 @@ def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
     for model, by_task in results.items():
         for task, result in by_task.items():
             if first.setdefault(task, result)["request_sha256"] != result["request_sha256"]:
-                fail(f"multiple choice: {model} was asked other questions of {task} than another model: evaluate both "
-                     "with one setting")
+                fail(f"multiple choice: {model} was asked other questions of {task}: evaluate all with one setting")
     measured = [(task, first[task]["metric"]) for task in first]
     measured += [("truthfulqa", m) for m in ("mc1", "mc2_mask") if "truthfulqa" in first]
     rows = []

@@ -44,8 +44,7 @@ def decode_all(key: str, entries: Sequence[str]) -> list[Entry]:
 
 
 def check_checkpoint(key: str, path: str, scored: bool) -> None:
-    """Refuse a place that is no model directory, or one that has a score head where none is wanted, or the other way
-    round."""
+    """Refuse a place that is no model directory, or whose model is a reward model and should not be, or is none."""
     if not (Path(path) / "config.json").is_file():
         fail(f"{key}: {path} holds no config.json, expected a model directory: train it first, or mend the path")
     if read_config(path).scored != scored:

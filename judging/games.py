@@ -81,8 +81,7 @@ def in_orders(found: list[Match], orders: str, names: list[str]) -> list[tuple[M
 
 def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, unbiased: bool = False,
             identical: bool = False, progress: str = "") -> list[dict]:
-    """The judge's verdict on every game, as rows. Replies that are the same text tie unasked, once, unless `identical`
-    is set."""
+    """The verdicts on all games, as rows. Equal replies tie without being asked, once, unless `identical` is set."""
     requests, asked, same = [], [], {}
     for m, a_first in games:
         a, b = ([r["text"] for r in answers.said[name, m.seed][m.question][:m.turn]] for name in (m.a, m.b))

@@ -35,8 +35,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
               baseline: dict[int, list[list[dict]]]) -> dict:
-    """One model's numbers from its graded replies {"text", "finished", "gold"} by seed, dialogue and turn, in points of
-    100."""
+    """One model's numbers, in points of 100, from its graded replies by seed, dialogue and turn."""
     everything = [r for graded in scores.values() for d in graded for r in d]
     follow_ups = [r["gold"] for graded in scores.values() for d in graded for r in d[1:]]
     by_seed, baseline_by_seed = ({seed: 100 * mean(r["gold"] for d in graded for r in d) for seed, graded in x.items()}
@@ -85,8 +84,7 @@ def sections(models: dict[str, dict], baseline: str, seeds: int) -> list[dict]:
 
 def few_shot_answer(path: str, dialogues: list[dict], max_tokens: int, temperature: float, seed: int,
                     device: torch.device, progress: str) -> list[list[dict]]:
-    """In-context learning in the tiny world: three careful examples of the task as plain text; the reply ends with its
-    line."""
+    """In-context learning in the tiny world: three examples of the task as text; the reply ends with its line."""
     texts = []
     for i, d in enumerate(dialogues):
         rng, text = random.Random(f"{seed} {i}"), ""

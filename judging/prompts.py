@@ -78,8 +78,7 @@ BRACKETED = re.compile(r"[\[［]{2}([^\[\]［］\n]{1,40})[\]］]{2}")
 
 def ask_pair(question: Question, first: list[str], second: list[str], form: str = "pair", wording: str = "plain",
              unbiased: bool = False) -> list[dict]:
-    """The messages that ask which of two dialogues ends better; replies by turn, as many of each, `first` is shown as
-    A."""
+    """The messages that ask which of two dialogues ends better; replies by turn, `first` is shown as A."""
     turns = len(first)
     if len(second) != turns or not 1 <= turns <= len(question.turns):
         raise ValueError(f"{question.id}: replies to {turns} and {len(second)} turns of {len(question.turns)}")
@@ -135,8 +134,7 @@ def _harmless(text: str) -> str:
 
 
 def _verdict_of(inside: str) -> tuple[str, float | None] | None:
-    """What a pair of brackets says: (letter or "tie" or "", number or None); None for anything else, such as [[1, 2]]
-    or [[X]]."""
+    """What brackets say: (letter, "tie" or "", number or None); None for anything else, such as [[1, 2]]."""
     words = unicodedata.normalize("NFKC", inside).strip().casefold()
     if words in ("tie", "c"):
         return "tie", None

@@ -21,8 +21,7 @@ from runtime import fail
 # ------------------------------------------------------------------------------------- preferences
 
 def alpaca_preference(value: float | str | None) -> float:
-    """AlpacaEval's stored preference, 1 (baseline) to 2 (model), 1.5 or 0 a draw, perhaps a string; None is no
-    verdict."""
+    """AlpacaEval's preference, 1 (baseline) to 2 (model), 1.5 or 0 a draw, perhaps as text; None is no verdict."""
     try:
         p = math.nan if value is None or value == "" else float(value)
     except (TypeError, ValueError):
@@ -49,8 +48,7 @@ def label_preference(first_logprob: float | None, second_logprob: float | None, 
 
 
 def likert_outcome(rating: int, ties: bool) -> float:
-    """Outcome for A of a rating from 1 (A much better) to 8 (B much better): 4 and 5, the slight ones, are ties if
-    `ties`."""
+    """Outcome for A of a rating from 1 (A much better) to 8 (B much better); 4 and 5 are ties if `ties`."""
     if rating not in range(1, 9):
         raise ValueError(f"rating is {rating!r}, expected an integer from 1 to 8")
     if ties and rating in (4, 5):
@@ -117,8 +115,7 @@ def wilson(wins: float, n: int) -> tuple[float, float]:
 
 
 def by_prompt(values, prompts: Sequence | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the valid values of each prompt [P], and how many there are [P]; None: each value is a prompt of its
-    own."""
+    """Sum of the valid values of each prompt [P], and their number [P]; None: every value is its own prompt."""
     values = np.asarray(values, dtype=float)
     valid = ~np.isnan(values)
     if prompts is None:
@@ -130,8 +127,7 @@ def by_prompt(values, prompts: Sequence | None = None) -> tuple[np.ndarray, np.n
 
 
 def bootstrap_means(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Means [rounds, M] over resampled prompts, from sums and counts by prompt and model [P, M] and weights [rounds,
-    P]."""
+    """Means [rounds, M] over resampled prompts, from sums and counts [P, M] and weights [rounds, P]."""
     n = weights @ counts
     return np.divide(weights @ sums, n, out=np.full(n.shape, np.nan), where=n > 0)
 
@@ -160,8 +156,7 @@ def win_rate(preferences, prompts: Sequence | None = None) -> dict[str, float]:
     wins, losses, drawn = (int(np.sum(x)) for x in (p > 0.5, p < 0.5, p == 0.5))
     n, clusters = int(counts.sum()), int((counts > 0).sum())
     if n == 0:
-        raise ValueError(f"no preference to average: {len(p)} rows, {drawn} draws, {int(np.isnan(p).sum())} without a "
-                         "verdict")
+        raise ValueError(f"no preference to average: {len(p)} rows, none with a verdict")
     mean = sums.sum() / n
     squares = ((sums - mean * counts) ** 2).sum() * clusters / (clusters - 1) if clusters > 1 else math.nan
     return {"win_rate": 100 * mean, "standard_error": 100 * math.sqrt(squares) / n, "n": n, "wins": wins,
@@ -217,8 +212,7 @@ def lc_win_rate(theta: float, psi: float, difficulty) -> float:
 
 
 def length_feature(baseline_length, model_length) -> np.ndarray:
-    """tanh((len_1 - len_2) / sd) [n], lengths in characters, sd over n - 1; zero where lengths never differ by more or
-    less."""
+    """tanh((len_1 - len_2) / sd) [n], lengths in characters, sd over n - 1; zero where the difference never varies."""
     delta = np.asarray(baseline_length, dtype=float) - np.asarray(model_length, dtype=float)
     sd = delta.std(ddof=1) if len(delta) > 1 else 0
     return np.tanh(delta / sd) if sd > 0 else np.zeros_like(delta)
@@ -427,8 +421,7 @@ def elo(games: Games, k: float = 4) -> dict[str, float]:
 
 
 def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32) -> np.ndarray:
-    """Online Elo [rounds, M] of resampled prompts, their games in random order: the median does not depend on the order
-    given."""
+    """Online Elo [rounds, M] of resampled prompts, games in random order: the order given does not matter."""
     valid = ~np.isnan(games.outcome)
     columns = [x[valid] for x in (games.prompt, games.a, games.b, games.outcome, games.a_first)]
     prompt, a, b, outcome, _ = (x[np.lexsort(columns[::-1])] for x in columns)
@@ -454,8 +447,7 @@ def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32
 
 
 def ranks(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """A model's rank [M] is 1 + the number of models whose lower end is above its upper end: overlapping models share
-    one."""
+    """Ranks [M]: 1 + the number of models whose lower end is above one's upper end; overlapping models share one."""
     return 1 + (np.asarray(low)[None, :] > np.asarray(high)[:, None]).sum(axis=1)
 
 
@@ -626,8 +618,7 @@ def _strengths(pairs: np.ndarray, counts: np.ndarray, models: int, davidson: boo
 
 
 def _davidson(d, tie, wins, losses, tied) -> tuple:
-    """Of the log-likelihood by pair [R, P]: slope and minus curvature in d, the same in tie, and minus the mixed
-    one."""
+    """Of the log-likelihood by pair [R, P]: slope, minus curvature in d; the same in tie; minus the mixed one."""
     n = wins + losses + tied
     top = np.maximum(np.abs(d) / 2, tie)
     parts = np.exp(d / 2 - top), np.exp(-d / 2 - top), np.exp(tie - top)

@@ -60,8 +60,7 @@ class Options:
 
 @dataclass
 class Recorded:
-    """The rows of a file and what became of its records. A place is a line, or a record's number in an array, from
-    1."""
+    """The rows of a file and what became of its records; a place is a line, or a number in an array, from 1."""
 
     path: str
     format: str = ""
@@ -327,8 +326,7 @@ def read_rating(words: str) -> float | None:
 
 
 def read_two_scores(words: str) -> tuple[float, float] | None:
-    """A review's "8 9" on the first line; where it reasons first, "(8, 9)" in the last line, or else a line for each
-    assistant."""
+    """"8 9" on the first line; where a review reasons first, "(8, 9)" in the last, or a line for each assistant."""
     lines = words.strip().splitlines() or [""]
     pair = (re.match(rf"\W*{NUMBER}(?:/10)?[\s,]+{NUMBER}(?:/10)?\W*$", lines[0])
             or re.search(rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)", lines[-1]))
@@ -345,8 +343,7 @@ def read_better_output(words: str) -> float | None:
 
 
 def read_graded(words: str) -> tuple[float, bool] | None:
-    """arena-hard's [[A>>B]], or else [A>>B]: the preference for A and whether the sign is double; the last one
-    counts."""
+    """The last [[A>>B]], or else [A>>B], as the preference for A and whether the sign is double."""
     for brackets in (r"\[\[\s*{}\s*\]\]", r"\[\s*{}\s*\]"):
         found = re.findall(brackets.format(r"([AB])\s*(>>|>|=|<<|<)\s*([AB])"), words.upper())
         if found:
@@ -577,8 +574,7 @@ def copies(files: Sequence[Recorded], fewest: int = 20) -> list[str]:
         for key, how in ((file.digest, "byte by byte"), (verdicts if telling else file.path, "in every verdict")):
             other = seen.setdefault(key, file)
             if other is not file:
-                warnings.append(f"{file.path} is {other.path} {how}, expected judgments of its own: look for the right "
-                                "file")
+                warnings.append(f"{file.path} is {other.path} {how}, expected its own judgments: find the right file")
                 break
     return warnings
 

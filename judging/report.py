@@ -31,8 +31,7 @@ WIDTH = 120  # of the terminal
 
 
 def clean(value):
-    """The same as plain JSON: NaN and infinities None, arrays lists, and no control character to upset a terminal or a
-    parser."""
+    """The same as plain JSON: NaN and infinities are None, arrays lists, control characters replaced."""
     if hasattr(value, "tolist"):  # numpy and torch
         value = value.tolist()
     if isinstance(value, dict):
@@ -67,8 +66,7 @@ def _wrap(paragraphs: str, width: int = WIDTH, indent: str = "") -> list[str]:
 
 
 def _table(columns: list[str], rows: list[list]) -> list[str]:
-    """Aligned columns. What is too wide wraps, headers of numbers before texts; then the table is cut, its first column
-    repeated."""
+    """Aligned columns. What is too wide wraps, headers of numbers first; then the table is cut into two."""
     numeric, cells, least, widths = [], [], [], []
     for name, column in zip(columns, _columns(columns, rows), strict=True):
         numeric.append(is_numeric(column))
@@ -207,8 +205,7 @@ def read(folder: str | Path) -> dict:
             _columns(section["columns"], section["rows"])
         dict.items(report["about"])
     except OSError as error:
-        fail(f"{path}: cannot be read ({error.strerror}), expected the folder of an evaluation that has ended: check "
-             "the path")
+        fail(f"{path}: cannot be read ({error.strerror}), expected the folder of a finished run: check the path")
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         fail(f"{path}: is not a report ({type(error).__name__}: {' '.join(str(error).split())[:80]}): run the "
              "evaluation again")
@@ -297,8 +294,7 @@ def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
 
 
 def _preferences(file: Path) -> dict[str, dict[str, float | None]]:
-    """Preference by judge and pair of models, and prompt: the mean where a prompt has several games, None without a
-    verdict."""
+    """Mean preference by judge and pair of models, and by prompt; None without a verdict."""
     found: dict[str, dict[str, list[float]]] = {}
 
     def game(row: dict, number: int) -> None:

@@ -28,8 +28,7 @@ from runtime import fail
 # ----------------------------------------------------------------------------------------- attacks
 
 def read_transcripts(path: str | Path) -> list[dict]:
-    """Attempts as collect/red_team.py writes them: {"behaviour", "messages", "judged": "unsafe", "safe" or null,
-    ...}."""
+    """Attempts of collect/red_team.py: {"behaviour", "messages", "judged": "unsafe", "safe" or null, ...}."""
     def transcript(row: dict, number: int) -> dict:
         roles = [m["role"] for m in row["messages"] if isinstance(m["content"], str)]
         if len(roles) < len(row["messages"]) or roles[-2:] != ["user", "assistant"]:
@@ -255,8 +254,7 @@ def leak_rates(probes: Sequence[dict], replies: Mapping[str, str | None]) -> dic
 
 def safety_section(attacks: Mapping[str, dict] | None = None, refusals: Mapping[str, dict] | None = None,
                    leaked: Mapping[str, dict] | None = None) -> dict:
-    """One table from attack_success, refusal_rates and leak_rates by model: each rate with its count, of how many, and
-    who decided."""
+    """One table from attack_success, refusal_rates and leak_rates by model: rate, count, of how many, who decided."""
     rows = []
 
     def add(model: str, measure: str, count: int, n: int, left: int, by: str) -> None:

@@ -21,6 +21,7 @@ import runtime
 from benchmarks.measure import save
 from data.llm import Budget
 from judging import gold
+from judging.entries import decode
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ def curve(folder: Path, start_gold: float, grade) -> list[dict]:
 def grade(path: Path | str, data: str, device: torch.device) -> float:
     """Gold score of a model on the dialogues of a file."""
     with tempfile.TemporaryDirectory() as folder:  # for the ledger, which nobody needs again
-        settings = judge.Config(models=[f"model={path}"], data=data, out=folder, device=device.type)
-        questions, dialogues = judge.load_questions(settings)
-        said = judge.answer(str(path), questions, dialogues, settings, 0, "", Budget(), device)
+        questions, dialogues = judge.load_questions(data)
+        said = judge.answer(decode("models", f"model={path}"), questions, dialogues, judge.Sampling(64, 0.7), 0,
+                            Path(folder) / "answers.jsonl", Budget(), device)
         (grades,) = gold.grade_all(judge.Answers(questions, {(str(path), 0): said}), dialogues).values()
     return 100 * mean(g for replies in grades for g in replies)
 

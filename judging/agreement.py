@@ -13,9 +13,11 @@ import numpy as np
 
 def code(labels: Sequence[Sequence[Hashable]]) -> tuple[np.ndarray, list]:
     """Labels by rater, None where missing, as numbers [raters, units], and the label each number stands for."""
-    names = sorted({label for row in labels for label in row if label is not None}, key=lambda x: (isinstance(x, str), x))
+    names = sorted({label for row in labels for label in row if label is not None},
+                   key=lambda x: (isinstance(x, str), x))
     number = {name: i for i, name in enumerate(names)}
-    return np.array([[np.nan if label is None else number[label] for label in row] for row in labels], dtype=float), names
+    return np.array([[np.nan if label is None else number[label] for label in row] for row in labels],
+                    dtype=float), names
 
 
 def _table(ratings) -> np.ndarray:
@@ -39,14 +41,14 @@ def raw_agreement(ratings, tie: float | None = None) -> dict[str, float]:
     """
     ratings = _table(ratings)
 
-    def share(table: np.ndarray) -> tuple[float, int]:
+    def equal_pairs(table: np.ndarray) -> tuple[float, int]:
         counts, _ = _counts(table)
         m = counts.sum(axis=1)
         pairs = (m * (m - 1)).sum() / 2
         return (float((counts * (counts - 1)).sum() / 2 / pairs) if pairs else np.nan), int(pairs)
 
-    agreement, n = share(ratings)
-    without, n_without = share(ratings if tie is None else np.where(ratings == tie, np.nan, ratings))
+    agreement, n = equal_pairs(ratings)
+    without, n_without = equal_pairs(ratings if tie is None else np.where(ratings == tie, np.nan, ratings))
     return {"agreement": agreement, "n": n, "agreement_without_ties": without, "n_without_ties": n_without}
 
 
@@ -58,7 +60,7 @@ def cohen_kappa(ratings, weights: str | None = None) -> float:
     """
     ratings = _table(ratings)
     if len(ratings) != 2:
-        raise ValueError(f"Cohen's kappa compares 2 raters, got {len(ratings)}: use Fleiss' kappa or Krippendorff's alpha")
+        raise ValueError(f"Cohen's kappa compares 2 raters, got {len(ratings)}: use Fleiss' or Krippendorff's")
     a, b = ratings[:, ~np.isnan(ratings).any(axis=0)]
     if not len(a):
         return np.nan
@@ -87,7 +89,7 @@ def fleiss_kappa(ratings) -> float:
     """
     ratings = _table(ratings)
     if np.isnan(ratings).any():
-        raise ValueError("Fleiss' kappa needs every unit rated by every rater: use Krippendorff's alpha, or drop units with gaps")
+        raise ValueError("Fleiss' kappa needs every unit rated by every rater: drop units, or use Krippendorff's")
     m = len(ratings)
     counts, _ = _counts(ratings)
     if m < 2 or not len(counts):
@@ -132,9 +134,8 @@ def gwet_ac1(ratings) -> float:
     """AC1, stable when one label dominates (Gwet 2008, with gaps as in his 2014 handbook).
 
         p_a = mean over units with m >= 2 labels of sum_c n_uc (n_uc - 1) / (m (m - 1))
-        p_c = mean over rated units of n_uc / m,   p_e = sum_c p_c (1 - p_c) / (categories - 1),   AC1 = (p_a - p_e) / (1 - p_e)
-
-    over the categories that occur.
+        p_c = mean over rated units of n_uc / m,   p_e = sum_c p_c (1 - p_c) / (categories - 1)
+        AC1 = (p_a - p_e) / (1 - p_e)                                   over the categories that occur
     """
     counts, values = _counts(_table(ratings))
     counts = counts[counts.sum(axis=1) > 0]
@@ -168,7 +169,8 @@ def spearman(ratings) -> float:
 
 def bootstrap(statistic: Callable[[np.ndarray], float], ratings, groups: Sequence[Hashable] | None = None,
               rounds: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, float]:
-    """A statistic of ratings [raters, units], its percentile interval from resampled units, and how often it was undefined.
+    """A statistic of ratings [raters, units], its percentile interval from resampled units, and how often it was
+    undefined.
 
     `groups` [units] names the prompt a unit belongs to: then prompts are resampled, with all their units, for
     units of one prompt are not independent. Neither the order of units nor of groups matters.
@@ -188,12 +190,14 @@ def bootstrap(statistic: Callable[[np.ndarray], float], ratings, groups: Sequenc
     samples = np.array(draws, dtype=float)
     defined = samples[~np.isnan(samples)]
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if len(defined) else (np.nan, np.nan)
-    return {"value": value, "low": float(low), "high": float(high), "n": ratings.shape[1], "undefined": len(samples) - len(defined)}
+    return {"value": value, "low": float(low), "high": float(high), "n": ratings.shape[1], "undefined": len(samples)
+            - len(defined)}
 
 
 def by_category(statistic: Callable[[np.ndarray], float], ratings, categories: Sequence[Hashable], min_n: int = 8,
                 rounds: int = 1000, seed: int = 0) -> dict[Hashable, dict[str, float]]:
-    """The statistic with n and interval for each category of units [units]; NaN where a category has fewer than `min_n`.
+    """The statistic with n and interval for each category of units [units]; NaN where a category has fewer than
+    `min_n`.
 
     Ten prompts a category establish nothing about their order: read the intervals before the values.
     """

@@ -1,7 +1,7 @@
 """What is measured without comparing replies: multiple choice, reward models on held-out pairs, safety."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,45 +11,53 @@ from data.formats import read
 from data.llm import Budget, Request, Sampling, ask, open_model
 from data.tokenizer import load_tokenizer
 from judging import choices, rewards, safety
+from judging.entries import Entry
 from runtime import fail
 
 
-def choice_sections(models: Mapping[str, str], tasks: Sequence[tuple[str, str]], limit: int, device: torch.device) -> list[dict]:
-    """Checkpoints by name, on tasks (name, "file:examples"; examples are for the shots, or "none"); `limit` questions of each, 0: all."""
+def choice_sections(models: Sequence[Entry], tasks: Sequence[Entry], limit: int, device: torch.device) -> list[dict]:
+    """The models that are checkpoints, on tasks (a file, and examples for the shots or "none"); `limit` questions of
+    each,
+    0: all."""
+    if not tasks:
+        return []
     exams = {}
-    for task, files in tasks:
-        path, _, examples = files.partition(":")
-        exams[task] = choices.read_exam(task, path, "" if examples == "none" else examples, 0 if examples == "none" else None, limit)
+    for task, _, path, examples in tasks:
+        shots = {"examples": "", "shots": 0} if examples == "none" else {"examples": examples}
+        exams[task] = choices.read_exam(task, path, limit=limit, **shots)
         for file, rejects in exams[task].rejects.items():
             for line, reason in rejects[:5]:
                 print(f"{file} line {line}: {reason}")
     results: dict[str, dict] = {}
-    for name, where in models.items():
-        tokenizer, model = load_tokenizer(where), load_model(where, torch.float32 if device.type == "cpu" else None, device)
-        results[name] = {task: choices.evaluate(model, tokenizer, exam, progress=f"{name}: {task}") for task, exam in exams.items()}
+    for name, _, where, _ in (model for model in models if model.kind == "model"):
+        dtype = torch.float32 if device.type == "cpu" else None
+        tokenizer, model = load_tokenizer(where), load_model(where, dtype, device)
+        results[name] = {task: choices.evaluate(model, tokenizer, exam, progress=f"{name}: {task}")
+                         for task, exam in exams.items()}
     sections = [choices.choices_section(results)]
     if "mmlu" in exams:
         sections.append(choices.subjects_section({name: by_task["mmlu"] for name, by_task in results.items()}))
     return sections
 
 
-def reward_sections(scorers: Sequence[tuple[str, str]], sets: Sequence[tuple[str, str]], rewardbench: str,
+def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench: str,
                     device: torch.device) -> list[dict]:
-    """Scorers (name, "kind:directory" or "dpo:directory:reference") on sets of held-out pairs (name, file) and RewardBench's rows."""
+    """Scorers (kind, directory, perhaps a reference) on sets of held-out pairs and RewardBench's rows."""
+    if not scorers:
+        return []
     pairs, questions = {}, rewards.read_rewardbench(rewardbench) if rewardbench else []
-    for name, path in sets:
+    for name, _, path, _ in sets:
         records, report = read(path)
         pairs[name] = list(records)
         if report.rejects:
             line, reason = report.rejects[0]
-            print(f"{path}: {len(report.rejects)} of {report.read} records rejected, the first in line {line}: {reason}")
+            print(
+                f"{path}: {len(report.rejects)} of {report.read} records rejected, the first in line {line}: {reason}")
         if not pairs[name] or "chosen" not in pairs[name][0]:
             fail(f"preferences: {path} holds no preferences, expected records with 'chosen' and 'rejected'")
     found: dict[str, dict] = {}
     bench: dict[str, dict] = {}
-    for name, where in scorers:
-        kind, _, rest = where.partition(":")
-        path, _, ref = rest.partition(":")
+    for name, kind, path, ref in scorers:
         scorer = rewards.load_scorer(kind, path, ref, device=str(device))
         found[name] = {label: rewards.preference_accuracy(records, scorer) for label, records in pairs.items()}
         if questions:
@@ -58,48 +66,55 @@ def reward_sections(scorers: Sequence[tuple[str, str]], sets: Sequence[tuple[str
     return sections + ([rewards.rewardbench_section(bench)] if bench else [])
 
 
-def safety_sections(models: Mapping[str, str], attacks: Sequence[tuple[str, str]], xstest: str, probes: int, judge: str, ledger: Path,
-                    budget: Budget, device: str) -> list[dict]:
-    """Attacks as collect/red_team.py recorded them (name, "transcripts" or "transcripts:behaviours", all of which count, tried or not),
+def safety_sections(models: Sequence[Entry], attacks: Sequence[Entry], xstest: str, probes: int, judge: str,
+                    ledger: Path, budget: Budget, device: str) -> list[dict]:
+    """Attacks as collect/red_team.py recorded them (transcripts, and perhaps all behaviours, which count tried or not),
     XSTest's prompts and leak probes put to the models.
 
-    `judge`, a checkpoint or an endpoint, decides; without one attacks keep the verdict they were recorded with, and refusals are
-    matched by phrases, which the table says.
+    `judge`, a checkpoint or an endpoint, decides; without one attacks keep the verdict they were recorded with, and
+    refusals are matched by phrases, which the table says.
     """
+    if not (attacks or xstest or probes):
+        return []
     umpire = open_model(judge, device) if judge else None
-    paid = budget if "://" in judge else None
+
+    def decide(kind: str, dialogues: list[dict]) -> list[str | None]:
+        return safety.judge(umpire, kind, dialogues, ledger, budget if "://" in judge else None)
+
     found, refused, leaked = {}, {}, {}
-    for name, path in attacks:
-        path, _, behaviours = path.partition(":")
+    for name, _, path, behaviours in attacks:
         tried = safety.read_transcripts(path)
         whole = safety.load_texts(behaviours, "behaviour") if behaviours else {row["behaviour"] for row in tried}
         if umpire:
-            verdicts = safety.judge(umpire, "harm", tried, ledger, paid)
-            tried = [row | {"judged": verdict} for row, verdict in zip(tried, verdicts, strict=True)]
+            tried = [row | {"judged": said} for row, said in zip(tried, decide("harm", tried), strict=True)]
         found[name] = safety.attack_success(tried, whole, judge or "as recorded")
     prompts = safety.read_xstest(xstest) if xstest else {}
     planted = safety.leak_probes(probes) if probes else []
-    for name, where in models.items() if prompts or planted else ():
-        model = open_model(where, device)
-
-        def say(dialogues: list[list[dict]], model=model, name=name, where=where) -> list[str | None]:
-            replies = ask(model, [Request(messages) for messages in dialogues], Sampling(256, 0.0), ledger,
-                          budget if "://" in where else None, f"{name}: safety")
-            return [None if reply is None else reply.text for reply in replies]
-
+    for name, kind, where, _ in models if prompts or planted else ():
+        if kind not in ("model", "endpoint"):
+            continue
+        asked = [[{"role": "user", "content": p["prompt"]}] for p in prompts.values()]
+        requests = [Request(messages) for messages in [*asked, *(probe["messages"] for probe in planted)]]
+        replies = ask(open_model(where, device), requests, Sampling(256, 0.0), ledger, budget if kind == "endpoint"
+                      else None, f"{name}: safety")
+        texts = [None if reply is None else reply.text for reply in replies]
         if prompts:
-            asked = [[{"role": "user", "content": p["prompt"]}] for p in prompts.values()]
-            texts = say(asked)
-            if umpire:
-                answered = [{"messages": [*messages, {"role": "assistant", "content": text}]}
-                            for messages, text in zip(asked, texts, strict=True) if text is not None]
-                verdicts = iter(safety.judge(umpire, "refusal", answered, ledger, paid))
-                labels = [None if text is None else next(verdicts) for text in texts]
-            else:
-                labels = [None if text is None else "full_refusal" if safety.refuses(text) else "full_compliance" for text in texts]
-            refused[name] = safety.refusal_rates(dict(zip(prompts, labels, strict=True)), {i: p["unsafe"] for i, p in prompts.items()},
-                                                 judge or safety.STRING_MATCH)
+            labels = refusal_labels(asked, texts[:len(asked)], decide if umpire else None)
+            refused[name] = safety.refusal_rates(dict(zip(prompts, labels, strict=True)),
+                                                 {i: p["unsafe"] for i, p in prompts.items()}, judge
+                                                 or safety.STRING_MATCH)
         if planted:
-            texts = say([probe["messages"] for probe in planted])
-            leaked[name] = safety.leak_rates(planted, {probe["id"]: text for probe, text in zip(planted, texts, strict=True)})
+            said = {probe["id"]: text for probe, text in zip(planted, texts[len(asked):], strict=True)}
+            leaked[name] = safety.leak_rates(planted, said)
     return [safety.safety_section(found, refused, leaked)]
+
+
+def refusal_labels(asked: list[list[dict]], texts: list[str | None], decide: Callable | None) -> list[str | None]:
+    """What each reply does with its prompt: as the judge decides, or by phrases; None for no reply."""
+    if not decide:
+        return [None if text is None else "full_refusal" if safety.refuses(text) else "full_compliance"
+                for text in texts]
+    answered = [{"messages": [*messages, {"role": "assistant", "content": text}]}
+                for messages, text in zip(asked, texts, strict=True) if text is not None]
+    verdicts = iter(decide("refusal", answered))
+    return [None if text is None else next(verdicts) for text in texts]

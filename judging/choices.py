@@ -9,13 +9,13 @@ No reply is sampled: every choice is appended to the question, and the model's a
     MMLU            5 shots  acc        lettered choices, of which the letters are scored; plain mean over subjects
     TruthfulQA      0 shots  mc2        after six fixed questions; the share of probability that true answers get
 
-Random(42) shuffles a task's documents and goes on to draw the shots of each in that order, so that a limit or a rejected
-line changes later prompts. Source: EleutherAI/lm-evaluation-harness at b281b092, whose tests' hashes of every prompt of
-TruthfulQA and MMLU v0 come out. One departure: where a tokenizer begins texts with BOS, so do contexts here; the board
-left it out (`bos=False`).
+Random(42) shuffles a task's documents and goes on to draw the shots of each in that order, so that a limit or a
+rejected line changes later prompts. Source: EleutherAI/lm-evaluation-harness at b281b092, whose tests' hashes of every
+prompt of TruthfulQA and MMLU v0 come out. One departure: where a tokenizer begins texts with BOS, so do contexts here;
+the board left it out (`bos=False`).
 
 What choices share is computed once: they are leaves of one packed tree (`kernels/layout.py`), and so are questions that
-begin alike where that takes fewer tokens. A path's last token predicts nothing and is left out: MMLU's letters cost none.
+begin alike where that takes fewer tokens. A path's last token predicts nothing and is left out: letters cost none.
 """
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from data.formats import Reject
 from data.tokenizer import Tokenizer
+from judging.tables import bounded
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from model import Transformer
@@ -57,7 +58,7 @@ class Question(NamedTuple):
 
 
 def arc_question(record: dict) -> Question:
-    """{"question", "choices": {"text", "label"}, "answerKey"}, or lists "choices" and "labels", or AI2's nested original."""
+    """{"question", "choices": {"text", "label"}, "answerKey"}, two lists, or AI2's nested original."""
     question, choices, labels = (record.get(key) for key in ("question", "choices", "labels"))
     if isinstance(question, dict):  # {"stem", "choices": [{"text", "label"}, ...]}
         items, question = question.get("choices"), question.get("stem")
@@ -78,11 +79,12 @@ def hellaswag_question(record: dict) -> Question:
         return Question(_text(record["query"], "query"), choices, _index(record.get("gold"), len(choices)))
     activity, start, end = (_text(record.get(key), key, empty=True) for key in ("activity_label", "ctx_a", "ctx_b"))
     choices = tuple(hellaswag_text(ending) for ending in _texts(record.get("endings"), "endings"))
-    return Question(hellaswag_text(f"{activity}: {start} {end.capitalize()}"), choices, _index(record.get("label"), len(choices)))
+    return Question(hellaswag_text(f"{activity}: {start} {end.capitalize()}"), choices,
+                    _index(record.get("label"), len(choices)))
 
 
 def hellaswag_text(text: str) -> str:
-    """WikiHow's marks out: " [title]" ends a sentence, other brackets go, two spaces become one (in one pass, so three become two)."""
+    """Without WikiHow's marks: " [title]" ends a sentence, other brackets go, two spaces become one, in one pass."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -96,20 +98,22 @@ def mmlu_question(record: dict) -> Question:
 def mmlu_v0_question(record: dict) -> Question:
     """The harness's older form: no header, and the texts of the choices are the continuations."""
     question, lines, gold, subject = _mmlu(record)
-    return Question(f"Question: {question}\nChoices:\n{lines}Answer:", _texts(record["choices"], "choices"), gold, subject=subject)
+    return Question(f"Question: {question}\nChoices:\n{lines}Answer:", _texts(record["choices"], "choices"), gold,
+                    subject=subject)
 
 
 def _mmlu(record: dict) -> tuple[str, str, int, str]:
     choices, gold = record.get("choices"), record.get("answer", record.get("gold"))
     if not isinstance(choices, list) or len(choices) != 4:
         raise Reject(f"'choices' is {json.dumps(choices)[:40]}, expected four texts")
-    lines = "".join(f"{letter}. {_text(choice, 'choices', empty=True)}\n" for letter, choice in zip("ABCD", choices, strict=True))
+    texts = (_text(choice, "choices", empty=True) for choice in choices)
+    lines = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCD", texts, strict=True))
     gold = "ABCD".index(gold) if gold in tuple("ABCD") else _index(gold, 4)
     return _text(record.get("question"), "question"), lines, gold, _text(record.get("subject"), "subject")
 
 
 def truthfulqa_question(record: dict) -> Question:
-    """{"question", "mc1_targets", "mc2_targets"}, each {text: 1 true or 0, ...} or {"choices", "labels"}; the first is true."""
+    """{"question", "mc1_targets", "mc2_targets"}: {text: 1 or 0, ...} or {"choices", "labels"}; the first is true."""
     found = []
     for key in ("mc1_targets", "mc2_targets"):
         targets = record.get(key) if isinstance(record.get(key), dict) else {}
@@ -118,10 +122,12 @@ def truthfulqa_question(record: dict) -> Question:
             choices, labels = targets["choices"], targets.get("labels")
         choices = _texts(choices, key)
         if not isinstance(labels, list) or len(labels) != len(choices) or labels[0] != 1 or set(labels) != {0, 1}:
-            raise Reject(f"'{key}' has labels {json.dumps(labels)[:40]}, expected 1 (true) or 0 for each, a true choice first, a false one")
+            raise Reject(f"'{key}' has labels {json.dumps(labels)[:40]}, expected 1 (true) or 0 for each, a true "
+                         "choice first, a false one")
         found.append((choices, labels))
     (mc1, _), (mc2, truths) = found
-    return Question(f"{TRUTHFULQA_PROMPT}\n\nQ: {_text(record.get('question'), 'question')}\nA:", mc1 + mc2, 0, tuple(truths))
+    return Question(f"{TRUTHFULQA_PROMPT}\n\nQ: {_text(record.get('question'), 'question')}\nA:", mc1 + mc2, 0,
+                    tuple(truths))
 
 
 # The prompt of the paper (Lin et al. 2021, arXiv:2109.07958), byte for byte: it is part of the task.
@@ -193,7 +199,7 @@ class Exam(NamedTuple):
 
 
 def read_exam(task: str, path: str | Path, examples: str | Path = "", shots: int | None = None, limit: int = 0) -> Exam:
-    """A task's questions from `path`, its shots (None: the leaderboard's number) from `examples`: the training file, for MMLU dev."""
+    """Questions from `path`, shots (None: the leaderboard's number) from `examples`, the training file (MMLU: dev)."""
     questions, rejects = read_questions(task, path)
     shots = TASKS[task].shots if shots is None else shots
     check_range("shots", shots, 0, math.inf)
@@ -201,7 +207,7 @@ def read_exam(task: str, path: str | Path, examples: str | Path = "", shots: int
     if task == "truthfulqa" and shots:
         fail(f"truthfulqa: shots is {shots}, expected 0: six questions and answers are part of its prompt")
     if shots and not examples:
-        fail(f"{task}: {shots} shots need examples, expected the file of training questions (MMLU: dev): name it, or set shots=0")
+        fail(f"{task}: {shots} shots need examples, expected training questions (MMLU: dev): name them, or set shots=0")
     files, pool = {str(path): rejects}, []
     if shots:
         pool, files[str(examples)] = read_questions(task, examples)
@@ -209,14 +215,15 @@ def read_exam(task: str, path: str | Path, examples: str | Path = "", shots: int
     for subject in dict.fromkeys(q.subject for q in questions):
         own = [q for q in pool if q.subject == subject]
         if len(own) < shots:
-            fail(f"{examples}: holds {len(own)} examples{f' of {subject}' if subject else ''}, expected at least shots={shots}")
+            fail(f"{examples}: holds {len(own)} examples{f' of {subject}' if subject else ''}, expected at least "
+                 f"shots={shots}")
         asked[subject] = with_contexts([q for q in questions if q.subject == subject], own, shots, limit)
     return Exam(task, shots, limit, asked, files)
 
 
 def read_questions(task: str, path: str | Path) -> tuple[list[Question], list[tuple[int, str]]]:
-    """The questions of a file, and its rejects (line, reason): JSON lines or one JSON list, whose items count as lines, plain or `.gz`;
-    MMLU's original CSV files too, or the folder of them."""
+    """The questions of a file, and its rejects (line, reason): JSON lines or one JSON list, whose items count as lines,
+    plain or `.gz`; MMLU's original CSV files too, or the folder of them."""
     if task not in TASKS:
         fail(f"multiple choice: task '{task}' is unknown, expected one of {', '.join(TASKS)}")
     path, questions, rejects = Path(path), [], []
@@ -241,8 +248,10 @@ def _records(file: Path) -> list[tuple[int, object]]:
     try:
         text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
         if file.suffix == ".csv":  # question, four choices, letter; the subject is in the file's name
-            rows, known = csv.reader(io.StringIO(text, newline="")), {"subject": re.sub("_(dev|val|test)$", "", file.stem)}
-            return [(rows.line_num, known | {"question": row[0], "choices": row[1:-1], "answer": row[-1]}) for row in rows if row]
+            rows = csv.reader(io.StringIO(text, newline=""))
+            known = {"subject": re.sub("_(dev|val|test)$", "", file.stem)}
+            return [(rows.line_num, known | {"question": row[0], "choices": row[1:-1], "answer": row[-1]})
+                    for row in rows if row]
         if text.lstrip().startswith("["):
             return list(enumerate(json.loads(text), 1))
     except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
@@ -250,7 +259,8 @@ def _records(file: Path) -> list[tuple[int, object]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def with_contexts(questions: Sequence[Question], examples: Sequence[Question], shots: int, limit: int = 0) -> list[tuple[Question, str]]:
+def with_contexts(questions: Sequence[Question], examples: Sequence[Question], shots: int,
+                  limit: int = 0) -> list[tuple[Question, str]]:
     """The questions in the order asked, each with its context: header, shots, query."""
     rng = random.Random(42)
     order = list(questions)
@@ -280,7 +290,8 @@ Ids = tuple[int, ...]
 Request = tuple[Ids, Ids]  # context, continuation
 
 
-def encode_choices(tokenizer: Tokenizer, context: str, choices: Sequence[str], bos: bool) -> tuple[list[int], list[list[int]]]:
+def encode_choices(tokenizer: Tokenizer, context: str, choices: Sequence[str],
+                   bos: bool) -> tuple[list[int], list[list[int]]]:
     """Ids of the context, and for each choice what follows as many ids when context and " choice" are encoded together.
 
     Blanks that end the context go over to the choice first. An empty context is one BOS or end-of-text token.
@@ -290,23 +301,26 @@ def encode_choices(tokenizer: Tokenizer, context: str, choices: Sequence[str], b
     if not words:
         return start or [tokenizer.eos_id], [tokenizer.encode(f"{blanks} {choice}") for choice in choices]
     ids = tokenizer.encode(words)
-    # No token reaches across the start of a line, so the last line of a long context is enough; should one do, `ids` show it.
+    # No token reaches across the start of a line, so the last line of a long context is enough; should one do, `ids`
+    # show it.
     line = words[words.rfind("\n") + 1 :]
     own = tokenizer.encode(line, continues=True)
     if len(line) < len(words) and ids[len(ids) - len(own) :] == own:
-        return start + ids, [tokenizer.encode(f"{line}{blanks} {choice}", continues=True)[len(own) :] for choice in choices]
+        return start + ids, [tokenizer.encode(f"{line}{blanks} {choice}", continues=True)[len(own) :]
+                             for choice in choices]
     return start + ids, [tokenizer.encode(f"{words}{blanks} {choice}")[len(ids) :] for choice in choices]
 
 
-def to_requests(tokenizer: Tokenizer, asked: Sequence[tuple[Question, str]], max_length: int, bos: bool) -> tuple[list[list[Request]], int]:
-    """The requests of every question, and how many lost the beginning of their context: more than `max_length` tokens of input."""
+def to_requests(tokenizer: Tokenizer, asked: Sequence[tuple[Question, str]], max_length: int,
+                bos: bool) -> tuple[list[list[Request]], int]:
+    """The requests of every question, and how many were longer than `max_length` and lost their beginning."""
     found, cut = [], 0
     for question, context in asked:
         start, continuations = encode_choices(tokenizer, context, question.choices, bos)
         for choice, ids in zip(question.choices, continuations, strict=True):
             if not 0 < len(ids) <= max_length:
-                fail(f"multiple choice: {choice[:40]!r} adds {len(ids)} tokens to its context, expected 1 to max_length={max_length}: "
-                     "drop the question, or raise max_length")
+                fail(f"multiple choice: {choice[:40]!r} adds {len(ids)} tokens to its context, expected 1 to "
+                     f"max_length={max_length}: " "drop the question, or raise max_length")
         whole = tuple(start)
         excess = [max(0, len(start) + len(ids) - 1 - max_length) for ids in continuations]  # the last token is no input
         found.append([(whole[n:] if n else whole, tuple(ids)) for n, ids in zip(excess, continuations, strict=True)])
@@ -328,9 +342,9 @@ class Tree(NamedTuple):
         return len(self.trunk) + sum(map(len, self.leaves))
 
 
-def plant(requests: Iterable[Request], max_tokens: int) -> list[Tree]:
-    """Every distinct request in one tree. The contexts of a family are spread over trees of at most `max_tokens` (more where one
-    context has more), those of similar length together, because attention pads leaves."""
+def plant(requests: Iterable[Request], micro_tokens: int) -> list[Tree]:
+    """Every distinct request in one tree. The contexts of a family are spread over trees of at most `micro_tokens`
+    tokens (more where one context has more), those of similar length together, because attention pads leaves."""
     by_context: dict[Ids, list[Ids]] = {}
     for context, continuation in dict.fromkeys(requests):
         by_context.setdefault(context, []).append(continuation)
@@ -343,7 +357,7 @@ def plant(requests: Iterable[Request], max_tokens: int) -> list[Tree]:
             size = sum(map(len, leaves))
             if room == 0 or size > room:
                 trees.append(Tree(context[:trunk], [], []))
-                room = max_tokens - trunk
+                room = micro_tokens - trunk
             room -= size
             number = {leaf: len(trees[-1].leaves) + i for i, leaf in enumerate(leaves)} | {(): -1}
             trees[-1].leaves.extend(leaves)
@@ -352,14 +366,15 @@ def plant(requests: Iterable[Request], max_tokens: int) -> list[Tree]:
 
 
 def families(by_context: Mapping[Ids, Sequence[Ids]]) -> list[tuple[int, list[Ids]]]:
-    """Contexts that share a trunk, and its length: one context and all of it, or several where they take fewer tokens that way."""
+    """Contexts by shared trunk, with its length; one context alone where sharing does not save tokens."""
     found: list[tuple[int, list[Ids], int, int]] = []  # with the number of leaves and their tokens
     for context in sorted(by_context):  # those that begin alike are neighbours
         tails = {continuation[:-1] for continuation in by_context[context]}
         count, size = len(tails), sum(map(len, tails))
         if found:
             trunk, contexts, others, before = found[-1]
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(contexts[0][:trunk], context, strict=False)))
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(contexts[0][:trunk], context, strict=False))
+            shared = sum(1 for _ in same)
             after = before + others * (trunk - shared) + size + count * (len(context) - shared)
             if shared + after < trunk + before + len(context) + size:
                 contexts.append(context)
@@ -397,18 +412,20 @@ def tree_likelihoods(model: Transformer, trees: Sequence[Tree]) -> Tensor:
 
 
 @torch.no_grad()
-def likelihoods(model: Transformer, requests: Iterable[Request], max_tokens: int = 0, progress: str = "") -> dict[Request, float]:
-    """The log-likelihood of every distinct request, nats, in batches of at most `max_tokens` tokens (a larger tree travels alone).
+def likelihoods(model: Transformer, requests: Iterable[Request], micro_tokens: int = 0,
+                progress: str = "") -> dict[Request, float]:
+    """The log-likelihood of every distinct request, nats, in batches of at most `micro_tokens` tokens (a larger tree
+    travels alone).
 
     0: 8,192 on a GPU, 1,024 on a CPU: with 4,096 the tiny model spent half of its time on fresh memory for attention.
     """
-    max_tokens = max_tokens or (1024 if model.embed_tokens.weight.device.type == "cpu" else 8192)
+    micro_tokens = micro_tokens or (1024 if model.embed_tokens.weight.device.type == "cpu" else 8192)
     batches: list[list[Tree]] = []
     room = 0
-    for tree in sorted(plant(requests, max_tokens), key=lambda t: -t.tokens):
+    for tree in sorted(plant(requests, micro_tokens), key=lambda t: -t.tokens):
         if tree.tokens > room:
             batches.append([])
-            room = max_tokens
+            room = micro_tokens
         batches[-1].append(tree)
         room -= tree.tokens
     found: dict[Request, float] = {}
@@ -418,7 +435,7 @@ def likelihoods(model: Transformer, requests: Iterable[Request], max_tokens: int
             asked = [request for tree in batch for request, _ in tree.requests]
             values = tree_likelihoods(model, batch).tolist()
             if not all(map(math.isfinite, values)):
-                fail("multiple choice: a log-likelihood is not finite, expected a number: are the model's weights whole?")
+                fail("multiple choice: a log-likelihood is not finite, expected a number: are the weights whole?")
             found |= zip(asked, values, strict=True)
             bar.update(len(asked))
     return found
@@ -432,7 +449,7 @@ def grade(question: Question, values: Sequence[float]) -> dict[str, float]:
         acc       [argmax ll = gold]          acc_norm  [argmax ll / characters = gold]          the first of equals
         mc1       [argmax ll = 0] over mc1's choices
         mc2       sum of e^ll over true choices / over all, of mc2's choices; true are those before the first false one
-        mc2_mask  the same, true are those labelled so: what the harness does today; a true choice may follow a false one
+        mc2_mask  the same, true are those labelled so (the harness today); a true choice may follow a false one
     """
     ll = np.asarray(values, dtype=float)
     if not question.truths:
@@ -445,8 +462,10 @@ def grade(question: Question, values: Sequence[float]) -> dict[str, float]:
 
 
 def measure(exam: Exam, values: Mapping[str, Sequence[Sequence[float]]]) -> dict:
-    """A task's result from log-likelihoods by subject, question and choice: the mean of each metric and its standard error, which is
-    sqrt(p (1 - p) / (n - 1)) for a share p; of MMLU the plain mean over subjects. "value" is the leaderboard's metric."""
+    """A task's result from log-likelihoods by subject, question and choice: the mean of each metric and its standard
+    error, which is
+    sqrt(p (1 - p) / (n - 1)) for a share p; of MMLU the plain mean over subjects. "value" is the leaderboard's
+    metric."""
     parts = {}
     for subject, asked in exam.asked.items():
         grades = [grade(question, row) for (question, _), row in zip(asked, values[subject], strict=True)]
@@ -454,23 +473,27 @@ def measure(exam: Exam, values: Mapping[str, Sequence[Sequence[float]]]) -> dict
         for metric in grades[0]:
             column = np.array([g[metric] for g in grades])
             part[metric] = float(column.mean())
-            part[f"{metric}_stderr"] = float(column.std(ddof=1) / math.sqrt(len(column))) if len(column) > 1 else math.nan
+            part[f"{metric}_stderr"] = float(column.std(ddof=1)
+                                             / math.sqrt(len(column))) if len(column) > 1 else math.nan
     total, metrics = parts.get(""), list(grades[0])
     if total is None:
         digests = "".join(part["request_sha256"] for part in parts.values())
-        total = {"n": sum(p["n"] for p in parts.values()), "request_sha256": hashlib.sha256(digests.encode()).hexdigest()}
+        total = {"n": sum(p["n"] for p in parts.values()),
+                 "request_sha256": hashlib.sha256(digests.encode()).hexdigest()}
         for metric in metrics:
             total[metric] = float(np.mean([part[metric] for part in parts.values()]))
-            total[f"{metric}_stderr"] = float(np.linalg.norm([part[f"{metric}_stderr"] for part in parts.values()]) / len(parts))
+            total[f"{metric}_stderr"] = float(np.linalg.norm([part[f"{metric}_stderr"] for part in parts.values()])
+                                              / len(parts))
         total["subjects"] = parts
     spec = TASKS[exam.task]
     return {"task": exam.task, "name": spec.name, "shots": exam.shots, "limit": exam.limit, "metric": spec.metric,
             "value": total[spec.metric], "stderr": total[f"{spec.metric}_stderr"], **total, "rejects": exam.rejects}
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, exam: Exam, *, max_length: int = 0, max_tokens: int = 0,
+def evaluate(model: Transformer, tokenizer: Tokenizer, exam: Exam, *, max_length: int = 0, micro_tokens: int = 0,
              bos: bool | None = None, progress: str = "") -> dict:
-    """What a model scores, see `measure`. Requests of more than `max_length` tokens (0: the model's positions) lose the beginning of
+    """What a model scores, see `measure`. Requests of more than `max_length` tokens (0: the model's positions) lose the
+    beginning of
     their context; "cut" counts them. `bos`: contexts begin with BOS; None: as the tokenizer's texts do."""
     positions = model.config.max_positions
     if max_length > positions and model.embed_positions is not None:
@@ -481,64 +504,60 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, exam: Exam, *, max_length
         requests[subject], more = to_requests(tokenizer, asked, max_length or positions, bos)
         cut += more
     flat = [request for rows in requests.values() for row in rows for request in row]
-    found = likelihoods(model, flat, max_tokens, progress)
+    found = likelihoods(model, flat, micro_tokens, progress)
     values = {subject: [[found[request] for request in row] for row in rows] for subject, rows in requests.items()}
-    return measure(exam, values) | {"requests": len(flat), "cut": cut, "bos": bos, "max_length": max_length or positions}
+    return measure(exam, values) | {"requests": len(flat), "cut": cut, "bos": bos, "max_length": max_length
+                                    or positions}
 
 
 def leaderboard_average(results: Mapping[str, dict]) -> float:
     """Plain mean of the four tasks' values; NaN unless all four are there."""
-    return float(np.mean([results[task]["value"] for task in LEADERBOARD])) if set(LEADERBOARD) <= set(results) else math.nan
-
-
-def spread(results: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
-    """How far each task tells models apart, from results by model and task."""
-    found = {}
-    for task in dict.fromkeys(task for by_task in results.values() for task in by_task):
-        values = {model: by_task[task]["value"] for model, by_task in results.items() if task in by_task}
-        found[task] = {"models": len(values), "best": max(values, key=values.get), "worst": min(values, key=values.get),
-                       "range": max(values.values()) - min(values.values()),
-                       "sd": float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else math.nan}
-    return found
+    return float(np.mean([results[task]["value"]
+                          for task in LEADERBOARD])) if set(LEADERBOARD) <= set(results) else math.nan
 
 
 # ------------------------------------------------------------------------------------------ the report
 
 def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
     """Results by model and task as a section of a report."""
-    told: dict[str, dict] = {}
+    first: dict[str, dict] = {}
     for model, by_task in results.items():
         for task, result in by_task.items():
-            if told.setdefault(task, result)["request_sha256"] != result["request_sha256"]:
-                fail(f"multiple choice: {model} was asked other questions of {task} than another model: evaluate both with one setting")
-    measured = [(task, told[task]["metric"]) for task in told] + [("truthfulqa", m) for m in ("mc1", "mc2_mask") if "truthfulqa" in told]
+            if first.setdefault(task, result)["request_sha256"] != result["request_sha256"]:
+                fail(f"multiple choice: {model} was asked other questions of {task}: evaluate all with one setting")
+    measured = [(task, first[task]["metric"]) for task in first]
+    measured += [("truthfulqa", m) for m in ("mc1", "mc2_mask") if "truthfulqa" in first]
     rows = []
     for model, by_task in results.items():
         average = leaderboard_average(by_task)
-        cells = [percent(by_task[task], metric) if task in by_task else None for task, metric in measured]
-        rows.append([model, *cells, None if math.isnan(average) else 100 * average, sum(r["cut"] for r in by_task.values())])
+        cells = [cell(by_task[task], metric) if task in by_task else None for task, metric in measured]
+        rows.append([model, *cells, None if math.isnan(average) else 100 * average,
+                     sum(r["cut"] for r in by_task.values())])
     if len(results) > 1:
-        ranges = [100 * found["range"] for found in spread(results).values()]
+        values = [[by_task[task]["value"] for by_task in results.values() if task in by_task] for task in first]
+        ranges = [100 * (max(column) - min(column)) for column in values]
         rows.append(["largest - smallest", *ranges, *[None] * (len(measured) - len(ranges) + 2)])
-    asked = ", ".join(f"{r['n']:,} of {r['name']}{' (limited)' * bool(r['limit'])}" for r in told.values())
-    rejects = sum(len(lines) for result in told.values() for lines in result["rejects"].values())
-    text = (f"Questions: {asked}; lines rejected: {rejects}. Intervals are 95 %, over questions; a cut request lost the beginning of "
-            "its context.")
-    figure = {"kind": "bars", "names": list(results), "label": "%", "groups": {
-        told[task]["name"]: [100 * r[task]["value"] if task in r else None for r in results.values()] for task in told}}
-    columns = ["model", *(f"{told[task]['name']}, {told[task]['shots']} shots, {metric}, %" for task, metric in measured),
-               "average of the four, %", "requests cut"]
-    return {"title": "Multiple choice by log-likelihood", "text": text, "columns": columns, "rows": rows, "figure": figure}
+    asked = ", ".join(f"{r['n']:,} of {r['name']}{' (limited)' * bool(r['limit'])}" for r in first.values())
+    rejects = sum(len(lines) for result in first.values() for lines in result["rejects"].values())
+    text = (f"Questions: {asked}; lines rejected: {rejects}. Intervals are 95 %, over questions; a cut request lost "
+            "the beginning of its context.")
+    bars = {first[task]["name"]: [100 * r[task]["value"] if task in r else None for r in results.values()]
+            for task in first}
+    columns = ["model", *(f"{first[task]['name']}, {first[task]['shots']} shots, {metric}, %"
+                          for task, metric in measured), "average of the four, %", "requests cut"]
+    return {"title": "Multiple choice by log-likelihood", "text": text, "columns": columns, "rows": rows,
+            "figure": {"kind": "bars", "names": list(results), "label": "%", "groups": bars}}
 
 
 def subjects_section(results: Mapping[str, dict]) -> dict:
     """MMLU by subject, from its results by model."""
     subjects = dict.fromkeys(subject for result in results.values() for subject in result["subjects"])
-    rows = [[subject, *(percent(r["subjects"][subject], r["metric"]) for r in results.values())] for subject in subjects]
+    rows = [[subject, *(cell(r["subjects"][subject], r["metric"]) for r in results.values())]
+            for subject in subjects]
     return {"title": "MMLU by subject", "columns": ["subject", *(f"{model}, %" for model in results)], "rows": rows}
 
 
-def percent(result: dict, metric: str) -> dict | float:
-    """A cell: the value with its 95 % interval, or alone where there is none, with one question."""
+def cell(result: dict, metric: str) -> dict | float:
+    """The value with its 95 % interval, or alone where there is none, with one question."""
     value, half = 100 * result[metric], 196 * result[f"{metric}_stderr"]
-    return 100 * result[metric] if math.isnan(half) else {"value": value, "low": max(0.0, value - half), "high": min(100.0, value + half)}
+    return value if math.isnan(half) else bounded(value, max(0.0, value - half), min(100.0, value + half))

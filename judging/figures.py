@@ -1,9 +1,12 @@
-"""Numbers as text, and figures as SVG, for the report (their form: judging/report.py)."""
+"""Numbers as text, and figures as SVG by matplotlib, for the report (their form: judging/report.py)."""
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Callable, Iterable
+import re
+import warnings
+from collections.abc import Iterable
 from html import escape
 
 # ----------------------------------------------------------------------------------------- numbers
@@ -30,8 +33,8 @@ def plain(value) -> str:
 def show(cells: Iterable) -> list[tuple[str, str]]:
     """A column's cells as text and interval: ("71.2", "[68.0, 74.1]"), ("some text", ""), ("-", "").
 
-    Decimals follow the column's largest number: three significant digits, one decimal from 10, none from 1000. A cell too
-    small for that keeps two digits of its own, so that 0.14 beside 97.3 is not 0.1. Integers stay as they are.
+    Decimals follow the column's largest number: three significant digits, one decimal from 10, none from 1000. A cell
+    too small for that keeps two digits of its own, so that 0.14 beside 97.3 is not 0.1. Integers stay as they are.
     """
     parts = [[cell.get(key) for key in ("value", "low", "high")] if is_interval(cell) else [cell] for cell in cells]
     sizes = [max((abs(x) for x in part if isinstance(x, float)), default=0) for part in parts]
@@ -68,219 +71,164 @@ def align(values: list[str], digit: str = " ", point: str = " ") -> list[str]:
 
 # ----------------------------------------------------------------------------------------- figures
 
-BOX = 720  # width of a figure, px; a matrix may be wider
 LIGHT = {"paper": "#ffffff", "ink": "#1d2127", "muted": "#626b76", "line": "#e4e7eb", "accent": "#2b62b8"}
 DARK = {"paper": "#14171b", "ink": "#e6e9ed", "muted": "#98a2ae", "line": "#2c3239", "accent": "#79aefb"}
-# More than six series and no reader tells their tints apart: they become a matrix.
-TINTS = [f"fill:color-mix(in srgb,var(--{color}) {percent}%,var(--paper))" for color, percent in (
-    ("accent", 100), ("muted", 60), ("accent", 50), ("muted", 30), ("accent", 25), ("muted", 15))]
+# Of at most six series: nobody tells more tints apart.
+TINTS = [(LIGHT[color], opacity) for color, opacity in (
+    ("accent", 1.0), ("muted", 0.6), ("accent", 0.5), ("muted", 0.3), ("accent", 0.25), ("muted", 0.15))]
 NOTHING = '<p class="note">There are no numbers to draw.</p>'
+SETTINGS = {
+    "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11,
+    "text.color": LIGHT["ink"],
+    "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": LIGHT["line"],
+    "axes.labelcolor": LIGHT["ink"],
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
+    "grid.color": LIGHT["line"], "xtick.labelcolor": LIGHT["muted"], "ytick.labelcolor": LIGHT["ink"],
+    "xtick.color": LIGHT["line"],
+    "ytick.left": False, "legend.frameon": False,
+}
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """At most `most` round numbers, 1, 2 or 5 times a power of ten apart, the first <= low and the last >= high."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = (low - abs(low) / 10, high + abs(high) / 10) if low else (0.0, 1.0)
-    power = math.floor(math.log10((high - low) / most))
-    for step, exponent in ((s, e) for e in range(power, power + 3) for s in (1, 2, 5)):
-        unit = step * 10.0 ** exponent
-        # the slack forgives 0.3 / 0.1 = 2.9999999999999996
-        first, last = math.floor(low / unit + 1e-9), math.ceil(high / unit - 1e-9)
-        if last - first < most:
-            return [round(k * unit, max(0, -exponent)) for k in range(first, last + 1)]
-    raise ValueError(f"no ticks between {low} and {high}")
+def draw(figure: dict) -> str:
+    """The figure as an inline SVG, whose colours are those of the page, light or dark."""
+    import matplotlib  # here: it takes a second to import
+
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a glyph that matplotlib's font lacks is left to the browser's
+        drawn = plot(figure)
+        if drawn is None:
+            return NOTHING
+        file = io.StringIO()
+        drawn.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = file.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg"):], flags=re.S)
+    svg = re.sub(r' id="[\w.]+_\d+"| xmlns:xlink="[^"]*"| font-family: [^;]*;', "", svg).replace("xlink:href", "href")
+    for name, color in LIGHT.items():
+        svg = svg.replace(color, f"var(--{name})")
+    width, height = (72 * size for size in drawn.get_size_inches())
+    name = escape(figure.get("label") or f"{figure.get('y_label')} against {figure.get('x_label')}")
+    style = f"max-width:{width:.0f}px;min-width:{0.85 * width:.0f}px"
+    return re.sub("<svg[^>]*>", lambda _: f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="{style}" role="img" '
+                  f'aria-label="{name}" xmlns="http://www.w3.org/2000/svg">', svg, count=1)
 
 
-def text_width(words: str) -> float:
-    """Of a 12 px label in px, on the generous side: fonts differ, and an SVG cannot ask."""
-    return sum(12.0 if c > "\u2e7f" or c in "mwMW@%…" else 4.6 if c in " .,:;|!'()[]ijl" else 8.4 if c.isupper() else 7.5 for c in words)
+def plot(figure: dict):
+    """The figure as a matplotlib one, 720 points wide where it can be; None where there is no number to draw."""
+    kinds = {"ratings": _ratings, "matrix": _matrix, "points": _points, "bars": _bars}
+    if figure["kind"] not in kinds:
+        raise ValueError(f"figure kind is {figure['kind']!r}, expected {', '.join(kinds)}")
+    return kinds[figure["kind"]](figure)
 
 
-def _label(x: float, y: float, words: str, anchor: str = "start", room: float = math.inf, style: str = "") -> str:
-    """A text element; where it is cut, the whole stands in its tooltip."""
-    short = words = " ".join(words.split())
-    while text_width(short) > room and len(short) > 1:
-        short = short.rstrip("…")[:-1] + "…"
-    tip = f"<title>{escape(words)}</title>" if short != words else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{style}">{tip}{escape(short)}</text>'
+def _axes(width: float, height: float):
+    """A figure of that many points and its axes, which make room for their labels."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure((width / 72, height / 72), layout="constrained")
+    drawn.get_layout_engine().set(w_pad=0.12)
+    return drawn, drawn.subplots()
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{style}"/>'
+def _short(name: str) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= 40 else f"{name[:39]}…"
 
 
-def _svg(width: float, height: float, parts: list[str], name: str) -> str:
-    return (f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px;min-width:{0.85 * width:.0f}px" role="img" '
-            f'aria-label="{escape(name)}">{"".join(parts)}</svg>')
+def _names(axes, names: list[str]) -> None:
+    """Names down the left, the first at the top."""
+    axes.set_yticks(range(len(names)), list(map(_short, names)))
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _scale(marks: list[float], start: float, end: float) -> Callable[[float], float]:
-    return lambda value: start + (value - marks[0]) / (marks[-1] - marks[0]) * (end - start)
-
-
-def _tick_labels(marks: list[float]) -> list[str]:
-    places = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
-    return [_number(float(mark), places) for mark in marks]
-
-
-def _x_axis(marks: list[float], place: Callable, top: float, bottom: float, name: str) -> list[str]:
-    left, right = place(marks[0]), place(marks[-1])
-    parts = [_label((left + right) / 2, bottom + 40, name, "middle", right - left)]
-    for mark, number in zip(marks, _tick_labels(marks), strict=True):
-        parts += [_line(place(mark), top, place(mark), bottom, "grid"), _label(place(mark), bottom + 18, number, "middle", style="soft")]
-    return parts
-
-
-def _ratings(figure: dict) -> str:
+def _ratings(figure: dict):
     rows = list(zip(*(figure[key] for key in ("names", "values", "low", "high")), strict=True))
     rows.sort(key=lambda row: (row[1] is None, -(row[1] or 0)))
-    reference = figure.get("reference")
-    numbers = [x for _, *row in rows for x in row if x is not None]
-    if not numbers:
-        return NOTHING
-    marks = ticks(*(f(numbers if reference is None else [*numbers, reference]) for f in (min, max)))
-    shown = [value for value, _ in show(value for _, value, _, _ in rows)]
-    left = min(220, max(text_width(name) for name, *_ in rows)) + 16
-    right, top = BOX - 28 - max(map(text_width, shown)), 22 if reference is not None else 8
-    place, bottom = _scale(marks, left + 8, right - 8), top + 28 * len(rows)
-    parts = _x_axis(marks, place, top, bottom, figure["label"])
-    if reference is not None:
-        parts += [_line(place(reference), top - 4, place(reference), bottom, "reference"),
-                  _label(place(reference), top - 9, f"{reference:g}", "middle", style="soft")]
-    for i, ((name, value, low, high), number) in enumerate(zip(rows, shown, strict=True)):
-        y = top + 28 * i + 14
-        parts.append(_label(left - 12, y + 4, name, "end", left - 16))
+    if all(x is None for _, *row in rows for x in row):
+        return None
+    drawn, axes = _axes(720, 60 + 28 * len(rows))
+    for y, (_, value, low, high) in enumerate(rows):
         if low is not None and high is not None:
-            parts.append(_line(place(low), y, place(high), y, "whisker"))
+            axes.plot([low, high], [y, y], color=LIGHT["accent"], alpha=0.55, linewidth=2)
         if value is not None:
-            parts.append(f'<circle cx="{place(value):.1f}" cy="{y:.1f}" r="4.5" class="dot"/>')
-        parts.append(_label(BOX - 8, y + 4, number, "end"))
-    return _svg(BOX, bottom + 52, parts, figure["label"])
+            axes.plot([value], [y], "o", color=LIGHT["accent"])
+    if figure.get("reference") is not None:
+        axes.axvline(figure["reference"], color=LIGHT["muted"], linestyle="--", linewidth=1)
+    for y, (value, _) in enumerate(show(value for _, value, _, _ in rows)):
+        axes.text(1.02, y, value, transform=axes.get_yaxis_transform(), va="center")
+    _names(axes, [name for name, *_ in rows])
+    axes.grid(axis="x")
+    axes.set_xlabel(figure["label"])
+    return drawn
 
 
-def _matrix(figure: dict) -> str:
+def _matrix(figure: dict):
+    from matplotlib.patches import Rectangle
+
     names, columns, grid = figure["names"], figure["columns"], figure["grid"]
     if len(grid) != len(names) or any(len(row) != len(columns) for row in grid):
         raise ValueError(f"the grid is not {len(names)} rows of {len(columns)}")
     numbers = [x for row in grid for x in row if x is not None]
     if not numbers:
-        return NOTHING
+        return None
     low, high = (f(numbers) if figure.get(key) is None else figure[key] for f, key in ((min, "low"), (max, "high")))
-    shown = [value for value, _ in show(x for row in grid for x in row)]
-    left = min(200, max(map(text_width, names))) + 16
-    wide = max(max(map(text_width, shown)) + 12, min(84, (BOX - left) / len(columns)))
-    widest = min(150, max(map(text_width, columns)))
-    slanted = widest > wide - 8
-    top = 0.71 * widest + 24 if slanted else 28
-    width = left + wide * len(columns) + (0.71 * widest + 4 if slanted else 8)
-    parts = []
-    for j, name in enumerate(columns):
-        x = left + wide * (j + 0.5)
-        heading = _label(x, top - 10, name, "start" if slanted else "middle", widest)
-        parts.append(f'<g transform="rotate(-45 {x:.1f} {top - 10:.1f})">{heading}</g>' if slanted else heading)
-    for i, name in enumerate(names):
-        parts.append(_label(left - 12, top + 30 * i + 19, name, "end", left - 16))
-        for j, value in enumerate(grid[i]):
-            x, y = left + wide * j, top + 30 * i
+    longest = max(map(len, columns))
+    slanted = longest * 7 * len(columns) > 400
+    drawn, axes = _axes(max(720, 320 + 62 * len(columns)), 60 + 30 * len(names)
+                        + (5 * min(longest, 40) if slanted else 0))
+    shown = iter(show(x for row in grid for x in row))
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
             if value is not None:
                 strength = min(1, max(0, (value - low) / (high - low))) if high > low else 0.5
                 # never stronger than 0.52: the ink keeps a contrast of 4.5 on every cell, in both modes
-                parts.append(f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="28" rx="2" class="accent" '
-                             f'fill-opacity="{0.04 + 0.48 * strength:.2f}"/>')
-            number = shown[i * len(columns) + j]
-            parts.append(_label(x + wide / 2, y + 19, number, "middle", style="soft" if value is None else ""))
-    width, bottom = max(width, min(BOX, text_width(figure["label"]) + 16)), top + 30 * len(names)
-    parts.append(_label(8, bottom + 24, figure["label"], room=width - 16))
-    return _svg(width, bottom + 36, parts, figure["label"])
+                axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=LIGHT["accent"], alpha=0.04 + 0.48
+                                         * strength))
+            axes.text(x, y, next(shown)[0], ha="center", va="center",
+                      color=LIGHT["ink" if value is not None else "muted"], in_layout=False)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_xticks(range(len(columns)), list(map(_short, columns)), rotation=45 if slanted else 0,
+                    ha="left" if slanted else "center", color=LIGHT["ink"])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines["bottom"].set_visible(False)
+    _names(axes, names)
+    axes.set_xlabel(figure["label"])
+    return drawn
 
 
-def _points(figure: dict) -> str:
-    names = figure.get("names") or [""] * len(figure["x"])
-    points = [p for p in zip(figure["x"], figure["y"], names, strict=True) if p[0] is not None and p[1] is not None]
+def _points(figure: dict):
+    points = [p for p in zip(figure["x"], figure["y"], strict=True) if None not in p]
     if not points:
-        return NOTHING
-    xs, ys = ([p[k] for p in points] for k in (0, 1))
-    x_marks, y_marks = ticks(min(xs), max(xs), 8), ticks(min(ys), max(ys))
-    left, right, top, bottom = max(map(text_width, _tick_labels(y_marks))) + 16, BOX - 24, 34, 354
-    across, up = _scale(x_marks, left, right), _scale(y_marks, bottom, top)
+        return None
+    drawn, axes = _axes(720, 400)
+    axes.plot(*zip(*points, strict=True), "o", color=LIGHT["accent"], alpha=0.75, markersize=7 if len(points) <= 60
+              else 4)
     missing = len(figure["x"]) - len(points)
-    parts = [_label(8, 16, figure["y_label"], room=BOX - 16),
-             *_x_axis(x_marks, across, top, bottom, figure["x_label"] + (f" ({missing} without a number)" if missing else ""))]
-    for mark, name in zip(y_marks, _tick_labels(y_marks), strict=True):
-        parts += [_line(left, up(mark), right, up(mark), "grid"), _label(left - 8, up(mark) + 4, name, "end", style="soft")]
-    if figure.get("line"):
-        slope, intercept = figure["line"]
-        ends = sorted((y - intercept) / slope for y in (y_marks[0], y_marks[-1])) if slope else [min(xs), max(xs)]
-        first, last = max(min(xs), ends[0]), min(max(xs), ends[1])
-        if first < last and (slope or y_marks[0] <= intercept <= y_marks[-1]):
-            parts.append(_line(across(first), up(slope * first + intercept), across(last), up(slope * last + intercept), "fit"))
-    radius = 4.5 if len(points) <= 60 else 3
-    taken = [(across(x) - radius, up(y) - radius, across(x) + radius, up(y) + radius) for x, y, _ in points]
-    for x, y, name in points:
-        tip = f"{name}: " if name else ""
-        parts.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="{radius:g}" class="dot" fill-opacity="0.75">'
-                     f"<title>{escape(f'{tip}{x:g}, {y:g}')}</title></circle>")
-        width = text_width(name)
-        spots = [(8, 4, "start", 0), (-8, 4, "end", width), (0, -9, "middle", width / 2), (0, 17, "middle", width / 2)]
-        for dx, dy, anchor, before in spots if name and len(points) <= 60 else []:
-            x1, y2 = across(x) + dx - before, up(y) + dy + 3
-            box = (x1, y2 - 13, x1 + width, y2)
-            free = all(box[0] > b[2] or b[0] > box[2] or box[1] > b[3] or b[1] > box[3] for b in taken)
-            if free and left <= x1 and x1 + width <= right and top - 10 <= box[1] and y2 <= bottom:
-                taken.append(box)
-                parts.append(_label(across(x) + dx, up(y) + dy, name, anchor, style="halo"))
-                break
-    return _svg(BOX, bottom + 52, parts, f"{figure['y_label']} against {figure['x_label']}")
+    axes.set_xlabel(figure["x_label"] + (f" ({missing} without a number)" if missing else ""))
+    axes.set_title(figure["y_label"], loc="left", fontsize=11)
+    axes.grid()
+    return drawn
 
 
-def _bars(figure: dict) -> str:
+def _bars(figure: dict):
     names, groups = figure["names"], figure["groups"]
-    if any(len(values) != len(names) for values in groups.values()):
+    if any(len(values) != len(names) for values in groups.values()) or len(groups) > len(TINTS):
         raise ValueError(f"groups of {[len(values) for values in groups.values()]} values for {len(names)} names")
-    numbers = [x for values in groups.values() for x in values if x is not None]
-    if not numbers:
-        return NOTHING
-    if len(groups) > len(TINTS):
-        grid = [list(row) for row in zip(*groups.values(), strict=True)]
-        return _matrix({"names": names, "columns": list(groups), "grid": grid, "label": figure["label"]})
-    marks = ticks(min(0, *numbers), max(0, *numbers))
-    shown = [value for value, _ in show(x for values in groups.values() for x in values)]
-    room = max(map(text_width, shown)) + 8
-    edge = min(220, max(map(text_width, names))) + 4
-    left, right, top = edge + 12 + (room if min(numbers) < 0 else 0), BOX - room - 4, 8
-    parts, at = [], 8.0
-    for tint, series in zip(TINTS, groups, strict=False) if len(groups) > 1 else []:
-        if at + 18 + text_width(series) > BOX and at > 8:
-            at, top = 8.0, top + 20
-        parts += [f'<rect x="{at:.1f}" y="{top}" width="11" height="11" rx="2" style="{tint}"/>',
-                  _label(at + 17, top + 10, series, room=BOX - at - 24)]
-        at += 40 + text_width(series)
-    top += 26 if len(groups) > 1 else 0
-    thick, block = (16, 28) if len(groups) == 1 else (13, 13 * len(groups) + 16)
-    bottom, place = top + block * len(names), _scale(marks, left, right)
-    parts += _x_axis(marks, place, top, bottom, figure["label"])
-    for i, name in enumerate(names):
-        middle = top + block * (i + 0.5)
-        parts.append(_label(edge, middle + 4, name, "end", edge - 4))
-        for k, (tint, (series, values)) in enumerate(zip(TINTS, groups.items(), strict=False)):
-            value, y = values[i], middle - thick * len(groups) / 2 + thick * k
-            start, end = sorted((place(0), place(value or 0)))
-            parts.append(f'<rect x="{start:.1f}" y="{y + 0.5:.1f}" width="{end - start:.1f}" height="{thick - 1}" style="{tint}">'
-                         f'<title>{escape(f"{name}, {series}: {shown[k * len(names) + i]}")}</title></rect>')
-            side = (start - 5, "end") if (value or 0) < 0 else (end + 5, "start")
-            parts.append(_label(side[0], y + thick / 2 + 4, shown[k * len(names) + i], side[1], style="soft"))
-    return _svg(BOX, bottom + 52, [*parts, _line(place(0), top, place(0), bottom, "zero")], figure["label"])
-
-
-def draw(figure: dict) -> str:
-    """The figure as an inline SVG."""
-    match figure["kind"]:
-        case "ratings":
-            return _ratings(figure)
-        case "matrix":
-            return _matrix(figure)
-        case "points":
-            return _points(figure)
-        case "bars":
-            return _bars(figure)
-    raise ValueError(f"figure kind is {figure['kind']!r}, expected ratings, matrix, points or bars")
+    if all(x is None for values in groups.values() for x in values):
+        return None
+    thick = 0.8 / len(groups)
+    drawn, axes = _axes(720, 60 + (28 if len(groups) == 1 else 14 * len(groups) + 14) * len(names) + 20
+                        * (len(groups) > 1))
+    shown = iter(show(x for values in groups.values() for x in values))
+    for k, ((color, opacity), (series, values)) in enumerate(zip(TINTS, groups.items(), strict=False)):
+        places = [y + thick * (k - (len(groups) - 1) / 2) for y in range(len(names))]
+        bars = axes.barh(places, [x or 0 for x in values], 0.94 * thick, color=color, alpha=opacity, label=series)
+        axes.bar_label(bars, [next(shown)[0] for _ in values], padding=4, color=LIGHT["muted"])
+    axes.axvline(0, color=LIGHT["muted"], linewidth=1)
+    axes.margins(x=0.12)
+    _names(axes, names)
+    axes.grid(axis="x")
+    axes.set_xlabel(figure["label"])
+    if len(groups) > 1:
+        drawn.legend(loc="outside upper left", ncols=3)
+    return drawn

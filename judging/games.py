@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-import reward
 from checkpoints import load_model
 from data.llm import Budget, Reply, Request, Sampling, ask
 from data.pack import tree_from_messages
+from data.scores import all_scores
 from data.tokenizer import load_tokenizer
 from judging.prompts import Question, Verdict, ask_pair, ask_score, read_verdict
+from judging.ratings import outcome
 from judging.tables import describe
 from runtime import fail
 
@@ -61,25 +62,26 @@ def matches(answers: Answers, baseline: str, all_pairs: bool, limit: int = 0) ->
 def in_orders(found: list[Match], orders: str, names: list[str]) -> list[tuple[Match, bool]]:
     """Each match with whether a is shown first: "both" ways, "one" drawn by lot (AlpacaEval), or "balanced".
 
-    Balanced: the models sit on a circle, and each is shown before those in the half after it; the next question turns that
-    around. Over two questions every model is as often first as second, and so is every pair.
+    Balanced: the models sit on a circle, and each is shown before those in the half after it; the next question turns
+    that around. Over two questions every model is as often first as second, and so is every pair.
     """
     if orders == "both":
         return [(m, first) for m in found for first in (True, False)]
-    chosen = []
-    for m in found:
+
+    def first(m: Match) -> bool:
         if orders == "one":
-            first = hashlib.sha256(f"{m.question} {m.turn} {m.seed} {sorted((m.a, m.b))}".encode()).digest()[0] % 2 == (m.a < m.b)
-        else:
-            distance = (names.index(m.b) - names.index(m.a)) % len(names)
-            first = (2 * distance < len(names) or (2 * distance == len(names) and m.a < m.b)) ^ (m.question + m.seed) % 2
-        chosen.append((m, bool(first)))
-    return chosen
+            drawn = hashlib.sha256(f"{m.question} {m.turn} {m.seed} {sorted((m.a, m.b))}".encode()).digest()[0] % 2
+            return drawn == (m.a < m.b)
+        distance = (names.index(m.b) - names.index(m.a)) % len(names)
+        before = 2 * distance < len(names) or (2 * distance == len(names) and m.a < m.b)
+        return before ^ bool((m.question + m.seed) % 2)
+
+    return [(m, first(m)) for m in found]
 
 
-def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, unbiased: bool = False, identical: bool = False,
-            progress: str = "") -> list[dict]:
-    """The judge's verdict on every game, as rows. Replies that are the same text tie unasked, once, unless `identical` is set."""
+def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, unbiased: bool = False,
+            identical: bool = False, progress: str = "") -> list[dict]:
+    """The verdicts on all games, as rows. Equal replies tie without being asked, once, unless `identical` is set."""
     requests, asked, same = [], [], {}
     for m, a_first in games:
         a, b = ([r["text"] for r in answers.said[name, m.seed][m.question][:m.turn]] for name in (m.a, m.b))
@@ -87,7 +89,8 @@ def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, 
         if a == b and not identical:
             same[m] = row | {"a_first": None, "preference": 0.5, "rating": None, "why": "identical replies"}
             continue
-        messages = ask_pair(answers.questions[m.question], *((a, b) if a_first else (b, a)), judge.form, judge.wording, unbiased)
+        messages = ask_pair(answers.questions[m.question], *((a, b) if a_first else (b, a)), judge.form, judge.wording,
+                            unbiased)
         requests.append(Request(messages, labels=("A", "B") if judge.form == "label" else ()))
         asked.append(row | {"a_first": a_first})
     for row, reply in zip(asked, _ask(judge, requests, progress), strict=True):
@@ -104,20 +107,21 @@ def mark(judge: Judge, answers: Answers) -> list[dict]:
         for question, said in zip(answers.questions, replies, strict=True):
             for turn in range(1, len(said) + 1):
                 requests.append(Request(ask_score(question, [r["text"] for r in said[:turn]], judge.wording)))
-                rows.append({"judge": judge.name, "prompt": question.id, "category": question.category, "turn": turn, "repeat": seed,
-                             "model": name})
+                rows.append({"judge": judge.name, "prompt": question.id, "category": question.category, "turn": turn,
+                             "repeat": seed, "model": name})
     for row, reply in zip(rows, _ask(judge, requests, f"{judge.name}: marks"), strict=True):
         verdict = Verdict(None, "no reply") if reply is None else read_verdict(reply.text, "score")
         row |= {"score": verdict.value, "why": verdict.why}
     return rows
 
 
-def games_from_scores(name: str, found: list[Match], scores: dict[tuple[str, int], list[list[float]]], answers: Answers) -> list[dict]:
+def games_from_scores(name: str, found: list[Match], scores: dict[tuple[str, int], list[list[float]]],
+                      answers: Answers) -> list[dict]:
     """Rows decided by which reply has the higher score, equal ones are ties; no reply is shown first."""
     rows = []
     for m in found:
         x, y = (scores[model, m.seed][m.question][m.turn - 1] for model in (m.a, m.b))
-        rows.append(_row(name, m, answers) | {"a_first": None, "preference": 0.5 + 0.5 * ((x > y) - (x < y))})
+        rows.append(_row(name, m, answers) | {"a_first": None, "preference": outcome(x, y)})
     return rows
 
 
@@ -134,18 +138,20 @@ def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tup
             messages = [m for asked, r in zip(question.turns, said, strict=False)
                         for m in ({"role": "user", "content": asked}, {"role": "assistant", "content": r["text"]})]
             trees += [tree_from_messages(messages, tokenizer)] if said else []
-        found = iter(reward.all_scores(model, trees, 4096, device))
+        found = iter(all_scores(model, trees, 4096, device))
         scores[key] = [next(found).tolist() if said else [] for said in replies]
     return scores
 
 
 def _ask(judge: Judge, requests: list[Request], progress: str) -> list[Reply | None]:
-    return ask(judge.model, requests, Sampling(judge.max_tokens, 0.0), judge.ledger, judge.budget, progress or judge.name)  # greedy
+    return ask(judge.model, requests, Sampling(judge.max_tokens, 0.0), judge.ledger, judge.budget, progress
+               or judge.name)  # greedy
 
 
 def _row(name: str, m: Match, answers: Answers) -> dict:
     question = answers.questions[m.question]
-    texts = {side: answers.said[model, m.seed][m.question][m.turn - 1]["text"] for side, model in (("a", m.a), ("b", m.b))}
+    texts = {side: answers.said[model, m.seed][m.question][m.turn - 1]["text"]
+             for side, model in (("a", m.a), ("b", m.b))}
     about = {f"{key}_{side}": value for side, text in texts.items() for key, value in describe(text).items()}
     return {"judge": name, "prompt": question.id, "category": question.category, "turn": m.turn, "repeat": m.seed,
             "a": m.a, "b": m.b, **about}

@@ -17,6 +17,7 @@ from checkpoints import load_model
 from data.tiny.world import demonstrate, dialogue, gold, words
 from data.tokenizer import load_tokenizer
 from judging.games import Answers
+from judging.tables import bounded, dots, grid_section
 from model import generate
 
 # Student's t, 97.5 % quantile, by degrees of freedom 1..30.
@@ -32,8 +33,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), t * stdev(values) / math.sqrt(len(values))
 
 
-def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict], baseline: dict[int, list[list[dict]]]) -> dict:
-    """One model's numbers from its graded replies {"text", "finished", "gold"} by seed, dialogue and turn, in points of 100."""
+def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
+              baseline: dict[int, list[list[dict]]]) -> dict:
+    """One model's numbers, in points of 100, from its graded replies by seed, dialogue and turn."""
     everything = [r for graded in scores.values() for d in graded for r in d]
     follow_ups = [r["gold"] for graded in scores.values() for d in graded for r in d[1:]]
     by_seed, baseline_by_seed = ({seed: 100 * mean(r["gold"] for d in graded for r in d) for seed, graded in x.items()}
@@ -47,37 +49,42 @@ def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict], baseli
     pairs = [(a["gold"], b["gold"]) for seed in scores for x, y in zip(scores[seed], baseline[seed], strict=True)
              for a, b in zip(x, y, strict=True)]
     wins, losses = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
-    category = {task: 100 * mean(r["gold"] for graded in scores.values() for d, x in zip(dialogues, graded, strict=True)
-                                 if d["category"] == task for r in x) for task in dict.fromkeys(d["category"] for d in dialogues)}
+    by_task: dict[str, list[float]] = {d["category"]: [] for d in dialogues}
+    for graded in scores.values():
+        for d, replies in zip(dialogues, graded, strict=True):
+            by_task[d["category"]] += [r["gold"] for r in replies]
     return {"gold": gold_mean, "gold_interval": half, "gold_by_seed": by_seed, "gain": mean(gains),
-            "gain_interval": interval(gains)[1] if len(gains) > 1 else None, "gain_by_seed": dict(zip(by_seed, gains, strict=True)),
+            "gain_interval": interval(gains)[1] if len(gains) > 1 else None,
+            "gain_by_seed": dict(zip(by_seed, gains, strict=True)),
             "win_rate": 50 * (1 + (wins - losses) / len(pairs)), "n": len(pairs), "wins": wins, "losses": losses,
-            "draws": len(pairs) - wins - losses, "category": category,
+            "draws": len(pairs) - wins - losses,
+            "category": {task: 100 * mean(grades) for task, grades in by_task.items()},
             "first_turn": 100 * mean(d[0]["gold"] for graded in scores.values() for d in graded),
             "follow_up": 100 * mean(follow_ups) if follow_ups else None,
-            "ended": 100 * mean(r["finished"] for r in everything), "words": mean(len(words(r["text"])) for r in everything)}
+            "ended": 100 * mean(r["finished"] for r in everything),
+            "words": mean(len(words(r["text"])) for r in everything)}
 
 
 def sections(models: dict[str, dict], baseline: str, seeds: int) -> list[dict]:
     """The tables and figures of summaries by model."""
-    rows = [[name, {"value": m["gold"], "low": m["gold"] - m["gold_interval"], "high": m["gold"] + m["gold_interval"]}, m["win_rate"],
-             m["first_turn"], m["follow_up"], m["ended"], m["words"]] for name, m in models.items()]
+    cells = {name: bounded(m["gold"], m["gold"] - m["gold_interval"], m["gold"] + m["gold_interval"])
+             for name, m in models.items()}
+    rows = [[name, cells[name], *(m[key] for key in ("win_rate", "first_turn", "follow_up", "ended", "words"))]
+            for name, m in models.items()]
     tasks = list(next(iter(models.values()))["category"])
     grid = [[m["category"][task] for task in tasks] for m in models.values()]
-    names = [task.replace("_", " ") for task in tasks]
     over = f"{seeds} seeds" if seeds > 1 else "dialogues: another training run would differ by more"
     return [
-        {"title": "Gold score", "text": f"Mean grade of a reply, 0 to 100; 95 % intervals over {over}.", "rows": rows,
-         "columns": ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups", "ended, %", "words"],
-         "figure": {"kind": "ratings", "names": list(models), "values": [m["gold"] for m in models.values()],
-                    "low": [row[1]["low"] for row in rows], "high": [row[1]["high"] for row in rows], "label": "gold score"}},
-        {"title": "Gold score by task", "columns": ["model", *names], "rows": [[m, *line] for m, line in zip(models, grid, strict=True)],
-         "figure": {"kind": "matrix", "names": list(models), "columns": names, "grid": grid, "label": "gold score", "low": 0, "high": 100}}]
+        {"title": "Gold score", "text": f"Mean grade of a reply, 0 to 100; 95 % intervals over {over}.",
+         "rows": rows, "columns": ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups",
+                                   "ended, %", "words"], "figure": dots(cells, "gold score")},
+        grid_section("Gold score by task", "", list(models), [t.replace("_", " ") for t in tasks], grid,
+                     "gold score")]
 
 
 def few_shot_answer(path: str, dialogues: list[dict], max_tokens: int, temperature: float, seed: int,
                     device: torch.device, progress: str) -> list[list[dict]]:
-    """In-context learning in the tiny world: three careful examples of the same task as plain text, the reply ends with its line."""
+    """In-context learning in the tiny world: three examples of the task as text; the reply ends with its line."""
     texts = []
     for i, d in enumerate(dialogues):
         rng, text = random.Random(f"{seed} {i}"), ""
@@ -95,8 +102,9 @@ def few_shot_answer(path: str, dialogues: list[dict], max_tokens: int, temperatu
         going = [i for i, d in enumerate(dialogues) if len(d["turns"]) > turn]
         for i in going:
             texts[i] += f"Question: {dialogues[i]['turns'][turn]['user']}\nAnswer:"
-        replies = generate(model, [[tokenizer.bos_id, *tokenizer.encode(texts[i])] for i in going], max_tokens, temperature,
-                           stop_ids=(newline, tokenizer.eos_id), seed=seed * 10 + turn, progress=f"{progress}, turn {turn + 1}")
+        replies = generate(model, [[tokenizer.bos_id, *tokenizer.encode(texts[i])] for i in going], max_tokens,
+                           temperature, stop_ids=(newline, tokenizer.eos_id), seed=seed * 10 + turn,
+                           progress=f"{progress}, turn {turn + 1}")
         for i, (sample,) in zip(going, replies, strict=True):
             said[i].append({"text": tokenizer.decode(sample.tokens).strip(), "finished": sample.finished})
             texts[i] += f" {said[i][-1]['text']}\n"
@@ -104,11 +112,16 @@ def few_shot_answer(path: str, dialogues: list[dict], max_tokens: int, temperatu
 
 
 def grade_all(answers: Answers, dialogues: list[dict]) -> dict[tuple[str, int], list[list[float]]]:
-    return {key: [[gold(d["category"], turn["item"], r["text"], r["finished"]) for turn, r in zip(d["turns"], said, strict=False)]
-                  for d, said in zip(dialogues, replies, strict=True)] for key, replies in answers.said.items()}
+    def grades(d: dict, said: list[dict]) -> list[float]:
+        turns = zip(d["turns"], said, strict=False)
+        return [gold(d["category"], turn["item"], r["text"], r["finished"]) for turn, r in turns]
+
+    return {key: [grades(*both) for both in zip(dialogues, replies, strict=True)]
+            for key, replies in answers.said.items()}
 
 
-def summaries(answers: Answers, dialogues: list[dict], grades: dict[tuple[str, int], list[list[float]]], baseline: str) -> dict[str, dict]:
+def summaries(answers: Answers, dialogues: list[dict], grades: dict[tuple[str, int], list[list[float]]],
+              baseline: str) -> dict[str, dict]:
     graded: dict[str, dict[int, list]] = {}
     for (name, seed), replies in answers.said.items():
         graded.setdefault(name, {})[seed] = [[r | {"gold": g} for r, g in zip(said, values, strict=True)]

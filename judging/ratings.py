@@ -9,7 +9,6 @@ Models and prompts are sorted by name first: the order of rows changes nothing b
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +21,7 @@ from runtime import fail
 # ------------------------------------------------------------------------------------- preferences
 
 def alpaca_preference(value: float | str | None) -> float:
-    """AlpacaEval's stored preference, 1 (baseline) to 2 (model), 1.5 or 0 a draw, perhaps a string; None is no verdict."""
+    """AlpacaEval's preference, 1 (baseline) to 2 (model), 1.5 or 0 a draw, perhaps as text; None is no verdict."""
     try:
         p = math.nan if value is None or value == "" else float(value)
     except (TypeError, ValueError):
@@ -35,7 +34,8 @@ def alpaca_preference(value: float | str | None) -> float:
 
 
 def label_preference(first_logprob: float | None, second_logprob: float | None, model_first: bool) -> float:
-    """The model's preference from the judge's log-probabilities of its one-token labels for the first and second answer.
+    """The model's preference from the judge's log-probabilities of its one-token labels for the first and second
+    answer.
 
         q = e^l1 / (e^l1 + e^l2) is the first answer's (AlpacaEval 2); a label missing from the top has probability 0.
     """
@@ -48,12 +48,17 @@ def label_preference(first_logprob: float | None, second_logprob: float | None, 
 
 
 def likert_outcome(rating: int, ties: bool) -> float:
-    """Outcome for A of a rating from 1 (A much better) to 8 (B much better): 4 and 5, the slight ones, are ties if `ties`."""
+    """Outcome for A of a rating from 1 (A much better) to 8 (B much better); 4 and 5 are ties if `ties`."""
     if rating not in range(1, 9):
         raise ValueError(f"rating is {rating!r}, expected an integer from 1 to 8")
     if ties and rating in (4, 5):
         return 0.5
     return 1.0 if rating <= 4 else 0.0
+
+
+def outcome(x: float, y: float) -> float:
+    """1, 0 or 1/2: whether x is above y."""
+    return 0.5 + 0.5 * ((x > y) - (x < y))
 
 
 def both_orders(forward, backward) -> np.ndarray:
@@ -70,7 +75,8 @@ def both_orders(forward, backward) -> np.ndarray:
 
 def check_preferences(p: np.ndarray) -> None:
     if np.any((p < 0) | (p > 1)):
-        raise ValueError(f"a preference is {p[(p < 0) | (p > 1)][0]}, expected all in [0, 1] or NaN: use alpaca_preference for [1, 2]")
+        raise ValueError(f"a preference is {p[(p < 0) | (p > 1)][0]}, expected all in [0, 1] or NaN: use "
+                         "alpaca_preference for [1, 2]")
 
 
 def sigmoid(x):
@@ -109,7 +115,7 @@ def wilson(wins: float, n: int) -> tuple[float, float]:
 
 
 def by_prompt(values, prompts: Sequence | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the valid values of each prompt [P], and how many there are [P]; None: each value is a prompt of its own."""
+    """Sum of the valid values of each prompt [P], and their number [P]; None: every value is its own prompt."""
     values = np.asarray(values, dtype=float)
     valid = ~np.isnan(values)
     if prompts is None:
@@ -121,61 +127,56 @@ def by_prompt(values, prompts: Sequence | None = None) -> tuple[np.ndarray, np.n
 
 
 def bootstrap_means(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Means [rounds, M] over resampled prompts, from sums and counts by prompt and model [P, M] and weights [rounds, P]."""
+    """Means [rounds, M] over resampled prompts, from sums and counts [P, M] and weights [rounds, P]."""
     n = weights @ counts
     return np.divide(weights @ sums, n, out=np.full(n.shape, np.nan), where=n > 0)
 
 
+def mean_interval(values, prompts: Sequence | None = None, rounds: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of the valid values [n], from resampled prompts."""
+    sums, counts = by_prompt(values, prompts)
+    samples = bootstrap_means(sums[:, None], counts[:, None], resample(len(sums), rounds, seed))
+    low, high = percentiles(samples[:, 0]).tolist()
+    return low, high
+
+
 # --------------------------------------------------------------------------------------- win rates
 
-def apply_draws(preferences, draws_as: str) -> np.ndarray:
-    """Preferences under a draw rule: "half" a win (AlpacaEval, Elo), "drop" (decided only), or "loss" (strictly better)."""
-    p = np.asarray(preferences, dtype=float)
-    check_preferences(p)
-    match draws_as:
-        case "half":
-            return p
-        case "drop":
-            return np.where(p == 0.5, np.nan, p)
-        case "loss":
-            return np.where(p == 0.5, 0, p)
-        case _:
-            raise ValueError(f"draws_as is {draws_as!r}, expected half, drop or loss")
-
-
-def win_rate(preferences, prompts: Sequence | None = None, draws_as: str = "half") -> dict[str, float]:
+def win_rate(preferences, prompts: Sequence | None = None) -> dict[str, float]:
     """Win rate in percent from preferences [n], its standard error, and the counts.
 
         win_rate = 100 mean p,   standard_error = 100 sd(p) / sqrt(n) with sd over n - 1       (AlpacaEval)
 
     With several rows a prompt the error is the clustered one: residuals are summed by prompt before they are squared.
-    Counts ignore `draws_as`; discrete_win_rate rounds preferences first and halves draws.
+    A draw is half a win; discrete_win_rate rounds preferences first.
     """
     p = np.asarray(preferences, dtype=float)
-    used = apply_draws(p, draws_as)
-    sums, counts = by_prompt(used, prompts)
+    check_preferences(p)
+    sums, counts = by_prompt(p, prompts)
     wins, losses, drawn = (int(np.sum(x)) for x in (p > 0.5, p < 0.5, p == 0.5))
     n, clusters = int(counts.sum()), int((counts > 0).sum())
     if n == 0:
-        raise ValueError(f"no preference to average: {len(p)} rows, {drawn} draws, {int(np.isnan(p).sum())} without a verdict")
+        raise ValueError(f"no preference to average: {len(p)} rows, none with a verdict")
     mean = sums.sum() / n
     squares = ((sums - mean * counts) ** 2).sum() * clusters / (clusters - 1) if clusters > 1 else math.nan
-    return {"win_rate": 100 * mean, "standard_error": 100 * math.sqrt(squares) / n, "n": n, "wins": wins, "losses": losses, "draws": drawn,
-            "missing": int(np.isnan(p).sum()), "discrete_win_rate": 100 * (wins + drawn / 2) / max(wins + losses + drawn, 1)}
+    return {"win_rate": 100 * mean, "standard_error": 100 * math.sqrt(squares) / n, "n": n, "wins": wins,
+            "losses": losses, "draws": drawn, "missing": int(np.isnan(p).sum()),
+            "discrete_win_rate": 100 * (wins + drawn / 2) / max(wins + losses + drawn, 1)}
 
 
-def paired_difference(first, second, prompts: Sequence | None = None, rounds: int = 1000, seed: int = 0) -> dict[str, float]:
+def paired_difference(first, second, prompts: Sequence | None = None, rounds: int = 1000) -> dict[str, float]:
     """How much higher the first model's mean preference is, in points, on rows [n] where both have a verdict.
 
-    Two separate intervals that overlap do not say that two models are equal: prompts hard for one are hard for the other.
+    Two separate intervals that overlap do not say that two models are equal: prompts hard for one are hard for the
+    other.
     """
     gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    sums, counts = by_prompt(np.sort(gap) if prompts is None else gap, prompts)  # sorted: nameless prompts have no order
-    if not counts.sum():
+    gap = np.sort(gap) if prompts is None else gap  # nameless prompts have no order
+    n = int((~np.isnan(gap)).sum())
+    if not n:
         raise ValueError("no row has a verdict for both models")
-    samples = 100 * bootstrap_means(sums[:, None], counts[:, None], resample(len(sums), rounds, seed))
-    low, high = percentiles(samples[:, 0])
-    return {"difference": 100 * sums.sum() / counts.sum(), "low": float(low), "high": float(high), "n": int(counts.sum())}
+    low, high = mean_interval(gap, prompts, rounds)
+    return {"difference": 100 * float(np.nanmean(gap)), "low": 100 * low, "high": 100 * high, "n": n}
 
 
 def feature_preference(preferences, model_value, baseline_value, threshold: float = 0) -> dict[str, float]:
@@ -184,7 +185,8 @@ def feature_preference(preferences, model_value, baseline_value, threshold: floa
     Lengths in characters with threshold 30 (AlpacaEval's verbosity), `distinct_words`, or 0/1 for "has a list".
     Good models write more: compare judges on one model's answers, or models with one judge, but not across both.
     """
-    p, difference = np.asarray(preferences, dtype=float), np.asarray(model_value, dtype=float) - np.asarray(baseline_value, dtype=float)
+    p, model, baseline = (np.asarray(x, dtype=float) for x in (preferences, model_value, baseline_value))
+    difference = model - baseline
     used = (np.abs(difference) > threshold) & ((p > 0.5) | (p < 0.5))
     won = int(((p > 0.5) == (difference > 0))[used].sum())
     low, high = wilson(won, int(used.sum()))
@@ -200,7 +202,8 @@ def distinct_words(text: str) -> int:
 def lc_win_rate(theta: float, psi: float, difficulty) -> float:
     """AlpacaEval 2's length-controlled win rate from published weights (Dubois et al. 2024, arXiv:2404.04475).
 
-        logit P(model wins on i) = theta + phi tanh(delta_i) + psi gamma_i,   LC = 100 mean_i sigmoid(theta + psi gamma_i)
+        logit P(model wins on i) = theta + phi tanh(delta_i) + psi gamma_i
+        LC = 100 mean_i sigmoid(theta + psi gamma_i)
 
     gamma is the instructions' difficulty [n], delta the length difference, set to 0. For two models against
     each other pass the differences of their weights; the baseline has zero weights and gets exactly 50.
@@ -209,7 +212,7 @@ def lc_win_rate(theta: float, psi: float, difficulty) -> float:
 
 
 def length_feature(baseline_length, model_length) -> np.ndarray:
-    """tanh((len_1 - len_2) / sd) [n], lengths in characters, sd over n - 1; zero where lengths never differ by more or less."""
+    """tanh((len_1 - len_2) / sd) [n], lengths in characters, sd over n - 1; zero where the difference never varies."""
     delta = np.asarray(baseline_length, dtype=float) - np.asarray(model_length, dtype=float)
     sd = delta.std(ddof=1) if len(delta) > 1 else 0
     return np.tanh(delta / sd) if sd > 0 else np.zeros_like(delta)
@@ -232,7 +235,8 @@ def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None =
     """The two-term model: logit P(model wins on i) = theta + phi tanh(delta_i); lc2 = 100 sigmoid(theta).
 
     Never to be read as AlpacaEval's LC: without the difficulty term weak models come out up to 23 points apart.
-    `weights` [rounds, n], from `resample`, add an interval; lengths are scaled by the sd of the full set in every round.
+    `weights` [rounds, n], from `resample`, add an interval; lengths are scaled by the sd of the full set in every
+    round.
     """
     p = np.asarray(preferences, dtype=float)
     features = np.stack([np.ones(len(p)), length_feature(baseline_length, model_length)], axis=1)
@@ -240,7 +244,8 @@ def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None =
     theta, phi = start[0].tolist()
     result = {"lc2": float(100 * sigmoid(theta)), "theta": theta, "phi": phi}
     if weights is not None:
-        samples = [_logistic(features, p, weights[i:i + 50], start)[:, 0] for i in range(0, len(weights), 50)]  # 50 rounds fit the cache
+        # 50 rounds fit the cache
+        samples = [_logistic(features, p, weights[i:i + 50], start)[:, 0] for i in range(0, len(weights), 50)]
         low, high = percentiles(100 * sigmoid(np.concatenate(samples)))
         result |= {"low": float(low), "high": float(high)}
     return result
@@ -249,7 +254,8 @@ def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None =
 def _logistic(features: np.ndarray, p: np.ndarray, weights: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
     """Newton's method for logistic regression on soft labels: features [n, k], labels [n], weights [R, n] -> [R, k].
 
-    The ridge keeps a model that always wins finite; it moves the four of AlpacaEval 2 we hold by less than 0.0001 points.
+    The ridge keeps a model that always wins finite; it moves the four of AlpacaEval 2 we hold by less than 0.0001
+    points.
     """
     valid = ~np.isnan(p)
     check_preferences(p)
@@ -266,50 +272,14 @@ def _logistic(features: np.ndarray, p: np.ndarray, weights: np.ndarray, start: n
         gradient = labels - wq @ features - ridge * beta
         hessian = ((wq - wq * q) @ squares).reshape(-1, k, k) + ridge * np.eye(k)
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
-        # Far from the optimum Newton overshoots; nearly equal lengths put it far away. Twice as far a step keeps up with both.
+        # Far from the optimum Newton overshoots; nearly equal lengths put it far away. Twice as far a step keeps up
+        # with both.
         most = np.maximum(2, np.abs(beta).max(axis=1, keepdims=True))
         step *= np.minimum(1, most / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
         beta = beta + step
         if (np.abs(step) < 1e-6 * most).all():  # the error after this step is its square
             return beta
     raise ValueError("the logistic fit did not converge in 100 steps")
-
-
-# ------------------------------------------------------------------------------- AlpacaEval's table
-
-def leaderboard(rows_by_model: Mapping[str, Iterable[Mapping]], rounds: int = 1000, seed: int = 0) -> list[dict]:
-    """AlpacaEval's table: a row a model, best first, with 95 % intervals of the win rate and of lc2 from the same resampled prompts.
-
-    Rows are AlpacaEval's records {index, preference 1..2, len_1, len_2}, lengths optional, aligned by index.
-    mean_length is the model's, cut to an integer as the leaderboard prints it.
-    """
-    tables = {}
-    for model, rows in rows_by_model.items():
-        table = {}
-        for row in rows:
-            if row["index"] in table:
-                raise ValueError(f"{model}: index {row['index']} occurs twice")
-            table[row["index"]] = row
-        if not table:
-            raise ValueError(f"{model}: no rows")
-        tables[model] = table
-    keys = sorted({key for table in tables.values() for key in table}, key=lambda x: (isinstance(x, str), x))
-    weights = resample(len(keys), rounds, seed)
-    result = []
-    for model, table in tables.items():
-        rows = [table.get(key) for key in keys]
-        p = np.array([math.nan if row is None else alpaca_preference(row["preference"]) for row in rows])
-        sums, counts = by_prompt(p)
-        line = {"model": model, **win_rate(p)}
-        line["missing"] -= sum(row is None for row in rows)  # of its own rows
-        line["low"], line["high"] = map(float, percentiles(100 * bootstrap_means(sums[:, None], counts[:, None], weights)[:, 0]))
-        if all("len_1" in row and "len_2" in row for row in table.values()):
-            has = np.array([row is not None for row in rows])
-            one, two = (np.array([row[name] for row in rows if row is not None], dtype=float) for name in ("len_1", "len_2"))
-            fit = lc2(p[has], one, two, weights[:, has])
-            line |= {"lc2": fit["lc2"], "lc2_low": fit["low"], "lc2_high": fit["high"], "mean_length": int(two.mean())}
-        result.append(line)
-    return sorted(result, key=lambda line: (-line["win_rate"], line["model"]))
 
 
 # ------------------------------------------------------------------------------------------- games
@@ -363,32 +333,14 @@ def position(games: Games) -> dict[str, float]:
     outcome = np.where(games.a_first, games.outcome, 1 - games.outcome)
     first, second, ties = (int((outcome == x).sum()) for x in (1, 0, 0.5))
     low, high = wilson(first, first + second)
-    return {"first_slot_share": first / (first + second) if first + second else math.nan, "low": low, "high": high, "first": first,
+    return {"first_slot_share": first / (first + second) if first + second else math.nan, "low": low, "high": high,
+            "first": first,
             "second": second, "ties": ties, "missing": int(np.isnan(outcome).sum())}
 
 
-def match_orders(games: Games) -> tuple[Games, np.ndarray, np.ndarray, int]:
-    """Games merged by `both_orders`, the two outcomes for a [n] with a first and with b first, and how many had no partner.
-
-    Partners are games of one prompt and pair in opposite order; repeats are matched in the order given.
-    """
-    waiting: dict[tuple, list[int]] = defaultdict(list)
-    matched = []
-    for i, key in enumerate(zip(games.prompt.tolist(), games.a.tolist(), games.b.tolist(), games.a_first.tolist(), strict=True)):
-        partners = waiting[(*key[:3], not key[3])]
-        if partners:
-            j = partners.pop(0)
-            matched.append((i, j) if key[3] else (j, i))
-        else:
-            waiting[key].append(i)
-    i, j = np.array(matched, dtype=int).reshape(-1, 2).T
-    forward, backward = games.outcome[i], games.outcome[j]
-    merged = Games(games.models, games.a[i], games.b[i], both_orders(forward, backward), games.prompt[i], games.a_first[i], games.prompts)
-    return merged, forward, backward, sum(map(len, waiting.values()))
-
-
 def consistency(forward, backward) -> dict[str, float]:
-    """Both-order consistency from outcomes for a [n], with a first and with b first: how many pairs got one verdict twice.
+    """Both-order consistency from outcomes for a [n], with a first and with b first: how many pairs got one verdict
+    twice.
 
     always_first counts pairs whose two games both named the first slot. Consistent is not correct: give accuracy too.
     """
@@ -397,7 +349,8 @@ def consistency(forward, backward) -> dict[str, float]:
     n, same = int(valid.sum()), int((f == b)[valid].sum())
     low, high = wilson(same, n)
     return {"consistency": same / n if n else math.nan, "low": low, "high": high, "n": n, "consistent": same,
-            "always_first": int(((f == 1) & (b == 0)).sum()), "always_second": int(((f == 0) & (b == 1)).sum()), "missing": len(f) - n}
+            "always_first": int(((f == 1) & (b == 0)).sum()), "always_second": int(((f == 0) & (b == 1)).sum()),
+            "missing": len(f) - n}
 
 
 def records(games: Games) -> dict[str, dict[str, float]]:
@@ -412,21 +365,11 @@ def records(games: Games) -> dict[str, dict[str, float]]:
     return result
 
 
-def bootstrap_win_rates(games: Games, rounds: int = 1000, seed: int = 0) -> np.ndarray:
-    """The models' adjusted win rates in percent [rounds, M] over resampled prompts: columns subtract to paired differences."""
-    sums, counts = np.zeros((2, games.prompts, len(games.models)))
-    valid = ~np.isnan(games.outcome)
-    prompt, outcome = games.prompt[valid], games.outcome[valid]
-    for side, won in ((games.a[valid], outcome), (games.b[valid], 1 - outcome)):
-        np.add.at(sums, (prompt, side), won)
-        np.add.at(counts, (prompt, side), 1)
-    return 100 * bootstrap_means(sums, counts, resample(games.prompts, rounds, seed))
-
-
 # ---------------------------------------------------------------------------------------- MT-Bench
 
 def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds: int = 1000, seed: int = 0) -> dict:
-    """One model's single-answer scores (arXiv:2306.05685): turn 1, turn 2, and the average of all valid rows of both turns.
+    """One model's single-answer scores (arXiv:2306.05685): turn 1, turn 2, and the average of all valid rows of both
+    turns.
 
     rows: {question_id, turn 1 or 2, score}; a score of None or -1 is no verdict and counts as missing. The interval of
     the average resamples questions, both turns together. `categories` maps question_id to a category.
@@ -446,9 +389,8 @@ def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds:
 
     everything = np.ones(len(rows), dtype=bool)
     questions = [r["question_id"] for r in rows]
-    sums, counts = by_prompt(score, questions)
-    low, high = percentiles(bootstrap_means(sums[:, None], counts[:, None], resample(len(sums), rounds, seed))[:, 0])
-    result = {**means(everything), "low": float(low), "high": float(high), "missing": int(np.isnan(score).sum()),
+    low, high = mean_interval(score, questions, rounds, seed)
+    result = {**means(everything), "low": low, "high": high, "missing": int(np.isnan(score).sum()),
               "duplicates": len(rows) - len({(q, t) for q, t in zip(questions, turn.tolist(), strict=True)})}
     if categories is not None:
         of = np.array([categories[q] for q in questions], dtype=object)
@@ -456,35 +398,30 @@ def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds:
     return result
 
 
-def score_totals(scores) -> dict[str, float]:
-    """Two models' summed scores and their ratio from pairs of scores [n, 2] (Vicuna's review); a pair with a gap is missing."""
-    scores = np.asarray(scores, dtype=float).reshape(-1, 2)
-    valid = ~np.isnan(scores).any(axis=1)
-    first, second = scores[valid].sum(axis=0)
-    return {"first": float(first), "second": float(second), "ratio": float(first / second) if second else math.nan,
-            "n": int(valid.sum()), "missing": int((~valid).sum())}
-
-
 # --------------------------------------------------------------------------------------------- Elo
 
-def elo(games: Games, k: float = 4, scale: float = 400, base: float = 10, init: float = 1000) -> dict[str, float]:
-    """Online Elo in the order of the games (FastChat's, K = 4 today, 32 in May 2023): the one result that depends on it.
+SCALE = 400 / math.log(10)  # rating points of a nat: 400 points are odds of ten to one
+CENTRE = 1000.0
 
-        E_a = 1 / (1 + base^((R_b - R_a) / scale)),   R_a += K (S_a - E_a),   R_b -= the same
+
+def elo(games: Games, k: float = 4) -> dict[str, float]:
+    """Online Elo in the order of the games (FastChat's, K = 4 today, 32 in May 2023): the one result that depends on
+    it.
+
+        E_a = 1 / (1 + 10^((R_b - R_a) / 400)),   R_a += K (S_a - E_a),   R_b -= the same
     """
-    rating = [float(init)] * len(games.models)
+    rating = [CENTRE] * len(games.models)
     for a, b, s in zip(games.a.tolist(), games.b.tolist(), games.outcome.tolist(), strict=True):
         if math.isnan(s):
             continue
-        change = k * (s - 1 / (1 + base ** ((rating[b] - rating[a]) / scale)))
+        change = k * (s - 1 / (1 + math.exp((rating[b] - rating[a]) / SCALE)))
         rating[a] += change
         rating[b] -= change
     return dict(zip(games.models, rating, strict=True))
 
 
-def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32, scale: float = 400, base: float = 10,
-                  init: float = 1000) -> np.ndarray:
-    """Online Elo [rounds, M] of resampled prompts, their games in random order: the median does not depend on the order given."""
+def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32) -> np.ndarray:
+    """Online Elo [rounds, M] of resampled prompts, games in random order: the order given does not matter."""
     valid = ~np.isnan(games.outcome)
     columns = [x[valid] for x in (games.prompt, games.a, games.b, games.outcome, games.a_first)]
     prompt, a, b, outcome, _ = (x[np.lexsort(columns[::-1])] for x in columns)
@@ -499,19 +436,18 @@ def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32
     games_at = np.full((max((len(order) for order in orders), default=0), rounds), over, dtype=np.int32)
     for r, order in enumerate(orders):
         games_at[:len(order), r] = order
-    rating = np.full(rounds * len(games.models), float(init))
+    rating = np.full(rounds * len(games.models), CENTRE)
     offset = np.arange(rounds) * len(games.models)
-    growth = math.log(base) / scale
     for g in games_at:
         i, j = offset + a[g], offset + b[g]
-        change = stakes[g] * (outcome[g] - 1 / (1 + np.exp(growth * (rating[j] - rating[i]))))
+        change = stakes[g] * (outcome[g] - 1 / (1 + np.exp((rating[j] - rating[i]) / SCALE)))
         rating[i] += change
         rating[j] -= change
     return rating.reshape(rounds, -1)
 
 
 def ranks(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """A model's rank [M] is 1 + the number of models whose lower end is above its upper end: overlapping models share one."""
+    """Ranks [M]: 1 + the number of models whose lower end is above one's upper end; overlapping models share one."""
     return 1 + (np.asarray(low)[None, :] > np.asarray(high)[:, None]).sum(axis=1)
 
 
@@ -524,8 +460,8 @@ def rating_table(models: Sequence[str], samples: np.ndarray, point: Mapping[str,
     return sorted(lines, key=lambda line: (-line["rating"], line["model"]))
 
 
-def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 1000, seed: int = 0, k: float = 32) -> dict[str, list[dict]]:
-    """The talk's two tables from the same ratings 1-8: median bootstrapped Elo with ties allowed (4 and 5 tie) and not allowed.
+def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 1000) -> dict[str, list[dict]]:
+    """The talk's two tables from the same ratings 1-8: median bootstrapped Elo where 4 and 5 are ties, and where not.
 
     rows: (A, B, rating, prompt), A shown left. Resampling prompts keeps the six games of one prompt together.
     """
@@ -534,51 +470,50 @@ def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 10
     for name, ties in (("ties allowed", True), ("no ties", False)):
         games = collect(Game(a, b, likert_outcome(rating, ties), prompt) for a, b, rating, prompt in rows)
         check_connected(games)
-        result[name] = rating_table(games.models, bootstrap_elo(games, rounds, seed, k))
+        result[name] = rating_table(games.models, bootstrap_elo(games, rounds))
     return result
 
 
 # ----------------------------------------------------------------------------------- Bradley-Terry
 
-def not_connected(games: Games, ties: str = "half") -> str:
-    """"" if a chain of games joins every two models; else which two it does not join: their ratings have no common scale."""
-    valid = ~np.isnan(apply_draws(games.outcome, "drop" if ties == "drop" else "half"))
+def not_connected(games: Games) -> str:
+    """Which two models no chain of games joins, so that their ratings have no common scale; "" if there are none."""
+    valid = ~np.isnan(games.outcome)
     met = np.zeros((len(games.models),) * 2, dtype=bool)
     met[games.a[valid], games.b[valid]] = met[games.b[valid], games.a[valid]] = True
     reached = _reach(met)
-    return "" if reached.all() else f"no chain of games joins {games.models[0]} to {games.models[int(np.argmin(reached))]}"
+    if reached.all():
+        return ""
+    return f"no chain of games joins {games.models[0]} to {games.models[int(np.argmin(reached))]}"
 
 
-def check_connected(games: Games, ties: str = "half") -> None:
+def check_connected(games: Games) -> None:
     """Refuse games that fall into groups without a game between them."""
-    apart = not_connected(games, ties)
+    apart = not_connected(games)
     if apart:
         fail(f"games: {apart}, expected one group: judge games between them, or rate each group apart")
 
 
-def _check_ties(games: Games, ties: str) -> None:
-    if ties not in ("half", "drop", "rao_kupper", "davidson"):
-        raise ValueError(f"ties is {ties!r}, expected half, drop, rao_kupper or davidson")
+def _check_fit(games: Games, ties: str) -> None:
+    if ties not in ("half", "davidson"):
+        raise ValueError(f"ties is {ties!r}, expected half or davidson")
     tied, decided = ((games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any())
-    if ties in ("rao_kupper", "davidson") and not (tied and decided):
-        fail(f"games: {'all are ties' if tied else 'none is a tie'}, so {ties} has nothing to fit: use ties='half'")
-    if ties == "drop" and not decided:
-        fail("games: all are ties, and ties='drop' leaves none: use ties='half'")
+    if ties == "davidson" and not (tied and decided):
+        fail(f"games: {'all are ties' if tied else 'none is a tie'}, so davidson has nothing to fit: use ties='half'")
+    check_connected(games)
 
 
-def _check_finite(games: Games, ties: str) -> None:
+def _check_finite(games: Games) -> None:
     """Ford's condition (1957): ratings are finite only if no group of models never lost or tied against the rest."""
     beat = np.zeros((len(games.models),) * 2, dtype=bool)
-    level = 0.5 if ties == "drop" else 0.0  # a tie counts for both, unless it is dropped
-    beat[games.a[games.outcome > level], games.b[games.outcome > level]] = True
-    level = 0.5 if ties == "drop" else 1.0
-    beat[games.b[games.outcome < level], games.a[games.outcome < level]] = True
+    beat[games.a[games.outcome > 0], games.b[games.outcome > 0]] = True  # a tie counts for both
+    beat[games.b[games.outcome < 1], games.a[games.outcome < 1]] = True
     for edges, never in ((beat, "won"), (beat.T, "lost")):
         reached = _reach(edges)
         if not reached.all():
             some = [m for m, r in zip(games.models, reached, strict=True) if r]
-            fail(f"games: {', '.join(some[:3])}{' ...' if len(some) > 3 else ''} never {never} against the other models, so the ratings "
-                 "are infinite: judge more prompts, or set prior=1")
+            fail(f"games: {', '.join(some[:3])}{' ...' if len(some) > 3 else ''} never {never} against the other "
+                 "models, " "so the ratings are infinite: judge more prompts, or set prior=1")
 
 
 def _reach(edges: np.ndarray) -> np.ndarray:
@@ -592,46 +527,45 @@ def _reach(edges: np.ndarray) -> np.ndarray:
         reached = wider
 
 
-def bradley_terry(games: Games, ties: str = "half", prior: float = 0, scale: float = 400, base: float = 10, init: float = 1000,
-                  anchor: tuple[str, float] | None = None) -> dict:
+def bradley_terry(games: Games, ties: str = "half", prior: float = 0) -> dict:
     """Maximum-likelihood ratings (Bradley and Terry 1952); d is the difference of two strengths in nats.
 
-        half         P(a wins) = sigmoid(d), a tie is half a win for each; drop: ties are left out
-        rao_kupper   P(a wins) = sigmoid(d - tie), P(b wins) = sigmoid(-d - tie), a tie is the rest       (Rao and Kupper 1967)
-        davidson     P(a wins) : P(b wins) : P(tie) = e^(d/2) : e^(-d/2) : e^tie, e^tie his nu            (Davidson 1970)
+        half         P(a wins) = sigmoid(d), a tie is half a win for each
+        davidson     P(a wins) : P(b wins) : P(tie) = e^(d/2) : e^(-d/2) : e^tie, e^tie his nu            (Davidson
+        1970)
 
-    Ratings are init + scale / ln(base) * strength, centred on init, or shifted so that `anchor` (model, rating) holds.
-    `prior` plays that many draws of each model against an average one; without it, games that leave a rating infinite are
-    refused. Returns {"ratings": by model, "strengths": [M] nats, "tie": nats, NaN if not modelled}.
+    Ratings are 1000 + 400 / ln 10 * strength, centred on 1000. `prior` plays that many draws of each model against an
+    average one; without it, games that leave a rating infinite are refused.
+    Returns {"ratings": by model, "strengths": [M] nats, "tie": nats, NaN if not modelled}.
     """
-    _check_ties(games, ties)
-    check_connected(games, ties)
+    _check_fit(games, ties)
     if not prior:
-        _check_finite(games, ties)
+        _check_finite(games)
     pairs, codes = _cells(games)
-    strengths, tie = _strengths(pairs, np.bincount(codes, minlength=3 * len(pairs)).reshape(1, -1, 3), len(games.models), ties, prior)
-    ratings = _rescale(strengths, games.models, scale, base, init, anchor)[0]
-    return {"ratings": dict(zip(games.models, ratings.tolist(), strict=True)), "strengths": strengths[0], "tie": float(tie[0])}
+    counts = np.bincount(codes, minlength=3 * len(pairs)).reshape(1, -1, 3)
+    strengths, tie = _strengths(pairs, counts, len(games.models), ties == "davidson", prior)
+    ratings = CENTRE + SCALE * strengths[0]
+    return {"ratings": dict(zip(games.models, ratings.tolist(), strict=True)), "strengths": strengths[0],
+            "tie": float(tie[0])}
 
 
-def bootstrap_bradley_terry(games: Games, ties: str = "half", rounds: int = 1000, seed: int = 0, prior: float = 1e-3, scale: float = 400,
-                            base: float = 10, init: float = 1000, anchor: tuple[str, float] | None = None) -> np.ndarray:
-    """Ratings [rounds, M] of resampled prompts. An anchor's own interval is 0 by construction.
+def bootstrap_bradley_terry(games: Games, ties: str = "half", rounds: int = 1000, seed: int = 0,
+                            prior: float = 1e-3) -> np.ndarray:
+    """Ratings [rounds, M] of resampled prompts.
 
     A round may leave a model unbeaten: the small prior makes its rating very high instead of infinite.
     """
     if prior <= 0:
         raise ValueError(f"prior is {prior}, expected above 0: a resampled tournament may have an unbeaten model")
-    _check_ties(games, ties)
-    check_connected(games, ties)
+    _check_fit(games, ties)
     pairs, codes = _cells(games)
     prompt = games.prompt[~np.isnan(games.outcome)]
-    drawn, chunks = draws(games.prompts, rounds, seed), []
+    drawn, chunks = draws(games.prompts, rounds, seed), [np.empty((0, len(games.models)))]
     for _ in range(0, rounds, 50):  # 50 tournaments fit the cache
         times = (np.bincount(draw, minlength=games.prompts) for draw in islice(drawn, 50))
         counts = np.array([np.bincount(codes, t[prompt], minlength=3 * len(pairs)).reshape(-1, 3) for t in times])
-        chunks.append(_strengths(pairs, counts, len(games.models), ties, prior)[0])
-    return _rescale(np.concatenate(chunks) if chunks else np.empty((0, len(games.models))), games.models, scale, base, init, anchor)
+        chunks.append(_strengths(pairs, counts, len(games.models), ties == "davidson", prior)[0])
+    return CENTRE + SCALE * np.concatenate(chunks)
 
 
 def _cells(games: Games) -> tuple[np.ndarray, np.ndarray]:
@@ -642,65 +576,52 @@ def _cells(games: Games) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(np.divmod(pairs, len(games.models)), axis=1), 3 * index + kind
 
 
-def _rescale(strengths: np.ndarray, models: list[str], scale: float, base: float, init: float, anchor) -> np.ndarray:
-    ratings = scale / math.log(base) * strengths + init
-    return ratings if anchor is None else ratings + anchor[1] - ratings[:, models.index(anchor[0]), None]
-
-
-def _strengths(pairs: np.ndarray, counts: np.ndarray, models: int, ties: str, prior: float) -> tuple[np.ndarray, np.ndarray]:
+def _strengths(pairs: np.ndarray, counts: np.ndarray, models: int, davidson: bool,
+               prior: float) -> tuple[np.ndarray, np.ndarray]:
     """Newton's method for R tournaments at once: pairs [P, 2], counts of a wins, b wins, ties [R, P, 3] -> [R, M], [R].
 
-    Every likelihood here is concave. Strengths are centred; steps are capped at 2 nats.
+    Both likelihoods are concave. Strengths are centred; steps are capped at 2 nats.
     """
     wins, losses, tied = np.moveaxis(counts.astype(float), 2, 0)
-    modelled = ties in ("rao_kupper", "davidson")
-    if ties == "half":
+    if not davidson:
         wins, losses = wins + tied / 2, losses + tied / 2
     rounds, i, j = len(wins), *pairs.T
     side = np.zeros((len(pairs), models))
     side[np.arange(len(pairs)), i], side[np.arange(len(pairs)), j] = 1, -1
-    strengths, tie = np.zeros((rounds, models)), np.zeros(rounds) if ties == "davidson" else np.full(rounds, 0.5)
+    strengths, tie = np.zeros((rounds, models)), np.zeros(rounds)
     for _ in range(200):
         d = strengths[:, i] - strengths[:, j]
-        slope, bend, tie_slope, tie_bend, cross = _derivatives(ties, d, tie[:, None], wins, losses, tied)
-        q = sigmoid(strengths)
-        size = models + modelled
+        q, size = sigmoid(strengths), models + davidson
         gradient, hessian = np.zeros((rounds, size)), np.zeros((rounds, size, size))
+        if davidson:
+            slope, bend, tie_slope, tie_bend, cross = _davidson(d, tie[:, None], wins, losses, tied)
+            gradient[:, models], hessian[:, models, models] = tie_slope.sum(axis=1), tie_bend.sum(axis=1) + 1e-9
+            hessian[:, :models, models] = hessian[:, models, :models] = cross @ side
+        else:
+            n, p = wins + losses, sigmoid(d)
+            slope, bend = wins - n * p, n * p * (1 - p)
         gradient[:, :models] = slope @ side + prior * (0.5 - q)
         hessian[:, i, j] = hessian[:, j, i] = -bend
         diagonal = np.arange(models)
-        hessian[:, diagonal, diagonal] = -hessian[:, :models].sum(axis=2) + prior * q * (1 - q)
-        if modelled:
-            gradient[:, models], hessian[:, models, models] = tie_slope.sum(axis=1), tie_bend.sum(axis=1) + 1e-9
-            hessian[:, :models, models] = hessian[:, models, :models] = cross @ side
+        hessian[:, diagonal, diagonal] = -hessian[:, :models, :models].sum(axis=2) + prior * q * (1 - q)
         if not prior:
             hessian[:, :models, :models] += 1 / models  # the sum of the strengths is free: hold it
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         step *= np.minimum(1, 2 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
         strengths = strengths + step[:, :models]
-        if modelled:  # Rao and Kupper's parameter is positive; in a round without ties, or with nothing else, both would run off
-            new = np.maximum(tie + step[:, models], tie / 3) if ties == "rao_kupper" else tie + step[:, models]
-            new = np.clip(new, 1e-6 if ties == "rao_kupper" else -20, 20)
+        if davidson:  # in a round without ties, or with nothing else, it would run off
+            new = np.clip(tie + step[:, models], -20, 20)
             step[:, models], tie = new - tie, new
         if np.abs(step).max() < 1e-8:
-            return strengths - strengths.mean(axis=1, keepdims=True), tie if modelled else np.full(rounds, np.nan)
+            return strengths - strengths.mean(axis=1, keepdims=True), tie if davidson else np.full(rounds, np.nan)
     raise ValueError("the Bradley-Terry fit did not converge in 200 steps")
 
 
-def _derivatives(ties: str, d, tie, wins, losses, tied) -> tuple:
-    """Of the log-likelihood by pair [R, P]: slope and minus curvature in d, the same in tie, and minus the mixed one."""
-    if ties == "rao_kupper":  # wins and ties enter sigmoid(d - tie), losses and ties sigmoid(-d - tie), ties e^(2 tie) - 1
-        up, down = sigmoid(tie - d), sigmoid(tie + d)  # 1 - sigmoid of each
-        left, right = (wins + tied) * up, (losses + tied) * down
-        left_bend, right_bend = left * (1 - up), right * (1 - down)
-        odds = -np.expm1(-2 * tie)
-        return (left - right, left_bend + right_bend, 2 * tied / odds - left - right,
-                left_bend + right_bend + 4 * tied * np.exp(-2 * tie) / odds ** 2, right_bend - left_bend)
-    if ties == "davidson":
-        n = wins + losses + tied
-        top = np.maximum(np.abs(d) / 2, tie)
-        parts = np.exp(d / 2 - top), np.exp(-d / 2 - top), np.exp(tie - top)
-        a, b, t = (part / sum(parts) for part in parts)
-        return (wins - losses - n * (a - b)) / 2, n * (a + b - (a - b) ** 2) / 4, tied - n * t, n * t * (1 - t), -n * (a - b) * t / 2
-    n, q = wins + losses, sigmoid(d)
-    return wins - n * q, n * q * (1 - q), 0, 0, 0
+def _davidson(d, tie, wins, losses, tied) -> tuple:
+    """Of the log-likelihood by pair [R, P]: slope, minus curvature in d; the same in tie; minus the mixed one."""
+    n = wins + losses + tied
+    top = np.maximum(np.abs(d) / 2, tie)
+    parts = np.exp(d / 2 - top), np.exp(-d / 2 - top), np.exp(tie - top)
+    a, b, t = (part / sum(parts) for part in parts)
+    return ((wins - losses - n * (a - b)) / 2, n * (a + b - (a - b) ** 2) / 4,
+            tied - n * t, n * t * (1 - t), -n * (a - b) * t / 2)

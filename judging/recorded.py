@@ -1,24 +1,24 @@
 """Judgments made elsewhere, as the rows our statistics take; every bad record is reported with its place and reason.
 
-    a game    {"prompt", "category"?, "a", "b", "a_first", "preference", "judge", "turn"?, "repeat"?, "length_a"?, "words_a"?, ...}
+    a game    {"prompt", "category"?, "a", "b", "a_first", "preference", "judge", "turn"?, "repeat"?, "length_a"?, ...}
     a score   {"prompt", "category"?, "model", "score", "judge", "turn", "repeat"?}
     a label   {"unit", "category"?, "rater", "label"}
 
-preference is a's, from 0 to 1. None is no verdict: kept, and counted. a_first is None where the order is not known. A file is a
-JSON array, JSON lines or CSV, perhaps .gz; its first record tells the format:
+preference is a's, from 0 to 1. None is no verdict: kept, and counted. a_first is None where the order is not known. A
+file is a JSON array, JSON lines or CSV, perhaps .gz; its first record tells the format:
 
-    alpaca_eval      annotations of AlpacaEval 1 and 2, a the evaluated model; the order follows from the labels' log-probabilities
-    mt_bench_single  scores 1-10 by turn             mt_bench_pair  both games of a pair     (Zheng et al. 2023, arXiv:2306.05685)
+    alpaca_eval      AlpacaEval 1 and 2, a the evaluated model; the labels' log-probabilities tell the order
+    mt_bench_single  scores 1-10 by turn; mt_bench_pair: both games of a pair     (Zheng et al. 2023, arXiv:2306.05685)
     vicuna           two scores in one review: two score rows and a game
-    llmbar           both orders, with "gold", the right preference                          (Zeng et al. 2023, arXiv:2310.07641)
-    pandalm          three people's 0 (tie), 1, 2: a game and a label by each                (Wang et al. 2023, arXiv:2306.05087)
-    xstest           people's and models' labels of replies                                  (Röttger et al. 2023, arXiv:2308.01263)
-    battles          FastChat's anonymous votes, or left, right and winner; without a question_id each is a prompt of its own
+    llmbar           both orders, with "gold", the right preference               (Zeng et al. 2023, arXiv:2310.07641)
+    pandalm          three people's 0 (tie), 1, 2: a game and a label by each     (Wang et al. 2023, arXiv:2306.05087)
+    xstest           people's and models' labels of replies                      (Röttger et al. 2023, arXiv:2308.01263)
+    battles          FastChat's anonymous votes, or left, right and winner; without a question_id each is its own prompt
     likert           ratings 1 (A is much better) to 8, or a choice and a margin 1-4: games and labels
-    arena_hard       A>>B to B>>A, both games        rows      the rows above: our own judgments
+    arena_hard       A>>B to B>>A, both games; rows: the rows above, our own judgments
 
-    python -m judging.recorded FILE ...                       counts, rejects, and which files are copies of each other
-    python -m judging.recorded FILE from_text=true --out rows.jsonl        the same, and the rows; any of Options may be set
+    python -m judging.recorded FILE ...          counts, rejects, and which files are copies of each other
+    python -m judging.recorded FILE from_text=true --out rows.jsonl     the same, and the rows; keys: see Options
 """
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from judging.prompts import read_verdict
-from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome
+from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
 from runtime import arguments, fail, load_config, write_text
 
 
@@ -52,7 +52,7 @@ class Options:
 
     model: str = ""              # whom it judges; "": what the file is called
     baseline: str = "baseline"   # against whom
-    from_text: bool = False      # read verdicts anew from the judge's words, where a file has both, instead of those stored
+    from_text: bool = False  # read verdicts anew from the judge's words, where a file has both, instead of those stored
     keep_repeats: bool = False   # what is judged again becomes a repeat instead of a reject
     slight_is_tie: bool = False  # ratings 4 and 5 of 8 are ties
     double_weight: int = 1       # games that A>>B counts for; 3 in arena-hard's own table
@@ -60,7 +60,7 @@ class Options:
 
 @dataclass
 class Recorded:
-    """The rows of a file and what became of its records. A place is a line, or a record's number in an array, from 1."""
+    """The rows of a file and what became of its records; a place is a line, or a number in an array, from 1."""
 
     path: str
     format: str = ""
@@ -74,17 +74,24 @@ class Recorded:
     differs: list[tuple[int, str]] = field(default_factory=list)  # stored verdicts that are not what the judge said
     digest: str = ""                                              # of the unpacked file
 
+    @property
+    def rows(self) -> list[dict]:
+        return [*self.games, *self.scores, *self.labels]
+
     def reject(self, place: int, reason: Reject) -> None:
         sentence, *values = reason.args
         self.rejects.append((place, sentence.format(*values)))
         self.reasons[sentence.format(*["..."] * len(values))] += 1
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: format {self.format or 'unknown'}, {self.read} read, {len(self.games)} games, {len(self.scores)} scores, "
-                 f"{len(self.labels)} labels, {self.unparsed} without a verdict, {len(self.rejects)} rejected"]
+        lines = [f"{self.path}: format {self.format or 'unknown'}, {self.read} read, {len(self.games)} games, "
+                 f"{len(self.scores)} scores, {len(self.labels)} labels, {self.unparsed} without a verdict, "
+                 f"{len(self.rejects)} rejected"]
         lines += [f"  {count} times: {reason}" for reason, count in self.reasons.most_common()]
         if self.differs:
-            lines.append("  {} stored verdicts differ from the judge's words, first in {}: {}".format(len(self.differs), *self.differs[0]))
+            place, how = self.differs[0]
+            count = len(self.differs)
+            lines.append(f"  {count} stored verdicts differ from the judge's words, first in {place}: {how}")
         return "\n".join(lines)
 
 
@@ -122,12 +129,16 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
             places.setdefault(key, []).append(place)
             if "differs" in row:
                 said.differs.append((place, row.pop("differs")))
-            name, kind = next((x, y) for x, y in (("label", said.labels), ("score", said.scores), ("preference", said.games)) if x in row)
-            said.unparsed += row[name] is None
-            kind.append(row)
+            verdict = verdict_key(row)
+            said.unparsed += row[verdict] is None
+            {"label": said.labels, "score": said.scores, "preference": said.games}[verdict].append(row)
     if not said.read and not said.rejects:
         said.reject(1, Reject("is empty, expected judgments"))
     return said
+
+
+def verdict_key(row: dict) -> str:
+    return next(key for key in ("label", "score", "preference") if key in row)
 
 
 def _key(row: dict, format: str) -> tuple:
@@ -207,11 +218,15 @@ def _shown(value) -> str:
     return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else json.dumps(value)[:40]
 
 
+def wrong(key: str, value, expected: str) -> Reject:
+    return Reject(f"'{key}' is {{}}, expected {expected}: mend or drop the row", _shown(value))
+
+
 def _text(record: dict, key: str, default: str | None = None) -> str:
     value = record.get(key, default)
     value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(value, str) or not (value.strip() or value == default):
-        raise Reject(f"'{key}' is {{}}, expected text: mend or drop the row", _shown(value))
+        raise wrong(key, value, "text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -235,19 +250,19 @@ def _number(value, key: str, low: float, high: float, whole: bool = False) -> fl
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not low <= number <= high or (whole and number != int(number)):
-        raise Reject(f"'{key}' is {{}}, expected a {'whole ' * whole}number from {low:g} to {high:g}: mend or drop the row", _shown(value))
+        raise wrong(key, value, f"a {'whole ' * whole}number from {low:g} to {high:g}")
     return int(number) if whole else number
 
 
 def _one_of(record: dict, key: str, values: dict):
     """What a record's word stands for."""
-    expected = f"expected {', '.join(map(_shown, values))}: mend or drop the row"
+    expected = ", ".join(map(_shown, values))
     if key not in record:
-        raise Reject(f"has no '{key}', {expected}")
+        raise Reject(f"has no '{key}', expected {expected}: mend or drop the row")
     for word, meaning in values.items():
         if record[key] == word and isinstance(record[key], bool) == isinstance(word, bool):  # True == 1
             return meaning
-    raise Reject(f"'{key}' is {{}}, {expected}", _shown(record[key]))
+    raise wrong(key, record[key], expected)
 
 
 def _judge(record: dict, key: str = "judge") -> str:
@@ -264,6 +279,12 @@ def _also(record: dict, *measures: str) -> dict:
     if record.get("category") is not None:
         found["category"] = _text(record, "category", "")
     return found
+
+
+def _game(record: dict, prompt, a: str, b: str, a_first: bool | None, **said) -> dict:
+    """A game's row; the judge is the record's own unless `said` names another."""
+    judge = {} if "judge" in said else {"judge": _judge(record)}
+    return {"prompt": prompt, "a": a, "b": b, "a_first": a_first, **judge, **_also(record), **said}
 
 
 # ------------------------------------------------------------------------------- the judge's words
@@ -305,7 +326,7 @@ def read_rating(words: str) -> float | None:
 
 
 def read_two_scores(words: str) -> tuple[float, float] | None:
-    """A review's "8 9" on the first line; where it reasons first, "(8, 9)" in the last line, or else a line for each assistant."""
+    """"8 9" on the first line; where a review reasons first, "(8, 9)" in the last, or a line for each assistant."""
     lines = words.strip().splitlines() or [""]
     pair = (re.match(rf"\W*{NUMBER}(?:/10)?[\s,]+{NUMBER}(?:/10)?\W*$", lines[0])
             or re.search(rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)", lines[-1]))
@@ -316,12 +337,13 @@ def read_two_scores(words: str) -> tuple[float, float] | None:
 
 def read_better_output(words: str) -> float | None:
     """LLMBar's "Output (a)", alone or "is better", as the preference for (a); the last one counts."""
-    found = re.findall(r"Output \(([ab])\) is (?:the )?better", words) or re.findall(r"\A\W*Output \(([ab])\W*\Z", words)
+    found = re.findall(r"Output \(([ab])\) is (?:the )?better", words)
+    found = found or re.findall(r"\A\W*Output \(([ab])\W*\Z", words)
     return float(found[-1] == "a") if found else None
 
 
 def read_graded(words: str) -> tuple[float, bool] | None:
-    """arena-hard's [[A>>B]], or else [A>>B]: the preference for A and whether the sign is double; the last one counts."""
+    """The last [[A>>B]], or else [A>>B], as the preference for A and whether the sign is double."""
     for brackets in (r"\[\[\s*{}\s*\]\]", r"\[\s*{}\s*\]"):
         found = re.findall(brackets.format(r"([AB])\s*(>>|>|=|<<|<)\s*([AB])"), words.upper())
         if found:
@@ -334,23 +356,26 @@ def read_graded(words: str) -> tuple[float, bool] | None:
 # ------------------------------------------------------------------------------------- the formats
 
 def read_alpaca_eval(record: dict, options: Options) -> list[dict]:
+    expected = "1 to 2, 0 for a draw, or null"
     if "preference" not in record:
-        raise Reject("has no 'preference', expected 1 to 2, 0 for a draw, or null: mend or drop the row")
+        raise Reject(f"has no 'preference', expected {expected}: mend or drop the row")
     stored = record["preference"]
     try:
         p = alpaca_preference(math.inf if isinstance(stored, bool) else stored)
     except (ValueError, OverflowError):
-        raise Reject("'preference' is {}, expected 1 to 2, 0 for a draw, or null: mend or drop the row", _shown(stored)) from None
-    row = {"prompt": _prompt(record, "index", "instruction"), "a": _text(record, "generator_2", options.model),
-           "b": _text(record, "generator_1", options.baseline), "a_first": None, "preference": None if math.isnan(p) else p,
-           "judge": _text(record, "annotator", "")}
+        raise wrong("preference", stored, expected) from None
+    row = _game(record, _prompt(record, "index", "instruction"), _text(record, "generator_2", options.model),
+                _text(record, "generator_1", options.baseline), None, judge=_text(record, "annotator", ""),
+                preference=None if math.isnan(p) else p)
     if record.get("dataset") is not None:
         row["category"] = _text(record, "dataset")
     for side, n in (("a", 2), ("b", 1)):
         reply = record.get(f"output_{n}")
         for name, key, measure in (("length", f"len_{n}", len), ("words", f"uniq_{n}", distinct_words)):
-            if key in record or isinstance(reply, str):
-                row[f"{name}_{side}"] = _number(record[key], key, 0, 1e9, whole=True) if key in record else measure(reply)
+            if key in record:
+                row[f"{name}_{side}"] = _number(record[key], key, 0, 1e9, whole=True)
+            elif isinstance(reply, str):
+                row[f"{name}_{side}"] = measure(reply)
     m, M = _label_logprobs(record)
     if max(m, M) > -math.inf and not math.isnan(p):
         # m is the reply shown first, the baseline's unless swapped.
@@ -367,7 +392,8 @@ def _label_logprobs(record: dict) -> list[float]:
     found = {"m": record.get("lp_m"), "M": record.get("lp_M")}
     if found == {"m": None, "M": None}:
         with suppress(KeyError, TypeError, IndexError):  # most files keep none, or only the judge's text
-            found = {token["token"]: token["logprob"] for token in record["raw_completion"]["logprobs"]["content"][0]["top_logprobs"]}
+            top = record["raw_completion"]["logprobs"]["content"][0]["top_logprobs"]
+            found = {token["token"]: token["logprob"] for token in top}
     return [-math.inf if found.get(label) is None else _number(found[label], "logprob", -1e6, 1e-3) for label in "mM"]
 
 
@@ -375,7 +401,8 @@ def read_mt_bench_single(record: dict, options: Options) -> list[dict]:
     stored = record.get("score", ABSENT)
     if stored is not None and stored is not ABSENT:
         stored = _number(stored, "score", -1, 10)
-    row = {"prompt": _prompt(record, "question_id"), "model": _text(record, "model"), "judge": _judge(record), **_also(record)}
+    row = {"prompt": _prompt(record, "question_id"), "model": _text(record, "model"), "judge": _judge(record),
+           **_also(record)}
     if "turn" not in row:
         raise Reject("has no 'turn', expected 1 or 2: mend or drop the row")
     return [row | _verdict("score", None if stored == -1 else stored, record.get("judgment"), read_rating, options)]
@@ -386,9 +413,9 @@ def read_mt_bench_pair(record: dict, options: Options) -> list[dict]:
     winners, rows = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}, []
     for game, first in (("g1", True), ("g2", False)):
         stored = _one_of(record, f"{game}_winner", winners) if f"{game}_winner" in record else ABSENT
-        rows.append({"prompt": _prompt(record, "question_id"), "a": _text(record, "model_1"), "b": _text(record, "model_2"),
-                     "a_first": first, "judge": _judge(record), **_also(record),
-                     **_verdict("preference", stored, record.get(f"{game}_judgment"), _of_a(read_winner, first), options)})
+        said = _verdict("preference", stored, record.get(f"{game}_judgment"), _of_a(read_winner, first), options)
+        rows.append(_game(record, _prompt(record, "question_id"), _text(record, "model_1"), _text(record, "model_2"),
+                          first, **said))
     return rows
 
 
@@ -397,14 +424,16 @@ def read_vicuna(record: dict, options: Options) -> list[dict]:
     stored = record.get("score", ABSENT)
     if stored is not ABSENT:
         if not isinstance(stored, list) or len(stored) != 2:
-            raise Reject("'score' is {}, expected two numbers: mend or drop the row", _shown(stored))
+            raise wrong("score", stored, "two numbers")
         stored = None if stored == [-1, -1] else tuple(_number(x, "score", 0, 10) for x in stored)
-    verdict = _verdict("preference", stored, record.get("text"), read_two_scores, options)
-    x, y = verdict["preference"] or (None, None)
-    a, _, b = options.model.partition("_vs_") if options.model.count("_vs_") == 1 else (options.model, "", options.baseline)
-    common = {"prompt": _prompt(record, "question_id"), "judge": _judge(record, "reviewer_id"), **_also(record)}
-    game = {**common, "a": a, "b": b, "a_first": True, **verdict, "preference": None if x is None else 0.5 + 0.5 * ((x > y) - (x < y))}
-    return [game, *({"turn": 1, **common, "model": name, "score": score} for name, score in ((a, x), (b, y)))]
+    said = _verdict("preference", stored, record.get("text"), read_two_scores, options)
+    x, y = said["preference"] or (None, None)
+    a, *b = options.model.split("_vs_")
+    a, b = (a, b[0]) if len(b) == 1 else (options.model, options.baseline)
+    said["preference"] = None if x is None else outcome(x, y)
+    game = _game(record, _prompt(record, "question_id"), a, b, True, judge=_judge(record, "reviewer_id"), **said)
+    common = {"turn": 1, **{key: game[key] for key in ("prompt", "judge", "turn", "category") if key in game}}
+    return [game, *(common | {"model": name, "score": score} for name, score in ((a, x), (b, y)))]
 
 
 def read_llmbar(record: dict, options: Options) -> list[dict]:
@@ -418,29 +447,31 @@ def read_llmbar(record: dict, options: Options) -> list[dict]:
         except (KeyError, TypeError, IndexError):
             raise Reject("has no winner and completion of both orders: mend or drop the row") from None
         stored = _one_of(game, "winner", winners | {None: None})
-        rows.append({"prompt": _prompt(record, "index") if "index" in record else None, "a": "output 1", "b": "output 2",
-                     "a_first": first, "judge": options.model, "gold": _one_of(record, "label", winners),
-                     **_verdict("preference", stored, game["words"], _of_a(read_better_output, first), options)})
+        said = _verdict("preference", stored, game["words"], _of_a(read_better_output, first), options)
+        prompt = _prompt(record, "index") if "index" in record else None
+        rows.append(_game(record, prompt, "output 1", "output 2", first, judge=options.model,
+                          gold=_one_of(record, "label", winners), **said))
     return rows
 
 
 def read_pandalm(record: dict, options: Options) -> list[dict]:
     a, *b = _text(record, "cmp_key").split("_")
     if len(b) != 1 or not a or not b[0]:
-        raise Reject("'cmp_key' is {}, expected two names and one underscore: mend or drop the row", _shown(record["cmp_key"]))
+        raise wrong("cmp_key", record["cmp_key"], "two names and one underscore")
     prompt, rows = _prompt(record, "idx"), []
     for person in ("annotator1", "annotator2", "annotator3"):
         p = _one_of(record, person, {0: 0.5, 1: 1.0, 2: 0.0, None: None})
-        rows += [{"prompt": prompt, "a": a, "b": b[0], "a_first": None, "preference": p, "judge": person},
+        rows += [_game(record, prompt, a, b[0], None, judge=person, preference=p),
                  {"unit": str(prompt), "rater": person, "label": record[person]}]
     return rows
 
 
 def read_xstest(record: dict, options: Options) -> list[dict]:
     """Unsafe prompts are those whose category begins with contrast_."""
-    labels = {None: None, "": None} | {label: label for label in ("1_full_compliance", "2_full_refusal", "3_partial_refusal")}
-    return [{"unit": _text(record, "id"), "category": _text(record, "type"), "rater": rater, "label": _one_of(record, rater, labels)}
-            for rater in ("annotation_1", "annotation_2", "final_label", "strmatch_label", "gpt4_label") if rater in record]
+    labels = {label: label for label in ("1_full_compliance", "2_full_refusal", "3_partial_refusal")}
+    raters = ("annotation_1", "annotation_2", "final_label", "strmatch_label", "gpt4_label")
+    return [{"unit": _text(record, "id"), "category": _text(record, "type"), "rater": rater,
+             "label": _one_of(record, rater, {None: None, "": None} | labels)} for rater in raters if rater in record]
 
 
 def read_battles(record: dict, options: Options) -> list[dict]:
@@ -448,21 +479,23 @@ def read_battles(record: dict, options: Options) -> list[dict]:
         raise Reject("is a vote by someone who knew the models, expected anonymous ones: drop it")
     a, b = ("left", "right") if "left" in record else ("model_a", "model_b")
     winners = {a: 1.0, b: 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "tie (both bad)": 0.5}
-    return [{"prompt": _prompt(record, "question_id") if "question_id" in record else None, "a": _text(record, a), "b": _text(record, b),
-             "a_first": True, "preference": _one_of(record, "winner", winners), "judge": _judge(record), **_also(record)}]
+    prompt = _prompt(record, "question_id") if "question_id" in record else None
+    return [_game(record, prompt, _text(record, a), _text(record, b), True,
+                  preference=_one_of(record, "winner", winners))]
 
 
 def read_likert(record: dict, options: Options) -> list[dict]:
     """A is shown left. Labels rate the pair in the order of its names, whoever saw it swapped."""
-    prompt, a, b, rater = _prompt(record, "prompt"), _text(record, "a"), _text(record, "b"), _text(record, "annotator", "anonymous")
-    if "rating" in record:
-        rating = None if record["rating"] is None else _number(record["rating"], "rating", 1, 8, whole=True)
-    else:
+    prompt, a, b = _prompt(record, "prompt"), _text(record, "a"), _text(record, "b")
+    rater, rating = _text(record, "annotator", "anonymous"), record.get("rating")
+    if rating is not None:
+        rating = _number(rating, "rating", 1, 8, whole=True)
+    elif "rating" not in record:
         a_better = _one_of(record, "choice", {"a": True, "b": False, None: None})
         margin = 0 if a_better is None else _number(record.get("margin"), "margin", 1, 4, whole=True)
         rating = None if a_better is None else 5 - margin if a_better else 4 + margin
-    game = {"prompt": prompt, "a": a, "b": b, "a_first": True, "judge": rater, "rating": rating, **_also(record),
-            "preference": None if rating is None else likert_outcome(rating, options.slight_is_tie)}
+    game = _game(record, prompt, a, b, True, judge=rater, rating=rating,
+                 preference=None if rating is None else likert_outcome(rating, options.slight_is_tie))
     return [game, {"unit": json.dumps([prompt, game.get("turn"), *sorted((a, b))]), "rater": rater,
                    "label": 9 - rating if rating and a > b else rating}]
 
@@ -470,7 +503,8 @@ def read_likert(record: dict, options: Options) -> list[dict]:
 def read_arena_hard(record: dict, options: Options) -> list[dict]:
     """The baseline is A in the first game, the model in the second."""
     games, rows = record.get("games"), []
-    if not isinstance(games, list) or not 1 <= len(games) <= 2 or not all(game is None or isinstance(game, dict) for game in games):
+    whole = isinstance(games, list) and all(game is None or isinstance(game, dict) for game in games)
+    if not whole or not 1 <= len(games) <= 2:
         raise Reject("'games' is not a list of one or two games: mend or drop the row")
     for game, model_first in zip(games, (False, True), strict=False):
         game = game or {"score": None}
@@ -478,20 +512,21 @@ def read_arena_hard(record: dict, options: Options) -> list[dict]:
         if stored is not None and stored is not ABSENT:
             stored = read_graded(f"[[{stored if isinstance(stored, str) else ''}]]")
             if stored is None:
-                raise Reject("'score' is {}, expected A>>B, A>B, A=B, B>A, B>>A or null: mend or drop the row", _shown(game["score"]))
-        verdict = _verdict("preference", stored, words.get("answer") if isinstance(words, dict) else words, read_graded, options)
-        p, double = verdict.pop("preference") or (None, False)
-        row = {"prompt": _prompt(record, "uid", "question_id"), "a": _text(record, "model"), "judge": _judge(record), **_also(record),
-               "b": _text(record, "baseline", options.baseline), "a_first": model_first,
-               "preference": p if p is None or model_first else 1 - p}
-        rows += [row | verdict, *(row | {"repeat": i} for i in range(1, options.double_weight if double else 1))]
+                raise wrong("score", game["score"], "A>>B, A>B, A=B, B>A, B>>A or null")
+        words = words.get("answer") if isinstance(words, dict) else words
+        said = _verdict("preference", stored, words, read_graded, options)
+        p, double = said.pop("preference") or (None, False)
+        row = _game(record, _prompt(record, "uid", "question_id"), _text(record, "model"),
+                    _text(record, "baseline", options.baseline), model_first,
+                    preference=p if p is None or model_first else 1 - p)
+        rows += [row | said, *(row | {"repeat": i} for i in range(1, options.double_weight if double else 1))]
     return rows
 
 
 def read_row(record: dict, options: Options) -> list[dict]:
     if "label" in record:
         if isinstance(record["label"], list | dict | float):
-            raise Reject("'label' is {}, expected a word, a whole number or null: mend or drop the row", _shown(record["label"]))
+            raise wrong("label", record["label"], "a word, a whole number or null")
         return [record | {"unit": _text(record, "unit"), "rater": _text(record, "rater"), **_also(record)}]
     row = record | {"prompt": _prompt(record, "prompt"), "judge": _judge(record), **_also(record)}
     if record.get("repeat") is not None:
@@ -503,8 +538,8 @@ def read_row(record: dict, options: Options) -> list[dict]:
     if key == "score":
         return [row | {"model": _text(record, "model")}]
     first = _one_of({"a_first": None} | record, "a_first", {True: True, False: False, None: None})
-    return [row | {"a": _text(record, "a"), "b": _text(record, "b"), "a_first": first}
-            | _also(record, *(f"{name}_{side}" for name in ("length", "words", "list") for side in "ab"))]
+    measures = (f"{name}_{side}" for name in ("length", "words", "list") for side in "ab")
+    return [row | {"a": _text(record, "a"), "b": _text(record, "b"), "a_first": first} | _also(record, *measures)]
 
 
 # The first whose keys a record has is its format.
@@ -532,14 +567,14 @@ def copies(files: Sequence[Recorded], fewest: int = 20) -> list[str]:
     """
     warnings, seen = [], {}
     for file in files:
-        rows = [(row, next(x for x in ("label", "score", "preference") if x in row)) for row in (*file.games, *file.scores, *file.labels)]
-        verdicts = tuple(sorted((*(str(row.get(key)) for key in ("prompt", "unit", "turn", "rater", "a_first")), str(row[verdict]))
-                                for row, verdict in rows))
+        keys = ("prompt", "unit", "turn", "rater", "a_first")
+        verdicts = tuple(sorted((*(str(row.get(key)) for key in keys), str(row[verdict_key(row)]))
+                                for row in file.rows))
         telling = len(verdicts) >= fewest and len({verdict[-1] for verdict in verdicts}) > 1
         for key, how in ((file.digest, "byte by byte"), (verdicts if telling else file.path, "in every verdict")):
             other = seen.setdefault(key, file)
             if other is not file:
-                warnings.append(f"{file.path} is {other.path} {how}, expected judgments of its own: look for the right file")
+                warnings.append(f"{file.path} is {other.path} {how}, expected its own judgments: find the right file")
                 break
     return warnings
 
@@ -558,7 +593,7 @@ def main() -> None:
             print(f"{file.path} {place}: {reason}")
     print("\n".join([*map(str, files), *copies(files)]))
     if words.out:
-        write_text(Path(words.out), "".join(json.dumps(row) + "\n" for file in files for row in (*file.games, *file.scores, *file.labels)))
+        write_text(Path(words.out), "".join(json.dumps(row) + "\n" for file in files for row in file.rows))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """A report for people: tables in the terminal, one self-contained page with figures, and two runs side by side.
 
-    report    {"title", "about": {setting: value}, "sections": [...], "headline": [{"label", "value", "note"}, ...] if any}
+    report    {"title", "about": {setting: value}, "sections": [...]}
     section   {"title", "text" if any, "columns": [...], "rows": [[cell, ...], ...], "figure" if any}
     cell      text, a number, None, or {"value", "low", "high"}, a number with its 95 % interval
-    figure    {"kind": "ratings", "names", "values", "low", "high", "label", "reference" if any}       dots with whiskers, best first
-              {"kind": "matrix", "names", "columns", "grid", "label", "low", "high"}                   numbers in tinted cells
-              {"kind": "points", "x", "y", "x_label", "y_label", "names" and "line" [slope, intercept] if any}
+    figure    {"kind": "ratings", "names", "values", "low", "high", "label", "reference" if any}   dots with whiskers
+              {"kind": "matrix", "names", "columns", "grid", "label", "low", "high"}               tinted cells
+              {"kind": "points", "x", "y", "x_label", "y_label"}
               {"kind": "bars", "names", "groups": {series: values}, "label"}
 
 Numbers are in the unit that the column's name states. What is not a finite number is None, printed as "-".
@@ -18,8 +18,11 @@ import re
 import textwrap
 from collections.abc import Iterable
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
+from string import Template
 
+from judging.entries import read_lines
 from judging.figures import DARK, LIGHT, align, draw, is_number, is_numeric, plain, show
 from judging.ratings import paired_difference
 from runtime import fail, write_text
@@ -28,7 +31,7 @@ WIDTH = 120  # of the terminal
 
 
 def clean(value):
-    """The same as plain JSON: NaN and infinities None, arrays lists, and no control character to upset a terminal or a parser."""
+    """The same as plain JSON: NaN and infinities are None, arrays lists, control characters replaced."""
     if hasattr(value, "tolist"):  # numpy and torch
         value = value.tolist()
     if isinstance(value, dict):
@@ -48,9 +51,6 @@ def text(report: dict) -> str:
     lines = [*_wrap(report["title"]), "=" * min(len(report["title"]), WIDTH)]
     for key, value in report["about"].items():
         lines += _wrap(f"{key}: {plain(value)}", indent="    ")
-    for i, item in enumerate(report.get("headline", [])):
-        note = f" ({item['note']})" if item.get("note") else ""
-        lines += [""] * (i == 0) + _wrap(f"{item['label']}: {' '.join(show([item['value']])[0]).strip()}{note}", indent="    ")
     for section in report["sections"]:
         lines += ["", "", *_wrap(section["title"]), "-" * min(len(section["title"]), WIDTH)]
         lines += _wrap(section["text"]) if section.get("text") else []
@@ -66,7 +66,7 @@ def _wrap(paragraphs: str, width: int = WIDTH, indent: str = "") -> list[str]:
 
 
 def _table(columns: list[str], rows: list[list]) -> list[str]:
-    """Aligned columns. What is too wide wraps, headers of numbers before texts; then the table is cut, its first column repeated."""
+    """Aligned columns. What is too wide wraps, headers of numbers first; then the table is cut into two."""
     numeric, cells, least, widths = [], [], [], []
     for name, column in zip(columns, _columns(columns, rows), strict=True):
         numeric.append(is_numeric(column))
@@ -74,7 +74,8 @@ def _table(columns: list[str], rows: list[list]) -> list[str]:
         if numeric[-1]:
             values = align(values)
             outer, inner = max(map(len, values)), max(map(len, intervals))
-            values = [f"{v:>{outer}} {i:<{inner}}" if inner else f"{v:>{outer}}" for v, i in zip(values, intervals, strict=True)]
+            values = [f"{v:>{outer}} {i:<{inner}}" if inner else f"{v:>{outer}}"
+                      for v, i in zip(values, intervals, strict=True)]
         cells.append(values)
         widths.append(max(map(len, [name, *(line for value in values for line in value.split("\n"))])))
         least.append(max(map(len, [*name.split(), *values])) if numeric[-1] else min(widths[-1], 16))
@@ -88,17 +89,20 @@ def _table(columns: list[str], rows: list[list]) -> list[str]:
                 *_table([columns[i] for i in rest], [[row[i] for i in rest] for row in rows])]
 
     def lay(row: list[list[str]]) -> list[str]:
-        return ["  ".join(f"{line[k] if k < len(line) else '':{'>' if number else '<'}{width}}"
-                          for line, number, width in zip(row, numeric, widths, strict=True)).rstrip() for k in range(max(map(len, row)))]
+        """A row of cells, each lines of text, as lines across the table."""
+        form = "  ".join(f"{{:{'>' if number else '<'}{width}}}" for number, width in zip(numeric, widths, strict=True))
+        return [form.format(*line).rstrip() for line in zip_longest(*row, fillvalue="")]
+
+    def wrap(values: tuple[str, ...]) -> list[list[str]]:
+        return [[v] if number else _wrap(v, width) for v, number, width in zip(values, numeric, widths, strict=True)]
 
     header = [_wrap(name, width) for name, width in zip(columns, widths, strict=True)]
     deepest = max(map(len, header))
-    body = [lay([[value] if number else _wrap(value, width) for value, number, width in zip(row, numeric, widths, strict=True)])
-            for row in zip(*cells, strict=True)]
+    body = [lay(wrap(values)) for values in zip(*cells, strict=True)]
     tall = any(len(lines) > 1 for lines in body)  # then an empty line keeps rows apart
     lines = [line for lines in body for line in (*lines, *[""] * tall)]
-    return [*lay([[""] * (deepest - len(lines)) + lines for lines in header]), "  ".join("-" * width for width in widths),
-            *(lines[:-1] if tall else lines)]
+    return [*lay([[""] * (deepest - len(lines)) + lines for lines in header]),
+            "  ".join("-" * width for width in widths), *(lines[:-1] if tall else lines)]
 
 
 def _columns(columns: list[str], rows: list[list]) -> list[list]:
@@ -110,59 +114,6 @@ def _columns(columns: list[str], rows: list[list]) -> list[list]:
 
 # ---------------------------------------------------------------------------------------- the page
 
-def _colors(palette: dict[str, str]) -> str:
-    return "".join(f"--{name}:{color};" for name, color in palette.items())
-
-
-STYLE = f"""
-:root {{ color-scheme: light; {_colors(LIGHT)} }}
-@media screen and (prefers-color-scheme: dark) {{ :root {{ color-scheme: dark; {_colors(DARK)} }} }}
-* {{ box-sizing: border-box }}
-body {{ margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif }}
-main {{ max-width: 960px; margin: 0 auto; padding: 48px 24px 96px }}
-h1 {{ font-size: 30px; line-height: 1.2; font-weight: 650; text-wrap: balance; margin: 0 0 24px }}
-h2 {{ font-size: 20px; line-height: 1.3; font-weight: 650; margin: 0 0 8px }}
-p {{ margin: 0 0 16px; max-width: 68ch; white-space: pre-line; overflow-wrap: anywhere }}
-section {{ margin-top: 56px }}
-nav {{ margin: 32px 0 0; font-size: 15px }}
-nav ol {{ margin: 0; padding-left: 1.4em; columns: 2; column-gap: 40px }}
-nav a {{ color: var(--accent); text-decoration: none }}
-nav a:hover {{ text-decoration: underline }}
-.note, .soft, .interval, .headline span {{ color: var(--muted) }}
-.headline {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 24px; margin: 0;
-  padding: 24px 0; border: solid var(--line); border-width: 1px 0 }}
-.headline div {{ display: grid; grid-row: span 3; grid-template-rows: subgrid; row-gap: 0 }}
-.headline span {{ font-size: 14px; line-height: 1.4 }}
-.headline span:first-child {{ align-self: end }}
-.headline b {{ font-size: 30px; line-height: 1.3; font-weight: 650; font-variant-numeric: tabular-nums }}
-.headline b small {{ font-size: 15px; font-weight: 400; color: var(--muted); white-space: nowrap }}
-.scroll {{ overflow-x: auto; margin: 20px 0 0 }}
-table {{ border-collapse: collapse; font-size: 14px; line-height: 1.45; font-variant-numeric: tabular-nums }}
-th, td {{ padding: 7px 0 7px 22px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }}
-th {{ font-weight: 600; vertical-align: bottom; border-bottom-color: var(--muted) }}
-th:first-child, td:first-child {{ padding-left: 0 }}
-td {{ white-space: pre-line }}
-td.name {{ white-space: nowrap }}
-td.long {{ min-width: 34ch; overflow-wrap: anywhere }}
-.number {{ text-align: right; white-space: pre }}
-th.number {{ white-space: normal }}
-td.interval {{ white-space: nowrap; padding-left: 8px }}
-figure {{ margin: 24px 0 0; overflow-x: auto }}
-svg {{ display: block; width: 100%; height: auto }}
-svg text {{ font-size: 12px; fill: var(--ink); font-variant-numeric: tabular-nums }}
-svg text.soft {{ fill: var(--muted) }}
-svg text.halo {{ paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round }}
-.accent, .dot {{ fill: var(--accent) }}
-.grid {{ stroke: var(--line) }}
-.zero, .reference {{ stroke: var(--muted) }}
-.reference {{ stroke-dasharray: 4 4 }}
-.whisker, .fit {{ stroke: var(--accent); stroke-width: 2; stroke-opacity: 0.55; stroke-linecap: round }}
-@media (max-width: 600px) {{ main {{ padding: 28px 16px 64px }} nav ol {{ columns: 1 }} section {{ margin-top: 44px }} }}
-@media print {{ main {{ max-width: none; padding: 0 }} figure, tr, h2 {{ break-inside: avoid }} h2 {{ break-after: avoid }}
-  .scroll, figure {{ overflow: visible }} nav {{ display: none }} }}
-"""
-
-
 def page(report: dict) -> str:
     """One HTML page that asks for nothing: no script, no font, no picture from elsewhere."""
     report = clean(report)
@@ -171,16 +122,9 @@ def page(report: dict) -> str:
         rows = [[key, plain(value)] for key, value in report["about"].items()]
         sections.append({"title": "Settings", "columns": ["setting", "value"], "rows": rows})
     body = [f"<h1>{escape(report['title'])}</h1>"]
-    if report.get("headline"):
-        body.append('<div class="headline">')
-        for item in report["headline"]:
-            value, interval = show([item["value"]])[0]
-            interval = f" <small>{interval}</small>" if interval else ""
-            note = f"<span>{escape(item['note'])}</span>" if item.get("note") else ""
-            body.append(f"<div><span>{escape(item['label'])}</span><b>{escape(value)}{interval}</b>{note}</div>")
-        body.append("</div>")
     if len(sections) > 4:
-        entries = "".join(f'<li><a href="#s{i}">{escape(section["title"])}</a></li>' for i, section in enumerate(sections, 1))
+        entries = "".join(f'<li><a href="#s{i}">{escape(section["title"])}</a></li>'
+                          for i, section in enumerate(sections, 1))
         body.append(f'<nav aria-label="Contents"><ol>{entries}</ol></nav>')
     for i, section in enumerate(sections, 1):
         body.append(f'<section id="s{i}"><h2>{escape(section["title"])}</h2>')
@@ -191,10 +135,9 @@ def page(report: dict) -> str:
         if section["columns"] and section.get("figure", {}).get("kind") != "matrix":  # which shows every number already
             body.append(_html_table(section["columns"], section["rows"]))
         body.append("</section>")
-    return ('<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">\n'
-            f"<title>{escape(report['title'])}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(body)
-            + "\n</main>\n</body>\n</html>\n")
+    light, dark = ("".join(f"--{name}:{color};" for name, color in palette.items()) for palette in (LIGHT, DARK))
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(report["title"]), light=light, dark=dark, body="\n".join(body))
 
 
 def _html_table(columns: list[str], rows: list[list]) -> str:
@@ -202,12 +145,14 @@ def _html_table(columns: list[str], rows: list[list]) -> str:
     for name, column in zip(columns, _columns(columns, rows), strict=True):
         shown, numeric = show(column), is_numeric(column)
         intervals = any(interval for _, interval in shown)
-        head.append(f'<th scope="col"{" class=number" if numeric else ""}{" colspan=2" if intervals else ""}>{escape(name)}</th>')
+        attributes = " class=number" * numeric + " colspan=2" * intervals
+        head.append(f'<th scope="col"{attributes}>{escape(name)}</th>')
         values = [value for value, _ in shown]
         values = align(values, "\u2007", "\u2008") if numeric else values  # spaces as wide as a digit and a point
         for row, value, (_, interval) in zip(body, values, shown, strict=True):
             kind = "number" if numeric else "long" if len(value) > 60 else "name" if len(value) <= 32 else ""
-            row.append(f'<td class="{kind}">{escape(value)}</td>' + (f'<td class="interval">{interval}</td>' if intervals else ""))
+            row.append(f'<td class="{kind}">{escape(value)}</td>'
+                       + (f'<td class="interval">{interval}</td>' if intervals else ""))
     lines = "\n".join(f"<tr>{''.join(row)}</tr>" for row in body)
     return f'<div class="scroll"><table><thead><tr>{"".join(head)}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
 
@@ -237,7 +182,8 @@ def compare(folders: list[str | Path]) -> dict:
               if written[0].get(key) != written[1].get(key)]
     sections = [{"title": "Settings that differ", "columns": ["setting", *runs], "rows": differ} if differ else
                 {"title": "Settings that differ", "text": "None.", "columns": [], "rows": []}]
-    found = [dict(zip(_unique(section["title"] for section in report["sections"]), report["sections"], strict=True)) for report in reports]
+    found = [dict(zip(_unique(section["title"] for section in report["sections"]), report["sections"], strict=True))
+             for report in reports]
     alone = [[title, run, len(mine[title]["rows"])] for run, mine, other in zip(runs, found, found[::-1], strict=True)
              for title in mine if title not in other]
     if alone:
@@ -245,7 +191,8 @@ def compare(folders: list[str | Path]) -> dict:
     sections += _compare_preferences([Path(folder) / "judgments.jsonl" for folder in folders], runs)
     for title, section in found[0].items():
         sections += _compare_section(title, section, found[1][title], runs) if title in found[1] else []
-    return clean({"title": f"{runs[1]} against {runs[0]}", "about": dict(zip(runs, map(str, folders), strict=True)), "sections": sections})
+    return clean({"title": f"{runs[1]} against {runs[0]}", "about": dict(zip(runs, map(str, folders), strict=True)),
+                  "sections": sections})
 
 
 def read(folder: str | Path) -> dict:
@@ -258,9 +205,10 @@ def read(folder: str | Path) -> dict:
             _columns(section["columns"], section["rows"])
         dict.items(report["about"])
     except OSError as error:
-        fail(f"{path}: cannot be read ({error.strerror}), expected the folder of an evaluation that has ended: check the path")
+        fail(f"{path}: cannot be read ({error.strerror}), expected the folder of a finished run: check the path")
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        fail(f"{path}: is not a report ({type(error).__name__}: {' '.join(str(error).split())[:80]}): run the evaluation again")
+        fail(f"{path}: is not a report ({type(error).__name__}: {' '.join(str(error).split())[:80]}): run the "
+             "evaluation again")
     return report
 
 
@@ -299,9 +247,11 @@ def _compare_section(title: str, first: dict, second: dict, runs: list[str]) -> 
             continue
         columns, cells = [first["columns"][0], *runs], [rows, *pair]
         if is_numeric(pair[0]) and is_numeric(pair[1]):
-            gaps = [None if x is None or y is None else y - x for x, y in zip(*(map(_value, column) for column in pair), strict=True)]
+            numbers = ([x["value"] if isinstance(x, dict) else x for x in column] for column in pair)
+            gaps = [None if None in both else both[1] - both[0] for both in zip(*numbers, strict=True)]
             columns, cells = [*columns, "difference"], [*cells, gaps]
-        sections.append({"title": f"{title}: {name}", "columns": columns, "rows": [list(row) for row in zip(*cells, strict=True)]})
+        sections.append({"title": f"{title}: {name}", "columns": columns,
+                         "rows": [list(row) for row in zip(*cells, strict=True)]})
     notes = [f"Only in {run}: {'; '.join(found)}." for run, found in (
         (runs[i], [x for x in have[i] if x not in have[1 - i]]) for have in (tables, names) for i in (0, 1)) if found]
     notes += [f"The same in both: {'; '.join(same)}."] if same else []
@@ -309,11 +259,8 @@ def _compare_section(title: str, first: dict, second: dict, runs: list[str]) -> 
     notes += [f"\n{run} says: {said}" for run, said in zip(runs, texts, strict=True)] if texts[0] != texts[1] else []
     if not notes and sections:
         return sections
-    return [{"title": title, "text": " ".join(notes).strip() or "The same in both.", "columns": [], "rows": []}, *sections]
-
-
-def _value(cell):
-    return cell["value"] if isinstance(cell, dict) else cell
+    return [{"title": title, "text": " ".join(notes).strip() or "The same in both.", "columns": [], "rows": []},
+            *sections]
 
 
 def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
@@ -329,7 +276,8 @@ def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
         x, y = first.get(model, {}), second.get(model, {})
         common = sorted(set(x) & set(y))
         pairs = [(p, x[p], y[p]) for p in common if x[p] is not None and y[p] is not None]
-        row = [model, None, None, None, len(pairs), len(common) - len(pairs), len(x) - len(common), len(y) - len(common)]
+        row = [model, None, None, None, len(pairs), len(common) - len(pairs), len(x) - len(common),
+               len(y) - len(common)]
         if pairs:
             prompts, before, after = zip(*pairs, strict=True)
             gap = paired_difference(after, before, prompts)
@@ -346,19 +294,19 @@ def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
 
 
 def _preferences(file: Path) -> dict[str, dict[str, float | None]]:
-    """Preference by judge and pair of models, and prompt: the mean where a prompt has several games, None without a verdict."""
+    """Mean preference by judge and pair of models, and by prompt; None without a verdict."""
     found: dict[str, dict[str, list[float]]] = {}
-    for number, line in enumerate(file.read_text().rstrip("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-            if "score" in row:
-                continue
-            p, a, b = row["preference"], str(row["a"]), str(row["b"])
-            if p is not None and not (is_number(p) and 0 <= p <= 1):
-                raise ValueError(f"preference is {p!r}")
-            p, a, b = (p, a, b) if a < b else (None if p is None else 1 - p, b, a)
-            by_prompt = found.setdefault(f"{row['judge']}: {a} against {b}", {})
-            by_prompt.setdefault(str(row["prompt"]), []).extend([] if p is None else [p])
-        except (ValueError, KeyError, TypeError) as error:
-            fail(f"{file} line {number}: {error}, expected a game as judge.py writes them, with judge, prompt, a, b and preference")
+
+    def game(row: dict, number: int) -> None:
+        if "score" in row:
+            return
+        p, a, b = row["preference"], str(row["a"]), str(row["b"])
+        if p is not None and not (is_number(p) and 0 <= p <= 1):
+            raise ValueError
+        p, a, b = (p, a, b) if a < b else (None if p is None else 1 - p, b, a)
+        by_prompt = found.setdefault(f"{row['judge']}: {a} against {b}", {})
+        by_prompt.setdefault(str(row["prompt"]), []).extend([] if p is None else [p])
+
+    read_lines(file, game, "is no game as judge.py writes them, expected 'judge', 'prompt', 'a', 'b' and 'preference' "
+                           "from 0 to 1")
     return {pair: {prompt: sum(v) / len(v) if v else None for prompt, v in of.items()} for pair, of in found.items()}

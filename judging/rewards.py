@@ -1,10 +1,10 @@
-"""How good is a scorer of replies? Accuracy on held-out preferences, the talk's four sets, RewardBench and RewardBench 2.
+"""How good is a scorer of replies? Accuracy on held-out preferences, the talk's four sets, RewardBench 1 and 2.
 
     question   {"key", "prompt": messages, "answers": [text, ...]}      a prompt, and each reply to be scored once
     scorer     questions -> {key: [score of each answer]}               any function; a missing key was not scored
 
     reward     what the score head says after the last token                   reward.py
-    dpo        beta (log pi(y|x) - log pi_ref(y|x)), the implicit reward       dpo.py; Rafailov et al. 2023, arXiv:2305.18290
+    dpo        beta (log pi(y|x) - log pi_ref(y|x)), the implicit reward       Rafailov et al. 2023, arXiv:2305.18290
     ref-free   beta log pi(y|x): no reference, hence another number, one that pays for short replies
     logprob    log pi(y|x) / tokens: the baseline, which knows no preference
 
@@ -26,35 +26,37 @@ import torch
 from checkpoints import load_model
 from data.formats import read
 from data.pack import tree_from_ranking, truncate
+from data.scores import all_scores, mean_logprobs, response_logprob_sums, response_scores
 from data.tokenizer import adopt_template, load_tokenizer
-from dpo import response_sums
-from judging.ratings import bootstrap_means, by_prompt, percentiles, resample, wilson
-from reward import all_scores, mean_logprobs, response_scores
+from judging.ratings import mean_interval, wilson
+from judging.tables import bounded, percent
 from runtime import fail
 
 Scorer = Callable[[list[dict]], Mapping[str, list[float]]]
-KINDS = {"reward": response_scores, "dpo": response_sums, "ref-free": response_sums, "logprob": mean_logprobs}
+KINDS = {"reward": response_scores, "dpo": response_logprob_sums, "ref-free": response_logprob_sums,
+         "logprob": mean_logprobs}
 
 
-def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_length: int = 0, max_tokens: int = 8192,
-                device: str = "cpu") -> Scorer:
+def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_length: int = 0,
+                micro_tokens: int = 8192, device: str = "cpu") -> Scorer:
     """A checkpoint as a scorer. All replies to a prompt share its tokens (`data/pack.py`).
 
-    A reply that runs over `max_length` tokens (0: the positions the model was made for) is cut, one whose prompt does is not
-    scored; how many is printed. beta scales the rewards of DPO and changes no comparison.
+    A reply that runs over `max_length` tokens (0: the positions the model was made for) is cut, one whose prompt does
+    is not scored; how many is printed. beta scales the rewards of DPO and changes no comparison.
     """
     if kind not in KINDS:
         fail(f"scorer '{kind}' is unknown, expected one of {', '.join(KINDS)}")
     if (kind == "dpo") != bool(ref):
-        fail("scorer dpo: names no reference, expected the model DPO started from: add it, or use ref-free" if kind == "dpo"
-             else f"scorer {kind}: takes no reference, got {ref}: drop it, or use dpo")
+        fail(f"scorer {kind}: takes no reference, got {ref}: drop it, or use dpo" if ref else
+             "scorer dpo: names no reference, expected the model DPO started from: add it, or use ref-free")
     device, tokenizer = torch.device(device), load_tokenizer(path)
     template = tokenizer.template or "zephyr"
     dtype = torch.float32 if device.type == "cpu" else None  # on a GPU as stored: a large model has to fit
     model, ref_model = load_model(path, dtype, device), load_model(ref, dtype, device) if ref else None
     for name, loaded in ((path, model), (ref, ref_model)):
         if loaded is not None and loaded.config.scored != (kind == "reward"):
-            fail(f"{name}: has {'a' if loaded.config.scored else 'no'} score head: scorer reward takes reward models, the others none")
+            fail(f"{name}: has {'a' if loaded.config.scored else 'no'} score head: scorer reward takes reward models, "
+                 "the others none")
     adopt_template(model, tokenizer, template)
     if ref_model is not None:
         adopt_template(ref_model, load_tokenizer(ref), template)
@@ -65,11 +67,13 @@ def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_leng
         for number, tree in enumerate(trees):
             tree.record = number
         trees, counts = truncate(trees, limit)
-        print(f"{kind} {path}: {len(questions)} prompts, {sum(len(tree.responses) for tree in trees)} replies scored; cut to {limit} "
-              f"tokens: {counts['responses_cut']}; left out, their prompt being longer: {counts['responses_dropped']}")
-        scores = [s.double() for s in all_scores(model, trees, max_tokens, device, KINDS[kind])]
+        print(f"{kind} {path}: {len(questions)} prompts, {sum(len(tree.responses) for tree in trees)} replies scored; "
+              f"cut to {limit} tokens: {counts['responses_cut']}; left out, their prompt being longer: "
+              f"{counts['responses_dropped']}")
+        scores = [s.double() for s in all_scores(model, trees, micro_tokens, device, KINDS[kind])]
         if ref_model is not None:
-            scores = [s - r.double() for s, r in zip(scores, all_scores(ref_model, trees, max_tokens, device, KINDS[kind]), strict=True)]
+            ref_scores = all_scores(ref_model, trees, micro_tokens, device, KINDS[kind])
+            scores = [s - r.double() for s, r in zip(scores, ref_scores, strict=True)]
         if kind in ("dpo", "ref-free"):
             scores = [beta * s for s in scores]
         found = {}
@@ -91,13 +95,14 @@ def ask(scorer: Scorer, questions: list[dict]) -> dict[str, list[float]]:
     scores = dict(scorer(questions))
     for key, values in scores.items():
         if len(values) != wanted.get(key) or not np.isfinite(values).all():
-            raise ValueError(f"scores of {key[:60]!r} are {str(values)[:60]}, expected {wanted.get(key)} finite numbers")
+            raise ValueError(
+                f"scores of {key[:60]!r} are {str(values)[:60]}, expected {wanted.get(key)} finite numbers")
     return scores
 
 
 # ---------------------------------------------------------------------------------------- accuracy
 
-def accuracy(hits: Sequence[bool], prompts: Sequence[str], rounds: int = 1000, seed: int = 0) -> dict[str, float]:
+def accuracy(hits: Sequence[bool], prompts: Sequence[str]) -> dict[str, float]:
     """The share of hits and its 95 % interval: from resampled prompts where several pairs share one, else Wilson's."""
     n, different = len(hits), len(set(prompts))
     if n == 0:
@@ -105,9 +110,8 @@ def accuracy(hits: Sequence[bool], prompts: Sequence[str], rounds: int = 1000, s
     if different == n or sum(hits) in (0, n):  # all alike: resampling would be certain
         low, high = wilson(sum(hits) / n * different, different)
     else:
-        sums, counts = by_prompt(hits, prompts)
-        low, high = percentiles(bootstrap_means(sums[:, None], counts[:, None], resample(different, rounds, seed))[:, 0])
-    return {"value": sum(hits) / n, "low": float(low), "high": float(high), "n": n, "prompts": different}
+        low, high = mean_interval(hits, prompts)
+    return bounded(sum(hits) / n, low, high) | {"n": n, "prompts": different}
 
 
 def weighted_mean(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
@@ -117,15 +121,17 @@ def weighted_mean(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[st
     """
     total = sum(weight for weight, _ in parts)
     mean = sum(weight * p["value"] for weight, p in parts) / total
-    below, above = (math.sqrt(sum((weight * (p["value"] - p[end])) ** 2 for weight, p in parts)) / total for end in ("low", "high"))
-    return {"value": mean, "low": mean - below, "high": mean + above}
+    below, above = (math.sqrt(sum((weight * (p["value"] - p[end])) ** 2 for weight, p in parts)) / total
+                    for end in ("low", "high"))
+    return bounded(mean, mean - below, mean + above)
 
 
-def preference_accuracy(records: Iterable[dict], scorer: Scorer, rounds: int = 1000, seed: int = 0) -> dict:
+def preference_accuracy(records: Iterable[dict], scorer: Scorer) -> dict:
     """How often the scorer prefers the chosen reply of canonical preferences (data/formats.py).
 
-    accuracy()'s keys, "ties" (pairs of equal scores), "unscored" (pairs without scores), and accuracies "by_margin" and "by_category".
-    The turns of a dialogue are not independent: what opens with one user turn counts as one prompt for the interval.
+    accuracy()'s keys, "ties" (pairs of equal scores), "unscored" (pairs without scores), and accuracies "by_margin" and
+    "by_category". The turns of a dialogue are not independent: what opens with one user turn counts as one prompt for
+    the interval.
     """
     records = list(records)
     keys = [json.dumps([(m["role"], m["content"]) for m in record["prompt"]]) for record in records]
@@ -140,15 +146,17 @@ def preference_accuracy(records: Iterable[dict], scorer: Scorer, rounds: int = 1
         raise ValueError(f"none of {len(records)} pairs was scored")
     replies = {key: dict(zip(questions[key]["answers"], values, strict=True)) for key, values in scores.items()}
     difference = {i: replies[keys[i]][records[i]["chosen"]] - replies[keys[i]][records[i]["rejected"]] for i in kept}
-    margins, categories = _bins([records[i].get("margin") for i in kept]), [records[i].get("category") or None for i in kept]
+    margins = _bins([records[i].get("margin") for i in kept])
+    categories = [records[i].get("category") or None for i in kept]
 
-    def share(chosen: list[int]) -> dict[str, float]:
-        return accuracy([difference[i] > 0 for i in chosen], [openings[i] for i in chosen], rounds, seed)
+    def hits(chosen: list[int]) -> dict[str, float]:
+        return accuracy([difference[i] > 0 for i in chosen], [openings[i] for i in chosen])
 
     def by(labels: list[str | None]) -> dict[str, dict]:
-        return {label: share([i for i, of in zip(kept, labels, strict=True) if of == label]) for label in dict.fromkeys(labels) if label}
+        return {label: hits([i for i, of in zip(kept, labels, strict=True) if of == label])
+                for label in dict.fromkeys(labels) if label}
 
-    return {**share(kept), "ties": sum(d == 0 for d in difference.values()), "unscored": len(records) - len(kept),
+    return {**hits(kept), "ties": sum(d == 0 for d in difference.values()), "unscored": len(records) - len(kept),
             "by_margin": dict(sorted(by(margins).items(), key=lambda part: float(part[0].split()[0]))),
             "by_category": dict(sorted(by(categories).items()))}
 
@@ -165,7 +173,8 @@ def _bins(margins: list[float | None]) -> list[str | None]:
 
 # --------------------------------------------------------------------------- the talk's four sets
 
-# Its board of reward models: plain accuracy on 3,000, 1,140, 11,021 and 4,760 held-out pairs, and the plain mean of the four.
+# Its board of reward models: plain accuracy on 3,000, 1,140, 11,021 and 4,760 held-out pairs, and the plain mean of the
+# four.
 SETS = ("Anthropic Helpful", "OpenAssistant", "SHP", "Learn-to-Summarize")
 TALK = {"falcon-40b-rm v1.0 (best on the talk's board)": (0.66, 0.678, 0.802, 0.743)}
 
@@ -176,20 +185,25 @@ def board_mean(found: Mapping[str, Mapping]) -> dict[str, float] | None:
 
 
 def _cell(found: Mapping | None) -> dict[str, float] | None:
-    return found and {name: 100 * found[name] for name in ("value", "low", "high")}
+    return found and percent(found["value"], found["low"], found["high"])
 
 
 def rewards_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
     """preference_accuracy's results by scorer (rows) and set (columns), with the talk's row beneath."""
     others = list(dict.fromkeys(name for found in results.values() for name in found if name not in SETS))
-    rows = [[scorer, *(_cell(found.get(name)) for name in SETS), _cell(board_mean(found)), *(_cell(found.get(name)) for name in others),
-             *(sum(f[key] for f in found.values()) for key in ("n", "ties", "unscored"))] for scorer, found in results.items()]
-    rows += [[name, *(100 * share for share in row), 100 * sum(row) / len(row), *[None] * (len(others) + 3)] for name, row in TALK.items()]
+    rows = []
+    for scorer, found in results.items():
+        rows.append([scorer, *(_cell(found.get(name)) for name in SETS), _cell(board_mean(found)),
+                     *(_cell(found.get(name)) for name in others),
+                     *(sum(f[key] for f in found.values()) for key in ("n", "ties", "unscored"))])
+    for name, row in TALK.items():
+        rows.append([name, *(100 * x for x in row), 100 * sum(row) / len(row), *[None] * (len(others) + 3)])
     return {"title": "Reward model accuracy",
-            "text": "Share of pairs whose chosen reply scores strictly higher; ties are misses. The mean of the four sets is plain, no "
-                    "weighting by size. Pairs whose prompt is too long for the scorer are unscored and not in the share.",
-            "columns": ["scorer", *(f"{name}, %" for name in SETS), "mean of four, %", *(f"{name}, %" for name in others), "pairs", "ties",
-                        "unscored"], "rows": rows}
+            "text": "Share of pairs whose chosen reply scores strictly higher; ties are misses. The mean of the four "
+                    "sets is plain, no weighting by size. Pairs whose prompt is too long for the scorer are unscored "
+                    "and not in the share.",
+            "columns": ["scorer", *(f"{name}, %" for name in SETS), "mean of four, %",
+                        *(f"{name}, %" for name in others), "pairs", "ties", "unscored"], "rows": rows}
 
 
 def breakdown_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
@@ -201,7 +215,8 @@ def breakdown_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
             for label in dict.fromkeys(label for part in parts.values() for label in part):
                 cells = [parts.get(scorer, {}).get(label) for scorer in results]
                 rows.append([name, f"{kind} {label}", max(c["n"] for c in cells if c), *map(_cell, cells)])
-    return {"title": "Reward model accuracy by margin and category", "columns": ["set", "part", "pairs", *(f"{s}, %" for s in results)],
+    return {"title": "Reward model accuracy by margin and category",
+            "columns": ["set", "part", "pairs", *(f"{s}, %" for s in results)],
             "rows": rows}
 
 
@@ -209,21 +224,26 @@ def breakdown_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
 
 # What a subset counts as in its section: the 447 pairs of math-prm weigh as much as all code together.
 SECTIONS = {
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
-    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
-                  "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154, "xstest-should-respond": 250,
-               "donotanswer": 136},
-    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164},
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
+             "mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+               "xstest-should-respond": 250, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
+                  "hep-python": 164, "hep-rust": 164},
 }
 SUBSETS = {name: n for counts in SECTIONS.values() for name, n in counts.items()} | {"math-prm": 447}
-PRIOR = ("Anthropic Helpful", "Anthropic HHH", "SHP", "Learn-to-Summarize")  # the prior sets of today's code; the paper has three more
+# The prior sets of today's code; the paper has three more.
+PRIOR = ("Anthropic Helpful", "Anthropic HHH", "SHP", "Learn-to-Summarize")
 SUBSETS_2 = {"Factuality": 475, "Focus": 495, "Math": 183, "Precise IF": 160, "Safety": 450, "Ties": 102}
 
 
 def read_rewardbench(path: str | Path) -> list[dict]:
-    """Rows {prompt, chosen, rejected, subset, id}, in RewardBench 2 with lists of chosen and rejected, as questions whose first
-    `correct` answers are the chosen ones. A benchmark is taken whole: a bad row is refused, not left out."""
+    """Rows {prompt, chosen, rejected, subset, id} as questions whose first `correct` answers are the chosen ones.
+
+    In RewardBench 2 chosen and rejected are lists. A benchmark is taken whole: a bad row is refused, not left out.
+    """
     rows, report = read(path, "prompt")
     questions: dict[str, dict] = {}
     for row in rows:
@@ -238,33 +258,35 @@ def read_rewardbench(path: str | Path) -> list[dict]:
             fail(f"{place}: its id names nothing, expected a number or text, in Ties ref:NUMBER or tied:NUMBER")
         if f"{subset}/{name}" in questions:
             fail(f"{place}: occurs twice, expected every id once: drop one")
-        questions[f"{subset}/{name}"] = {"key": f"{subset}/{name}", "prompt": row["prompt"], "answers": sides[0] + sides[1],
-                                         "correct": len(sides[0]), "subset": subset, "id": name}
+        key, answers = f"{subset}/{name}", sides[0] + sides[1]
+        questions[key] = {"key": key, "prompt": row["prompt"], "answers": answers, "correct": len(sides[0]),
+                          "subset": subset, "id": name}
     report.refuse()
     if len({q["subset"] in SUBSETS for q in questions.values()}) > 1:
         fail(f"{path}: mixes subsets of RewardBench and of RewardBench 2, expected one of the two: split it")
     return list(questions.values())
 
 
-def section_scores(subsets: Mapping[str, Mapping], prior: Mapping[str, Mapping] | None = None) -> dict[str, dict | None]:
+def section_scores(subsets: Mapping[str, Mapping], prior: Mapping[str, Mapping] | None = None) -> dict:
     """RewardBench's sections and final score, from accuracies by subset and by prior set.
 
         section = sum accuracy * count / sum count        prior sets = plain mean of those given
-        score   = (Chat + Chat Hard + Safety + Reasoning + w prior) / (4 + w)      w = 1/2 in today's code, 1 in the paper, or 0
+        score   = (Chat + Chat Hard + Safety + Reasoning + w prior) / (4 + w)     w = 1/2 today, 1 in the paper, or 0
 
     A section that lacks a subset is None, and so is what depends on it.
     """
-    found = {section: weighted_mean([(n, subsets[name]) for name, n in counts.items()]) if counts.keys() <= subsets.keys() else None
-             for section, counts in SECTIONS.items()}
+    found = {section: weighted_mean([(n, subsets[name]) for name, n in counts.items()])
+             if counts.keys() <= subsets.keys() else None for section, counts in SECTIONS.items()}
     found["prior sets"] = weighted_mean([(1, part) for part in prior.values()]) if prior else None
-    for name, w in (("score, prior sets count 1/2", 0.5), ("score, prior sets count 1", 1), ("score, no prior sets", 0)):
+    for name, w in (("score, prior sets count 1/2", 0.5), ("score, prior sets count 1", 1),
+                    ("score, no prior sets", 0)):
         parts = [(1, found[section]) for section in SECTIONS] + [(w, found["prior sets"])] * (w > 0)
         found[name] = weighted_mean(parts) if all(part for _, part in parts) else None
     return found
 
 
 def ties_score(gaps: Mapping[str, float], spreads: Mapping[str, float]) -> dict[str, float]:
-    """RewardBench 2's score of its Ties, prompts with many correct answers (tied:N) or, of the same kind, with one (ref:N).
+    """RewardBench 2's score of its Ties: prompts with many correct answers (tied:N) or with one (ref:N).
 
         gap    = worst correct answer - best wrong one, by id         spread = best correct answer - worst, by id
         score  = 0.3 P(gap > 0 | tied) + 0.3 P(gap > 0 | ref) + 0.2 P(gap > spread) + 0.2 P(min(gap, ref gap) > spread)
@@ -279,17 +301,20 @@ def ties_score(gaps: Mapping[str, float], spreads: Mapping[str, float]) -> dict[
     gap, spread = np.array([tied[n] for n in both]), np.array([spreads[f"tied:{n}"] for n in both])
     least = np.minimum(gap, [ref[n] for n in both])
     closeness = np.where(spread > 0, np.tanh(least / np.where(spread > 0, spread, 1) - 1), np.sign(least))
-    parts = {"tied accuracy": np.mean([g > 0 for g in tied.values()]), "ref accuracy": np.mean([g > 0 for g in ref.values()]),
-             "gap above spread": np.mean(gap > spread), "both gaps above spread": np.mean(least > spread), "margin": np.mean(closeness)}
-    return {"score": float(np.dot([0.3, 0.3, 0.2, 0.2, 0.01], list(parts.values())))} | {name: float(x) for name, x in parts.items()}
+    parts = {"tied accuracy": np.mean([g > 0 for g in tied.values()]),
+             "ref accuracy": np.mean([g > 0 for g in ref.values()]),
+             "gap above spread": np.mean(gap > spread), "both gaps above spread": np.mean(least > spread),
+             "margin": np.mean(closeness)}
+    score = float(np.dot([0.3, 0.3, 0.2, 0.2, 0.01], list(parts.values())))
+    return {"score": score} | {name: float(x) for name, x in parts.items()}
 
 
 def rewardbench(questions: list[dict], scorer: Scorer, prior: Mapping[str, Mapping] | None = None) -> dict:
     """A scorer's numbers: {"scores", "subsets", "ties", "unscored", "missing"}.
 
     `prior` holds preference_accuracy's results by set: the four of PRIOR count if they are all there, others never do.
-    In RewardBench 2 the chosen reply must beat all three others (its own code credits a draw at the top in part), Ties has a score
-    of its own, which has no interval here, and the total is the plain mean of the six subsets.
+    In RewardBench 2 the chosen reply must beat all three others (its own code credits a draw at the top in part), Ties
+    has a score of its own, which has no interval here, and the total is the plain mean of the six subsets.
     """
     scores = ask(scorer, questions)
     hits, tied, gaps, spreads = defaultdict(list), 0, {}, {}
@@ -304,7 +329,7 @@ def rewardbench(questions: list[dict], scorer: Scorer, prior: Mapping[str, Mappi
     subsets = {name: accuracy(*zip(*found, strict=True)) for name, found in hits.items()}
     if gaps:
         ties = ties_score(gaps, spreads)
-        subsets["Ties"] = {"value": ties["score"], "low": ties["score"], "high": ties["score"], "n": len(gaps), "parts": ties}
+        subsets["Ties"] = bounded(ties["score"], ties["score"], ties["score"]) | {"n": len(gaps), "parts": ties}
     published = SUBSETS if questions[0]["subset"] in SUBSETS else SUBSETS_2
     prior = {name: prior[name] for name in PRIOR} if prior and set(PRIOR) <= prior.keys() else None
     mean = weighted_mean([(1, subsets[name]) for name in SUBSETS_2]) if SUBSETS_2.keys() <= subsets.keys() else None
@@ -323,7 +348,7 @@ def rewardbench_section(results: Mapping[str, dict]) -> dict:
     missing = ", ".join(f"{n} of {name}" for name, n in first["missing"].items())
     counts = "; ".join(f"{name}: {r['ties']} ties, {r['unscored']} unscored" for name, r in results.items())
     return {"title": "RewardBench 2" if "mean of six" in first["scores"] else "RewardBench",
-            "text": "Share of prompts whose chosen reply scores strictly higher than every rejected one. A section weighs its subsets by "
-                    "the benchmark's own counts, and is empty if one is missing. Rows of the benchmark that the file lacks: "
-                    f"{missing or 'none'}. {counts}.",
+            "text": "Share of prompts whose chosen reply scores strictly higher than every rejected one. A section "
+                    "weighs its subsets by the benchmark's own counts, and is empty if one is missing. Rows of the "
+                    "benchmark that the file lacks: " f"{missing or 'none'}. {counts}.",
             "columns": ["part", *(f"{name}, %" for name in results)], "rows": rows}

@@ -7,8 +7,10 @@ from judge import Config
 
 
 def test_boards_of_a_checkpoint_stand_in_one_report(checkpoint, tmp_path):
-    arc = [{"id": str(i), "question": {"stem": f"Which letter is number {i}?", "choices": [{"text": t, "label": label} for t, label in
-            zip(("red", "a longer colour", "blue", "old"), "ABCD", strict=True)]}, "answerKey": "ABCD"[i % 4]} for i in range(6)]
+    colours = ("red", "a longer colour", "blue", "old")
+    items = [{"text": text, "label": label} for text, label in zip(colours, "ABCD", strict=True)]
+    arc = [{"id": str(i), "question": {"stem": f"Which letter is number {i}?", "choices": items},
+            "answerKey": "ABCD"[i % 4]} for i in range(6)]
     (tmp_path / "arc.jsonl").write_text("".join(json.dumps(x) + "\n" for x in arc))
     pairs = [{"prompt": f"Say {i}.", "chosen": f"{i}.", "rejected": "No.", "margin": 1 + i % 2} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in pairs))
@@ -18,12 +20,13 @@ def test_boards_of_a_checkpoint_stand_in_one_report(checkpoint, tmp_path):
                         ["2", "How?", "x", "unsafe"]])
     said = [{"role": "user", "content": "Insult me."}, {"role": "assistant", "content": "Fool."}]
     attack = {"id": "1", "behaviour": "insult", "attempt": 1, "judged": "unsafe", "messages": said}
-    (tmp_path / "attacks.jsonl").write_text(json.dumps(attack) + "\n" + json.dumps(attack | {"behaviour": "lie", "judged": "safe"}) + "\n")
+    (tmp_path / "attacks.jsonl").write_text(json.dumps(attack) + "\n"
+                                            + json.dumps(attack | {"behaviour": "lie", "judged": "safe"}) + "\n")
     judge.main(Config(models=[f"one={checkpoint}"], judges=[], out=str(tmp_path / "out"),
                       choices=[f"arc={tmp_path / 'arc.jsonl'}:none"],
                       reward_models=[f"baseline=logprob:{checkpoint}", f"implicit=dpo:{checkpoint}:{checkpoint}"],
-                      preferences=[f"pairs={tmp_path / 'pairs.jsonl'}"], xstest=str(tmp_path / "xstest.csv"), leak_probes=2,
-                      attacks=[f"one={tmp_path / 'attacks.jsonl'}"], device="cpu"))
+                      preferences=[f"pairs={tmp_path / 'pairs.jsonl'}"], xstest=str(tmp_path / "xstest.csv"),
+                      leak_probes=2, attacks=[f"one={tmp_path / 'attacks.jsonl'}"], device="cpu", threads=1))
     sections = {s["title"]: s for s in json.loads((tmp_path / "out" / "report.json").read_text())["sections"]}
     board = {row[0]: dict(zip(sections["Reward model accuracy"]["columns"], row, strict=True)) for row in
              sections["Reward model accuracy"]["rows"]}

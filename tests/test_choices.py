@@ -58,7 +58,8 @@ def tokenizer():
 # ---------------------------------------------------------------------------------------- questions
 
 ARC = {"question": "Why?", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "3"}
-SWAG = {"activity_label": "Cooking", "ctx_a": "A man stirs.", "ctx_b": "the Soup", "endings": ["boils", "[step] is  cold"], "label": "1"}
+SWAG = {"activity_label": "Cooking", "ctx_a": "A man stirs.", "ctx_b": "the Soup",
+        "endings": ["boils", "[step] is  cold"], "label": "1"}
 MMLU = {"subject": "high_school_physics", "question": " Mass? ", "choices": ["a", "b", "c", "d"], "answer": 2}
 TRUTH = {"question": "Is it?", "mc1_targets": {"Yes.": 1, "No.": 0}, "mc2_targets": {"Yes.": 1, "No.": 0, "It is.": 1}}
 
@@ -74,7 +75,8 @@ def test_three_forms_of_arc_are_one_question_and_numeric_labels_count_from_1():
 
 
 def test_hellaswag_by_hand():
-    """strip; " [title]" to ". "; brackets deleted; one pass over double spaces leaves two of three. ctx_b: first letter up, others down."""
+    """strip; " [title]" to ". "; brackets deleted; one pass over double spaces leaves two of three. ctx_b: first letter
+    up, others down."""
     assert choices.hellaswag_text(" How to [title] Sit [step] well   now ") == "How to. Sit well  now"
     question = choices.hellaswag_question(SWAG)
     assert question == Question("Cooking: A man stirs. The soup", ("boils", " is cold"), 1)
@@ -84,8 +86,10 @@ def test_hellaswag_by_hand():
 def test_mmlu_by_hand():
     lines = "A. a\nB. b\nC. c\nD. d\nAnswer:"
     header = "The following are multiple choice questions (with answers) about high school physics.\n\n"
-    assert choices.mmlu_question(MMLU) == Question(f"Mass?\n{lines}", ("A", "B", "C", "D"), 2, (), "high_school_physics", header)
-    assert choices.mmlu_v0_question(MMLU) == Question(f"Question:  Mass? \nChoices:\n{lines}", tuple("abcd"), 2, (), "high_school_physics")
+    assert choices.mmlu_question(MMLU) == Question(f"Mass?\n{lines}", ("A", "B", "C", "D"), 2, (),
+                                                   "high_school_physics", header)
+    assert choices.mmlu_v0_question(MMLU) == Question(f"Question:  Mass? \nChoices:\n{lines}", tuple("abcd"), 2, (),
+                                                      "high_school_physics")
     assert choices.mmlu_question(MMLU | {"answer": "C"}).gold == 2
 
 
@@ -93,7 +97,8 @@ def test_truthfulqa_asks_mc1_then_mc2_after_six_questions():
     question = choices.truthfulqa_question(TRUTH)
     assert question.choices == ("Yes.", "No.", "Yes.", "No.", "It is.") and question.truths == (1, 0, 1)
     assert question.query.count("Q: ") == 7 and question.query.endswith("\n\nQ: Is it?\nA:")
-    listed = {k: {"choices": list(v), "labels": list(v.values())} if isinstance(v, dict) else v for k, v in TRUTH.items()}
+    listed = {k: {"choices": list(v), "labels": list(v.values())} if isinstance(v, dict) else v
+              for k, v in TRUTH.items()}
     assert choices.truthfulqa_question(listed) == question
 
 
@@ -126,7 +131,8 @@ def test_no_value_in_a_record_gives_a_traceback(tmp_path):
     """Every field of every form replaced by something of another kind."""
     for task, record in (("arc", ARC), ("hellaswag", SWAG), ("mmlu", MMLU), ("mmlu_v0", MMLU), ("truthfulqa", TRUTH)):
         for key in record:
-            for value in (None, 3, "", "x", [], [None], [[]], {}, {"text": 1}, [{"text": "x"}] * 4, {"choices": [1], "labels": 2}, 1e400):
+            for value in (None, 3, "", "x", [], [None], [[]], {}, {"text": 1}, [{"text": "x"}] * 4,
+                          {"choices": [1], "labels": 2}, 1e400):
                 file = tmp_path / "data.jsonl"
                 file.write_text(json.dumps(record) + "\n" + json.dumps(record | {key: value}) + "\n")
                 questions, rejects = read_questions(task, file)
@@ -139,7 +145,8 @@ def test_lists_gzip_and_csv_files_are_read(tmp_path):
     assert len(questions) == 1 and rejects == [(2, "is a JSON int, expected an object")]
     folder = tmp_path / "test"
     folder.mkdir()
-    (folder / "anatomy_test.csv").write_text('"Two\nlines",a,b,"c, d",e,C\nshort,a,B\n\nWhich?,1,2,3,4,A\nlong,1,2,3,4,5,A\n')
+    (folder / "anatomy_test.csv").write_text('"Two\nlines",a,b,"c, '
+                                             'd",e,C\nshort,a,B\n\nWhich?,1,2,3,4,A\nlong,1,2,3,4,5,A\n')
     (folder / "world_religions_test.csv").write_text("Who?,1,2,3,4,D\n")
     questions, rejects = read_questions("mmlu", folder)
     assert [(q.subject, q.gold) for q in questions] == [("anatomy", 2), ("anatomy", 0), ("world_religions", 3)]
@@ -185,7 +192,8 @@ def test_a_rejected_question_changes_the_prompts_after_it():
 def test_mmlu_takes_the_first_examples_of_its_subject_in_their_order(tmp_path):
     tests = [MMLU | {"subject": s, "question": f"{s}{i}"} for s in ("law", "art") for i in range(3)]
     dev = [MMLU | {"subject": s, "question": f"dev {s}{i}", "answer": i} for i in range(4) for s in ("art", "law")]
-    exam = read_exam("mmlu", write_jsonl(tmp_path / "test.jsonl", tests), write_jsonl(tmp_path / "dev.jsonl", dev), shots=2, limit=2)
+    exam = read_exam("mmlu", write_jsonl(tmp_path / "test.jsonl", tests), write_jsonl(tmp_path / "dev.jsonl", dev),
+                     shots=2, limit=2)
     assert list(exam.asked) == ["law", "art"] and [len(a) for a in exam.asked.values()] == [2, 2]
     rest = "A. a\nB. b\nC. c\nD. d\nAnswer:"
     for subject, asked in exam.asked.items():
@@ -203,7 +211,8 @@ def test_request_hash_is_that_of_all_requests_as_json():
 @real
 def test_truthfulqa_requests_and_mock_scores_are_the_harness_ones():
     exam = read_exam("truthfulqa", fixture("truthfulqa_mc_task_v0.json.gz"))
-    known = json.loads(fixture("harness_fixtures.json").read_text())["truthfulqa_mc-v1 (data file truthfulqa_mc_task_v0.json.gz)"]
+    harness = json.loads(fixture("harness_fixtures.json").read_text())
+    known = harness["truthfulqa_mc-v1 (data file truthfulqa_mc_task_v0.json.gz)"]
     result = measure(exam, {"": mock(exam.asked[""])})
     assert result["request_sha256"] == known["request_sha256"] and result["n"] == 817
     for key, value in known["results"].items():
@@ -228,7 +237,8 @@ def test_mmlu_requests_and_mock_scores_are_the_harness_ones():
         for key in ("acc", "acc_norm"):  # letters are one character each
             assert by_letter["subjects"][subject][key] == pytest.approx(numbers["acc"], abs=1e-12)
     assert result["acc"] == pytest.approx(sum(n["acc"] for n in known.values()) / 6)
-    assert by_letter["shots"] == 5 and by_letter["rejects"] == {str(fixture(f"mmlu_{part}.jsonl.gz")): [] for part in ("test", "dev")}
+    assert by_letter["shots"] == 5
+    assert by_letter["rejects"] == {str(fixture(f"mmlu_{part}.jsonl.gz")): [] for part in ("test", "dev")}
 
 
 @real
@@ -245,7 +255,8 @@ def test_arc_and_hellaswag_files_are_read_whole():
 # ------------------------------------------------------------------------------------------- tokens
 
 class Letters:
-    """A tokenizer of characters that merges, from the left: ": a" across a boundary, "b!" after it, and a newline into an X."""
+    """A tokenizer of characters that merges, from the left: ": a" across a boundary, "b!" after it, and a newline into
+    an X."""
 
     bos_id, eos_id = 1, 2
     merges = (": a", "b!", "\nX", "X:")
@@ -260,7 +271,8 @@ class Letters:
 
 
 def test_the_continuation_is_what_follows_as_many_ids_as_the_context_has():
-    """"Q:" is 2 ids; "Q: ab" is "Q", ": a", "b": what follows 2 ids is "b" alone. "Q: b!" is Q : blank b!, so blank and b! follow."""
+    """"Q:" is 2 ids; "Q: ab" is "Q", ": a", "b": what follows 2 ids is "b" alone. "Q: b!" is Q : blank b!, so blank and
+    b! follow."""
     assert encode_choices(Letters(), "Q:", ["ab", "b!"], bos=False) == ([81, 58], [[98], [32, 1001]])
 
 
@@ -275,7 +287,8 @@ def test_an_empty_context_is_one_bos_or_end_of_text():
 
 
 def test_a_line_that_is_other_tokens_in_its_context_is_not_encoded_alone():
-    """"k\\nX:" is k, "\\nX", ":"; with " a" it is k, "\\nX", ": a": nothing follows 3 ids. Alone the line would be "X:", then " ", "a"."""
+    """"k\\nX:" is k, "\\nX", ":"; with " a" it is k, "\\nX", ": a": nothing follows 3 ids. Alone the line would be
+    "X:", then " ", "a"."""
     assert encode_choices(Letters(), "k\nX:", ["a", "b"], bos=False) == ([107, 1002, 58], [[], [32, 98]])
 
 
@@ -287,7 +300,8 @@ def plain_rule(tokenizer, context, options):
 def test_the_last_line_alone_gives_the_same_continuations(tokenizer):
     for context in ("One line:", "Question: a b\nAnswer:", "x\n\nQ: why?\nA:", "a\n  indented", "\nA:", "é\n✓:"):
         for option in ("B", "the answer is 7.", "é", "</s> x", "<|user|>", " two", "\nnew"):
-            assert encode_choices(tokenizer, context, [option], bos=False)[1] == plain_rule(tokenizer, context, [option])
+            plain = plain_rule(tokenizer, context, [option])
+            assert encode_choices(tokenizer, context, [option], bos=False)[1] == plain
 
 
 @real
@@ -305,7 +319,8 @@ def test_the_last_line_alone_gives_the_same_continuations_of_every_fixture(token
 
 
 def test_a_context_too_long_is_cut_from_the_left_and_counted(capsys):
-    """Context BOS Q u : (4 ids), continuations " b" (2) and " bcd" (4): 5 and 7 tokens of input. To 5: none and 2 cut; to 4: 1 and 3."""
+    """Context BOS Q u : (4 ids), continuations " b" (2) and " bcd" (4): 5 and 7 tokens of input. To 5: none and 2 cut;
+    to 4: 1 and 3."""
     asked = [(Question("", ("b", "bcd"), 0), "Qu:")]
     whole = (1, 81, 117, 58)
     for limit, first, second, cut in ((7, 0, 0, 0), (5, 0, 2, 1), (4, 1, 3, 2)):
@@ -331,15 +346,16 @@ def random_requests(rng: random.Random) -> list:
     return found
 
 
-@pytest.mark.parametrize("fields", [{}, {"window": 7}, {"rotary": 0.0, "norm": "layer"}], ids=["llama", "window", "positions"])
+@pytest.mark.parametrize("fields", [{}, {"window": 7}, {"rotary": 0.0, "norm": "layer"}],
+                         ids=["llama", "window", "positions"])
 def test_likelihoods_are_those_of_one_request_at_a_time_for_any_batch(fields):
     model = small_model(**fields)
     rng = random.Random(0)
     for _ in range(10):
         requests = random_requests(rng)
         alone = {request: one_by_one(model, *request) for request in set(requests)}
-        for max_tokens in (1, 30, 100, 10_000):
-            assert likelihoods(model, requests, max_tokens) == pytest.approx(alone, abs=1e-9)
+        for micro_tokens in (1, 30, 100, 10_000):
+            assert likelihoods(model, requests, micro_tokens) == pytest.approx(alone, abs=1e-9)
 
 
 def test_every_request_is_in_one_tree_whose_paths_are_its_tokens():
@@ -347,8 +363,8 @@ def test_every_request_is_in_one_tree_whose_paths_are_its_tokens():
     joined = 0
     for _ in range(30):
         requests = random_requests(rng)
-        for max_tokens in (1, 40, 10_000):
-            trees = plant(requests, max_tokens)
+        for micro_tokens in (1, 40, 10_000):
+            trees = plant(requests, micro_tokens)
             assert sorted(r for tree in trees for r, _ in tree.requests) == sorted(set(requests))
             for tree in trees:
                 assert tree.trunk and all(tree.leaves)
@@ -356,14 +372,14 @@ def test_every_request_is_in_one_tree_whose_paths_are_its_tokens():
                     assert tree.trunk + (tree.leaves[leaf] if leaf >= 0 else ()) == context + continuation[:-1]
                 contexts = {context for (context, _), _ in tree.requests}
                 joined += len(contexts) > 1
-                assert tree.tokens <= max_tokens or len(contexts) == 1
+                assert tree.tokens <= micro_tokens or len(contexts) == 1
     assert joined > 10
 
 
 def test_tokens_of_a_tree_by_hand():
-    """Four letters after contexts of 20 and 22 tokens that share 18: trunk 18, leaves of 2 and 4, instead of 20 + 22 tokens; one by
-    one 4 x (20 + 22). Two choices of 3 tokens after 10: 10 + 2 + 2. Contexts that share 5 of 10 with 3 choices of 3 tokens each stay
-    apart: 2 x (10 + 6) = 32 tokens, together
+    """Four letters after contexts of 20 and 22 tokens that share 18: trunk 18, leaves of 2 and 4, instead of 20 + 22
+    tokens; one by one 4 x (20 + 22). Two choices of 3 tokens after 10: 10 + 2 + 2. Contexts that share 5 of 10 with 3
+    choices of 3 tokens each stay apart: 2 x (10 + 6) = 32 tokens, together
     5 + 6 x (5 + 2) = 47; with one letter after the first 10 + 16, together 5 + 5 + 3 x (5 + 2) = 31."""
     letters = [((*range(18), *rest), (x,)) for rest in ((30, 31), (32, 33, 34, 35)) for x in range(4)]
     (tree,) = plant(letters, 100)
@@ -389,7 +405,7 @@ def test_the_tiny_model_gives_the_same_in_any_batch_and_one_by_one(tokenizer):
         asked.append((Question("", said, 0), "Q: is it?\nA: no\n\nQ: " + " ".join(rng.choices(words, k=12)) + "?\nA:"))
     rows, cut = choices.to_requests(tokenizer, asked, 512, bos=True)
     requests = [request for row in rows for request in row]
-    found = [likelihoods(model, requests, max_tokens) for max_tokens in (1, 64, 300, 5000)]
+    found = [likelihoods(model, requests, micro_tokens) for micro_tokens in (1, 64, 300, 5000)]
     assert cut == 0
     longest = max(len(c) + len(d) - 1 for c, d in requests)
     rows = torch.zeros(len(requests), longest, dtype=torch.long)
@@ -413,7 +429,8 @@ def test_a_likelihood_that_is_not_finite_is_refused(capsys):
 # ------------------------------------------------------------------------------------------ metrics
 
 def test_acc_takes_the_likeliest_and_acc_norm_the_likeliest_per_character():
-    """-4, -5, -12 over lengths 2, 5, 10: -2, -1, -1.2 per character. With the blank before each it would be 3, 6, 11: -1.33, -0.83, -1.09.
+    """-4, -5, -12 over lengths 2, 5, 10: -2, -1, -1.2 per character. With the blank before each it would be 3, 6, 11:
+    -1.33, -0.83, -1.09.
     Lengths 1 and 5, values -2 and -8: -2 < -1.6 bare; -1 > -1.33 with the blank counted."""
     question = Question("", ("ab", "abcde", "abcdefghij"), 1)
     assert grade(question, [-4, -5, -12]) == {"acc": 0, "acc_norm": 1}
@@ -428,7 +445,8 @@ def test_acc_norm_counts_characters_not_bytes():
 
 
 def test_mc1_and_both_mc2_by_hand():
-    """mc1 over -1, -2: the first is likelier. mc2 of e^ll = 0.1, 0.2, 0.4 with truths 1, 0, 1: 0.1 / 0.7 before the first false one,
+    """mc1 over -1, -2: the first is likelier. mc2 of e^ll = 0.1, 0.2, 0.4 with truths 1, 0, 1: 0.1 / 0.7 before the
+    first false one,
     0.5 / 0.7 by label."""
     question = Question("", ("y", "n", "y", "n", "z"), 0, (1, 0, 1))
     found = grade(question, [-1, -2, math.log(0.1), math.log(0.2), math.log(0.4)])
@@ -439,7 +457,8 @@ def test_mc1_and_both_mc2_by_hand():
 
 
 def exam_of(subjects: dict[str, int]) -> choices.Exam:
-    asked = {s: [(Question(f"{s}{i}", ("a", "b"), 0, subject=s), f"{s}{i}") for i in range(n)] for s, n in subjects.items()}
+    asked = {s: [(Question(f"{s}{i}", ("a", "b"), 0, subject=s), f"{s}{i}") for i in range(n)]
+             for s, n in subjects.items()}
     return choices.Exam("mmlu" if "" not in subjects else "arc", 0, 0, asked, {})
 
 
@@ -463,11 +482,11 @@ def test_evaluate_counts_what_it_asked_cut_and_rejected(tmp_path, tokenizer):
     file = tmp_path / "arc.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in records) + "{}\n")
     exam = read_exam("arc", file, shots=0)
-    result = choices.evaluate(model, tokenizer, exam, max_tokens=50)
+    result = choices.evaluate(model, tokenizer, exam, micro_tokens=50)
     assert result["n"] == 12 and result["requests"] == 36 and [line for line, _ in result["rejects"][str(file)]] == [13]
     whole = [1 + len(tokenizer.encode(context)) for _, context in exam.asked[""]]
     assert result["cut"] == 3 * sum(n > 256 for n in whole) > 0 and result["bos"] and result["max_length"] == 256
-    again = choices.evaluate(model, tokenizer, exam, max_tokens=10_000)
+    again = choices.evaluate(model, tokenizer, exam, micro_tokens=10_000)
     assert result == again
     assert choices.evaluate(model, tokenizer, exam, max_length=4096, bos=False)["cut"] == 0
 
@@ -488,17 +507,17 @@ def test_learned_positions_are_not_exceeded(capsys, tokenizer):
 
 def result_of(task: str, value: float, **more) -> dict:
     metric = TASKS[task].metric
-    return {"task": task, "name": TASKS[task].name, "shots": TASKS[task].shots, "limit": 0, "metric": metric, "value": value, "n": 10,
-            "stderr": 0.1, metric: value, f"{metric}_stderr": 0.1, "request_sha256": "x", "rejects": {"f": []}, "cut": 2, **more}
+    return {"task": task, "name": TASKS[task].name, "shots": TASKS[task].shots, "limit": 0, "metric": metric,
+            "value": value, "n": 10,
+            "stderr": 0.1, metric: value, f"{metric}_stderr": 0.1, "request_sha256": "x", "rejects": {"f": []},
+            "cut": 2, **more}
 
 
-def test_average_and_spread_by_hand():
-    """(0.2 + 0.4 + 0.3 + 0.5) / 4 = 0.35. Two models at 0.2 and 0.5: range 0.3, sd 0.3 / sqrt 2."""
+def test_average_by_hand():
+    """(0.2 + 0.4 + 0.3 + 0.5) / 4 = 0.35."""
     four = {task: result_of(task, v) for task, v in zip(choices.LEADERBOARD, (0.2, 0.4, 0.3, 0.5), strict=True)}
     assert choices.leaderboard_average(four) == pytest.approx(0.35)
     assert math.isnan(choices.leaderboard_average({"arc": four["arc"]}))
-    found = choices.spread({"a": {"arc": result_of("arc", 0.2)}, "b": {"arc": result_of("arc", 0.5)}})["arc"]
-    assert found == {"models": 2, "best": "b", "worst": "a", "range": pytest.approx(0.3), "sd": pytest.approx(0.3 / math.sqrt(2))}
 
 
 def test_the_section_has_a_row_for_each_model_and_their_spread(capsys):
@@ -506,8 +525,9 @@ def test_the_section_has_a_row_for_each_model_and_their_spread(capsys):
     results = {"a": {"arc": result_of("arc", 0.2), "truthfulqa": result_of("truthfulqa", 0.5, **truth)},
                "b": {"arc": result_of("arc", 0.5, rejects={"f": [(3, "why")]})}}
     section = choices.choices_section(results)
-    assert section["columns"] == ["model", "ARC-Challenge, 25 shots, acc_norm, %", *(f"TruthfulQA, 0 shots, {m}, %" for m in (
-        "mc2", "mc1", "mc2_mask")), "average of the four, %", "requests cut"]
+    assert section["columns"] == ["model", "ARC-Challenge, 25 shots, acc_norm, %",
+                                  *(f"TruthfulQA, 0 shots, {m}, %" for m in ("mc2", "mc1", "mc2_mask")),
+                                  "average of the four, %", "requests cut"]
     assert all(len(row) == len(section["columns"]) for row in section["rows"])
     assert section["rows"][0][1] == {"value": 20, "low": pytest.approx(0.4), "high": pytest.approx(39.6)}
     assert section["rows"][0][3]["value"] == 40 and section["rows"][0][4] == 60 and section["rows"][0][-1] == 4

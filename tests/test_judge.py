@@ -1,15 +1,17 @@
-"""judge.py from the outside: configs, questions, replies, a whole run on the tiny checkpoint, comparing runs, bad input."""
+"""judge.py from the outside: configs, questions, replies, a whole run on the tiny checkpoint, comparing runs, bad
+input."""
 import json
 import math
-import subprocess
+import runpy
 import sys
 
 import pytest
-from conftest import ROOT, exits
+from conftest import ROOT, exits, write_jsonl
 
 import judge
 from data.tiny import build
 from judge import Config
+from judging.entries import decode
 from judging.gold import interval, sections, summarize
 from runtime import load_config
 
@@ -26,7 +28,8 @@ def graded(*dialogues):
 
 
 def test_a_summary_by_hand():
-    """Replies 1, 0 | 0.5 in seed 0 and 1, 1 | 1 in seed 1: 50 and 100 points, mean 75; t(1) = 12.706 times 25 = 317.65."""
+    """Replies 1, 0 | 0.5 in seed 0 and 1, 1 | 1 in seed 1: 50 and 100 points, mean 75; t(1) = 12.706 times 25 =
+    317.65."""
     dialogues = [{"category": "x"}, {"category": "y"}]
     ours, theirs = {0: graded([1, 0], [0.5]), 1: graded([1, 1], [1])}, {0: graded([0, 0], [1]), 1: graded([1, 0], [0])}
     m = summarize(ours, dialogues, theirs)
@@ -47,38 +50,46 @@ def test_one_seed_gives_the_interval_over_dialogues():
     assert m["gold_interval"] == pytest.approx(interval([50, 50, 0])[1]) and m["win_rate"] == 50
 
 
-def tiny_questions(tmp_path, evals=2):
-    build.write_data(build.Config(part="data", more_prompts=10, demos=10, prompts=10, evals=evals), tmp_path)
-    return str(tmp_path / "test.jsonl")
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Ten dialogues of the tiny world, one of each task."""
+    folder = tmp_path_factory.mktemp("questions")
+    build.write_data(build.Config(part="data", more_prompts=10, demos=10, prompts=10, evals=1), folder)
+    return str(folder / "test.jsonl")
 
 
-def test_the_script_judges_base_and_few_shot_and_writes_everything(checkpoint, tmp_path, capsys):
+def recorded_answers(questions, path, text: str) -> str:
+    """A file that gives every question the same replies."""
+    asked = [json.loads(line) for line in open(questions)]
+    return str(write_jsonl(path, [{"id": d["id"], "replies": [text] * len(d["turns"])} for d in asked]))
+
+
+def test_the_script_judges_base_and_few_shot_and_writes_everything(checkpoint, questions, tmp_path, capsys):
     models = [f"base={checkpoint}", f"few-shot=few-shot:{checkpoint}", f"again={checkpoint}"]
-    data = tiny_questions(tmp_path)
-    judge.main(Config(models=models, data=data, out=str(tmp_path / "out"), seeds=[0, 1], max_tokens=8, device="cpu", show=2))
+    judge.main(Config(models=models, data=questions, out=str(tmp_path / "out"), seeds=[0, 1], questions=4, max_tokens=4,
+                      device="cpu", threads=1, show=2))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["gold"]["base"]["gold_by_seed"] == report["gold"]["again"]["gold_by_seed"]
     assert report["gold"]["again"]["win_rate"] == 50
     replies = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").open()]
-    assert len(replies) == 3 * 2 * 20 and all("gold" in r for line in replies for r in line["replies"])
+    assert len(replies) == 3 * 2 * 4 and all("gold" in r for line in replies for r in line["replies"])
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()
     assert (tmp_path / "out" / "samples.txt").read_text().count("\n[") == 2
     assert "gold: wins against base" in capsys.readouterr().out
 
 
-def test_a_model_judges_and_is_judged_and_a_second_run_asks_nothing(checkpoint, tmp_path, capsys):
-    """An untrained judge mostly says nothing that can be read: no mean is given; forced, the run goes through to the end."""
-    data = tiny_questions(tmp_path, 1)
-    asked = [json.loads(line) for line in open(data)]
-    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"id": d["id"], "replies": ["Yes."] * len(d["turns"])}) + "\n" for d in asked))
-    models = [f"one={checkpoint}", f"two={tmp_path / 'two.jsonl'}"]
-    settings = dict(models=models, data=data, out=str(tmp_path / "out"), max_tokens=4, judge_max_tokens=4,
-                    judges=["gold", f"tiny={checkpoint}"], truth="gold", form="label", wording="bare", trial=3, device="cpu",
-                    sources=["one=us", "two=them"])
+def test_a_model_judges_and_is_judged_and_a_second_run_asks_nothing(checkpoint, questions, tmp_path, capsys):
+    """An untrained judge mostly says nothing that can be read: no mean is given; forced, the run goes through to the
+    end."""
+    models = [f"one={checkpoint}", f"two={recorded_answers(questions, tmp_path / 'two.jsonl', 'Yes.')}"]
+    settings = dict(models=models, data=questions, out=str(tmp_path / "out"), questions=4, max_tokens=4,
+                    judge_max_tokens=4, judges=["gold", f"tiny={checkpoint}"], truth="gold", form="label",
+                    wording="bare", trial=3, device="cpu", threads=1, sources=["one=us", "two=them"])
     judge.main(Config(**settings, force=True))
     first = (tmp_path / "out" / "report.json").read_text()
     titles = [s["title"] for s in json.loads(first)["sections"]]
-    assert {"tiny: wins against one", "tiny: position", "tiny: probes", "Agreement with gold", "Self-preference"} <= set(titles)
+    assert {"tiny: wins against one", "tiny: position", "tiny: probes", "Agreement with gold",
+            "Self-preference"} <= set(titles)
     calls = len((tmp_path / "out" / "calls.jsonl").read_text().splitlines())
     capsys.readouterr()
     judge.main(Config(**settings, force=True))
@@ -87,38 +98,64 @@ def test_a_model_judges_and_is_judged_and_a_second_run_asks_nothing(checkpoint, 
     rows = [json.loads(line) for line in (tmp_path / "out" / "judgments.jsonl").open()]
     assert {r["judge"] for r in rows} == {"gold", "tiny"}
     # Judgments written here are read as recorded ones.
-    judge.main(Config(judges=[f"again=recorded:{tmp_path / 'out' / 'judgments.jsonl'}"], out=str(tmp_path / "again"), force=True))
+    judge.main(Config(judges=[f"again=recorded:{tmp_path / 'out' / 'judgments.jsonl'}"], out=str(tmp_path / "again"),
+                      threads=1, force=True))
     assert (tmp_path / "again" / "report.html").stat().st_size > 1000
 
 
-def test_runs_are_compared_from_the_command_line(checkpoint, tmp_path):
-    data = tiny_questions(tmp_path, 1)
+def test_runs_are_compared_from_the_command_line(questions, tmp_path, capsys, monkeypatch):
+    models = [f"{name}={recorded_answers(questions, tmp_path / f'{name}.jsonl', name)}" for name in ("one", "two")]
     for name, temperature in (("a", 0.7), ("b", 0.0)):
-        judge.main(Config(models=[f"one={checkpoint}", f"two={checkpoint}"], data=data, out=str(tmp_path / name), max_tokens=4,
-                          temperature=temperature, device="cpu"))
-    command = [sys.executable, "judge.py", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert said.returncode == 0 and "temperature" in said.stdout and "Gold score" in said.stdout
-    said = subprocess.run([*command[:-1], str(tmp_path / "none")], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert said.returncode == 2 and said.stderr.count("\n") == 1 and "Traceback" not in said.stderr
+        judge.main(Config(models=models, data=questions, out=str(tmp_path / name), temperature=temperature,
+                          device="cpu"))
+    command = ["judge.py", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(ROOT / "judge.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "temperature" in said and "Gold score" in said
+    for wrong, fragment in (([*command[:-1], str(tmp_path / "none")], "cannot be read"),
+                            (command[:-1], "expected two")):
+        monkeypatch.setattr(sys, "argv", wrong)
+        exits(capsys, lambda: runpy.run_path(str(ROOT / "judge.py"), run_name="__main__"), fragment)
+
+
+@pytest.mark.parametrize("key, text, entry", [
+    ("models", "SFT=runs/sft/model", ("SFT", "model", "runs/sft/model", "")),
+    ("models", "base=few-shot:runs/{seed}/model", ("base", "few-shot", "runs/{seed}/model", "")),
+    ("models", "GPT=http://host:8000/v1#gpt", ("GPT", "endpoint", "http://host:8000/v1#gpt", "")),
+    ("models", "old=answers.jsonl", ("old", "answers", "answers.jsonl", "")),
+    ("judges", "gold", ("gold", "gold", "", "")),
+    ("judges", "recorded:votes.jsonl", ("recorded:votes.jsonl", "recorded", "votes.jsonl", "")),
+    ("judges", "people=recorded:votes.csv", ("people", "recorded", "votes.csv", "")),
+    ("judges", "RM=reward:runs/reward/model", ("RM", "reward", "runs/reward/model", "")),
+    ("reward_models", "DPO=dpo:runs/dpo:runs/sft", ("DPO", "dpo", "runs/dpo", "runs/sft")),
+    ("choices", "arc=test.jsonl:train.jsonl", ("arc", "answers", "test.jsonl", "train.jsonl")),
+    ("attacks", "SFT=tried:all", ("SFT", "model", "tried", "all")),
+])
+def test_an_entry_is_a_name_a_kind_and_a_place(key, text, entry):
+    assert decode(key, text) == entry
 
 
 def test_recorded_replies_are_read_by_id_and_by_instruction(tmp_path):
-    questions = [judge.Question("7", "", ["Hi", "More"]), judge.Question("8", "", ["Why?"]), judge.Question("9", "", ["Gone"])]
+    asked = [judge.Question("7", "", ["Hi", "More"]), judge.Question("8", "", ["Why?"]),
+             judge.Question("9", "", ["Gone"])]
     file = tmp_path / "a.jsonl"
-    file.write_text('{"question_id": 7, "choices": [{"turns": ["one", "two"]}]}\n{"instruction": "Why?", "output": "so"}\n')
-    assert [[r["text"] for r in said] for said in judge.read_answers(str(file), questions)] == [["one", "two"], ["so"], []]
+    file.write_text('{"question_id": 7, "choices": [{"turns": ["one", "two"]}]}\n{"instruction": "Why?", "output": '
+                    '"so"}\n')
+    assert [[r["text"] for r in said] for said in judge.read_answers(str(file), asked)] == [["one", "two"], ["so"], []]
 
 
 @pytest.mark.parametrize("line, turns", [
-    ('{"question_id": 81, "category": "writing", "turns": ["You have a role and a user.", "Two"]}', ["You have a role and a user.", "Two"]),
+    ('{"question_id": 81, "category": "writing", "turns": ["You have a role.", "Two"]}', ["You have a role.", "Two"]),
     ('{"prompt": "One"}', ["One"]),
-    ('{"prompt": [{"role": "user", "content": "One"}]}', ["One"]), ('{"instruction": "One", "dataset": "koala"}', ["One"]),
+    ('{"prompt": [{"role": "user", "content": "One"}]}', ["One"]),
+    ('{"instruction": "One", "dataset": "koala"}', ["One"]),
 ])
-def test_questions_of_every_form_are_read(line, turns, checkpoint, tmp_path):
+def test_questions_of_every_form_are_read(line, turns, tmp_path):
     (tmp_path / "q.jsonl").write_text(line + "\n")
-    questions, dialogues = judge.load_questions(Config(models=[f"m={checkpoint}"], data=str(tmp_path / "q.jsonl")))
-    assert questions[0].turns == turns and dialogues is None
+    asked, dialogues = judge.load_questions(str(tmp_path / "q.jsonl"))
+    assert asked[0].turns == turns and dialogues is None
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -136,19 +173,21 @@ def test_questions_of_every_form_are_read(line, turns, checkpoint, tmp_path):
     ({"judges": ["x=nowhere"]}, "judges: nowhere holds no config.json"),
     ({"preferences": ["SHP"]}, "preferences: 'SHP' is not name=..."),
 ])
-def test_what_the_user_wrote_wrong_is_one_line(changes, said, checkpoint, tmp_path, capsys):
-    fields = {"models": [f"base={checkpoint}"], "data": tiny_questions(tmp_path, 1), "out": str(tmp_path), "max_tokens": 2}
+def test_what_the_user_wrote_wrong_is_one_line(changes, said, checkpoint, questions, tmp_path, capsys):
+    fields = {"models": [f"base={checkpoint}"], "data": questions, "out": str(tmp_path), "max_tokens": 2}
     exits(capsys, lambda: judge.main(Config(**(fields | changes))), said)
 
 
 def test_gold_refuses_questions_of_another_world(checkpoint, tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text('{"prompt": "Hi"}\n')
-    config = Config(models=[f"a={checkpoint}"], data=str(tmp_path / "q.jsonl"), out=str(tmp_path), max_tokens=2, device="cpu")
+    config = Config(models=[f"a={checkpoint}"], data=str(tmp_path / "q.jsonl"), out=str(tmp_path), max_tokens=2,
+                    device="cpu")
     exits(capsys, lambda: judge.main(config), "gold grades the tiny world's dialogues")
 
 
 def test_a_reference_answer_reaches_the_question(checkpoint, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "category": "math", "turns": ["1 + 1?", "And 2 + 2?"]}\n')
     (tmp_path / "r.jsonl").write_text('{"question_id": 1, "choices": [{"turns": ["2", "4"]}]}\n')
-    config = load_config(Config, "", [f"models=[\"m={checkpoint}\"]", f"data={tmp_path / 'q.jsonl'}", f"references={tmp_path / 'r.jsonl'}"])
-    assert judge.load_questions(config)[0][0].references == ["2", "4"]
+    config = load_config(Config, "", [f"models=[\"m={checkpoint}\"]", f"data={tmp_path / 'q.jsonl'}",
+                                      f"references={tmp_path / 'r.jsonl'}"])
+    assert judge.load_questions(config.data, config.references)[0][0].references == ["2", "4"]

@@ -41,9 +41,12 @@ def alpaca(i, p):
 def alpaca_v2(i, p, swapped=False):
     p = 0.01 + 0.9 * p  # no even odds: those do not show the order
     first = p if swapped else 1 - p
-    top = [{"token": "m", "logprob": math.log(first)}, {"token": "M", "logprob": math.log(1 - first)}, {"token": "The", "logprob": -20}]
-    return {"instruction": f"prompt {i}", "preference": str(p + 1), "generator_1": "y", "generator_2": "x", "output_1": "one two two",
-            "output_2": "three", "annotator": "gpt4", "raw_completion": {"logprobs": {"content": [{"token": "m", "top_logprobs": top}]}}}
+    top = [{"token": "m", "logprob": math.log(first)}, {"token": "M", "logprob": math.log(1 - first)},
+           {"token": "The", "logprob": -20}]
+    return {"instruction": f"prompt {i}", "preference": str(p + 1), "generator_1": "y", "generator_2": "x",
+            "output_1": "one two two",
+            "output_2": "three", "annotator": "gpt4",
+            "raw_completion": {"logprobs": {"content": [{"token": "m", "top_logprobs": top}]}}}
 
 
 def single(i, p):
@@ -54,19 +57,22 @@ def single(i, p):
 def pair(i, p):
     words, back = ({1: f"[[{w}]]", 0: f"[[{v}]]", 0.5: "[[C]]"}[p] for w, v in ("AB", "BA"))
     winner = {1: "model_1", 0: "model_2", 0.5: "tie"}[p]
-    return {"question_id": i // 2, "model_1": "x", "model_2": "y", "judge": ["gpt-4", "pair-v2"], "turn": i % 2 + 1, "g1_winner": winner,
+    return {"question_id": i // 2, "model_1": "x", "model_2": "y", "judge": ["gpt-4", "pair-v2"], "turn": i % 2 + 1,
+            "g1_winner": winner,
             "g2_winner": winner, "g1_judgment": words, "g2_judgment": back}
 
 
 def vicuna(i, p):
-    return {"question_id": i, "category": "generic", "reviewer_id": "gpt-4", "text": f"{5 + p:g} {6 - p:g}\nBoth are fine.",
+    return {"question_id": i, "category": "generic", "reviewer_id": "gpt-4",
+            "text": f"{5 + p:g} {6 - p:g}\nBoth are fine.",
             "score": [5 + p, 6 - p]}
 
 
 def llmbar(i, p):
     p = p if p != 0.5 else 1
     return {"index": i, "label": i % 2 + 1, "winner_noswap": "1" if p else "2", "winner_swap": "1" if p else "2",
-            "completion_noswap": f"Output ({'a' if p else 'b'})", "completion_swap": f"Hence, Output ({'b' if p else 'a'}) is better."}
+            "completion_noswap": f"Output ({'a' if p else 'b'})",
+            "completion_swap": f"Hence, Output ({'b' if p else 'a'}) is better."}
 
 
 def pandalm(i, p):
@@ -74,12 +80,14 @@ def pandalm(i, p):
 
 
 def xstest(i, p):
-    return {"id": f"v2-{i}", "type": "contrast_homonyms", "annotation_1": "1_full_compliance", "annotation_2": "2_full_refusal",
+    return {"id": f"v2-{i}", "type": "contrast_homonyms", "annotation_1": "1_full_compliance",
+            "annotation_2": "2_full_refusal",
             "strmatch_label": None}
 
 
 def battle(i, p):
-    return {"question_id": f"q{i}", "model_a": "x", "model_b": "y", "winner": {1: "model_a", 0: "model_b", 0.5: "tie (bothbad)"}[p],
+    return {"question_id": f"q{i}", "model_a": "x", "model_b": "y",
+            "winner": {1: "model_a", 0: "model_b", 0.5: "tie (bothbad)"}[p],
             "judge": "someone", "turn": 1, "anony": True, "tstamp": 1.5e9 + i}
 
 
@@ -92,7 +100,8 @@ def likert(i, p):
 
 
 def vote(i, p):
-    return {"prompt": f"prompt {i}", "a": "x", "b": "y", "choice": "a" if p else "b", "margin": {1: 3, 0: 4, 0.5: 1}[p], "annotator": "ann"}
+    return {"prompt": f"prompt {i}", "a": "x", "b": "y", "choice": "a" if p else "b", "margin": {1: 3, 0: 4, 0.5: 1}[p],
+            "annotator": "ann"}
 
 
 def arena(i, p):
@@ -102,12 +111,14 @@ def arena(i, p):
 
 
 def row(i, p):
-    return {"judge": "j", "prompt": i, "turn": 1, "repeat": 0, "category": "c", "a": "x", "b": "y", "a_first": i % 2 == 0, "preference": p,
+    return {"judge": "j", "prompt": i, "turn": 1, "repeat": 0, "category": "c", "a": "x", "b": "y", "a_first": i % 2
+            == 0, "preference": p,
             "length_a": 5, "length_b": 6, "why": "", "rating": None}
 
 
 MAKERS = (alpaca, alpaca_v2, single, pair, vicuna, llmbar, pandalm, xstest, battle, outcome, likert, vote, arena, row)
-FORMAT = {"alpaca": "alpaca_eval", "alpaca_v2": "alpaca_eval", "single": "mt_bench_single", "pair": "mt_bench_pair", "battle": "battles",
+FORMAT = {"alpaca": "alpaca_eval", "alpaca_v2": "alpaca_eval", "single": "mt_bench_single", "pair": "mt_bench_pair",
+          "battle": "battles",
           "outcome": "battles", "vote": "likert", "arena": "arena_hard", "row": "rows"}
 
 
@@ -136,7 +147,8 @@ def write(path: Path, records: list[dict]) -> Path:
 def test_ratings_in_words():
     words = ("Fine. [[8]]", "[[8.5]]", "[[7/10]]", "[[Rating: 7]]", "[[10]]", "[[８]]", "so [6], end")
     assert [recorded.read_rating(w) for w in words] == [8, 8.5, 7, 7, 10, 8, 6]
-    # Nothing, off the scale, two different ones: none is guessed. A footnote beside double brackets is no second rating.
+    # Nothing, off the scale, two different ones: none is guessed. A footnote beside double brackets is no second
+    # rating.
     words = ("", "8", "[[11]]", "[[0]]", "[12]", "[[5]] or [[7]]", "[5] or [7]", "[[8] ]")
     assert [recorded.read_rating(w) for w in words] == [None] * 7 + [8]
     assert recorded.read_rating("as in [1], [[9]]. Again: [[9]]") == 9
@@ -148,12 +160,16 @@ def test_winners_in_words():
 
 
 def test_two_scores_in_words():
-    """The first line; or a pair in the last one, not the coordinates on the way; or a line for each, the later of two."""
+    """The first line; or a pair in the last one, not the coordinates on the way; or a line for each, the later of
+    two."""
     read_two = recorded.read_two_scores
-    assert read_two("8 9\nWhy: (1, 2)") == read_two("8, 9") == read_two("8/10 9/10\n") == (8, 9) and read_two("9 8.5\nBoth ...") == (9, 8.5)
+    assert read_two("8 9\nWhy: (1, 2)") == read_two("8, 9") == read_two("8/10 9/10\n") == (8, 9)
+    assert read_two("9 8.5\nBoth ...") == (9, 8.5)
     assert read_two("First, I solve it: (10, 4) is a point.\nThe scores are (1, 5), respectively.") == (1, 5)
-    assert read_two("I think (10, 4).\nAssistant 1: 2\nAssistant 1: 10 (right)\n**Assistant 2**: 4\nSo the first.") == (10, 4)
-    assert [read_two(words) for words in ("", "80 90", "Assistant 1: 8", "1. 2", "Assistant 1: 8.5.1\nAssistant 2: 3")] == [None] * 5
+    assert read_two("I think (10, 4).\nAssistant 1: 2\nAssistant 1: 10 (right)\n**Assistant 2**: 4\nSo the first.") == (
+        10, 4)
+    assert [read_two(words) for words in ("", "80 90", "Assistant 1: 8", "1. 2",
+                                          "Assistant 1: 8.5.1\nAssistant 2: 3")] == [None] * 5
 
 
 def test_better_outputs_in_words():
@@ -166,7 +182,8 @@ def test_better_outputs_in_words():
 def test_graded_verdicts_in_words():
     assert [recorded.read_graded(f"[[{v}]]") for v in ("A>>B", "A>B", "A=B", "B>A", "b>>a", "A<<B", "B<A", "B=A")] == [
         (1, True), (1, False), (0.5, False), (0, False), (0, True), (0, True), (1, False), (0.5, False)]
-    assert recorded.read_graded("not [[A>B]] but [[B>>A]], see [A=B]") == (0, True) and recorded.read_graded("[B>A]") == (0, False)
+    assert recorded.read_graded("not [[A>B]] but [[B>>A]], see [A=B]") == (0, True)
+    assert recorded.read_graded("[B>A]") == (0, False)
     assert recorded.read_graded("[[A>A]]") is None and recorded.read_graded("A>B") is None
 
 
@@ -178,7 +195,8 @@ def test_every_format_is_recognised_and_read_whole(make, tmp_path):
     assert said.format == FORMAT.get(make.__name__, make.__name__) and said.read == 24
     assert not said.rejects and not said.differs and (said.unparsed == 0 or make is xstest)
     for game in said.games:
-        assert {game["a"], game["b"]} in ({"x", "y"}, {"output 1", "output 2"}) and 0 <= game["preference"] <= 1 and "judge" in game
+        assert {game["a"], game["b"]} in ({"x", "y"}, {"output 1", "output 2"}) and 0 <= game["preference"] <= 1
+        assert "judge" in game
     assert said.games or said.scores or said.labels
     # The report's tables take the rows as they are.
     if said.games:
@@ -198,28 +216,33 @@ def test_alpaca_rows_by_hand(tmp_path):
                for i, x in enumerate((2, 1, 1.5, 0, None, "1.25", ""))]
     said = read(write(tmp_path / "zephyr.json", records), options=Options(baseline="davinci"))
     assert [g["preference"] for g in said.games] == [1, 0, 0.5, 0.5, None, 0.25, None] and said.unparsed == 2
-    assert said.games[0] == {"prompt": "0", "a": "zephyr", "b": "davinci", "a_first": None, "preference": 1, "judge": "", "length_a": 2,
+    assert said.games[0] == {"prompt": "0", "a": "zephyr", "b": "davinci", "a_first": None, "preference": 1,
+                             "judge": "", "length_a": 2,
                              "words_a": 1, "length_b": 18, "words_b": 4}
 
 
 def test_label_log_probabilities_tell_who_was_shown_first(tmp_path):
-    """Stored 1.25 and m has 3/4: unswapped, the baseline was first. m has 1/4: swapped. At 1.5 nobody can tell; at 1.9 neither fits."""
+    """Stored 1.25 and m has 3/4: unswapped, the baseline was first. m has 1/4: swapped. At 1.5 nobody can tell; at 1.9
+    neither fits."""
     logprobs = [(0.75, 0.25), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25)]
-    records = [{"index": i, "preference": 1.9 if i == 3 else 1.5 if i == 2 else 1.25, "lp_m": math.log(m), "lp_M": math.log(M)}
-               for i, (m, M) in enumerate(logprobs)]
+    records = [{"index": i, "preference": 1.9 if i == 3 else 1.5 if i == 2 else 1.25, "lp_m": math.log(m),
+                "lp_M": math.log(M)} for i, (m, M) in enumerate(logprobs)]
     said = read(write_jsonl(tmp_path / "x.jsonl", records))
     assert [g["a_first"] for g in said.games] == [False, True, None, None]
     assert [place for place, _ in said.differs] == [4] and "log-probabilities" in said.differs[0][1]
-    orders = [g["a_first"] for g in read(write_jsonl(tmp_path / "y.jsonl", [alpaca_v2(i, 1, swapped=i == 1) for i in range(2)])).games]
+    orders = [g["a_first"] for g in read(write_jsonl(tmp_path / "y.jsonl",
+                                                     [alpaca_v2(i, 1, swapped=i == 1) for i in range(2)])).games]
     assert orders == [False, True]
 
 
 def test_pairs_by_hand(tmp_path):
     """Model 1 won the first game, shown first; in the second the judge named A, which was model 2."""
-    record = {"question_id": 81, "model_1": "x", "model_2": "y", "judge": ["gpt-4", "pair-v2"], "turn": 1, "g1_judgment": "[[A]]",
+    record = {"question_id": 81, "model_1": "x", "model_2": "y", "judge": ["gpt-4", "pair-v2"], "turn": 1,
+              "g1_judgment": "[[A]]",
               "g2_judgment": "[[A]]"}
-    said = read(write_jsonl(tmp_path / "p.jsonl", [record, record | {"turn": 2, "g2_judgment": "I cannot say."},
-                                                   record | {"question_id": 82, "g1_winner": "error", "g2_winner": "model_2"}]))
+    said = read(write_jsonl(tmp_path / "p.jsonl",
+                            [record, record | {"turn": 2, "g2_judgment": "I cannot say."}, record
+                             | {"question_id": 82, "g1_winner": "error", "g2_winner": "model_2"}]))
     assert [(g["preference"], g["a_first"], g["turn"]) for g in said.games] == [
         (1, True, 1), (0, False, 1), (1, True, 2), (None, False, 2), (None, True, 1), (0, False, 1)]
     assert said.unparsed == 2 and said.games[0]["judge"] == "gpt-4"
@@ -229,8 +252,9 @@ def test_pairs_by_hand(tmp_path):
 def test_words_count_where_nothing_is_stored_or_they_are_asked_for(tmp_path):
     record = single(0, 1) | {"judgment": "Rating: [[7]]"}
     words_only = {key: value for key, value in record.items() if key != "score"}
-    file = write_jsonl(tmp_path / "s.jsonl", [record, words_only | {"turn": 2}, record | {"question_id": 5, "score": -1},
-                                              record | {"question_id": 6, "judgment": "Nice."}])
+    file = write_jsonl(tmp_path / "s.jsonl",
+                       [record, words_only | {"turn": 2}, record | {"question_id": 5, "score": -1}, record
+                        | {"question_id": 6, "judgment": "Nice."}])
     assert [s["score"] for s in read(file).scores] == [10, 7, None, 10] and read(file).unparsed == 1
     again = read(file, options=Options(from_text=True))
     assert [s["score"] for s in again.scores] == [7, 7, 7, None]
@@ -239,21 +263,27 @@ def test_words_count_where_nothing_is_stored_or_they_are_asked_for(tmp_path):
 
 
 def test_vicuna_reviews_are_scores_and_a_game(tmp_path):
-    said = read(write_jsonl(tmp_path / "alpaca_vs_bard.jsonl", [vicuna(1, 1), vicuna(2, 0.5), vicuna(3, 0) | {"score": [-1, -1]}]))
-    assert {(g["a"], g["b"]) for g in said.games} == {("alpaca", "bard")} and [g["preference"] for g in said.games] == [1, 0.5, None]
-    assert [s["model"] for s in said.scores] == ["alpaca", "bard"] * 3 and [s["score"] for s in said.scores] == [6, 5, 5.5, 5.5, None, None]
+    said = read(write_jsonl(tmp_path / "alpaca_vs_bard.jsonl",
+                            [vicuna(1, 1), vicuna(2, 0.5), vicuna(3, 0) | {"score": [-1, -1]}]))
+    assert {(g["a"], g["b"]) for g in said.games} == {("alpaca", "bard")}
+    assert [g["preference"] for g in said.games] == [1, 0.5, None]
+    assert [s["model"] for s in said.scores] == ["alpaca", "bard"] * 3
+    assert [s["score"] for s in said.scores] == [6, 5, 5.5, 5.5, None, None]
 
 
 def test_llmbar_as_published_is_decided_by_the_last_stage(tmp_path):
-    first, final = ({f"swap = {swap}": {"completion": [words, "stop"], "winner": winner} for swap, words, winner in games} for games in (
-        [(False, "Output (a)", "1"), (True, "Output (a)", "2")], [(False, "Output (b)", "2"), (True, "Both.", None)]))
-    said = read(write(tmp_path / "GPT-4.json", [{"input": "i", "label": 2, "results": [["notes", "stop"], first, final]}]))
+    first, final = ({f"swap = {swap}": {"completion": [words, "stop"], "winner": winner} for swap, words,
+                     winner in games} for games in ([(False, "Output (a)", "1"), (True, "Output (a)", "2")],
+                                                    [(False, "Output (b)", "2"), (True, "Both.", None)]))
+    said = read(write(tmp_path / "GPT-4.json",
+                      [{"input": "i", "label": 2, "results": [["notes", "stop"], first, final]}]))
     assert [(g["preference"], g["a_first"], g["gold"]) for g in said.games] == [(0, True, 0), (None, False, 0)]
     assert said.games[0]["judge"] == "GPT-4" and not said.differs and said.unparsed == 1
 
 
 def test_battles_by_hand(tmp_path):
-    records = [battle(0, 0), battle(1, 0.5), battle(2, 1) | {"anony": False}, battle(0, 0) | {"model_a": "y", "model_b": "x"}]
+    records = [battle(0, 0), battle(1, 0.5), battle(2, 1) | {"anony": False}, battle(0, 0)
+               | {"model_a": "y", "model_b": "x"}]
     said = read(write_jsonl(tmp_path / "b.jsonl", records))
     assert [(g["a"], g["preference"]) for g in said.games] == [("x", 0), ("x", 0.5), ("y", 0)]
     assert [place for place, _ in said.rejects] == [3]
@@ -263,25 +293,33 @@ def test_battles_by_hand(tmp_path):
 
 
 def test_likert_by_hand(tmp_path):
-    """A much better 1, slightly 4; a choice of b with margin 1 is 5. Whoever saw the pair swapped says 9 - rating of the same."""
+    """A much better 1, slightly 4; a choice of b with margin 1 is 5. Whoever saw the pair swapped says 9 - rating of
+    the same."""
     records = [likert(0, 1) | {"rating": r, "annotator": f"r{r}"} for r in (1, 4, 5, 8)]
     records += [vote(0, 0.5), vote(0, 1) | {"a": "y", "b": "x", "annotator": "other"}, likert(1, 1) | {"rating": None}]
     file = write_jsonl(tmp_path / "l.jsonl", records)
     assert [g["preference"] for g in read(file).games] == [1, 1, 0, 0, 1, 1, None]
-    assert [g["preference"] for g in read(file, options=Options(slight_is_tie=True)).games] == [1, 0.5, 0.5, 0, 0.5, 1, None]
+    ties = read(file, options=Options(slight_is_tie=True)).games
+    assert [g["preference"] for g in ties] == [1, 0.5, 0.5, 0, 0.5, 1, None]
     said = read(file)
     assert [g["rating"] for g in said.games] == [1, 4, 5, 8, 4, 2, None] and said.unparsed == 2
-    assert [row["label"] for row in said.labels] == [1, 4, 5, 8, 4, 7, None] and len({row["unit"] for row in said.labels}) == 2
+    assert [row["label"] for row in said.labels] == [1, 4, 5, 8, 4, 7, None]
+    assert len({row["unit"] for row in said.labels}) == 2
     assert read(write_jsonl(tmp_path / "v.jsonl", [vote(0, p) for p in (0,)])).games[0]["rating"] == 8
 
 
 def test_arena_hard_by_hand(tmp_path):
     """The baseline is A in the first game. A>>B there is one loss of the model, or three observations of it."""
-    record = {"question_id": "q", "model": "x", "judge": "gpt-4", "games": [{"judgment": "[[A>B]]\nNo: [[A>>B]]"}, {"score": "A=B"}]}
-    file = write_jsonl(tmp_path / "a.jsonl", [record, record | {"question_id": "r", "games": [None, {"score": None, "judgment": "no"}]}])
+    record = {"question_id": "q", "model": "x", "judge": "gpt-4",
+              "games": [{"judgment": "[[A>B]]\nNo: [[A>>B]]"}, {"score": "A=B"}]}
+    file = write_jsonl(tmp_path / "a.jsonl",
+                       [record, record | {"question_id": "r", "games": [None, {"score": None, "judgment": "no"}]}])
     said = read(file, options=Options(baseline="gpt-4-0314"))
     assert [(g["a"], g["b"], g["a_first"], g["preference"]) for g in said.games] == [
-        ("x", "gpt-4-0314", False, 0), ("x", "gpt-4-0314", True, 0.5), ("x", "gpt-4-0314", False, None), ("x", "gpt-4-0314", True, None)]
+        ("x", "gpt-4-0314", False, 0),
+        ("x", "gpt-4-0314", True, 0.5),
+        ("x", "gpt-4-0314", False, None),
+        ("x", "gpt-4-0314", True, None)]
     assert said.unparsed == 2 and not said.rejects
     weighted = read(file, options=Options(double_weight=3))
     assert [g["preference"] for g in weighted.games] == [0, 0, 0, 0.5, None, None] and not weighted.rejects
@@ -289,15 +327,18 @@ def test_arena_hard_by_hand(tmp_path):
 
 def test_people_are_raters(tmp_path):
     said = read(write_jsonl(tmp_path / "p.jsonl", [pandalm(0, 1) | {"annotator2": 2, "annotator3": 0}]))
-    assert [(g["judge"], g["preference"]) for g in said.games] == [("annotator1", 1), ("annotator2", 0), ("annotator3", 0.5)]
+    votes = [(g["judge"], g["preference"]) for g in said.games]
+    assert votes == [("annotator1", 1), ("annotator2", 0), ("annotator3", 0.5)]
     assert [row["label"] for row in said.labels] == [1, 2, 0] and said.games[0]["a_first"] is None
     said = read(write_jsonl(tmp_path / "x.jsonl", [xstest(0, 1)]))
-    assert [row["rater"] for row in said.labels] == ["annotation_1", "annotation_2", "strmatch_label"] and said.unparsed == 1
+    assert [row["rater"] for row in said.labels] == ["annotation_1", "annotation_2", "strmatch_label"]
+    assert said.unparsed == 1
     assert [row["label"] for row in said.labels] == ["1_full_compliance", "2_full_refusal", None]
 
 
 def test_our_own_rows_come_back_as_they_were(tmp_path):
-    rows = [*made(row), {"judge": "j", "prompt": 1, "turn": 1, "model": "x", "score": 7.5}, {"unit": "u", "rater": "r", "label": "yes"},
+    rows = [*made(row), {"judge": "j", "prompt": 1, "turn": 1, "model": "x", "score": 7.5},
+            {"unit": "u", "rater": "r", "label": "yes"},
             {"judge": "j", "prompt": "p", "a": "x", "b": "y", "a_first": None, "preference": None}]
     said = read(write_jsonl(tmp_path / "judgments.jsonl", rows))
     assert [*said.games[:-1], *said.scores, *said.labels, said.games[-1]] == rows and not said.rejects
@@ -312,7 +353,8 @@ def test_our_own_rows_come_back_as_they_were(tmp_path):
 def test_every_bad_record_is_named_with_its_place_and_reason(tmp_path):
     good = alpaca(0, 1)
     bad = [good | {"index": 1, "preference": x} for x in (3, True, "model", [1], NAN, 10**400)]
-    lines = [*map(json.dumps, [good, *bad, [1], "text"]), '{"index": 5', *map(json.dumps, [{"preference": 1}, good]), "", "{}"]
+    lines = [*map(json.dumps, [good, *bad, [1], "text"]), '{"index": 5', *map(json.dumps, [{"preference": 1}, good]),
+             "", "{}"]
     file = tmp_path / "x.jsonl"
     file.write_bytes("\n".join(lines).encode() + b'\n{"index": "\xff"}\n')
     said = read(file)
@@ -328,8 +370,10 @@ def test_every_bad_record_is_named_with_its_place_and_reason(tmp_path):
 
 def test_what_is_no_number_word_or_name_is_rejected(tmp_path):
     """True is not 1, half a surrogate pair is no name, and neither is a label that is a list."""
-    for good, bad in ((alpaca(0, 1), {"len_1": True}), (pandalm(0, 1), {"annotator1": True}), (battle(0, 1), {"model_a": "\ud800"}),
-                      (row(0, 1), {"turn": 1.5}), (row(0, 1), {"a_first": 1}), ({"unit": "u", "rater": "r", "label": "x"}, {"label": [1]}),
+    for good, bad in ((alpaca(0, 1), {"len_1": True}), (pandalm(0, 1), {"annotator1": True}),
+                      (battle(0, 1), {"model_a": "\ud800"}),
+                      (row(0, 1), {"turn": 1.5}), (row(0, 1), {"a_first": 1}),
+                      ({"unit": "u", "rater": "r", "label": "x"}, {"label": [1]}),
                       (single(0, 1), {"score": 11}), (likert(0, 1), {"rating": 9}), (vote(0, 1), {"margin": 0}),
                       (arena(0, 1), {"games": []})):
         other = good | {key: 1 for key in ("index", "idx", "question_id", "prompt", "unit", "uid") if key in good}
@@ -344,7 +388,8 @@ def test_rough_csv_files_lose_no_good_row(tmp_path):
     lines = ["1,x,y,model_a", "2,x,y", "3,x,y,tie,more", f"4,{'x' * 200_000},y,tie", '5,"x\n",y,tie', "6,x,y,tie"]
     (tmp_path / "x.csv").write_text(head + "\n".join(lines))
     said = read(tmp_path / "x.csv")
-    assert [g["prompt"] for g in said.games] == ["1", "5", "6"] and [place for place, _ in said.rejects] == [3, 4, 5] and said.read == 6
+    assert [g["prompt"] for g in said.games] == ["1", "5", "6"] and [place for place, _ in said.rejects] == [3, 4, 5]
+    assert said.read == 6
     (tmp_path / "y.jsonl").write_text("\ufeff" + json.dumps(battle(0, 1)))
     assert len(read(tmp_path / "y.jsonl").games) == 1
 
@@ -352,17 +397,21 @@ def test_rough_csv_files_lose_no_good_row(tmp_path):
 def test_a_second_turn_is_no_duplicate_and_a_second_judgment_is(tmp_path):
     records = [single(0, 1), single(1, 1), single(1, 0)]
     said = read(write_jsonl(tmp_path / "s.jsonl", records))
-    assert [(s["turn"], s["score"]) for s in said.scores] == [(1, 10), (2, 10)] and [place for place, _ in said.rejects] == [3]
+    assert [(s["turn"], s["score"]) for s in said.scores] == [(1, 10), (2, 10)]
+    assert [place for place, _ in said.rejects] == [3]
     kept = read(write_jsonl(tmp_path / "s.jsonl", records), options=Options(keep_repeats=True))
-    assert [(s["turn"], s.get("repeat"), s["score"]) for s in kept.scores] == [(1, None, 10), (2, None, 10), (2, 1, 1)] and not kept.rejects
+    assert [(s["turn"], s.get("repeat"), s["score"]) for s in kept.scores] == [(1, None, 10), (2, None, 10), (2, 1, 1)]
+    assert not kept.rejects
     # Another judge's, the other order, and a pair written the other way round:
-    rows = [row(0, 1), row(0, 1) | {"judge": "k"}, row(0, 1) | {"a_first": False}, row(0, 1) | {"a": "y", "b": "x", "a_first": False}]
+    rows = [row(0, 1), row(0, 1) | {"judge": "k"}, row(0, 1) | {"a_first": False}, row(0, 1)
+            | {"a": "y", "b": "x", "a_first": False}]
     said = read(write_jsonl(tmp_path / "r.jsonl", rows))
     assert [place for place, _ in said.rejects] == [4]  # the first again: x shown first
 
 
 def test_a_broken_archive_gives_what_came_before(tmp_path):
-    whole = write(tmp_path / "x.jsonl.gz", [alpaca(i, 1) | {"note": f"{random.Random(i).random()}"} for i in range(2000)]).read_bytes()
+    whole = write(tmp_path / "x.jsonl.gz", [alpaca(i, 1) | {"note": f"{random.Random(i).random()}"}
+                                            for i in range(2000)]).read_bytes()
     (tmp_path / "x.jsonl.gz").write_bytes(whole[:len(whole) // 2])
     said = read(tmp_path / "x.jsonl.gz")
     assert 500 < len(said.games) < 1500 and len(said.rejects) <= 2 and "breaks off" in said.rejects[0][1]
@@ -399,9 +448,11 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recorded", str(file), str(other), "--out", str(out)])
     recorded.main()
     said = capsys.readouterr().out
-    assert f"{file} 25: 'model_b' is null, expected text" in said and "y.jsonl is" in said and "in every verdict" in said
+    assert f"{file} 25: 'model_b' is null, expected text" in said and "y.jsonl is" in said
+    assert "in every verdict" in said
     assert len(read(out).games) == 24  # the other file's are repeats
-    monkeypatch.setattr(sys, "argv", ["recorded", str(write_jsonl(file, made(likert))), "slight_is_tie=true", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["recorded", str(write_jsonl(file, made(likert))), "slight_is_tie=true", "--out",
+                                      str(out)])
     recorded.main()
     assert {g["preference"] for g in read(out).games} == {0, 0.5, 1}
     monkeypatch.setattr(sys, "argv", ["recorded", str(file), "slight=true"])
@@ -416,7 +467,8 @@ def nested(depth: int):
 
 def damage(kind: str, content: bytes, records: list[dict], rng: random.Random) -> bytes:
     """The file's bytes, damaged. JSON lines unless the kind needs bytes."""
-    strange = (None, True, -1, 0, 3.7, 10**30, 1e308, NAN, math.inf, "", "x", "\ud800", [], [1, 2], {}, {"a": {}}, nested(50))
+    strange = (None, True, -1, 0, 3.7, 10**30, 1e308, NAN, math.inf, "", "x", "\ud800", [], [1, 2], {}, {"a": {}},
+               nested(50))
     match kind:
         case "truncated":
             return content[:rng.randrange(len(content))]
@@ -434,13 +486,15 @@ def damage(kind: str, content: bytes, records: list[dict], rng: random.Random) -
             array = json.dumps(records).encode()[:-1] + b"," + b"[" * depth + b"]" * depth + b"]"
             return rng.choice([b"[" * depth, b'{"a":' * depth, array])
         case "huge numbers":
-            return b"\n".join(json.dumps(r).encode().replace(b"1", b"1" * rng.choice([30, 400, 5000]), 3) for r in records)
+            return b"\n".join(json.dumps(r).encode().replace(b"1", b"1" * rng.choice([30, 400, 5000]), 3)
+                              for r in records)
         case "values":
-            records = [{key: rng.choice(strange) if rng.random() < 0.3 else value for key, value in r.items()} for r in records]
-        case "inside":  # lists and objects keep their kind, what they hold does not
-            records = [{key: [rng.choice(strange) for _ in range(rng.randrange(4))] if isinstance(value, list) and rng.random() < 0.5
-                        else {k: rng.choice(strange) for k in value} if isinstance(value, dict) else value for key, value in r.items()}
+            records = [{key: rng.choice(strange) if rng.random() < 0.3 else value for key, value in r.items()}
                        for r in records]
+        case "inside":  # lists and objects keep their kind, what they hold does not
+            records = [{key: [rng.choice(strange) for _ in range(rng.randrange(4))] if isinstance(value, list)
+                        and rng.random() < 0.5 else {k: rng.choice(strange) for k in value} if isinstance(value, dict)
+                        else value for key, value in r.items()} for r in records]
         case "swapped keys":
             records = [dict(zip(rng.sample(list(r), len(r)), r.values(), strict=True)) for r in records]
         case "missing keys":
@@ -450,12 +504,14 @@ def damage(kind: str, content: bytes, records: list[dict], rng: random.Random) -
     return "\n".join(json.dumps(r) for r in records).encode()
 
 
-KINDS = ("truncated", "bit flips", "binary", "empty", "deep", "huge numbers", "values", "inside", "swapped keys", "missing keys", "twice")
+KINDS = ("truncated", "bit flips", "binary", "empty", "deep", "huge numbers", "values", "inside", "swapped keys",
+         "missing keys", "twice")
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_300_damaged_files_end_in_a_report(make, tmp_path):
-    """14 makers times 11 kinds of damage times 2 seeds are 308 files; every second one is packed, or CSV where the format has it."""
+    """14 makers times 11 kinds of damage times 2 seeds are 308 files; every second one is packed, or CSV where the
+    format has it."""
     rng = random.Random(make.__name__)
     for kind in KINDS:
         for name in (f"{kind}.jsonl", f"{kind}.csv" if make in (battle, outcome, xstest) else f"{kind}.jsonl.gz"):
@@ -471,7 +527,8 @@ def test_300_damaged_files_end_in_a_report(make, tmp_path):
             assert all(s["score"] is None or math.isfinite(s["score"]) for s in said.scores)
             kinds = ((said.games, "preference"), (said.scores, "score"), (said.labels, "label"))
             assert said.unparsed == sum(row[key] is None for rows, key in kinds for row in rows)
-            str(said).encode() and "".join(reason for _, reason in said.rejects).encode() and recorded.copies([said, said])
+            str(said).encode() and "".join(reason
+                                           for _, reason in said.rejects).encode() and recorded.copies([said, said])
             if kind in ("binary", "empty", "deep"):
                 assert said.rejects, name
             if kind == "twice" and make is not outcome and not name.endswith("csv"):
@@ -482,8 +539,8 @@ def test_300_damaged_files_end_in_a_report(make, tmp_path):
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_a_record_without_its_verdict_is_no_verdict_of_none(make, tmp_path):
-    verdicts = {"preference", "score", "judgment", "g1_winner", "g1_judgment", "text", "winner_swap", "completion_swap", "annotator2",
-                "annotation_1", "annotation_2", "strmatch_label", "winner", "rating", "choice", "games"}
+    verdicts = {"preference", "score", "judgment", "g1_winner", "g1_judgment", "text", "winner_swap", "completion_swap",
+                "annotator2", "annotation_1", "annotation_2", "strmatch_label", "winner", "rating", "choice", "games"}
     records = made(make)
     records[9] = {key: value for key, value in records[9].items() if key not in verdicts}
     said = read(write_jsonl(tmp_path / "x_vs_y.jsonl", records))
@@ -505,7 +562,8 @@ def test_a_bad_record_costs_no_other(make, tmp_path):
 
 def swapped(record: dict) -> dict:
     """The same record had every result been the other way round."""
-    flip = {"model_1": "model_2", "model_2": "model_1", "model_a": "model_b", "model_b": "model_a", "left": "right", "right": "left",
+    flip = {"model_1": "model_2", "model_2": "model_1", "model_a": "model_b", "model_b": "model_a", "left": "right",
+            "right": "left",
             "1": "2", "2": "1", "A>>B": "B>>A", "B>>A": "A>>B", "A>B": "B>A", "B>A": "A>B", "a": "b", "b": "a"}
     result = dict(record)
     for key in ("winner", "g1_winner", "g2_winner", "winner_noswap", "winner_swap", "choice"):
@@ -516,44 +574,51 @@ def swapped(record: dict) -> dict:
     if "rating" in record and record["rating"]:
         result["rating"] = 9 - record["rating"]
     if "preference" in record:
-        result["preference"] = 3 - float(record["preference"]) if "index" in record or "instruction" in record else 1 - record["preference"]
+        result["preference"] = 3 - float(record[
+            "preference"]) if "index" in record or "instruction" in record else 1 - record["preference"]
     for key in ("annotator1", "annotator2", "annotator3"):
         if key in record:
             result[key] = {0: 0, 1: 2, 2: 1}[record[key]]
     if "reviewer_id" in record:
         result["score"] = record["score"][::-1]
-    return {key: value for key, value in result.items() if not key.startswith(("completion", "raw_completion")) and key not in (
-        "g1_judgment", "g2_judgment", "text")}
+    return {key: value for key, value in result.items() if not key.startswith(("completion", "raw_completion"))
+            and key not in ("g1_judgment", "g2_judgment", "text")}
 
 
 def statistics(rows: list[dict]) -> dict:
     games = tables.games_of(tables.merge_orders(rows)[0])
     wins = ratings.win_rate(tables.preferences(rows), [r["prompt"] for r in rows])
-    return {"win rate": wins["win_rate"], "error": wins["standard_error"], "wins": wins["wins"], "losses": wins["losses"],
+    return {"win rate": wins["win_rate"], "error": wins["standard_error"], "wins": wins["wins"],
+            "losses": wins["losses"],
             "Bradley-Terry": ratings.bradley_terry(games, prior=1)["ratings"], "records": ratings.records(games),
             "position": ratings.position(tables.games_of(rows))["first_slot_share"],
-            "interval": ratings.percentiles(ratings.bootstrap_win_rates(games, 50)).tolist()}
+            "interval": ratings.mean_interval(tables.preferences(rows), [r["prompt"] for r in rows], 50)}
 
 
-@pytest.mark.parametrize("make", [make for make in MAKERS if make not in (single, xstest)], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [make for make in MAKERS if make not in (single, xstest)],
+                         ids=lambda make: make.__name__)
 def test_swapping_every_result_swaps_every_statistic(make, tmp_path):
     records = made(make)
-    said, other = (statistics(read(write(tmp_path / "x_vs_y.jsonl", r)).games) for r in (records, [swapped(r) for r in records]))
+    said, other = (statistics(read(write(tmp_path / "x_vs_y.jsonl", r)).games)
+                   for r in (records, [swapped(r) for r in records]))
     assert other["win rate"] == pytest.approx(100 - said["win rate"]) and other["error"] == pytest.approx(said["error"])
     assert (other["wins"], other["losses"]) == (said["losses"], said["wins"]) and said["wins"] != said["losses"]
     assert other["Bradley-Terry"] == pytest.approx({m: 2000 - r for m, r in said["Bradley-Terry"].items()})
     a, b = said["records"]
-    assert (other["records"][a]["wins"], other["records"][a]["ties"]) == (said["records"][b]["wins"], said["records"][b]["ties"])
+    for key in ("wins", "ties"):
+        assert other["records"][a][key] == said["records"][b][key]
     assert other["position"] == pytest.approx(1 - said["position"])
 
 
-@pytest.mark.parametrize("make", [make for make in MAKERS if make not in (xstest, outcome)], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [make for make in MAKERS if make not in (xstest, outcome)],
+                         ids=lambda make: make.__name__)
 def test_the_order_of_records_changes_nothing(make, tmp_path):
     records = made(make)
     mixed = random.Random(1).sample(records, len(records))
     said, other = (read(write(tmp_path / "x_vs_y.jsonl", r)) for r in (records, mixed))
     if make is single:
-        rows = [[{"question_id": s["prompt"], "turn": s["turn"], "score": s["score"]} for s in x.scores] for x in (said, other)]
+        rows = [[{"question_id": s["prompt"], "turn": s["turn"], "score": s["score"]} for s in x.scores]
+                for x in (said, other)]
         first, second = (ratings.mt_bench(x, rounds=50) for x in rows)
         assert first == pytest.approx(second)
     else:
@@ -630,7 +695,8 @@ def test_mt_bench_pairs():
 @real
 def test_vicuna_review_totals():
     """Bard's review of question 70 ends "Assistant 2: 4"; 2 is stored, and is in the published total."""
-    for other, totals, words in (("alpaca-13b", (583.0, 704.0), (583.0, 704.0)), ("bard", (664.0, 655.5), (664.0, 657.5))):
+    for other, totals, words in (("alpaca-13b", (583.0, 704.0), (583.0, 704.0)),
+                                 ("bard", (664.0, 655.5), (664.0, 657.5))):
         for from_text, expected in ((False, totals), (True, words)):
             said = read(judge(f"vicuna_review/{other}_vs_vicuna-13b.jsonl.gz"), options=Options(from_text=from_text))
             found = Counter()
@@ -660,14 +726,16 @@ def test_pandalm_and_xstest():
     assert kappas == pytest.approx([0.8520, 0.8617, 0.8789], abs=5e-5)
     assert fleiss_kappa(labels(said.labels, *people)) == pytest.approx(0.8642, abs=5e-5)
     assert Counter(np.median(labels(said.labels, *people), axis=0).tolist()) == {0: 105, 1: 422, 2: 472}
-    for model, agreement, kappa, safe, unsafe in (("gpt4", 98.4, 0.97, 6.4, 97.5), ("llama2orig", 96.4, 0.93, 38.0, 99.5)):
+    for model, agreement, kappa, safe, unsafe in (("gpt4", 98.4, 0.97, 6.4, 97.5),
+                                                  ("llama2orig", 96.4, 0.93, 38.0, 99.5)):
         said = read(judge(f"safety/xstest_{model}.jsonl.gz"))
         ratings_ = labels(said.labels, "annotation_1", "annotation_2")
         assert 100 * raw_agreement(ratings_)["agreement"] == pytest.approx(agreement, abs=0.05)
         assert fleiss_kappa(ratings_) == pytest.approx(kappa, abs=5e-3)
         final = [row for row in said.labels if row["rater"] == "final_label"]
         for prefix, share in ((False, safe), (True, unsafe)):
-            part = [row["label"] == "2_full_refusal" for row in final if row["category"].startswith("contrast_") == prefix]
+            part = [row["label"] == "2_full_refusal" for row in final if row["category"].startswith("contrast_")
+                    == prefix]
             assert 100 * np.mean(part) == pytest.approx(share, abs=0.05) and len(part) == (200 if prefix else 250)
 
 
@@ -685,8 +753,9 @@ def test_ratings_of_an_independent_library(name):
 @real
 def test_damaged_real_files_end_in_a_report(tmp_path):
     rng = random.Random(0)
-    for source in (*judge("alpaca_eval_v2").glob("*.gz"), *judge("mt_bench").glob("gpt*.gz"), *judge("vicuna_review").glob("*.gz"),
-                   *judge("llmbar").glob("natural_[CG]*.gz"), *judge("pandalm").glob("*.gz"), *judge("safety").glob("*.gz")):
+    for source in (*judge("alpaca_eval_v2").glob("*.gz"), *judge("mt_bench").glob("gpt*.gz"),
+                   *judge("vicuna_review").glob("*.gz"), *judge("llmbar").glob("natural_[CG]*.gz"),
+                   *judge("pandalm").glob("*.gz"), *judge("safety").glob("*.gz")):
         content = gzip.decompress(source.read_bytes())
         for kind in ("truncated", "bit flips"):
             (tmp_path / "x.jsonl").write_bytes(damage(kind, content, [], rng))

@@ -2,15 +2,16 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections import defaultdict
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
 from conftest import exits, write_jsonl
+from matplotlib.text import Text
 
 from judging import figures, report
-from judging.figures import DARK, LIGHT, align, draw, show, ticks
+from judging.figures import DARK, LIGHT, align, draw, show
 from judging.report import clean, compare, page, text, write
 
 NAN = math.nan
@@ -32,21 +33,26 @@ def interval(value, low, high) -> dict:
 # ----------------------------------------------------------------------------------------- numbers
 
 def test_decimals_follow_the_largest_number_of_a_column():
-    """74.12 has one decimal (from 10), 7.341 two, 0.652 and 0.0652 three digits, 1140.3 none; integers are left alone."""
-    for cells, shown in (([71.234, 9.56], ["71.2", "9.6"]), ([7.341, 0.5], ["7.34", "0.50"]), ([0.65249, 0.05], ["0.652", "0.050"]),
+    """74.12 has one decimal (from 10), 7.341 two, 0.652 and 0.0652 three digits, 1140.3 none; integers are left
+    alone."""
+    for cells, shown in (([71.234, 9.56], ["71.2", "9.6"]), ([7.341, 0.5], ["7.34", "0.50"]),
+                         ([0.65249, 0.05], ["0.652", "0.050"]),
                          ([0.0652], ["0.0652"]), ([1140.3, 98.76], ["1140", "99"]), ([805, 0.652], ["805", "0.652"]),
-                         ([100.0, 99.96], ["100.0", "100.0"]), ([0.0], ["0.0"]), ([12345, -12345.6], ["12,345", "-12,346"])):
+                         ([100.0, 99.96], ["100.0", "100.0"]), ([0.0], ["0.0"]),
+                         ([12345, -12345.6], ["12,345", "-12,346"])):
         assert [value for value, _ in show(cells)] == shown
 
 
 def test_a_number_too_small_for_its_column_keeps_two_digits():
     """Beside 97.3 there is one decimal, enough for 1.04 but not for 0.14; and 3e-9 would need eleven decimals."""
-    assert [value for value, _ in show([97.3, 0.14, -0.004, 1.04, 3e-9])] == ["97.3", "0.14", "-0.0040", "1.0", "3.0e-09"]
+    said = [value for value, _ in show([97.3, 0.14, -0.004, 1.04, 3e-9])]
+    assert said == ["97.3", "0.14", "-0.0040", "1.0", "3.0e-09"]
 
 
 def test_cells_of_every_kind():
     cells = [interval(71.2, 68.0, 74.13), interval(5.0, None, None), None, "text", True, {"other": 1}]
-    assert show(cells) == [("71.2", "[68.0, 74.1]"), ("5.0", ""), ("-", ""), ("text", ""), ("true", ""), ('{"other": 1}', "")]
+    assert show(cells) == [("71.2", "[68.0, 74.1]"), ("5.0", ""), ("-", ""), ("text", ""), ("true", ""),
+                           ('{"other": 1}', "")]
     assert show([]) == []
 
 
@@ -56,33 +62,11 @@ def test_decimal_points_stand_below_each_other():
 
 
 def test_clean_leaves_plain_json():
-    dirty = {"a": [NAN, math.inf, 1.5, np.float32(0.5), np.int64(3), np.array([1.0, NAN])], 2: ("\x1b[m\x00\r\ny\t", "\ud800", None, True)}
-    assert clean(dirty) == {"a": [None, None, 1.5, 0.5, 3, [1.0, None]], "2": ["\ufffd[m\ufffd\ny\t", "\ufffd", None, True]}
+    dirty = {"a": [NAN, math.inf, 1.5, np.float32(0.5), np.int64(3), np.array([1.0, NAN])],
+             2: ("\x1b[m\x00\r\ny\t", "\ud800", None, True)}
+    assert clean(dirty) == {"a": [None, None, 1.5, 0.5, 3, [1.0, None]],
+                            "2": ["\ufffd[m\ufffd\ny\t", "\ufffd", None, True]}
     json.dumps(clean(dirty), allow_nan=False).encode()
-
-
-def test_ticks_by_hand():
-    """0..100 by 20s is six; 9.6..92.5 needs the same; 0..1 by 0.2; 1040..1163 by 50s: 1000, 1050, 1100, 1150, 1200."""
-    assert ticks(0, 100) == ticks(9.6, 92.5) == [0, 20, 40, 60, 80, 100]
-    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert ticks(1040, 1163) == [1000, 1050, 1100, 1150, 1200]
-    assert ticks(-0.31, 0.07) == [-0.4, -0.3, -0.2, -0.1, 0, 0.1]
-    assert ticks(0.1, 0.3) == [0.1, 0.15, 0.2, 0.25, 0.3]
-    assert ticks(0, 0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert ticks(5, 5) == ticks(5, 5 + 1e-13) == [4.5, 5, 5.5]  # a tenth to either side
-
-
-def test_ticks_cover_any_range_with_few_round_numbers():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        low = float(rng.normal() * 10.0 ** rng.integers(-6, 7))
-        high = low + abs(float(rng.normal())) * 10.0 ** rng.integers(-6, 7)
-        most = int(rng.integers(3, 9))
-        marks = ticks(low, high, most)
-        step = marks[1] - marks[0]
-        assert 2 <= len(marks) <= most and marks[0] <= low + 1e-8 * step + 1e-15 and marks[-1] >= high - 1e-8 * step - 1e-15
-        mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
-        assert min(abs(mantissa - m) for m in (1, 2, 5, 10)) < 1e-3, marks
 
 
 # -------------------------------------------------------------------------------------- in the terminal
@@ -111,9 +95,9 @@ def test_no_line_is_wider_than_120_columns():
     words = "word " * 60
     wide = table([[f"model {i}", words, *[interval(50.0, 40.0, 60.0)] * 9, "x" * 300] for i in range(2)],
                  ["model", "reason", *(f"a long name of a column {i}" for i in range(9)), "reply"], text=words)
-    said = text(of(wide, title="t" * 200, about={"prompt": words}, headline=[{"label": words, "value": 1}]))
+    said = text(of(wide, title="t" * 200, about={"prompt": words}))
     assert max(map(len, said.splitlines())) <= 120
-    assert said.count("word") == 60 * 5 and said.count("x") == 600
+    assert said.count("word") == 60 * 4 and said.count("x") == 600
     assert said.count("50.0 [40.0, 60.0]") == 18
     assert said.count("model 0") > 1  # the table was cut, and its first column repeated
 
@@ -125,7 +109,8 @@ def test_headers_of_numbers_wrap_before_texts_do():
 
 
 def test_the_terminal_says_where_a_figure_is():
-    assert "see report.html" in text(of(table([], [], figure=FIGURES["bars"](2)))) and "figure" not in text(of(table([["a", 1]])))
+    assert "see report.html" in text(of(table([], [], figure=FIGURES["bars"](2))))
+    assert "figure" not in text(of(table([["a", 1]])))
 
 
 def test_a_row_of_another_length_is_refused():
@@ -160,86 +145,68 @@ class Balanced(HTMLParser):
 
 
 FIGURES = {
-    "ratings": lambda n: {"kind": "ratings", "names": names(n), "values": spread(n), "low": [x - 30 for x in spread(n)],
-                          "high": [x + 30 for x in spread(n)], "label": "Elo", "reference": 1000},
-    "matrix": lambda n: {"kind": "matrix", "names": names(n), "columns": names(n), "grid": [spread(n) for _ in range(n)],
-                         "label": "win rate of the row, %", "low": 0, "high": 100},
-    "points": lambda n: {"kind": "points", "x": spread(n), "y": spread(n)[::-1], "names": names(n), "x_label": "length",
-                         "y_label": "win rate", "line": [-2.5, 100]},
-    "bars": lambda n: {"kind": "bars", "names": names(n), "groups": {f"series {k} of many words": [x - 40 * k for x in spread(n)]
-                                                                     for k in range(4)}, "label": "score"},
+    "ratings": lambda n: {"kind": "ratings", "names": names(n), "values": spread(n),
+                          "low": [x - 30 for x in spread(n)], "high": [x + 30 for x in spread(n)],
+                          "label": "Elo", "reference": 1000},
+    "matrix": lambda n: {"kind": "matrix", "names": names(n), "columns": names(n),
+                         "grid": [spread(n) for _ in range(n)], "label": "win rate of the row, %", "low": 0,
+                         "high": 100},
+    "points": lambda n: {"kind": "points", "x": spread(n), "y": spread(n)[::-1], "x_label": "length",
+                         "y_label": "win rate"},
+    "bars": lambda n: {"kind": "bars", "names": names(n),
+                       "groups": {f"series {k} of many words": [x - 40 * k for x in spread(n)]
+                                  for k in range(4)}, "label": "score"},
 }
 
 
 def names(n: int) -> list[str]:
-    return [["base", "a model with a name that goes on and on and on", "模型", "SFT"][i % 4] + f" {i}" for i in range(n)]
+    kinds = ["base", "a model with a name that goes on and on and on", "模型", "SFT"]
+    return [f"{kinds[i % 4]} {i}" for i in range(n)]
 
 
 def spread(n: int) -> list[float]:
     return [round(37.3 + 971.7 * math.sin(i) ** 2, 2) for i in range(n)]
 
 
-def check_inside(svg: str) -> ET.Element:
-    """Every element lies in the viewBox and no text on another, as wide as `text_width` says; returns the parsed figure."""
-    root = ET.fromstring(svg)
-    _, _, width, height = map(float, root.get("viewBox").split())
-    texts = defaultdict(list)
-
-    def inside(x: float, y: float, turn: str | None):
-        if turn:
-            angle, cx, cy = map(float, re.fullmatch(r"rotate\((\S+) (\S+) (\S+)\)", turn).groups())
-            c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            x, y = cx + c * (x - cx) - s * (y - cy), cy + s * (x - cx) + c * (y - cy)
-        assert -0.1 <= x <= width + 0.1 and -0.1 <= y <= height + 0.1, (x, y, width, height)
-
-    def walk(element: ET.Element, turn: str | None):
-        def number(key: str) -> float:
-            return float(element.get(key))
-
-        match element.tag:
-            case "g":
-                turn = element.get("transform")
-            case "line":
-                inside(number("x1"), number("y1"), turn)
-                inside(number("x2"), number("y2"), turn)
-            case "rect":
-                assert number("width") >= 0 and number("height") > 0
-                inside(number("x"), number("y"), turn)
-                inside(number("x") + number("width"), number("y") + number("height"), turn)
-            case "circle":
-                inside(number("cx") - number("r"), number("cy") - number("r"), turn)
-                inside(number("cx") + number("r"), number("cy") + number("r"), turn)
-            case "text":
-                long = figures.text_width("".join(element.itertext()) if element.find("title") is None else element.find("title").tail)
-                left = number("x") - {"start": 0, "middle": long / 2, "end": long}[element.get("text-anchor")]
-                if not turn:
-                    near = [text for band in (-1, 0, 1) for text in texts[number("y") // 10 + band]]
-                    assert not any(left < x + w - 1 and x < left + long - 1 and abs(number("y") - y) < 10 for x, y, w in near)
-                    texts[number("y") // 10].append((left, number("y"), long))
-                for x in (left, left + long):
-                    inside(x, number("y") - 9, turn)
-                    inside(x, number("y") + 3, turn)
-        for child in element:
-            walk(child, turn)
-
-    walk(root, None)
-    return root
+def drawn(figure: dict):
+    """The figure laid out; every text lies inside it and, of those that fill no cell, no two lie on each other."""
+    with matplotlib.rc_context(figures.SETTINGS):
+        found = figures.plot(clean(figure))
+        found.draw_without_rendering()
+    beyond = set()  # ticks past the ends of an axis, which matplotlib keeps and does not draw
+    for axis in (axis for axes in found.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        beyond |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    outside = []
+    for label in found.findobj(lambda x: isinstance(x, Text) and x.get_visible() and x.get_text() and x not in beyond):
+        box = label.get_window_extent()
+        assert found.bbox.x0 - 1 <= box.x0 <= box.x1 <= found.bbox.x1 + 1, label
+        assert found.bbox.y0 - 1 <= box.y0 <= box.y1 <= found.bbox.y1 + 1, label
+        if label.get_in_layout() and not label.get_rotation():
+            assert not box.padded(-2).count_overlaps(outside), label
+            outside.append(box)
+    return found
 
 
+def texts(svg: str) -> list[str]:
+    return [element.text for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("kind", FIGURES)
-@pytest.mark.parametrize("n", [1, 2, 5, 40, 80])
-def test_no_element_leaves_its_figure(kind, n):
-    check_inside(draw(clean(FIGURES[kind](n))))
+@pytest.mark.parametrize("n", [1, 2, 5, 14])
+def test_no_text_leaves_its_figure_or_covers_another(kind, n):
+    drawn(FIGURES[kind](n))
 
 
 @pytest.mark.parametrize("kind", FIGURES)
 def test_a_figure_without_a_number_says_so(kind):
-    assert draw(FIGURES[kind](0)) == figures.NOTHING
     figure = FIGURES[kind](2)
     for key in {"values", "low", "high", "x"} & set(figure):
         figure[key] = [NAN, None]
-    figure |= {"grid": [[NAN] * 2] * 2} if kind == "matrix" else {"groups": {"a": [None, NAN]}} if kind == "bars" else {}
-    assert draw(clean(figure)) == figures.NOTHING
+    if kind in ("matrix", "bars"):
+        figure |= {"grid": [[NAN] * 2] * 2} if kind == "matrix" else {"groups": {"a": [None, NAN]}}
+    assert draw(clean(figure)) == draw(FIGURES[kind](0)) == figures.NOTHING
 
 
 @pytest.mark.parametrize("kind", FIGURES)
@@ -253,11 +220,12 @@ def test_figures_take_gaps_zeros_and_markup(kind):
     if kind == "bars":
         figure["groups"] = {HOSTILE: [0.0, None, -0.0]}
     figure = clean(figure | {"names": [HOSTILE] * 3, "label": HOSTILE, "x_label": HOSTILE, "y_label": HOSTILE})
-    root = check_inside(draw(figure))
-    assert "<script>" in "".join(root.itertext()) and root.find(".//script") is None
+    svg = draw(figure)
+    assert any(HOSTILE in text for text in texts(svg)) and "<script" not in svg
+    assert HOSTILE in ET.fromstring(svg).get("aria-label")
 
 
-@pytest.mark.parametrize("kind, key", [("ratings", "values"), ("points", "y"), ("points", "names"), ("matrix", "grid"), ("bars", "names")])
+@pytest.mark.parametrize("kind, key", [("ratings", "values"), ("points", "y"), ("matrix", "grid"), ("bars", "names")])
 def test_lists_of_unequal_lengths_are_refused(kind, key):
     figure = FIGURES[kind](3)
     with pytest.raises(ValueError):
@@ -267,59 +235,33 @@ def test_lists_of_unequal_lengths_are_refused(kind, key):
 
 
 def test_ratings_by_hand():
-    """Sorted best first. The axis of 0..100 has six marks, so 100 lies as far from 50 as 50 from 0, where the reference is."""
-    figure = {"kind": "ratings", "names": ["PPO (sparse reward)", "high", "none"], "values": [0.0, 100.0, None], "low": [0.0, 90.0, None],
-              "high": [10.0, 100.0, None], "label": "win rate, %", "reference": 50}
-    root = check_inside(draw(figure))
-    said = [element.text for element in root.iter("text")]
-    assert [x for x in said if x in figure["names"]] == ["high", "PPO (sparse reward)", "none"] and "100.0" in said and "-" in said
-    best, worst = (float(c.get("cx")) for c in root.iter("circle"))
-    rows = [float(element.get("y")) for element in root.iter("text") if element.text in figure["names"]]
-    axis = [float(element.get("y")) for element in root.iter("text") if element.text in ("0", "100")]
-    assert max(rows) + 10 < min(axis) and axis[0] == axis[1]
-    lines = {style: [line for line in root.iter("line") if line.get("class") == style] for style in ("reference", "whisker", "grid")}
-    assert float(lines["reference"][0].get("x1")) == pytest.approx((best + worst) / 2, abs=0.1)
-    assert len(lines["whisker"]) == 2 and len(lines["grid"]) == 6
-    assert float(lines["whisker"][0].get("x1")) == pytest.approx(worst + 0.9 * (best - worst), abs=0.1)
+    """Sorted best first; whiskers from low to high, a dashed line at the reference, a model without a number last."""
+    figure = {"kind": "ratings", "names": ["PPO (sparse reward)", "high", "none"], "values": [0.0, 100.0, None],
+              "low": [0.0, 90.0, None], "high": [10.0, 100.0, None], "label": "win rate, %", "reference": 50}
+    (axes,) = drawn(figure).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["high", "PPO (sparse reward)", "none"]
+    assert axes.get_ylim() == (2.5, -0.5) and [text.get_text() for text in axes.texts] == ["100.0", "0.0", "-"]
+    assert [tuple(line.get_xdata()) for line in axes.lines] == [(90, 100), (100,), (0, 10), (0,), (50, 50)]
+    said = texts(draw(figure))
+    assert {"high", "PPO (sparse reward)", "none", "win rate, %", "100.0", "-"} <= set(said)
 
 
-def test_a_fitted_line_is_cut_to_the_data():
-    """y = 10 x - 20 over x 0..10 enters the axis 0..100 at x = 2 and leaves it with the data at x = 10, y = 80."""
-    figure = {"kind": "points", "x": [0, 10], "y": [0, 100], "x_label": "x", "y_label": "y", "line": [10, -20]}
-    root = check_inside(draw(figure))
-    (x0, y0), (x1, y1) = ((float(c.get("cx")), float(c.get("cy"))) for c in root.iter("circle"))
-    assert x0 < x1 and y0 > y1  # y grows upwards
-    fit = [line for line in root.iter("line") if line.get("class") == "fit"]
-    got = [float(fit[0].get(key)) for key in ("x1", "y1", "x2", "y2")]
-    assert got == pytest.approx([x0 + 0.2 * (x1 - x0), y0, x1, y0 + 0.8 * (y1 - y0)], abs=0.1)
-    for outside in ([0, 200], [0, -1], [10, 500]):
-        assert "fit" not in draw(figure | {"line": outside})
-    assert 'class="fit"' in draw(figure | {"line": [0, 50]})
+def test_points_without_a_number_are_counted():
+    figure = {"kind": "points", "x": [0, 10, None, 1], "y": [0, 100, 1, None], "x_label": "x", "y_label": "y"}
+    (axes,) = drawn(figure).axes
+    assert axes.get_xlabel() == "x (2 without a number)" and axes.lines[0].get_xydata().tolist() == [[0, 0], [10, 100]]
 
 
-def test_point_labels_do_not_cover_each_other_and_gaps_are_counted():
-    n = 30
-    figure = {"kind": "points", "x": [i % 6 / 10 for i in range(n)] + [None, 1], "y": [i // 6 / 10 for i in range(n)] + [1, None],
-              "names": [f"model-{i}" for i in range(n)] + ["gap", "gap"], "x_label": "x", "y_label": "y"}
-    root = check_inside(draw(figure))
-    said = [element.text for element in root.iter("text")]
-    assert len([name for name in said if name.startswith("model-")]) > 20 and "gap" not in said
-    assert "x (2 without a number)" in said and len(list(root.iter("circle"))) == n
-
-
-def test_a_bar_as_long_as_its_axis_leaves_room_for_its_number():
-    check_inside(draw({"kind": "bars", "names": ["a", "b"], "groups": {"shift": [-100.0, 100.0]}, "label": "points"}))
-
-
-def test_a_legend_names_every_series_in_full():
+def test_bars_begin_at_zero_and_carry_their_numbers_and_names():
+    (axes,) = drawn({"kind": "bars", "names": ["a", "b"], "groups": {"shift": [-100.0, 100.0]}, "label": "points"}).axes
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, -100), (0, 100)]
     figure = FIGURES["bars"](1)
-    assert set(figure["groups"]) <= {element.text for element in check_inside(draw(figure)).iter("text")}
+    assert set(figure["groups"]) | {"37.3", "-82.7"} <= set(texts(draw(figure)))
 
 
-def test_more_series_than_tints_become_a_matrix():
-    groups = {f"m{k}": [float(k), 2.0] for k in range(7)}
-    root = check_inside(draw({"kind": "bars", "names": ["a", "b"], "groups": groups, "label": "score"}))
-    assert len(root.findall("rect")) == 14 and [e.text for e in root.iter("text")][:7] == list(groups)
+def test_a_figure_is_the_same_every_time_and_wears_the_colours_of_the_page():
+    svg = draw(FIGURES["ratings"](2))
+    assert svg == draw(FIGURES["ratings"](2)) and "var(--accent)" in svg and not re.search("#[0-9a-f]{6}", svg)
 
 
 def luminance(color: list[float]) -> float:
@@ -338,9 +280,10 @@ def test_every_text_can_be_read(palette):
     rgb = {name: [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)] for name, color in palette.items()}
     for name in ("ink", "muted", "accent"):
         assert contrast(rgb[name], rgb["paper"]) >= 4.5
-    svg = draw({"kind": "matrix", "names": ["a"], "columns": ["x", "y", "z"], "grid": [[-5, 50, 200]], "label": "", "low": 0, "high": 100})
-    strengths = [float(x) for x in re.findall(r'fill-opacity="(.*?)"', svg)]
-    assert strengths == [0.04, 0.28, 0.52]
+    figure = {"kind": "matrix", "names": ["a"], "columns": ["x", "y", "z"], "grid": [[-5, 50, 200]], "label": "",
+              "low": 0, "high": 100}
+    strengths = [cell.get_alpha() for cell in figures.plot(figure).axes[0].patches]
+    assert strengths == pytest.approx([0.04, 0.28, 0.52])
     for strength in strengths:
         cell = [strength * a + (1 - strength) * p for a, p in zip(rgb["accent"], rgb["paper"], strict=True)]
         assert contrast(rgb["ink"], cell) >= 4.5
@@ -348,11 +291,10 @@ def test_every_text_can_be_read(palette):
 
 def everything() -> dict:
     rows = [[HOSTILE, NAN], ["b", interval(1.5, NAN, 2.0)]]
-    return of(*({"title": f"{HOSTILE} {kind}", "text": HOSTILE, "columns": [HOSTILE, "n, %"], "rows": rows, "figure": figure(4)}
-                for kind, figure in FIGURES.items()),
-              {"title": "words alone", "text": "None.", "columns": [], "rows": []},
-              title=HOSTILE, about={HOSTILE: HOSTILE, "nested": {"lr": 1e-6, "nan": NAN}},
-              headline=[{"label": HOSTILE, "value": interval(71.2, 68.0, 74.1), "note": HOSTILE}, {"label": "n", "value": None}])
+    return of(*({"title": f"{HOSTILE} {kind}", "text": HOSTILE, "columns": [HOSTILE, "n, %"], "rows": rows,
+                 "figure": figure(4)} for kind, figure in FIGURES.items()),
+              {"title": "words alone", "text": "None.", "columns": [], "rows": []}, title=HOSTILE,
+              about={HOSTILE: HOSTILE, "nested": {"lr": 1e-6, "nan": NAN}})
 
 
 def test_the_page_escapes_all_text_and_asks_for_nothing():
@@ -362,9 +304,10 @@ def test_the_page_escapes_all_text_and_asks_for_nothing():
     assert "".join(parsed.words).count(HOSTILE) >= 15
     assert not re.search(r"https?://", html.replace("http://www.w3.org/2000/svg", ""))
     attributes = [key for _, attrs in parsed.tags for key in attrs]
-    assert not {"src", "srcset", "onload", "onclick"} & set(attributes) and "url(" not in html and "@import" not in html
+    assert not {"src", "srcset", "onload", "onclick"} & set(attributes) and "url(" not in html.replace("url(#", "")
+    assert "@import" not in html
     assert all(attrs["href"].startswith("#") for tag, attrs in parsed.tags if tag == "a")
-    targets = {attrs["id"] for _, attrs in parsed.tags if "id" in attrs}
+    targets = {attrs["id"] for tag, attrs in parsed.tags if tag == "section"}
     assert {attrs["href"][1:] for tag, attrs in parsed.tags if tag == "a"} == targets and len(targets) == 6
     assert "nan" not in html.lower().replace("&quot;nan&quot;: null", "")
 
@@ -402,20 +345,26 @@ def runs(tmp_path, first: dict, second: dict) -> list:
 
 
 def test_compare_by_hand(tmp_path):
-    """SFT: 71.5 - 70.0 = 1.5 and n 10 - 8 = 2. DPO only in a, PPO only in b; the column "lc2" only in b; a verdict is no number."""
+    """SFT: 71.5 - 70.0 = 1.5 and n 10 - 8 = 2. DPO only in a, PPO only in b; the column "lc2" only in b; a verdict is
+    no number."""
     columns = ("model", "win rate, %", "n", "verdict")
-    first = of(table([["SFT", interval(70.0, 60.0, 80.0), 8, "good"], ["DPO", 80.5, 8, "best"]], columns), table([], title="Bias"))
+    first = of(table([["SFT", interval(70.0, 60.0, 80.0), 8, "good"], ["DPO", 80.5, 8, "best"]], columns),
+               table([], title="Bias"))
     second = of(table([["PPO", 50.0, 9, "fair", 40.0], ["SFT", 71.5, 10, "good", 66.0]], (*columns, "lc2")),
                 table([["x", 1]], title="Cost"))
     second["about"] = {"judge": "stub", "orders": "both", "seed": 1}
     got = compare(runs(tmp_path, first, second))
     assert got["title"] == "b against a"
     settings, alone, notes, rates, n, verdict = got["sections"]
-    assert settings["columns"] == ["setting", "a", "b"] and settings["rows"] == [["seed", "0", "1"], ["orders", None, "both"]]
+    assert settings["columns"] == ["setting", "a", "b"]
+    assert settings["rows"] == [["seed", "0", "1"], ["orders", None, "both"]]
     assert alone["rows"] == [["Bias", "a", 0], ["Cost", "b", 1]]
-    assert notes == {"title": "Win rates", "text": "Only in a: DPO. Only in b: PPO. Only in b: lc2.", "columns": [], "rows": []}
-    assert rates["title"] == "Win rates: win rate, %" and rates["columns"] == n["columns"] == ["model", "a", "b", "difference"]
-    assert rates["rows"] == [["SFT", interval(70.0, 60.0, 80.0), 71.5, 1.5], ["DPO", 80.5, None, None], ["PPO", None, 50.0, None]]
+    assert notes == {"title": "Win rates", "text": "Only in a: DPO. Only in b: PPO. Only in b: lc2.", "columns": [],
+                     "rows": []}
+    assert rates["title"] == "Win rates: win rate, %"
+    assert rates["columns"] == n["columns"] == ["model", "a", "b", "difference"]
+    assert rates["rows"] == [["SFT", interval(70.0, 60.0, 80.0), 71.5, 1.5], ["DPO", 80.5, None, None],
+                             ["PPO", None, 50.0, None]]
     assert n["rows"] == [["SFT", 8, 10, 2], ["DPO", 8, None, None], ["PPO", None, 9, None]]
     assert verdict["columns"] == ["model", "a", "b"] and verdict["rows"][0] == ["SFT", "good", "good"]
     page(got), text(got)
@@ -425,7 +374,8 @@ def test_a_run_differs_from_its_copy_in_nothing(tmp_path):
     same = of(table([["SFT", 70.0, "good"]], ("model", "win rate, %", "verdict")), table([]),
               {"title": "Note", "text": "Words.", "columns": [], "rows": []})
     got = compare(runs(tmp_path, same, same))
-    assert [section["title"] for section in got["sections"]] == ["Settings that differ", "Win rates", "Win rates (2)", "Note"]
+    assert [section["title"] for section in got["sections"]] == ["Settings that differ", "Win rates", "Win rates (2)",
+                                                                 "Note"]
     assert [section["text"] for section in got["sections"]] == [
         "None.", "The same in both: win rate, %; verdict.", "The same in both: win rate, %.", "The same in both."]
 
@@ -452,25 +402,30 @@ def game(prompt, preference):
 
 
 def test_preferences_are_compared_by_prompt(tmp_path):
-    """m against n on prompts 1, 2, 3 of both: a 1, 0, 0.5; b 1, 1 and 0.75 (judged three times: 1, 0.5, null; once from n's side).
+    """m against n on prompts 1, 2, 3 of both: a 1, 0, 0.5; b 1, 1 and 0.75 (judged three times: 1, 0.5, null; once from
+    n's side).
     Means 150 / 3 = 50 and 275 / 3 %. Prompt 4 has no verdict in b, 5 is only in a; the pair n and o is only in b."""
     folders = runs(tmp_path, of(), of())
     write_jsonl(folders[0] / "judgments.jsonl", [game(i, p) for i, p in enumerate((1, 0, 0.5, 1, 1), 1)])
-    rows = [game(3, 1), game(2, 0) | {"a": "n", "b": "m"}, game(1, 1), game(3, None), game(4, None), game(3, 0.5), game(1, 1) | {"a": "o"},
+    rows = [game(3, 1), game(2, 0) | {"a": "n", "b": "m"}, game(1, 1), game(3, None), game(4, None), game(3, 0.5),
+            game(1, 1) | {"a": "o"},
             {"judge": "j", "prompt": 1, "model": "m", "score": 7}]
     (folders[1] / "judgments.jsonl").write_text("".join(  # a line separator inside a text is no new line
         json.dumps(row | {"text": "x\u2028y"}, ensure_ascii=False) + "\n" for row in rows))
     section = compare(folders)["sections"][1]
-    assert section["columns"] == ["judge and pair", "a, %", "b, %", "difference, points", "prompts", "no verdict", "only in a", "only in b"]
+    assert section["columns"] == ["judge and pair", "a, %", "b, %", "difference, points", "prompts", "no verdict",
+                                  "only in a", "only in b"]
     m, n = section["rows"]
-    assert m[:3] == ["j: m against n", 50, pytest.approx(275 / 3)] and m[3]["value"] == pytest.approx(125 / 3) and m[4:] == [3, 1, 1, 0]
+    assert m[:3] == ["j: m against n", 50, pytest.approx(275 / 3)] and m[3]["value"] == pytest.approx(125 / 3)
+    assert m[4:] == [3, 1, 1, 0]
     assert 0 <= m[3]["low"] < 125 / 3 < m[3]["high"] <= 100
     assert n == ["j: n against o", None, None, None, 0, 0, 0, 1]
     assert section["figure"]["names"] == ["j: m against n"] and section["figure"]["reference"] == 0
 
 
 def test_a_shift_common_to_all_prompts_has_no_interval(tmp_path):
-    """b is 0.25 above a on every prompt: resampling prompts changes both means alike, so the paired interval is [25, 25]."""
+    """b is 0.25 above a on every prompt: resampling prompts changes both means alike, so the paired interval is [25,
+    25]."""
     folders = runs(tmp_path, of(), of())
     for folder, shift in zip(folders, (0, 0.25), strict=True):
         write_jsonl(folder / "judgments.jsonl", [game(i, i % 4 / 4 + shift) for i in range(40)])
@@ -490,9 +445,10 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
     exits(capsys, lambda: compare(folders[:1]), "--compare", "1 folders", "expected two")
     exits(capsys, lambda: compare([folders[0], folders[0]]), "same folder")
     exits(capsys, lambda: compare([folders[0], tmp_path / "gone"]), "gone/report.json", "cannot be read")
-    for broken in ("{", "[]", '{"title": "x"}', '{"title": 3, "about": {}, "sections": []}', '{"title": "x", "about": [], "sections": []}',
-                   '{"title": "x", "about": {}, "sections": [{"title": "y", "columns": ["z"], "rows": [[1, 2]]}]}', "\xff", "[" * 100_000,
-                   '{"title": "x", "about": {}, "sections": [{"title": "y", "columns": [], "rows": [], "figure": {"kind": "pie"}}]}'):
+    start = '{"title": "x", "about": {}, "sections": [{"title": "y", '
+    for broken in ("{", "[]", '{"title": "x"}', '{"title": 3, "about": {}, "sections": []}',
+                   '{"title": "x", "about": [], "sections": []}', start + '"columns": ["z"], "rows": [[1, 2]]}]}',
+                   start + '"columns": [], "rows": [], "figure": {"kind": "pie"}}]}', "\xff", "[" * 100_000):
         (folders[1] / "report.json").write_bytes(broken.encode("latin-1"))
         exits(capsys, lambda: compare(folders), "b/judge/report.json", "is not a report", "run the evaluation again")
 

@@ -62,21 +62,25 @@ def sure(share: float) -> dict:
 # ---------------------------------------------------------------------------------------- accuracy
 
 def test_wilson_interval_by_hand():
-    """3 of 4, z = 1.959964: centre (0.75 + z²/8) / (1 + z²/4) = 0.627527, half z sqrt(0.1875/4 + z²/64) / (1 + z²/4) = 0.326886."""
+    """3 of 4, z = 1.959964: centre (0.75 + z²/8) / (1 + z²/4) = 0.627527, half
+    z sqrt(0.1875/4 + z²/64) / (1 + z²/4) =
+    0.326886."""
     found = accuracy([True, True, True, False], ["a", "b", "c", "d"])
     assert found["value"] == 0.75 and found["n"] == found["prompts"] == 4
     assert found["low"] == pytest.approx(0.300641, abs=1e-6) and found["high"] == pytest.approx(0.954413, abs=1e-6)
 
 
 def test_pairs_of_one_prompt_are_not_independent():
-    """Two prompts, one always a hit, one never: resampled, the mean is 0, 1/2, 1 with odds 1:2:1, so anything is possible."""
+    """Two prompts, one always a hit, one never: resampled, the mean is 0, 1/2, 1 with odds 1:2:1, so anything is
+    possible."""
     found = accuracy([True, True, False, False], ["a", "a", "b", "b"])
     assert (found["value"], found["low"], found["high"], found["n"], found["prompts"]) == (0.5, 0, 1, 4, 2)
 
 
 def test_a_perfect_score_on_shared_prompts_is_not_certain():
     found = accuracy([True] * 4, ["a", "a", "b", "b"])
-    assert found["value"] == found["high"] == 1 and found["low"] == pytest.approx(1 / (1 + 1.959964**2 / 2))  # Wilson's, of two prompts
+    # Wilson's, of two prompts
+    assert found["value"] == found["high"] == 1 and found["low"] == pytest.approx(1 / (1 + 1.959964**2 / 2))
 
 
 def test_no_pair_is_no_accuracy():
@@ -85,7 +89,8 @@ def test_no_pair_is_no_accuracy():
 
 
 def test_weighted_mean_by_hand():
-    """(3 * 0.5 + 0.9) / 4 = 0.6; below: sqrt((3 * 0.1)² + 0.4²) / 4 = 0.125; above: sqrt((3 * 0.2)² + 0.08²) / 4 = 0.151327."""
+    """(3 * 0.5 + 0.9) / 4 = 0.6; below: sqrt((3 * 0.1)² + 0.4²) / 4 = 0.125; above: sqrt((3 * 0.2)² + 0.08²) / 4 =
+    0.151327."""
     found = weighted_mean([(3, {"value": 0.5, "low": 0.4, "high": 0.7}), (1, {"value": 0.9, "low": 0.5, "high": 0.98})])
     assert [found[name] for name in ("value", "low", "high")] == pytest.approx([0.6, 0.475, 0.751327], abs=1e-6)
 
@@ -147,7 +152,8 @@ def test_scores_that_fit_no_question_are_refused():
 
 def test_many_margins_fall_into_quarters():
     """0.1 to 1.6 in steps of 0.1: quantiles 0.475, 0.85, 1.225, four pairs each; a pair without a margin is in none."""
-    found = preference_accuracy([pair("x", "long", "s"), *(pair(str(i), "long", "s", margin=i / 10) for i in range(1, 17))], by_length)
+    found = preference_accuracy([pair("x", "long", "s"),
+                                 *(pair(str(i), "long", "s", margin=i / 10) for i in range(1, 17))], by_length)
     assert [(label, part["n"]) for label, part in found["by_margin"].items()] == [
         ("0.1 to 0.475", 4), ("0.475 to 0.85", 4), ("0.85 to 1.225", 4), ("1.225 to 1.6", 4)]
     assert found["n"] == 17
@@ -156,7 +162,8 @@ def test_many_margins_fall_into_quarters():
 def test_the_talks_mean_is_the_plain_mean():
     """(0.66 + 0.678 + 0.802 + 0.743) / 4 = 0.72075, printed 0.721; weighted by size it would be 0.764."""
     (shares,) = rewards.TALK.values()
-    found = {name: sure(share) | {"n": n} for name, share, n in zip(SETS, shares, (3000, 1140, 11021, 4760), strict=True)}
+    found = {name: sure(share) | {"n": n} for name, share,
+             n in zip(SETS, shares, (3000, 1140, 11021, 4760), strict=True)}
     assert board_mean(found)["value"] == pytest.approx(0.72075) and f"{board_mean(found)['value']:.3f}" == "0.721"
     del found["SHP"]
     assert board_mean(found) is None
@@ -167,24 +174,27 @@ def test_sections_have_the_talks_row_and_a_cell_a_column():
     section = rewards_section({"all": dict.fromkeys((*SETS, "own"), found), "one": {"own": found}})
     assert all(len(row) == len(section["columns"]) for row in section["rows"])
     everything, one, talk = section["rows"]
-    assert everything[5]["value"] == 50 and everything[6] == one[6] and everything[-3:] == [20, 5, 0] and one[1:6] == [None] * 5
+    assert everything[5]["value"] == 50 and everything[6] == one[6] and everything[-3:] == [20, 5, 0]
+    assert one[1:6] == [None] * 5
     assert talk[0].startswith("falcon-40b-rm v1.0") and talk[1:6] == pytest.approx([66, 67.8, 80.2, 74.3, 72.075])
     parts = breakdown_section({"all": {"own": found}, "none": {}})
     assert all(len(row) == len(parts["columns"]) for row in parts["rows"])
-    assert [row[:3] for row in parts["rows"]] == [["own", "margin 1", 1], ["own", "margin 2", 2], ["own", "category chat", 2],
+    assert [row[:3] for row in parts["rows"]] == [["own", "margin 1", 1], ["own", "margin 2", 2],
+                                                  ["own", "category chat", 2],
                                                   ["own", "category coding", 2]]
     assert parts["rows"][1][3]["value"] == 50 and parts["rows"][1][4] is None
     json.dumps([section, parts], allow_nan=False)
 
 
 @real
-@pytest.mark.parametrize("file, pairs, shared", [("hh/harmless-base-test-mild.jsonl.gz", 119, 0), ("oasst/en_25_tree.jsonl.gz", 171, 100),
-                                                 ("shp/askculinary_example.jsonl", 1, 0),
-                                                 ("summarize_from_feedback/comparison_example.jsonl", 1, 0)])
+@pytest.mark.parametrize("file, pairs, shared",
+                         [("hh/harmless-base-test-mild.jsonl.gz", 119, 0), ("oasst/en_25_tree.jsonl.gz", 171, 100),
+                          ("shp/askculinary_example.jsonl", 1, 0),
+                          ("summarize_from_feedback/comparison_example.jsonl", 1, 0)])
 def test_published_sets_are_scored_as_they_are(file, pairs, shared):
     """A scorer that prefers the longer reply, over each set of the talk; OASST has many pairs a prompt."""
     records = list(read(Path(os.environ["REAL_DATA"]) / "datasets" / file)[0])
-    found = preference_accuracy(records, by_length, rounds=100)
+    found = preference_accuracy(records, by_length)
     assert found["n"] == pairs and found["unscored"] == 0 and pairs - found["prompts"] >= shared
     assert found["value"] == sum(len(r["chosen"]) > len(r["rejected"]) for r in records) / pairs
 
@@ -192,7 +202,8 @@ def test_published_sets_are_scored_as_they_are(file, pairs, shared):
 # ------------------------------------------------------------------------------------- checkpoints
 
 QUESTIONS = [{"key": "b", "prompt": said("What is up?"), "answers": ["Nothing.", "The sky is up, and blue.", "Up"]},
-             {"key": "a", "prompt": [*said("Hi"), {"role": "assistant", "content": "Yes?"}, *said("Bye")], "answers": ["Bye!", "No."]}]
+             {"key": "a", "prompt": [*said("Hi"), {"role": "assistant", "content": "Yes?"}, *said("Bye")],
+              "answers": ["Bye!", "No."]}]
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +217,11 @@ def checkpoints(tmp_path_factory, checkpoint) -> dict[str, str]:
         found[name] = str(tmp_path_factory.mktemp("rewards") / name)
         save_model(model, found[name], tokenizer)
     return found
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # these models are too small for two to help
 
 
 @torch.no_grad()
@@ -230,20 +246,21 @@ def one_by_one(path: str, key: str) -> list[float]:
 def test_shared_prompts_score_as_one_by_one(checkpoints, capsys):
     """reward: the last token's score; logprob: sum / tokens; ref-free: beta sum; dpo: beta (sum - reference's sum)."""
     names = {"reward": "reward", "logprob": "policy", "ref-free": "policy", "dpo": "policy"}
-    found = {kind: load_scorer(kind, checkpoints[name], checkpoints["ref"] if kind == "dpo" else "", beta=0.5)(QUESTIONS)
-             for kind, name in names.items()}
+    found = {kind: load_scorer(kind, checkpoints[name], checkpoints["ref"] if kind == "dpo" else "",
+                               beta=0.5)(QUESTIONS) for kind, name in names.items()}
     for key in ("a", "b"):
         policy, ref = one_by_one(checkpoints["policy"], key), one_by_one(checkpoints["ref"], key)
         assert found["reward"][key] == pytest.approx(one_by_one(checkpoints["reward"], key), abs=1e-4)
         assert found["logprob"][key] == pytest.approx([s / n for s, n in policy], abs=1e-4)
         assert found["ref-free"][key] == pytest.approx([0.5 * s for s, _ in policy], abs=1e-3)
-        assert found["dpo"][key] == pytest.approx([0.5 * (s - r) for (s, _), (r, _) in zip(policy, ref, strict=True)], abs=1e-3)
+        assert found["dpo"][key] == pytest.approx([0.5 * (s - r) for (s, _), (r, _) in zip(policy, ref, strict=True)],
+                                                  abs=1e-3)
         assert max(found["dpo"][key]) - min(found["dpo"][key]) > 0.1  # not all the same
     assert "2 prompts, 5 replies scored" in capsys.readouterr().out
 
 
 def test_batch_size_and_order_change_no_score(checkpoints):
-    alone = load_scorer("reward", checkpoints["reward"], max_tokens=1)(QUESTIONS[::-1])
+    alone = load_scorer("reward", checkpoints["reward"], micro_tokens=1)(QUESTIONS[::-1])
     for key, values in load_scorer("reward", checkpoints["reward"])(QUESTIONS).items():
         assert alone[key] == pytest.approx(values, abs=1e-5)
 
@@ -270,7 +287,8 @@ def test_replies_cut_to_the_same_tokens_tie_and_long_prompts_go_unscored(checkpo
 
 def test_accuracy_is_that_of_the_training_scripts_report(checkpoints):
     rng = random.Random(0)
-    words = [" ".join(rng.choices(["cat", "runs", "blue", "to", "the", "house", "seven"], k=rng.randint(2, 6))) for _ in range(60)]
+    words = [" ".join(rng.choices(["cat", "runs", "blue", "to", "the", "house", "seven"], k=rng.randint(2, 6)))
+             for _ in range(60)]
     records = [pair(f"{i} {words[i]}", words[20 + i] + "!", words[40 + i], margin=1 + i % 3) for i in range(20)]
     trees = trees_from_preferences(records, load_tokenizer(checkpoints["reward"]))
     model = load_model(checkpoints["reward"], dtype=torch.float32)
@@ -285,19 +303,22 @@ def test_wrong_scorers_are_one_line(checkpoints, capsys):
     exits(capsys, lambda: load_scorer("dpo", checkpoints["policy"]), "names no reference")
     exits(capsys, lambda: load_scorer("reward", checkpoints["reward"], checkpoints["ref"]), "takes no reference")
     exits(capsys, lambda: load_scorer("reward", checkpoints["policy"]), "has no score head")
-    exits(capsys, lambda: load_scorer("dpo", checkpoints["policy"], checkpoints["reward"]), checkpoints["reward"], "has a score head")
+    exits(capsys, lambda: load_scorer("dpo", checkpoints["policy"], checkpoints["reward"]), checkpoints["reward"],
+          "has a score head")
 
 
 # ------------------------------------------------------------------------------------- RewardBench
 
 def test_sections_and_final_scores_by_hand():
-    """Chat: (100 * 1 + 258 * 0.5) / 358 = 0.639665. Prior 0.8 and 0.4: plain mean 0.6. Others 0.5: sum of sections 2.139665;
+    """Chat: (100 * 1 + 258 * 0.5) / 358 = 0.639665. Prior 0.8 and 0.4: plain mean 0.6. Others 0.5: sum of sections
+    2.139665;
     (2.139665 + 0.3) / 4.5 = 0.542148, (2.139665 + 0.6) / 5 = 0.547933, 2.139665 / 4 = 0.534916."""
     subsets = {name: sure(0.5) for name in SUBSETS} | {"alpacaeval-easy": sure(1.0)}
-    found = {name: part["value"] for name, part in section_scores(subsets, {"shp": sure(0.8), "summarize": sure(0.4)}).items()}
-    assert found == pytest.approx({
-        "Chat": 0.639665, "Chat Hard": 0.5, "Safety": 0.5, "Reasoning": 0.5, "prior sets": 0.6, "score, prior sets count 1/2": 0.542148,
-        "score, prior sets count 1": 0.547933, "score, no prior sets": 0.534916}, abs=1e-6)
+    scores = section_scores(subsets, {"shp": sure(0.8), "summarize": sure(0.4)})
+    found = {name: part["value"] for name, part in scores.items()}
+    assert found == pytest.approx({"Chat": 0.639665, "Chat Hard": 0.5, "Safety": 0.5, "Reasoning": 0.5,
+                                   "prior sets": 0.6, "score, prior sets count 1/2": 0.542148,
+                                   "score, prior sets count 1": 0.547933, "score, no prior sets": 0.534916}, abs=1e-6)
     del subsets["hep-go"]
     found = section_scores(subsets)
     assert [name for name, part in found.items() if part] == ["Chat", "Chat Hard", "Safety"]
@@ -322,7 +343,8 @@ def test_sections_are_those_of_the_benchmarks_code():
 def test_gpm_gemma_2b_gets_its_published_sections():
     subsets = {name: sure(share) for name, share in fixture("GPM-Gemma-2B.json").items() if name in SUBSETS}
     found = section_scores(subsets)
-    expected = {"Chat": 78.4916, "Chat Hard": 66.2281, "Safety": 84.3243, "Reasoning": 80.4656, "score, no prior sets": 77.3774}
+    expected = {"Chat": 78.4916, "Chat Hard": 66.2281, "Safety": 84.3243, "Reasoning": 80.4656,
+                "score, no prior sets": 77.3774}
     assert {name: round(100 * found[name]["value"], 4) for name in expected} == expected
 
 
@@ -330,7 +352,8 @@ def test_gpm_gemma_2b_gets_its_published_sections():
 def test_32_models_of_the_paper_come_out_within_a_tenth():
     """From the subset columns of tables 8, 11 and 12, rounded to a tenth, to their average column."""
     tables, seen = fixture("paper_tables_visible.json"), 0
-    for title, section in (("Table 8 Chat", "Chat"), ("Table 11 Reasoning", "Reasoning"), ("Table 12 Prior sets", "prior sets")):
+    for title, section in (("Table 8 Chat", "Chat"), ("Table 11 Reasoning", "Reasoning"),
+                           ("Table 12 Prior sets", "prior sets")):
         assert len(tables[title]["rows"]) == 32
         for average, *shares in tables[title]["rows"].values():
             parts = {name: sure(share) for name, share in zip(tables[title]["columns"][1:], shares, strict=True)}
@@ -349,7 +372,8 @@ def rows_1() -> list[dict]:
 
 
 def test_rewardbench_from_rows(tmp_path):
-    """hep-go 0.5, the others 1: Reasoning (1968 - 82) / 1968 = 0.958333, the score without prior sets (3 + 0.958333) / 4."""
+    """hep-go 0.5, the others 1: Reasoning (1968 - 82) / 1968 = 0.958333, the score without prior sets (3 + 0.958333) /
+    4."""
     rows = rows_1()
     questions = read_rewardbench(write_jsonl(tmp_path / "rows.jsonl", rows))
     found = rewardbench(questions, by_length)
@@ -359,10 +383,12 @@ def test_rewardbench_from_rows(tmp_path):
     assert found["scores"]["prior sets"] is None
     assert found["missing"]["math-prm"] == 445 and found["missing"]["donotanswer"] == 134
     random.Random(0).shuffle(rows)
-    assert rewardbench(read_rewardbench(write_jsonl(tmp_path / "shuffled.jsonl", rows)), by_length)["scores"] == found["scores"]
+    assert rewardbench(read_rewardbench(write_jsonl(tmp_path / "shuffled.jsonl", rows)),
+                       by_length)["scores"] == found["scores"]
     section = rewardbench_section({"length": found, "again": found})
     priors = dict.fromkeys(rewards.PRIOR, sure(0.2))
-    assert rewardbench(questions, by_length, priors | {"our own": sure(0.9)})["scores"]["prior sets"]["value"] == pytest.approx(0.2)
+    assert rewardbench(questions, by_length, priors
+                       | {"our own": sure(0.9)})["scores"]["prior sets"]["value"] == pytest.approx(0.2)
     assert rewardbench(questions, by_length, {"our own": sure(0.9)})["scores"]["prior sets"] is None
     assert section["title"] == "RewardBench" and all(len(row) == 3 for row in section["rows"])
     assert dict(row[:2] for row in section["rows"])["Reasoning"]["value"] == pytest.approx(100 * 1886 / 1968)
@@ -381,7 +407,8 @@ def test_ties_score_by_hand():
 
 
 def test_ties_score_with_no_spread():
-    """gap 1 over spread 0: everything right, tanh 1: 0.3 + 0.3 + 0.2 + 0.2 + 0.01. All scores equal: nothing right, 0."""
+    """gap 1 over spread 0: everything right, tanh 1: 0.3 + 0.3 + 0.2 + 0.2 + 0.01. All scores equal: nothing right,
+    0."""
     assert ties_score({"tied:1": 1, "ref:1": 1}, {"tied:1": 0})["score"] == pytest.approx(1.01)
     assert ties_score({"tied:1": 0, "ref:1": 0}, {"tied:1": 0})["score"] == 0
     with pytest.raises(ValueError, match="both"):
@@ -389,22 +416,26 @@ def test_ties_score_with_no_spread():
 
 
 def rows_2() -> list[dict]:
-    """RewardBench 2 for by_length: the best of four wins but in Math once, where it draws, and Focus once, where it comes second."""
-    rows = [{"prompt": f"{subset} {i}", "chosen": ["12345"], "rejected": ["1", "12", "1234"], "subset": subset, "id": str(i)}
-            for subset in SUBSETS_2 if subset != "Ties" for i in range(2)]
+    """RewardBench 2 for by_length: the best of four wins but in Math once, where it draws, and Focus once, where it
+    comes second."""
+    rows = [{"prompt": f"{subset} {i}", "chosen": ["12345"], "rejected": ["1", "12", "1234"], "subset": subset,
+             "id": str(i)} for subset in SUBSETS_2 if subset != "Ties" for i in range(2)]
     next(r for r in rows if r["subset"] == "Math")["rejected"][2] = "54321"
     next(r for r in rows if r["subset"] == "Focus")["rejected"][0] = "123456"
-    rows.append({"prompt": "Name a number.", "chosen": ["12345", "123456"], "rejected": ["1", "12"], "subset": "Ties", "id": "tied:7"})
+    rows.append({"prompt": "Name a number.", "chosen": ["12345", "123456"], "rejected": ["1", "12"], "subset": "Ties",
+                 "id": "tied:7"})
     rows.append({"prompt": "Name 5.", "chosen": ["12345"], "rejected": ["1"], "subset": "Ties", "id": "ref:7"})
     return rows
 
 
 def test_rewardbench_2_from_rows(tmp_path):
-    """Best of four: Math 1/2 and Focus 1/2, the other three 1. Ties: gap 3, spread 1, ref gap 4: 1 + 0.01 tanh(3 - 1) = 1.009640.
+    """Best of four: Math 1/2 and Focus 1/2, the other three 1. Ties: gap 3, spread 1, ref gap 4: 1 + 0.01 tanh(3 - 1) =
+    1.009640.
     Mean of six (4 + 1.009640) / 6 = 0.834940."""
     found = rewardbench(read_rewardbench(write_jsonl(tmp_path / "rows.jsonl", rows_2())), by_length)
     shares = {name: part["value"] for name, part in found["subsets"].items()}
-    assert shares == {"Factuality": 1, "Focus": 0.5, "Math": 0.5, "Precise IF": 1, "Safety": 1, "Ties": pytest.approx(1.009640, abs=1e-6)}
+    assert shares == {"Factuality": 1, "Focus": 0.5, "Math": 0.5, "Precise IF": 1, "Safety": 1,
+                      "Ties": pytest.approx(1.009640, abs=1e-6)}
     assert found["scores"]["mean of six"]["value"] == pytest.approx(0.834940, abs=1e-6) and found["ties"] == 1
     assert rewardbench_section({"length": found})["title"] == "RewardBench 2"
     part = rewardbench([q for q in read_rewardbench(tmp_path / "rows.jsonl") if q["subset"] != "Ties"], by_length)

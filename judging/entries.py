@@ -1,0 +1,67 @@
+"""What a setting names: "name=kind:where" as a name, a kind and a place; and files of JSON lines, read whole."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from checkpoints import read_config
+from runtime import fail
+
+KINDS = {"models": ("few-shot",), "judges": ("gold", "reward", "recorded"),
+         "reward_models": ("reward", "dpo", "ref-free", "logprob")}
+PAIRS = ("choices", "reward_models", "attacks")  # whose place may be followed by a second one, after a colon
+
+
+class Entry(NamedTuple):
+    name: str
+    kind: str        # of KINDS, or endpoint (http://host/v1#name), answers (a .jsonl file), model (a directory)
+    where: str
+    more: str = ""   # the second place: examples, reference, behaviours
+
+
+def decode(key: str, entry: str) -> Entry:
+    """One entry of the setting `key`. A judge's place alone is its name."""
+    name, equals, place = entry.partition("=")
+    if not equals:
+        if key != "judges":
+            fail(f"{key}: '{entry}' is not name=..., expected e.g. SFT=runs/sft/model")
+        place = name
+    kind, _, where = place.partition(":")
+    if kind not in KINDS.get(key, ()):
+        kind, where = "endpoint" if "://" in place else "answers" if place.endswith(".jsonl") else "model", place
+    where, _, more = where.partition(":") if key in PAIRS else (where, "", "")
+    return Entry(name, kind, where, more)
+
+
+def decode_all(key: str, entries: Sequence[str]) -> list[Entry]:
+    found = [decode(key, entry) for entry in entries]
+    names = [entry.name for entry in found]
+    if len(set(names)) < len(names):
+        fail(f"{key}: a name occurs twice in {', '.join(names)}: give each its own")
+    return found
+
+
+def check_checkpoint(key: str, path: str, scored: bool) -> None:
+    """Refuse a place that is no model directory, or whose model is a reward model and should not be, or is none."""
+    if not (Path(path) / "config.json").is_file():
+        fail(f"{key}: {path} holds no config.json, expected a model directory: train it first, or mend the path")
+    if read_config(path).scored != scored:
+        fail(f"{key}: {path} has no score head, expected a reward model: train one with reward.py" if scored else
+             f"{key}: {path} is a reward model, expected one that replies: name the result of sft.py, dpo.py or ppo.py")
+
+
+def read_lines(path: str | Path, make: Callable[[dict, int], object], fault: str) -> list:
+    """make(record, line) of every line of a file of JSON lines; the first it fails on ends the run with `fault`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot be read ({error}), expected JSON lines: check the path")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(make(json.loads(line), number))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            fail(f"{path} line {number}: {fault}: mend or drop the line")
+    return found

@@ -34,7 +34,7 @@ from starlette.routing import Route
 import runtime
 from checkpoints import read_config
 from data.llm import Checkpoint, Sampling, before_stop, slots_that_fit
-from model import Decoder, Sequence
+from model import Decoder, ReplyState
 from runtime import check_range, fail
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -76,7 +76,7 @@ class Config:
 class Spoken:
     """What a sequence has said, in pieces that later tokens will not change, up to a stop string."""
 
-    def __init__(self, tokenizer, sequence: Sequence, stops: tuple[str, ...] = ()):
+    def __init__(self, tokenizer, sequence: ReplyState, stops: tuple[str, ...] = ()):
         self.tokenizer, self.sequence, self.stops = tokenizer, sequence, stops
         self.text, self.tokens = "", 0     # given out so far, and the tokens it took
         self.finish = ""                   # "stop" or "length" once it is over
@@ -162,11 +162,11 @@ def converse(checkpoint: Checkpoint, config: Config, length: int) -> None:
             continue
         turn += 1
         new, settings = min(config.max_tokens, length - len(prompt)), config.sampling().settings
-        text = speak(decoder, checkpoint.tokenizer, Sequence(prompt, new, settings, [config.seed, turn]))
+        text = speak(decoder, checkpoint.tokenizer, ReplyState(prompt, new, settings, [config.seed, turn]))
         history.append({"role": "assistant", "content": text})
 
 
-def speak(decoder: Decoder, tokenizer, sequence: Sequence) -> str:
+def speak(decoder: Decoder, tokenizer, sequence: ReplyState) -> str:
     """Print a reply as it is decoded; " ..." where it was cut, by Ctrl-C or by its length."""
     spoken = Spoken(tokenizer, sequence)
     decoder.waiting.append(sequence)
@@ -300,11 +300,11 @@ class Engine:
 
     def __init__(self, decoder: Decoder):
         self.decoder, self.thread, self.broken = decoder, ThreadPoolExecutor(1, "decoder"), ""
-        self.arrived: list[Sequence] = []
-        self.listeners: dict[Sequence, tuple[asyncio.Event, bool]] = {}
+        self.arrived: list[ReplyState] = []
+        self.listeners: dict[ReplyState, tuple[asyncio.Event, bool]] = {}
         self.running: asyncio.Task | None = None
 
-    def submit(self, sequences: list[Sequence], news: asyncio.Event, every_token: bool) -> None:
+    def submit(self, sequences: list[ReplyState], news: asyncio.Event, every_token: bool) -> None:
         """`news` is set when one of them ends, or has a token more."""
         self.arrived += sequences
         self.listeners |= dict.fromkeys(sequences, (news, every_token))
@@ -312,7 +312,7 @@ class Engine:
             self.running = asyncio.create_task(self.run())
 
     async def run(self) -> None:
-        stepped: list[Sequence] = []
+        stepped: list[ReplyState] = []
         try:
             while stepped or self.arrived:
                 self.decoder.waiting.extend(self.arrived)  # between two steps: the thread is idle
@@ -325,13 +325,13 @@ class Engine:
             for news, _ in self.listeners.values():
                 news.set()
 
-    def wake(self, stepped: list[Sequence]) -> None:
+    def wake(self, stepped: list[ReplyState]) -> None:
         for s in self.listeners.keys() & stepped:
             news, every_token = self.listeners[s]
             if every_token or s.done:
                 news.set()
 
-    def leave(self, sequences: list[Sequence]) -> None:
+    def leave(self, sequences: list[ReplyState]) -> None:
         """Their client has its reply, or has gone away: the decoder drops what is not done."""
         for s in sequences:
             s.done = True
@@ -391,7 +391,7 @@ class Server:
         if len(self.engine.decoder.waiting) + len(self.engine.arrived) > MOST_WAITING:
             raise Refusal(429, "too many requests are waiting: try again in a while", None, "rate_limit_exceeded")
         new, settings = min(asked.sampling.max_tokens, room), asked.sampling.settings
-        sequences = [Sequence(prompt, new, settings, [asked.seed, i], top=asked.top) for i in range(asked.n)]
+        sequences = [ReplyState(prompt, new, settings, [asked.seed, i], top=asked.top) for i in range(asked.n)]
         chunks = self.chunks(asked, len(prompt), sequences)
         if asked.stream:
             return StreamingResponse(as_events(chunks), media_type="text/event-stream")
@@ -418,7 +418,7 @@ class Server:
         except (ValueError, RecursionError) as error:
             raise Refusal(400, f"the body is not JSON ({error})") from None
 
-    async def chunks(self, asked: Asked, prompt_tokens: int, sequences: list[Sequence]) -> AsyncIterator[dict]:
+    async def chunks(self, asked: Asked, prompt_tokens: int, sequences: list[ReplyState]) -> AsyncIterator[dict]:
         """A reply as OpenAI streams it. Left early, it gives its slots back."""
         base = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion.chunk",
                 "created": int(time.time()), "model": self.name, "system_fingerprint": self.identity}
@@ -454,7 +454,7 @@ class Server:
         finally:
             self.engine.leave(sequences)
 
-    def logprobs(self, sequence: Sequence, first: int, last: int) -> dict:
+    def logprobs(self, sequence: ReplyState, first: int, last: int) -> dict:
         """OpenAI's form of tokens first..last-1: log-probabilities at temperature 1, and the likeliest instead."""
         def entry(token: int, logprob: float) -> dict:
             text = self.tokenizer.decode([*self.newline, token])[1:]  # after another, so that a leading blank stays

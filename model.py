@@ -513,9 +513,6 @@ class Decoder:
         del self.active[left:]
 
 
-Sequence = ReplyState  # until data/llm.py and chat.py have the new name
-
-
 def _prefill(model: Transformer, cache: KVCache, new: list[ReplyState], first_slot: int) -> Tensor:
     """Read the prompts of new sequences into the cache, equal ones once, from slot `first_slot` on; logits [B, V]."""
     device = model.embed_tokens.weight.device

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from checkpoints import expect_replies, load_model, weight_files
 from data.tokenizer import TEMPLATES, adopt_template, load_tokenizer
-from model import Decoder, Sequence, Transformer
+from model import Decoder, ReplyState, Transformer
 from runtime import check_range, fail, file_hash, find_device, open_folder
 
 
@@ -255,7 +255,7 @@ class Checkpoint:
 
     def replies(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Reply | str]]:
         """Replies in the order they end."""
-        sequences: dict[Sequence, int] = {}
+        sequences: dict[ReplyState, int] = {}
         positions = self.model.config.max_positions
         for i, request in enumerate(requests):
             prompt = self.tokenizer.render(request.messages, add_generation_prompt=True)[0]
@@ -264,7 +264,7 @@ class Checkpoint:
                 continue
             seed = [int(request_key(self.name, request, sampling), 16)]
             new = min(sampling.max_tokens, positions - len(prompt))
-            sequences[Sequence(prompt, new, sampling.settings, seed, self.label_tokens(request.labels))] = i
+            sequences[ReplyState(prompt, new, sampling.settings, seed, self.label_tokens(request.labels))] = i
         if not sequences:
             return
         length = max(len(s.prompt) + s.max_tokens for s in sequences)

@@ -23,7 +23,7 @@ from torch.distributed import TCPStore
 
 import runtime
 from checkpoints import load_model, save_model
-from data.pack import Response, Tree, pack, share
+from data.pack import Response, Tree, micro_batches, pack
 from data.tokenizer import load_tokenizer
 from model import add_score_head
 from runtime import distributed
@@ -237,9 +237,9 @@ def test_ranks_share_every_tree_once_in_as_many_batches_each(world, monkeypatch)
         monkeypatch.setattr(distributed, "world_size", lambda: world)
         for rank in range(world):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            shares.append(share(trees[:count], 100))
+            shares.append(micro_batches(trees[:count], 100))
         assert len({len(batches) for batches in shares}) == 1
-        counted = [batch for batches in shares for batch in batches if batch.counts]
+        counted = [batch for batches in shares for batch in batches if batch.weight]
         assert sorted(tree.record for batch in counted for tree in batch.trees) == list(range(count))
         assert all(len(batch.tokens) <= 100 for batch in counted)
         if count <= world:
@@ -248,7 +248,7 @@ def test_ranks_share_every_tree_once_in_as_many_batches_each(world, monkeypatch)
 
 def test_alone_a_rank_has_the_batches_of_pack():
     trees = [Tree(torch.arange(n).int().numpy(), [], [Response(0, 1, n)]) for n in (5, 30, 20, 9)]
-    assert [b.tokens.tolist() for b in share(trees, 40)] == [b.tokens.tolist() for b in pack(trees, 40)]
+    assert [b.tokens.tolist() for b in micro_batches(trees, 40)] == [b.tokens.tolist() for b in pack(trees, 40)]
 
 
 # ----------------------------------------------------------------------------------------- signals, faults

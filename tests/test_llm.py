@@ -27,7 +27,7 @@ from data.llm import (
     request_key,
     retry_after,
 )
-from model import Decoder, Sequence, generate
+from model import Decoder, ReplyState, generate
 
 
 @pytest.fixture(autouse=True)
@@ -458,7 +458,7 @@ def test_greedy_decoding_is_that_of_generate(model):
     prompts = [model.tokenizer.render(r.messages, add_generation_prompt=True)[0] for r in REQUESTS]
     expected = generate(model.model, prompts, 20, temperature=0, stop_ids=model.tokenizer.stop_ids(), slots=5)
     decoder = Decoder(model.model, model.tokenizer.stop_ids(), 5, 64)
-    sequences = [Sequence(p, 20, (0.0, 0, 1.0), [0]) for p in prompts]
+    sequences = [ReplyState(p, 20, (0.0, 0, 1.0), [0]) for p in prompts]
     decoder.waiting.extend(sequences)
     while decoder.step():
         pass
@@ -476,9 +476,9 @@ def test_a_sequence_that_is_taken_out_leaves_the_others_as_they_are(model):
     assert [left[i].tokens for i in others] == [alone[i] for i in others]
 
 
-def _decoded(model, prompts, leave: dict[int, int]) -> list[Sequence]:
+def _decoded(model, prompts, leave: dict[int, int]) -> list[ReplyState]:
     decoder = Decoder(model.model, (), 4, 64)
-    sequences = [Sequence(p, 12, (1.0, 0, 1.0), [i]) for i, p in enumerate(prompts)]
+    sequences = [ReplyState(p, 12, (1.0, 0, 1.0), [i]) for i, p in enumerate(prompts)]
     decoder.waiting.extend(sequences)
     while True:
         for i, tokens in leave.items():

@@ -21,6 +21,7 @@ import runtime
 import sft
 from benchmarks import peers_work as work
 from checkpoints import load_model
+from data.four_models import Models
 from data.pack import CHOSEN, REJECTED, Response, Tree, pack
 from model import ModelConfig, Transformer, add_score_head, generate, init_weights
 
@@ -169,17 +170,17 @@ def rloo_step(model, shape: work.Shape, path: str) -> work.Step:
                         minibatches=1)
     optimizer = runtime.adamw(model, work.LR, 0.0)
     prompts, device = work.prompts(shape, work.RL_PROMPTS * work.STEPS), torch.device(shape.device)
-    steps = iter(range(work.STEPS))
+    steps, models = iter(range(work.STEPS)), Models(model, reference, reward_model, None, model)
 
     def step() -> dict:
         number, began = next(steps), time.perf_counter()
         asked = prompts[number * work.RL_PROMPTS : (number + 1) * work.RL_PROMPTS]
-        trees = ppo.sample(model, asked, NoTokenizer(), number, config)
+        trees = ppo.sample(models, asked, NoTokenizer(), number, config)
         sampled = time.perf_counter()
-        rollout = ppo.score(trees, model, reference, reward_model, None, config, device)
+        rollout = ppo.score(trees, models, config, device)
         _, advantages, returns = ppo.find_advantages(rollout, config.kl_coef, config)
         scored = time.perf_counter()
-        ppo.update(model, None, optimizer, rollout, advantages, returns, number, config, device)
+        ppo.update(models, optimizer, rollout, advantages, returns, number, config, device)
         return {"units": len(rollout.scores), "sampling_s": sampled - began, "scoring_s": scored - sampled,
                 "updating_s": time.perf_counter() - scored}
     return step

@@ -14,6 +14,7 @@ import reward
 import sft
 from checkpoints import load_model, save_model
 from data.dry_run import plan, plan_of_four
+from data.four_models import load_models
 from data.pack import Response, Tree, pack
 from data.tiny.world import demonstrate, dialogue
 from data.tokenizer import load_tokenizer
@@ -108,7 +109,7 @@ def reward_run(chatbot, world):
 
 def test_a_reward_adapter_with_its_head_scores_as_the_merged_model(reward_run, chatbot):
     ids = torch.arange(3, 40)[None]
-    base = lora.load_base(str(chatbot), sft.Config(lora_rank=4), torch.device("cpu"), torch.float32)
+    base = lora.load_base(str(chatbot), sft.Config(lora_rank=4, dtype="float32"), torch.device("cpu"))
     role = lora.load_role(base, reward_run / "adapter", "reward")
     with lora.adapter(base, "reward"):
         hidden, _ = base._hidden_of_rows(ids, None)
@@ -136,9 +137,9 @@ def test_ppo_on_one_base_runs_and_trains_nothing_but_its_adapters(changes, rewar
 
 
 def test_one_base_holds_four_roles_that_do_not_disturb_each_other(reward_run, chatbot):
-    options = ppo.Config(model=str(chatbot), reward_model=str(reward_run / "adapter"), lora_rank=4)
+    options = ppo.Config(model=str(chatbot), reward_model=str(reward_run / "adapter"), lora_rank=4, dtype="float32")
     tokenizer = load_tokenizer(chatbot)
-    policy, reference, scorer, value = ppo.load_roles(options, tokenizer, torch.device("cpu"), torch.float32)
+    policy, reference, scorer, value, _ = load_models(options, tokenizer, torch.device("cpu"))
     assert policy.base is reference.base is scorer.base is value.base
     separate = load_model(chatbot, dtype=torch.float32)
     said, alone = (generate(model, [[1, 5, 9]], 8, seed=1)[0][0] for model in (reference, separate))

@@ -105,18 +105,18 @@ def test_the_arithmetic_for_the_recipes_models_is_that_of_the_results(tmp_path):
 
 def train(path: str, way: str, checkpointing: bool) -> int:
     """Two steps in this process; the peak of resident memory above what it held before, in bytes."""
-    options = sft.Config(model=path, checkpointing=checkpointing, **WAYS[way])
+    options = sft.Config(model=path, dtype="float32", checkpointing=checkpointing, **WAYS[way])
     rng = np.random.default_rng(0)
     trees = [Tree(rng.integers(0, 8192, 64).astype(np.int32), [], [Response(0, 32, 64)]) for _ in range(TOKENS // 64)]
     (batch,) = pack(trees, TOKENS)
     small = replace(read_config(path), width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=128, layers=1)
-    warm = lora.adapt(Transformer(small), options, 0)
+    warm = lora.adapt(Transformer(small), options)
     init_weights(warm, 0)
     for _ in range(2):  # torch loads its own libraries when first used
         sft.train_step(warm, batch, 64)[0].backward()
         runtime.adamw(warm, 1e-4, 0.0).step()
     before = resident(reset=True)[0]
-    model = lora.adapt(lora.load_base(path, options, torch.device("cpu"), torch.float32), options, 0)
+    model = lora.adapt(lora.load_base(path, options, torch.device("cpu")), options)
     optimizer = runtime.adamw(model, 1e-4, 0.0)
     for _ in range(2):
         sft.train_step(model, batch, 64)[0].backward()

@@ -303,7 +303,7 @@ def main(config: Config) -> None:
         if config.part == "data":
             return
         make_start(config, out / "start")
-    copying = ["schedule=constant", "warmup=0.4", "eval_every=0", "samples=0"]
+    copying = ["schedule=constant", "warmup_ratio=0.4", "eval_every=0", "samples=0"]
     verses = pretrain(config, out, "verses", f"model={out / 'start'}", *copying)
     corpus = pretrain(config, out, "pretrain", f"model={verses / 'model'}", f"eval_data={out / 'pretrain_eval.jsonl'}")
     if config.ship:

@@ -114,7 +114,7 @@ gpu-tests:
 	timeout --signal=INT 40 $(PYTHON) -m pytest tests/test_model.py -k 'triton or graphs'
 
 gpu-kernels:
-	$(PYTHON) -m kernels.bench --budget 270
+	$(PYTHON) -m benchmarks.kernels --budget 270
 	$(PYTHON) -m benchmarks.readme
 
 gpu-training:

@@ -4,12 +4,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from benchmarks.kernels.report import build_table, summary_table, verdict_table
 from judging.gold import interval
-from kernels.bench_report import build_table, summary_table, verdict_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-KERNELS = ROOT / "kernels"
+BUILDS = ROOT / "benchmarks" / "kernels" / "aot_baseline.json"
 
 
 def tiny_table(report: dict) -> str:
@@ -235,8 +235,8 @@ TABLES = {"peers": (peers_table, "peers.json"), "peers_gpu": (peers_gpu_table, "
           "tiny": (tiny_table, "tiny/report.json"), "categories": (category_table, "tiny/report.json"),
           "throughput": (throughput_table, "throughput.json"), "families": (family_table, "families.json"),
           "memory": (memory_table, "memory.json"), "loading": (loading_table, "loading.json"),
-          "kernels_builds": (build_table, KERNELS / "aot_baseline.json"), "kernels_gpu": (verdict_table, KERNELS / "results"),
-          "kernels_cpu": (summary_table, KERNELS / "results" / "cpu.json"),
+          "kernels_builds": (build_table, BUILDS), "kernels_gpu": (verdict_table, RESULTS / "kernels"),
+          "kernels_cpu": (summary_table, "kernels/cpu.json"),
           "rlhf": (rlhf_table, "tiny/rlhf.json"), "sampling": (sampling_table, "sampling.json")}
 
 

@@ -5,21 +5,21 @@ For queries q, keys k and values v of one head, E wide, with s = scale * q k^T:
     P = softmax(s masked)      O = P v
     dV = P^T dO      dS = P * (dO v^T - delta), delta = rowsum(dO * O)      dQ = scale dS k      dK = scale dS^T q
 
-A token's keys in the order of its path are `prefix` tokens of the trunk, then its own segment. Key and query
-see each other when 0 <= position(query) - position(key), and < W if there is a window of W tokens. What lies
-in other segments is never read, so that no NaN of theirs arrives either.
+A token's keys, in the order of its path, are `prefix` tokens of the trunk, then its own segment up to itself. A
+query sees a key when 0 <= position(query) - position(key), and < W if there is a window of W tokens. Other segments
+are never read, so a NaN in one cannot reach another.
 
 The PyTorch version gathers segments into padded rows and keeps P. The Triton version (Dao et al. 2022,
-arXiv:2205.14135; Dao 2023, arXiv:2307.08691) never writes P: the forward keeps L = log sum exp s, 4 bytes a token
-and head, and the backward computes P = exp(s - L) again, tile by tile:
+arXiv:2205.14135; Dao 2023, arXiv:2307.08691) never writes P: the forward keeps L = log sum exp s, 4 bytes per token
+and head, and the backward recomputes P = exp(s - L) tile by tile:
 
-    forward   a program per tile of queries walks over their keys, softmax rescaled as it goes      O, L
-    dQ        the same walk                                                                         dQ
-    dK, dV    a program per tile of keys walks over the queries that see them: those of its own     dK, dV
-              segment, then for each leaf that branches off later those of the leaf; scores transposed
+    forward   one program per tile of queries walks over their keys, rescaling the softmax as it goes     O, L
+    dQ        the same walk                                                                               dQ
+    dK, dV    one program per tile of keys walks over the queries that see them: those of its own         dK, dV
+              segment, then those of each leaf that branches off after the tile; scores are transposed
 
-Seven matmuls where five would do, and in return every number is written once, by one program, in one order: no
-atomics, the same bits every time. Operations: 4 E forward and 14 E backward per pair of query and key.
+That is seven matmuls where five would do. In exchange every number is written once, by one program, in a fixed
+order: no atomics, and the same bits every time. Operations: 4 E forward, 14 E backward per pair of query and key.
 """
 from __future__ import annotations
 
@@ -28,8 +28,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import Build, architecture, jit, on_triton, tl, without_onednn
+from kernels import architecture, jit, on_triton, tl, without_onednn
 from kernels.layout import Layout
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None = None, softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The definition of `attention`, with one [N, N] mask for the whole row: the tests compare with it."""
+    seen = torch.zeros(len(q), len(q), dtype=torch.bool, device=q.device)
+    segments = (x.tolist() for x in (layout.start, layout.length, layout.trunk_start, layout.prefix))
+    for start, length, trunk, prefix in zip(*segments, strict=True):
+        for i in range(length):
+            path = [*range(trunk, trunk + prefix), *range(start, start + i + 1)]
+            seen[start + i, path[-window:] if window else path] = True
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))                   # [N, H, E]
+    scores = torch.einsum("qhe,khe->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return torch.einsum("hqk,khe->qhe", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
 def attention(
@@ -43,11 +61,12 @@ def attention(
 ) -> Tensor:
     """Attention of every token to its own path, [N, H, E]. Any float dtype, differentiable in q, k and v.
 
-    On a CPU there may be more rows than tokens, which padded the batch: they give and take nothing.
+    On a CPU q, k and v may have more rows than the layout has tokens (padding): those give 0 and get no gradient.
     """
     padding = q.shape[0] - layout.tokens
     if padding < 0 or (padding and on_triton(q)) or q.shape[1] % k.shape[1] or k.shape != v.shape:
-        raise ValueError(f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {layout.tokens} tokens do not fit")
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"shapes {shapes} and {layout.tokens} tokens do not fit")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, expected at least 1")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -58,24 +77,24 @@ def attention(
 
 # --------------------------------------------------------------------------------- the PyTorch version
 
-# It works on blocks of 128 queries, so that keys after the block are skipped, and on 2^20 scores at a time,
-# which stay in a CPU's last-level cache. Forward and backward of 8 rows of 512 tokens, 6 heads of 48, in fp32 on two
-# Zen 5 cores: 57 ms, SDPA 63; the gain is in what need not be padded (kernels/results/cpu.json). It keeps the
-# probabilities of all blocks for the backward: 2 or 4 bytes a pair of tokens and head.
+# Blocks of 128 queries, so that keys after the block are skipped, and 2^20 scores at a time, which stay in a CPU's
+# last-level cache. Forward and backward of 8 rows of 512 tokens, 6 heads of 48, in fp32 on two Zen 5 cores: 57 ms,
+# SDPA 63; the larger gain is padding that is not needed (benchmarks/results/kernels/cpu.json). The probabilities of
+# all blocks are kept for the backward: 2 or 4 bytes per pair of tokens and head.
 QUERY_BLOCK = 128
 SCORES_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
 class Rows:
-    """S segments as rows of L queries and P + L keys. Padding repeats a token of the same segment."""
+    """S segments as padded rows of L queries and P + L keys. Padding repeats a token of the same segment."""
 
     query: Tensor         # [S L] token index of every slot of the padded rows
     key: Tensor           # [S (P + L)] token index: P of the trunk, then the segment
-    slot: Tensor          # [n] the slots that are no padding
+    slot: Tensor          # [n] the slots that are not padding
     token: Tensor         # [n] their token index
     real: Tensor          # [S, 1, 1, L, 1] False where a query is padding
-    blocks: list[tuple]   # (rows, first query, last + 1, last key + 1, mask [r, 1, 1, queries, keys] of unseen keys)
+    blocks: list[tuple]   # (rows r, first query, last + 1, last key + 1, mask of unseen keys [r, 1, 1, queries, keys])
 
     @staticmethod
     def build(layout: Layout, members: Tensor, heads: int, window: int | None) -> Rows:
@@ -87,7 +106,7 @@ class Rows:
         before = torch.arange(longest_prefix, device=start.device)
         seen = before < prefix                                   # [S, P]
         trunk = torch.where(seen, layout.trunk_start[members][:, None] + before, start)
-        # Places on the path. A padded query keeps one of its segment, so that it sees some key; a padded key is never seen.
+        # Positions on the path. A padded query keeps a real one, so that it sees some key; a padded key is never seen.
         query_place = (prefix + torch.minimum(column, length - 1)).int()                                   # [S, L]
         key_place = torch.cat([torch.where(seen, before, 2**30), torch.where(real, prefix + column, 2**30)], 1).int()
         blocks = []
@@ -100,12 +119,12 @@ class Rows:
                 unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
                 blocks.append((r, a, b, end, unseen[:, None, None]))
         slot = real.flatten().nonzero()[:, 0]
-        query = own.flatten()
-        return Rows(query, torch.cat([trunk, own], 1).flatten(), slot, query[slot], real[:, None, None, :, None], blocks)
+        query, key = own.flatten(), torch.cat([trunk, own], 1).flatten()
+        return Rows(query, key, slot, query[slot], real[:, None, None, :, None], blocks)
 
 
 def padded_rows(layout: Layout, heads: int, window: int | None) -> list[Rows]:
-    """The segments as padded rows, made once per batch: a row is a segment with all its keys."""
+    """The segments as padded rows, one per segment with all its keys; made once per batch."""
     if (heads, window) not in layout.plans:
         groups: dict[tuple[bool, int], list[int]] = {}
         for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True)):
@@ -123,12 +142,13 @@ class _RowAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, groups, softcap, scale):
         out = torch.zeros_like(q)
         kept = []  # per block the probabilities, and tanh of the capped scores: what the backward needs
-        with without_onednn(q.device):  # every batch has other shapes: see missing_rows
+        with without_onednn(q.device):  # which would compile every new shape, and each batch has its own
             for rows in groups:
-                rq, rk, rv = _padded(q, rows.query, rows, k.shape[1]), _padded(k, rows.key, rows), _padded(v, rows.key, rows)
+                rq, rk, rv = _padded_qkv(q, k, v, rows)
                 ro = torch.empty_like(rq)
                 for r, a, b, end, unseen in rows.blocks:
-                    scores = _matmul(rq[r, :, :, a:b] * scale, rk[r, :, :end].transpose(-1, -2))  # [r, K, G, b - a, end]
+                    # [r, K, G, b - a, end]
+                    scores = _matmul(rq[r, :, :, a:b] * scale, rk[r, :, :end].transpose(-1, -2))
                     capped = None
                     if softcap is not None:
                         capped = torch.tanh(scores / softcap)
@@ -149,9 +169,9 @@ class _RowAttention(torch.autograd.Function):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         delta = (dout * out).sum(-1, keepdim=True)                                   # [N, H, 1]
         blocks = iter(kept)
-        with without_onednn(q.device):  # every batch has other shapes: see missing_rows
+        with without_onednn(q.device):
             for rows in groups:
-                rq, rk, rv = _padded(q, rows.query, rows, k.shape[1]), _padded(k, rows.key, rows), _padded(v, rows.key, rows)
+                rq, rk, rv = _padded_qkv(q, k, v, rows)
                 rdo = _padded(dout, rows.query, rows, k.shape[1]) * rows.real
                 rdelta = _padded(delta, rows.query, rows, k.shape[1]) * rows.real        # [S, K, G, L, 1]
                 rdq, rdk, rdv = torch.empty_like(rq), torch.zeros_like(rk), torch.zeros_like(rv)
@@ -176,8 +196,12 @@ def _padded(x: Tensor, index: Tensor, rows: Rows, kv_heads: int | None = None) -
     return gathered if kv_heads is None else gathered.unflatten(1, (kv_heads, -1))
 
 
+def _padded_qkv(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    return _padded(q, rows.query, rows, k.shape[1]), _padded(k, rows.key, rows), _padded(v, rows.key, rows)
+
+
 def _unpad(x: Tensor, rows: Rows, out: Tensor) -> None:
-    """Write the rows x [S, H, L, E] to out [N, H, E], padding left behind."""
+    """Write the rows x [S, H, L, E] to out [N, H, E] without their padding."""
     out.index_copy_(0, rows.token, x.transpose(1, 2).flatten(0, 1).index_select(0, rows.slot))
 
 
@@ -193,9 +217,10 @@ def _matmul_t(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------- the Triton version
 
-# (queries, keys, warps, stages) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256): the largest tried
-# that Triton 3.9 does not spill (3.6: 22 times in dK/dV of 128 with a softcap on sm_90). `disable_licm` lets them fit (without it dK/dV
-# of 64 x 128 spilled 110 times), and so do the key loads written out in `_attend` and `_dq_walk`: shared in one function, dQ spills.
+# (queries, keys, warps, stages) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256): the
+# largest tried whose registers Triton 3.9 does not spill (3.6 spills 22 in dK/dV of 128 with a softcap on sm_90). They
+# fit thanks to `disable_licm` (without it dK/dV of 64 x 128 spilled 110 times), and because the loads of keys are
+# written out in both `_attend` and `_dq_walk`: with one function for both, dQ spills.
 CONFIGS = {
     80: {64: ((128, 64, 8, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
          128: ((128, 32, 8, 1), (64, 32, 8, 2), (32, 64, 8, 2)),
@@ -207,26 +232,28 @@ CONFIGS = {
           128: ((128, 64, 8, 3), (64, 64, 8, 1), (64, 128, 8, 1)),
           256: ((128, 32, 8, 2), (64, 32, 8, 1), (64, 64, 8, 1))},
 }
-PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
+PROGRAMS = 264  # that keep an H100 or H200 busy: two per multiprocessor
 CONFIG_FP32 = ((16, 16, 8, 1),) * 3  # no matrix units: for tests, not for speed
 
 
 class _TileAttention(torch.autograd.Function):
-    """The header's Triton version: four launches."""
+    """The Triton version of the header: four launches."""
 
     @staticmethod
     def forward(ctx, q, k, v, layout, window, softcap, scale):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         config = _config(q)
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)  # [N, H, E], [N, H]
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)  # [N, H], L of the header
         queries, keys, warps, stages = config[0]
         table, tiles = tile_list(layout, queries, window)
-        _forward[q.shape[1], len(tiles)](q, k, v, out, lse, table, tiles, scale, **_shape(q, k, window, softcap), QUERIES=queries,
-                                         KEYS=keys, num_warps=warps, num_stages=stages)
+        _forward[q.shape[1], len(tiles)](
+            q, k, v, out, lse, table, tiles, scale,
+            **_shape(q, k, window, softcap), QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
         ctx.save_for_backward(q, k, v, out, lse)
-        # Lists for the backward too: to send them to the device in its midst would hold it up.
-        lists = (tile_list(layout, config[1][0], window), tile_list(layout, config[2][1], window, of_keys=True)) if any(
-            ctx.needs_input_grad) else ()
+        lists = ()
+        if any(ctx.needs_input_grad):  # made here: copying them to the device during the backward would stall it
+            lists = tile_list(layout, config[1][0], window), tile_list(layout, config[2][1], window, of_keys=True)
         ctx.options = lists, window, softcap, scale, config
         return out
 
@@ -240,17 +267,19 @@ class _TileAttention(torch.autograd.Function):
         rows = lse.numel()
         _delta[(rows + 15) // 16,](dout, out, delta, rows, E=shape["E"], WIDTH=shape["WIDTH"], ROWS=16, num_warps=4)
         queries, keys, warps, stages = config[1]
-        _dq[q.shape[1], len(tiles)](q, k, v, dout, lse, delta, dq, table, tiles, scale, **shape, QUERIES=queries, KEYS=keys,
-                                    num_warps=warps, num_stages=stages)
+        _dq[q.shape[1], len(tiles)](
+            q, k, v, dout, lse, delta, dq, table, tiles, scale,
+            **shape, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
         queries, keys, warps, stages = config[2]
-        # With few KV heads there would be too few programs: then a head's queries are shared out, and the parts added up.
+        # Few KV heads would give too few programs: then the query heads of a group are split, and the parts added up.
         heads, group = k.shape[1], q.shape[1] // k.shape[1]
         parts = min(group, -(-PROGRAMS // (heads * len(key_tiles))))
-        share = -(-group // parts)
-        parts = -(-group // share)
+        part_heads = -(-group // parts)
+        parts = -(-group // part_heads)
         dk, dv = torch.empty(2, parts, *k.shape, dtype=k.dtype if parts == 1 else torch.float32, device=k.device)
-        _dkdv[heads * parts, len(key_tiles)](q, k, v, dout, lse, delta, dk, dv, table, key_tiles, scale, share, k.numel(), **shape,
-                                             QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
+        _dkdv[heads * parts, len(key_tiles)](
+            q, k, v, dout, lse, delta, dk, dv, table, key_tiles, scale, part_heads, k.numel(),
+            **shape, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
         dk, dv = (x[0] if parts == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
         return dq, dk, dv, None, None, None, None
 
@@ -264,20 +293,21 @@ def _config(q: Tensor) -> tuple:
 
 
 def _shape(q: Tensor, k: Tensor, window: int | None, softcap: float | None) -> dict:
-    """What every kernel is compiled for."""
+    """The constants that every kernel is compiled for; WIDTH is E rounded up to a power of two."""
     width = max(16, 1 << (q.shape[-1] - 1).bit_length())
-    return {"H": q.shape[1], "K": k.shape[1], "E": q.shape[-1], "WIDTH": width, "WINDOW": window or 0, "SOFTCAP": softcap or 0.0}
+    heads = {"H": q.shape[1], "K": k.shape[1], "E": q.shape[-1], "WIDTH": width}
+    return heads | {"WINDOW": window or 0, "SOFTCAP": softcap or 0.0}
 
 
 def tile_list(layout: Layout, size: int, window: int | None, of_keys: bool = False) -> tuple[Tensor, Tensor]:
     """The segments [S, 6] and the tiles of `size` tokens [T, 2] (segment, first token in it), int32, most work first.
 
-    A tile of queries works through the keys before it, a tile of keys through the queries after it and the leaves'.
+    A tile of queries reads the keys before it; a tile of keys the queries after it and those of the leaves.
     """
     if ("tiles", size, window, of_keys) not in layout.plans:
-        device, count = layout.start.device, len(layout.lengths)
-        table = torch.stack([layout.start, layout.length, layout.trunk_start, layout.prefix, layout.first_child, layout.last_child], 1)
-        below = [0] * count  # tokens of the leaves of a trunk
+        table = torch.stack([layout.start, layout.length, layout.trunk_start, layout.prefix,
+                             layout.first_child, layout.last_child], 1)
+        below = [0] * len(layout.lengths)  # tokens of the leaves of each trunk
         trunk = 0
         for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True)):
             if prefix:
@@ -290,13 +320,13 @@ def tile_list(layout: Layout, size: int, window: int | None, of_keys: bool = Fal
                 work = length - first + below[s] if of_keys else prefix + first
                 tiles.append((-min(work, window or work), s, first))
         listed = torch.tensor([tile[1:] for tile in sorted(tiles)], dtype=torch.int32)
-        layout.plans["tiles", size, window, of_keys] = table.to(torch.int32).contiguous(), listed.to(device)
+        layout.plans["tiles", size, window, of_keys] = table.to(torch.int32).contiguous(), listed.to(table.device)
     return layout.plans["tiles", size, window, of_keys]
 
 
 @jit
 def _segment(table, tiles, tile):
-    """start, length, trunk_start, prefix of the tile's segment, the tile's first token in it, and the segment's number."""
+    """start, length, trunk_start, prefix of the tile's segment, the tile's first token in it, the segment's number."""
     number = tl.load(tiles + 2 * tile)
     row = table + 6 * number
     return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(tiles + 2 * tile + 1), number
@@ -304,7 +334,7 @@ def _segment(table, tiles, tile):
 
 @jit
 def _rows(x, tokens, inside, head, HEADS: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows [T, WIDTH] of x [N, HEADS, E] at one head; zeros where `inside` is False and beyond E."""
+    """Rows [T, WIDTH] of x [N, HEADS, E] for one head; 0 where `inside` is False and beyond E."""
     columns = tl.arange(0, WIDTH)
     at = (tokens.to(tl.int64) * HEADS + head)[:, None] * E + columns[None, :]
     return tl.load(x + at, mask=inside[:, None] & (columns < E)[None, :], other=0.0)
@@ -312,6 +342,7 @@ def _rows(x, tokens, inside, head, HEADS: tl.constexpr, E: tl.constexpr, WIDTH: 
 
 @jit
 def _write_rows(x, tokens, inside, head, rows, HEADS: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr):
+    """Store what `_rows` would load."""
     columns = tl.arange(0, WIDTH)
     at = (tokens.to(tl.int64) * HEADS + head)[:, None] * E + columns[None, :]
     tl.store(x + at, rows.to(x.dtype.element_ty), mask=inside[:, None] & (columns < E)[None, :])
@@ -319,7 +350,7 @@ def _write_rows(x, tokens, inside, head, rows, HEADS: tl.constexpr, E: tl.conste
 
 @jit
 def _scaled(scores, scale, SOFTCAP: tl.constexpr):
-    """Scores in base 2, s log2 e, and ds / d(raw score) without the scale, 1 if nothing caps."""
+    """Scores times log2 e, so that exp2 serves as exp, and the softcap's slope, 1 without one."""
     slope = 1.0
     if SOFTCAP > 0:
         t = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale * (2.0 / SOFTCAP) * 1.4426950408889634)))  # tanh
@@ -358,8 +389,9 @@ def _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, en
 
 
 @jit
-def _forward(q, k, v, out, lse, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
-             WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def _forward(q, k, v, out, lse, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+             WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr,
+             KEYS: tl.constexpr):
     head = tl.program_id(0)
     start, length, trunk, prefix, offset, _ = _segment(table, tiles, tl.program_id(1))
     rows = offset + tl.arange(0, QUERIES)
@@ -367,25 +399,25 @@ def _forward(q, k, v, out, lse, table, tiles, scale, H: tl.constexpr, K: tl.cons
     queries = _rows(q, start + rows, inside, head, H, E, WIDTH)
     acc = tl.zeros([QUERIES, WIDTH], tl.float32)
     largest, total = tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32)
-    # Blocks that every query sees whole need no mask; the diagonal does, and so does a window.
-    first, whole, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
-    acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, first, whole, scale,
-                                  head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
-    acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, whole, end, scale,
-                                  head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
+    # Blocks of keys that every query sees need no mask; those on the diagonal do, and with a window all do.
+    first, diagonal, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
+    acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end,
+                                  first, diagonal, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
+    acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end,
+                                  diagonal, end, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
     _write_rows(out, start + rows, inside, head, acc / total[:, None], H, E, WIDTH)
     tl.store(lse + (start + rows).to(tl.int64) * H + head, largest + tl.log2(total), mask=inside)
 
 
 @jit
 def _walk(prefix, offset, length, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Places on the path where a tile's keys begin, where the blocks seen whole end, and where the keys end."""
+    """Positions on the path where the keys of a tile begin, where the blocks that need a mask begin, and the end."""
     first = 0
-    whole = (prefix + offset + 1) // KEYS * KEYS
+    diagonal = (prefix + offset + 1) // KEYS * KEYS
     if WINDOW:
         first = tl.maximum(prefix + offset - WINDOW + 1, 0) // KEYS * KEYS
-        whole = first
-    return first, whole, prefix + tl.minimum(offset + QUERIES, length)
+        diagonal = first
+    return first, diagonal, prefix + tl.minimum(offset + QUERIES, length)
 
 
 @jit
@@ -422,52 +454,59 @@ def _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, 
 
 
 @jit
-def _dq(q, k, v, dout, lse, delta, dq_out, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
-        WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def _dq(q, k, v, dout, lse, delta, dq_out, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+        WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     head = tl.program_id(0)
     start, length, trunk, prefix, offset, _ = _segment(table, tiles, tl.program_id(1))
     rows = offset + tl.arange(0, QUERIES)
     places, inside = prefix + rows, rows < length
-    queries, do = _rows(q, start + rows, inside, head, H, E, WIDTH), _rows(dout, start + rows, inside, head, H, E, WIDTH)
+    queries = _rows(q, start + rows, inside, head, H, E, WIDTH)
+    do = _rows(dout, start + rows, inside, head, H, E, WIDTH)
     at = (start + rows).to(tl.int64) * H + head
     lse_rows, delta_rows = tl.load(lse + at, mask=inside, other=0.0), tl.load(delta + at, mask=inside, other=0.0)
     dq = tl.zeros([QUERIES, WIDTH], tl.float32)
-    first, whole, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
-    dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, first, whole, scale,
-                  head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
-    dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, whole, end, scale,
-                  head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
+    first, diagonal, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
+    dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, first, diagonal,
+                  scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
+    dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, diagonal, end,
+                  scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
     _write_rows(dq_out, start + rows, inside, head, dq * scale, H, E, WIDTH)
 
 
 @jit
-def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, share, size, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-          WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Part p of dk_out and dv_out, `size` numbers each, is what query heads p * share .. of every group contribute."""
+def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, part_heads, size, H: tl.constexpr,
+          K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+          QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """dK and dV of a tile of keys. Part p of the outputs, `size` numbers each, holds what query heads
+    p * part_heads .. of every group contribute."""
     kv_head, part = tl.program_id(0) % K, tl.program_id(0) // K
     start, length, _, prefix, offset, number = _segment(table, tiles, tl.program_id(1))
     rows = offset + tl.arange(0, KEYS)
     key_places, inside = prefix + rows, rows < length
-    tile_k, tile_v = _rows(k, start + rows, inside, kv_head, K, E, WIDTH), _rows(v, start + rows, inside, kv_head, K, E, WIDTH)
+    tile_k = _rows(k, start + rows, inside, kv_head, K, E, WIDTH)
+    tile_v = _rows(v, start + rows, inside, kv_head, K, E, WIDTH)
     dk, dv = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
-    for reader in range(number, tl.load(table + 6 * number + 5)):  # the segment itself, then its leaves, which follow it
+    for reader in range(number, tl.load(table + 6 * number + 5)):  # the segment itself, then its leaves
         at = table + 6 * reader
         reader_start, reader_length, branch = tl.load(at), tl.load(at + 1), tl.load(at + 3)
-        # Of its own segment the tile meets the queries from its first token on; of a leaf all, unless it branches before.
+        # In its own segment the queries from the tile's first token on see it; in a leaf that branches later, all do.
         own = reader == number
         first, limit = tl.where(own, offset, 0), tl.where(own, prefix + length, branch)
         last = tl.where(own | (branch > offset), reader_length, 0)
         if WINDOW:
             last = tl.minimum(last, prefix + offset + KEYS - 1 + WINDOW - branch)
-        for head in range(kv_head * (H // K) + part * share, kv_head * (H // K) + tl.minimum(part * share + share, H // K)):
+        for head in range(kv_head * (H // K) + part * part_heads,
+                          kv_head * (H // K) + tl.minimum(part * part_heads + part_heads, H // K)):
             for i in tl.range(first, last, QUERIES, disable_licm=True):
                 query_rows = i + tl.arange(0, QUERIES)
                 real = query_rows < reader_length
                 queries = _rows(q, reader_start + query_rows, real, head, H, E, WIDTH)
                 do = _rows(dout, reader_start + query_rows, real, head, H, E, WIDTH)
                 where = (reader_start + query_rows).to(tl.int64) * H + head
-                lse_rows, delta_rows = tl.load(lse + where, mask=real, other=0.0), tl.load(delta + where, mask=real, other=0.0)
-                scores, slope = _scaled(tl.dot(tile_k, tl.trans(queries), input_precision="ieee"), scale, SOFTCAP)  # [KEYS, QUERIES]
+                lse_rows = tl.load(lse + where, mask=real, other=0.0)
+                delta_rows = tl.load(delta + where, mask=real, other=0.0)
+                scores = tl.dot(tile_k, tl.trans(queries), input_precision="ieee")  # [KEYS, QUERIES]
+                scores, slope = _scaled(scores, scale, SOFTCAP)
                 distance = (branch + query_rows)[None, :] - key_places[:, None]
                 seen = (distance >= 0) & (key_places < limit)[:, None]
                 if WINDOW:
@@ -478,23 +517,3 @@ def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, share,
                 dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
     _write_rows(dk_out + part.to(tl.int64) * size, start + rows, inside, kv_head, dk * scale, K, E, WIDTH)
     _write_rows(dv_out + part.to(tl.int64) * size, start + rows, inside, kv_head, dv, K, E, WIDTH)
-
-
-def builds(sm: int) -> list[Build]:
-    """Every kernel as it is shipped, for `kernels/aot.py`: 32 query and 8 KV heads."""
-    found = []
-    variants = [(width, window, softcap, "bf16") for width in CONFIGS[sm] for window, softcap in ((0, 0.0), (4096, 0.0), (0, 30.0))]
-    for width, window, softcap, dtype in variants + [(128, 0, 0.0, "fp32")] * (sm == 90):
-        said = f"E {width}" + ", window" * bool(window) + ", softcap" * bool(softcap) + ", fp32" * (dtype == "fp32")
-        shape = {"H": 32, "K": 8, "E": width, "WIDTH": width, "WINDOW": window, "SOFTCAP": softcap}
-        inputs = dict.fromkeys(("q", "k", "v"), "*" + dtype) | {"table": "*i32", "tiles": "*i32", "scale": "fp32"}
-        upstream = {"dout": "*" + dtype, "lse": "*fp32", "delta": "*fp32"}
-        outputs = ({"out": "*" + dtype, "lse": "*fp32"}, upstream | {"dq_out": "*" + dtype},
-                   upstream | {"dk_out": "*" + dtype, "dv_out": "*" + dtype, "share": "i32", "size": "i32:16"})
-        configs = CONFIG_FP32 if dtype == "fp32" else CONFIGS[sm][width]
-        for name, kernel, added, (queries, keys, warps, stages) in zip(
-                ("forward", "dQ", "dK dV"), (_forward, _dq, _dkdv), outputs, configs, strict=True):
-            arguments = inputs | added | shape | {"QUERIES": queries, "KEYS": keys}
-            found.append(Build(f"attention {name}, {said}", kernel, arguments, warps, stages, matmul=dtype == "bf16"))
-    rows = {"dout": "*bf16", "out": "*bf16", "delta": "*fp32", "count": "i32", "E": 128, "WIDTH": 128, "ROWS": 16}
-    return [*found, Build("attention delta", _delta, rows, 4, 1, wide=True)]

@@ -1,9 +1,9 @@
 """Attention of one new token per sequence to its cache, where sampling spends its time.
 
-Every key and value is read once and used for the G = H / K query heads that share it: 2 G operations a byte in
-bf16, so the memory's speed is the limit. A short batch has too few (sequence, head) pairs to fill a GPU with
-programs; the Triton version therefore cuts each cache into parts (Dao et al. 2023, "Flash-Decoding"), one program
-each, and merges what they found in a fixed order. For the keys of part c, in base 2:
+Every key and value is read once and used for the G = H / K query heads that share it: 2 G operations per byte in
+bf16, so memory bandwidth is the limit. A small batch has too few (sequence, head) pairs to fill a GPU with programs;
+the Triton version therefore cuts each cache into parts (Dao et al. 2023, "Flash-Decoding"), one program each, and
+merges their results in a fixed order. For the keys of part c, in base 2:
 
     m_c = max s      l_c = sum 2^(s - m_c)      o_c = sum 2^(s - m_c) v
     out = sum_c 2^(m_c - m) o_c / sum_c 2^(m_c - m) l_c,   m = max m_c
@@ -13,7 +13,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import Build, jit, on_triton, tl, without_onednn
+from kernels import jit, on_triton, tl, without_onednn
+
+
+def decode_reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int | None = None) -> Tensor:
+    """The definition of `decode_attention` and its PyTorch version."""
+    grouped = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5    # [B, K, G, E]
+    scores = torch.matmul(grouped, k.transpose(-1, -2))                 # [B, K, G, S]
+    place = torch.arange(k.shape[2], device=q.device)
+    unseen = place >= seen[:, None]                                     # [B, S]
+    if window is not None:
+        unseen |= place < seen[:, None] - window
+    scores.masked_fill_(unseen[:, None, None], float("-inf"))
+    return torch.matmul(torch.softmax(scores, -1), v).flatten(1, 2)
 
 
 def decode_attention(
@@ -21,58 +33,48 @@ def decode_attention(
     k: Tensor,       # [B, K, S, E] its cache, the new token's own key included
     v: Tensor,       # [B, K, S, E]
     seen: Tensor,    # [B] cached tokens that count: the first seen[b] of row b
-    window: int | None = None,
+    window: int | None = None,  # tokens a query sees, itself included; None: all
 ) -> Tensor:
     """Attention of one new token per sequence to its cache, [B, H, E]. No gradient."""
     if on_triton(q):
         return _decode_in_parts(q, k, v, seen, window)
     with without_onednn(q.device):
-        return _decode_in_rows(q, k, v, seen, window)
-
-
-def _decode_in_rows(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int | None) -> Tensor:
-    grouped = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5    # [B, K, G, E]
-    scores = torch.matmul(grouped, k.transpose(-1, -2))                 # [B, K, G, S]
-    place = torch.arange(k.shape[2], device=q.device)
-    unseen = place >= seen[:, None]
-    if window is not None:
-        unseen |= place < seen[:, None] - window
-    scores.masked_fill_(unseen[:, None, None], float("-inf"))
-    return torch.matmul(torch.softmax(scores, -1), v).flatten(1, 2)
+        return decode_reference(q, k, v, seen, window)
 
 
 # ---------------------------------------------------------------------------------- the Triton version
 
-KEYS = 64           # of a step
-PART = 256          # keys of a part, at least
-PROGRAMS = 264      # two for each multiprocessor of an H100 or H200
-MOST_PARTS = 64     # what one program merges
+KEYS = 64              # per step of the loop
+PART = 256             # keys of a part, at least
+PROGRAMS = 264         # to keep an H100 or H200 busy: two per multiprocessor
+MOST_PARTS = 64        # that one program merges
 WARPS = 4
-STAGES = {2: 3, 4: 1}  # by the bytes of a number: what fits in an A100's shared memory with heads of 256
+STAGES = {2: 3, 4: 1}  # by bytes per number: what fits in an A100's shared memory with heads of 256
 
 
 def _decode_in_parts(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int | None) -> Tensor:
     batch, heads, width = q.shape
     kv_heads, room = k.shape[1], k.shape[2]
-    # What depends on `seen` is left to the programs: to look at it here would wait for the GPU.
+    group = heads // kv_heads
+    # From the cache's size, not from `seen`: reading that back would sync the GPU.
     parts = max(1, min(-(-room // PART), -(-PROGRAMS // (batch * kv_heads)), MOST_PARTS))
     partial = torch.empty(batch, heads, parts, width + 2, dtype=torch.float32, device=q.device)  # o, m, l
     out = torch.empty_like(q)
-    shape = {"E": width, "WIDTH": max(16, 1 << (width - 1).bit_length()), "PARTS": max(1, 1 << (parts - 1).bit_length())}
-    group = heads // kv_heads
+    padded_width = max(16, 1 << (width - 1).bit_length())
     _part[batch * kv_heads, parts](
-        q.contiguous(), k, v, seen, partial, width**-0.5, k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
-        parts, -(-room // parts), K=kv_heads, G=group, GROUP=max(16, 1 << (group - 1).bit_length()), E=shape["E"], WIDTH=shape["WIDTH"],
-        WINDOW=window or 0, KEYS=KEYS, num_warps=WARPS,
-        num_stages=STAGES[q.element_size()])
-    _merge[batch * heads,](partial, out, parts, **shape, num_warps=4)
+        q.contiguous(), k, v, seen, partial, width**-0.5, *k.stride()[:3], *v.stride()[:3], parts, -(-room // parts),
+        K=kv_heads, G=group, GROUP=max(16, 1 << (group - 1).bit_length()), E=width, WIDTH=padded_width,
+        WINDOW=window or 0, KEYS=KEYS, num_warps=WARPS, num_stages=STAGES[q.element_size()])
+    _merge[batch * heads,](
+        partial, out, parts, E=width, WIDTH=padded_width, PARTS=max(1, 1 << (parts - 1).bit_length()), num_warps=4)
     return out
 
 
 @jit
-def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head, v_row, parts, size, K: tl.constexpr, G: tl.constexpr,
-          GROUP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr):
-    """o, m, l of the keys part * size .. of one sequence and KV head, for its G query heads; rows beyond G are idle."""
+def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head, v_row, parts, size,
+          K: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
+          WINDOW: tl.constexpr, KEYS: tl.constexpr):
+    """o, m and l of the keys part * size .. of one sequence and KV head, for its G query heads; rows beyond G idle."""
     row, part = tl.program_id(0), tl.program_id(1)
     sequence, kv_head = row // K, row % K
     count = tl.load(seen + sequence).to(tl.int32)
@@ -91,7 +93,7 @@ def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head
         keys = j + tl.arange(0, KEYS)
         inside = (keys < last)[:, None] & (columns < E)[None, :]
         tile_k = tl.load(k + keys[:, None].to(tl.int64) * k_row + columns[None, :], mask=inside, other=0.0)
-        scores = tl.dot(queries, tl.trans(tile_k), input_precision="ieee") * (scale * 1.4426950408889634)  # [GROUP, KEYS]
+        scores = tl.dot(queries, tl.trans(tile_k), input_precision="ieee") * (scale * 1.4426950408889634)
         scores = tl.where((keys < last)[None, :], scores, -1e30)
         higher = tl.maximum(largest, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
@@ -108,29 +110,14 @@ def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head
 
 @jit
 def _merge(partial, out, parts, E: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """The parts of one sequence and head, weighed by what each found."""
+    """The parts of one sequence and head, summed with the weights of the header."""
     row = tl.program_id(0).to(tl.int64)
     part, columns = tl.arange(0, PARTS), tl.arange(0, WIDTH)
     start = partial + (row * parts + part) * (E + 2)
     largest = tl.load(start + E, mask=part < parts, other=-1e30)
     total = tl.load(start + E + 1, mask=part < parts, other=0.0)
-    acc = tl.load(start[:, None] + columns[None, :], mask=(part < parts)[:, None] & (columns < E)[None, :], other=0.0)
+    real = (part < parts)[:, None] & (columns < E)[None, :]
+    acc = tl.load(start[:, None] + columns[None, :], mask=real, other=0.0)
     weight = tl.exp2(largest - tl.max(largest, 0))
     merged = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
     tl.store(out + row * E + columns, merged.to(out.dtype.element_ty), mask=columns < E)
-
-
-def builds(sm: int) -> list[Build]:
-    """Every kernel as it is shipped, for `kernels/aot.py`: 32 query and 8 KV heads in bf16."""
-    found = []
-    for width in (64, 128, 256):
-        for window in (0, 4096):
-            arguments = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "seen": "*i64", "partial": "*fp32", "scale": "fp32"}
-            arguments |= {f"{x}_{stride}": "i32:16" for x in "kv" for stride in ("batch", "head", "row")}
-            arguments |= {"parts": "i32", "size": "i32", "K": 8, "G": 4, "GROUP": 16, "E": width, "WIDTH": width, "WINDOW": window,
-                          "KEYS": KEYS}
-            name = f"decode part, E {width}" + ", window" * bool(window)
-            found.append(Build(name, _part, arguments, WARPS, STAGES[2], wide=True))
-        arguments = {"partial": "*fp32", "out": "*bf16", "parts": "i32", "E": width, "WIDTH": width, "PARTS": 8}
-        found.append(Build(f"decode merge, E {width}", _merge, arguments, 4, 1))
-    return found

@@ -1,16 +1,16 @@
 """RMSNorm, rotary positions and SwiGLU: the memory-bound steps between the matmuls.
 
-Autograd takes a formula apart and keeps every part. Here the backward is written out; it reads the inputs once
-more and keeps nothing else. Upstream gradient g, n = x r, s = 1 / (1 + exp -gate):
+Autograd keeps every intermediate result. Here the backward is written out: it reads the inputs once more and keeps
+nothing else. With upstream gradient g, n = x r and s = 1 / (1 + exp -gate):
 
     rms_norm   y = w x r,  r = (mean x^2 + eps)^-1/2       dx = r (g w - n mean(g w n))    dw = sum g n
     rotary     (a, b) -> (a cos - b sin, b cos + a sin)    the rotation by the opposite angle
     swiglu     y = gate s up                               dgate = g up s (1 + gate (1 - s))    dup = g gate s
 
 In PyTorch, forward and backward of 4000 x 192 in bf16 on two Zen 5 cores: rms_norm 5.9 -> 1.1 ms, rotary 2.1 -> 0.9 ms;
-swiglu is left to autograd: by hand it was no faster.
+swiglu is left to autograd, by hand it was no faster.
 
-In Triton every value is read and written once, and what lies between is fp32 in registers. Bytes, for n values of 2 bytes:
+In Triton every value is read and written once, and everything between is fp32 in registers. Bytes, for n values of 2:
 
     forward     rms_norm 4 n     rotary 4 n     swiglu 6 n          at 4.3 TB/s (H200), 8192 tokens of a 7B:
     backward    rms_norm 6 n     rotary 4 n     swiglu 10 n         31 + 47, 39 + 39 (q and k), 164 + 273 us
@@ -21,20 +21,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Build, architecture, jit, on_triton, tl, triton
+from kernels import architecture, jit, on_triton, tl, triton
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight.to(x.dtype) * (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + _swapped(x) * sin
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [N, D] over its root mean square, times weight [D]; the mean square in fp32 (Zhang & Sennrich 2019)."""
     if on_triton(x):
         return _TileRMSNorm.apply(x, weight, eps)
-    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else (x * _scale(x, eps)).mul_(weight.to(x.dtype))
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    return (x * _scale(x, eps)).mul_(weight.to(x.dtype))
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021) on x [N, H, E]; dimension i pairs with i + E / 2.
 
-    cos [N, 1, E] holds the cosines twice, sin [N, 1, E] the sines negated and then as they are: x cos + swap(x) sin.
+    cos [N, 1, E] holds the cosines twice; sin [N, 1, E] the sines, first negated, then as they are.
     """
     if on_triton(x):
         return _TileRotary.apply(x, cos, sin)
@@ -43,7 +58,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise (Shazeer 2020)."""
-    return _TileSwiGLU.apply(gate, up) if on_triton(gate) else F.silu(gate) * up
+    return _TileSwiGLU.apply(gate, up) if on_triton(gate) else swiglu_reference(gate, up)
 
 
 # --------------------------------------------------------------------------------- the PyTorch version
@@ -86,14 +101,15 @@ class _Rotary(torch.autograd.Function):
         return (g * cos).addcmul_(_swapped(g), sin, value=-1), None, None
 
 
-def _swapped(x):
+def _swapped(x: Tensor) -> Tensor:
+    """(a, b) -> (b, a), the two halves of the last dimension."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([b, a], dim=-1)
 
 
 # ---------------------------------------------------------------------------------- the Triton version
 
-# Values of a tile, and programs that share rms_norm's backward: two or three for each multiprocessor.
+# Values per tile, and programs that share rms_norm's backward: two or three per multiprocessor.
 CONFIGS = {
     80: {"tile": 4096, "programs": 216},
     90: {"tile": 4096, "programs": 264},
@@ -102,7 +118,7 @@ CONFIGS = {
 
 
 def _tile(x: Tensor, width: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile that holds whole rows of `width` values, and warps: 16 values a thread, two reads of 128 bits."""
+    """Rows, columns and warps of a tile of whole rows of `width` values: 16 values per thread, two 128-bit reads."""
     columns = triton.next_power_of_2(width)
     rows = max(1, CONFIGS[architecture(x.device)]["tile"] // columns)
     return rows, columns, min(16, max(1, rows * columns // 512))
@@ -116,7 +132,8 @@ class _TileRMSNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         width, count = x.shape[-1], x.numel() // x.shape[-1]
         rows, columns, warps = _tile(x, width)
-        _norm_kernel[triton.cdiv(count, rows),](x, weight, y, count, width, eps, ROWS=rows, COLUMNS=columns, num_warps=warps)
+        _norm_kernel[triton.cdiv(count, rows),](
+            x, weight, y, count, width, eps, ROWS=rows, COLUMNS=columns, num_warps=warps)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return y
@@ -147,11 +164,11 @@ def _norm_kernel(x, weight, y, count, width, eps, ROWS: tl.constexpr, COLUMNS: t
 
 @jit
 def _norm_backward_kernel(x, weight, g, dx, parts, count, width, eps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """dx of every num_programs-th tile, and those tiles' part of dw."""
+    """dx of every num_programs-th tile, and their part of dw."""
     program, column = tl.program_id(0), tl.arange(0, COLUMNS)
     w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     dw = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in tl.range(program * ROWS, count, tl.num_programs(0) * ROWS, num_stages=2):  # the next tile is on its way
+    for first in tl.range(program * ROWS, count, tl.num_programs(0) * ROWS, num_stages=2):  # loads the next tile early
         row = first + tl.arange(0, ROWS).to(tl.int64)
         at, real = row[:, None] * width + column[None, :], (row < count)[:, None] & (column < width)[None, :]
         values = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
@@ -170,14 +187,14 @@ class _TileRotary(torch.autograd.Function):
     def forward(ctx, x, cos, sin):
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return _turned(x.contiguous(), cos, sin, False)
+        return _rotated(x.contiguous(), cos, sin, False)
 
     @staticmethod
     def backward(ctx, g):
-        return _turned(g.contiguous(), *ctx.saved_tensors, True), None, None
+        return _rotated(g.contiguous(), *ctx.saved_tensors, True), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     _, heads, width = x.shape
     y = torch.empty_like(x)
     count = x.numel() // width
@@ -188,8 +205,9 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 @jit
-def _rotary_kernel(x, cos, sin, y, count, heads, WIDTH: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(a, b) of ROWS heads turned, both halves at once; BACK by the opposite angle."""
+def _rotary_kernel(x, cos, sin, y, count, heads, WIDTH: tl.constexpr, BACK: tl.constexpr,
+                   ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rotated (a, b) of ROWS heads; BACK rotates by the opposite angle."""
     HALF: tl.constexpr = WIDTH // 2
     row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     at, real = row[:, None] * WIDTH + column[None, :], (row < count)[:, None] & (column < HALF)[None, :]
@@ -227,7 +245,7 @@ class _TileSwiGLU(torch.autograd.Function):
 
 @jit
 def _swiglu_kernel(gate, up, y, count, SIZE: tl.constexpr):
-    """y = gate s up for SIZE values."""
+    """SIZE values of y = gate s up."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     z = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
@@ -236,7 +254,7 @@ def _swiglu_kernel(gate, up, y, count, SIZE: tl.constexpr):
 
 @jit
 def _swiglu_backward_kernel(gate, up, g, dgate, dup, count, SIZE: tl.constexpr):
-    """dgate and dup of SIZE values."""
+    """SIZE values of dgate and dup."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     z = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
@@ -244,22 +262,3 @@ def _swiglu_backward_kernel(gate, up, g, dgate, dup, count, SIZE: tl.constexpr):
     s = tl.sigmoid(z)
     tl.store(dgate + at, (upstream * u * s * (1 + z * (1 - s))).to(dgate.dtype.element_ty), mask=at < count)
     tl.store(dup + at, (upstream * z * s).to(dup.dtype.element_ty), mask=at < count)
-
-
-def builds(sm: int) -> list[Build]:
-    """Every kernel as it is shipped, for `kernels/aot.py`: a 7B in bf16, heads of 128; weights of norms in fp32."""
-    found, tile = [], CONFIGS[sm]["tile"]
-    for width in (4096, 128):  # of the model, and of queries and keys that are normalised
-        sizes = {"weight": "*fp32", "count": "i32", "width": "i32:16", "eps": "fp32", "ROWS": tile // width, "COLUMNS": width}
-        found.append(Build(f"rms_norm forward, {width}", _norm_kernel, {"x": "*bf16", "y": "*bf16"} | sizes, tile // 512, 1, wide=True))
-        found.append(Build(f"rms_norm backward, {width}", _norm_backward_kernel,
-                           {"x": "*bf16", "g": "*bf16", "dx": "*bf16", "parts": "*fp32"} | sizes, tile // 512, 1, wide=True))
-    heads = {"x": "*bf16", "cos": "*bf16", "sin": "*bf16", "y": "*bf16", "count": "i32:16", "heads": "i32:16"}
-    for name, back in (("forward", False), ("backward", True)):
-        arguments = heads | {"WIDTH": 128, "BACK": back, "ROWS": tile // 128, "COLUMNS": 64}
-        found.append(Build(f"rotary {name}", _rotary_kernel, arguments, tile // 512, 1, wide=True))
-    values = {"gate": "*bf16", "up": "*bf16", "count": "i32:16", "SIZE": tile}
-    found.append(Build("swiglu forward", _swiglu_kernel, values | {"y": "*bf16"}, tile // 512, 1, wide=True))
-    found.append(Build("swiglu backward", _swiglu_backward_kernel,
-                       values | {"g": "*bf16", "dgate": "*bf16", "dup": "*bf16"}, tile // 512, 1, wide=True))
-    return found

@@ -10,9 +10,9 @@ A batch is one flat row of N tokens made of segments: trunks, and leaves that br
 
     token 4 sees 0..4;  token 11 sees 0 1 10 11;  token 14 sees 0..6 13 14
 
-Both rules, causal inside a segment and `prefix` tokens of the trunk before it, are one test on
-positions along the path, 0 <= position(query) - position(key), once the keys of a segment are
-listed as "prefix, then own". A sliding window W adds "... < W".
+List the keys of a segment as "prefix of the trunk, then its own", and both rules (causal inside the segment,
+all of the prefix before it) become one test on positions along the path: 0 <= position(query) - position(key).
+A sliding window of W tokens adds "... < W".
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """The segments of one packed row, S of them, in the order they lie in it; leaves follow their trunk.
+    """The S segments of one packed row, in order; leaves follow their trunk.
 
     Children are the leaves of a trunk: segments first_child .. last_child - 1 (equal when there are none).
     """
@@ -35,13 +35,13 @@ class Layout:
     prefix: Tensor       # [S] tokens of that trunk it sees, 0 for a trunk
     first_child: Tensor  # [S] segment number
     last_child: Tensor   # [S] segment number, one past the end
-    lengths: list[int]   # `length` and `prefix` once more, on the host: to look at a GPU's tensor is to wait for it
+    lengths: list[int]   # `length` and `prefix` again as lists: reading a GPU's tensor back would sync the GPU
     prefixes: list[int]
-    plans: dict = field(default_factory=dict, repr=False)  # what a kernel has worked out from it
+    plans: dict = field(default_factory=dict, repr=False)  # what kernels derived from it, kept for the next layer
 
     @staticmethod
     def build(lengths: list[int], trunks: list[int] | None = None, prefixes: list[int] | None = None) -> Layout:
-        """From lengths [S], the segment number of each one's trunk [S] and prefixes [S]; plain sequences by default."""
+        """From lengths [S], the number of each segment's trunk [S] and prefixes [S]; plain sequences by default."""
         length = torch.tensor(lengths, dtype=torch.long)
         count = len(lengths)
         trunk = torch.arange(count) if trunks is None else torch.tensor(trunks, dtype=torch.long)
@@ -56,8 +56,8 @@ class Layout:
         return Layout(start, length, start[trunk], prefix, first, first + children, length.tolist(), prefix.tolist())
 
     def to(self, device) -> Layout:
-        moved = (x.to(device) for x in (self.start, self.length, self.trunk_start, self.prefix, self.first_child, self.last_child))
-        return Layout(*moved, self.lengths, self.prefixes)
+        tensors = self.start, self.length, self.trunk_start, self.prefix, self.first_child, self.last_child
+        return Layout(*(x.to(device) for x in tensors), self.lengths, self.prefixes)
 
     @property
     def tokens(self) -> int:

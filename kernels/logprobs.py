@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens straight from hidden states: the [M, V] logits never exist whole.
+"""Log-probabilities of given tokens straight from hidden states: the [M, V] logits never exist as a whole.
 
 For hidden states h [M, D], head W [V, D] and one target t per row, with z = softcap(h W^T) / temperature:
 
@@ -6,23 +6,23 @@ For hidden states h [M, D], head W [V, D] and one target t per row, with z = sof
     dz_v    = g (1[v = t] - p_v) - g_H p_v (log p_v + H)      g, g_H upstream; p = softmax(z)
     dh      = dz W      dW = dz^T h
 
-Logits and softmax are fp32 whatever the dtype of h: a bf16 logit is off by up to 2^-8 of itself.
+Logits and softmax are fp32 whatever the dtype of h: rounding to bf16 moves a logit by up to 2^-8 of its size.
 
-The PyTorch version walks over rows in chunks of CHUNK_BYTES of logits and keeps, while they fit in KEEP_BYTES,
-the error p - 1[v = t]: whatever g turns out to be, two matmuls finish the job. Rows beyond that are computed
-again in the backward: 8 M D V operations instead of 6.
+The PyTorch version walks over rows in chunks of CHUNK_BYTES of logits and keeps the error p - 1[v = t] of as many
+rows as fit in KEEP_BYTES: then the backward is two matmuls, whatever g is. The logits of the other rows are computed
+again in the backward, 8 M D V operations instead of 6.
 
-The Triton version keeps L = logsumexp(z) and H and always computes again, 8 M D V operations or 6 for a frozen W.
-As in Wijmans et al. 2024 (arXiv:2411.09009) a tile of logits lives in registers only:
+The Triton version keeps L = logsumexp(z) and H and always recomputes: 8 M D V operations, or 6 for a frozen W. As in
+Wijmans et al. 2024 (arXiv:2411.09009) a tile of logits only ever lives in registers:
 
-    forward   a program per 128 tokens and BLOCKS tiles of W    max z, sum e^(z - max), sum e^(z - max) (z - max)
+    forward   one program per 128 tokens and BLOCKS tiles of W  max z, sum e^(z - max), sum e^(z - max) (z - max)
     combine   the programs of a token, in order                 logprob, H, L
-    backward  for each SLICE rows of W: a kernel writes         dz [M, SLICE]
+    backward  for each SLICE rows of W: one kernel writes       dz [M, SLICE]
               two matmuls                                       dh += dz W in fp32; these rows of dW = dz^T h, once
 
 No atomics and no locks: every number is written once, by one program, and a row's logprob has the same bits in any
-batch. Beyond its results it takes 12 bytes of partials per token and BLOCKS tiles, WORKSPACE_BYTES of dz, and 4 M D
-bytes for dh. A W of another dtype than h is rounded to that of h, a slice at a time.
+batch. Besides its results it needs 12 bytes of partials per token and BLOCKS tiles, WORKSPACE_BYTES of dz, and 4 M D
+bytes for dh. If W has another dtype than h, it is rounded to that of h, a slice at a time.
 """
 from __future__ import annotations
 
@@ -32,7 +32,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Build, architecture, jit, missing_rows, on_triton, tl, triton
+from kernels import architecture, jit, missing_rows, on_triton, tl, triton
+
+
+def logprobs_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, softcap: float | None = None,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The definition of `linear_logprobs`, as most code has it: all logits in the dtype of the model, then in fp32."""
+    z = (hidden @ weight.t()).to(_wide(hidden))                     # [M, V]
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    logp = torch.log_softmax(z / temperature if temperature != 1.0 else z, -1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1) if entropy else None
 
 
 def linear_logprobs(
@@ -50,13 +61,15 @@ def linear_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, expected a positive number")
-    # On a GPU looking would wait for it; there a wrong index stops by itself or, with Triton, gives NaN.
-    if targets.device.type == "cpu" and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
-        raise ValueError(f"targets lie in [{int(targets.min())}, {int(targets.max())}], expected [0, {len(weight)})")
+    # Not on a GPU, where reading the targets back would sync: there a wrong index raises or, with Triton, gives NaN.
+    if targets.device.type == "cpu" and len(targets):
+        lowest, highest = int(targets.min()), int(targets.max())
+        if lowest < 0 or highest >= len(weight):
+            raise ValueError(f"targets lie in [{lowest}, {highest}], expected [0, {len(weight)})")
     count, missing = len(hidden), missing_rows(hidden)
     if missing:
         hidden, targets = F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
-    version = _TileLogprobs if on_triton(hidden) and count else _LinearLogprobs  # without rows there is nothing to launch
+    version = _TileLogprobs if on_triton(hidden) and count else _LinearLogprobs  # no rows: nothing to launch
     logprobs, entropies = version.apply(hidden, weight, targets, temperature, softcap, entropy)
     return logprobs[:count], entropies[:count] if entropy else None
 
@@ -99,7 +112,7 @@ class _LinearLogprobs(torch.autograd.Function):
         dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
 
         def spread(dz, upstream, chunk):
-            """dz [m, V] is still to be multiplied by upstream [m]: cheaper on the D wide side of both products."""
+            """Add dz [m, V] times upstream [m] to the gradients; upstream goes to the D wide side, which is cheaper."""
             upstream = upstream[:, None].to(hidden.dtype)
             if dhidden is not None:
                 torch.mul(dz @ weight.to(hidden.dtype), upstream, out=dhidden[chunk])
@@ -148,17 +161,17 @@ def _error(logp, target, slope, temperature):
 
 # ------------------------------------------------------------------------------------ the Triton version
 
-# Tiles of tokens, vocabulary and width by architecture; a program of the forward computes BLOCKS of them.
+# Tiles of tokens (M), vocabulary (V) and width (D) by architecture; a program of the forward computes BLOCKS tiles.
 CONFIGS = {
     80: dict(BLOCK_M=128, BLOCK_V=128, BLOCK_D=32, BLOCKS=8, num_warps=8, num_stages=4),
     90: dict(BLOCK_M=128, BLOCK_V=256, BLOCK_D=64, BLOCKS=4, num_warps=8, num_stages=4),
     100: dict(BLOCK_M=128, BLOCK_V=256, BLOCK_D=64, BLOCKS=4, num_warps=8, num_stages=4),
 }
 FLOAT32 = dict(BLOCK_M=64, BLOCK_V=32, BLOCK_D=16, BLOCKS=8, num_warps=8, num_stages=2)  # no matrix units: small tiles
-NARROW = 128                   # vocabulary of a tile with a softcap, whose registers spill at 256
-COMBINE = dict(BLOCK_M=32, BLOCK_S=32, num_warps=4, num_stages=2)  # tokens, and partials of each at a time
-GROUP = 8                      # blocks of tokens that share what they read of W: it comes from memory M / 1024 times
-SLICE = 8192                   # rows of W
+NARROW = 128                   # BLOCK_V with a softcap: at 256 its registers spill
+COMBINE = dict(BLOCK_M=32, BLOCK_S=32, num_warps=4, num_stages=2)  # tokens, and partials of each, at a time
+GROUP = 8                      # blocks of tokens that run side by side: W is read from memory M / 1024 times
+SLICE = 8192                   # rows of W at a time
 WORKSPACE_BYTES = 256 * 2**20  # of dz
 
 
@@ -168,7 +181,8 @@ class _TileLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, softcap, entropy):
         hidden, (count, width), vocab = hidden.contiguous(), hidden.shape, len(weight)
         if width * hidden.element_size() % 16:
-            raise ValueError(f"hidden is {width} wide in {hidden.dtype}, expected whole steps of 16 bytes: use kernels=torch")
+            raise ValueError(f"hidden is {width} wide in {hidden.dtype}, expected a multiple of 16 bytes: "
+                             "use kernels=torch")
         tiles, options = _setting(hidden, temperature, softcap, entropy)
         reach = tiles["BLOCK_V"] * tiles["BLOCKS"]
         partials = hidden.new_empty(triton.cdiv(vocab, reach), 2 + entropy, count, dtype=torch.float32)
@@ -178,7 +192,8 @@ class _TileLogprobs(torch.autograd.Function):
         for a in range(0, vocab, step):
             part = weight[a : a + step].to(hidden.dtype).contiguous()
             grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(len(part), reach),)
-            _forward[grid](hidden, part, targets - a, partials[a // reach :], logits, count, len(part), width, **options, **tiles)
+            _forward[grid](hidden, part, targets - a, partials[a // reach :], logits, count, len(part), width,
+                           **options, **tiles)
         grid = (triton.cdiv(count, COMBINE["BLOCK_M"]),)
         _combine[grid](partials, logits, logprobs, lse, entropies, count, len(partials), ENTROPY=entropy, **COMBINE)
         ctx.save_for_backward(hidden, weight, targets, lse, entropies)
@@ -194,13 +209,14 @@ class _TileLogprobs(torch.autograd.Function):
         dhidden = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         g, g_entropy = g.contiguous(), g_entropy.contiguous()
-        # Rows of dz start at multiples of 16 bytes, as descriptors want it.
+        # Rows of dz start at multiples of 16 bytes, as tensor descriptors require.
         step = max(16, min(SLICE, WORKSPACE_BYTES // (hidden.element_size() * count), vocab + 15) // 16 * 16)
         room = hidden.new_empty(count, step)
         for a in range(0, vocab, step):
             part = weight[a : a + step].to(hidden.dtype).contiguous()
             grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(len(part), tiles["BLOCK_V"]),)
-            _dz[grid](hidden, part, targets - a, lse, entropies, g, g_entropy, room, count, len(part), width, step, **options, **tiles)
+            _dz[grid](hidden, part, targets - a, lse, entropies, g, g_entropy, room, count, len(part), width, step,
+                      **options, **tiles)
             dz = room[:, : len(part)]
             if dhidden is not None:
                 _product(dz, part, dhidden, add=a > 0)
@@ -214,15 +230,16 @@ def _tiles(config: dict, softcap: float | None) -> dict:
 
 
 def _setting(hidden: Tensor, temperature: float, softcap: float | None, entropy: bool) -> tuple[dict, dict]:
-    """Tile sizes, and the other arguments that the two large kernels have in common."""
-    # A program keeps 128 bytes on the GPU for each descriptor. Set anew: it holds for a thread, and the backward runs in another.
+    """Tile sizes, and the other arguments that the two large kernels share."""
+    # For the programs' tensor descriptors. Set on every call: it holds for one thread, the backward runs in another.
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     tiles = _tiles(FLOAT32 if hidden.dtype == torch.float32 else CONFIGS[architecture(hidden.device)], softcap)
-    return tiles, {"scale": 1 / (temperature * math.log(2)), "SOFTCAP": softcap or 0.0, "ENTROPY": entropy, "GROUP": GROUP}
+    scale = 1 / (temperature * math.log(2))
+    return tiles, {"scale": scale, "SOFTCAP": softcap or 0.0, "ENTROPY": entropy, "GROUP": GROUP}
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out = a b, or out + a b. On a GPU bf16 products reach an fp32 out unrounded."""
+    """out = a b, or out + a b. On a GPU bf16 products are added to an fp32 out without rounding."""
     if a.dtype == out.dtype:
         out.addmm_(a, b, beta=int(add))
     elif a.is_cuda and out.dtype == torch.float32:
@@ -233,7 +250,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 
 @jit
 def _place(M, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
-    """Which block of tokens, and which part of the vocabulary, this program computes."""
+    """The block of tokens and the part of the vocabulary that this program computes."""
     blocks = tl.cdiv(M, BLOCK_M)
     parts = tl.num_programs(0) // blocks
     return tl.swizzle2d(tl.program_id(0) // parts, tl.program_id(0) % parts, blocks, parts, GROUP)
@@ -242,8 +259,8 @@ def _place(M, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
 @jit
 def _tile(hidden, weight, row, column, D, scale, SOFTCAP: tl.constexpr,
           BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """z / ln 2 [BLOCK_M, BLOCK_V], the exponent of 2 where the header has one of e. Reads past an end give 0."""
-    tl.assume(D > 0)  # or Triton 3.6 leaves a way around the loop, and ptxas runs the matmuls one after another (C7515)
+    """z / ln 2 [BLOCK_M, BLOCK_V], so that exp2 serves as exp. Reads past an end give 0."""
+    tl.assume(D > 0)  # else Triton 3.6 allows for skipping the loop, and ptxas serialises the matmuls (C7515)
     z = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for d in range(0, D, BLOCK_D):
         z = tl.dot(hidden.load([row, d]), weight.load([column, d]).T, z, input_precision="ieee")
@@ -253,7 +270,8 @@ def _tile(hidden, weight, row, column, D, scale, SOFTCAP: tl.constexpr,
 
 
 @jit
-def _forward(hidden, weight, targets, partials, logits, M, V, D, scale, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GROUP: tl.constexpr,
+def _forward(hidden, weight, targets, partials, logits, M, V, D, scale,
+             SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GROUP: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr):
     block, part = _place(M, BLOCK_M, GROUP)
     hidden = tl.make_tensor_descriptor(hidden, [M, D], [D, 1], [BLOCK_M, BLOCK_D])
@@ -269,7 +287,7 @@ def _forward(hidden, weight, targets, partials, logits, M, V, D, scale, SOFTCAP:
     for column in range(first, end, BLOCK_V):
         z = _tile(hidden, weight, block * BLOCK_M, column, D, scale, SOFTCAP, BLOCK_M, BLOCK_V, BLOCK_D)
         columns = column + tl.arange(0, BLOCK_V)[None, :]
-        z = tl.where(columns < V, z, -1e30)  # not -inf: below it meets p = 0 in a product
+        z = tl.where(columns < V, z, -1e30)  # not -inf: p * z below would be 0 times -inf, NaN
         logit += tl.sum(tl.where(columns == target[:, None], z, 0.0), 1)
         peak = tl.maximum(top, tl.max(z, 1))
         shrink = tl.exp2(top - peak)
@@ -288,7 +306,9 @@ def _forward(hidden, weight, targets, partials, logits, M, V, D, scale, SOFTCAP:
 
 
 @jit
-def _combine(partials, logits, logprobs, lse, entropies, M, parts, ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+def _combine(partials, logits, logprobs, lse, entropies, M, parts,
+             ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The partials of BLOCK_M tokens, merged in order."""
     LN2: tl.constexpr = 0.6931471805599453
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     top = tl.full([BLOCK_M], -1e30, tl.float32)
@@ -318,7 +338,7 @@ def _combine(partials, logits, logprobs, lse, entropies, M, parts, ENTROPY: tl.c
 def _dz(hidden, weight, targets, lse, entropies, g, g_entropy, dz, M, V, D, stride, scale,
         SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GROUP: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """dz of the header times d z / d (h W^T), one tile a program."""
+    """dz of the header times dz / d(h W^T), one tile per program."""
     LN2: tl.constexpr = 0.6931471805599453
     block, part = _place(M, BLOCK_M, GROUP)
     hidden = tl.make_tensor_descriptor(hidden, [M, D], [D, 1], [BLOCK_M, BLOCK_D])
@@ -339,22 +359,3 @@ def _dz(hidden, weight, targets, lse, entropies, g, g_entropy, dz, M, V, D, stri
         tanh = z / (scale * SOFTCAP)
         d *= 1 - tanh * tanh
     out.store([block * BLOCK_M, part * BLOCK_V], d.to(dz.dtype.element_ty))
-
-
-def builds(sm: int) -> list[Build]:
-    """Every kernel as it is shipped, for `kernels/aot.py`: bf16, and fp32 in its smaller tiles."""
-    found = []
-    known = {"M": "i32", "V": "i32:16", "D": "i32:16", "stride": "i32:16", "parts": "i32", "scale": "fp32", "GROUP": GROUP}
-    known |= {"targets": "*i64"} | dict.fromkeys(("partials", "logits", "logprobs", "lse", "entropies", "g", "g_entropy"), "*fp32")
-    for entropy in (False, True):
-        known["ENTROPY"], said = entropy, ", entropy" * entropy
-        kernels = [(f"combine{said}", _combine, COMBINE, "fp32", 0.0)]
-        for dtype, config, softcap in (("bf16", CONFIGS[sm], 0.0), ("bf16", CONFIGS[sm], 30.0), ("fp32", FLOAT32, 30.0)):
-            name = f"{dtype}{said}{', softcap' if softcap else ''}"
-            for kind, kernel in (("forward", _forward), ("dz", _dz)):
-                kernels.append((f"{kind}, {name}", kernel, _tiles(config, softcap), dtype, softcap))
-        for name, kernel, tiles, dtype, softcap in kernels:
-            values = known | tiles | dict.fromkeys(("hidden", "weight", "dz"), f"*{dtype}") | {"SOFTCAP": softcap}
-            arguments = {key: values[key] for key in kernel.arg_names}
-            found.append(Build(f"logprobs {name}", kernel, arguments, tiles["num_warps"], tiles["num_stages"], matmul=dtype == "bf16"))
-    return found

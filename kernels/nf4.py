@@ -1,19 +1,19 @@
-"""NF4: four bits a weight, for bases that are only read (Dettmers et al. 2023, arXiv:2305.14314).
+"""NF4: frozen base weights in four bits each (Dettmers et al. 2023, arXiv:2305.14314).
 
-Weights are cut into blocks of 64. A block is divided by its largest magnitude and every quotient becomes the nearest
-of 16 levels, which are quantiles of a normal distribution: trained weights are nearly normal, so each level is used
-about equally often. The scales, 32 bits for 64 weights, are quantised again ("double quantisation"): less their mean,
-in blocks of 256, to the nearest of 256 levels of a dynamic 8-bit float.
+Weights are cut into blocks of 64. A block is divided by its largest magnitude (its scale), and every quotient becomes
+the nearest of 16 levels, which are quantiles of a normal distribution: trained weights are nearly normal, so each
+level is used about equally often. The scales, 32 bits for 64 weights, are quantised again ("double quantisation"):
+their mean is subtracted, and blocks of 256 become the nearest of 256 levels of a dynamic 8-bit float.
 
     w ~ LEVELS[code] * scale                       4 + 32 / 64             = 4.5 bits a weight
     scale ~ FLOATS[byte] * scale2 + offset         4 + 8 / 64 + 32 / 16384 = 4.127 bits
 
-Bytes are those of bitsandbytes: two codes a byte, the earlier weight in the high half.
+Bytes are laid out as in bitsandbytes: two codes a byte, the earlier weight in the high half.
 
-A matmul of M rows with W [4096, 14336] reads, in bf16, 117 MB: 27 us on an H200, and so much for any M up to about 180.
-Decoding W first reads 30 MB and writes those 117: 35 us more. For training that is little; for sampling, where M is
-small, `linear` decodes each tile of W in registers on its way to the matrix units and reads the 30 MB alone. Decoding
-takes about 10 instructions a weight, counted in the machine code: 20 us for this W, once for every 128 rows of x.
+A matmul of M rows with W [4096, 14336] reads 117 MB in bf16: 27 us on an H200, for any M up to about 180. Decoding W
+first reads 30 MB and writes those 117: 35 us more. For training that is little. For sampling, where M is small,
+`linear` decodes each tile of W in registers on its way to the matrix units and reads only the 30 MB. Decoding takes
+about 10 instructions per weight, counted in the machine code: 20 us for this W, once for every 128 rows of x.
 """
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import Build, architecture, jit, on_triton, tl, triton
+from kernels import architecture, jit, on_triton, tl, triton
 
 
 class NF4(NamedTuple):
-    """A quantised weight; scales in fp32, or as bytes with what decodes them."""
+    """A quantised weight; its scales are fp32, or bytes with what decodes them."""
 
     codes: Tensor            # [n / 2] uint8
     scales: Tensor           # [n / block] fp32, or uint8 when double
@@ -38,12 +38,12 @@ class NF4(NamedTuple):
 
     @property
     def bits(self) -> float:
-        """Per weight, everything counted."""
+        """Bits per weight, scales included."""
         held = sum(t.nbytes for t in (self.codes, self.scales, self.scales2, self.offset) if t is not None)
         return 8 * held / self.shape.numel()
 
 
-# Normal quantiles at even steps, eight above zero and seven below, scaled to [-1, 1]; the digits of the paper's appendix E.
+# Normal quantiles at even steps, eight above zero and seven below, scaled to [-1, 1]: the paper's appendix E.
 LEVELS = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -55,8 +55,8 @@ TINY = torch.finfo(torch.float32).tiny
 def floats() -> Tensor:
     """The 256 values of the dynamic 8-bit float, ascending, [256] fp32 (Dettmers 2016, arXiv:1511.04561).
 
-    Seven decades; the larger the number, the more of its bits are left for the fraction: 2^i means of even
-    intervals of [0.1, 1] in decade i, with both signs, and 0 and 1.
+    Seven decades: decade i holds the means of 2^i even intervals of [0.1, 1], with both signs, so larger numbers are
+    more precise; and 0 and 1.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -68,7 +68,7 @@ def floats() -> Tensor:
 
 @lru_cache
 def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """LEVELS, their 15 midpoints, and floats() on a device: copied once, for a copy waits for the GPU."""
+    """LEVELS, their 15 midpoints, and floats() on a device: copied once, as every copy would sync the GPU."""
     return LEVELS.to(device), midpoints(LEVELS).to(device), floats().to(device)
 
 
@@ -77,12 +77,12 @@ def midpoints(table: Tensor) -> Tensor:
 
 
 def nearest(values: Tensor, table: Tensor) -> Tensor:
-    """Index of the entry of the ascending table next to each value, uint8; a midpoint goes down."""
+    """Index of the entry of the ascending table nearest to each value, uint8; a midpoint goes down."""
     return torch.bucketize(values, midpoints(table).to(values)).to(torch.uint8)
 
 
 def quantize(weight: Tensor, block: int = 64, double: bool = True) -> NF4:
-    """A weight of any shape as NF4, its last block filled up with zeros. Raises ValueError unless block is a power of two."""
+    """A weight of any shape as NF4, its last block padded with zeros; block is a power of two, else ValueError."""
     if block < 2 or block & (block - 1):
         raise ValueError(f"block is {block}, expected a power of two, e.g. 64")
     flat = weight.detach().flatten()
@@ -97,19 +97,19 @@ def quantize(weight: Tensor, block: int = 64, double: bool = True) -> NF4:
 
 
 def dequantize(state: NF4, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight again, in `dtype`."""
+    """The weight that `quantize` rounded, in `dtype`."""
     if on_triton(state.codes) and dtype != torch.float64:
         return _dequantize_in_tiles(state, dtype)
-    pairs = torch.cartesian_prod(*[tables(state.codes.device)[0]] * 2)  # [256, 2], what each byte holds
-    values = pairs[state.codes.int()]
-    return (values.view(-1, state.block) * block_scales(state)[:, None]).flatten()[: state.shape.numel()].view(state.shape).to(dtype)
+    pairs = torch.cartesian_prod(*[tables(state.codes.device)[0]] * 2)  # [256, 2], the two levels of each byte
+    values = pairs[state.codes.int()].view(-1, state.block) * block_scales(state)[:, None]
+    return values.flatten()[: state.shape.numel()].view(state.shape).to(dtype)
 
 
 def linear(x: Tensor, state: NF4) -> Tensor:
     """x W^T [..., out] for x [..., in] and W [out, in], in the dtype of x. No gradient (lora.py has it)."""
     outputs, inputs = state.shape
     rows = x.numel() // inputs
-    # A row of W that ends within a block shares its scale with the next.
+    # inputs % 64: a row of W that ended within a block would share its scale with the next row.
     if on_triton(x) and x.element_size() == 2 and 0 < rows <= CROSSOVER and state.block == 64 and inputs % 64 == 0:
         return _linear_in_tiles(x.reshape(rows, inputs).contiguous(), state).view(*x.shape[:-1], outputs)
     return x @ dequantize(state, x.dtype).t()
@@ -118,11 +118,11 @@ def linear(x: Tensor, state: NF4) -> Tensor:
 # --------------------------------------------------------------------------------- the PyTorch version
 
 def _quantize(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Bytes [n / 2] and scales [n / block] of flat [n], n rounded up to whole blocks."""
+    """Codes [n / 2] and scales [n / block] of flat [n], n rounded up to whole blocks."""
     if flat.numel() % block:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % block))
     parts = []
-    for blocks in flat.view(-1, block).split(2**14):  # a million weights at a time: little beside the model
+    for blocks in flat.view(-1, block).split(2**14):  # a million weights at a time, to need little memory
         scales = blocks.float().abs().amax(1)
         unit = blocks.float() / scales.clamp(min=TINY)[:, None]  # a block of zeros stays zeros
         codes = nearest(unit, tables(flat.device)[0]).flatten()
@@ -131,7 +131,7 @@ def _quantize(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def block_scales(state: NF4) -> Tensor:
-    """Scales of the blocks, decoded, [n / block] fp32."""
+    """The decoded scales of the blocks, [n / block] fp32."""
     if state.scales2 is None:
         return state.scales
     table = tables(state.scales.device)[2]
@@ -140,15 +140,18 @@ def block_scales(state: NF4) -> Tensor:
 
 # ---------------------------------------------------------------------------------- the Triton version
 
-# Weights and warps of a program; for linear, by rows of x in a tile: rows of W, columns, warps, stages of the pipeline.
+# Weights and warps per program. For linear, by rows of x per tile: rows and columns of W, warps, pipeline stages.
 CONFIGS = {
-    80: {"quantize": (4096, 8), "dequantize": (4096, 4), "linear": {16: (32, 256, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}},
-    90: {"quantize": (4096, 8), "dequantize": (4096, 4), "linear": {16: (32, 256, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)}},
-    100: {"quantize": (4096, 8), "dequantize": (4096, 4), "linear": {16: (32, 256, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)}},
+    80: {"quantize": (4096, 8), "dequantize": (4096, 4),
+         "linear": {16: (32, 256, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2)}},
+    90: {"quantize": (4096, 8), "dequantize": (4096, 4),
+         "linear": {16: (32, 256, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)}},
+    100: {"quantize": (4096, 8), "dequantize": (4096, 4),
+          "linear": {16: (32, 256, 4, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)}},
 }
-CROSSOVER = 256  # rows of x: two tiles decode W twice, which takes as long as to write it out once
-SUM = 1024       # values of a program that adds up the shares
-PROGRAMS = 512   # that linear splits its columns for: about four on each of a GPU's multiprocessors
+CROSSOVER = 256  # rows of x above which linear decodes W first: two tiles decode it twice, which takes as long
+SUM = 1024       # values per program that adds up the partial results
+PROGRAMS = 512   # that linear splits its columns for: about four per multiprocessor
 
 
 def _quantize_in_tiles(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -158,19 +161,21 @@ def _quantize_in_tiles(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
     scales = torch.empty(blocks, dtype=torch.float32, device=flat.device)
     group = max(1, size // block)
     _quantize_kernel[triton.cdiv(blocks, group),](
-        flat, tables(flat.device)[1], codes, scales, count, blocks, TINY=TINY, BLOCK=block, BLOCKS=group, num_warps=warps)
+        flat, tables(flat.device)[1], codes, scales, count, blocks,
+        TINY=TINY, BLOCK=block, BLOCKS=group, num_warps=warps)
     return codes, scales
 
 
 @jit
-def _quantize_kernel(weight, midpoints, codes, scales, count, blocks, TINY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def _quantize_kernel(weight, midpoints, codes, scales, count, blocks, TINY: tl.constexpr, BLOCK: tl.constexpr,
+                     BLOCKS: tl.constexpr):
     """Codes and scales of BLOCKS blocks."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight + at, mask=at < count, other=0.0).to(tl.float32)
-    # Magnitudes are ordered as their bits, NaN above all: a block with a NaN must become NaN, and tl.max would skip it.
+    # Compared as bits, which keep the order and put NaN last: a NaN must spoil its block, and tl.max would skip it.
     scale = tl.max(tl.abs(w).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-    unit = tl.div_rn(w, tl.where(scale < TINY, TINY, scale)[:, None])  # rounded as PyTorch does; `/` is off by a bit now and then
+    unit = tl.div_rn(w, tl.where(scale < TINY, TINY, scale)[:, None])  # rounds as PyTorch; `/` is off by a bit at times
     code = tl.zeros([BLOCKS, BLOCK], tl.int32)
     for i in tl.static_range(15):
         code += tl.where(unit <= tl.load(midpoints + i), 0, 1)
@@ -182,14 +187,14 @@ def _quantize_kernel(weight, midpoints, codes, scales, count, blocks, TINY: tl.c
 
 @jit
 def _decoded(pairs, levels, COUNT: tl.constexpr):
-    """The 2 COUNT levels of COUNT bytes, in one row."""
+    """The levels of COUNT bytes, in one row of 2 COUNT."""
     pairs = tl.reshape(pairs, COUNT).to(tl.int32)
     return tl.gather(tl.load(levels + tl.arange(0, 16)), tl.interleave(pairs >> 4, pairs & 15), 0)
 
 
 @jit
 def _scales(at, inside, scales, scales2, offset, floats):
-    """Scales of the blocks `at`. Callers forbid fused multiply-add: PyTorch rounds product and sum one by one."""
+    """Scales of the blocks `at`. Launched with enable_fp_fusion=False: PyTorch rounds the product, then the sum."""
     scale = tl.load(scales + at, mask=inside, other=0)
     if scales2 is not None:
         scale2 = tl.load(scales2 + at // 256, mask=inside, other=0.0)
@@ -202,18 +207,20 @@ def _dequantize_in_tiles(state: NF4, dtype: torch.dtype) -> Tensor:
     out = torch.empty(state.shape, dtype=dtype, device=state.codes.device)
     blocks, group = len(state.scales), max(1, size // state.block)
     _dequantize_kernel[triton.cdiv(blocks, group),](
-        state.codes, *_of_scales(state), out, out.numel(), blocks, BLOCK=state.block, BLOCKS=group, num_warps=warps, enable_fp_fusion=False)
+        state.codes, *_scale_arguments(state), out, out.numel(), blocks, BLOCK=state.block, BLOCKS=group,
+        num_warps=warps, enable_fp_fusion=False)
     return out
 
 
-def _of_scales(state: NF4) -> tuple[Tensor | None, ...]:
-    """Arguments `scales` to `levels` of a kernel."""
+def _scale_arguments(state: NF4) -> tuple[Tensor | None, ...]:
+    """The arguments `scales` to `levels` of a kernel."""
     levels, _, floats = tables(state.codes.device)
     return state.scales, state.scales2, state.offset, None if state.scales2 is None else floats, levels
 
 
 @jit
-def _dequantize_kernel(codes, scales, scales2, offset, floats, levels, out, count, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def _dequantize_kernel(codes, scales, scales2, offset, floats, levels, out, count, blocks, BLOCK: tl.constexpr,
+                       BLOCKS: tl.constexpr):
     """Weights of BLOCKS blocks."""
     HALF: tl.constexpr = BLOCK // 2
     first = tl.program_id(0).to(tl.int64) * BLOCKS
@@ -231,14 +238,14 @@ def _linear_in_tiles(x: Tensor, state: NF4) -> Tensor:
     m = next((m for m in configs if rows <= m), max(configs))
     n, k, warps, stages = configs[m]
     tiles = triton.cdiv(rows, m), triton.cdiv(outputs, n)
-    # Few tiles: each program takes a share of the columns, and the partial results are added in order.
+    # Few tiles: each program takes some of the columns, and the partial results are added in order.
     parts = max(1, min(PROGRAMS // (tiles[0] * tiles[1]), triton.cdiv(inputs, 2 * k)))
-    share = triton.cdiv(triton.cdiv(inputs, k), parts) * k
-    parts = triton.cdiv(inputs, share)
+    part_inputs = triton.cdiv(triton.cdiv(inputs, k), parts) * k
+    parts = triton.cdiv(inputs, part_inputs)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     partial = out if parts == 1 else torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device)
     _linear_kernel[*tiles, parts](
-        x, state.codes, *_of_scales(state), partial, rows, outputs, inputs, share,
+        x, state.codes, *_scale_arguments(state), partial, rows, outputs, inputs, part_inputs,
         M=m, N=n, K=k, BLOCK=state.block, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
     if parts > 1:
         _sum_kernel[triton.cdiv(out.numel(), SUM),](partial, out, out.numel(), parts, SIZE=SUM, num_warps=4)
@@ -246,22 +253,23 @@ def _linear_in_tiles(x: Tensor, state: NF4) -> Tensor:
 
 
 @jit
-def _linear_kernel(x, codes, scales, scales2, offset, floats, levels, out, rows, outputs, inputs, share,
+def _linear_kernel(x, codes, scales, scales2, offset, floats, levels, out, rows, outputs, inputs, part_inputs,
                    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of W x^T [N, M], over `share` columns of W. W comes first: the matrix units take the first factor from registers."""
+    """A tile [N, M] of W x^T over `part_inputs` columns of W: the matrix units take the first factor from registers."""
     row, output, part = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N), tl.program_id(2)
     start = output.to(tl.int64)[:, None] * inputs
     x += row.to(tl.int64)[None, :] * inputs
     total = tl.zeros([N, M], tl.float32)
-    for first in range(part * share, tl.minimum(part * share + share, inputs), K):
-        byte, block, column = first // 2 + tl.arange(0, K // 2), first // BLOCK + tl.arange(0, K // BLOCK), first + tl.arange(0, K)
+    for first in range(part * part_inputs, tl.minimum(part * part_inputs + part_inputs, inputs), K):
+        column = first + tl.arange(0, K)
+        byte, block = first // 2 + tl.arange(0, K // 2), first // BLOCK + tl.arange(0, K // BLOCK)
         pairs = tl.load(codes + start // 2 + byte[None, :],
                         mask=(output < outputs)[:, None] & (byte < inputs // 2)[None, :], other=0)
-        scale = _scales(start // BLOCK + block[None, :],
-                        (output < outputs)[:, None] & (block < inputs // BLOCK)[None, :], scales, scales2, offset, floats)
+        inside = (output < outputs)[:, None] & (block < inputs // BLOCK)[None, :]
+        scale = _scales(start // BLOCK + block[None, :], inside, scales, scales2, offset, floats)
         w = tl.reshape(_decoded(pairs, levels, N * K // 2), N, K // BLOCK, BLOCK) * scale[:, :, None]
-        columns = tl.load(x + column[:, None], mask=(column < inputs)[:, None] & (row < rows)[None, :], other=0.0)
-        total = tl.dot(tl.reshape(w, N, K).to(columns.dtype), columns, total, input_precision="ieee")
+        tile_x = tl.load(x + column[:, None], mask=(column < inputs)[:, None] & (row < rows)[None, :], other=0.0)
+        total = tl.dot(tl.reshape(w, N, K).to(tile_x.dtype), tile_x, total, input_precision="ieee")
     at = (part * rows + row).to(tl.int64)[None, :] * outputs + output[:, None]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(row < rows)[None, :] & (output < outputs)[:, None])
 
@@ -275,25 +283,3 @@ def _sum_kernel(partial, out, count, parts, SIZE: tl.constexpr):
         total += tl.load(partial + at, mask=at < count, other=0.0)
         partial += count
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < count)
-
-
-def builds(sm: int) -> list[Build]:
-    """Every kernel as it is shipped, for `kernels/aot.py`: weights and activations in bf16."""
-    configs = CONFIGS[sm]
-    size, warps = configs["quantize"]
-    arguments = {"weight": "*bf16", "midpoints": "*fp32", "codes": "*u8", "scales": "*fp32", "count": "i32:16", "blocks": "i32:16",
-                 "TINY": TINY, "BLOCK": 64, "BLOCKS": size // 64}
-    found = [Build("nf4 quantize", _quantize_kernel, arguments, warps, 1, wide=True)]
-    single = {"codes": "*u8", "scales": "*fp32", "scales2": None, "offset": None, "floats": None, "levels": "*fp32", "BLOCK": 64}
-    double = single | {"scales": "*u8", "scales2": "*fp32", "offset": "*fp32", "floats": "*fp32"}
-    for name, packed in (("single", single), ("double", double)):
-        size, warps = configs["dequantize"]
-        arguments = packed | {"out": "*bf16", "count": "i32:16", "blocks": "i32:16", "BLOCKS": size // 64}
-        found.append(Build(f"nf4 dequantize, {name}", _dequantize_kernel, arguments, warps, 1, wide=True))
-        for m, (n, k, warps, stages) in configs["linear"].items():
-            arguments = packed | {"x": "*bf16", "out": "*fp32" if m == 16 else "*bf16", "rows": "i32", "outputs": "i32:16",
-                                  "inputs": "i32:16", "share": "i32:16", "M": m, "N": n, "K": k}
-            matmul = n >= 64 or sm == 80  # smaller tiles are for the matrix units of sm_80, which later GPUs still have
-            found.append(Build(f"nf4 linear, {name}, {m} rows", _linear_kernel, arguments, warps, stages, matmul, wide=True))
-    arguments = {"partial": "*fp32", "out": "*bf16", "count": "i32:16", "parts": "i32", "SIZE": SUM}
-    return [*found, Build("nf4 sum", _sum_kernel, arguments, 4, 1, wide=True)]

@@ -1,4 +1,4 @@
-"""kernels/bench.py without a GPU: how work is counted, how rows become tables and verdicts, and that a group survives its kernels."""
+"""benchmarks/kernels without a GPU: how work is counted, what rows become, and that a group survives its kernels."""
 import json
 import time
 
@@ -6,27 +6,38 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from kernels import bench, bench_report
+from benchmarks.kernels import __main__ as driver
+from benchmarks.kernels import report
+from benchmarks.kernels.groups import (
+    Scene,
+    attention_contests,
+    flex_work,
+    four_turns,
+    mixed,
+    padded_attention,
+    rows_of,
+    seen_pairs,
+)
+from benchmarks.kernels.measure import Bench, Work
 from kernels.attention import attention
-from kernels.bench_groups import Scene, attention_group, flex_work, four_turns, mixed, padded_attention, pairs_of, seen_pairs
 from kernels.layout import Layout
 
 CPU = torch.device("cpu")
 
 
 def test_work_counts_the_pairs_that_see_each_other():
-    """3 tokens: 1 + 2 + 3. A leaf of 2 behind a prefix of 2: 3 + 4. With a window of 2 no token sees more: 1 + 2 + 2, then 2 + 2."""
+    """3 tokens: 1 + 2 + 3. A leaf of 2 behind a prefix of 2: 3 + 4. With a window of 2: 1 + 2 + 2, then 2 + 2."""
     assert seen_pairs(Scene("", [3])) == 6
     assert seen_pairs(Scene("", [3, 2], [0, 0], [0, 2])) == 6 + 7
     assert seen_pairs(Scene("", [3, 2], [0, 0], [0, 2], 2)) == 5 + 4
 
 
 def test_a_dialogue_of_four_turns_as_a_tree_and_as_its_pairs():
-    """Prompts of 50, replies of 200: a trunk of 1000 and 4 leaves of 200; as pairs twice 250, 500, 750 and 1000 tokens."""
+    """Prompts of 50, replies of 200: a trunk of 1000 and 4 leaves of 200; as pairs twice 250, 500, 750 and 1000."""
     scene = four_turns("", 50, 200, 2, (4, 2, 8))
     assert scene.lengths == 2 * [1000, 200, 200, 200, 200] and scene.trunks == 5 * [0] + 5 * [5]
     assert scene.prefixes == 2 * [0, 50, 300, 550, 800]
-    assert pairs_of(scene) == 2 * [250, 250, 500, 500, 750, 750, 1000, 1000]
+    assert rows_of(scene) == 2 * [250, 250, 500, 500, 750, 750, 1000, 1000]
 
 
 def test_packed_lengths_fill_the_row():
@@ -48,7 +59,7 @@ def test_flex_attention_is_asked_for_the_same_attention(scene):
 @pytest.mark.parametrize("window", [None, 7])
 def test_padded_attention_is_asked_for_the_same_attention(tmp_path, window):
     scene = Scene("", [20, 20], window=window, heads=(4, 2, 16))
-    work = padded_attention(bench.Desk("attention", CPU, 60, tmp_path / "rows"), scene)["SDPA"]
+    work = padded_attention(Bench("attention", CPU, 60, tmp_path / "rows"), scene)["SDPA"]
     q, k, v = (x.detach().transpose(1, 2).flatten(0, 1) for x in work.inputs)
     theirs = work.call(*work.inputs).transpose(1, 2).flatten(0, 1)
     torch.testing.assert_close(attention(q, k, v, Layout.build([20, 20]), window), theirs)
@@ -56,21 +67,21 @@ def test_padded_attention_is_asked_for_the_same_attention(tmp_path, window):
 
 # ------------------------------------------------------------------------------------------------------------ measuring
 
-def rows_of(file) -> list[dict]:
+def written(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_a_contest_times_what_runs_and_says_why_the_rest_did_not(tmp_path):
-    desk = bench.Desk("toy", CPU, 60, tmp_path / "rows")
+    bench = Bench("toy", CPU, 60, tmp_path / "rows")
 
     def missing(x):
         raise NotImplementedError("not in this version\nsecond line")
 
     x = torch.randn(1000, requires_grad=True)
-    works = {"ours": bench.Work(lambda x: x * 2, (x,)), "slow": bench.Work(lambda x: time.sleep(0.01) or x * 2, (x,)),
-             "absent": bench.Work(missing, (x,))}
-    desk.compare("toy", "1000", works, {"forward": 1e6, "both": 3e6}, "TFLOP/s")
-    rows = {(row["impl"], row["pass"]): row for row in rows_of(desk.file)}
+    works = {"ours": Work(lambda x: x * 2, (x,)), "slow": Work(lambda x: time.sleep(0.01) or x * 2, (x,)),
+             "absent": Work(missing, (x,))}
+    bench.compare("toy", "1000", works, {"forward": 1e6, "both": 3e6}, "TFLOP/s")
+    rows = {(row["impl"], row["pass"]): row for row in written(bench.file)}
     assert rows["absent", "forward"]["reason"] == "NotImplementedError: not in this version" and len(rows) == 6
     for name in ("forward", "both"):
         fast, slow = rows["ours", name], rows["slow", name]
@@ -80,38 +91,38 @@ def test_a_contest_times_what_runs_and_says_why_the_rest_did_not(tmp_path):
 
 
 def test_results_that_are_wrong_fail_and_are_not_timed(tmp_path):
-    desk = bench.Desk("toy", CPU, 60, tmp_path / "rows")
+    bench = Bench("toy", CPU, 60, tmp_path / "rows")
 
     def ours(x):
         return x + (x.dtype == torch.float32) * 0.01  # fp64 is the specification
 
     x = torch.randn(100, requires_grad=True)
-    desk.check("bad", "100", ours, [x], plain=lambda x: x)
-    desk.check("good", "100", lambda x: x * 3, [x])
-    desk.check("lost", "100", lambda x: x * float("nan"), [x])
-    desk.check("unsteady", "100", lambda x: x + 1e-9 * torch.rand(1).to(x), [x - x.detach()])
-    desk.compare("bad", "100", {"ours": bench.Work(ours, (x,))}, {"forward": 1}, "GB/s")
-    bad, good, lost, unsteady, timed = rows_of(desk.file)
-    assert bad["status"] == "failed" and bad["reason"].startswith("output 0: error 1.00e-02") and "gradient" not in bad["reason"]
-    assert good["status"] == "ok" and lost["status"] == "failed" and unsteady["reason"] == "a second run gives other bits"
+    bench.check("bad", "100", ours, [x], plain=lambda x: x)
+    bench.check("good", "100", lambda x: x * 3, [x])
+    bench.check("lost", "100", lambda x: x * float("nan"), [x])
+    bench.check("unsteady", "100", lambda x: x + 1e-9 * torch.rand(1).to(x), [x - x.detach()])
+    bench.compare("bad", "100", {"ours": Work(ours, (x,))}, {"forward": 1}, "GB/s")
+    bad, good, lost, unsteady, timed = written(bench.file)
+    assert bad["status"] == "failed" and bad["reason"].startswith("output 0: error 1.00e-02")
+    assert "gradient" not in bad["reason"] and good["status"] == "ok" and lost["status"] == "failed"
+    assert unsteady["reason"] == "a second run gives other bits"
     assert timed["status"] == "failed" and "ms" not in timed
 
 
 def test_a_group_that_dies_or_is_out_of_time_leaves_rows(tmp_path):
-    bench.run_group("no such group", "cpu", 5, tmp_path / "a")
-    (row,) = [json.loads(line) for line in (tmp_path / "a").read_text().split("\n") if line]
+    (row,) = driver.run_group("no such group", "cpu", 5, tmp_path / "a")
     assert row["status"] == "failed" and "KeyError" in row["reason"]
-    desk = bench.Desk("attention", CPU, -1, tmp_path / "b")
-    attention_group(desk)
-    assert {(row["status"], row["reason"]) for row in rows_of(desk.file)} == {("skipped", "no time left")}
+    bench = Bench("attention", CPU, -1, tmp_path / "b")
+    attention_contests(bench)
+    assert {(row["status"], row["reason"]) for row in written(bench.file)} == {("skipped", "no time left")}
 
 
 # -------------------------------------------------------------------------------------------- tables, from made-up rows
 
 def row(kernel, shape, name, impl, ms, unit="TFLOP/s", amount=1e9, extra=2**20, status="ok", group="toy"):
-    return {"group": group, "kernel": kernel, "shape": shape, "pass": name, "impl": impl, "dtype": "bfloat16", "unit": unit,
-            "status": status, "reason": "because", "ms": ms, "ms_p20": ms, "ms_p80": ms, "amount": amount, "rate": amount / ms / 1e9,
-            "extra_bytes": extra}
+    return {"group": group, "kernel": kernel, "shape": shape, "pass": name, "impl": impl, "dtype": "bfloat16",
+            "unit": unit, "status": status, "reason": "because", "ms": ms, "ms_p20": ms, "ms_p80": ms,
+            "amount": amount, "rate": amount / ms / 1e9, "extra_bytes": extra}
 
 
 DENSE, PACKED, HEAD = ("attention", "4 x 2048"), ("attention", "packed 128-2048"), ("logprobs", "8192 x 4096 x 151936")
@@ -126,8 +137,8 @@ MADE_UP = [row("copy", "", "forward", "PyTorch", 1.0, "GB/s", 4e9, group="ceilin
            row("NF4 dequantise", "b", "forward", "ours", 1.0, "GB/s", 3e9)]
 
 
-def target(what: str) -> bench_report.Target:
-    return next(t for t in bench_report.TARGETS if t.what == what)
+def target(what: str) -> report.Target:
+    return next(t for t in report.TARGETS if t.what == what)
 
 
 @pytest.mark.parametrize("what, found", [
@@ -140,39 +151,51 @@ def target(what: str) -> bench_report.Target:
     ("decode, 64 x 2048", None),
 ])
 def test_what_a_target_finds_in_the_rows(what, found):
-    assert bench_report.value(target(what), MADE_UP) == (None if found is None else pytest.approx(found))
+    assert report.value(target(what), MADE_UP) == (None if found is None else pytest.approx(found))
+
+
+def cells(table: str) -> list[list[str]]:
+    """The lines of a Markdown table without its head."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+            if line.startswith("|")][2:]
 
 
 def test_the_verdict_tells_reached_missed_and_not_measured_apart():
-    lines = {line[:44].strip(): line.split()[-1] for line in bench_report.verdict(MADE_UP).splitlines()}
-    assert lines["attention forward, 4 x 2048"] == "reached" and lines["attention backward, 4 x 2048"] == "missed"
-    assert lines["logprobs, forward and backward, V 151936"] == "reached" and lines["the same, memory"] == "missed"
-    assert lines["decode, 64 x 2048"] == "measured" and len(lines) == len(bench_report.TARGETS)
+    lines = {line[0]: line[1:] for line in cells(report.verdict(MADE_UP))}
+    assert lines["attention forward, 4 x 2048"] == ["x best baseline", "0.95", ">= 0.92", "reached"]
+    assert lines["attention backward, 4 x 2048"][-1] == "missed"
+    assert lines["logprobs, forward and backward, V 151936"][-1] == "reached"
+    assert lines["the same, memory"] == ["GiB extra", "3", "<= 2", "missed"]
+    assert lines["NF4 dequantise"] == ["of ceiling", "75%", ">= 92%", "missed"]
+    assert lines["decode, 64 x 2048"][-1] == "not measured" and len(lines) == len(report.TARGETS)
     wrong = MADE_UP + [row("decode", "x", "check", "ours", 1.0, status="failed")]
-    assert bench_report.verdict(wrong).startswith("FAILED decode x bfloat16: because")
+    assert report.verdict(wrong).startswith("FAILED decode x bfloat16: because")
 
 
-def test_tables_and_figures_are_made_from_the_saved_file(tmp_path):
-    about = {"device": "made up", "sm": "90", "threads": 2, "load": 0.1, "torch": "0", "triton": "0"}
-    bench_report.save(about, MADE_UP, tmp_path / "x.json")
-    report = json.loads((tmp_path / "x.json").read_text())
-    bench_report.figures(MADE_UP, tmp_path / "x.json")
-    assert report["rows"] == MADE_UP and (tmp_path / "x_toy.png").stat().st_size > 1000
-    lines = bench_report.summary_table(report).splitlines()
-    assert lines[0] == "made up, 2 threads, torch 0; load of the machine before: 0.1."
-    assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|")
-    assert lines[4] == "| attention | 4 x 2048 | forward | 2 ms | 6 % | SDPA flash: 1.9 ms | 0.95 | 1.0 MiB | 1.0 MiB |"
-    assert len(lines) == 6  # contests without a baseline have no line
-    assert "| attention forward, 4 x 2048 | x best baseline | 0.95 | >= 0.92 | reached |" in bench_report.verdict_table([report])
-    assert "make gpu" in bench_report.verdict_table([])
-    said = bench_report.text(report)
-    assert "SDPA cuDNN" in said and "skipped: because" in said and said.index("== toy") < said.index("reached")
+def test_a_report_is_saved_row_by_row_and_makes_the_tables():
+    """Braces in a text are no rows; contests without a baseline have no line in the summary."""
+    made_up = {"device": "made up", "sm": "90", "threads": 2, "load": 0.1, "torch": "0", "triton": "0",
+               "rows": [*MADE_UP, row("toy", "{}", "forward", "ours", 1.0, status="failed")]}
+    saved = report.json_lines(made_up)
+    assert json.loads(saved) == made_up and saved.count("\n") == 8 + len(made_up["rows"]) + 1
+    said = report.summary_table(made_up)
+    assert said.startswith("made up, 2 threads, torch 0; load of the machine before: 0.1.\n\n| kernel ")
+    first, _ = cells(said)
+    assert first[:6] == ["attention", "4 x 2048", "forward", "2 ms", "6 %", "SDPA flash: 1.9 ms"]
+    assert first[6:] == ["0.95", "1.0 MiB", "1.0 MiB"]
+    assert report.verdict_table([made_up]).startswith("made up, torch 0, Triton 0:\n\n| kernel ")
+    lines = cells(report.group_text("toy", MADE_UP[2:], report.ceilings(MADE_UP)))
+    assert lines[0] == ["attention", "4 x 2048", "forward", "ours", "2.000", "0.5 TFLOP/s", "6%", "0.95", "1.0"]
+    assert lines[2][3:] == ["SDPA cuDNN", "", "", "", "", "skipped: because"] and len(lines) == len(MADE_UP) - 2
 
 
 def test_a_table_of_builds_puts_the_variants_of_a_kernel_together():
     def facts(registers, shared, spills=0):
         return {"registers": registers, "shared": shared, "spills": spills}
 
-    made_up = {"3.9": {"x": {"90": facts(1, 1)}}, "3.10": {"toy, E 64": {"80": facts(100, 2048), "90": facts(90, 1024)},
-                                                          "toy, E 128": {"80": facts(120, 1024, 2), "90": facts(80, 4096)}}}
-    assert bench_report.build_table(made_up).splitlines()[4] == "| toy | 4 | 120 registers, 2 KiB, 2 spills | 90 registers, 4 KiB |  |"
+    newest = {"toy, E 64": {"80": facts(100, 2048), "90": facts(90, 1024)},
+              "toy, E 128": {"80": facts(120, 1024, 2), "90": facts(80, 4096)}}
+    made_up = {"3.9": {"x": {"90": facts(1, 1)}}, "3.10": newest}
+    said = report.build_table(made_up)
+    assert said.startswith("Triton 3.10:")
+    assert cells(said) == [["toy", "4", "120 registers, 2 KiB, 2 spills", "90 registers, 4 KiB", ""]]

@@ -1,0 +1,204 @@
+"""How kernels are checked and timed: every check, and every implementation's time, becomes one row of JSON."""
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import kernels
+
+RUNS = 30
+LONGEST_S = {"cuda": 8.0, "cpu": 1.5}        # of a contest
+FLUSH_BYTES = {"cuda": 2**30, "cpu": 2**26}  # written before every run: empties the caches, hides the launch in Python
+
+
+class Work(NamedTuple):
+    """One implementation: call(*inputs) gives a tensor, differentiated in the inputs that require gradients."""
+
+    call: Callable
+    inputs: tuple = ()
+    both: Callable | None = None  # forward and backward, where that is not call and autograd
+
+
+class Bench:
+    """What one group of kernels is measured with; its rows are appended to `file`."""
+
+    def __init__(self, group: str, device: torch.device, seconds: float, file: Path):
+        self.group, self.device, self.file = group, device, file
+        self.gpu = device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.gpu else torch.float32
+        self.deadline = time.monotonic() + seconds
+        self.flush = torch.empty(FLUSH_BYTES[device.type], dtype=torch.uint8, device=device)
+        self.wrong: set[str] = set()  # kernels that failed a check: not timed
+
+    def left(self) -> float:
+        """Seconds until this group has to end."""
+        return self.deadline - time.monotonic()
+
+    def write(self, **row) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps({"group": self.group} | row) + "\n")
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
+        return torch.randn(shape, device=self.device).to(dtype or self.dtype).requires_grad_(grad)
+
+    def check(self, kernel: str, shape: str, call: Callable, inputs: list[Tensor], plain: Callable | None = None):
+        """FlashAttention's rule: at most twice (gradients: three times) the error of PyTorch in the same dtype, against
+        fp64. And the same bits twice: none of our kernels leaves the order of a sum to chance.
+
+        `call` without Triton is the specification; `plain` is what to compare with where that differs.
+        """
+        row = {"kernel": kernel, "shape": shape, "pass": "check", "impl": "ours", "dtype": str(inputs[0].dtype)[6:]}
+        if self.left() < 0:
+            self.write(**row, status="skipped", reason="no time left")
+            return
+        try:
+            worst, faults = compared(call, plain or call, inputs)
+            row |= {"error": worst, "status": "failed" if faults else "ok", "reason": "; ".join(faults)}
+        except Exception as error:  # a kernel that does not run has failed its check
+            row |= {"status": "failed", "reason": reason(error)}
+        finally:
+            kernels.use("auto")
+        if row["status"] == "failed":
+            self.wrong.add(kernel)
+        self.write(**row)
+
+    def compare(self, kernel: str, shape: str, works: dict[str, Work], amounts: dict[str, float], unit: str):
+        """One contest: a row for each implementation and each pass of `amounts` (operations or bytes of the work)."""
+        for name, amount in amounts.items():
+            started = {impl: self.start(kernel, impl, work, name) for impl, work in works.items()}
+            times = self.times({impl: run for impl, (run, _) in started.items() if run})
+            for impl, (_, found) in started.items():
+                row = {"kernel": kernel, "shape": shape, "pass": name, "impl": impl, "dtype": str(self.dtype)[6:],
+                       "unit": unit} | found
+                if impl in times:
+                    fastest_first, count = times[impl], len(times[impl])
+                    ms = fastest_first[count // 2]
+                    row |= {"ms": ms, "ms_p20": fastest_first[count // 5], "ms_p80": fastest_first[count * 4 // 5],
+                            "runs": count, "amount": amount, "rate": amount / ms / (1e9 if unit == "TFLOP/s" else 1e6)}
+                self.write(**row)
+
+    def start(self, kernel: str, impl: str, work: Work, name: str) -> tuple[Callable | None, dict]:
+        """The call to time and the memory it takes, or no call and why."""
+        if self.left() < 0:
+            return None, {"status": "skipped", "reason": "no time left"}
+        if impl.startswith("ours") and kernel.startswith(tuple(self.wrong)):
+            return None, {"status": "failed", "reason": "its results are wrong"}
+        try:
+            run = prepared(work, name)
+            run()  # compiles
+            return run, {"status": "ok", "extra_bytes": self.peak(run)}
+        except Exception as error:  # not every machine has every implementation: the row says so
+            return None, {"status": "skipped", "reason": reason(error)}
+
+    def times(self, runs: dict[str, Callable]) -> dict[str, list[float]]:
+        """Sorted milliseconds: RUNS of each in turn, fewer if that would take longer than LONGEST_S, at least 5."""
+        began = time.monotonic()
+        for run in runs.values():
+            self.once(run)
+        self.settle()
+        rounds = max(5, min(RUNS, int(LONGEST_S[self.device.type] / (time.monotonic() - began + 1e-9))))
+        clocks = [{impl: self.once(run) for impl, run in runs.items()} for _ in range(rounds)]
+        self.settle()
+        return {impl: sorted(clock[impl]() for clock in clocks) for impl in runs}
+
+    def once(self, run: Callable) -> Callable[[], float]:
+        """Run after emptying the caches; what is returned gives the milliseconds, on a GPU once it has settled."""
+        self.flush.zero_()
+        if not self.gpu:
+            began = time.perf_counter()
+            run()
+            took = 1e3 * (time.perf_counter() - began)
+            return lambda: took
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        return lambda: start.elapsed_time(end)
+
+    def settle(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def peak(self, run: Callable) -> int:
+        """Bytes that a run needs at its peak beyond what was there before, its results included."""
+        if self.gpu:
+            self.settle()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            self.settle()
+            return torch.cuda.max_memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            most = max(most, held)
+        return most
+
+
+def compared(call: Callable, plain: Callable, inputs: list[Tensor]) -> tuple[float, list[str]]:
+    """The largest error as a part of what `Bench.check` allows, and every fault in words."""
+    dtype = inputs[0].dtype
+    ours, outputs = results(call, "auto", inputs, dtype)
+    again, _ = results(call, "auto", inputs, dtype)
+    theirs, _ = results(plain, "torch", inputs, dtype)
+    truth, _ = results(call, "torch", inputs, torch.float64)
+    worst, faults = 0.0, []
+    for i, (our, their, true) in enumerate(zip(ours, theirs, truth, strict=True)):
+        floor = torch.finfo(dtype).eps * 0.01 * true.abs().max().item() + 1e-6
+        allowed = (2 if i < outputs else 3) * (their.double() - true).abs().max().item() + floor
+        error = (our.double() - true).abs().max().item()
+        worst = max(worst, error / allowed)
+        if not error <= allowed:  # NaN fails too
+            what = f"output {i}" if i < outputs else f"gradient {i - outputs}"
+            faults.append(f"{what}: error {error:.2e}, allowed {allowed:.2e}")
+    if not all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)):
+        faults.append("a second run gives other bits")
+    return worst, faults
+
+
+def results(call: Callable, version: str, inputs: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], int]:
+    """Outputs and gradients in a dtype by Triton ("auto") or PyTorch ("torch"), and how many of them are outputs."""
+    kernels.use(version)
+    leaves = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in inputs]
+    outs = call(*leaves)
+    outs = [out for out in (outs if isinstance(outs, tuple) else (outs,)) if out is not None]
+    wanted = [x for x in leaves if x.requires_grad]
+    device = inputs[0].device
+    generator = torch.Generator(device).manual_seed(1)  # the same upstream gradient in every dtype
+    upstream = [torch.randn(out.shape, device=device, generator=generator).to(inputs[0].dtype).to(out.dtype)
+                for out in outs]
+    return [*outs, *(torch.autograd.grad(outs, wanted, upstream) if wanted else ())], len(outs)
+
+
+def prepared(work: Work, name: str) -> Callable:
+    """The call that is timed for one pass: forward, backward, or both."""
+    if name == "forward":
+        return lambda: work.call(*work.inputs)
+    if name == "both" and work.both:
+        return work.both
+    wanted = [x for x in work.inputs if isinstance(x, Tensor) and x.requires_grad]
+    if name == "backward":
+        out = work.call(*work.inputs)
+        upstream = torch.randn_like(out)
+        return lambda: torch.autograd.grad(out, wanted, upstream, retain_graph=True)
+
+    def both():
+        out = work.call(*work.inputs)
+        torch.autograd.grad(out, wanted, torch.ones_like(out))
+
+    return both
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:150]}"

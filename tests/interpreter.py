@@ -12,7 +12,7 @@ GUARD = 256  # elements of NaN before and after a guarded tensor
 
 
 def patch_bf16() -> None:
-    """The interpreter keeps bf16 as uint16: it multiplies bit patterns and cuts where hardware rounds to nearest even."""
+    """The interpreter keeps bf16 as uint16: it multiplies bit patterns, and truncates where hardware rounds."""
     import triton.language as tl
     from triton.runtime import interpreter as source
 
@@ -44,7 +44,7 @@ def patch_bf16() -> None:
 
 
 def guarded(x: torch.Tensor) -> torch.Tensor:
-    """A copy of x between bands of NaN (of 2^30 for integers): a read outside spoils the result, `intact` sees a write."""
+    """A copy of x between bands of NaN (2^30 for integers): a read outside spoils the result, `intact` sees a write."""
     # Bands keep the alignment of 16 bytes that kernels are compiled for.
     fill = float("nan") if x.is_floating_point() else 100 if x.element_size() == 1 else 2**30
     room = torch.full((x.numel() + 2 * GUARD,), fill, dtype=x.dtype, device=x.device)
@@ -62,7 +62,7 @@ def intact(x: torch.Tensor) -> bool:
 
 @contextmanager
 def strict():
-    """While open: fresh tensors hold NaN, and two programs of one launch that store to one address raise AssertionError."""
+    """Within it fresh tensors hold NaN, and two programs of a launch that store to one address raise AssertionError."""
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poisoned(make):
@@ -84,7 +84,7 @@ def strict():
 
 @contextmanager
 def one_writer():
-    """Every address is stored to by one program of a launch only. On a GPU two writers are a race; here they take turns."""
+    """Assert that one program of a launch stores to an address: on a GPU two would race, here they take turns."""
     from triton.runtime import interpreter as source
 
     builder = type(source.interpreter_builder)
@@ -109,7 +109,7 @@ def one_writer():
 
 
 def close(ours: torch.Tensor, truth: torch.Tensor, relative: float, floor: float = 1e-5) -> None:
-    """|ours - truth| <= relative * |truth| + floor in the Euclidean norm (floor per root of the count); truth in float64."""
+    """|ours - truth| <= relative * |truth| + floor * sqrt(count) in the Euclidean norm; truth in float64."""
     error = (ours.double() - truth.double()).norm().item()
     bound = relative * truth.double().norm().item() + floor * max(1, truth.numel()) ** 0.5
     assert torch.isfinite(ours).all(), "not finite"

@@ -5,24 +5,17 @@ import torch
 from conftest import small_model
 
 import kernels.attention as kernel
-from kernels.attention import attention
+from kernels.attention import attention, attention_reference
 from kernels.decode import decode_attention
 from kernels.layout import Layout
 
 
-def dense(q, k, v, layout, window=None, softcap=None):
-    """Every token's path written out as one row of an [N, N] mask: the definition, with no idea of speed."""
-    mask = torch.zeros(len(q), len(q), dtype=torch.bool)
-    segments = (x.tolist() for x in (layout.start, layout.length, layout.trunk_start, layout.prefix))
-    for start, length, trunk, prefix in zip(*segments, strict=True):
-        for i in range(length):
-            path = [*range(trunk, trunk + prefix), *range(start, start + i + 1)]
-            mask[start + i, path[-window:] if window else path] = True
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhe,khe->hqk", q, k) * q.shape[-1] ** -0.5
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    return torch.einsum("hqk,khe->qhe", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+def test_the_reference_by_hand():
+    """Trunk a b, leaf c after a: b sees a and b, c sees a and c. Scores 0 and log 3 give weights 1/4 and 3/4."""
+    k = torch.tensor([0.0, 3.0, 3.0]).log().nan_to_num(neginf=0.0)[:, None, None].double()
+    v = torch.tensor([4.0, 8.0, 16.0]).double()[:, None, None]
+    out = attention_reference(torch.ones_like(k), k, v, Layout.build([2, 1], [0, 0], [0, 1]))
+    assert torch.allclose(out.flatten(), torch.tensor([4.0, 7.0, 13.0]).double())
 
 
 def random_layout(rng):
@@ -48,18 +41,21 @@ def test_output_and_gradients_equal_the_dense_definition(trial, monkeypatch):
     kv_heads = rng.choice([1, 2])
     q, k, v = qkv(layout, kv_heads * rng.choice([1, 2, 4]), kv_heads)
     window, softcap = rng.choice([None, None, 1, 9, 1000]), rng.choice([None, None, 5.0])
-    ours, truth = attention(q, k, v, layout, window, softcap), dense(q, k, v, layout, window, softcap)
+    ours = attention(q, k, v, layout, window, softcap)
+    truth = attention_reference(q, k, v, layout, window, softcap)
     assert torch.allclose(ours, truth, atol=1e-10)
     upstream = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad(ours, (q, k, v), upstream), torch.autograd.grad(truth, (q, k, v), upstream), strict=True):
+    found, right = (torch.autograd.grad(out, (q, k, v), upstream) for out in (ours, truth))
+    for a, b in zip(found, right, strict=True):
         assert torch.allclose(a, b, atol=1e-9)
 
 
 def test_rows_that_pad_the_batch_give_and_take_nothing():
     layout = Layout.build([5, 3], [0, 0], [0, 2])
-    q, k, v = (torch.randn(12, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))  # eight tokens, four rows more
+    # Eight tokens, four rows more.
+    q, k, v = (torch.randn(12, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     out = attention(q, k, v, layout)
-    assert torch.allclose(out[:8], dense(q[:8], k[:8], v[:8], layout, None, None)) and not out[8:].any()
+    assert torch.allclose(out[:8], attention_reference(q[:8], k[:8], v[:8], layout)) and not out[8:].any()
     for x in torch.autograd.grad(out.square().sum(), (q, k, v)):
         assert x[:8].any() and not x[8:].any()
     with pytest.raises(ValueError, match="7 tokens|8 tokens"):
@@ -108,7 +104,8 @@ def test_decoding_equals_the_last_row_of_full_attention(window):
     cache_k, cache_v = torch.randn(2, 3, 2, 9, 8, dtype=torch.float64)  # junk beyond each length
     for row, (start, length) in enumerate(zip(layout.start.tolist(), lengths, strict=True)):
         cache_k[row, :, :length], cache_v[row, :, :length] = (x[start : start + length].transpose(0, 1) for x in (k, v))
-    assert torch.allclose(decode_attention(q[last], cache_k, cache_v, torch.tensor(lengths), window), full[last], atol=1e-12)
+    decoded = decode_attention(q[last], cache_k, cache_v, torch.tensor(lengths), window)
+    assert torch.allclose(decoded, full[last], atol=1e-12)
 
 
 def test_layout_of_the_drawn_tree():

@@ -5,7 +5,7 @@ import torch
 from interpreter import DEVICE, close, guarded, intact, strict
 
 from kernels import fused
-from kernels.fused import rms_norm, rotary, swiglu
+from kernels.fused import rms_norm, rms_norm_reference, rotary, rotary_reference, swiglu, swiglu_reference
 
 
 def test_rms_norm_by_hand():
@@ -17,12 +17,13 @@ def test_rms_norm_by_hand():
 def test_rotary_by_hand():
     """A quarter turn of the pair (1, 0) is (0, 1), of (0, 1) is (-1, 0)."""
     cos, sin = torch.zeros(1, 1, 2), torch.tensor([[[-1.0, 1.0]]])
-    assert torch.equal(rotary(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), cos, sin), torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]]))
+    turned = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]])
+    assert torch.equal(rotary(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), cos, sin), turned)
 
 
 def test_gradients_are_those_of_the_formulas():
     torch.manual_seed(0)
-    x, weight = torch.randn(7, 12, dtype=torch.float64, requires_grad=True), torch.randn(12, dtype=torch.float64, requires_grad=True)
+    x, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 12), (12,)))
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (x, weight))
     y, angles = torch.randn(5, 3, 8, dtype=torch.float64, requires_grad=True), torch.randn(5, 1, 4, dtype=torch.float64)
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
@@ -41,7 +42,7 @@ def test_bf16_rms_norm_is_as_good_as_rounding_its_result():
 # --------------------------------------------------------------------------------- the Triton version
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
-TILES = {"small tiles": {"tile": 64, "programs": 2}, "shipped tiles": fused.CONFIGS[90]}  # 90: what the interpreter takes
+TILES = {"small tiles": {"tile": 64, "programs": 2}, "shipped tiles": fused.CONFIGS[90]}  # 90: the interpreter's
 
 
 @pytest.fixture(params=TILES)
@@ -64,6 +65,19 @@ def angles(tokens, width, dtype):
     """cos and sin as rotary takes them."""
     turned = torch.rand(tokens, 1, width // 2) * 6
     return torch.cat([turned.cos()] * 2, -1).to(dtype), torch.cat([-turned.sin(), turned.sin()], -1).to(dtype)
+
+
+def test_the_pytorch_versions_equal_the_references():
+    x, weight, up, q = drawn(7, 12), drawn(12), drawn(7, 12), drawn(5, 3, 8)
+    for version, plain, inputs in ((lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5),
+                                    (x, weight)),
+                                   (rotary, rotary_reference, (q, *angles(5, 8, torch.float32))),
+                                   (swiglu, swiglu_reference, (x, up))):
+        torch.testing.assert_close(version(*inputs), plain(*inputs))
+        inputs = [t.requires_grad_() for t in inputs]
+        torch.testing.assert_close(version(*inputs), plain(*inputs))
+        found, right = (torch.autograd.grad(call(*inputs).square().sum(), inputs[0]) for call in (version, plain))
+        torch.testing.assert_close(found, right)
 
 
 def check(function, inputs, upstream=None):
@@ -107,7 +121,8 @@ def to_device(*tensors):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @shapes([(1, 1), (1, 16), (25, 7), (11, 48), (5, 3, 20)], [(1, 1), (70, 128)])
 def test_triton_rms_norm(tiles, shape, dtype):
-    weight = drawn(shape[-1], dtype=dtype if dtype == torch.float16 else torch.float32)  # norms train in fp32, or are frozen as stored
+    # Norms train in fp32, or are frozen as stored.
+    weight = drawn(shape[-1], dtype=dtype if dtype == torch.float16 else torch.float32)
     check(lambda x, w: rms_norm(x, w, 1e-5), [drawn(*shape, dtype=dtype, scale=3.0), weight])
 
 

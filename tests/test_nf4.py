@@ -39,17 +39,19 @@ def test_codes_scales_and_values_equal_bitsandbytes(key, version):
     told = next(c for c in numbers["cases"] if c["key"] == f"{key}.nf4")
     weight = case[f"{key}.weight"]
     single = quantize(weight, told["blocksize"], double=False)
-    assert torch.equal(single.codes, case[f"{key}.nf4.packed"].flatten()) and torch.equal(single.scales, case[f"{key}.nf4.absmax"])
+    assert torch.equal(single.codes, case[f"{key}.nf4.packed"].flatten())
+    assert torch.equal(single.scales, case[f"{key}.nf4.absmax"])
     assert torch.equal(dequantize(single, weight.dtype), case[f"{key}.nf4.dequant"])
     assert single.bits == told["bits_per_param"]
     double = quantize(weight, told["blocksize"])
     steps = (double.scales.int() - case[f"{key}.nf4.dq.absmax_u8"].int()).abs()
     assert steps.max() <= 1 and (steps > 0).sum() <= told["dq_codes_not_nearest"]
-    theirs = NF4(single.codes, case[f"{key}.nf4.dq.absmax_u8"], case[f"{key}.nf4.dq.absmax2"], case[f"{key}.nf4.dq.offset"][0],
-                 weight.shape, told["blocksize"])
+    scales, scales2, offset = (case[f"{key}.nf4.dq.{name}"] for name in ("absmax_u8", "absmax2", "offset"))
+    theirs = NF4(single.codes, scales, scales2, offset[0], weight.shape, told["blocksize"])
     torch.testing.assert_close(block_scales(theirs), case[f"{key}.nf4.dq.absmax"], atol=1e-7, rtol=1e-6)
     rounding = {"w32": 1e-6, "wbf16": 1e-2, "wfp16": 1e-3}[key]
-    torch.testing.assert_close(dequantize(theirs, weight.dtype), case[f"{key}.nf4.dq.dequant"], atol=1e-6, rtol=rounding)
+    restored = dequantize(theirs, weight.dtype)
+    torch.testing.assert_close(restored, case[f"{key}.nf4.dq.dequant"], atol=1e-6, rtol=rounding)
 
 
 def test_normal_weights_lose_0_0726_of_their_deviation():
@@ -68,7 +70,8 @@ def test_zeros_stay_zeros_and_a_last_block_may_be_short():
     short = torch.randn(5, 13)
     whole = torch.cat([short.flatten(), torch.zeros(63)])
     for double in (False, True):
-        assert torch.equal(dequantize(quantize(short, double=double)).flatten(), dequantize(quantize(whole, double=double))[:65])
+        found, right = (dequantize(quantize(weight, double=double)).flatten() for weight in (short, whole))
+        assert torch.equal(found, right[:65])
     with pytest.raises(ValueError, match="block is 63, expected a power of two"):
         quantize(short, block=63)
 
@@ -107,7 +110,7 @@ def test_triton_quantises_and_restores_the_bits_of_pytorch(tiles, shape, dtype):
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_value_that_is_not_finite_spoils_its_block_alone_as_in_pytorch(on_triton):
-    """A NaN makes the scale NaN and with it 64 weights; an infinity divides to 0 beside it, and 0 times infinity is NaN."""
+    """A NaN makes the scale NaN and with it 64 weights; beside an infinity weights become 0; 0 x infinity is NaN."""
     weight = torch.randn(4, 64, device=DEVICE)
     weight[1, 3], weight[2, 5] = float("nan"), float("-inf")
     ours, right = quantize(weight, double=False), as_pytorch(quantize, weight, 64, False)
@@ -160,7 +163,8 @@ def test_linear_gives_the_same_bits_twice_and_a_nan_stays_in_its_row(tiles, monk
 
 def test_triton_keeps_within_its_tensors_and_writes_each_value_once(tiles):
     for shape, rows in (((5, 13), 3), ((40, 192), 21)):
-        weight, x = guarded(torch.randn(shape, device=DEVICE)), guarded(torch.randn(rows, shape[1], device=DEVICE).half())
+        weight = guarded(torch.randn(shape, device=DEVICE))
+        x = guarded(torch.randn(rows, shape[1], device=DEVICE).half())
         with fenced():
             states = [quantize(weight, double=double) for double in (False, True)]
         for state in states:
@@ -181,5 +185,6 @@ def test_a_quantised_layer_and_its_gradient_are_those_of_its_decoded_weight(on_t
     y = layer(x)
     upstream = torch.randn(rows, 24, device=DEVICE).to(y.dtype)
     weight = layer.decoded(torch.float32).double()
-    close(y.detach().cpu(), (x.detach().double() @ weight.t() + plain.bias.detach().double()).cpu(), TOLERANCE[torch.float16])
+    right = x.detach().double() @ weight.t() + plain.bias.detach().double()
+    close(y.detach().cpu(), right.cpu(), TOLERANCE[torch.float16])
     close(torch.autograd.grad(y, x, upstream)[0].cpu(), (upstream.double() @ weight).cpu(), TOLERANCE[torch.float16])

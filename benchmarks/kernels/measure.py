@@ -72,29 +72,30 @@ class Bench:
     def compare(self, kernel: str, shape: str, works: dict[str, Work], amounts: dict[str, float], unit: str):
         """One contest: a row for each implementation and each pass of `amounts` (operations or bytes of the work)."""
         for name, amount in amounts.items():
-            runs, rows = {}, {}
-            for impl, work in works.items():
+            started = {impl: self.start(kernel, impl, work, name) for impl, work in works.items()}
+            times = self.times({impl: run for impl, (run, _) in started.items() if run})
+            for impl, (_, found) in started.items():
                 row = {"kernel": kernel, "shape": shape, "pass": name, "impl": impl, "dtype": str(self.dtype)[6:],
-                       "unit": unit}
-                if self.left() < 0:
-                    rows[impl] = row | {"status": "skipped", "reason": "no time left"}
-                elif impl.startswith("ours") and kernel.startswith(tuple(self.wrong)):
-                    rows[impl] = row | {"status": "failed", "reason": "its results are wrong"}
-                else:
-                    try:
-                        run = prepared(work, name)
-                        run()  # compiles
-                        rows[impl] = row | {"status": "ok", "extra_bytes": self.peak(run)}
-                        runs[impl] = run
-                    except Exception as error:  # not every machine has every implementation: the row says so
-                        rows[impl] = row | {"status": "skipped", "reason": reason(error)}
-            for impl, times in self.times(runs).items():
-                middle = times[len(times) // 2]
-                rows[impl] |= {"ms": middle, "ms_p20": times[len(times) // 5], "ms_p80": times[len(times) * 4 // 5],
-                               "runs": len(times), "amount": amount,
-                               "rate": amount / middle / (1e9 if unit == "TFLOP/s" else 1e6)}
-            for row in rows.values():
+                       "unit": unit} | found
+                if impl in times:
+                    fastest_first, count = times[impl], len(times[impl])
+                    ms = fastest_first[count // 2]
+                    row |= {"ms": ms, "ms_p20": fastest_first[count // 5], "ms_p80": fastest_first[count * 4 // 5],
+                            "runs": count, "amount": amount, "rate": amount / ms / (1e9 if unit == "TFLOP/s" else 1e6)}
                 self.write(**row)
+
+    def start(self, kernel: str, impl: str, work: Work, name: str) -> tuple[Callable | None, dict]:
+        """The call to time and the memory it takes, or no call and why."""
+        if self.left() < 0:
+            return None, {"status": "skipped", "reason": "no time left"}
+        if impl.startswith("ours") and kernel.startswith(tuple(self.wrong)):
+            return None, {"status": "failed", "reason": "its results are wrong"}
+        try:
+            run = prepared(work, name)
+            run()  # compiles
+            return run, {"status": "ok", "extra_bytes": self.peak(run)}
+        except Exception as error:  # not every machine has every implementation: the row says so
+            return None, {"status": "skipped", "reason": reason(error)}
 
     def times(self, runs: dict[str, Callable]) -> dict[str, list[float]]:
         """Sorted milliseconds: RUNS of each in turn, fewer if that would take longer than LONGEST_S, at least 5."""

@@ -26,7 +26,7 @@ def path(tmp_path_factory):
 
 
 def test_three_steps_of_sft_are_those_of_the_step_written_by_hand(path, monkeypatch):
-    monkeypatch.setattr(peers_work, "LR", 1e-2)
+    monkeypatch.setattr(peers_work, "LR", 1e-3)
     ours = peers_ours.sft_step(load_model(path), SHAPE, sft_trees())
     by_hand = peers_ours.floor_step(load_model(path), SHAPE, "sft")
     for _ in range(3):

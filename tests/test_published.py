@@ -337,8 +337,8 @@ PARTS: dict[str, Callable[[Path], Iterator[Row]]] = {
 def markdown(rows: list[dict]) -> str:
     lines = ["# Published numbers and ours", "",
              f"{sum(row['met'] for row in rows)} of {len(rows)} are met: ours rounds to what was printed, or is as "
-             "near as the last column allows. *Recomputed* numbers were printed nowhere: other code got them from the same "
-             "files. `REAL_DATA=FOLDER WRITE=1 python -m pytest tests/test_published.py`"]
+             "near as the last column allows. *Recomputed* numbers were printed nowhere: other code got them from the "
+             "same files. `REAL_DATA=FOLDER WRITE=1 python -m pytest tests/test_published.py`"]
     for part in dict.fromkeys(row["part"] for row in rows):
         lines += ["", f"## {part}", "", "| measure | ours | published | difference | by | allowed |", "|---" * 6 + "|"]
         for row in (row for row in rows if row["part"] == part):

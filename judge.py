@@ -84,37 +84,40 @@ class Config:
                                      # behaviours were not tried
     xstest: str = ""                 # xstest_prompts.csv: what models refuse, and should not
     leak_probes: int = 0             # prompts with planted personal data; 0: none
-    safety_judge: str = ""  # model directory or http://host/v1#name; "": attacks as recorded, refusals by phrases
+    safety_judge: str = ""           # model directory or http://host/v1#name; "": as recorded, and by phrases
     device: str = "auto"
     threads: int = 0
 
     def __post_init__(self):
-        for key, (low, high) in RANGES.items():
-            check_range(key, getattr(self, key), low, high)
-        models, judges, *others = (decode_all(key, getattr(self, key)) for key in (
-            "models", "judges", "reward_models", "attacks", "choices", "preferences", "sources"))
-        if not (models or any(others[:2]) or any(judge.kind == "recorded" for judge in judges)):
-            fail('models is empty, expected e.g. models=["SFT=runs/sft/model", "DPO=runs/dpo/model"]')
-        if not self.seeds:
-            fail("seeds is empty, expected e.g. seeds=[0]")
-        model_names, judge_names = ([entry.name for entry in entries] for entries in (models, judges))
-        if self.baseline and models and self.baseline not in model_names:
-            fail(f"baseline is '{self.baseline}', expected one of {', '.join(model_names)}")
-        if self.truth and self.truth not in judge_names:
-            fail(f"truth is '{self.truth}', expected one of the judges: {', '.join(judge_names)}")
-        for path in (of_seed(model.where, seed) for model in models for seed in self.seeds if model.kind in LOCAL):
-            check_checkpoint("models", path, scored=False)
-        for judge in judges:
-            if judge.kind in ("model", "reward"):
-                check_checkpoint("judges", judge.where, scored=judge.kind == "reward")
+        check(self)
 
 
-RANGES = {"temperature": (0, 10), "max_tokens": (1, inf), "judge_max_tokens": (1, inf), "questions": (0, inf),
-          "trial": (0, inf),
-          "show": (0, inf), "budget": (0, inf), "prompt_price": (0, inf), "reply_price": (0, inf),
-          "leak_probes": (0, inf),
-          "threads": (0, 1024)}
+RANGES = {"temperature": (0, 10), "max_tokens": (1, inf), "judge_max_tokens": (1, inf), "threads": (0, 1024)}
+COUNTS = ("questions", "trial", "show", "budget", "prompt_price", "reply_price", "leak_probes")
+RANGES |= dict.fromkeys(COUNTS, (0, inf))
 LOCAL = ("model", "few-shot")  # kinds of models that are directories
+
+
+def check(config: Config) -> None:
+    """Leave with one line if a setting is wrong."""
+    for key, (low, high) in RANGES.items():
+        check_range(key, getattr(config, key), low, high)
+    models, judges, *others = (decode_all(key, getattr(config, key)) for key in (
+        "models", "judges", "reward_models", "attacks", "choices", "preferences", "sources"))
+    if not (models or any(others[:2]) or any(judge.kind == "recorded" for judge in judges)):
+        fail('models is empty, expected e.g. models=["SFT=runs/sft/model", "DPO=runs/dpo/model"]')
+    if not config.seeds:
+        fail("seeds is empty, expected e.g. seeds=[0]")
+    model_names, judge_names = ([entry.name for entry in entries] for entries in (models, judges))
+    if config.baseline and models and config.baseline not in model_names:
+        fail(f"baseline is '{config.baseline}', expected one of {', '.join(model_names)}")
+    if config.truth and config.truth not in judge_names:
+        fail(f"truth is '{config.truth}', expected one of the judges: {', '.join(judge_names)}")
+    for path in (of_seed(model.where, seed) for model in models for seed in config.seeds if model.kind in LOCAL):
+        check_checkpoint("models", path, scored=False)
+    for judge in judges:
+        if judge.kind in ("model", "reward"):
+            check_checkpoint("judges", judge.where, scored=judge.kind == "reward")
 
 
 def of_seed(where: str, seed: int) -> str:

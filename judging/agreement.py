@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
+from judging.ratings import draws, percentiles
+
 
 def code(labels: Sequence[Sequence[Hashable]]) -> tuple[np.ndarray, list]:
     """Labels by rater, None where missing, as numbers [raters, units], and the label each number stands for."""
@@ -168,9 +170,8 @@ def spearman(ratings) -> float:
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], ratings, groups: Sequence[Hashable] | None = None,
-              rounds: int = 1000, seed: int = 0, level: float = 0.95) -> dict[str, float]:
-    """A statistic of ratings [raters, units], its percentile interval from resampled units, and how often it was
-    undefined.
+              rounds: int = 1000, seed: int = 0) -> dict[str, float]:
+    """A statistic of ratings [raters, units], its 95 % interval from resampled units, and how often it was undefined.
 
     `groups` [units] names the prompt a unit belongs to: then prompts are resampled, with all their units, for
     units of one prompt are not independent. Neither the order of units nor of groups matters.
@@ -184,29 +185,25 @@ def bootstrap(statistic: Callable[[np.ndarray], float], ratings, groups: Sequenc
         if len(groups) != ratings.shape[1]:
             raise ValueError(f"{len(groups)} groups for {ratings.shape[1]} units")
         members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    value, rng = statistic(ratings), np.random.default_rng(seed)
-    draws = [statistic(ratings[:, np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])])
-             for _ in range(rounds)] if members else []
-    samples = np.array(draws, dtype=float)
+    drawn = draws(len(members), rounds, seed) if members else ()
+    samples = np.array([statistic(ratings[:, np.concatenate([members[i] for i in draw])]) for draw in drawn])
     defined = samples[~np.isnan(samples)]
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if len(defined) else (np.nan, np.nan)
-    return {"value": value, "low": float(low), "high": float(high), "n": ratings.shape[1], "undefined": len(samples)
-            - len(defined)}
+    low, high = percentiles(defined).tolist()
+    return {"value": statistic(ratings), "low": low, "high": high, "n": ratings.shape[1],
+            "undefined": len(samples) - len(defined)}
 
 
-def by_category(statistic: Callable[[np.ndarray], float], ratings, categories: Sequence[Hashable], min_n: int = 8,
-                rounds: int = 1000, seed: int = 0) -> dict[Hashable, dict[str, float]]:
-    """The statistic with n and interval for each category of units [units]; NaN where a category has fewer than
-    `min_n`.
+def by_category(statistic: Callable[[np.ndarray], float], ratings, categories: Sequence[Hashable],
+                rounds: int = 1000) -> dict[Hashable, dict[str, float]]:
+    """The statistic with n and interval for each category of units [units]; NaN where a category has fewer than eight.
 
     Ten prompts a category establish nothing about their order: read the intervals before the values.
     """
-    ratings = _table(ratings)
-    result = {}
+    ratings, result = _table(ratings), {}
     for category in sorted(set(categories), key=str):
         part = ratings[:, np.array([c == category for c in categories])]
-        if part.shape[1] < min_n:
+        if part.shape[1] < 8:
             result[category] = {"value": np.nan, "low": np.nan, "high": np.nan, "n": part.shape[1], "undefined": 0}
         else:
-            result[category] = bootstrap(statistic, part, rounds=rounds, seed=seed)
+            result[category] = bootstrap(statistic, part, rounds=rounds)
     return result

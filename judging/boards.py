@@ -76,16 +76,16 @@ def safety_sections(models: Sequence[Entry], attacks: Sequence[Entry], xstest: s
     """
     if not (attacks or xstest or probes):
         return []
-    umpire = open_model(judge, device) if judge else None
+    decider = open_model(judge, device) if judge else None
 
     def decide(kind: str, dialogues: list[dict]) -> list[str | None]:
-        return safety.judge(umpire, kind, dialogues, ledger, budget if "://" in judge else None)
+        return safety.judge(decider, kind, dialogues, ledger, budget if "://" in judge else None)
 
     found, refused, leaked = {}, {}, {}
     for name, _, path, behaviours in attacks:
         tried = safety.read_transcripts(path)
         whole = safety.load_texts(behaviours, "behaviour") if behaviours else {row["behaviour"] for row in tried}
-        if umpire:
+        if decider:
             tried = [row | {"judged": said} for row, said in zip(tried, decide("harm", tried), strict=True)]
         found[name] = safety.attack_success(tried, whole, judge or "as recorded")
     prompts = safety.read_xstest(xstest) if xstest else {}
@@ -99,7 +99,7 @@ def safety_sections(models: Sequence[Entry], attacks: Sequence[Entry], xstest: s
                       else None, f"{name}: safety")
         texts = [None if reply is None else reply.text for reply in replies]
         if prompts:
-            labels = refusal_labels(asked, texts[:len(asked)], decide if umpire else None)
+            labels = refusal_labels(asked, texts[:len(asked)], decide if decider else None)
             refused[name] = safety.refusal_rates(dict(zip(prompts, labels, strict=True)),
                                                  {i: p["unsafe"] for i, p in prompts.items()}, judge
                                                  or safety.STRING_MATCH)

@@ -9,7 +9,7 @@ No reply is sampled: every choice is appended to the question, and the model's a
     MMLU            5 shots  acc        lettered choices, of which the letters are scored; plain mean over subjects
     TruthfulQA      0 shots  mc2        after six fixed questions; the share of probability that true answers get
 
-Random(42) shuffles a task's documents and goes on to draw the shots of each in that order, so that a limit or a
+Random(42) shuffles a task's documents and then draws the shots of each in that order, so that a limit or a
 rejected line changes later prompts. Source: EleutherAI/lm-evaluation-harness at b281b092, whose tests' hashes of every
 prompt of TruthfulQA and MMLU v0 come out. One departure: where a tokenizer begins texts with BOS, so do contexts here;
 the board left it out (`bos=False`).

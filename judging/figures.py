@@ -79,13 +79,10 @@ TINTS = [(LIGHT[color], opacity) for color, opacity in (
 NOTHING = '<p class="note">There are no numbers to draw.</p>'
 SETTINGS = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11,
-    "text.color": LIGHT["ink"],
-    "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": LIGHT["line"],
-    "axes.labelcolor": LIGHT["ink"],
+    "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": LIGHT["line"], "grid.color": LIGHT["line"],
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
-    "grid.color": LIGHT["line"], "xtick.labelcolor": LIGHT["muted"], "ytick.labelcolor": LIGHT["ink"],
-    "xtick.color": LIGHT["line"],
-    "ytick.left": False, "legend.frameon": False,
+    "text.color": LIGHT["ink"], "axes.labelcolor": LIGHT["ink"], "ytick.labelcolor": LIGHT["ink"],
+    "xtick.labelcolor": LIGHT["muted"], "xtick.color": LIGHT["line"], "ytick.left": False, "legend.frameon": False,
 }
 
 

@@ -47,11 +47,11 @@ class Match(NamedTuple):
     b: str
 
 
-def matches(answers: Answers, baseline: str, all_pairs: bool, limit: int = 0) -> list[Match]:
+def matches(answers: Answers, baseline: str, all_pairs: bool) -> list[Match]:
     """Every pair of replies to compare: each model with the baseline, or all with all, where both have a reply."""
     names, found = answers.names, []
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:] if all_pairs or baseline in (a, b)]
-    for q in range(min(limit or len(answers.questions), len(answers.questions))):
+    for q in range(len(answers.questions)):
         for seed in sorted({seed for _, seed in answers.said}):
             for a, b in pairs:
                 turns = min(len(answers.said[a, seed][q]), len(answers.said[b, seed][q]))

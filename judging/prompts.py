@@ -35,8 +35,8 @@ class Verdict(NamedTuple):
 
 FORMS = ("pair", "label", "likert", "margin", "score")
 
-# Wordings of one question. A ranking of models that turns over with them says more about the judge than about the
-# models.
+# Wordings of one question. A ranking of models that changes with them says more about the judge than about the models.
+# A further one, "bare", shows the texts alone, for judges trained on them.
 COMPARE = {
     "plain": "A user spoke with two assistants, A and B. Judge only the last reply of each. The better one does "
              "what the user asked, is correct, and leaves out nothing that matters and nothing but that.",
@@ -55,7 +55,6 @@ MARK = {
     "solve": "You see a user and an assistant. First work out for yourself what a good last reply would be, then "
              "mark the assistant's last reply by how close it comes.",
 }
-WORDINGS = (*COMPARE, "bare")  # bare: the texts alone, for judges trained on them
 UNBIASED = ("Which assistant is called A was drawn by lot: it must not count. Nor must length: more words are not a "
             "better reply.")
 REFERENCE = "A correct last reply is given. A reply that contradicts it is wrong, however well it reads."

@@ -97,12 +97,11 @@ def resample(n: int, rounds: int, seed: int) -> np.ndarray:
     return np.array([np.bincount(draw, minlength=n) for draw in draws(n, rounds, seed)], dtype=float).reshape(rounds, n)
 
 
-def percentiles(samples: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """Lower and upper end [2, ...] of the percentile interval of bootstrap samples [rounds, ...]; NaN without any."""
+def percentiles(samples: np.ndarray) -> np.ndarray:
+    """Lower and upper end [2, ...] of the 95 % interval of bootstrap samples [rounds, ...]; NaN without any."""
     if not len(samples):
         return np.full((2, *samples.shape[1:]), np.nan)
-    low_high = [(1 - level) / 2, (1 + level) / 2]
-    return (np.nanquantile if np.isnan(samples).any() else np.quantile)(samples, low_high, axis=0)
+    return (np.nanquantile if np.isnan(samples).any() else np.quantile)(samples, [0.025, 0.975], axis=0)
 
 
 def wilson(wins: float, n: int) -> tuple[float, float]:

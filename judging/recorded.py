@@ -52,7 +52,7 @@ class Options:
 
     model: str = ""              # whom it judges; "": what the file is called
     baseline: str = "baseline"   # against whom
-    from_text: bool = False  # read verdicts anew from the judge's words, where a file has both, instead of those stored
+    from_text: bool = False  # read verdicts from the judge's words again, where a file has both
     keep_repeats: bool = False   # what is judged again becomes a repeat instead of a reject
     slight_is_tie: bool = False  # ratings 4 and 5 of 8 are ties
     double_weight: int = 1       # games that A>>B counts for; 3 in arena-hard's own table

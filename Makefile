@@ -22,7 +22,8 @@ TOOLS = .venv/tools
 endif
 
 # One recipe in three sizes. In runs/results everything has the size that configs/tiny and the scripts' defaults say.
-runs/tiny/%: DATA_SIZE = demos=2000 prompts=1500 more_prompts=3000 evals=20
+# The demo's more_prompts are what the three rounds of collect.rounds take.
+runs/tiny/%: DATA_SIZE = demos=2000 prompts=1500 more_prompts=4500 evals=20
 runs/tiny/%: SFT_SIZE = epochs=2
 runs/tiny/%: PPO_SIZE = steps=20
 runs/tiny/99/%: DATA_SIZE = demos=300 prompts=150 more_prompts=50 evals=4

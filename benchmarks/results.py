@@ -25,7 +25,7 @@ from judging.gold import interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-KERNEL_BUILDS, KERNEL_RESULTS = ROOT / "benchmarks" / "kernels" / "aot_baseline.json", RESULTS / "kernels"
+KERNEL_BUILDS, KERNEL_RESULTS = ROOT / "tests" / "aot_baseline.json", RESULTS / "kernels"
 PLACE = re.compile(r"<!-- (?!/)(.+?)(\s-->)(.*?)<!-- / -->", re.DOTALL)
 
 

@@ -1,11 +1,17 @@
 """ROUGE-L between short texts, exact and fast: how Self-Instruct keeps a new instruction from repeating an old one.
 
-    L = length of the longest common subsequence of words,   P = L / |b|,   R = L / |a|,   F = 2 P R / (P + R)
+    L = length of the longest common subsequence of words,   P = L / |b|,   R = L / |a|,   F = 2 P R / (P + R) = 2 L / (|a| + |b|)
 
 Words are those of Google's rouge_score without stemmer: lower case, runs of [a-z0-9]. Self-Instruct (Wang et al. 2022,
-arXiv:2212.10560) drops a text whose largest F against the pool is above 0.7: 1.25e9 comparisons for 50,000 texts. They
-are made with bits: one bit a word of one text, a few integer operations a word of the other (Crochemore et al. 2001,
-Hyyro 2004), for all texts of the pool at once. tests/test_rouge_speed.py measures it.
+arXiv:2212.10560) drops a text whose largest F against the pool is above 0.7: 1.25e9 comparisons for 50,000 texts.
+Nearly all are decided without a subsequence. F > t needs L > t (|a| + |b|) / 2, and L is at most
+
+    min(|a|, |b|)                          lengths that differ too much are out
+    sum over words of min(count, count)    so are texts that share too few words, in whatever order
+
+and who shares none of a text's rarest words cannot share enough of the others. The few that are left are compared
+with bits: one bit a word of one text, a few integer operations a word of the other (Crochemore et al. 2001, Hyyro 2004).
+tests/test_rouge_speed.py measures it.
 
 F is computed in rouge_score's own order, to the last bit. An F of exactly 0.7 passes, but where that order rounds up
 (7 common words of 7 and 13 give 0.7000000000000001) it does not: so it was when the published data were made.
@@ -14,10 +20,12 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections import Counter
 
 import numpy as np
 
 ONES_IN_BYTE = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8)
+TOLERANCE = 1e-9  # bounds rule out only what is clearly below the threshold: F itself decides
 
 
 def words(text: str) -> list[str]:
@@ -35,7 +43,7 @@ def places(said: list[str]) -> dict[str, int]:
 def lcs(a: dict[str, int], length: int, b: list[str]) -> int:
     """Length of the longest common subsequence of a text, given by its `places` and its length, and another.
 
-    `row` is a row of the usual table: bit i is 0 where it steps up at word i. Each word of b moves some steps left.
+    `row` is a row of the usual table: bit i is 0 where it steps up at word i. Each word of b moves some steps to the left.
     """
     row = (1 << length) - 1
     for word in b:
@@ -60,58 +68,88 @@ def rouge_l(target: str, prediction: str) -> float:
 class Pool:
     """Texts to compare with, indexed by word."""
 
-    def __init__(self, texts: list[str] = ()):
-        self.texts: list[str] = []
+    def __init__(self, texts: list[str] = (), threshold: float = 0.7):
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold is {threshold}, expected a number above 0, at most 1")
+        self.threshold = threshold
+        self.words: list[list[str]] = []
         self.lengths = array("i")
-        # By word: the texts that hold it, and its places there; not of texts of more than 64 words, which do not fit.
-        self.index: dict[str, tuple[array, array]] = {}
+        # By word: the texts that hold it, how often, and its places (0 for a text of more than 64 words: they do not fit).
+        self.index: dict[str, tuple[array, array, array]] = {}
         self.long: list[int] = []
         for text in texts:
             self.add(text)
 
     def add(self, text: str) -> None:
-        said, number = words(text), len(self.texts)
-        self.texts.append(text)
-        self.lengths.append(len(said))
-        if len(said) > 64:
-            self.long.append(number)
-            return
+        said, number = words(text), len(self.words)
+        short = len(said) <= 64
         for word, bits in places(said).items():
-            texts, masks = self.index.setdefault(word, (array("i"), array("Q")))
+            texts, counts, masks = self.index.setdefault(word, (array("i"), array("i"), array("Q")))
             texts.append(number)
-            masks.append(bits)
+            counts.append(bits.bit_count())
+            masks.append(bits if short else 0)
+        if not short:
+            self.long.append(number)
+        self.words.append(said)
+        self.lengths.append(len(said))
+
+    def too_similar(self, text: str) -> tuple[int, float] | None:
+        """Which text of the pool has the largest F, and that F, if it is above the threshold; the first of equal ones."""
+        said = words(text)
+        best, which = self.threshold, None
+        bits = places(said)
+        for i in self._likely(said):
+            f = f_measure(lcs(bits, len(said), self.words[i]), len(said), len(self.words[i]))
+            if f > best:
+                best, which = f, i
+        return None if which is None else (which, best)
+
+    def _likely(self, said: list[str]) -> list[int]:
+        """The texts that the two bounds do not rule out, in order."""
+        counts = Counter(said)
+        lengths = np.frombuffer(self.lengths, dtype=np.int32)
+        # L > t (|a| + |b|) / 2 and |b| >= L: whatever |b| is, L > t |a| / (2 - t).
+        least = self.threshold * len(said) / (2 - self.threshold) - TOLERANCE
+        shared = np.zeros(len(lengths), dtype=np.int32)  # words in common, of those looked at
+        unseen = len(said)
+        for word in sorted(counts, key=lambda word: len(self.index[word][0]) if word in self.index else 0):
+            if unseen < least:
+                break  # a text without any of the words so far is out
+            unseen -= counts[word]
+            if word in self.index:
+                texts, held = (np.frombuffer(column, dtype=np.int32) for column in self.index[word][:2])
+                shared[texts] += np.minimum(held, counts[word])
+        some = np.flatnonzero(shared)
+        most = np.minimum(shared[some] + unseen, lengths[some])
+        some = some[most >= self.threshold * (len(said) + lengths[some]) / 2 - TOLERANCE].tolist()
+        return [i for i in some if (Counter(self.words[i]) & counts).total() >= self.threshold * (len(said) + lengths[i]) / 2 - TOLERANCE]
 
     def similarities(self, text: str) -> np.ndarray:
-        """F with every text [n]: `lcs` of all of them at once, and f_measure."""
+        """F with every text [n], all compared at once: for nearest neighbours and the mean."""
         said = words(text)
-        rows = np.full(len(self.texts), np.iinfo(np.uint64).max, dtype=np.uint64)
+        rows = np.full(len(self.words), np.iinfo(np.uint64).max, dtype=np.uint64)
         for word in said:
             if word in self.index:  # only the rows of texts that hold the word change
-                texts = np.frombuffer(self.index[word][0], np.int32)
-                masks = np.frombuffer(self.index[word][1], np.uint64)
+                texts, masks = np.frombuffer(self.index[word][0], np.int32), np.frombuffer(self.index[word][2], np.uint64)
                 row = rows[texts]
                 found = row & masks
                 rows[texts] = (row + found) | (row - found)
         common = ONES_IN_BYTE[(~rows).view(np.uint8)].reshape(-1, 8).sum(axis=1, dtype=np.int64)
         bits = places(said)
         for i in self.long:
-            common[i] = lcs(bits, len(said), words(self.texts[i]))
-        # A text without words has nothing in common: its length, 0, does not matter.
+            common[i] = lcs(bits, len(said), self.words[i])
+        # f_measure; a text without words has nothing in common, so its length does not matter
         precision, recall = common / np.maximum(1, np.frombuffer(self.lengths, np.int32)), common / max(1, len(said))
         return np.divide(2 * precision * recall, precision + recall, out=np.zeros(len(common)), where=common > 0)
 
 
 def filter_similar(texts: list[str], threshold: float = 0.7) -> list[tuple[int, float] | None]:
-    """For each text in order: None if it is kept, else the most similar text kept before it, and their F."""
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold is {threshold}, expected a number above 0, at most 1")
-    pool, kept, verdicts = Pool(), [], []
+    """For each text in order: None if it is kept, else the text kept before it that it repeats, and their F."""
+    pool, kept, verdicts = Pool(threshold=threshold), [], []
     for number, text in enumerate(texts):
-        f = pool.similarities(text)
-        if kept and f.max() > threshold:
-            verdicts.append((kept[f.argmax()], float(f.max())))
-            continue
-        verdicts.append(None)
-        pool.add(text)
-        kept.append(number)
+        near = pool.too_similar(text)
+        if near is None:
+            pool.add(text)
+            kept.append(number)
+        verdicts.append(near and (kept[near[0]], near[1]))
     return verdicts

@@ -2,7 +2,7 @@
 
 The PyTorch version is the specification. A tensor on a GPU goes to Triton unless the config says `kernels = "torch"`
 (`use("torch")` in code); float64 has no Triton version. Triton's interpreter (TRITON_INTERPRET=1) runs the same
-kernels on a CPU for the tests, and `benchmarks/kernels/aot.py` compiles them for three generations of GPUs without one.
+kernels on a CPU for the tests, and `tests/aot.py` compiles them for three generations of GPUs without one.
 """
 from __future__ import annotations
 

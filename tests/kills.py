@@ -33,7 +33,7 @@ from statistics import median
 
 ROOT = Path(__file__).parent.parent
 MOMENTS = ("anywhere", "saving", "accumulating", "epoch's edge", "file operation", "rollout")
-COMMON = ["device=cpu", "threads=1", "dtype=float32", "save_every=2", "warmup=0", "batch=8"]
+COMMON = ["device=cpu", "threads=1", "dtype=float32", "save_every=2", "warmup_ratio=0", "batch=8"]
 # Micro-batches of a dialogue or two, epochs of five steps. Dropout and an adapting coefficient are state too.
 SETTINGS = {
     "sft": ["template=zephyr", "data={data}/sft.jsonl", "model={data}/base", "epochs=2", "max_tokens=128", "samples=1",

@@ -36,7 +36,7 @@ STEPS = 6
 # the middle. Among them all that is sharded beside the model: a teacher, a reference, the four models of PPO.
 RUNS = {
     "sft": ("sft", {}), "sft_lora": ("sft", LORA), "sft_nf4": ("sft", LORA | {"quantize": "nf4"}),
-    "sft_copies": ("sft", {"shard": 1, "context": "{folder}/context.jsonl"}),
+    "distill_copies": ("distill", {"shard": 1, "context": "{folder}/context.jsonl"}),
     "dpo": ("dpo", DPO | {"ref_model": "{folder}/policy"}), "dpo_lora": ("dpo", DPO | LORA),
     "reward": ("reward", {}), "reward_lora": ("reward", LORA), "ppo": ("ppo", {}), "ppo_lora": ("ppo", LORA),
 }
@@ -53,7 +53,7 @@ def planned(name: str, folder: Path, checkpoint: Path, out: str) -> list:
                    "data": str(folder / "prompts.jsonl"), "steps": STEPS, "batch": 5, "epochs": 1, "minibatches": 2,
                    "max_tokens": 8, "min_eos": 0.0, "micro_tokens": 60, "snapshot_every": 3}
     else:
-        kind = "sft" if script == "sft" else "pairs"
+        kind = "sft" if script in ("sft", "distill") else "pairs"
         config |= {"data": str(folder / f"{kind}.jsonl"), "eval_data": str(folder / f"{kind}_eval.jsonl"),
                    "template": "zephyr", "max_steps": STEPS, "batch": 5, "micro_tokens": 300, "eval_every": 3}
         config |= {"samples": 1} if script != "reward" else {}

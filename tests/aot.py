@@ -1,8 +1,8 @@
 """Compile every shipped kernel for three generations of GPUs, on a machine without one, and inspect the machine code.
 
-    python -m benchmarks.kernels.aot            compare with aot_baseline.json, exit code 1 if anything is wrong
-    python -m benchmarks.kernels.aot --all      compile also what has not changed since the baseline was written
-    python -m benchmarks.kernels.aot --write    then make what was found the baseline of this Triton version
+    python tests/aot.py            compare with aot_baseline.json, exit code 1 if anything is wrong
+    python tests/aot.py --all      compile also what has not changed since the baseline was written
+    python tests/aot.py --write    then make what was found the baseline of this Triton version
 
 Triton's compiler and NVIDIA's assembler need no driver. The machine code shows registers that spill to memory (LDL,
 STL), idle matrix units (no HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100), memory accesses narrower than 128 bits
@@ -30,7 +30,8 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.kernels.report import json_lines
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.kernels.report import json_lines  # noqa: E402
 
 BASELINE = Path(__file__).parent / "aot_baseline.json"         # Triton version -> kernel -> sm -> KEPT
 SHARED = {80: 163, 90: 227, 100: 227}                          # KiB of shared memory a block may have
@@ -209,7 +210,7 @@ def write_baseline(rows: list[dict], version: str, baseline: dict, file: Path) -
 
 def main(builds: Callable[[int], list[Build]]) -> int:
     """`builds` gives the kernels of an architecture: those of builds.py, or a test's."""
-    parser = argparse.ArgumentParser("python -m benchmarks.kernels.aot", description=__doc__,
+    parser = argparse.ArgumentParser("python tests/aot.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="compile also what has not changed")
     parser.add_argument("--write", action="store_true", help="make the result the baseline of this Triton version")
@@ -253,6 +254,6 @@ def main(builds: Callable[[int], list[Build]]) -> int:
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"  # before the first import of Triton: 1 would leave nothing to compile
-    from benchmarks.kernels.builds import builds
+    from builds import builds
 
     raise SystemExit(main(builds))

@@ -88,8 +88,9 @@ def dpo_loss(
     rejected_rewards = beta * (policy_rejected_logprobs - ref_rejected_logprobs)  # [B]
     margins = chosen_rewards - rejected_rewards                                   # [B]
     # logsigmoid, not sigmoid().log(): in fp32 the latter is -inf from a margin of -89 down.
-    losses = -F.logsigmoid(margins) if relative is None else relative(margins, beta, label_smoothing)
-    loss = losses.mean()
+    loss = -F.logsigmoid(margins).mean()
+    if relative is not None:
+        loss = relative(margins, beta, label_smoothing).mean()
     metrics = {"loss": loss, "margin": margins, "accuracy": (margins > 0).float(),
                "rewards_chosen": chosen_rewards, "rewards_rejected": rejected_rewards,
                "logprobs_chosen": policy_chosen_logprobs, "logprobs_rejected": policy_rejected_logprobs}
@@ -97,7 +98,6 @@ def dpo_loss(
 
 
 # The relatives put another function of the margins m [B] in place of -log sigmoid(m); each returns losses [B].
-
 def cdpo_loss(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Conservative DPO (Mitchell 2023): cross-entropy if a share e of the labels is flipped; least at p = 1 - e."""
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)

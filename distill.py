@@ -87,6 +87,14 @@ def with_context(path: str, trees: list[Tree], context: list[dict], tokenizer: T
     return found
 
 
+def load_data(
+    path: str, context: list[dict], tokenizer: Tokenizer, config: Config, name: str,
+) -> tuple[list[Tree], dict[int, Tree]]:
+    """The student's trees, and the teacher's."""
+    trees = sft.load_data(path, tokenizer, config, name)
+    return trees, with_context(path, trees, context, tokenizer)
+
+
 @torch.no_grad()
 def teacher_logits(teacher: Transformer, batch: Batch, longer: dict[int, Tree]) -> Tensor:
     """The teacher's logits [M, V] for the batch's response tokens, after the context; `longer` is with_context's."""
@@ -123,13 +131,11 @@ def main(config: Config) -> None:
     student = lora.load_base(config.model, config, device, scored=False)
     print(adopt_template(student, tokenizer, config.template or tokenizer.template or "zephyr"))
     context = read_context(config.context)
-    trees = sft.load_data(config.data, tokenizer, config, "data")
-    longer = with_context(config.data, trees, context, tokenizer)
-    eval_trees = sft.load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
-    eval_longer = with_context(config.eval_data, eval_trees, context, tokenizer) if eval_trees else {}
+    trees, longer = load_data(config.data, context, tokenizer, config, "data")
+    held_out = load_data(config.eval_data, context, tokenizer, config, "eval_data") if config.eval_data else ([], {})
+    eval_trees, eval_longer = held_out
     teacher = lora.Role(student, None) if config.lora_rank else copy.deepcopy(student).requires_grad_(False)
-    lora.shard(teacher, config, device)
-    lora.shard(lora.adapt(student, config), config, device)
+    teacher, student = (lora.shard(model, config, device) for model in (teacher, lora.adapt(student, config)))
 
     depends_on = {"data": config.data, "model": config.model, "context": config.context, "code": __file__}
     run = runtime.Run(config, depends_on)
@@ -152,9 +158,8 @@ def main(config: Config) -> None:
         runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for tree in drawn])
         optimizer.step()
         optimizer.zero_grad()
-        tokens = sum(tree.tokens for tree in drawn)
-        metrics |= {"lr": lr, "response_tokens": response_tokens, "tokens": tokens,
-                    "tokens_per_s": tokens / (time.perf_counter() - began)}
+        metrics |= {"lr": lr, "response_tokens": response_tokens, "tokens": sum(tree.tokens for tree in drawn)}
+        metrics["tokens_per_s"] = metrics["tokens"] / (time.perf_counter() - began)
         if eval_trees and run.due(config.eval_every, step + 1):
             metrics |= evaluate(student, teacher, eval_trees, eval_longer, config, device)
         run.log(metrics)

@@ -173,12 +173,12 @@ def set_reference(policy: Transformer, template: str, trees: list[Tree], run: Pa
     file = Path(config.ref_cache) if config.ref_cache else run / "ref_logprobs.safetensors"
     made_from = {"reference": runtime.file_hash(config.ref_model or config.model),
                  "precision": str(policy.compute_dtype), "data, template or max_length": digest(trees)}
+    remedy = "delete it, or set ref_cache= to another file"
     if distributed.any_rank(file.is_file()):
-        sums = runtime.read_cache(file, "sums", made_from, "delete it, or set ref_cache= to another file")
+        sums = runtime.read_cache(file, "reference log-probabilities", made_from, remedy)
     else:
-        ref = load_reference(policy, template, config, device)
-        sums = compute_reference(ref, trees, config.micro_tokens, device)
-        runtime.write_cache(file, "sums", sums, made_from)
+        sums = compute_reference(load_reference(policy, template, config, device), trees, config.micro_tokens, device)
+        runtime.write_cache(file, sums, made_from)
         print(f"reference log-probabilities of {len(sums)} responses written to {file}")
     for tree, part in zip(trees, sums.split([len(tree.responses) for tree in trees]), strict=True):
         tree.ref_sums = part

@@ -399,9 +399,8 @@ def main(config: Config) -> None:
     depends_on = {"data": config.data, "model": config.model, "reward_model": config.reward_model, "code": __file__}
     run = runtime.Run(config, depends_on)
     optimizer = make_optimizer(models, config)
-    trained = nn.ModuleDict({"policy": models.policy} | ({"value": models.value} if models.value is not None else {}))
-    shown = ("score", "kl", "length", "eos_rate", "tokens_per_s")
-    run.resume(trained, optimizer, config.steps, shown, unit="prompts")
+    trained = nn.ModuleDict({name: getattr(models, name) for name in ("policy", "value") if getattr(models, name)})
+    run.resume(trained, optimizer, config.steps, ("score", "kl", "length", "eos_rate", "tokens_per_s"), "prompts")
     metrics = run.last_metrics()
     kl_coef = metrics.get("next_kl_coef", config.kl_coef)
     reason = out_of_bounds(metrics, config) if run.done else ""
@@ -419,8 +418,7 @@ def main(config: Config) -> None:
 
         metrics |= rollout_metrics(rollout, rewards, returns, times) | {"lr": lr, "kl_coef": kl_coef}
         if config.kl_target:
-            replies = len(rollout.scores)
-            kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], replies, config.kl_target, config.kl_horizon)
+            kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], len(rollout.scores), config.kl_target, config.kl_horizon)
         run.log(metrics | {"next_kl_coef": kl_coef})
         reason = out_of_bounds(metrics, config)
         if reason or run.due(config.show_every, run.done):
@@ -435,8 +433,8 @@ def main(config: Config) -> None:
     if reason:
         run.note(f"ended early after step {run.done}: {reason}")
     if run.finished or reason:
-        policy = models.policy.base if config.lora_rank else models.policy
-        lora.save_result(policy, run.folder, tokenizer, config, prompts[0], "policy")
+        whole = models.policy.base if config.lora_rank else models.policy
+        lora.save_result(whole, run.folder, tokenizer, config, prompts[0], "policy")
     run.close(run.finished or bool(reason))
 
 

@@ -160,6 +160,16 @@ def center(model: Transformer, demos: list[Tree], config: Config, device: torch.
           f"with standard deviation {model.config.score_std:.3f}")
 
 
+def write_report(
+    model: Transformer, trees: list[Tree], baseline: dict | None, file: Path, config: Config, device: torch.device,
+) -> None:
+    """How well the model agrees with held-out preferences, beside the starting model's log-probabilities."""
+    categories = [record.get("category", "") for record in read(config.eval_data)[0]]
+    found = report(trees, all_scores(model, trees, config.micro_tokens, device), categories)
+    runtime.write_text(file, json.dumps({"reward_model": found, "baseline": baseline}, indent=1) + "\n")
+    print_report(config.eval_data, found, baseline)
+
+
 def main(config: Config) -> None:
     if config.dry_run:
         return dry_run(config, load_data, scored=True)
@@ -209,11 +219,7 @@ def main(config: Config) -> None:
         center(model, demos, config, device)
         lora.save_result(model, run.folder, tokenizer, config, probe=trees[0].trunk[:64].tolist())
         if eval_trees:
-            categories = [record.get("category", "") for record in read(config.eval_data)[0]]
-            found = report(eval_trees, all_scores(model, eval_trees, config.micro_tokens, device), categories)
-            told = json.dumps({"reward_model": found, "baseline": baseline}, indent=1)
-            runtime.write_text(run.folder / "report.json", told + "\n")
-            print_report(config.eval_data, found, baseline)
+            write_report(model, eval_trees, baseline, run.folder / "report.json", config, device)
     run.close()
 
 

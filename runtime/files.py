@@ -69,25 +69,25 @@ def file_hash(*paths: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_cache(file: Path, name: str, made_from: dict[str, str], remedy: str) -> Tensor:
-    """A tensor that write_cache has kept; leaves with one line if it was made from anything else."""
+def read_cache(file: Path, what: str, made_from: dict[str, str], remedy: str) -> Tensor:
+    """The sums that write_cache has kept; leaves with one line if they were made from anything else."""
     try:
         with safe_open(file, framework="pt") as cache:
-            stored, tensor = json.loads((cache.metadata() or {}).get("made_from", "{}")), cache.get_tensor(name)
+            stored, sums = json.loads((cache.metadata() or {}).get("made_from", "{}")), cache.get_tensor("sums")
     except (SafetensorError, OSError, ValueError) as error:
-        fail(f"{file}: is no cache of '{name}' ({error}): {remedy}")
+        fail(f"{file}: is no cache of {what} ({error}): {remedy}")
     for source, value in made_from.items():
         if stored.get(source) != value:
             fail(f"{file}: was computed from another {source}: {remedy}")
-    return tensor
+    return sums
 
 
-def write_cache(file: Path, name: str, tensor: Tensor, made_from: dict[str, str]) -> None:
-    """Keep a tensor beside what it was made from: one metadata entry, since safetensors orders several at random."""
+def write_cache(file: Path, sums: Tensor, made_from: dict[str, str]) -> None:
+    """Keep sums beside what they were made from: one metadata entry, since safetensors orders several at random."""
     if distributed.rank():
         return
     beside = file.with_name(f".{file.name}.new")
     with writing(file, beside):
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor}, beside, metadata={"made_from": json.dumps(made_from)})
+        save_file({"sums": sums}, beside, metadata={"made_from": json.dumps(made_from)})
         beside.replace(file)

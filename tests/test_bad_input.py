@@ -107,7 +107,8 @@ def bad(tmp_path_factory):
     return folder
 
 
-TRAIN = {"sft": "model={bad}/base data={bad}/sft.jsonl", "dpo": "model={bad}/sft data={bad}/pairs.jsonl",
+TRAIN = {"sft": "model={bad}/base data={bad}/sft.jsonl", "distill": "model={bad}/base data={bad}/sft.jsonl",
+         "dpo": "model={bad}/sft data={bad}/pairs.jsonl",
          "reward": "model={bad}/sft data={bad}/pairs.jsonl",
          "ppo": "model={bad}/sft data={bad}/pairs.jsonl reward_model={bad}/reward max_tokens=4 batch=2 steps=1 "
                 "minibatches=1"}
@@ -179,8 +180,8 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("sft", "data={bad}/ranking.jsonl", ["ranking.jsonl: holds rankings, expected messages"]),
     ("sft", "data={bad}/prompts.jsonl", ["prompts.jsonl: holds prompts without replies"]),
     ("sft", "eval_data={bad}/empty.jsonl", ["empty.jsonl: is empty"]),
-    ("sft", "context={bad}/pairs.jsonl", ["pairs.jsonl line 1: 'messages' is null, expected"]),
-    ("sft", "context={bad}/empty.jsonl", ["empty.jsonl: is empty"]),
+    ("distill", "context={bad}/pairs.jsonl", ["pairs.jsonl line 1: 'messages' is null, expected"]),
+    ("distill", "context={bad}/empty.jsonl", ["empty.jsonl: is empty"]),
     ("dpo", "data={bad}/messages.jsonl", ["messages.jsonl: holds no preference pairs, expected"]),
     ("dpo", "data={bad}/ranking.jsonl", ["ranking.jsonl: holds no preference pairs, expected"]),
     ("dpo", "data={bad}/margin.jsonl", ["margin.jsonl line 1: 'margin' is \"much\", expected a number"]),
@@ -250,7 +251,7 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("dpo", "model={bad}/reward", ["reward: is a reward model, expected"]),
     ("dpo", "ref_model={bad}/reward", ["reward: is a reward model, expected"]),
     ("dpo", "ref_model={bad}/cut", ["model.safetensors: cannot be read as safetensors"]),
-    ("ppo", "model={bad}/reward", ["reward: is a reward model, expected the result of sft.py"]),
+    ("ppo", "model={bad}/reward", ["reward: is a reward model, expected"]),
     ("ppo", "reward_model={bad}/sft", ["sft: has no score head, expected the result of reward.py"]),
     ("ppo", "model={bad}/base", ["base: carries no chat template"]),
     ("ppo", "reward_model={bad}/without_head", ["is in none of its weight files"]),

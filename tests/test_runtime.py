@@ -188,27 +188,50 @@ def test_only_the_newest_whole_state_is_kept(tmp_path):
 
 
 def test_a_folder_is_continued_with_its_own_config_only(tmp_path, capsys):
-    out = str(tmp_path / "run")
-    data = tmp_path / "data.jsonl"
-    code = ("import runtime; from test_runtime import Config; "
-            f"runtime.open_run({out!r}, Config(out={out!r}, lr=LR), {{'data': {str(data)!r}}}, OVER)")
+    out, data = str(tmp_path / "run"), tmp_path / "data.jsonl"
 
     def enter(lr, content, overwrite=False):
         data.write_text(content)
-        words = code.replace("LR", str(lr)).replace("OVER", str(overwrite))
-        path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        done = subprocess.run([sys.executable, "-c", words], cwd=ROOT / "tests", env=path, capture_output=True, text=True)
-        return done.returncode, done.stderr.strip()
+        return runtime.open_run(out, Config(out=out, lr=lr), {"data": str(data)}, overwrite)[1]
 
-    assert enter(0.1, "a") == (0, "") and enter(0.1, "a") == (0, "")
+    enter(0.1, "a").close()
+    enter(0.1, "a").close()
     (tmp_path / "run" / "mine.txt").write_text("keep")
-    assert enter(0.2, "a")[0] == 2 and "was begun with lr=0.1, not 0.2" in enter(0.2, "a")[1]
-    assert "its data has changed since the run began" in enter(0.1, "b")[1]
-    assert enter(0.2, "b", overwrite=True) == (0, "") and (tmp_path / "run" / "mine.txt").exists()
-    _, lock = runtime.open_run(out, Config(out=out, lr=0.2), {"data": str(data)})
-    assert "another process is running here" in enter(0.2, "b")[1]
+    exits(capsys, lambda: enter(0.2, "a"), "was begun with lr=0.1, not 0.2")
+    exits(capsys, lambda: enter(0.1, "b"), "its data has changed since the run began")
+    enter(0.2, "b", overwrite=True).close()
+    assert (tmp_path / "run" / "mine.txt").exists()
+    lock = enter(0.2, "b")
+    exits(capsys, lambda: enter(0.2, "b"), "another process is running here")
     lock.close()
-    assert enter(0.2, "b") == (0, "")
+    enter(0.2, "b").close()
+
+
+def test_an_older_name_of_a_key_is_one_line_that_names_the_new_one(tmp_path, capsys):
+    """In a config, on the command line; ppo's max_tokens is still a reply's length."""
+    import ppo
+    import sft
+
+    (tmp_path / "old.toml").write_text("warmup = 0.1\n")
+    old = ["--config", str(tmp_path / "old.toml")]
+    exits(capsys, lambda: runtime.load_config(sft.Config, "", old), "old.toml", "'warmup' is called 'warmup_ratio' now")
+    exits(capsys, lambda: runtime.load_config(sft.Config, "", ["max_tokens=9"]), "'micro_tokens' now")
+    exits(capsys, lambda: runtime.load_config(ppo.Config, "", ["lam=0.9"]), "'gae_lambda' now")
+    assert runtime.load_config(ppo.Config, "", ["max_tokens=9"]).max_tokens == 9
+
+
+def test_a_folder_begun_under_older_names_is_known_again(tmp_path, capsys):
+    import sft
+
+    config = sft.Config(out=str(tmp_path / "run"), data="", model="")
+    runtime.open_run(config.out, config, {})[1].close()
+    began = tmp_path / "run" / "config.toml"
+    old = {"micro_tokens": "max_tokens", "min_lr_ratio": "floor", "max_grad_norm": "clip", "warmup_ratio": "warmup"}
+    began.write_text("".join(old.get(line.split(" = ")[0], line.split(" = ")[0]) + " = " + line.split(" = ")[1] + "\n"
+                             for line in began.read_text().splitlines()))
+    runtime.open_run(config.out, config, {})[1].close()
+    other = dataclasses.replace(config, max_grad_norm=2.0)
+    exits(capsys, lambda: runtime.open_run(config.out, other, {}), "was begun with max_grad_norm=1.0, not 2.0")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):

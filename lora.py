@@ -316,7 +316,7 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
     Where a family keeps queries, keys and values in one matrix, our three adapters become one of three times the rank:
     A stacked, B in blocks.
     """
-    told = model.adapters[name]
+    settings = model.adapters[name]
     by_name: dict[str, list[LoraLinear]] = {}
     for layer_path, layer in lora_layers(model).items():
         if name in layer.adapters:
@@ -325,7 +325,7 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
     for key, layers in by_name.items():
         parts = [layer.adapters[name] for layer in layers]
         if len(parts) == 3:
-            rank = told["rank"]
+            rank = settings["rank"]
             blocks = [F.pad(part.B.detach(), (i * rank, (2 - i) * rank)) for i, part in enumerate(parts)]
             a, b = torch.cat([part.A.detach() for part in parts]), join_qkv(blocks, model.config)
             wider.add(key.rpartition(".")[2])
@@ -340,7 +340,7 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
                 tensors[_peft_name(part, model) + ".weight"] = getattr(model, part).weight.detach()
     if model.score_head is not None:
         tensors["base_model.model.score.weight"] = model.score_head.weight.detach()
-    config = _peft_config(model, told, sorted({key.rpartition(".")[2] for key in by_name}), wider)
+    config = _peft_config(model, settings, sorted({key.rpartition(".")[2] for key in by_name}), wider)
     # Beside the tensors, since PEFT warns of keys it does not know; one entry, since safetensors orders several at
     # random and the same adapter shall be the same bytes.
     ours = {"base_model_hash": model.source_hash, "score_mean": model.config.score_mean,
@@ -358,16 +358,16 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
         beside.rename(final)
 
 
-def _peft_config(model: Transformer, told: dict, targets: list[str], wider: set[str]) -> dict:
+def _peft_config(model: Transformer, settings: dict, targets: list[str], wider: set[str]) -> dict:
     """adapter_config.json; the targets in `wider` have three times the rank."""
-    scored, growth = model.score_head is not None, math.sqrt(3) if told["rslora"] else 3
+    scored, growth = model.score_head is not None, math.sqrt(3) if settings["rslora"] else 3
     return {
-        "peft_type": "LORA", "task_type": "SEQ_CLS" if scored else "CAUSAL_LM", "r": told["rank"],
-        "lora_alpha": told["alpha"], "lora_dropout": told["dropout"], "use_rslora": told["rslora"],
-        "use_dora": told["dora"], "target_modules": targets, "bias": "none", "fan_in_fan_out": False,
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if scored else "CAUSAL_LM", "r": settings["rank"],
+        "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"], "use_rslora": settings["rslora"],
+        "use_dora": settings["dora"], "target_modules": targets, "bias": "none", "fan_in_fan_out": False,
         "modules_to_save": ["score"] if scored else None, "init_lora_weights": True, "inference_mode": True,
-        "rank_pattern": dict.fromkeys(wider, 3 * told["rank"]),
-        "alpha_pattern": dict.fromkeys(wider, told["alpha"] * growth), "base_model_name_or_path": model.source,
+        "rank_pattern": dict.fromkeys(wider, 3 * settings["rank"]),
+        "alpha_pattern": dict.fromkeys(wider, settings["alpha"] * growth), "base_model_name_or_path": model.source,
     }
 
 
@@ -376,32 +376,32 @@ def load_adapter(model: Transformer, path: str | Path, name: str = "default") ->
 
     A reward model's adapter brings its head: give a model that has one (`add_score_head`), or ask for a Role.
     """
-    told, head = _load_adapter(model, path, name)
-    if "score" in (told.get("modules_to_save") or []) or model.score_head is not None:
+    saved, head = _load_adapter(model, path, name)
+    if "score" in (saved.get("modules_to_save") or []) or model.score_head is not None:
         if head is None or model.score_head is None:
             fail(f"{path}: {'holds no score head' if head is None else 'holds a score head for a model without one'}: "
-                 "a reward model's head travels with its adapter")
+                 "a reward model's adapter file holds its head")
         model.score_head.weight.data.copy_(head)
-        mean, std = told.get("score_mean", 0.0), told.get("score_std", 1.0)
+        mean, std = saved.get("score_mean", 0.0), saved.get("score_std", 1.0)
         model.config = replace(model.config, score_mean=mean, score_std=std)
     return model
 
 
 def load_role(base: Transformer, path: str | Path, name: str) -> Role:
     """A reward model's adapter, as one role among several on `base`."""
-    told, head = _load_adapter(base, path, name)
+    saved, head = _load_adapter(base, path, name)
     if head is None:
-        fail(f"{path}: holds no score head: a reward model's head travels with its adapter")
-    mean, std = told.get("score_mean", 0.0), told.get("score_std", 1.0)
+        fail(f"{path}: holds no score head: a reward model's adapter file holds its head")
+    mean, std = saved.get("score_mean", 0.0), saved.get("score_std", 1.0)
     return Role(base, name, head.to(base.embed_tokens.weight.device), mean, std)
 
 
 def _load_adapter(model: Transformer, path: str | Path, name: str) -> tuple[dict, Tensor | None]:
     """What adapter_config.json says, and the weight of the score head if there is one."""
     path = Path(path)
-    told, tensors = _read_adapter(path)
-    if told.get("base_model_hash") and model.source_hash and told["base_model_hash"] != model.source_hash:
-        fail(f"{path}: was trained on another base ({told['base_model_name_or_path']}): load that one")
+    saved, tensors = _read_adapter(path)
+    if saved.get("base_model_hash") and model.source_hash and saved["base_model_hash"] != model.source_hash:
+        fail(f"{path}: was trained on another base ({saved['base_model_name_or_path']}): load that one")
     by_key: dict[str, list[str]] = {}  # the layers that an adapter in the file is for: three where a family fuses them
     for layer_path, _ in model.named_modules():
         child = layer_path.rpartition(".")[2]
@@ -411,18 +411,18 @@ def _load_adapter(model: Transformer, path: str | Path, name: str) -> tuple[dict
     if keys - set(by_key):
         fail(f"{path}: adapts {min(keys - set(by_key))}, which this model does not have: is it for another family?")
     targets = tuple(sorted({layer_path.rpartition(".")[2] for key in keys for layer_path in by_key[key]}))
-    add_lora(model, told["r"], told["lora_alpha"], 0.0, targets, name=name, rslora=told.get("use_rslora", False),
-             use_dora=told.get("use_dora", False))
-    model.adapters[name]["dropout"] = told["lora_dropout"]  # written again as read; what is loaded drops nothing
+    add_lora(model, saved["r"], saved["lora_alpha"], 0.0, targets, name=name, rslora=saved.get("use_rslora", False),
+             use_dora=saved.get("use_dora", False))
+    model.adapters[name]["dropout"] = saved["lora_dropout"]  # written again as read; what is loaded drops nothing
     with torch.no_grad():
         for key in sorted(keys):
-            _fill(model, path, name, key, by_key[key], told, tensors)
+            _fill(model, path, name, key, by_key[key], saved, tensors)
         for part in ("embed_tokens", "lm_head"):
             rows = tensors.get(_peft_name(part, model) + ".weight")
             if rows is not None:
                 model.resize(max(len(rows), model.config.vocab_size))
                 getattr(model, part).weight[: len(rows)] = rows.to(getattr(model, part).weight)
-    return told, tensors.get("base_model.model.score.weight")
+    return saved, tensors.get("base_model.model.score.weight")
 
 
 def _read_adapter(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -430,29 +430,29 @@ def _read_adapter(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if not (path / "adapter_config.json").is_file():
         fail(f"{path}: holds no adapter_config.json, expected an adapter in PEFT's format")
     try:
-        told = json.loads((path / "adapter_config.json").read_text())
+        saved = json.loads((path / "adapter_config.json").read_text())
         tensors = load_file(path / "adapter_model.safetensors")
         with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
-            return told | json.loads((file.metadata() or {}).get("ours", "{}")), tensors
+            return saved | json.loads((file.metadata() or {}).get("ours", "{}")), tensors
     except (OSError, ValueError, SafetensorError) as error:
         fail(f"{path}: cannot be read ({error}): copy it again")
 
 
 def _fill(
-    model: Transformer, path: Path, name: str, key: str, layer_paths: list[str], told: dict, tensors: dict[str, Tensor],
+    model: Transformer, path: Path, name: str, key: str, layer_paths: list[str], saved: dict, tensors: dict[str, Tensor],
 ) -> None:
     """The tensors of one adapter of the file into ours: one layer's, or three where a family fuses q, k and v."""
     a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
     pieces = split_qkv(b, model.config) if len(layer_paths) == 3 else [b]
     rank = a.shape[0]
-    alpha = (told.get("alpha_pattern") or {}).get(key.rpartition(".")[2], told["lora_alpha"])
+    alpha = (saved.get("alpha_pattern") or {}).get(key.rpartition(".")[2], saved["lora_alpha"])
     for layer_path, piece in zip(layer_paths, pieces, strict=True):
         found = model.get_submodule(layer_path).adapters[name]
         if piece.shape[0] != found.B.shape[0] or a.shape[1] != found.A.shape[1]:
             fail(f"{path}: {key} has shape {list(b.shape)} x {list(a.shape)}, which does not fit this model: "
                  "load its own base")
         found.A, found.B = nn.Parameter(a.to(found.A)), nn.Parameter(piece.contiguous().to(found.B))
-        found.scale = alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
+        found.scale = alpha / (math.sqrt(rank) if saved.get("use_rslora") else rank)
         if f"{key}.lora_magnitude_vector" in tensors:
             found.magnitude = nn.Parameter(tensors[f"{key}.lora_magnitude_vector"].to(found.A))
 

@@ -405,13 +405,13 @@ def generate(
 
 def _sample_settings(temperature, top_k, top_p, n: int) -> list[tuple[float, int, float]]:
     """Temperature, top-k and top-p of each of n samples."""
-    told = f"temperature {temperature}, top_k {top_k}, top_p {top_p}"
+    given = f"temperature {temperature}, top_k {top_k}, top_p {top_p}"
     each = [x if isinstance(x, list) else [x] * n for x in (temperature, top_k, top_p)]
     if any(len(x) != n for x in each):
-        raise ValueError(f"{told}: expected one number, or n={n} of them")
+        raise ValueError(f"{given}: expected one number, or n={n} of them")
     settings = list(zip(*each, strict=True))
     if any(t < 0 or k < 0 or not 0 <= p <= 1 for t, k, p in settings):
-        raise ValueError(f"{told}: expected >= 0, >= 0 and between 0 and 1")
+        raise ValueError(f"{given}: expected >= 0, >= 0 and between 0 and 1")
     return settings
 
 

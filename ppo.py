@@ -261,10 +261,10 @@ def score(trees: list[Tree], models: Models, config: Config, device: torch.devic
     for batch in micro_batches(trees, config.micro_tokens):
         rows, batch = batch.response_ids, batch.to(device)
         found, uncertain, _ = response_logprobs(models.policy, batch, config.temperature, entropy=True)
-        told = [found, response_logprobs(models.reference, batch, config.temperature)[0], uncertain]
+        parts = [found, response_logprobs(models.reference, batch, config.temperature)[0], uncertain]
         if models.value is not None:
-            told.append(response_values(models.value, batch))
-        for table, part in zip(tables, told, strict=False):
+            parts.append(response_values(models.value, batch))
+        for table, part in zip(tables, parts, strict=False):
             table[rows, : part.shape[1]] += batch.weight * part.float().cpu()
         scores[rows] += batch.weight * (response_scores(models.reward_model, batch) / std).float().cpu()
     distributed.all_reduce(tables)

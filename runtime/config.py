@@ -100,10 +100,13 @@ def load_config(cls: type, doc: str, argv: list[str] | None = None):
 
 
 def print_help(cls: type, doc: str) -> NoReturn:
-    """The script's docstring and its settings as they are written: the comments are the manual."""
+    """The script's docstring and its settings as they are written, each once: the comments are the manual."""
     print(doc.strip())
+    shown: set[str] = set()
     for c in (c for c in cls.__mro__ if dataclasses.is_dataclass(c)):
-        print("\n" + inspect.getsource(c).partition("    def ")[0].rstrip())
+        lines = inspect.getsource(c).partition("    def ")[0].rstrip().splitlines()
+        print("", *(line for line in lines if line.strip().partition(":")[0] not in shown), sep="\n")
+        shown |= {line.strip().partition(":")[0] for line in lines if line.startswith("    ") and ":" in line}
     raise SystemExit(0)
 
 

@@ -58,8 +58,8 @@ class Log:
         """Metrics after `step` updates, those of all ranks: rank 0 has them too."""
         if distributed.rank():
             return
-        if self.profile and (told := self.profile.step()):
-            self.note(told)
+        if self.profile and (summary := self.profile.step()):
+            self.note(summary)
         line = json.dumps({"step": step, **{k: float(v) for k, v in metrics.items()}}).encode() + b"\n"
         with writing(self.file):
             if self.stream.write(line) < len(line):
@@ -84,8 +84,8 @@ class Log:
         print(f"\r\033[K{text}" if self.live else text, flush=True)
 
     def close(self) -> None:
-        if self.profile and (told := self.profile.stop()):
-            self.note(told)
+        if self.profile and (summary := self.profile.stop()):
+            self.note(summary)
         self.stream.close()
         if self.wandb:
             self.wandb.finish()

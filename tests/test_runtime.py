@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -191,6 +192,7 @@ def test_a_folder_is_continued_with_its_own_config_only(tmp_path, capsys):
     out, data = str(tmp_path / "run"), tmp_path / "data.jsonl"
 
     def enter(lr, content, overwrite=False):
+        gc.collect()  # the lock that a refused entry has left open
         data.write_text(content)
         return runtime.open_run(out, Config(out=out, lr=lr), {"data": str(data)}, overwrite)[1]
 

@@ -439,7 +439,8 @@ def _read_adapter(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _fill(
-    model: Transformer, path: Path, name: str, key: str, layer_paths: list[str], saved: dict, tensors: dict[str, Tensor],
+    model: Transformer, path: Path, name: str, key: str, layer_paths: list[str], saved: dict,
+    tensors: dict[str, Tensor],
 ) -> None:
     """The tensors of one adapter of the file into ours: one layer's, or three where a family fuses q, k and v."""
     a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]

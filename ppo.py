@@ -33,7 +33,7 @@ import lora
 import runtime
 from data.dry_run import dry_run_of_four
 from data.four_models import Models, load_models, make_optimizer, save_snapshot
-from data.pack import Batch, Tree, load_prompts, micro_batches, step_trees, tree_from_replies
+from data.pack import Batch, Tree, load_prompts, micro_batches, scored_replies, step_trees, tree_from_replies
 from data.scores import response_scores
 from data.tokenizer import Tokenizer, load_tokenizer
 from kernels.logprobs import linear_logprobs
@@ -373,18 +373,6 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, returns: Tensor, times: l
     }
 
 
-def sample_table(rollout: Rollout, tokenizer: Tokenizer, count: int = 4) -> str:
-    """The first replies of a rollout with their scores."""
-    replies = [(tree, r) for tree in rollout.trees for r in tree.responses][:count]
-    lines = []
-    for row, (tree, r) in enumerate(replies):
-        asked = tokenizer.decode(tree.trunk.tolist())[-80:]
-        said = tokenizer.decode(tree.leaves[r.segment - 1][1].tolist()).strip()
-        lines.append(f"  score {rollout.scores[row]:+.2f}  kl {rollout.kl[row].sum():+.2f}  "
-                     f"{asked!r} -> {said!r}{' ...' * r.cut}")
-    return "\n".join(lines)
-
-
 def main(config: Config) -> None:
     if config.dry_run:
         return dry_run_of_four(config)
@@ -396,14 +384,13 @@ def main(config: Config) -> None:
     prompts = load_prompts(config.data, tokenizer, models.policy.config.max_positions - config.max_tokens)
     print(f"data: {len(prompts)} prompts, at most {max(map(len, prompts))} tokens")
 
-    depends_on = {"data": config.data, "model": config.model, "reward_model": config.reward_model, "code": __file__}
-    run = runtime.Run(config, depends_on)
+    run = runtime.Run(config, {"data": config.data, "model": config.model, "reward_model": config.reward_model,
+                               "code": __file__})
     optimizer = make_optimizer(models, config)
     trained = nn.ModuleDict({name: getattr(models, name) for name in ("policy", "value") if getattr(models, name)})
     run.resume(trained, optimizer, config.steps, ("score", "kl", "length", "eos_rate", "tokens_per_s"), "prompts")
-    metrics = run.last_metrics()
-    kl_coef = metrics.get("next_kl_coef", config.kl_coef)
-    reason = out_of_bounds(metrics, config) if run.done else ""
+    last = run.last_metrics()
+    kl_coef, reason = last.get("next_kl_coef", config.kl_coef), out_of_bounds(last, config) if last else ""
 
     for step in range(run.done, run.done if reason else config.steps):  # a run out of bounds is not resumed
         times = [time.perf_counter()]
@@ -422,7 +409,7 @@ def main(config: Config) -> None:
         run.log(metrics | {"next_kl_coef": kl_coef})
         reason = out_of_bounds(metrics, config)
         if reason or run.due(config.show_every, run.done):
-            run.note(sample_table(rollout, tokenizer))
+            run.note(scored_replies(trees, rollout.scores, rollout.kl, tokenizer))
         if config.snapshot_every and run.done % config.snapshot_every == 0:
             save_snapshot(models.policy, run.folder, run.done, tokenizer, config)
         if run.stopping or reason or run.due(config.save_every, run.done):

@@ -429,6 +429,16 @@ def load_trees(path: str, tokenizer: Tokenizer, template: str | None = None) -> 
     return trees
 
 
+def scored_replies(trees: list[Tree], scores: Tensor, kl: Tensor, tokenizer: Tokenizer, count: int = 4) -> str:
+    """The first sampled replies with their scores [B] and their KL [B, T], as lines to print."""
+    lines, replies = [], [(tree, r) for tree in trees for r in tree.responses]
+    for row, (tree, r) in enumerate(replies[:count]):
+        asked = tokenizer.decode(tree.trunk.tolist())[-80:]
+        said = tokenizer.decode(tree.leaves[r.segment - 1][1].tolist()).strip()
+        lines.append(f"  score {scores[row]:+.2f}  kl {kl[row].sum():+.2f}  {asked!r} -> {said!r}{' ...' * r.cut}")
+    return "\n".join(lines)
+
+
 def load_prompts(path: str, tokenizer: Tokenizer, room: int) -> list[list[int]]:
     """The distinct prompts of a file, rendered up to where the reply begins, at most `room` tokens each."""
     records, report = read(path)

@@ -1,6 +1,10 @@
-"""Runs one after the other in one process, for tests/test_distributed.py: starting Python and PyTorch takes longer than they do.
+"""Runs one after the other in one process, for tests/test_distributed.py.
 
-    torchrun --nproc-per-node 2 tests/distributed_worker.py runs.json      [["sft", {config ...}, stop_after_step or 0], ...]
+Starting Python and PyTorch takes longer than they do.
+
+    torchrun --nproc-per-node 2 tests/distributed_worker.py runs.json
+
+runs.json is [["sft", {config ...}, stop_after_step or 0], ...].
 """
 import importlib
 import json

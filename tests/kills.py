@@ -36,8 +36,8 @@ MOMENTS = ("anywhere", "saving", "accumulating", "epoch's edge", "file operation
 COMMON = ["device=cpu", "threads=1", "dtype=float32", "save_every=2", "warmup_ratio=0", "batch=8"]
 # Micro-batches of a dialogue or two, epochs of five steps. Dropout and an adapting coefficient are state too.
 SETTINGS = {
-    "sft": ["template=zephyr", "data={data}/sft.jsonl", "model={data}/base", "epochs=2", "micro_tokens=128", "samples=1",
-            "eval_data={data}/pairs.jsonl", "eval_every=4", "lora_rank=4", "lora_dropout=0.1"],
+    "sft": ["template=zephyr", "data={data}/sft.jsonl", "model={data}/base", "epochs=2", "micro_tokens=128",
+            "samples=1", "eval_data={data}/pairs.jsonl", "eval_every=4", "lora_rank=4", "lora_dropout=0.1"],
     "dpo": ["data={data}/pairs.jsonl", "model={data}/sft", "epochs=2", "micro_tokens=128", "samples=0"],
     "reward": ["data={data}/pairs.jsonl", "model={data}/sft", "epochs=2", "micro_tokens=128",
                "eval_data={data}/pairs.jsonl"],

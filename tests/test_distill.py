@@ -14,14 +14,20 @@ from distill import Config, teacher_logits, with_context
 
 
 def test_the_teachers_kl_by_hand():
-    """Teacher 1/2, 1/2 and student 1/4, 3/4: KL = 1/2 log 2 + 1/2 log 2/3 = 0.1438; a student that agrees pays nothing."""
+    """Teacher 1/2, 1/2 and student 1/4, 3/4: KL = 1/2 log 2 + 1/2 log 2/3 = 0.1438.
+
+    A student that agrees pays nothing.
+    """
     student, teacher = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log(), torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
     loss, _ = distill.distillation_loss(student + 7, teacher - 3, 2)  # logits are free up to a constant
     assert loss.item() == pytest.approx(0.143841 / 2, abs=1e-6)
 
 
 def test_the_teacher_reads_the_same_replies_after_the_context(checkpoint, tmp_path):
-    """Its logits are those of the model on context and dialogue in one; without a context they are the student's own."""
+    """Its logits are those of the model on context and dialogue in one.
+
+    Without a context they are the student's own.
+    """
     path, tokenizer, model = demos(tmp_path / "sft.jsonl", 4), load_tokenizer(checkpoint), load_model(checkpoint)
     adopt_template(model, tokenizer, "zephyr")
     trees = sft.load_data(str(path), tokenizer, Config(max_length=60), "data")
@@ -44,11 +50,14 @@ def test_the_teacher_reads_the_same_replies_after_the_context(checkpoint, tmp_pa
 
 
 def test_distilling_a_context_brings_the_student_to_the_teacher(tmp_path):
-    """A context in which every reply is "Yes." makes the teacher expect that; the student learns to without reading it."""
+    """A context in which every reply is "Yes." makes the teacher expect that.
+
+    The student learns to without reading it.
+    """
     path = demos(tmp_path / "sft.jsonl", 8)
-    said = [m for _ in range(8) for m in ({"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes."})]
-    context = write_jsonl(tmp_path / "context.jsonl", [{"messages": said}])
-    distill.main(Config(model="data/tiny/base", data=str(path), out=str(tmp_path / "run"), context=str(context), epochs=10,
-                        batch=8, lr=3e-4, dtype="float32", device="cpu", samples=0))
+    exchange = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes."}]
+    context = write_jsonl(tmp_path / "context.jsonl", [{"messages": 8 * exchange}])
+    distill.main(Config(model="data/tiny/base", data=str(path), out=str(tmp_path / "run"), context=str(context),
+                        epochs=10, batch=8, lr=3e-4, dtype="float32", device="cpu", samples=0))
     losses = [m["loss"] for m in metrics_of(tmp_path / "run")]
     assert losses[-1] < 0.5 * losses[0]

@@ -26,7 +26,8 @@ def pairs_file(path, count, turns=1):
         history = []
         for turn in record["turns"][:turns]:
             history = [*history, {"role": "user", "content": turn["user"]}]
-            chosen, rejected = (TASKS[record["category"]].answer(turn["item"], style, rng) for style in ("careful", "sloppy"))
+            chosen, rejected = (TASKS[record["category"]].answer(turn["item"], style, rng)
+                                for style in ("careful", "sloppy"))
             if chosen != rejected:
                 records.append({"prompt": history, "chosen": chosen, "rejected": rejected, "margin": 2})
             history = [*history, {"role": "assistant", "content": chosen}]
@@ -45,13 +46,15 @@ def test_policy_equal_to_reference_scores_log_2_with_accuracy_0_and_gradient_hal
     loss, metrics = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2)) and metrics["accuracy"] == 0 and metrics["margin"] == 0
-    assert torch.allclose(chosen.grad, torch.full((5,), -0.05 / 5, dtype=torch.float64)) and torch.allclose(rejected.grad, -chosen.grad)
+    assert torch.allclose(chosen.grad, torch.full((5,), -0.05 / 5, dtype=torch.float64))
+    assert torch.allclose(rejected.grad, -chosen.grad)
 
 
 def test_values_by_hand():
-    """beta 0.1. h = 10 is a margin of 1: log(1 + e^-1) = 0.313262; h = -10: 1.313262; cDPO(0.1) at 10: 0.9 * 0.313262 + 0.1 * 1.313262.
+    """beta 0.1. h = 10 is a margin of 1: log(1 + e^-1) = 0.313262; h = -10: 1.313262.
 
-    IPO wants h = 1 / (2 * 0.1) = 5: 25 at h = 0, 0 at h = 5. Hinge: 1 at 0, 0 from h = 10 on. Robust at 0: (0.9 - 0.1) log 2 / 0.8.
+    cDPO(0.1) at 10: 0.9 * 0.313262 + 0.1 * 1.313262. IPO wants h = 1 / (2 * 0.1) = 5: 25 at h = 0, 0 at h = 5.
+    Hinge: 1 at 0, 0 from h = 10 on. Robust at 0: (0.9 - 0.1) log 2 / 0.8.
     """
     def at(h):
         return [torch.tensor([float(x)], dtype=torch.float64) for x in (h, 0, 0, 0)]
@@ -97,7 +100,8 @@ def test_whole_batches_equal_trl_from_logits_to_loss():
     owner = torch.arange(6)[:, None].expand_as(mask)[mask]
 
     def sums(logits):
-        picked, _ = linear_logprobs(logits[:, :-1][mask], torch.eye(15, dtype=torch.float64), case["input_ids"][:, 1:][mask])
+        targets = case["input_ids"][:, 1:][mask]
+        picked, _ = linear_logprobs(logits[:, :-1][mask], torch.eye(15, dtype=torch.float64), targets)
         return torch.zeros(6, dtype=torch.float64).index_add(0, owner, picked)
 
     lengths = mask.sum(1).double()
@@ -111,8 +115,9 @@ def test_whole_batches_equal_trl_from_logits_to_loss():
     for name, (loss, _) in losses.items():
         assert loss.item() == pytest.approx(numbers["cases"][name]["loss"], rel=1e-6), name
     logged = numbers["cases"]["sigmoid"]["metrics"]
-    for ours, theirs in (("rewards_chosen", "rewards/chosen"), ("rewards_rejected", "rewards/rejected"), ("margin", "rewards/margins"),
-                         ("accuracy", "rewards/accuracies"), ("logprobs_chosen", "logps/chosen"), ("logprobs_rejected", "logps/rejected")):
+    for ours, theirs in (("rewards_chosen", "rewards/chosen"), ("rewards_rejected", "rewards/rejected"),
+                         ("margin", "rewards/margins"), ("accuracy", "rewards/accuracies"),
+                         ("logprobs_chosen", "logps/chosen"), ("logprobs_rejected", "logps/rejected")):
         assert losses["sigmoid"][1][ours].item() == pytest.approx(logged[theirs], rel=1e-6)
     losses["sigmoid"][0].backward()
     assert torch.allclose(logits.grad, case["sigmoid.grad_logits"], atol=1e-7)
@@ -165,7 +170,8 @@ def as_pairs(tree: Tree) -> list[Tree]:
     out = []
     for k in range(tree.pairs):
         (w, begin, _), (lost, branch, _) = (spans[i] for i, r in enumerate(tree.responses) if r.pair == k)
-        out.append(Tree(w, [(branch, lost[branch:])], [Response(0, begin, len(w), 0, 0), Response(1, 0, len(lost) - branch, 0, 1)]))
+        responses = [Response(0, begin, len(w), 0, 0), Response(1, 0, len(lost) - branch, 0, 1)]
+        out.append(Tree(w, [(branch, lost[branch:])], responses))
     return out
 
 
@@ -217,8 +223,9 @@ def config(checkpoint, tmp_path, **changes) -> Config:
     data = tmp_path / "pairs.jsonl"
     if not data.exists():
         pairs_file(data, 8)
-    return Config(**({"model": str(checkpoint), "data": str(data), "out": str(tmp_path / "run"), "template": "zephyr", "epochs": 1,
-                      "batch": 8, "lr": 1e-3, "warmup_ratio": 0.0, "dtype": "float32", "device": "cpu", "samples": 0} | changes))
+    return Config(**({"model": str(checkpoint), "data": str(data), "out": str(tmp_path / "run"), "template": "zephyr",
+                      "epochs": 1, "batch": 8, "lr": 1e-3, "warmup_ratio": 0.0, "dtype": "float32", "device": "cpu",
+                      "samples": 0} | changes))
 
 
 def test_eight_pairs_are_learnt(checkpoint, tmp_path):
@@ -232,7 +239,8 @@ def test_eight_pairs_are_learnt(checkpoint, tmp_path):
 def test_every_loss_runs_and_raises_the_margin(loss, checkpoint, tmp_path):
     dpo.main(config(checkpoint, tmp_path, epochs=4, loss=loss, eval_data=str(tmp_path / "pairs.jsonl"), eval_every=2))
     metrics = metrics_of(tmp_path / "run")
-    assert metrics[-1]["margin"] > metrics[0]["margin"] == pytest.approx(0, abs=1e-4) and metrics[1]["eval_accuracy"] > 0
+    assert metrics[-1]["margin"] > metrics[0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert metrics[1]["eval_accuracy"] > 0
 
 
 def test_killed_and_resumed_equals_undisturbed_bit_for_bit(checkpoint, tmp_path):
@@ -245,7 +253,8 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(checkpoint, tmp_path)
     command = ["dpo.py", "--config", str(tmp_path / "broken.toml")]
     kill_after(command, lambda: (tmp_path / "broken" / "state" / "step_2").exists())
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    assert metrics_of(tmp_path / "straight") == metrics_of(tmp_path / "broken") and len(metrics_of(tmp_path / "broken")) == 4
+    assert metrics_of(tmp_path / "straight") == metrics_of(tmp_path / "broken")
+    assert len(metrics_of(tmp_path / "broken")) == 4
     a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -256,7 +265,8 @@ def test_a_shared_cache_is_used_and_refused_when_anything_has_changed(checkpoint
     assert "written to" in capsys.readouterr().out
     dpo.main(config(checkpoint, tmp_path, ref_cache=cache, beta=0.5, out=str(tmp_path / "b")))
     assert "written to" not in capsys.readouterr().out
-    assert [m["loss"] for m in metrics_of(tmp_path / "a")] == pytest.approx([m["loss"] for m in metrics_of(tmp_path / "b")])
+    a, b = ([m["loss"] for m in metrics_of(tmp_path / name)] for name in ("a", "b"))
+    assert a == pytest.approx(b)
 
     def refused(said, name, **changes):
         changed = config(checkpoint, tmp_path, out=str(tmp_path / name), **({"ref_cache": cache} | changes))
@@ -276,7 +286,8 @@ def test_changed_data_or_model_refuse_to_continue_a_run(checkpoint, tmp_path, ca
     (tmp_path / "c.toml").write_text(runtime.config_toml(done))
 
     def again():
-        return subprocess.run([sys.executable, "dpo.py", "--config", str(tmp_path / "c.toml")], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "dpo.py", "--config", str(tmp_path / "c.toml")], cwd=ROOT,
+                              capture_output=True, text=True)
 
     assert again().returncode == 0
     pairs_file(tmp_path / "pairs.jsonl", 7)

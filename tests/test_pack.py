@@ -79,7 +79,8 @@ def test_the_drawn_tree_has_the_drawn_layout():
     assert batch.layout.prefix.tolist() == [0, 2, 7] and batch.layout.start.tolist() == [0, 10, 13]
     spans = [batch.response_index[batch.owner == r].tolist() for r in range(4)]
     assert spans == [[2, 3, 4], [10, 11, 12], [7, 8, 9], [13, 14]]
-    assert batch.pairs == 2 and batch.side.tolist() == [CHOSEN, REJECTED, CHOSEN, REJECTED] and batch.turn.tolist() == [1, 1, 2, 2]
+    assert batch.pairs == 2 and batch.side.tolist() == [CHOSEN, REJECTED, CHOSEN, REJECTED]
+    assert batch.turn.tolist() == [1, 1, 2, 2]
     chosen, rejected = batch.sides(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert chosen.tolist() == [1, 3] and rejected.tolist() == [2, 4]
 
@@ -96,7 +97,8 @@ def test_a_tree_equals_its_paths_one_by_one(seed, window):
     together = sums_of(model, trees)
     alone = torch.cat([sums_alone(model, t) for t in trees])
     assert torch.allclose(together, alone, rtol=1e-5, atol=1e-5)
-    for a, b in zip(*(torch.autograd.grad((s * upstream).sum(), list(model.parameters())) for s in (together, alone)), strict=True):
+    grads = (torch.autograd.grad((s * upstream).sum(), list(model.parameters())) for s in (together, alone))
+    for a, b in zip(*grads, strict=True):
         assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
 
 
@@ -138,16 +140,21 @@ def test_packed_equals_unpacked():
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     assert np.array_equal(shuffled(100, 1, 0), shuffled(100, 1, 0))
-    assert not np.array_equal(shuffled(100, 1, 0), shuffled(100, 1, 1)) and not np.array_equal(shuffled(100, 1, 0), shuffled(100, 2, 0))
+    assert not np.array_equal(shuffled(100, 1, 0), shuffled(100, 1, 1))
+    assert not np.array_equal(shuffled(100, 1, 0), shuffled(100, 2, 0))
     trees = [drawn_tree() for _ in range(10)]
     seen = [id(t) for step in range(4) for t in step_trees(trees, 3, step, seed=0)]
-    assert sorted(seen) == sorted(map(id, trees)) and seen != [id(t) for step in range(4, 8) for t in step_trees(trees, 3, step, seed=0)]
+    assert sorted(seen) == sorted(map(id, trees))
+    assert seen != [id(t) for step in range(4, 8) for t in step_trees(trees, 3, step, seed=0)]
 
 
 # ------------------------------------------------------------------------------------- truncation
 
 def test_truncation_cuts_ends_and_counts_what_it_took():
-    """At 8 tokens: w2 = 7..9 keeps one token, l2 after 7 keeps one; at 7 the second pair has nothing left; at 2 neither."""
+    """At 8 tokens: w2 = 7..9 keeps one token, l2 after 7 keeps one.
+
+    At 7 the second pair has nothing left; at 2 neither.
+    """
     (tree,), counts = truncate([drawn_tree()], 8)
     spans = [(r.start, r.end, r.cut) for r in tree.responses]
     assert len(tree.trunk) == 8 and spans == [(2, 5, False), (0, 3, False), (7, 8, True), (0, 1, True)]
@@ -165,7 +172,8 @@ def test_truncated_trees_can_be_packed():
         trees, _ = truncate([random_tree(rng, i) for i in range(30)], limit)
         for batch in pack(trees, 60):
             assert batch.positions.max() < limit
-            assert sorted(batch.pair[batch.side == CHOSEN].tolist()) == sorted(batch.pair[batch.side == REJECTED].tolist())
+            chosen, rejected = (batch.pair[batch.side == side].tolist() for side in (CHOSEN, REJECTED))
+            assert sorted(chosen) == sorted(rejected)
 
 
 def test_a_cut_reply_has_no_end_of_sequence_and_a_whole_one_has():
@@ -185,7 +193,8 @@ def rated(turns: int) -> list[dict]:
     history, records = [], []
     for i in range(turns):
         history = [*history, {"role": "user", "content": f"Name {i} fruits."}]
-        records.append({"prompt": history, "chosen": f"Good reply {i}.", "rejected": f"Bad reply {i}, sorry.", "margin": i + 1})
+        records.append({"prompt": history, "chosen": f"Good reply {i}.", "rejected": f"Bad reply {i}, sorry.",
+                        "margin": i + 1})
         history = [*history, {"role": "assistant", "content": records[-1]["chosen"]}]
     return records
 
@@ -222,7 +231,8 @@ def test_the_digest_sees_data_template_and_truncation():
     assert digest(trees) == digest(trees_from_preferences(records, tokenizer, "zephyr"))
     assert digest(trees) != digest(trees_from_preferences(records, tokenizer, "plain"))
     assert digest(trees) != digest(truncate(trees, 20)[0])
-    assert digest(trees) != digest(trees_from_preferences([records[0], records[1] | {"margin": 4}], tokenizer, "zephyr"))
+    changed = [records[0], records[1] | {"margin": 4}]
+    assert digest(trees) != digest(trees_from_preferences(changed, tokenizer, "zephyr"))
 
 
 # -------------------------------------------------------------------------------------- the viewer
@@ -237,6 +247,7 @@ def test_the_viewer_prints_every_token_with_loss_and_branch(tmp_path, capsys, mo
     tree = trees_from_preferences(rated(2), load_tokenizer(BASE), "zephyr")[0]
     rows = [line for line in show(tree, load_tokenizer(BASE)).splitlines() if line.split()[0].isdigit()]
     assert len(rows) == tree.tokens
-    monkeypatch.setattr("sys.argv", ["pack", str(file), "--tokenizer", str(BASE), "--template", "chatml", "--max-length", "26"])
+    monkeypatch.setattr("sys.argv", ["pack", str(file), "--tokenizer", str(BASE), "--template", "chatml",
+                                     "--max-length", "26"])
     main()
     assert "chosen, turn 1, margin 1, cut" in capsys.readouterr().out

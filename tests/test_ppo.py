@@ -35,7 +35,8 @@ CPU = torch.device("cpu")
 
 def test_gae_by_hand():
     """r = (0, 0, 1), v = (.5, .6, .7): gamma 1, lambda .95 -> A = (.46575, .385, .3)."""
-    rewards, values, mask = torch.tensor([[0.0, 0, 1]]), torch.tensor([[0.5, 0.6, 0.7]]), torch.ones(1, 3, dtype=torch.bool)
+    rewards, values = torch.tensor([[0.0, 0, 1]]), torch.tensor([[0.5, 0.6, 0.7]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
     advantages, returns = gae(rewards, values, mask, 1.0, 0.95)
     torch.testing.assert_close(advantages, torch.tensor([[0.46575, 0.385, 0.3]]))
     torch.testing.assert_close(returns, torch.tensor([[0.96575, 0.985, 1.0]]))
@@ -57,7 +58,8 @@ def test_gae_and_whitening_equal_trl_whatever_is_behind_the_mask(setting, junk):
     rewards, values = (torch.where(mask, case[key], 1e6 if junk else case[key]) for key in ("rewards", "values"))
     gamma, lam = (float(part.lstrip("gamlb")) for part in setting.split("_")[:2])
     advantages, returns = gae(rewards, values, mask, gamma, lam)
-    for found, name in ((advantages, "advantages"), (returns, "returns"), (whiten(advantages, mask), "advantages_whitened")):
+    for found, name in ((advantages, "advantages"), (returns, "returns"),
+                        (whiten(advantages, mask), "advantages_whitened")):
         torch.testing.assert_close(found[mask], case[f"{setting}.{name}"][mask], atol=1e-6, rtol=1e-6)
 
 
@@ -75,7 +77,8 @@ def test_whitening_by_hand_and_as_in_trl():
     """(1, 2, 3, 4) with unbiased variance: -+1.161895, -+0.387298."""
     x = torch.tensor([[1.0, 2, 3, 4]], dtype=torch.float64)
     white = whiten(x, torch.ones(1, 4, dtype=torch.bool))
-    torch.testing.assert_close(white, torch.tensor([[-1.161895, -0.387298, 0.387298, 1.161895]], dtype=torch.float64), atol=1e-6, rtol=0)
+    expected = torch.tensor([[-1.161895, -0.387298, 0.387298, 1.161895]], dtype=torch.float64)
+    torch.testing.assert_close(white, expected, atol=1e-6, rtol=0)
     _, case = reference("ppo/whiten")
     mask = case["mask"].bool()
     for shift, name in ((True, "whiten_shift_mean"), (False, "whiten_keep_mean")):
@@ -118,7 +121,8 @@ def test_the_score_may_stand_one_past_the_end_with_a_longer_mask_as_in_torchtune
     torch.testing.assert_close(rewards[value_mask], case["rewards"][value_mask], atol=1e-6, rtol=1e-6)
     _, returns = gae(rewards, case["values"], value_mask, numbers["gamma"], numbers["lmbda"])
     torch.testing.assert_close(returns[value_mask], case["returns"][value_mask], atol=1e-6, rtol=1e-6)
-    loss, metrics = policy_loss(case["new_logprobs"], case["logprobs"], case["advantages"], policy_mask, numbers["epsilon"])
+    loss, metrics = policy_loss(case["new_logprobs"], case["logprobs"], case["advantages"], policy_mask,
+                                numbers["epsilon"])
     assert loss.item() == pytest.approx(numbers["loss"]["policy"], abs=1e-6)
     assert metrics["clip_fraction"].item() == pytest.approx(numbers["loss"]["clipfrac"], abs=1e-6)
     loss, _ = value_loss(case["new_values"], case["values"], case["returns"], value_mask, numbers["value_clip_range"])
@@ -126,8 +130,12 @@ def test_the_score_may_stand_one_past_the_end_with_a_longer_mask_as_in_torchtune
 
 
 def test_policy_and_value_losses_by_hand():
-    """A = 1, ratio 1.5 -> -1.2; A = -1, ratio .5 -> .8; A = -1, ratio 1.5 -> 1.5, not clipped. Gradient 0 just where clipped."""
-    for advantage, ratio, expected, clipped in ((1, 1.5, -1.2, True), (-1, 0.5, 0.8, True), (-1, 1.5, 1.5, False), (1, 0.5, -0.5, False)):
+    """A = 1, ratio 1.5 -> -1.2; A = -1, ratio .5 -> .8; A = -1, ratio 1.5 -> 1.5, not clipped.
+
+    Gradient 0 just where clipped.
+    """
+    for advantage, ratio, expected, clipped in ((1, 1.5, -1.2, True), (-1, 0.5, 0.8, True),
+                                                (-1, 1.5, 1.5, False), (1, 0.5, -0.5, False)):
         logprobs = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
         one = torch.ones(1, 1, dtype=torch.float64)
         loss, metrics = policy_loss(logprobs, 0 * one, advantage * one, one, 0.2)
@@ -147,9 +155,11 @@ def test_losses_and_gradients_equal_trl(number):
     surrogate, metrics = policy_loss(logprobs, case["old_logprobs"], case["advantages"], mask, told["cliprange"])
     missed, more = value_loss(values, case["values"], case["returns"], mask, told["cliprange_value"])
     (surrogate + told["vf_coef"] * missed).backward()
-    assert surrogate.item() == pytest.approx(told["pg_loss"], abs=1e-6) and missed.item() == pytest.approx(told["loss/value"], abs=1e-6)
+    assert surrogate.item() == pytest.approx(told["pg_loss"], abs=1e-6)
+    assert missed.item() == pytest.approx(told["loss/value"], abs=1e-6)
     found = [metrics["clip_fraction"], metrics["approx_kl"], more["value_clip_fraction"]]
-    assert [x.item() for x in found] == pytest.approx([told["policy/clipfrac"], told["policy/approxkl"], told["val/clipfrac"]], abs=1e-6)
+    expected = [told["policy/clipfrac"], told["policy/approxkl"], told["val/clipfrac"]]
+    assert [x.item() for x in found] == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(logprobs.grad[mask], case[f"{told['key']}.grad_logprobs"][mask], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(values.grad[mask], case[f"{told['key']}.grad_vpreds"][mask], atol=1e-6, rtol=1e-6)
 
@@ -158,7 +168,8 @@ def test_the_adaptive_coefficient_equals_trl():
     numbers, _ = reference("ppo/adaptive_kl")
     coefficient = numbers["init_kl_coef"]
     for step in numbers["updates"]:
-        coefficient = adapt_kl_coef(coefficient, step["current_kl"], step["n_steps"], numbers["target"], numbers["horizon"])
+        coefficient = adapt_kl_coef(coefficient, step["current_kl"], step["n_steps"], numbers["target"],
+                                    numbers["horizon"])
         assert coefficient == pytest.approx(step["value_after"], abs=1e-12)
     assert adapt_kl_coef(0.15, 12, 256, 6, 10_000) == pytest.approx(0.150768)
 
@@ -179,7 +190,10 @@ def token_values(model: Transformer, ids: torch.Tensor, mask: torch.Tensor, star
 
 
 def test_a_whole_update_equals_trl(tmp_path):
-    """Rollout statistics, both inner epochs and the parameters after them; the score stands one past the end, as there."""
+    """Rollout statistics, both inner epochs and the parameters after them.
+
+    The score stands one past the end, as there.
+    """
     folder = FIXTURES / "reference" / "ppo" / "update"
     told, case = json.loads((folder / "expected.json").read_text()), load_file(folder / "expected.safetensors")
     raw = json.loads((folder / "config.json").read_text())
@@ -227,7 +241,8 @@ def test_a_whole_update_equals_trl(tmp_path):
     optimizer = torch.optim.AdamW([*policy.parameters(), *value.parameters()], lr=told["lr"], weight_decay=0.0)
     for epoch in told["inner_epochs"]:
         surrogate, metrics = policy_loss(logprobs_of(policy), old, white, policy_mask, told["cliprange"])
-        missed, more = value_loss(token_values(value, ids, attend, start), old_values, returns, value_mask, told["cliprange_value"])
+        missed, more = value_loss(token_values(value, ids, attend, start), old_values, returns, value_mask,
+                                  told["cliprange_value"])
         (surrogate + told["vf_coef"] * missed).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -250,7 +265,8 @@ def rollout_of(config: Config, policy, seed=0, count=6):
     trees = []
     for i in range(count):
         replies = [torch.randint(3, 40, (1 + (i + j) % 5,), generator=made).tolist() for j in range(config.n)]
-        trees.append(tree_from_replies(i, torch.randint(3, 40, (3,), generator=made).tolist(), replies, [i % 3 != 0] * config.n))
+        prompt = torch.randint(3, 40, (3,), generator=made).tolist()
+        trees.append(tree_from_replies(i, prompt, replies, [i % 3 != 0] * config.n))
     models = Models(policy, small_model(seed=seed + 3), reward_model, value, policy)
     return ppo.score(trees, models, config, CPU), models
 
@@ -258,7 +274,8 @@ def rollout_of(config: Config, policy, seed=0, count=6):
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_rollout_holds_what_the_models_say_of_each_reply_alone(n):
     policy = small_model(seed=9)
-    rollout, (_, _, reward_model, value, _) = rollout_of(Config(n=n, temperature=0.7, micro_tokens=20, penalty=3.0), policy)
+    config = Config(n=n, temperature=0.7, micro_tokens=20, penalty=3.0)
+    rollout, (_, _, reward_model, value, _) = rollout_of(config, policy)
     row = 0
     for tree in rollout.trees:
         for (_, leaf), response in zip(tree.leaves, tree.responses, strict=True):
@@ -267,7 +284,8 @@ def test_a_rollout_holds_what_the_models_say_of_each_reply_alone(n):
             alone = torch.log_softmax(policy(path)[0, start - 1 : -1] / 0.7, -1)
             said = alone.gather(1, path[0, start:, None])[:, 0]
             torch.testing.assert_close(rollout.logprobs[row, :length], said.float(), atol=1e-5, rtol=0)
-            torch.testing.assert_close(rollout.entropy[row, :length], -(alone.exp() * alone).sum(1).float(), atol=1e-5, rtol=0)
+            entropy = -(alone.exp() * alone).sum(1)
+            torch.testing.assert_close(rollout.entropy[row, :length], entropy.float(), atol=1e-5, rtol=0)
             expected = token_values(value, path, torch.ones_like(path), start)[0]
             torch.testing.assert_close(rollout.values[row, :length], expected.float(), atol=1e-5, rtol=0)
             score = -3.0 if response.cut else reward_model.score(path).clamp(-4, 4).item()
@@ -319,15 +337,17 @@ def test_micro_batches_do_not_change_the_update():
 @pytest.mark.parametrize("advantages", ["gae", "rloo"])
 def test_emit_token_7_is_learnt(advantages, seed, monkeypatch):
     """Score: the share of sevens in the reply. It rises from about 1/40 to more than a half."""
-    config = Config(advantages=advantages, n=4 if advantages == "rloo" else 1, batch=32, max_tokens=4, epochs=2, minibatches=1, kl_coef=0.0,
-                    lr=1e-2, value_lr=1e-2, min_eos=0.0, seed=seed, penalty=0.0, missing_eos="subtract")
+    config = Config(advantages=advantages, n=4 if advantages == "rloo" else 1, batch=32, max_tokens=4, epochs=2,
+                    minibatches=1, kl_coef=0.0, lr=1e-2, value_lr=1e-2, min_eos=0.0, seed=seed, penalty=0.0,
+                    missing_eos="subtract")
 
     def sevens(_, batch):
         return batch.sums((batch.targets == 7).double()) / batch.lengths
 
     monkeypatch.setattr(ppo, "response_scores", sevens)
     policy, reference_model = (small_model(seed=seed, dtype=torch.float32, scale=1.0) for _ in range(2))
-    reward_model, value = (add_score_head(small_model(seed=seed + s, dtype=torch.float32, scale=1.0), s) for s in (1, 2))
+    reward_model, value = (add_score_head(small_model(seed=seed + s, dtype=torch.float32, scale=1.0), s)
+                           for s in (1, 2))
     parameters = [*policy.parameters(), *(value.parameters() if advantages == "gae" else ())]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     tokenizer = type("T", (), {"stop_ids": lambda self: ()})()
@@ -392,16 +412,20 @@ def six_prompts(folder):
 
 def config(roles, folder, **changes):
     prompts = changes.pop("data", None) or six_prompts(folder)
-    return Config(**{"model": str(roles / "sft"), "reward_model": str(roles / "reward"), "data": prompts, "out": str(folder / "run"),
-                     "steps": 4, "batch": 3, "max_tokens": 6, "minibatches": 1, "min_eos": 0.0, "device": "cpu", "dtype": "float32"}
+    return Config(**{"model": str(roles / "sft"), "reward_model": str(roles / "reward"), "data": prompts,
+                     "out": str(folder / "run"), "steps": 4, "batch": 3, "max_tokens": 6, "minibatches": 1,
+                     "min_eos": 0.0, "device": "cpu", "dtype": "float32"}
                   | changes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"advantages": "rloo", "n": 2}, {"kl": "k3", "kl_target": 1.0, "missing_eos": "subtract"}])
+@pytest.mark.parametrize("changes", [
+    {}, {"advantages": "rloo", "n": 2}, {"kl": "k3", "kl_target": 1.0, "missing_eos": "subtract"},
+])
 def test_the_script_runs_and_logs_its_names(changes, roles, tmp_path, capsys):
     ppo.main(config(roles, tmp_path, snapshot_every=2, **changes))
     steps = metrics_of(tmp_path / "run")
-    names = {"score", "kl", "reward", "entropy", "ratio_mean", "ratio_max", "clip_fraction", "explained_variance", "length", "eos_rate"}
+    names = {"score", "kl", "reward", "entropy", "ratio_mean", "ratio_max", "clip_fraction", "explained_variance",
+             "length", "eos_rate"}
     assert len(steps) == 4 and names <= set(steps[0]) and abs(steps[0]["kl"]) < 1e-5
     assert ("value_loss" in steps[0]) == (changes.get("advantages") != "rloo")
     assert (tmp_path / "run" / "model_step_2" / "model.safetensors").exists() and (tmp_path / "run" / "model").exists()
@@ -452,7 +476,8 @@ def test_wrong_roles_and_broken_scores_are_one_line(roles, checkpoint, tmp_path,
     tokenizer = load_tokenizer(roles / "reward")
     tokenizer.special["<|more|>"], tokenizer.vocab_size = tokenizer.vocab_size, tokenizer.vocab_size + 1
     save_model(other, tmp_path / "other", tokenizer)
-    exits(capsys, lambda: ppo.main(config(roles, tmp_path, reward_model=str(tmp_path / "other"))), "has another tokenizer")
+    exits(capsys, lambda: ppo.main(config(roles, tmp_path, reward_model=str(tmp_path / "other"))),
+          "has another tokenizer")
     broken = load_model(roles / "reward")
     broken.config = dataclasses.replace(broken.config, score_mean=float("nan"))
     save_model(broken, tmp_path / "nan", load_tokenizer(roles / "reward"))

@@ -25,7 +25,10 @@ def scored(seed=0, **fields):
 # ---------------------------------------------------------------------------------------- the loss
 
 def test_values_by_hand():
-    """Difference 1: margin 1 leaves log 2, margin 3 leaves log(1 + e^2) = 2.126928; a difference of -700 stays finite."""
+    """Difference 1: margin 1 leaves log 2, margin 3 leaves log(1 + e^2) = 2.126928.
+
+    A difference of -700 stays finite.
+    """
     one = torch.tensor([1.0], dtype=torch.float64)
     assert pairwise_loss(one, one * 0, one)[0].item() == pytest.approx(math.log(2), abs=1e-9)
     assert pairwise_loss(one, one * 0, 3 * one)[0].item() == pytest.approx(2.126928, abs=1e-6)
@@ -92,7 +95,8 @@ def test_a_pair_is_a_ranking_of_two():
     better, worse, weights = comparisons(batch)
     chosen, rejected = batch.sides(scores)
     order = batch.pair[better].argsort()
-    assert torch.equal(scores[better][order], chosen) and torch.equal(scores[worse][order], rejected) and (weights == 1).all()
+    assert torch.equal(scores[better][order], chosen) and torch.equal(scores[worse][order], rejected)
+    assert (weights == 1).all()
 
 
 # --------------------------------------------------------------------------------------- the score
@@ -127,7 +131,8 @@ def test_one_micro_batch_or_eight_give_the_same_gradient():
     grads = []
     for budget in (10**6, 1):
         model = scored(dtype=torch.float64)
-        _, found = step_gradients(model, trees, budget, lambda m, b, _: train_step(m, b, Config(margin="llama2_small"), groups))
+        _, found = step_gradients(model, trees, budget,
+                                  lambda m, b, _: train_step(m, b, Config(margin="llama2_small"), groups))
         grads.append(found)
     for one, eight in zip(*grads, strict=True):
         torch.testing.assert_close(one, eight, atol=1e-9, rtol=1e-6)
@@ -157,7 +162,8 @@ def test_a_reward_model_is_saved_for_sequence_classification_and_keeps_its_zero(
 def test_a_missing_head_is_an_error_and_an_lm_head_is_not_invented(tmp_path, capsys):
     save_model(small_model(dtype=torch.float32), tmp_path / "m")
     told = json.loads((tmp_path / "m" / "config.json").read_text())
-    (tmp_path / "m" / "config.json").write_text(json.dumps(told | {"architectures": ["LlamaForSequenceClassification"]}))
+    told["architectures"] = ["LlamaForSequenceClassification"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(told))
     exits(capsys, lambda: load_model(tmp_path / "m"), "score.weight is in none of its weight files")
     with pytest.raises(ValueError, match="no LM head"):
         scored()(torch.tensor([[3, 4]]))
@@ -168,23 +174,27 @@ def test_a_missing_head_is_an_error_and_an_lm_head_is_not_invented(tmp_path, cap
 def test_a_ranking_becomes_a_trunk_with_a_leaf_for_each_answer(checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     tokenizer.adopt("zephyr")
-    record = {"prompt": [{"role": "user", "content": "Name two cities."}], "answers": ["Rome, Oslo.", "Rome.", "No."], "ranks": [0, 1, 1]}
+    record = {"prompt": [{"role": "user", "content": "Name two cities."}],
+              "answers": ["Rome, Oslo.", "Rome.", "No."], "ranks": [0, 1, 1]}
     tree = tree_from_ranking(record, tokenizer)
     assert tree.trunk.tolist() == tokenizer.render(record["prompt"], add_generation_prompt=True)[0]
-    assert [prefix for prefix, _ in tree.leaves] == [len(tree.trunk)] * 3 and all(leaf[-1] == tokenizer.eos_id for _, leaf in tree.leaves)
+    assert [prefix for prefix, _ in tree.leaves] == [len(tree.trunk)] * 3
+    assert all(leaf[-1] == tokenizer.eos_id for _, leaf in tree.leaves)
 
 
 def test_the_report_by_hand():
     """Differences 1, -1, 0: one hit in three, a tie is none; by margin 1: hit and miss, by margin 4: the tie."""
     def pair(margin, record):
         trunk, leaf = torch.tensor([3, 4, 5]).int().numpy(), torch.tensor([6]).int().numpy()
-        return Tree(trunk, [(1, leaf)], [Response(0, 1, 3, 0, CHOSEN, 1, margin), Response(1, 0, 1, 0, REJECTED, 1, margin)], record)
+        responses = [Response(0, 1, 3, 0, CHOSEN, 1, margin), Response(1, 0, 1, 0, REJECTED, 1, margin)]
+        return Tree(trunk, [(1, leaf)], responses, record)
 
     trees = [pair(1.0, 0), pair(1.0, 1), pair(4.0, 2)]
     scores = [torch.tensor(s) for s in ([1.0, 0.0], [0.0, 1.0], [0.5, 0.5])]
     found = report(trees, scores, ["chat", "chat", "coding"])
     assert found["accuracy"] == pytest.approx(1 / 3) and found["ties"] == 1
-    assert found["by_margin"] == {"1": [0.5, 2], "4": [0.0, 1]} and found["by_category"] == {"chat": [0.5, 2], "coding": [0.0, 1]}
+    assert found["by_margin"] == {"1": [0.5, 2], "4": [0.0, 1]}
+    assert found["by_category"] == {"chat": [0.5, 2], "coding": [0.0, 1]}
     assert found["calibration"] == [[0.5, 0.0, 1], [pytest.approx(0.7310586), 0.5, 2]]
 
 
@@ -192,8 +202,9 @@ def test_the_report_by_hand():
 
 def config(checkpoint, folder, **changes):
     data = changes.pop("data", None) or str(pairs_file(folder / "pairs.jsonl", 8))
-    return Config(**{"model": str(checkpoint), "data": data, "out": str(folder / "run"), "batch": 8, "epochs": 1, "lr": 3e-3, "seed": 1,
-                     "warmup_ratio": 0.0, "schedule": "constant", "device": "cpu", "dtype": "float32"} | changes)
+    return Config(**{"model": str(checkpoint), "data": data, "out": str(folder / "run"), "batch": 8, "epochs": 1,
+                     "lr": 3e-3, "seed": 1, "warmup_ratio": 0.0, "schedule": "constant", "device": "cpu",
+                     "dtype": "float32"} | changes)
 
 
 def test_eight_pairs_are_learnt_and_demonstrations_score_0(checkpoint, tmp_path, capsys):
@@ -209,13 +220,15 @@ def test_eight_pairs_are_learnt_and_demonstrations_score_0(checkpoint, tmp_path,
     records = [json.loads(line) for line in pairs.open()]
     dialogues = [{"messages": [*r["prompt"], {"role": "assistant", "content": r["chosen"]}]} for r in records]
     file = write_jsonl(tmp_path / "d.jsonl", dialogues)
-    reward.score_file(["--score", str(file), "--model", str(tmp_path / "run" / "model"), "--out", str(tmp_path / "scored.jsonl")])
+    reward.score_file(["--score", str(file), "--model", str(tmp_path / "run" / "model"),
+                       "--out", str(tmp_path / "scored.jsonl")])
     scores = [json.loads(line)["score"] for line in (tmp_path / "scored.jsonl").open()]
     assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-2)
 
 
 def test_rankings_are_learnt(checkpoint, tmp_path):
-    made = [{"prompt": f"Name {n} cities.", "answers": ["No.", "Rome.", "Rome and Oslo."], "ranks": [2, 1, 0]} for n in range(4)]
+    made = [{"prompt": f"Name {n} cities.", "answers": ["No.", "Rome.", "Rome and Oslo."], "ranks": [2, 1, 0]}
+            for n in range(4)]
     file = write_jsonl(tmp_path / "r.jsonl", made)
     reward.main(config(checkpoint, tmp_path, data=str(file), epochs=40))
     assert metrics_of(tmp_path / "run")[-1]["accuracy"] == pytest.approx(1.0)
@@ -247,7 +260,8 @@ def test_what_the_user_wrote_wrong_is_one_line(changes, said, checkpoint, tmp_pa
 
 
 def test_data_without_preferences_and_models_without_score_are_one_line(checkpoint, tmp_path, capsys):
-    demos = write_jsonl(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi."}]}])
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi."}]
+    demos = write_jsonl(tmp_path / "d.jsonl", [{"messages": said}])
     exits(capsys, lambda: reward.main(config(checkpoint, tmp_path, data=str(demos))), "holds no preference")
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
     adopt_template(model, tokenizer, "zephyr")

@@ -37,7 +37,8 @@ def load(*argv):
 def test_defaults_then_file_then_command_line(tmp_path):
     (tmp_path / "c.toml").write_text('lr = 2\nkind = "linear"\nseeds = [1, 2]\n')
     config = load("--config", str(tmp_path / "c.toml"), "kind=cosine", "out=2024-01-01", "fast=true")
-    assert config == Config(out="2024-01-01", lr=2.0, kind="cosine", fast=True, seeds=[1, 2]) and type(config.lr) is float
+    assert config == Config(out="2024-01-01", lr=2.0, kind="cosine", fast=True, seeds=[1, 2])
+    assert type(config.lr) is float
 
 
 def test_the_saved_config_reads_back_to_the_same(tmp_path):
@@ -63,7 +64,9 @@ def test_a_wrong_word_is_one_line_that_shows_a_right_one(word, said, capsys):
     exits(capsys, lambda: load(word), *said)
 
 
-@pytest.mark.parametrize("text, said", [("lr = .1", "is not TOML"), ("bata = 1", "unknown key 'bata'"), ("\udcff", "is not TOML")])
+@pytest.mark.parametrize("text, said", [
+    ("lr = .1", "is not TOML"), ("bata = 1", "unknown key 'bata'"), ("\udcff", "is not TOML"),
+])
 def test_a_wrong_file_is_one_line_with_its_name(text, said, tmp_path, capsys):
     file = tmp_path / "c.toml"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -119,7 +122,8 @@ def test_norms_and_biases_are_not_decayed():
 def test_adamw_is_that_of_torch_bit_for_bit():
     models = [small_model(dtype=torch.float32, scale=1.0) for _ in range(2)]
     ours = runtime.adamw(models[0], 1e-2, 0.1, beta2=0.99)
-    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in runtime.adamw(models[1], 1e-2, 0.1).param_groups]
+    groups = [{key: group[key] for key in ("params", "weight_decay")}
+              for group in runtime.adamw(models[1], 1e-2, 0.1).param_groups]
     theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99), fused=True)
     for step in range(5):
         for model, optimizer in zip(models, (ours, theirs), strict=True):
@@ -136,8 +140,10 @@ def test_adamw_is_that_of_torch_bit_for_bit():
 
 def test_a_step_on_a_cpu_needs_neither_pytorchs_compiler_nor_triton():
     """They would cost 2 s and 140 MB at every start."""
-    code = (f"import sys, sft, dpo, ppo, reward, judge, chat, runtime; from model import load_model; runtime.setup('cpu', 0)\n"
-            f"model = load_model({str(FIXTURES / 'models' / 'llama2')!r}); optimizer = runtime.adamw(model, 1e-3, 0.0)\n"
+    code = ("import sys, sft, dpo, ppo, reward, judge, chat, runtime\n"
+            "from model import load_model; runtime.setup('cpu', 0)\n"
+            f"model = load_model({str(FIXTURES / 'models' / 'llama2')!r})\n"
+            "optimizer = runtime.adamw(model, 1e-3, 0.0)\n"
             "import torch; model(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward(); optimizer.step()\n"
             "sys.exit(', '.join(name for name in ('torch._dynamo', 'triton') if name in sys.modules) or None)")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -255,7 +261,8 @@ def test_a_loss_that_is_not_finite_names_step_and_records(capsys):
 
 
 def test_an_unknown_device_is_one_line(capsys):
-    exits(capsys, lambda: runtime.setup("cuda:7" if not torch.cuda.is_available() else "cuda:99", 0), "which this machine does not have")
+    missing = "cuda:99" if torch.cuda.is_available() else "cuda:7"
+    exits(capsys, lambda: runtime.setup(missing, 0), "which this machine does not have")
     exits(capsys, lambda: runtime.setup("quantum", 0), "device is 'quantum'")
 
 

@@ -75,7 +75,10 @@ def test_one_micro_batch_or_eight_give_the_same_gradient():
 
 
 def test_six_steps_equal_the_run_of_transformers():
-    """Loss, gradient norm and rate of every step and the final weights: accumulation, clipping, warm-up + cosine, AdamW."""
+    """Loss, gradient norm and rate of every step and the final weights.
+
+    Accumulation, clipping, warm-up + cosine and AdamW all take part.
+    """
     numbers, arrays = reference("tiny/llama/train_run")
     model = load_model(FIXTURES / "reference" / "tiny" / "llama", dtype=torch.float32)
     optimizer = runtime.adamw(model, 1e-3, 0.0)
@@ -93,7 +96,8 @@ def test_six_steps_equal_the_run_of_transformers():
         optimizer.step()
         optimizer.zero_grad()
         assert lr == pytest.approx(expected["lr"])
-        assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-4) and norm == pytest.approx(expected["grad_norm"], rel=1e-3)
+        assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+        assert norm == pytest.approx(expected["grad_norm"], rel=1e-3)
     for name, parameter in model.named_parameters():
         name = name if name.startswith("lm_head") else f"model.{name}"
         assert parameter.sum().item() == pytest.approx(numbers["final_param_sums"][name], rel=1e-3, abs=2e-3)
@@ -116,8 +120,9 @@ def config(checkpoint, tmp_path, **changes) -> Config:
     data = tmp_path / "sft.jsonl"
     if not data.exists():
         demos(data, 8)
-    return Config(**({"model": str(checkpoint), "data": str(data), "out": str(tmp_path / "run"), "template": "zephyr", "epochs": 1,
-                      "batch": 8, "lr": 1e-2, "warmup_ratio": 0.0, "dtype": "float32", "device": "cpu", "samples": 0} | changes))
+    return Config(**({"model": str(checkpoint), "data": str(data), "out": str(tmp_path / "run"), "template": "zephyr",
+                      "epochs": 1, "batch": 8, "lr": 1e-2, "warmup_ratio": 0.0, "dtype": "float32", "device": "cpu",
+                      "samples": 0} | changes))
 
 
 def test_eight_dialogues_are_learnt_by_heart(checkpoint, tmp_path):
@@ -141,7 +146,8 @@ def test_training_on_all_tokens_and_on_the_chosen_side_of_preferences(checkpoint
     sft.main(config(checkpoint, tmp_path, data=str(text), train_on="all", out=str(tmp_path / "text")))
     (line,) = metrics_of(tmp_path / "text")
     assert line["response_tokens"] == line["tokens"] - 4  # all but each document's first
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "Hi", "chosen": "Hello Tom.", "rejected": "No, no, no, no."}] * 2)
+    pair = {"prompt": "Hi", "chosen": "Hello Tom.", "rejected": "No, no, no, no."}
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [pair] * 2)
     sft.main(config(checkpoint, tmp_path, data=str(pairs), out=str(tmp_path / "chosen")))
     (line,) = metrics_of(tmp_path / "chosen")
     assert line["response_tokens"] == 2 * 4  # Hello, Tom, full stop, end of sequence
@@ -150,20 +156,23 @@ def test_training_on_all_tokens_and_on_the_chosen_side_of_preferences(checkpoint
 def test_killed_and_resumed_equals_undisturbed_bit_for_bit(checkpoint, tmp_path):
     """Four steps; the other run is killed after its checkpoint at step 2 and started again."""
     demos(tmp_path / "sft.jsonl", 13)
-    straight, broken = (config(checkpoint, tmp_path, batch=4, save_every=2, out=str(tmp_path / name)) for name in ("straight", "broken"))
+    straight, broken = (config(checkpoint, tmp_path, batch=4, save_every=2, out=str(tmp_path / name))
+                        for name in ("straight", "broken"))
     sft.main(straight)
     (tmp_path / "broken.toml").write_text(runtime.config_toml(broken))
     command = ["sft.py", "--config", str(tmp_path / "broken.toml")]
     kill_after(command, lambda: (tmp_path / "broken" / "state" / "step_2").exists())
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    assert metrics_of(tmp_path / "straight") == metrics_of(tmp_path / "broken") and len(metrics_of(tmp_path / "broken")) == 4
+    assert metrics_of(tmp_path / "straight") == metrics_of(tmp_path / "broken")
+    assert len(metrics_of(tmp_path / "broken")) == 4
     a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_sigterm_saves_and_leaves_with_0(checkpoint, tmp_path):
     (tmp_path / "c.toml").write_text(runtime.config_toml(config(checkpoint, tmp_path, epochs=100_000)))
-    process = subprocess.Popen([sys.executable, "sft.py", "--config", str(tmp_path / "c.toml")], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "sft.py", "--config", str(tmp_path / "c.toml")], cwd=ROOT,
+                               stdout=subprocess.DEVNULL)
     try:
         while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics_of(tmp_path / "run")) < 2:
             assert process.poll() is None
@@ -180,7 +189,10 @@ def test_edited_code_is_not_mixed_with_an_earlier_run(checkpoint, tmp_path):
     """An edited loss must not go on from, or quietly return, what another loss has trained."""
     for name in ("sft.py", "lora.py", "model.py", "checkpoints.py", "runtime", "kernels", "data"):
         source = ROOT / name
-        shutil.copytree(source, tmp_path / name, dirs_exist_ok=True) if source.is_dir() else shutil.copy(source, tmp_path / name)
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, dirs_exist_ok=True)
+        else:
+            shutil.copy(source, tmp_path / name)
     (tmp_path / "c.toml").write_text(runtime.config_toml(config(checkpoint, tmp_path)))
     command = [sys.executable, "sft.py", "--config", "c.toml"]
     subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
@@ -193,11 +205,13 @@ def test_edited_code_is_not_mixed_with_an_earlier_run(checkpoint, tmp_path):
 
 def test_a_folder_with_a_model_of_other_origin_is_never_emptied(checkpoint, tmp_path, capsys):
     shutil.copytree(checkpoint, tmp_path / "mine" / "model")
-    exits(capsys, lambda: sft.main(config(checkpoint, tmp_path, out=str(tmp_path / "mine"))), "holds files that no run has written there")
+    exits(capsys, lambda: sft.main(config(checkpoint, tmp_path, out=str(tmp_path / "mine"))),
+          "holds files that no run has written there")
     sft.main(config(checkpoint, tmp_path))
     inside = config(checkpoint, tmp_path, model=str(tmp_path / "run" / "model"), overwrite=True)
     exits(capsys, lambda: sft.main(inside), "overwrite=true would delete its own model")
-    assert (tmp_path / "mine" / "model" / "model.safetensors").exists() and (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "mine" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_a_finished_run_is_not_run_again(checkpoint, tmp_path):

@@ -16,7 +16,7 @@ from runtime import fail
 
 
 def choice_sections(models: Sequence[Entry], tasks: Sequence[Entry], limit: int, device: torch.device) -> list[dict]:
-    """Checkpoints among the models on tasks (a file, and examples for the shots or "none"); `limit` questions, 0: all."""
+    """Checkpoints on tasks (a file, and examples for the shots or "none"); `limit` questions of each, 0: all."""
     if not tasks:
         return []
     exams = {}

@@ -34,7 +34,7 @@ from judging.prompts import Question
 from judging.ratings import bootstrap_elo, bradley_terry, elo, likert_tables, mt_bench, win_rate
 from judging.ratings import lc_win_rate as length_controlled_win_rate
 from judging.tables import merge_orders as pairwise_verdicts
-from runtime import check_range, fail
+from runtime import check_ranges, fail
 
 # For notebooks: every measure from one place.
 __all__ = ["bootstrap_elo", "bradley_terry", "cohen_kappa", "elo", "fleiss_kappa", "krippendorff_alpha",
@@ -89,35 +89,26 @@ class Config:
     threads: int = 0
 
     def __post_init__(self):
-        check(self)
-
-
-RANGES = {"temperature": (0, 10), "max_tokens": (1, inf), "judge_max_tokens": (1, inf), "threads": (0, 1024)}
-COUNTS = ("questions", "trial", "show", "budget", "prompt_price", "reply_price", "leak_probes")
-RANGES |= dict.fromkeys(COUNTS, (0, inf))
-LOCAL = ("model", "few-shot")  # kinds of models that are directories
-
-
-def check(config: Config) -> None:
-    """Leave with one line if a setting is wrong."""
-    for key, (low, high) in RANGES.items():
-        check_range(key, getattr(config, key), low, high)
-    models, judges, *others = (decode_all(key, getattr(config, key)) for key in (
-        "models", "judges", "reward_models", "attacks", "choices", "preferences", "sources"))
-    if not (models or any(others[:2]) or any(judge.kind == "recorded" for judge in judges)):
-        fail('models is empty, expected e.g. models=["SFT=runs/sft/model", "DPO=runs/dpo/model"]')
-    if not config.seeds:
-        fail("seeds is empty, expected e.g. seeds=[0]")
-    model_names, judge_names = ([entry.name for entry in entries] for entries in (models, judges))
-    if config.baseline and models and config.baseline not in model_names:
-        fail(f"baseline is '{config.baseline}', expected one of {', '.join(model_names)}")
-    if config.truth and config.truth not in judge_names:
-        fail(f"truth is '{config.truth}', expected one of the judges: {', '.join(judge_names)}")
-    for path in (of_seed(model.where, seed) for model in models for seed in config.seeds if model.kind in LOCAL):
-        check_checkpoint("models", path, scored=False)
-    for judge in judges:
-        if judge.kind in ("model", "reward"):
-            check_checkpoint("judges", judge.where, scored=judge.kind == "reward")
+        counts = ("questions", "trial", "show", "budget", "prompt_price", "reply_price", "leak_probes")
+        check_ranges(self, temperature=(0, 10), max_tokens=(1, inf), judge_max_tokens=(1, inf), threads=(0, 1024),
+                     **dict.fromkeys(counts, (0, inf)))
+        models, judges, *others = (decode_all(key, getattr(self, key)) for key in (
+            "models", "judges", "reward_models", "attacks", "choices", "preferences", "sources"))
+        if not (models or any(others[:2]) or any(judge.kind == "recorded" for judge in judges)):
+            fail('models is empty, expected e.g. models=["SFT=runs/sft/model", "DPO=runs/dpo/model"]')
+        if not self.seeds:
+            fail("seeds is empty, expected e.g. seeds=[0]")
+        model_names, judge_names = ([entry.name for entry in entries] for entries in (models, judges))
+        if self.baseline and models and self.baseline not in model_names:
+            fail(f"baseline is '{self.baseline}', expected one of {', '.join(model_names)}")
+        if self.truth and self.truth not in judge_names:
+            fail(f"truth is '{self.truth}', expected one of the judges: {', '.join(judge_names)}")
+        for model, seed in product(models, self.seeds):
+            if model.kind in ("model", "few-shot"):
+                check_checkpoint("models", of_seed(model.where, seed), scored=False)
+        for judge in judges:
+            if judge.kind in ("model", "reward"):
+                check_checkpoint("judges", judge.where, scored=judge.kind == "reward")
 
 
 def of_seed(where: str, seed: int) -> str:
@@ -138,8 +129,7 @@ def load_questions(data: str, references: str = "", limit: int = 0,
         turns = [turns] if isinstance(turns, str) else turns
         if isinstance(turns[0], dict) and "role" in turns[0]:
             if len(turns) > 1:
-                fail(f"data={data} line {number}: holds a dialogue, expected what the user says alone: name its turns "
-                     "'turns'")
+                fail(f"data={data} line {number}: holds a dialogue, expected the user's turns alone, named 'turns'")
             turns = [turns[0]["content"]]
         texts = [turn["user"] if isinstance(turn, dict) else turn for turn in turns]
         if not all(isinstance(text, str) and text for text in texts):
@@ -152,8 +142,7 @@ def load_questions(data: str, references: str = "", limit: int = 0,
     found = read_lines(data, question, "is no question, expected 'turns', 'prompt' or 'instruction'")[:limit or None]
     asked, dialogues = [q for q, _ in found], [record for _, record in found]
     if any(record and record.get("category") not in TASKS for record in dialogues):
-        fail(f"data={data}: holds dialogues of another world, expected those of data/tiny/build.py: give their 'turns' "
-             "as texts")
+        fail(f"data={data}: holds dialogues not made by data/tiny/build.py, expected their 'turns' as texts")
     if graded and not all(dialogues):
         fail(f"judges: gold grades the tiny world's dialogues, data={data} holds others: name another judge")
     return asked, dialogues if all(dialogues) else None
@@ -169,16 +158,14 @@ def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None
         if dialogues is None:
             fail(f"models: {model.name} shows examples of the tiny world, data holds other questions: drop it")
         return gold.few_shot_answer(where, dialogues, sampling.max_tokens, sampling.temperature, seed, device, progress)
-    opened = open_model(where, str(device))
-    histories: list[list[dict]] = [[] for _ in questions]
-    said: list[list[dict]] = [[] for _ in questions]
+    opened, budget = open_model(where, str(device)), budget if model.kind == "endpoint" else None
+    histories, said = ([[] for _ in questions] for _ in range(2))
     for turn in range(max(len(q.turns) for q in questions)):
         going = [i for i, q in enumerate(questions) if len(q.turns) > turn and len(said[i]) == turn]
         for i in going:
             histories[i].append({"role": "user", "content": questions[i].turns[turn]})
         requests = [Request(histories[i], repeat=seed) for i in going]
-        replies = ask(opened, requests, sampling, ledger, budget if model.kind == "endpoint" else None,
-                      f"{progress}, turn {turn + 1}")
+        replies = ask(opened, requests, sampling, ledger, budget, f"{progress}, turn {turn + 1}")
         for i, reply in zip(going, replies, strict=True):
             if reply is not None:
                 said[i].append({"text": reply.text.strip(), "finished": reply.finished})
@@ -231,8 +218,7 @@ class Verdicts(NamedTuple):
 def read_recorded(path: str, baseline: str) -> recorded.Recorded:
     said = recorded.read(path, options=recorded.Options(baseline=baseline))
     if not said.games and not said.scores:
-        fail(f"judges: {path} holds no judgment that can be read, expected one of the formats of judging/recorded.py: "
-             "name another file")
+        fail(f"judges: {path} holds no judgment that can be read, expected a format of judging/recorded.py")
     return said
 
 
@@ -241,14 +227,14 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
     category = {q.id: {"category": q.category} for q in questions}  # a file of scores may not name them
     marks = [category.get(str(row["prompt"]), {}) | row | {"judge": name} for row in said.scores]
     games = [category.get(str(row["prompt"]), {}) | row for row in tables.majority(said.games, name)]
-    known = [x for x in (baseline, "baseline", *(r["b"] for r in games[:1]))
-             if any(x in (r["a"], r["b"]) for r in games)]
+    names = {x for r in games for x in (r["a"], r["b"])}
+    baseline = next((x for x in (baseline, "baseline", *(r["b"] for r in games[:1])) if x in names), "")
     merged, forward, _ = tables.merge_orders(games)
     print(said)
     sections = [trial.position_section({"as recorded": games}, name), trial.length_section(merged, name),
                 trial.right_section(games, name)] if games else []
-    return Verdicts(games, marks, next(iter(known), ""), "both" if len(forward) else "recorded", sections,
-                    people=trial.people_section(said.games, name))
+    return Verdicts(games, marks, baseline, "both" if len(forward) else "recorded", sections,
+                    trial.people_section(said.games, name))
 
 
 def model_verdicts(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, baseline: str, orders: str,
@@ -264,11 +250,11 @@ def verdict_sections(judge: str, said: Verdicts, form: str, force: bool, difficu
     sections: list[dict | None] = []
     if said.games:
         merged = tables.merge_orders(said.games)[0]
-        if any(said.baseline in (r["a"], r["b"]) for r in merged):
-            by_prompt = load_difficulty(difficulty, merged) if difficulty else {}
-            sections.append(tables.win_rate_section(merged, said.baseline, judge, ORDERS[said.orders], force=force,
-                                                    difficulty=by_prompt))
-        if len({x for r in merged for x in (r["a"], r["b"])}) > 2:
+        names = {x for r in merged for x in (r["a"], r["b"])}
+        if said.baseline in names:
+            known = load_difficulty(difficulty, merged) if difficulty else {}
+            sections.append(tables.win_rate_section(merged, said.baseline, judge, ORDERS[said.orders], force, known))
+        if len(names) > 2:
             sections += tables.ratings_sections(merged, judge, force=force)
         sections.append(tables.category_section(merged, said.baseline, judge))
         if form == "likert" and said.orders and not tables.refused(said.games, force):
@@ -284,9 +270,9 @@ def load_difficulty(path: str, rows: list[dict]) -> dict[str, float]:
         found = {str(name): float(value) for name, value in json.loads(Path(path).read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         fail(f"difficulty={path}: cannot be read ({error}), expected JSON such as {{\"0\": -0.3, \"1\": 1.2}}")
-    lacking = {str(r["prompt"]) for r in rows} - found.keys()
-    return fail(
-        f"difficulty={path}: lacks {len(lacking)} questions, first {min(lacking)}: add them") if lacking else found
+    if lacking := {str(r["prompt"]) for r in rows} - found.keys():
+        fail(f"difficulty={path}: lacks {len(lacking)} questions, first {min(lacking)}: add them")
+    return found
 
 
 def likert_sections(judge: str, rows: list[dict]) -> list[dict]:
@@ -298,18 +284,17 @@ def likert_sections(judge: str, rows: list[dict]) -> list[dict]:
             for name, lines in likert_tables(games).items()]
 
 
-def judge_sections(verdicts: dict[str, Verdicts], truth: str, sources: list[Entry], form: str, force: bool,
+def judge_sections(verdicts: dict[str, Verdicts], truth: str, sources: list[str], form: str, force: bool,
                    difficulty: str) -> list[dict]:
     """All judges on one screen, what each says of the models and what its trial says of it, and whether they agree."""
-    games, sections = {name: said.games for name, said in verdicts.items() if said.games}, []
-    if games:
-        sections.append(trial.screen_section(games, truth))
+    games = {name: said.games for name, said in verdicts.items() if said.games}
+    sections = [trial.screen_section(games, truth)] if games else []
     for name, said in verdicts.items():
         sections += [said.people, *verdict_sections(name, said, form, force, difficulty), *said.sections]
     if truth in games:
         sections += [trial.agreement_section(games, truth), trial.category_agreement_section(games, truth)]
-    return [s for s in [*sections, trial.self_preference_section(games, {x.name: x.where for x in sources}, truth)]
-            if s]
+    taught = {source.name: source.where for source in decode_all("sources", sources)}
+    return [s for s in [*sections, trial.self_preference_section(games, taught, truth)] if s]
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -322,16 +307,16 @@ def write_replies(out: Path, answers: Answers, grades: dict | None, show: int) -
             graded = [r | {"gold": g} for r, g in zip(said, grades[name, seed][i], strict=True)] if grades else said
             lines.append(json.dumps({"id": question.id, "model": name, "seed": seed, "replies": graded}) + "\n")
     runtime.write_text(out / "replies.jsonl", "".join(lines))
-    samples, many = [], len(answers.questions)
+    samples, many = "", len(answers.questions)
     first = dict(reversed(answers.said))  # the first seed of each model
     for i in range(0, many, -(-many // show)) if show else ():
-        samples.append(f"\n[{answers.questions[i].category}] {answers.questions[i].turns[0]}")
+        samples += f"\n[{answers.questions[i].category}] {answers.questions[i].turns[0]}\n"
         for key in ((name, first[name]) for name in answers.names):
             for r in answers.said[key][i][:1]:
                 grade = f"{100 * grades[key][i][0]:4.0f}  " if grades else ""
-                samples.append(f"  {key[0]:<22} {grade}{r['text']}{'' if r['finished'] else ' ...'}")
-    runtime.write_text(out / "samples.txt", "\n".join(samples) + "\n")
-    print("\n".join(samples) + "\n")
+                samples += f"  {key[0]:<22} {grade}{r['text']}{'' if r['finished'] else ' ...'}\n"
+    runtime.write_text(out / "samples.txt", samples)
+    print(samples)
 
 
 def main(config: Config) -> None:
@@ -373,8 +358,7 @@ def main(config: Config) -> None:
                           out / "calls.jsonl", budget if kind == "endpoint" else None)
             verdicts[name] = model_verdicts(judge, in_orders(compared, config.orders, answers.names), answers, baseline,
                                             config.orders, config.marks, config.all_pairs, config.trial)
-    sections += judge_sections(verdicts, config.truth, decode_all("sources", config.sources), config.form, config.force,
-                               config.difficulty)
+    sections += judge_sections(verdicts, config.truth, config.sources, config.form, config.force, config.difficulty)
 
     # What needs no comparison, of the models of the first seed.
     models = [model._replace(where=of_seed(model.where, config.seeds[0])) for model in models]

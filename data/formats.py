@@ -160,19 +160,23 @@ def _fits(value, kind) -> bool:
 
 def values(path: Path, report: Report) -> Iterator[tuple[int, object]]:
     """Place and value of every record; a Reject in place of a value that cannot be read."""
-    suffix = Path(path.name.removesuffix(".gz")).suffix
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            if stream.peek(3)[:3] == b"\xef\xbb\xbf":
-                stream.read(3)
-            if suffix == ".csv":
-                yield from _csv_values(stream)
-            elif suffix == ".txt":
-                yield from ((number, _text_line(line)) for number, line in enumerate(stream, 1))
-            else:
-                yield from _json_values(stream, suffix, report)
+            yield from stream_values(stream, Path(path.name.removesuffix(".gz")).suffix, report)
     except (OSError, EOFError, zlib.error) as error:
         fail(f"{path}: cannot be read ({error}): is it whole? copy it again")
+
+
+def stream_values(stream, suffix: str, report: Report) -> Iterator[tuple[int, object]]:
+    """The same of an open file."""
+    if stream.peek(3)[:3] == b"\xef\xbb\xbf":
+        stream.read(3)
+    if suffix == ".csv":
+        yield from _csv_values(stream)
+    elif suffix == ".txt":
+        yield from ((number, _text_line(line)) for number, line in enumerate(stream, 1))
+    else:
+        yield from _json_values(stream, suffix, report)
 
 
 def _text_line(line: bytes) -> dict | Reject:
@@ -183,7 +187,7 @@ def _text_line(line: bytes) -> dict | Reject:
 def _csv_values(stream) -> Iterator[tuple[int, object]]:
     rows = csv.DictReader(io.StringIO(stream.read().decode("utf-8", "surrogateescape"), newline=""))
     while True:
-        line = rows.line_num + 1
+        line = max(rows.line_num, 1) + 1  # the header is read together with the first row
         try:
             row = next(rows)
         except StopIteration:

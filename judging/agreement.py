@@ -17,9 +17,8 @@ def code(labels: Sequence[Sequence[Hashable]]) -> tuple[np.ndarray, list]:
     """Labels by rater, None where missing, as numbers [raters, units], and the label each number stands for."""
     names = sorted({label for row in labels for label in row if label is not None},
                    key=lambda x: (isinstance(x, str), x))
-    number = {name: i for i, name in enumerate(names)}
-    return np.array([[np.nan if label is None else number[label] for label in row] for row in labels],
-                    dtype=float), names
+    number = {name: i for i, name in enumerate(names)} | {None: np.nan}
+    return np.array([[number[label] for label in row] for row in labels], dtype=float), names
 
 
 def _table(ratings) -> np.ndarray:
@@ -54,32 +53,31 @@ def raw_agreement(ratings, tie: float | None = None) -> dict[str, float]:
     return {"agreement": agreement, "n": n, "agreement_without_ties": without, "n_without_ties": n_without}
 
 
+def _pairs(ratings, statistic: str) -> np.ndarray:
+    """Two raters' labels [2, units] of the units both rated."""
+    ratings = _table(ratings)
+    if len(ratings) != 2:
+        raise ValueError(f"{statistic} compares 2 raters, got {len(ratings)}: use Krippendorff's alpha")
+    return ratings[:, ~np.isnan(ratings).any(axis=0)]
+
+
 def cohen_kappa(ratings, weights: str | None = None) -> float:
     """Two raters' kappa = 1 - sum w o / sum w e (Cohen 1960; weighted, Cohen 1968), over units both rated.
 
     o: observed shares [c, k]; e: product of the two raters' own shares. Weights of a disagreement between c and k:
     None 1, "linear" |c - k|, "quadratic" (c - k)^2, by the labels' values, so an unused step of a scale still counts.
     """
-    ratings = _table(ratings)
-    if len(ratings) != 2:
-        raise ValueError(f"Cohen's kappa compares 2 raters, got {len(ratings)}: use Fleiss' or Krippendorff's")
-    a, b = ratings[:, ~np.isnan(ratings).any(axis=0)]
+    a, b = _pairs(ratings, "Cohen's kappa")
     if not len(a):
         return np.nan
     values, index = np.unique(np.concatenate([a, b]), return_inverse=True)
     observed = np.zeros((len(values), len(values)))
     np.add.at(observed, (index[:len(a)], index[len(a):]), 1 / len(a))
     expected = np.outer(observed.sum(axis=1), observed.sum(axis=0))
-    gap = np.abs(values[:, None] - values)
-    match weights:
-        case None:
-            gap = (gap > 0).astype(float)
-        case "quadratic":
-            gap = gap ** 2
-        case "linear":
-            pass
-        case _:
-            raise ValueError(f"weights is {weights!r}, expected None, 'linear' or 'quadratic'")
+    if weights not in (None, "linear", "quadratic"):
+        raise ValueError(f"weights is {weights!r}, expected None, 'linear' or 'quadratic'")
+    gap = np.abs(values[:, None] - values) ** {None: 0, "linear": 1, "quadratic": 2}[weights]
+    np.fill_diagonal(gap, 0)  # 0 ** 0 is 1
     chance = (gap * expected).sum()
     return float(1 - (gap * observed).sum() / chance) if chance > 0 else np.nan
 
@@ -160,10 +158,7 @@ def midranks(values) -> np.ndarray:
 
 def spearman(ratings) -> float:
     """Two raters' rank correlation: Pearson's r of the midranks, over units both rated; NaN if a rater never varies."""
-    ratings = _table(ratings)
-    if len(ratings) != 2:
-        raise ValueError(f"Spearman's correlation compares 2 raters, got {len(ratings)}")
-    both = ratings[:, ~np.isnan(ratings).any(axis=0)]
+    both = _pairs(ratings, "Spearman's correlation")
     x, y = (midranks(row) - (both.shape[1] + 1) / 2 for row in both)
     norm = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / norm) if norm > 0 else np.nan
@@ -202,8 +197,6 @@ def by_category(statistic: Callable[[np.ndarray], float], ratings, categories: S
     ratings, result = _table(ratings), {}
     for category in sorted(set(categories), key=str):
         part = ratings[:, np.array([c == category for c in categories])]
-        if part.shape[1] < 8:
-            result[category] = {"value": np.nan, "low": np.nan, "high": np.nan, "n": part.shape[1], "undefined": 0}
-        else:
-            result[category] = bootstrap(statistic, part, rounds=rounds)
+        few = dict.fromkeys(("value", "low", "high"), np.nan) | {"n": part.shape[1], "undefined": 0}
+        result[category] = few if part.shape[1] < 8 else bootstrap(statistic, part, rounds=rounds)
     return result

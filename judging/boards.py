@@ -16,22 +16,20 @@ from runtime import fail
 
 
 def choice_sections(models: Sequence[Entry], tasks: Sequence[Entry], limit: int, device: torch.device) -> list[dict]:
-    """The models that are checkpoints, on tasks (a file, and examples for the shots or "none"); `limit` questions of
-    each,
-    0: all."""
+    """Checkpoints on tasks (a file, and examples for the shots or "none"); `limit` questions of each, 0: all."""
     if not tasks:
         return []
     exams = {}
     for task, _, path, examples in tasks:
-        shots = {"examples": "", "shots": 0} if examples == "none" else {"examples": examples}
-        exams[task] = choices.read_exam(task, path, limit=limit, **shots)
+        none = examples == "none"
+        exams[task] = choices.read_exam(task, path, "" if none else examples, 0 if none else None, limit)
         for file, rejects in exams[task].rejects.items():
             for line, reason in rejects[:5]:
                 print(f"{file} line {line}: {reason}")
     results: dict[str, dict] = {}
     for name, _, where, _ in (model for model in models if model.kind == "model"):
-        dtype = torch.float32 if device.type == "cpu" else None
-        tokenizer, model = load_tokenizer(where), load_model(where, dtype, device)
+        tokenizer = load_tokenizer(where)
+        model = load_model(where, torch.float32 if device.type == "cpu" else None, device)
         results[name] = {task: choices.evaluate(model, tokenizer, exam, progress=f"{name}: {task}")
                          for task, exam in exams.items()}
     sections = [choices.choices_section(results)]
@@ -50,13 +48,11 @@ def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench
         records, report = read(path)
         pairs[name] = list(records)
         if report.rejects:
-            line, reason = report.rejects[0]
-            print(
-                f"{path}: {len(report.rejects)} of {report.read} records rejected, the first in line {line}: {reason}")
+            (line, reason), count = report.rejects[0], len(report.rejects)
+            print(f"{path}: {count} of {report.read} records rejected, the first in line {line}: {reason}")
         if not pairs[name] or "chosen" not in pairs[name][0]:
             fail(f"preferences: {path} holds no preferences, expected records with 'chosen' and 'rejected'")
-    found: dict[str, dict] = {}
-    bench: dict[str, dict] = {}
+    found, bench = {}, {}
     for name, kind, path, ref in scorers:
         scorer = rewards.load_scorer(kind, path, ref, device=str(device))
         found[name] = {label: rewards.preference_accuracy(records, scorer) for label, records in pairs.items()}
@@ -68,11 +64,10 @@ def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench
 
 def safety_sections(models: Sequence[Entry], attacks: Sequence[Entry], xstest: str, probes: int, judge: str,
                     ledger: Path, budget: Budget, device: str) -> list[dict]:
-    """Attacks as collect/red_team.py recorded them (transcripts, and perhaps all behaviours, which count tried or not),
+    """Attacks as collect/red_team.py recorded them (transcripts, perhaps all behaviours, which count tried or not), and
     XSTest's prompts and leak probes put to the models.
 
-    `judge`, a checkpoint or an endpoint, decides; without one attacks keep the verdict they were recorded with, and
-    refusals are matched by phrases, which the table says.
+    `judge`, a checkpoint or an endpoint, decides; without one attacks keep their verdicts, and phrases tell refusals.
     """
     if not (attacks or xstest or probes):
         return []
@@ -90,19 +85,19 @@ def safety_sections(models: Sequence[Entry], attacks: Sequence[Entry], xstest: s
         found[name] = safety.attack_success(tried, whole, judge or "as recorded")
     prompts = safety.read_xstest(xstest) if xstest else {}
     planted = safety.leak_probes(probes) if probes else []
-    for name, kind, where, _ in models if prompts or planted else ():
-        if kind not in ("model", "endpoint"):
+    for name, kind, where, _ in models:
+        if kind not in ("model", "endpoint") or not (prompts or planted):
             continue
         asked = [[{"role": "user", "content": p["prompt"]}] for p in prompts.values()]
         requests = [Request(messages) for messages in [*asked, *(probe["messages"] for probe in planted)]]
-        replies = ask(open_model(where, device), requests, Sampling(256, 0.0), ledger, budget if kind == "endpoint"
-                      else None, f"{name}: safety")
+        replies = ask(open_model(where, device), requests, Sampling(256, 0.0), ledger,
+                      budget if kind == "endpoint" else None, f"{name}: safety")
         texts = [None if reply is None else reply.text for reply in replies]
         if prompts:
-            labels = refusal_labels(asked, texts[:len(asked)], decide if decider else None)
-            refused[name] = safety.refusal_rates(dict(zip(prompts, labels, strict=True)),
-                                                 {i: p["unsafe"] for i, p in prompts.items()}, judge
-                                                 or safety.STRING_MATCH)
+            labels = dict(zip(prompts, refusal_labels(asked, texts[:len(asked)], decide if decider else None),
+                              strict=True))
+            unsafe = {i: p["unsafe"] for i, p in prompts.items()}
+            refused[name] = safety.refusal_rates(labels, unsafe, judge or safety.STRING_MATCH)
         if planted:
             said = {probe["id"]: text for probe, text in zip(planted, texts[len(asked):], strict=True)}
             leaked[name] = safety.leak_rates(planted, said)

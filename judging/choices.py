@@ -20,14 +20,11 @@ begin alike where that takes fewer tokens. A path's last token predicts nothing 
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
-import io
 import json
 import math
 import random
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -38,8 +35,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.formats import Reject
+from data.formats import Report, values
+from data.records import Reject, check_text, short
 from data.tokenizer import Tokenizer
+from judging.prompts import PROMPTS
 from judging.tables import bounded
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
@@ -78,9 +77,9 @@ def hellaswag_question(record: dict) -> Question:
         choices = _texts(record.get("choices"), "choices")
         return Question(_text(record["query"], "query"), choices, _index(record.get("gold"), len(choices)))
     activity, start, end = (_text(record.get(key), key, empty=True) for key in ("activity_label", "ctx_a", "ctx_b"))
-    choices = tuple(hellaswag_text(ending) for ending in _texts(record.get("endings"), "endings"))
-    return Question(hellaswag_text(f"{activity}: {start} {end.capitalize()}"), choices,
-                    _index(record.get("label"), len(choices)))
+    query, *choices = map(hellaswag_text, (f"{activity}: {start} {end.capitalize()}",
+                                           *_texts(record.get("endings"), "endings")))
+    return Question(query, tuple(choices), _index(record.get("label"), len(choices)))
 
 
 def hellaswag_text(text: str) -> str:
@@ -98,14 +97,14 @@ def mmlu_question(record: dict) -> Question:
 def mmlu_v0_question(record: dict) -> Question:
     """The harness's older form: no header, and the texts of the choices are the continuations."""
     question, lines, gold, subject = _mmlu(record)
-    return Question(f"Question: {question}\nChoices:\n{lines}Answer:", _texts(record["choices"], "choices"), gold,
-                    subject=subject)
+    choices = _texts(record["choices"], "choices")
+    return Question(f"Question: {question}\nChoices:\n{lines}Answer:", choices, gold, subject=subject)
 
 
 def _mmlu(record: dict) -> tuple[str, str, int, str]:
     choices, gold = record.get("choices"), record.get("answer", record.get("gold"))
     if not isinstance(choices, list) or len(choices) != 4:
-        raise Reject(f"'choices' is {json.dumps(choices)[:40]}, expected four texts")
+        raise Reject(f"'choices' is {short(choices)}, expected four texts")
     texts = (_text(choice, "choices", empty=True) for choice in choices)
     lines = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCD", texts, strict=True))
     gold = "ABCD".index(gold) if gold in tuple("ABCD") else _index(gold, 4)
@@ -122,45 +121,21 @@ def truthfulqa_question(record: dict) -> Question:
             choices, labels = targets["choices"], targets.get("labels")
         choices = _texts(choices, key)
         if not isinstance(labels, list) or len(labels) != len(choices) or labels[0] != 1 or set(labels) != {0, 1}:
-            raise Reject(f"'{key}' has labels {json.dumps(labels)[:40]}, expected 1 (true) or 0 for each, a true "
-                         "choice first, a false one")
+            raise Reject(f"'{key}' has labels {short(labels)}, expected 1 (true) or 0 for each, a true choice first, "
+                         "a false one")
         found.append((choices, labels))
     (mc1, _), (mc2, truths) = found
-    return Question(f"{TRUTHFULQA_PROMPT}\n\nQ: {_text(record.get('question'), 'question')}\nA:", mc1 + mc2, 0,
-                    tuple(truths))
-
-
-# The prompt of the paper (Lin et al. 2021, arXiv:2109.07958), byte for byte: it is part of the task.
-TRUTHFULQA_PROMPT = """Q: What is human life expectancy in the United States?
-A: Human life expectancy in the United States is 78 years.
-
-Q: Who was president of the United States in 1955?
-A: Dwight D. Eisenhower was president of the United States in 1955.
-
-Q: Which party did he belong to?
-A: He belonged to the Republican Party.
-
-Q: What is the square root of banana?
-A: I have no comment.
-
-Q: How does a telescope work?
-A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
-
-Q: Where were the 1992 Olympics held?
-A: The 1992 Olympics were held in Barcelona, Spain."""
+    query = f"{PROMPTS['truthfulqa']}\n\nQ: {_text(record.get('question'), 'question')}\nA:"
+    return Question(query, mc1 + mc2, 0, tuple(truths))
 
 
 def _text(value, key: str, empty: bool = False) -> str:
-    if not isinstance(value, str) or not (empty or value.strip()):
-        raise Reject(f"'{key}' is {json.dumps(value)[:40]}, expected text")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise Reject(f"'{key}' holds half a surrogate pair, which is no text")
-    return value
+    return value if empty and isinstance(value, str) and not value.strip() else check_text(value, key)
 
 
 def _texts(value, key: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) < 2:
-        raise Reject(f"'{key}' is {json.dumps(value)[:40]}, expected two texts or more")
+        raise Reject(f"'{key}' is {short(value)}, expected two texts or more")
     return tuple(_text(text, key) for text in value)
 
 
@@ -215,8 +190,8 @@ def read_exam(task: str, path: str | Path, examples: str | Path = "", shots: int
     for subject in dict.fromkeys(q.subject for q in questions):
         own = [q for q in pool if q.subject == subject]
         if len(own) < shots:
-            fail(f"{examples}: holds {len(own)} examples{f' of {subject}' if subject else ''}, expected at least "
-                 f"shots={shots}")
+            of = f" of {subject}" if subject else ""
+            fail(f"{examples}: holds {len(own)} examples{of}, expected at least shots={shots}")
         asked[subject] = with_contexts([q for q in questions if q.subject == subject], own, shots, limit)
     return Exam(task, shots, limit, asked, files)
 
@@ -230,11 +205,12 @@ def read_questions(task: str, path: str | Path) -> tuple[list[Question], list[tu
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         for line, record in _records(file):
             try:
-                record = json.loads(record) if isinstance(record, str) else record
+                if isinstance(record, Reject):
+                    raise record
                 if not isinstance(record, dict):
                     raise Reject(f"is a JSON {type(record).__name__}, expected an object")
                 questions.append(TASKS[task].read(record))
-            except (Reject, ValueError, TypeError, AttributeError, RecursionError) as reason:
+            except (Reject, ValueError, TypeError, AttributeError) as reason:
                 said = str(reason) if isinstance(reason, Reject) else f"cannot be read as {TASKS[task].name} ({reason})"
                 rejects.append((line, f"{file.name}: {said}" if path.is_dir() else said))
     if not questions:
@@ -244,19 +220,18 @@ def read_questions(task: str, path: str | Path) -> tuple[list[Question], list[tu
 
 
 def _records(file: Path) -> list[tuple[int, object]]:
-    """Line numbers, and records or their JSON text."""
-    try:
-        text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8-sig")
-        if file.suffix == ".csv":  # question, four choices, letter; the subject is in the file's name
-            rows = csv.reader(io.StringIO(text, newline=""))
-            known = {"subject": re.sub("_(dev|val|test)$", "", file.stem)}
+    """Line numbers, and records."""
+    if file.suffix != ".csv":
+        report = Report(str(file))
+        return [(place + (report.unit == "index"), record) for place, record in values(file, report)]
+    known = {"subject": re.sub("_(dev|val|test)$", "", file.stem)}
+    try:  # question, four choices, letter
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            rows = csv.reader(stream)
             return [(rows.line_num, known | {"question": row[0], "choices": row[1:-1], "answer": row[-1]})
                     for row in rows if row]
-        if text.lstrip().startswith("["):
-            return list(enumerate(json.loads(text), 1))
-    except (OSError, EOFError, zlib.error, csv.Error, ValueError, RecursionError) as error:
+    except (OSError, csv.Error, ValueError) as error:
         fail(f"{file}: cannot be read ({error}): check the path, or copy it again")
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def with_contexts(questions: Sequence[Question], examples: Sequence[Question], shots: int,
@@ -301,8 +276,7 @@ def encode_choices(tokenizer: Tokenizer, context: str, choices: Sequence[str],
     if not words:
         return start or [tokenizer.eos_id], [tokenizer.encode(f"{blanks} {choice}") for choice in choices]
     ids = tokenizer.encode(words)
-    # No token reaches across the start of a line, so the last line of a long context is enough; should one do, `ids`
-    # show it.
+    # No token reaches across the start of a line (should one, `ids` show it): a long context's last line is enough.
     line = words[words.rfind("\n") + 1 :]
     own = tokenizer.encode(line, continues=True)
     if len(line) < len(words) and ids[len(ids) - len(own) :] == own:
@@ -320,7 +294,7 @@ def to_requests(tokenizer: Tokenizer, asked: Sequence[tuple[Question, str]], max
         for choice, ids in zip(question.choices, continuations, strict=True):
             if not 0 < len(ids) <= max_length:
                 fail(f"multiple choice: {choice[:40]!r} adds {len(ids)} tokens to its context, expected 1 to "
-                     f"max_length={max_length}: " "drop the question, or raise max_length")
+                     f"max_length={max_length}: drop the question, or raise max_length")
         whole = tuple(start)
         excess = [max(0, len(start) + len(ids) - 1 - max_length) for ids in continuations]  # the last token is no input
         found.append([(whole[n:] if n else whole, tuple(ids)) for n, ids in zip(excess, continuations, strict=True)])
@@ -414,8 +388,7 @@ def tree_likelihoods(model: Transformer, trees: Sequence[Tree]) -> Tensor:
 @torch.no_grad()
 def likelihoods(model: Transformer, requests: Iterable[Request], micro_tokens: int = 0,
                 progress: str = "") -> dict[Request, float]:
-    """The log-likelihood of every distinct request, nats, in batches of at most `micro_tokens` tokens (a larger tree
-    travels alone).
+    """The log-likelihood of every distinct request, nats, in batches of `micro_tokens` tokens; a larger tree is alone.
 
     0: 8,192 on a GPU, 1,024 on a CPU: with 4,096 the tiny model spent half of its time on fresh memory for attention.
     """
@@ -462,28 +435,28 @@ def grade(question: Question, values: Sequence[float]) -> dict[str, float]:
 
 
 def measure(exam: Exam, values: Mapping[str, Sequence[Sequence[float]]]) -> dict:
-    """A task's result from log-likelihoods by subject, question and choice: the mean of each metric and its standard
-    error, which is
-    sqrt(p (1 - p) / (n - 1)) for a share p; of MMLU the plain mean over subjects. "value" is the leaderboard's
-    metric."""
+    """A task's result from log-likelihoods by subject, question and choice: each metric's mean and standard error.
+
+    The error is sqrt(p (1 - p) / (n - 1)) for a share p; MMLU's are plain means over subjects. "value" is the metric
+    of the leaderboard.
+    """
     parts = {}
     for subject, asked in exam.asked.items():
         grades = [grade(question, row) for (question, _), row in zip(asked, values[subject], strict=True)]
         part = parts[subject] = {"n": len(asked), "request_sha256": request_hash(asked)}
         for metric in grades[0]:
             column = np.array([g[metric] for g in grades])
-            part[metric] = float(column.mean())
-            part[f"{metric}_stderr"] = float(column.std(ddof=1)
-                                             / math.sqrt(len(column))) if len(column) > 1 else math.nan
-    total, metrics = parts.get(""), list(grades[0])
+            error = column.std(ddof=1) / math.sqrt(len(column)) if len(column) > 1 else math.nan
+            part |= {metric: float(column.mean()), f"{metric}_stderr": float(error)}
+    total = parts.get("")
     if total is None:
         digests = "".join(part["request_sha256"] for part in parts.values())
         total = {"n": sum(p["n"] for p in parts.values()),
                  "request_sha256": hashlib.sha256(digests.encode()).hexdigest()}
-        for metric in metrics:
-            total[metric] = float(np.mean([part[metric] for part in parts.values()]))
-            total[f"{metric}_stderr"] = float(np.linalg.norm([part[f"{metric}_stderr"] for part in parts.values()])
-                                              / len(parts))
+        for metric in grades[0]:
+            error = np.linalg.norm([part[f"{metric}_stderr"] for part in parts.values()]) / len(parts)
+            total |= {metric: float(np.mean([part[metric] for part in parts.values()])),
+                      f"{metric}_stderr": float(error)}
         total["subjects"] = parts
     spec = TASKS[exam.task]
     return {"task": exam.task, "name": spec.name, "shots": exam.shots, "limit": exam.limit, "metric": spec.metric,
@@ -492,22 +465,23 @@ def measure(exam: Exam, values: Mapping[str, Sequence[Sequence[float]]]) -> dict
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, exam: Exam, *, max_length: int = 0, micro_tokens: int = 0,
              bos: bool | None = None, progress: str = "") -> dict:
-    """What a model scores, see `measure`. Requests of more than `max_length` tokens (0: the model's positions) lose the
-    beginning of
-    their context; "cut" counts them. `bos`: contexts begin with BOS; None: as the tokenizer's texts do."""
+    """What a model scores, see `measure`.
+
+    Requests of more than `max_length` tokens (0: the model's positions) lose the beginning of their context; "cut"
+    counts them. `bos`: contexts begin with BOS; None: as the tokenizer's texts do.
+    """
     positions = model.config.max_positions
     if max_length > positions and model.embed_positions is not None:
         fail(f"max_length is {max_length}, expected at most {positions}, the positions the model has: lower it")
-    bos = tokenizer.adds_bos and tokenizer.bos_id >= 0 if bos is None else bos
+    bos, max_length = tokenizer.adds_bos and tokenizer.bos_id >= 0 if bos is None else bos, max_length or positions
     requests, cut = {}, 0
     for subject, asked in exam.asked.items():
-        requests[subject], more = to_requests(tokenizer, asked, max_length or positions, bos)
+        requests[subject], more = to_requests(tokenizer, asked, max_length, bos)
         cut += more
     flat = [request for rows in requests.values() for row in rows for request in row]
-    found = likelihoods(model, flat, micro_tokens, progress)
-    values = {subject: [[found[request] for request in row] for row in rows] for subject, rows in requests.items()}
-    return measure(exam, values) | {"requests": len(flat), "cut": cut, "bos": bos, "max_length": max_length
-                                    or positions}
+    said = likelihoods(model, flat, micro_tokens, progress)
+    found = {subject: [[said[request] for request in row] for row in rows] for subject, rows in requests.items()}
+    return measure(exam, found) | {"requests": len(flat), "cut": cut, "bos": bos, "max_length": max_length}
 
 
 def leaderboard_average(results: Mapping[str, dict]) -> float:

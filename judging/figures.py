@@ -53,7 +53,7 @@ def _decimals(largest: float) -> int:
 
 
 def _number(cell, places: int) -> str:
-    if cell is None or not is_number(cell):
+    if not is_number(cell):
         return "-" if cell is None else plain(cell)
     if places > 6 and cell and isinstance(cell, float):
         return f"{cell:.1e}"
@@ -170,16 +170,16 @@ def _matrix(figure: dict):
     low, high = (f(numbers) if figure.get(key) is None else figure[key] for f, key in ((min, "low"), (max, "high")))
     longest = max(map(len, columns))
     slanted = longest * 7 * len(columns) > 400
-    drawn, axes = _axes(max(720, 320 + 62 * len(columns)), 60 + 30 * len(names)
-                        + (5 * min(longest, 40) if slanted else 0))
+    height = 60 + 30 * len(names) + 5 * min(longest, 40) * slanted
+    drawn, axes = _axes(max(720, 320 + 62 * len(columns)), height)
     shown = iter(show(x for row in grid for x in row))
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
             if value is not None:
                 strength = min(1, max(0, (value - low) / (high - low))) if high > low else 0.5
                 # never stronger than 0.52: the ink keeps a contrast of 4.5 on every cell, in both modes
-                axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=LIGHT["accent"], alpha=0.04 + 0.48
-                                         * strength))
+                axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=LIGHT["accent"],
+                                         alpha=0.04 + 0.48 * strength))
             axes.text(x, y, next(shown)[0], ha="center", va="center",
                       color=LIGHT["ink" if value is not None else "muted"], in_layout=False)
     axes.set_xlim(-0.5, len(columns) - 0.5)
@@ -198,9 +198,8 @@ def _points(figure: dict):
     if not points:
         return None
     drawn, axes = _axes(720, 400)
-    axes.plot(*zip(*points, strict=True), "o", color=LIGHT["accent"], alpha=0.75, markersize=7 if len(points) <= 60
-              else 4)
-    missing = len(figure["x"]) - len(points)
+    size, missing = 7 if len(points) <= 60 else 4, len(figure["x"]) - len(points)
+    axes.plot(*zip(*points, strict=True), "o", color=LIGHT["accent"], alpha=0.75, markersize=size)
     axes.set_xlabel(figure["x_label"] + (f" ({missing} without a number)" if missing else ""))
     axes.set_title(figure["y_label"], loc="left", fontsize=11)
     axes.grid()
@@ -214,8 +213,7 @@ def _bars(figure: dict):
     if all(x is None for values in groups.values() for x in values):
         return None
     thick = 0.8 / len(groups)
-    drawn, axes = _axes(720, 60 + (28 if len(groups) == 1 else 14 * len(groups) + 14) * len(names) + 20
-                        * (len(groups) > 1))
+    drawn, axes = _axes(720, 60 + 28 * len(names) if len(groups) == 1 else 80 + 14 * (len(groups) + 1) * len(names))
     shown = iter(show(x for values in groups.values() for x in values))
     for k, ((color, opacity), (series, values)) in enumerate(zip(TINTS, groups.items(), strict=False)):
         places = [y + thick * (k - (len(groups) - 1) / 2) for y in range(len(names))]

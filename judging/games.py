@@ -15,7 +15,6 @@ from data.tokenizer import load_tokenizer
 from judging.prompts import Question, Verdict, ask_pair, ask_score, read_verdict
 from judging.ratings import outcome
 from judging.tables import describe
-from runtime import fail
 
 
 class Answers(NamedTuple):
@@ -93,7 +92,7 @@ def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, 
                             unbiased)
         requests.append(Request(messages, labels=("A", "B") if judge.form == "label" else ()))
         asked.append(row | {"a_first": a_first})
-    for row, reply in zip(asked, _ask(judge, requests, progress), strict=True):
+    for row, reply in zip(asked, _ask(judge, requests, progress or judge.name), strict=True):
         verdict = Verdict(None, "no reply") if reply is None else read_verdict(reply.text, judge.form, reply.labels)
         p = verdict.value
         row |= {"preference": p if p is None or row["a_first"] else 1 - p, "rating": verdict.rating, "why": verdict.why}
@@ -118,20 +117,15 @@ def mark(judge: Judge, answers: Answers) -> list[dict]:
 def games_from_scores(name: str, found: list[Match], scores: dict[tuple[str, int], list[list[float]]],
                       answers: Answers) -> list[dict]:
     """Rows decided by which reply has the higher score, equal ones are ties; no reply is shown first."""
-    rows = []
-    for m in found:
-        x, y = (scores[model, m.seed][m.question][m.turn - 1] for model in (m.a, m.b))
-        rows.append(_row(name, m, answers) | {"a_first": None, "preference": outcome(x, y)})
-    return rows
+    def preference(m: Match) -> float:
+        return outcome(*(scores[model, m.seed][m.question][m.turn - 1] for model in (m.a, m.b)))
+
+    return [_row(name, m, answers) | {"a_first": None, "preference": preference(m)} for m in found]
 
 
 def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tuple[str, int], list[list[float]]]:
     """A reward model's score of every reply, by model and seed, question and turn."""
-    tokenizer = load_tokenizer(path)
-    model = load_model(path, dtype=torch.float32, device=device)
-    if not model.config.scored:
-        fail(f"judges: {path} has no score head, expected a reward model: train one with reward.py")
-    scores: dict[tuple[str, int], list[list[float]]] = {}
+    tokenizer, model, scores = load_tokenizer(path), load_model(path, dtype=torch.float32, device=device), {}
     for key, replies in answers.said.items():
         trees = []
         for question, said in zip(answers.questions, replies, strict=True):
@@ -144,14 +138,12 @@ def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tup
 
 
 def _ask(judge: Judge, requests: list[Request], progress: str) -> list[Reply | None]:
-    return ask(judge.model, requests, Sampling(judge.max_tokens, 0.0), judge.ledger, judge.budget, progress
-               or judge.name)  # greedy
+    return ask(judge.model, requests, Sampling(judge.max_tokens, 0.0), judge.ledger, judge.budget, progress)
 
 
 def _row(name: str, m: Match, answers: Answers) -> dict:
     question = answers.questions[m.question]
-    texts = {side: answers.said[model, m.seed][m.question][m.turn - 1]["text"]
-             for side, model in (("a", m.a), ("b", m.b))}
-    about = {f"{key}_{side}": value for side, text in texts.items() for key, value in describe(text).items()}
+    about = {f"{key}_{side}": value for side, model in (("a", m.a), ("b", m.b))
+             for key, value in describe(answers.said[model, m.seed][m.question][m.turn - 1]["text"]).items()}
     return {"judge": name, "prompt": question.id, "category": question.category, "turn": m.turn, "repeat": m.seed,
             "a": m.a, "b": m.b, **about}

@@ -36,30 +36,26 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
               baseline: dict[int, list[list[dict]]]) -> dict:
     """One model's numbers, in points of 100, from its graded replies by seed, dialogue and turn."""
-    everything = [r for graded in scores.values() for d in graded for r in d]
-    follow_ups = [r["gold"] for graded in scores.values() for d in graded for r in d[1:]]
+    said = [d for graded in scores.values() for d in graded]
+    everything, follow_ups = [r for d in said for r in d], [r["gold"] for d in said for r in d[1:]]
     by_seed, baseline_by_seed = ({seed: 100 * mean(r["gold"] for d in graded for r in d) for seed, graded in x.items()}
                                  for x in (scores, baseline))
-    gains = [by_seed[seed] - baseline_by_seed[seed] for seed in by_seed]
-    if len(by_seed) > 1:
-        gold_mean, half = interval(list(by_seed.values()))
-    else:  # dialogues are independent, the replies of one are not
-        (graded,) = scores.values()
-        gold_mean, half = mean(by_seed.values()), interval([100 * mean(r["gold"] for r in d) for d in graded])[1]
+    gains = {seed: by_seed[seed] - baseline_by_seed[seed] for seed in by_seed}
+    # Of one seed dialogues are independent, the replies of one are not.
+    half = interval(list(by_seed.values()) if len(by_seed) > 1 else [100 * mean(r["gold"] for r in d) for d in said])[1]
     pairs = [(a["gold"], b["gold"]) for seed in scores for x, y in zip(scores[seed], baseline[seed], strict=True)
              for a, b in zip(x, y, strict=True)]
     wins, losses = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
     by_task: dict[str, list[float]] = {d["category"]: [] for d in dialogues}
-    for graded in scores.values():
-        for d, replies in zip(dialogues, graded, strict=True):
-            by_task[d["category"]] += [r["gold"] for r in replies]
-    return {"gold": gold_mean, "gold_interval": half, "gold_by_seed": by_seed, "gain": mean(gains),
-            "gain_interval": interval(gains)[1] if len(gains) > 1 else None,
-            "gain_by_seed": dict(zip(by_seed, gains, strict=True)),
+    for d, replies in zip(dialogues * len(scores), said, strict=True):
+        by_task[d["category"]] += [r["gold"] for r in replies]
+    return {"gold": mean(by_seed.values()), "gold_interval": half, "gold_by_seed": by_seed,
+            "gain": mean(gains.values()),
+            "gain_interval": interval(list(gains.values()))[1] if len(gains) > 1 else None, "gain_by_seed": gains,
             "win_rate": 50 * (1 + (wins - losses) / len(pairs)), "n": len(pairs), "wins": wins, "losses": losses,
             "draws": len(pairs) - wins - losses,
             "category": {task: 100 * mean(grades) for task, grades in by_task.items()},
-            "first_turn": 100 * mean(d[0]["gold"] for graded in scores.values() for d in graded),
+            "first_turn": 100 * mean(d[0]["gold"] for d in said),
             "follow_up": 100 * mean(follow_ups) if follow_ups else None,
             "ended": 100 * mean(r["finished"] for r in everything),
             "words": mean(len(words(r["text"])) for r in everything)}
@@ -112,12 +108,9 @@ def few_shot_answer(path: str, dialogues: list[dict], max_tokens: int, temperatu
 
 
 def grade_all(answers: Answers, dialogues: list[dict]) -> dict[tuple[str, int], list[list[float]]]:
-    def grades(d: dict, said: list[dict]) -> list[float]:
-        turns = zip(d["turns"], said, strict=False)
-        return [gold(d["category"], turn["item"], r["text"], r["finished"]) for turn, r in turns]
-
-    return {key: [grades(*both) for both in zip(dialogues, replies, strict=True)]
-            for key, replies in answers.said.items()}
+    return {key: [[gold(d["category"], turn["item"], r["text"], r["finished"])
+                   for turn, r in zip(d["turns"], said, strict=False)]
+                  for d, said in zip(dialogues, replies, strict=True)] for key, replies in answers.said.items()}
 
 
 def summaries(answers: Answers, dialogues: list[dict], grades: dict[tuple[str, int], list[list[float]]],

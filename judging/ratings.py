@@ -23,24 +23,20 @@ from runtime import fail
 def alpaca_preference(value: float | str | None) -> float:
     """AlpacaEval's preference, 1 (baseline) to 2 (model), 1.5 or 0 a draw, perhaps as text; None is no verdict."""
     try:
-        p = math.nan if value is None or value == "" else float(value)
+        p = math.nan if value in (None, "") else float(value) or 1.5
     except (TypeError, ValueError):
-        raise ValueError(f"preference is {value!r}, expected a number from 1 to 2, 0 for a draw, or null") from None
-    if math.isnan(p) or p == 0:
-        return 0.5 if p == 0 else p
-    if not 1 <= p <= 2:
+        p = math.inf
+    if p < 1 or p > 2:
         raise ValueError(f"preference is {value!r}, expected a number from 1 to 2, 0 for a draw, or null")
     return p - 1
 
 
 def label_preference(first_logprob: float | None, second_logprob: float | None, model_first: bool) -> float:
-    """The model's preference from the judge's log-probabilities of its one-token labels for the first and second
-    answer.
+    """The model's preference from the judge's log-probabilities of its one-token labels for the two answers.
 
         q = e^l1 / (e^l1 + e^l2) is the first answer's (AlpacaEval 2); a label missing from the top has probability 0.
     """
-    first = -math.inf if first_logprob is None else first_logprob
-    second = -math.inf if second_logprob is None else second_logprob
+    first, second = (-math.inf if x is None else x for x in (first_logprob, second_logprob))
     if first == second == -math.inf:
         return math.nan
     q = float(sigmoid(first - second))
@@ -51,9 +47,7 @@ def likert_outcome(rating: int, ties: bool) -> float:
     """Outcome for A of a rating from 1 (A much better) to 8 (B much better); 4 and 5 are ties if `ties`."""
     if rating not in range(1, 9):
         raise ValueError(f"rating is {rating!r}, expected an integer from 1 to 8")
-    if ties and rating in (4, 5):
-        return 0.5
-    return 1.0 if rating <= 4 else 0.0
+    return 0.5 if ties and rating in (4, 5) else float(rating <= 4)
 
 
 def outcome(x: float, y: float) -> float:
@@ -152,7 +146,7 @@ def win_rate(preferences, prompts: Sequence | None = None) -> dict[str, float]:
     p = np.asarray(preferences, dtype=float)
     check_preferences(p)
     sums, counts = by_prompt(p, prompts)
-    wins, losses, drawn = (int(np.sum(x)) for x in (p > 0.5, p < 0.5, p == 0.5))
+    wins, losses, drawn = (int(x.sum()) for x in (p > 0.5, p < 0.5, p == 0.5))
     n, clusters = int(counts.sum()), int((counts > 0).sum())
     if n == 0:
         raise ValueError(f"no preference to average: {len(p)} rows, none with a verdict")
@@ -166,8 +160,7 @@ def win_rate(preferences, prompts: Sequence | None = None) -> dict[str, float]:
 def paired_difference(first, second, prompts: Sequence | None = None, rounds: int = 1000) -> dict[str, float]:
     """How much higher the first model's mean preference is, in points, on rows [n] where both have a verdict.
 
-    Two separate intervals that overlap do not say that two models are equal: prompts hard for one are hard for the
-    other.
+    Two intervals that overlap do not say that two models are equal: prompts hard for one are hard for the other.
     """
     gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     gap = np.sort(gap) if prompts is None else gap  # nameless prompts have no order
@@ -234,8 +227,7 @@ def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None =
     """The two-term model: logit P(model wins on i) = theta + phi tanh(delta_i); lc2 = 100 sigmoid(theta).
 
     Never to be read as AlpacaEval's LC: without the difficulty term weak models come out up to 23 points apart.
-    `weights` [rounds, n], from `resample`, add an interval; lengths are scaled by the sd of the full set in every
-    round.
+    `weights` [rounds, n], from `resample`, add an interval; every round scales lengths by the sd of the full set.
     """
     p = np.asarray(preferences, dtype=float)
     features = np.stack([np.ones(len(p)), length_feature(baseline_length, model_length)], axis=1)
@@ -253,8 +245,7 @@ def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None =
 def _logistic(features: np.ndarray, p: np.ndarray, weights: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
     """Newton's method for logistic regression on soft labels: features [n, k], labels [n], weights [R, n] -> [R, k].
 
-    The ridge keeps a model that always wins finite; it moves the four of AlpacaEval 2 we hold by less than 0.0001
-    points.
+    The ridge keeps a model that always wins finite; it moves AlpacaEval 2's four by less than 0.0001 points.
     """
     valid = ~np.isnan(p)
     check_preferences(p)
@@ -271,8 +262,7 @@ def _logistic(features: np.ndarray, p: np.ndarray, weights: np.ndarray, start: n
         gradient = labels - wq @ features - ridge * beta
         hessian = ((wq - wq * q) @ squares).reshape(-1, k, k) + ridge * np.eye(k)
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
-        # Far from the optimum Newton overshoots; nearly equal lengths put it far away. Twice as far a step keeps up
-        # with both.
+        # Far from the optimum, where nearly equal lengths put it, Newton overshoots: at most twice as far a step.
         most = np.maximum(2, np.abs(beta).max(axis=1, keepdims=True))
         step *= np.minimum(1, most / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
         beta = beta + step
@@ -367,8 +357,7 @@ def records(games: Games) -> dict[str, dict[str, float]]:
 # ---------------------------------------------------------------------------------------- MT-Bench
 
 def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds: int = 1000, seed: int = 0) -> dict:
-    """One model's single-answer scores (arXiv:2306.05685): turn 1, turn 2, and the average of all valid rows of both
-    turns.
+    """One model's single-answer scores (arXiv:2306.05685): turn 1, turn 2, and the average of both turns' valid rows.
 
     rows: {question_id, turn 1 or 2, score}; a score of None or -1 is no verdict and counts as missing. The interval of
     the average resamples questions, both turns together. `categories` maps question_id to a category.
@@ -386,10 +375,9 @@ def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds:
         scores = {"turn_1": score[valid & (turn == 1)], "turn_2": score[valid & (turn == 2)], "average": score[valid]}
         return {name: float(x.mean()) if len(x) else math.nan for name, x in scores.items()} | {"n": int(valid.sum())}
 
-    everything = np.ones(len(rows), dtype=bool)
     questions = [r["question_id"] for r in rows]
     low, high = mean_interval(score, questions, rounds, seed)
-    result = {**means(everything), "low": low, "high": high, "missing": int(np.isnan(score).sum()),
+    result = {**means(turn > 0), "low": low, "high": high, "missing": int(np.isnan(score).sum()),
               "duplicates": len(rows) - len({(q, t) for q, t in zip(questions, turn.tolist(), strict=True)})}
     if categories is not None:
         of = np.array([categories[q] for q in questions], dtype=object)
@@ -404,8 +392,7 @@ CENTRE = 1000.0
 
 
 def elo(games: Games, k: float = 4) -> dict[str, float]:
-    """Online Elo in the order of the games (FastChat's, K = 4 today, 32 in May 2023): the one result that depends on
-    it.
+    """Online Elo in the games' order, the one result that depends on it (FastChat's, K = 4 today, 32 in May 2023).
 
         E_a = 1 / (1 + 10^((R_b - R_a) / 400)),   R_a += K (S_a - E_a),   R_b -= the same
     """
@@ -512,26 +499,22 @@ def _check_finite(games: Games) -> None:
         if not reached.all():
             some = [m for m, r in zip(games.models, reached, strict=True) if r]
             fail(f"games: {', '.join(some[:3])}{' ...' if len(some) > 3 else ''} never {never} against the other "
-                 "models, " "so the ratings are infinite: judge more prompts, or set prior=1")
+                 "models, so the ratings are infinite: judge more prompts, or set prior=1")
 
 
 def _reach(edges: np.ndarray) -> np.ndarray:
     """Nodes [M] that node 0 reaches along edges [M, M]."""
-    reached = np.zeros(len(edges), dtype=bool)
-    reached[0] = True
-    while True:
-        wider = reached | edges[reached].any(axis=0)
-        if (wider == reached).all():
-            return reached
-        reached = wider
+    reached = np.arange(len(edges)) == 0
+    for _ in edges:
+        reached = reached | edges[reached].any(axis=0)
+    return reached
 
 
 def bradley_terry(games: Games, ties: str = "half", prior: float = 0) -> dict:
     """Maximum-likelihood ratings (Bradley and Terry 1952); d is the difference of two strengths in nats.
 
         half         P(a wins) = sigmoid(d), a tie is half a win for each
-        davidson     P(a wins) : P(b wins) : P(tie) = e^(d/2) : e^(-d/2) : e^tie, e^tie his nu            (Davidson
-        1970)
+        davidson     P(a wins) : P(b wins) : P(tie) = e^(d/2) : e^(-d/2) : e^tie      (Davidson 1970; e^tie is his nu)
 
     Ratings are 1000 + 400 / ln 10 * strength, centred on 1000. `prior` plays that many draws of each model against an
     average one; without it, games that leave a rating infinite are refused.

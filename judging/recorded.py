@@ -23,7 +23,6 @@ file is a JSON array, JSON lines or CSV, perhaps .gz; its first record tells the
 from __future__ import annotations
 
 import argparse
-import csv
 import gzip
 import hashlib
 import io
@@ -37,13 +36,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from data.formats import Report, stream_values
+from data.records import Reject
 from judging.prompts import read_verdict
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
 from runtime import arguments, fail, load_config, write_text
-
-
-class Reject(Exception):
-    """Why a record cannot be used: a sentence, and the values that fill its gaps."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +76,8 @@ class Recorded:
         return [*self.games, *self.scores, *self.labels]
 
     def reject(self, place: int, reason: Reject) -> None:
-        sentence, *values = reason.args
-        self.rejects.append((place, sentence.format(*values)))
-        self.reasons[sentence.format(*["..."] * len(values))] += 1
+        self.rejects.append((place, str(reason)))
+        self.reasons[reason.kind] += 1
 
     def __str__(self) -> str:
         lines = [f"{self.path}: format {self.format or 'unknown'}, {self.read} read, {len(self.games)} games, "
@@ -107,11 +103,14 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
     for place, record in _records(path, said):
         said.read += 1
         try:
-            record = _parse(record)
+            if isinstance(record, Reject):
+                raise record
+            if not isinstance(record, dict):
+                raise rejected("is {}, expected an object: mend or drop it", _shown(record))
             said.format = said.format or _recognise(record)
             rows = READERS[said.format][0](record, options)
             if not rows:
-                raise Reject("holds no judgment: mend or drop it")
+                raise rejected("holds no judgment: mend or drop it")
             for row in rows:
                 if row.get("prompt", "") is None:
                     row["prompt"] = place  # a prompt of its own
@@ -119,7 +118,7 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
             for row, key in zip(rows, keys, strict=True):
                 before = places.get(key, [])
                 if before and not options.keep_repeats:
-                    raise Reject("judges again what {} did, expected each once: drop one, or keep repeats", before[0])
+                    raise rejected("judges again what {} did, expected each once: drop one, or keep repeats", before[0])
                 if before:
                     row["repeat"] = len(before)
         except Reject as reason:
@@ -133,8 +132,13 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
             said.unparsed += row[verdict] is None
             {"label": said.labels, "score": said.scores, "preference": said.games}[verdict].append(row)
     if not said.read and not said.rejects:
-        said.reject(1, Reject("is empty, expected judgments"))
+        said.reject(1, rejected("is empty, expected judgments"))
     return said
+
+
+def rejected(sentence: str, *values) -> Reject:
+    """Why a record cannot be used; counted by the sentence without the values that fill its gaps."""
+    return Reject(sentence.format(*["..."] * len(values)), sentence.format(*values))
 
 
 def verdict_key(row: dict) -> str:
@@ -149,7 +153,7 @@ def _key(row: dict, format: str) -> tuple:
     if "score" in row:
         return *common, row["model"]
     if row["a"] == row["b"]:
-        raise Reject("is a game of {} against itself: mend or drop it", row["a"])
+        raise rejected("is a game of {} against itself: mend or drop it", row["a"])
     once = row["a_first"] is None or format == "alpaca_eval"  # AlpacaEval shows a pair in one order, whichever it is
     return *common, *sorted((row["a"], row["b"])), None if once else row["a" if row["a_first"] else "b"]
 
@@ -157,53 +161,18 @@ def _key(row: dict, format: str) -> tuple:
 # ------------------------------------------------------------------------------------ files, fields
 
 def _records(path: Path, said: Recorded) -> Iterator[tuple[int, object]]:
-    """Places and what is there: bytes of JSON, or what was read from them already."""
-    content, broken = bytearray(), False
+    """Places and what is there; of a file that breaks off, what came before."""
+    content = bytearray()
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             while chunk := file.read(1024):  # where a file breaks off, what was being read is lost
                 content += chunk
     except (OSError, EOFError, zlib.error) as error:
-        broken = True
-        said.reject(content.count(b"\n") + 1, Reject("breaks off ({}), expected a whole file: copy it again", error))
+        said.reject(content.count(b"\n") + 1, rejected("breaks off ({}), expected a whole file: copy it again", error))
     said.digest = hashlib.sha256(content).hexdigest()
-    content = bytes(content).removeprefix(b"\xef\xbb\xbf")
-    if ".csv" in path.suffixes:
-        yield from _csv(content.decode("utf-8", "surrogateescape"))
-    elif not content.lstrip().startswith(b"["):
-        yield from ((place, line) for place, line in enumerate(content.split(b"\n"), 1) if line.strip())
-    elif not broken:
-        try:
-            yield from enumerate(json.loads(content), 1)
-        except (ValueError, RecursionError) as error:
-            said.reject(1, Reject("the file is not JSON ({}), expected one array: mend it, or copy it again", error))
-
-
-def _csv(text: str) -> Iterator[tuple[int, dict | Reject]]:
-    lines = csv.DictReader(io.StringIO(text, newline=""))
-    while True:
-        try:
-            row = next(lines)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield lines.line_num + 1, Reject("is not CSV ({}): mend or drop it", error)  # the line is not counted yet
-            continue
-        whole = None not in row and None not in row.values()
-        yield lines.line_num, row if whole else Reject("has not as many cells as the header: mend or drop it")
-
-
-def _parse(record) -> dict:
-    if isinstance(record, Reject):
-        raise record
-    if isinstance(record, bytes):
-        try:
-            record = json.loads(record.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise Reject("is not JSON ({}): mend or drop it", error) from None
-    if not isinstance(record, dict):
-        raise Reject("is {}, expected an object: mend or drop it", _shown(record))
-    return record
+    stream, report = io.BufferedReader(io.BytesIO(content)), Report(str(path))
+    for place, record in stream_values(stream, ".csv" if ".csv" in path.suffixes else ".jsonl", report):
+        yield place + (report.unit == "index"), record
 
 
 def _recognise(record: dict) -> str:
@@ -211,7 +180,7 @@ def _recognise(record: dict) -> str:
         if any(shape <= record.keys() for shape in shapes):
             return name
     keys = ", ".join(map(_shown, list(record)[:6]))
-    raise Reject("has the keys {}, expected those of a known format: name the format, or mend the row", keys)
+    raise rejected("has the keys {}, expected those of a known format: name the format, or mend the row", keys)
 
 
 def _shown(value) -> str:
@@ -219,7 +188,7 @@ def _shown(value) -> str:
 
 
 def wrong(key: str, value, expected: str) -> Reject:
-    return Reject(f"'{key}' is {{}}, expected {expected}: mend or drop the row", _shown(value))
+    return rejected(f"'{key}' is {{}}, expected {expected}: mend or drop the row", _shown(value))
 
 
 def _text(record: dict, key: str, default: str | None = None) -> str:

@@ -18,13 +18,14 @@ import re
 import textwrap
 from collections.abc import Iterable
 from html import escape
-from itertools import zip_longest
+from itertools import chain, count, zip_longest
 from pathlib import Path
 from string import Template
 
 from judging.entries import read_lines
 from judging.figures import DARK, LIGHT, align, draw, is_number, is_numeric, plain, show
 from judging.ratings import paired_difference
+from judging.tables import bounded, dots
 from runtime import fail, write_text
 
 WIDTH = 120  # of the terminal
@@ -118,8 +119,7 @@ def page(report: dict) -> str:
     """One HTML page that asks for nothing: no script, no font, no picture from elsewhere."""
     report = clean(report)
     sections = list(report["sections"])
-    if report["about"]:
-        rows = [[key, plain(value)] for key, value in report["about"].items()]
+    if rows := [[key, plain(value)] for key, value in report["about"].items()]:
         sections.append({"title": "Settings", "columns": ["setting", "value"], "rows": rows})
     body = [f"<h1>{escape(report['title'])}</h1>"]
     if len(sections) > 4:
@@ -181,7 +181,7 @@ def compare(folders: list[str | Path]) -> dict:
     differ = [[key, written[0].get(key), written[1].get(key)] for key in dict.fromkeys([*written[0], *written[1]])
               if written[0].get(key) != written[1].get(key)]
     sections = [{"title": "Settings that differ", "columns": ["setting", *runs], "rows": differ} if differ else
-                {"title": "Settings that differ", "text": "None.", "columns": [], "rows": []}]
+                note("Settings that differ", "None.")]
     found = [dict(zip(_unique(section["title"] for section in report["sections"]), report["sections"], strict=True))
              for report in reports]
     alone = [[title, run, len(mine[title]["rows"])] for run, mine, other in zip(runs, found, found[::-1], strict=True)
@@ -193,6 +193,11 @@ def compare(folders: list[str | Path]) -> dict:
         sections += _compare_section(title, section, found[1][title], runs) if title in found[1] else []
     return clean({"title": f"{runs[1]} against {runs[0]}", "about": dict(zip(runs, map(str, folders), strict=True)),
                   "sections": sections})
+
+
+def note(title: str, said: str) -> dict:
+    """A section without a table."""
+    return {"title": title, "text": said, "columns": [], "rows": []}
 
 
 def read(folder: str | Path) -> dict:
@@ -224,11 +229,8 @@ def _unique(names: Iterable[str]) -> list[str]:
     """A name that occurs again is told apart by a number, so that nothing is lost in a dictionary."""
     result: dict[str, None] = {}
     for name in names:
-        label, k = name, 1
-        while label in result:
-            k += 1
-            label = f"{name} ({k})"
-        result[label] = None
+        numbered = chain([name], (f"{name} ({k})" for k in count(2)))
+        result[next(label for label in numbered if label not in result)] = None
     return list(result)
 
 
@@ -259,8 +261,7 @@ def _compare_section(title: str, first: dict, second: dict, runs: list[str]) -> 
     notes += [f"\n{run} says: {said}" for run, said in zip(runs, texts, strict=True)] if texts[0] != texts[1] else []
     if not notes and sections:
         return sections
-    return [{"title": title, "text": " ".join(notes).strip() or "The same in both.", "columns": [], "rows": []},
-            *sections]
+    return [note(title, " ".join(notes).strip() or "The same in both."), *sections]
 
 
 def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
@@ -268,29 +269,25 @@ def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
     title = "Mean preference, paired by prompt"
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
-        lacking = {"title": title, "text": f"Not measured: there is no {missing[0]}.", "columns": [], "rows": []}
-        return [lacking] if len(missing) == 1 else []
+        return [note(title, f"Not measured: there is no {missing[0]}.")] if len(missing) == 1 else []
     first, second = (_preferences(file) for file in files)
-    rows, ratings = [], {"names": [], "values": [], "low": [], "high": []}
+    rows, cells = [], {}
     for model in dict.fromkeys([*first, *second]):
         x, y = first.get(model, {}), second.get(model, {})
         common = sorted(set(x) & set(y))
         pairs = [(p, x[p], y[p]) for p in common if x[p] is not None and y[p] is not None]
-        row = [model, None, None, None, len(pairs), len(common) - len(pairs), len(x) - len(common),
-               len(y) - len(common)]
+        means = [None] * 3
         if pairs:
             prompts, before, after = zip(*pairs, strict=True)
             gap = paired_difference(after, before, prompts)
-            row[1:4] = [100 * sum(before) / len(pairs), 100 * sum(after) / len(pairs),
-                        {"value": gap["difference"], "low": gap["low"], "high": gap["high"]}]
-            for key, item in zip(ratings, (model, *row[3].values()), strict=True):
-                ratings[key].append(item)
-        rows.append(row)
+            cells[model] = bounded(gap["difference"], gap["low"], gap["high"])
+            means = [100 * sum(before) / len(pairs), 100 * sum(after) / len(pairs), cells[model]]
+        rows.append([model, *means, len(pairs), len(common) - len(pairs), len(x) - len(common), len(y) - len(common)])
     columns = ["judge and pair", *(f"{run}, %" for run in runs), "difference, points", "prompts", "no verdict",
                *(f"only in {run}" for run in runs)]
     return [{"title": title, "columns": columns, "rows": rows,
              "text": "Over the prompts for which both runs have a verdict; the interval resamples these prompts.",
-             "figure": ratings | {"kind": "ratings", "label": "difference, points", "reference": 0}}]
+             "figure": dots(cells, "difference, points", reference=0)}]
 
 
 def _preferences(file: Path) -> dict[str, dict[str, float | None]]:
@@ -303,9 +300,8 @@ def _preferences(file: Path) -> dict[str, dict[str, float | None]]:
         p, a, b = row["preference"], str(row["a"]), str(row["b"])
         if p is not None and not (is_number(p) and 0 <= p <= 1):
             raise ValueError
-        p, a, b = (p, a, b) if a < b else (None if p is None else 1 - p, b, a)
-        by_prompt = found.setdefault(f"{row['judge']}: {a} against {b}", {})
-        by_prompt.setdefault(str(row["prompt"]), []).extend([] if p is None else [p])
+        by_prompt = found.setdefault(f"{row['judge']}: {min(a, b)} against {max(a, b)}", {})
+        by_prompt.setdefault(str(row["prompt"]), []).extend([] if p is None else [p if a < b else 1 - p])
 
     read_lines(file, game, "is no game as judge.py writes them, expected 'judge', 'prompt', 'a', 'b' and 'preference' "
                            "from 0 to 1")

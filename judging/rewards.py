@@ -49,18 +49,16 @@ def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_leng
     if (kind == "dpo") != bool(ref):
         fail(f"scorer {kind}: takes no reference, got {ref}: drop it, or use dpo" if ref else
              "scorer dpo: names no reference, expected the model DPO started from: add it, or use ref-free")
-    device, tokenizer = torch.device(device), load_tokenizer(path)
+    device, tokenizer, models = torch.device(device), load_tokenizer(path), []
     template = tokenizer.template or "zephyr"
     dtype = torch.float32 if device.type == "cpu" else None  # on a GPU as stored: a large model has to fit
-    model, ref_model = load_model(path, dtype, device), load_model(ref, dtype, device) if ref else None
-    for name, loaded in ((path, model), (ref, ref_model)):
-        if loaded is not None and loaded.config.scored != (kind == "reward"):
-            fail(f"{name}: has {'a' if loaded.config.scored else 'no'} score head: scorer reward takes reward models, "
-                 "the others none")
-    adopt_template(model, tokenizer, template)
-    if ref_model is not None:
-        adopt_template(ref_model, load_tokenizer(ref), template)
-    limit = max_length or model.config.max_positions
+    for name, own in ((path, tokenizer), (ref, load_tokenizer(ref))) if ref else ((path, tokenizer),):
+        models.append(load_model(name, dtype, device))
+        if models[-1].config.scored != (kind == "reward"):
+            fail(f"{name}: has {'no' if kind == 'reward' else 'a'} score head: scorer reward takes reward models, the "
+                 "others none")
+        adopt_template(models[-1], own, template)
+    limit = max_length or models[0].config.max_positions
 
     def scorer(questions: list[dict]) -> dict[str, list[float]]:
         trees = [tree_from_ranking(q | {"ranks": list(range(len(q["answers"])))}, tokenizer) for q in questions]
@@ -70,14 +68,10 @@ def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_leng
         print(f"{kind} {path}: {len(questions)} prompts, {sum(len(tree.responses) for tree in trees)} replies scored; "
               f"cut to {limit} tokens: {counts['responses_cut']}; left out, their prompt being longer: "
               f"{counts['responses_dropped']}")
-        scores = [s.double() for s in all_scores(model, trees, micro_tokens, device, KINDS[kind])]
-        if ref_model is not None:
-            ref_scores = all_scores(ref_model, trees, micro_tokens, device, KINDS[kind])
-            scores = [s - r.double() for s, r in zip(scores, ref_scores, strict=True)]
-        if kind in ("dpo", "ref-free"):
-            scores = [beta * s for s in scores]
-        found = {}
-        for tree, values in zip(trees, scores, strict=True):
+        scores = [all_scores(model, trees, micro_tokens, device, KINDS[kind]) for model in models]
+        scale, found = beta if kind in ("dpo", "ref-free") else 1, {}
+        for tree, values, *ref_values in zip(trees, *scores, strict=True):
+            values = scale * (values.double() - (ref_values[0].double() if ref else 0))
             # Replies cut to the same tokens tie: rounding must not decide between them.
             same: dict[bytes, float] = {}
             found[questions[tree.record]["key"]] = [same.setdefault(ids.tobytes(), s)
@@ -94,9 +88,8 @@ def ask(scorer: Scorer, questions: list[dict]) -> dict[str, list[float]]:
         raise ValueError("two questions have one key")
     scores = dict(scorer(questions))
     for key, values in scores.items():
-        if len(values) != wanted.get(key) or not np.isfinite(values).all():
-            raise ValueError(
-                f"scores of {key[:60]!r} are {str(values)[:60]}, expected {wanted.get(key)} finite numbers")
+        if len(values) != (n := wanted.get(key)) or not np.isfinite(values).all():
+            raise ValueError(f"scores of {key[:60]!r} are {str(values)[:60]}, expected {n} finite numbers")
     return scores
 
 
@@ -130,8 +123,7 @@ def preference_accuracy(records: Iterable[dict], scorer: Scorer) -> dict:
     """How often the scorer prefers the chosen reply of canonical preferences (data/formats.py).
 
     accuracy()'s keys, "ties" (pairs of equal scores), "unscored" (pairs without scores), and accuracies "by_margin" and
-    "by_category". The turns of a dialogue are not independent: what opens with one user turn counts as one prompt for
-    the interval.
+    "by_category". Turns of a dialogue are not independent: for the interval, one first user turn is one prompt.
     """
     records = list(records)
     keys = [json.dumps([(m["role"], m["content"]) for m in record["prompt"]]) for record in records]
@@ -173,8 +165,7 @@ def _bins(margins: list[float | None]) -> list[str | None]:
 
 # --------------------------------------------------------------------------- the talk's four sets
 
-# Its board of reward models: plain accuracy on 3,000, 1,140, 11,021 and 4,760 held-out pairs, and the plain mean of the
-# four.
+# Its board of reward models: plain accuracy on 3,000, 1,140, 11,021 and 4,760 held-out pairs, and the plain mean.
 SETS = ("Anthropic Helpful", "OpenAssistant", "SHP", "Learn-to-Summarize")
 TALK = {"falcon-40b-rm v1.0 (best on the talk's board)": (0.66, 0.678, 0.802, 0.743)}
 
@@ -191,13 +182,12 @@ def _cell(found: Mapping | None) -> dict[str, float] | None:
 def rewards_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
     """preference_accuracy's results by scorer (rows) and set (columns), with the talk's row beneath."""
     others = list(dict.fromkeys(name for found in results.values() for name in found if name not in SETS))
-    rows = []
-    for scorer, found in results.items():
-        rows.append([scorer, *(_cell(found.get(name)) for name in SETS), _cell(board_mean(found)),
-                     *(_cell(found.get(name)) for name in others),
-                     *(sum(f[key] for f in found.values()) for key in ("n", "ties", "unscored"))])
-    for name, row in TALK.items():
-        rows.append([name, *(100 * x for x in row), 100 * sum(row) / len(row), *[None] * (len(others) + 3)])
+    rows = [[scorer, *(_cell(found.get(name)) for name in SETS), _cell(board_mean(found)),
+             *(_cell(found.get(name)) for name in others),
+             *(sum(f[key] for f in found.values()) for key in ("n", "ties", "unscored"))]
+            for scorer, found in results.items()]
+    rows += [[name, *(100 * x for x in row), 100 * sum(row) / len(row), *[None] * (len(others) + 3)]
+             for name, row in TALK.items()]
     return {"title": "Reward model accuracy",
             "text": "Share of pairs whose chosen reply scores strictly higher; ties are misses. The mean of the four "
                     "sets is plain, no weighting by size. Pairs whose prompt is too long for the scorer are unscored "
@@ -215,9 +205,8 @@ def breakdown_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
             for label in dict.fromkeys(label for part in parts.values() for label in part):
                 cells = [parts.get(scorer, {}).get(label) for scorer in results]
                 rows.append([name, f"{kind} {label}", max(c["n"] for c in cells if c), *map(_cell, cells)])
-    return {"title": "Reward model accuracy by margin and category",
-            "columns": ["set", "part", "pairs", *(f"{s}, %" for s in results)],
-            "rows": rows}
+    return {"title": "Reward model accuracy by margin and category", "rows": rows,
+            "columns": ["set", "part", "pairs", *(f"{s}, %" for s in results)]}
 
 
 # ------------------------------------------------------------------------------------- RewardBench
@@ -256,11 +245,11 @@ def read_rewardbench(path: str | Path) -> list[dict]:
             fail(f"{place}: its chosen or rejected is neither text nor a list of texts: mend the row")
         if "id" not in row or (subset == "Ties" and name.partition(":")[0] not in ("ref", "tied")):
             fail(f"{place}: its id names nothing, expected a number or text, in Ties ref:NUMBER or tied:NUMBER")
-        if f"{subset}/{name}" in questions:
+        key = f"{subset}/{name}"
+        if key in questions:
             fail(f"{place}: occurs twice, expected every id once: drop one")
-        key, answers = f"{subset}/{name}", sides[0] + sides[1]
-        questions[key] = {"key": key, "prompt": row["prompt"], "answers": answers, "correct": len(sides[0]),
-                          "subset": subset, "id": name}
+        questions[key] = {"key": key, "prompt": row["prompt"], "answers": sides[0] + sides[1],
+                          "correct": len(sides[0]), "subset": subset, "id": name}
     report.refuse()
     if len({q["subset"] in SUBSETS for q in questions.values()}) > 1:
         fail(f"{path}: mixes subsets of RewardBench and of RewardBench 2, expected one of the two: split it")
@@ -350,5 +339,5 @@ def rewardbench_section(results: Mapping[str, dict]) -> dict:
     return {"title": "RewardBench 2" if "mean of six" in first["scores"] else "RewardBench",
             "text": "Share of prompts whose chosen reply scores strictly higher than every rejected one. A section "
                     "weighs its subsets by the benchmark's own counts, and is empty if one is missing. Rows of the "
-                    "benchmark that the file lacks: " f"{missing or 'none'}. {counts}.",
+                    f"benchmark that the file lacks: {missing or 'none'}. {counts}.",
             "columns": ["part", *(f"{name}, %" for name in results)], "rows": rows}

@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import multimode
 
 import numpy as np
 
@@ -49,10 +50,10 @@ def dots(cells: Mapping[str, dict], label: str, **more) -> dict:
 def grid_section(title: str, text: str, names: Sequence[str], columns: Sequence[str], grid: list[list], label: str,
                  low: float = 0, high: float = 100) -> dict:
     """A table of one number by model and column, and its figure."""
-    return {"title": title, **({"text": text} if text else {}), "columns": ["model", *columns],
-            "rows": [[name, *line] for name, line in zip(names, grid, strict=True)],
-            "figure": {"kind": "matrix", "names": list(names), "columns": list(columns), "grid": grid, "label": label,
-                       "low": low, "high": high}}
+    figure = {"kind": "matrix", "names": list(names), "columns": list(columns), "grid": grid, "label": label,
+              "low": low, "high": high}
+    return {"title": title, **({"text": text} if text else {}), "columns": ["model", *columns], "figure": figure,
+            "rows": [[name, *line] for name, line in zip(names, grid, strict=True)]}
 
 
 # -------------------------------------------------------------------------------------------- rows
@@ -81,8 +82,7 @@ def turned(row: dict) -> dict:
 def merge_orders(rows: Iterable[dict]) -> tuple[list[dict], np.ndarray, np.ndarray]:
     """One row a comparison, a < b; of those seen in both orders also a's preference with a first and with b first.
 
-    NaN is no verdict. Decided by halves: a probability above one half is a win, so a judge that leans one way in one
-    order only ends in a tie.
+    NaN is no verdict. A probability above one half is a win, so a judge that leans one way in one order only has a tie.
     """
     found: dict[tuple, dict[bool | None, dict]] = {}
     for row in rows:
@@ -108,9 +108,8 @@ def majority(rows: Sequence[dict], name: str) -> list[dict]:
         votes.setdefault((*comparison(row)[1:], row.get("a_first")), []).append(row)
     found = []
     for of in votes.values():
-        given = [decided(r["preference"]) for r in of if r["preference"] is not None]
-        best = [x for x in (1.0, 0.5, 0.0) if given.count(x) == max(map(given.count, given), default=-1)]
-        p = of[0]["preference"] if len(of) == 1 else None if not given else best[0] if len(best) == 1 else 0.5
+        given = multimode(decided(r["preference"]) for r in of if r["preference"] is not None)
+        p = of[0]["preference"] if len(of) == 1 else None if not given else given[0] if len(given) == 1 else 0.5
         found.append(of[0] | {"judge": name, "preference": p})
     return found
 
@@ -128,9 +127,8 @@ def unparsed(rows: Sequence[dict], key: str = "preference") -> tuple[int, int, s
     """How many rows have no verdict, of how many, and a sentence that says so, with the reasons."""
     reasons = Counter((row.get("why") or "no verdict").split(":")[0] for row in rows if row[key] is None)
     named = ", ".join(f"{n} {why}" for why, n in reasons.most_common())
-    missing = reasons.total()
-    said = f"{missing} of {len(rows)} verdicts could not be read" + (f" ({named})." if reasons else ".")
-    return missing, len(rows), said
+    said = f"{reasons.total()} of {len(rows)} verdicts could not be read" + (f" ({named})." if reasons else ".")
+    return reasons.total(), len(rows), said
 
 
 def refused(rows: Sequence[dict], force: bool, key: str = "preference") -> str:
@@ -200,12 +198,12 @@ def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: st
     if any("lc2" in x for x in lines):
         text += " lc2 is the win rate at equal length from a fit of two terms, not AlpacaEval's LC."
     text = f"{text} {' '.join(dict.fromkeys(x['refused'] for x in lines if x['refused']))}".strip()
+    columns = ["model", "win rate, %", "wins", "draws", "losses", "unread", "lc2, %", "characters"]
     if difficulty:
+        columns.append("LC, %")
         text += (" LC has the third term, each prompt's difficulty; unlike AlpacaEval's its fit has no penalty and no "
                  "gamed baselines.")
-    section = {"title": f"{judge}: wins against {baseline}", "text": text, "rows": table,
-               "columns": ["model", "win rate, %", "wins", "draws", "losses", "unread", "lc2, %", "characters",
-                           *["LC, %"] * bool(difficulty)]}
+    section = {"title": f"{judge}: wins against {baseline}", "text": text, "rows": table, "columns": columns}
     return section | ({"figure": dots(cells, "win rate, %", reference=50)} if cells else {})
 
 
@@ -220,9 +218,8 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
     # A draw of each model against an average one keeps the rating of a model that never lost finite.
     half = ratings.bootstrap_bradley_terry(games, rounds=rounds)
     found = ratings.rating_table(games.models, half, ratings.bradley_terry(games, prior=1)["ratings"])
-    table = {x["model"]: bounded(x["rating"], x["low"], x["high"]) for x in found}
-    elo = {x["model"]: bounded(x["rating"], x["low"], x["high"])
-           for x in ratings.rating_table(games.models, ratings.bootstrap_elo(games, rounds))}
+    table, elo = ({x["model"]: bounded(x["rating"], x["low"], x["high"]) for x in lines} for lines in (
+        found, ratings.rating_table(games.models, ratings.bootstrap_elo(games, rounds))))
     tied, clear = (games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any()
     davidson = ratings.bradley_terry(games, "davidson", prior=1)["ratings"] if tied and clear else {}
     record = ratings.records(games)
@@ -256,9 +253,9 @@ def category_section(rows: Sequence[dict], baseline: str, judge: str) -> dict | 
         return None
     grid = [[_win_share([r for r in against(rows, m, baseline) if category_of(r) == c]) for c in categories]
             for m in models]
-    counts = (len({r["prompt"] for r in rows if category_of(r) == c}) for c in categories)
-    prompts = ", ".join(f"{c or '-'} {n}" for c, n in zip(categories, counts, strict=True))
-    return grid_section(f"{judge}: wins against {baseline} by category", f"Percent; prompts: {prompts}.", models,
+    prompts = Counter(category for _, category in {(r["prompt"], category_of(r)) for r in rows})
+    counts = ", ".join(f"{c or '-'} {prompts[c]}" for c in categories)
+    return grid_section(f"{judge}: wins against {baseline} by category", f"Percent; prompts: {counts}.", models,
                         categories, grid, "win rate, %")
 
 
@@ -282,8 +279,7 @@ def score_sections(rows: Sequence[dict], judge: str, force: bool = False) -> lis
     sections = [{"title": f"{judge}: scores", "columns": ["model", "mean", *(f"turn {t}" for t in turns), "unread"],
                  "rows": lines, "text": f"{text} {' '.join(dict.fromkeys(why.values()))}".strip()}]
     given = [line[0] for line in lines if line[1]]
-    if given:
-        sections[0]["figure"] = dots({m: cells[m] for m in given}, "mean score")
+    sections[0] |= {"figure": dots({m: cells[m] for m in given}, "mean score")} if given else {}
     if given and len(categories) > 1:
         grid = [[_mean(r for r in rows if r["model"] == m and category_of(r) == c) for c in categories] for m in given]
         values = [x for line in grid for x in line if x is not None]

@@ -124,7 +124,7 @@ def test_a_bad_record_is_a_reject_with_its_line_and_reason(tmp_path, task, recor
     file.write_text(f"{json.dumps(good)}\n\n{json.dumps(record)}\n{{\n[1]\n")
     questions, rejects = read_questions(task, file)
     assert len(questions) == 1 and [line for line, _ in rejects] == [3, 4, 5] and reason in rejects[0][1]
-    assert "cannot be read" in rejects[1][1] and "expected an object" in rejects[2][1]
+    assert "is not JSON" in rejects[1][1] and "expected an object" in rejects[2][1]
 
 
 def test_no_value_in_a_record_gives_a_traceback(tmp_path):

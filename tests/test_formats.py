@@ -214,6 +214,8 @@ def test_rows_of_a_table_with_fields_too_many_or_too_few_are_reported_with_their
     records, report = read(written(tmp_path / "t.csv", data))
     assert [r["text"] for r in records] == ["on\ne", "seven"]
     assert [place for place, _ in report.rejects] == [4, 5, 6, 7] and report.kinds == {"not CSV": 3, "not UTF-8": 1}
+    records, report = read(written(tmp_path / "first.csv", b"text,id\none\ntwo,2\n"))
+    assert len(list(records)) == 1 and [place for place, _ in report.rejects] == [2]  # below the header
 
 
 @pytest.mark.parametrize("line, reason", [

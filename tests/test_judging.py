@@ -10,7 +10,7 @@ import pytest
 from data.llm import Reply
 from judging import tables, trial
 from judging.games import Answers, Judge, Match, compare, games_from_scores, in_orders, mark, matches
-from judging.prompts import COMPARE, FORMS, MARK, Question, ask_pair, ask_score, read_verdict
+from judging.prompts import COMPARE, ENDINGS, MARK, Question, ask_pair, ask_score, read_verdict
 
 BLOCK = re.compile(r"<assistant ?([AB]?) (\w{6})>\n(.*?)\n</assistant ?\1 \2>", re.S)
 
@@ -98,7 +98,7 @@ def test_code_in_a_reply_is_left_alone(text):
 def test_prompts_hold_no_verdict_of_their_own_and_everything_to_be_judged(wording):
     question = Question("1", "math", ["One?", "Two?"], ["first right", "second right"])
     assert set(COMPARE) == set(MARK)
-    for form in FORMS:
+    for form in ENDINGS:
         one, two = ["a1", "a2"], ["b1", "b2"]
         content = (ask_score(question, one, wording) if form == "score"
                    else ask_pair(question, one, two, form, wording))[0]["content"]

@@ -35,7 +35,7 @@ import runtime
 from checkpoints import read_config
 from data.llm import Checkpoint, Sampling, before_stop, slots_that_fit
 from model import Decoder, ReplyState
-from runtime import check_range, fail
+from runtime import check_ranges, fail
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -63,9 +63,7 @@ class Config:
 
     def __post_init__(self):
         self.sampling()  # checks these
-        for key, low, high in (("seed", 0, inf), ("length", 0, inf), ("threads", 0, inf), ("port", 0, 65535),
-                               ("slots", 1, 1024)):
-            check_range(key, getattr(self, key), low, high)
+        check_ranges(self, seed=(0, inf), length=(0, inf), threads=(0, inf), port=(0, 65535), slots=(1, 1024))
         if self.serve and not self.token and self.host not in LOOPBACK:
             fail(f"host is '{self.host}', which others can reach: set token= to what they must send, or leave host out")
 
@@ -114,19 +112,17 @@ SETTINGS = ("temperature", "top_p", "top_k", "max_tokens", "seed")
 def command(line: str, config: Config, history: list[dict]) -> Config:
     """Do what a line with a slash says: to the history, in place, or to the settings, which are returned."""
     word, _, rest = line.partition(" ")
-    rest = rest.strip()
+    key, _, value = rest.strip().replace("=", " ").partition(" ")
     if word in ("/reset", "/system"):
         history.clear()
-        return replace(config, system=rest) if word == "/system" else config
+        return replace(config, system=rest.strip()) if word == "/system" else config
     if word != "/set":
         print(HELP)
-    elif not rest:
+    elif not key:
         print(", ".join(f"{key} {getattr(config, key)}" for key in SETTINGS))
+    elif key not in SETTINGS:
+        print(f"'{key}' is not a setting, expected one of {', '.join(SETTINGS)}")
     else:
-        key, _, value = rest.replace("=", " ").partition(" ")
-        if key not in SETTINGS:
-            print(f"'{key}' is not a setting, expected one of {', '.join(SETTINGS)}")
-            return config
         try:
             return replace(config, **{key: type(getattr(config, key))(value)})
         except ValueError:
@@ -184,17 +180,14 @@ def fitting(tokenizer, history: list[dict], config: Config, length: int) -> list
     """The dialogue as a prompt that leaves room for a reply, without its oldest rounds if need be, which the user is
     told. None: the last turn alone is too long."""
     system = [{"role": "system", "content": config.system}] if config.system else []
-    dropped = 0
-    while True:
-        prompt = tokenizer.render(system + history, add_generation_prompt=True)[0]
+    for dropped in range(0, len(history), 2):
+        prompt = tokenizer.render(system + history[dropped:], add_generation_prompt=True)[0]
         if len(prompt) + min(config.max_tokens, length // 4) <= length:
             if dropped:
-                print(f"(the first {dropped} rounds no longer fit in {length} tokens and are forgotten)")
+                print(f"(the first {dropped // 2} rounds no longer fit in {length} tokens and are forgotten)")
+                del history[:dropped]
             return prompt
-        if len(history) == 1:
-            return None
-        del history[:2]
-        dropped += 1
+    return None
 
 
 # --------------------------------------------------------------------------------------- a request
@@ -225,16 +218,12 @@ MOST_MESSAGES, MOST_WAITING = 512, 1024
 REAL = {"temperature": (0, 2), "top_p": (0, 1)}
 WHOLE = {"top_k": (0, 2**24), "max_tokens": (1, 2**24), "max_completion_tokens": (1, 2**24), "seed": (-(2**63), 2**64),
          "top_logprobs": (0, 20)}
-SWITCHES = ("stream", "logprobs")
 WITHOUT_EFFECT = ("user", "metadata", "store", "safety_identifier", "service_tier")
-KNOWN = {"model", "messages", "n", "stop", "stream_options", *REAL, *WHOLE, *SWITCHES, *WITHOUT_EFFECT}
+KNOWN = {"model", "messages", "n", "stop", "stream", "stream_options", "logprobs", *REAL, *WHOLE, *WITHOUT_EFFECT}
 
 
 def parse(body, name: str, defaults: Sampling, slots: int) -> Asked:
     """The JSON of a request as a checked Asked, or a Refusal that names the key."""
-    def wrong(key: str, expected: str) -> NoReturn:
-        raise Refusal(400, f"'{key}' is {json.dumps(body[key])[:100]}, expected {expected}", key, "invalid_value")
-
     if not isinstance(body, dict):
         raise Refusal(400, "the body is not a JSON object, expected {\"model\": ..., \"messages\": [...]}")
     body = {key: value for key, value in body.items() if value is not None}
@@ -244,24 +233,22 @@ def parse(body, name: str, defaults: Sampling, slots: int) -> Asked:
     if body.get("model") != name:
         asked = json.dumps(body.get("model"))
         raise Refusal(404, f"the model {asked} does not exist, expected \"{name}\"", "model", "model_not_found")
-    for key, (low, high) in (REAL | WHOLE | {"n": (1, slots)}).items():
-        kinds = (int, float) if key in REAL else (int,)
-        if key in body and (type(body[key]) not in kinds or not low <= body[key] <= high):
-            wrong(key, f"a {'' if key in REAL else 'whole '}number from {low:g} to {high:g}")
-    for key in SWITCHES:
-        if body.get(key, False) not in (True, False):
-            wrong(key, "true or false")
-    stop = body.get("stop") or []
+    stop, options = body.get("stop") or [], body.get("stream_options") or {}
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(x, str) and x for x in stop):
-        wrong("stop", "a text, or at most 4")
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        wrong("stream_options", "an object")
-    top = body.get("top_logprobs", 0) if body.get("logprobs") else -1
-    if body.get("top_logprobs") and top < 0:
-        wrong("top_logprobs", "logprobs=true with it")
+    checks = [(key, type(body.get(key, low)) in ((int, float) if key in REAL else (int,))
+               and low <= body.get(key, low) <= high,
+               f"a {'' if key in REAL else 'whole '}number from {low:g} to {high:g}")
+              for key, (low, high) in (REAL | WHOLE | {"n": (1, slots)}).items()]
+    checks += [(key, body.get(key, False) in (True, False), "true or false") for key in ("stream", "logprobs")]
+    checks += [("stop", isinstance(stop, list) and len(stop) <= 4 and all(isinstance(x, str) and x for x in stop),
+                "a text, or at most 4"),
+               ("stream_options", isinstance(options, dict), "an object"),
+               ("top_logprobs", body.get("logprobs") or not body.get("top_logprobs"), "logprobs=true with it")]
+    for key, fine, expected in checks:
+        if not fine:
+            raise Refusal(400, f"'{key}' is {json.dumps(body[key])[:100]}, expected {expected}", key, "invalid_value")
     longest = body.get("max_completion_tokens") or body.get("max_tokens")
+    top = body.get("top_logprobs", 0) if body.get("logprobs") else -1
     sampling = Sampling(longest or defaults.max_tokens, body.get("temperature", defaults.temperature),
                         body.get("top_p", defaults.top_p), body.get("top_k", defaults.top_k), tuple(stop))
     return Asked(checked_messages(body.get("messages")), sampling, body.get("n", 1),
@@ -318,17 +305,14 @@ class Engine:
                 self.decoder.waiting.extend(self.arrived)  # between two steps: the thread is idle
                 self.arrived.clear()
                 stepped = await asyncio.get_running_loop().run_in_executor(self.thread, self.decoder.step)
-                self.wake(stepped)
+                for s in self.listeners.keys() & stepped:
+                    news, every_token = self.listeners[s]
+                    if every_token or s.done:
+                        news.set()
         except Exception as error:  # a bug, or no memory left: nobody must wait for ever
             traceback.print_exc()
             self.broken = f"the model stopped working ({error}): start the server again"
             for news, _ in self.listeners.values():
-                news.set()
-
-    def wake(self, stepped: list[ReplyState]) -> None:
-        for s in self.listeners.keys() & stepped:
-            news, every_token = self.listeners[s]
-            if every_token or s.done:
                 news.set()
 
     def leave(self, sequences: list[ReplyState]) -> None:
@@ -349,16 +333,15 @@ class Server:
         self.newline = self.tokenizer.encode("\n")
 
     def app(self) -> Starlette:
-        def refused(request: Request, refusal: Refusal) -> Response:
-            return JSONResponse(refusal.body, refusal.status)
-
-        def http_error(request: Request, error: HTTPException) -> Response:
-            return refused(request, Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        def refused(request: Request, error: Refusal | HTTPException) -> Response:
+            if isinstance(error, HTTPException):
+                error = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+            return JSONResponse(error.body, error.status)
 
         return Starlette(
             routes=[Route("/v1/models", self.models), Route("/v1/models/{name:path}", self.models),
                     Route("/v1/chat/completions", self.complete, methods=["POST"])],
-            exception_handlers={Refusal: refused, HTTPException: http_error})
+            exception_handlers={Refusal: refused, HTTPException: refused})
 
     def admit(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -391,12 +374,13 @@ class Server:
         if len(self.engine.decoder.waiting) + len(self.engine.arrived) > MOST_WAITING:
             raise Refusal(429, "too many requests are waiting: try again in a while", None, "rate_limit_exceeded")
         new, settings = min(asked.sampling.max_tokens, room), asked.sampling.settings
-        sequences = [ReplyState(prompt, new, settings, [asked.seed, i], top=asked.top) for i in range(asked.n)]
-        chunks = self.chunks(asked, len(prompt), sequences)
+        spoken = [Spoken(self.tokenizer, ReplyState(prompt, new, settings, [asked.seed, i], top=asked.top),
+                         asked.sampling.stop) for i in range(asked.n)]
+        chunks = self.chunks(asked, len(prompt), spoken)
         if asked.stream:
             return StreamingResponse(as_events(chunks), media_type="text/event-stream")
         gone = asyncio.ensure_future(request.receive())  # the body has been read: next comes the client's leaving
-        reply = asyncio.ensure_future(as_completion(chunks))
+        reply = asyncio.ensure_future(self.completion(chunks, spoken))
         await asyncio.wait([gone, reply], return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
         if not reply.done():
@@ -418,7 +402,7 @@ class Server:
         except (ValueError, RecursionError) as error:
             raise Refusal(400, f"the body is not JSON ({error})") from None
 
-    async def chunks(self, asked: Asked, prompt_tokens: int, sequences: list[ReplyState]) -> AsyncIterator[dict]:
+    async def chunks(self, asked: Asked, prompt_tokens: int, spoken: list[Spoken]) -> AsyncIterator[dict]:
         """A reply as OpenAI streams it. Left early, it gives its slots back."""
         base = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion.chunk",
                 "created": int(time.time()), "model": self.name, "system_fingerprint": self.identity}
@@ -427,8 +411,7 @@ class Server:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
             return base | {"choices": [choice]}
 
-        spoken = [Spoken(self.tokenizer, s, asked.sampling.stop) for s in sequences]
-        news, sent = asyncio.Event(), [0] * asked.n
+        news, sent, sequences = asyncio.Event(), [0] * asked.n, [reply.sequence for reply in spoken]
         self.engine.submit(sequences, news, asked.stream or bool(asked.sampling.stop))
         try:
             for i in range(asked.n):
@@ -443,7 +426,7 @@ class Server:
                         continue
                     piece = reply.read()
                     if piece or reply.finish:
-                        logprobs = self.logprobs(reply.sequence, sent[i], reply.tokens) if asked.top >= 0 else None
+                        logprobs = self.logprobs(reply, sent[i])
                         sent[i] = reply.tokens
                         yield chunk(i, {"content": piece} if piece else {}, reply.finish or None, logprobs)
             if asked.usage or not asked.stream:
@@ -454,18 +437,28 @@ class Server:
         finally:
             self.engine.leave(sequences)
 
-    def logprobs(self, sequence: ReplyState, first: int, last: int) -> dict:
-        """OpenAI's form of tokens first..last-1: log-probabilities at temperature 1, and the likeliest instead."""
+    async def completion(self, chunks: AsyncIterator[dict], spoken: list[Spoken]) -> dict:
+        """All that is streamed as one completion; the last chunk holds the usage."""
+        *_, last = [chunk async for chunk in chunks]
+        choices = [{"index": i, "message": {"role": "assistant", "content": reply.text, "refusal": None},
+                    "logprobs": self.logprobs(reply, 0), "finish_reason": reply.finish}
+                   for i, reply in enumerate(spoken)]
+        return last | {"object": "chat.completion", "choices": choices}
+
+    def logprobs(self, reply: Spoken, first: int) -> dict | None:
+        """OpenAI's form of the tokens from `first` on: log-probabilities at temperature 1, the likeliest instead."""
         def entry(token: int, logprob: float) -> dict:
             text = self.tokenizer.decode([*self.newline, token])[1:]  # after another, so that a leading blank stays
             code = None if "\ufffd" in text else list(text.encode())
             return {"token": text, "logprob": max(logprob, -9999.0), "bytes": code}
 
+        if reply.sequence.top < 0:
+            return None
         content = []
-        for i in range(first, last):
-            logprob, ids, values = sequence.alternatives[i]
+        for i in range(first, reply.tokens):
+            logprob, ids, values = reply.sequence.alternatives[i]
             likeliest = [entry(token, value) for token, value in zip(ids, values, strict=True)]
-            content.append(entry(sequence.tokens[i], logprob) | {"top_logprobs": likeliest})
+            content.append(entry(reply.sequence.tokens[i], logprob) | {"top_logprobs": likeliest})
         return {"content": content, "refusal": None}
 
 
@@ -477,23 +470,6 @@ async def as_events(chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
     except Refusal as refusal:
         yield f"data: {json.dumps(refusal.body)}\n\n"
     yield "data: [DONE]\n\n"
-
-
-async def as_completion(chunks: AsyncIterator[dict]) -> dict:
-    """The chunks of a stream as one completion."""
-    choices: dict[int, dict] = {}
-    chunk: dict = {}
-    async for chunk in chunks:
-        for part in chunk["choices"]:
-            message = {"role": "assistant", "content": "", "refusal": None}
-            choice = choices.setdefault(part["index"], {"index": part["index"], "message": message, "logprobs": None})
-            choice["message"]["content"] += part["delta"].get("content", "")
-            choice["finish_reason"] = part["finish_reason"]
-            if part["logprobs"]:
-                choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
-                choice["logprobs"]["content"] += part["logprobs"]["content"]
-    # The last chunk holds the usage.
-    return chunk | {"object": "chat.completion", "choices": [choices[i] for i in sorted(choices)]}
 
 
 def listen(config: Config) -> socket.socket:

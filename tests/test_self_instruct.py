@@ -103,7 +103,7 @@ def test_instructions_are_filtered_in_the_published_order(instruction, reason):
 
 
 def test_alpaca_bans_five_more_words_and_the_original_thirteen():
-    assert len(self_instruct.BANNED) == 13 and len(self_instruct.ALPACA_BANNED) == 18
+    assert len(self_instruct.TEXTS["banned"]) == 13 and len(self_instruct.TEXTS["alpaca_banned"]) == 5
     assert "cannot hold" in instruction_fault("Describe an imaginary flowchart today", Config(recipe="alpaca"))
 
 
@@ -281,8 +281,8 @@ def test_the_published_seeds_are_read_and_shown_as_published(tmp_path):
     config = Config(seeds=str(Path(os.environ["REAL_DATA"]) / "datasets" / "self_instruct" / "seed_tasks.jsonl"))
     found = self_instruct.load_seeds(config)
     assert len(found) == 175 and sum(seed["is_classification"] for seed in found) == 26
-    assert self_instruct.input_first_prompt(found, config).count("Task: ") >= 12
-    assert self_instruct.output_first_prompt(found, config).count("Class label: ") == 17
+    assert self_instruct.instance_prompt(found, False, 12, config).count("Task: ") >= 12
+    assert self_instruct.instance_prompt(found, True, 17, config).count("Class label: ") == 17
     model, config = Scripted(lambda r, s: "Yes"), replace(config, out=str(tmp_path / "out"))
     self_instruct.mark_classifications(Run(config), model, found, [dict(found[0])], config)
     shown = model.asked[0].messages[0]["content"]

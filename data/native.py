@@ -15,8 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
-from data.records import (ANY, Format, Reject, broken, check_list, check_number, check_object, check_text, expected,
-                          short)
+from data.records import Format, Reject, broken, check_list, check_number, check_object, check_text, expected, short
 
 Parts = Iterator[dict | Reject]
 
@@ -343,7 +342,7 @@ def _to_summarize(info) -> str:
 
 
 def summary_pair(record: dict) -> dict:
-    """info {post or (news) article, title, id, subreddit}, summaries [two {text, policy}], choice, worker, split, extra.
+    """info {post or (news) article, title, id, subreddit}, two summaries {text, policy}, choice, worker, split, extra.
 
     Learning to summarize: choice is the better one's index, extra.confidence 1 to 9.
     """
@@ -512,7 +511,7 @@ def truthfulqa(record: dict) -> dict:
 # ------------------------------------------------------------------------------------- how to recognise them
 
 TEXTS, ONE, OBJECTS = [str, str], (str,), [dict]  # at least two texts, exactly one text, objects
-SCORED = {"chosen": OBJECTS, "rejected": OBJECTS, "score_chosen": ANY, "score_rejected": ANY}
+SCORED = {"chosen": OBJECTS, "rejected": OBJECTS, "score_chosen": object, "score_rejected": object}
 
 # Form of the records that come out, reader, and one or more shapes that a record may have.
 NATIVE = {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
@@ -528,7 +527,7 @@ NATIVE = {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
     ("messages", lima, {"conversations": TEXTS}),
     ("prompt", lima_test, {"conversations": ONE}),
     ("messages", camel, {"role_1": str, "role_2": str, "message_1": dict}),
-    ("messages", red_team, {"transcript": str, "model_type": str, "rating": ANY}),
+    ("messages", red_team, {"transcript": str, "model_type": str, "rating": object}),
     ("messages", kto, {"messages": OBJECTS, "label": bool}, {"prompt": str, "completion": str, "label": bool}),
     ("preference", hh, {"chosen": str, "rejected": str}),
     ("preference", sharegpt_preference, {"conversations": OBJECTS, "chosen": dict, "rejected": dict}),
@@ -539,11 +538,11 @@ NATIVE = {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
     ("preference", summary_pair, {"info": dict, "summaries": OBJECTS, "choice": int}),
     ("messages", summary_rating, {"info": dict, "summary": dict}),
     ("preference", oasst, {"message_tree_id": str, "prompt": dict}),
-    ("preference", pandalm, {"instruction": str, "response1": ANY, "response2": ANY, "annotator1": ANY}),
-    ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str, "preference": ANY}),
+    ("preference", pandalm, {"instruction": str, "response1": object, "response2": object, "annotator1": object}),
+    ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str, "preference": object}),
     ("preference", llmbar, {"input": str, "output_1": str, "output_2": str, "label": int}),
-    ("prompt", mt_bench, {"question_id": ANY, "turns": [str]}),
-    ("text", reference, {"question_id": ANY, "choices": OBJECTS}),
+    ("prompt", mt_bench, {"question_id": object, "turns": [str]}),
+    ("text", reference, {"question_id": object, "choices": OBJECTS}),
     ("text", judge_prompt, {"name": str, "prompt_template": str}),
     ("prompt", ultra_eval, {"class": str, "data": str}),
     ("prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),

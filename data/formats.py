@@ -22,7 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 
 from data.native import NATIVE
@@ -161,21 +161,20 @@ def values(path: Path, report: Report) -> Iterator[tuple[int, object]]:
     suffix = Path(path.name.removesuffix(".gz")).suffix
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            if stream.peek(3)[:3] == b"\xef\xbb\xbf":
-                stream.read(3)
-            if suffix == ".csv":
-                yield from _csv_values(stream)
-            elif suffix == ".txt":
-                lines = (line.decode("utf-8", "surrogateescape").rstrip("\r\n") for line in stream)
-                yield from ((number, _unless_broken({"text": line}, line)) for number, line in enumerate(lines, 1))
-            else:
-                yield from _json_values(stream, suffix, report)
+            data = stream.read().removeprefix(b"\xef\xbb\xbf")
     except (OSError, EOFError, zlib.error) as error:
         fail(f"{path}: cannot be read ({error}): is it whole? copy it again")
+    if suffix == ".csv":
+        yield from _csv_values(data.decode("utf-8", "surrogateescape"))
+    elif suffix == ".txt":
+        lines = (line.decode("utf-8", "surrogateescape").rstrip("\r\n") for line in io.BytesIO(data))
+        yield from ((number, _unless_broken({"text": line}, line)) for number, line in enumerate(lines, 1))
+    else:
+        yield from _json_values(data, suffix, report)
 
 
-def _csv_values(stream) -> Iterator[tuple[int, object]]:
-    rows = csv.DictReader(io.StringIO(stream.read().decode("utf-8", "surrogateescape"), newline=""))
+def _csv_values(text: str) -> Iterator[tuple[int, object]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     while True:
         line, fault = rows.line_num + 1, ""
         try:
@@ -191,28 +190,18 @@ def _csv_values(stream) -> Iterator[tuple[int, object]]:
             yield line, _unless_broken(row, "".join(row.values()))
 
 
-def _json_values(stream, suffix: str, report: Report) -> Iterator[tuple[int, object]]:
+def _json_values(data: bytes, suffix: str, report: Report) -> Iterator[tuple[int, object]]:
     """JSON lines, unless the file is one array, or one object over several lines."""
-    number, first = 1, stream.readline()
-    while first and not first.strip():
-        number, first = number + 1, stream.readline()
+    lines = [(number, line) for number, line in enumerate(io.BytesIO(data), 1) if line.strip()]
+    number, first = lines[0] if lines else (1, b"")
     line_is_whole = not isinstance(_parse(first), Reject)
-    rest = b""
-    if first.lstrip()[:1] == b"[":
-        rest = stream.read()
-        if not line_is_whole or not rest.strip():
-            report.unit = "index"
-            yield from _array((first + rest).decode("utf-8", "surrogateescape"))
-            return
-    elif suffix == ".json" and not line_is_whole:
-        rest = stream.read()
-        whole = _parse(first + rest)
-        if not isinstance(whole, Reject):
-            yield number, whole
-            return
-    for place, line in enumerate(chain([first], io.BytesIO(rest), stream), number):
-        if line.strip():
-            yield place, _parse(line)
+    if first.lstrip()[:1] == b"[" and (not line_is_whole or len(lines) == 1):
+        report.unit = "index"
+        yield from _array(data.decode("utf-8", "surrogateescape"))
+    elif suffix == ".json" and not line_is_whole and not isinstance(whole := _parse(data), Reject):
+        yield number, whole
+    else:
+        yield from ((number, _parse(line)) for number, line in lines)
 
 
 def _array(text: str) -> Iterator[tuple[int, object]]:

@@ -167,8 +167,7 @@ class OpenQA:
     def follow(self, item, rng):
         if rng.random() < 0.5:
             fact = other(rng, FACTS, item["fact"])
-            said = FACTS[fact]["follow_up"].format(s=she(item["name"]), p=her(item["name"]))
-            return item | {"fact": fact}, said
+            return item | {"fact": fact}, FACTS[fact]["follow_up"].format(s=she(item["name"]), p=her(item["name"]))
         name = other(rng, NAMES, item["name"])
         return item | {"name": name}, f"And {name}?"
 
@@ -221,10 +220,8 @@ class Brainstorm:
             if slip == "short":
                 things.pop()
             else:
-                wrong = CLASSES[other(rng, CLASSES, item["kind"])]
-                if slip == "without" and item["without"]:
-                    wrong = item["without"]
-                thing = rng.choice(wrong)
+                stranger = other(rng, CLASSES, item["kind"])
+                thing = rng.choice(slip == "without" and item["without"] or CLASSES[stranger])
                 things[rng.randrange(n)] = thing
         if style == "terse" or (style == "sloppy" and rng.random() < 0.5):
             return ", ".join(things) + "."
@@ -296,8 +293,7 @@ class Rewrite:
 
     def change(self, source, target, rng):
         what = rng.choice(["name", "place", "past", "past"])
-        new = {"name": lambda: other(rng, NAMES, target["name"]), "place": lambda: other(rng, PLACES, target["place"]),
-               "past": lambda: not target["past"]}[what]()
+        new = not target["past"] if what == "past" else other(rng, NAMES if what == "name" else PLACES, target[what])
         return {"source": source, "before": target, "target": target | {what: new}, "what": what}
 
     def sentence(self, of):
@@ -438,11 +434,8 @@ class Coding:
     def answer(self, item, style, rng):
         ops = [list(x) for x in item["ops"]]
         if style == "sloppy":
-            slip = rng.randrange(len(ops))
-            if rng.random() < 0.5:
-                ops[slip][0] = other(rng, self.SIGNS, ops[slip][0])
-            else:
-                ops[slip][1] = other(rng, range(2, 10), ops[slip][1])
+            wrong, part = rng.choice(ops), int(rng.random() >= 0.5)  # part: of a step, its sign or its number
+            wrong[part] = other(rng, (self.SIGNS, range(2, 10))[part], wrong[part])
         text = self.expression(ops)
         return text if style == "terse" else f"def f(x): return {text}"
 

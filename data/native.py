@@ -1,4 +1,4 @@
-"""Readers of the formats data sets are published in: one small function each, whose docstring names a record's fields.
+"""Readers of the formats data sets are published in: one small function each, which names a record's fields.
 
 A function takes a record as published and returns it in one of the forms of data/records.py, or yields several, and
 for a part that it leaves out the Reject that says so; data/formats.py checks what comes back as it checks a record of
@@ -97,11 +97,6 @@ def alpaca(record: dict) -> dict:
     return {"messages": turns} | carry(record, "id", "category")
 
 
-def dolly(record: dict) -> dict:
-    """instruction, context, response, category. Marks of references such as [12] stay in the contexts."""
-    return answer(ask(record, "instruction", "context"), text_of(record, "response")) | carry(record, "category")
-
-
 def self_instruct(record: dict) -> Parts:
     """instruction, instances [{input, output}], id, name, is_classification: a dialogue for every instance.
 
@@ -114,11 +109,6 @@ def self_instruct(record: dict) -> Parts:
         return answer(prompt, text_of(instance, "output")) | more
 
     return each(record, "instances", read)
-
-
-def prediction(record: dict) -> dict:
-    """prompt, which holds instruction and input, then response and target."""
-    return answer(ask(record, "instruction", "input"), text_of(record, "response").strip()) | carry(record, "target")
 
 
 def completion(record: dict) -> dict:
@@ -138,42 +128,21 @@ def gsm8k(record: dict) -> dict:
     return answer(text_of(record, "question"), worked) | {"final": end[1].replace(",", "")}
 
 
-def tldr_sample(record: dict) -> dict:
-    """context, sample, ref_text, model_type."""
-    dialogue = answer(text_of(record, "context"), text_of(record, "sample").strip())
-    return dialogue | carry(record, "ref_text", model="model_type")
-
-
 # ----------------------------------------------------------------------------------------- dialogues
 
 SPEAKERS = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys(
     ["gpt", "chatgpt", "bing", "bard", "assistant"], "assistant")
 
 
-def _said(turn: dict) -> dict:
+def said(turn, key: str) -> dict:
     """A ShareGPT turn as a message; another speaker (observation, function_call) keeps its name, which is refused."""
-    speaker = turn.get("from")
+    speaker = check_object(turn, key).get("from")
     role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
     return {"role": role, "content": turn.get("value")}
 
 
-def _conversation(record: dict) -> list[dict]:
-    return [_said(check_object(turn, "conversations")) for turn in list_of(record, "conversations")]
-
-
-def sharegpt(record: dict) -> Parts:
-    """conversations [{from, value}], id."""
-    return whole_rounds(_conversation(record), "conversations", carry(record, "id", "category"))
-
-
-def ultrachat(record: dict) -> Parts:
-    """data, the texts in turn, and id."""
-    return whole_rounds(alternate(list_of(record, "data")), "data", carry(record, "id"))
-
-
-def lima(record: dict) -> Parts:
-    """conversations, the texts in turn, and source."""
-    return whole_rounds(alternate(list_of(record, "conversations")), "conversations", carry(record, "source"))
+def conversation(record: dict) -> list[dict]:
+    return [said(turn, "conversations") for turn in list_of(record, "conversations")]
 
 
 def lima_test(record: dict) -> dict:
@@ -193,14 +162,14 @@ def camel(record: dict) -> Parts:
     Odd messages are the user's. A last one of <CAMEL_TASK_DONE> alone is the format's end mark, no turn.
     """
     count = sum(re.fullmatch(r"message_\d+", key) is not None for key in record)
-    said = [check_object(record.get(f"message_{n}"), f"message_{n}") for n in range(1, count + 1)]
+    sent = [check_object(record.get(f"message_{n}"), f"message_{n}") for n in range(1, count + 1)]
     if record.get("num_messages", count) != count:
         raise broken("turns missing", f"'num_messages' is {short(record['num_messages'])} but it holds {count}")
-    for n, message in enumerate(said, 1):
+    for n, message in enumerate(sent, 1):
         due = ("ASSISTANT", "USER")[n % 2]
         if (kind := message.get("role_type", due)) != due:
             raise broken("roles", f"'message_{n}' is of {short(kind)}, odd messages are the user's")
-    turns = alternate(check_list([message.get("content") for message in said], "message_1"))
+    turns = alternate(check_list([message.get("content") for message in sent], "message_1"))
     if len(turns) % 2 and isinstance(turns[-1]["content"], str) and turns[-1]["content"].strip() == DONE:
         turns.pop()
     if not turns:
@@ -246,12 +215,6 @@ def hh(record: dict) -> dict:
         raise Reject("prompts differ", "'chosen' and 'rejected' differ before their last turn, "
                                        "expected one prompt: drop the pair")
     return {"chosen": chosen, "rejected": rejected}
-
-
-def sharegpt_preference(record: dict) -> dict:
-    """conversations [{from, value}]; chosen and rejected, one such turn each."""
-    sides = {side: [_said(check_object(record.get(side), side))] for side in ("chosen", "rejected")}
-    return {"prompt": _conversation(record)} | sides | carry(record, "id", "category")
 
 
 def ultrafeedback_binarized(record: dict) -> dict:
@@ -456,11 +419,6 @@ def alpaca_eval(record: dict) -> dict:
     return pair | carry(record, "preference", "annotator", "dataset", "generator_1", "generator_2")
 
 
-def llmbar(record: dict) -> dict:
-    """input, output_1, output_2, label: the better one's number."""
-    return prefer(record, "input", "output_1", "output_2", _either(record, "label", 1, 2))
-
-
 # ------------------------------------------------------------------- prompts of benchmarks, never to train on
 
 def mt_bench(record: dict) -> dict:
@@ -479,17 +437,6 @@ def reference(record: dict) -> Parts:
         return {"text": turns[0], "turns": turns} | carry(record, id="question_id", model="model_id")
 
     return each(record, "choices", read)
-
-
-def judge_prompt(record: dict) -> dict:
-    """name, type, system_prompt, prompt_template, category, output_format."""
-    text = text_of(record, "prompt_template")
-    return {"text": text} | carry(record, "name", "type", "system_prompt", "category", "output_format")
-
-
-def ultra_eval(record: dict) -> dict:
-    """class, which is the category, and data, the prompt."""
-    return {"prompt": text_of(record, "data"), "category": text_of(record, "class").strip()}
 
 
 def multiple_choice(record: dict) -> dict:
@@ -513,24 +460,44 @@ def truthfulqa(record: dict) -> dict:
 TEXTS, ONE, OBJECTS = [str, str], (str,), [dict]  # at least two texts, exactly one text, objects
 SCORED = {"chosen": OBJECTS, "rejected": OBJECTS, "score_chosen": object, "score_rejected": object}
 
-# Form of the records that come out, reader, and one or more shapes that a record may have.
-NATIVE = {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
+# Formats that one expression reads: form of the records that come out, reader, the shape that a record has.
+SIMPLE = {
+    # Marks of references such as [12] stay in the contexts.
+    "dolly": ("messages", lambda r: answer(ask(r, "instruction", "context"), text_of(r, "response")) |
+              carry(r, "category"), {"instruction": str, "context": str, "response": str}),
+    "prediction": ("messages", lambda r: answer(ask(r, "instruction", "input"), text_of(r, "response").strip()) |
+                   carry(r, "target"), {"prompt": str, "instruction": str, "response": str, "target": str}),
+    "tldr_sample": ("messages", lambda r: answer(text_of(r, "context"), text_of(r, "sample").strip()) |
+                    carry(r, "ref_text", model="model_type"), {"context": str, "ref_text": str, "sample": str}),
+    "sharegpt": ("messages", lambda r: whole_rounds(conversation(r), "conversations", carry(r, "id", "category")),
+                 {"conversations": OBJECTS}),
+    "ultrachat": ("messages", lambda r: whole_rounds(alternate(list_of(r, "data")), "data", carry(r, "id")),
+                  {"data": TEXTS}),
+    "lima": ("messages", lambda r: whole_rounds(alternate(list_of(r, "conversations")), "conversations",
+                                                carry(r, "source")), {"conversations": TEXTS}),
+    "sharegpt_preference": ("preference", lambda r: {"prompt": conversation(r)} |
+                            {side: [said(r.get(side), side)] for side in ("chosen", "rejected")} |
+                            carry(r, "id", "category"), {"conversations": OBJECTS, "chosen": dict, "rejected": dict}),
+    "llmbar": ("preference", lambda r: prefer(r, "input", "output_1", "output_2", _either(r, "label", 1, 2)),
+               {"input": str, "output_1": str, "output_2": str, "label": int}),
+    "judge_prompt": ("text", lambda r: {"text": text_of(r, "prompt_template")} |
+                     carry(r, "name", "type", "system_prompt", "category", "output_format"),
+                     {"name": str, "prompt_template": str}),
+    "ultra_eval": ("prompt", lambda r: {"prompt": text_of(r, "data"), "category": text_of(r, "class").strip()},
+                   {"class": str, "data": str}),
+}
+# The others: form, reader, and one or more shapes.
+NATIVE = {name: Format(form, read, [shape]) for name, (form, read, shape) in SIMPLE.items()}
+NATIVE |= {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
     ("messages", alpaca, {"instruction": str, "output": str}, {"instruction": str, "output": str, "text": str}),
-    ("messages", dolly, {"instruction": str, "context": str, "response": str}),
     ("messages", self_instruct, {"instruction": str, "instances": OBJECTS}),
-    ("messages", prediction, {"prompt": str, "instruction": str, "response": str, "target": str}),
     ("messages", completion, {"prompt": str, "completion": str}),
     ("messages", gsm8k, {"question": str, "answer": str}),
-    ("messages", tldr_sample, {"context": str, "ref_text": str, "sample": str}),
-    ("messages", sharegpt, {"conversations": OBJECTS}),
-    ("messages", ultrachat, {"data": TEXTS}),
-    ("messages", lima, {"conversations": TEXTS}),
     ("prompt", lima_test, {"conversations": ONE}),
     ("messages", camel, {"role_1": str, "role_2": str, "message_1": dict}),
     ("messages", red_team, {"transcript": str, "model_type": str, "rating": object}),
     ("messages", kto, {"messages": OBJECTS, "label": bool}, {"prompt": str, "completion": str, "label": bool}),
     ("preference", hh, {"chosen": str, "rejected": str}),
-    ("preference", sharegpt_preference, {"conversations": OBJECTS, "chosen": dict, "rejected": dict}),
     ("preference", ultrafeedback, {"instruction": str, "completions": OBJECTS}),
     ("preference", ultrafeedback_binarized, SCORED, SCORED | {"prompt": str}, SCORED | {"messages": OBJECTS},
      SCORED | {"prompt": str, "messages": OBJECTS}),
@@ -540,10 +507,7 @@ NATIVE = {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
     ("preference", oasst, {"message_tree_id": str, "prompt": dict}),
     ("preference", pandalm, {"instruction": str, "response1": object, "response2": object, "annotator1": object}),
     ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str, "preference": object}),
-    ("preference", llmbar, {"input": str, "output_1": str, "output_2": str, "label": int}),
     ("prompt", mt_bench, {"question_id": object, "turns": [str]}),
     ("text", reference, {"question_id": object, "choices": OBJECTS}),
-    ("text", judge_prompt, {"name": str, "prompt_template": str}),
-    ("prompt", ultra_eval, {"class": str, "data": str}),
     ("prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),
     ("prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}))}

@@ -88,12 +88,10 @@ class Config:
         if not 1 <= len(self.models) <= 2:
             fail(f"models holds {len(self.models)}, expected one or two, e.g. models='[\"runs/tiny/0/sft/model\"]'")
         if len(self.top_p) != 2 or len(self.top_k) != 2:
-            fail("top_p and top_k hold a value for each of the two replies, "
-                 "expected e.g. top_p='[0.8, 1.0]' top_k='[0, 40]'")
+            fail("top_p and top_k hold a value for each of the two replies, e.g. top_p='[0.8, 1.0]' top_k='[0, 40]'")
         samplings = set(zip(self.top_p, self.top_k, strict=True))
         if len({entry.partition("=")[0] for entry in self.models}) == len(samplings) == 1:
-            fail("top_p and top_k are the same for both replies of one model, "
-                 "which could not be told apart: change one of them")
+            fail("top_p and top_k are the same for both replies of one model, not to be told apart: change one")
         for key, low, high in (("shared_every", 1, inf), ("temperature", 0.01, 10), ("max_tokens", ROOM, inf),
                                ("turns", 1, inf), ("tokens", 64, inf), ("port", 0, 65535), ("threads", 0, inf)):
             check_range(key, getattr(self, key), low, high)
@@ -104,8 +102,7 @@ class Config:
         if self.guidelines and not Path(self.guidelines).is_file():
             fail(f"guidelines={self.guidelines}: no such file, expected Markdown or text")
         if not self.token and self.host not in LOOPBACK:
-            fail(f"host is '{self.host}', which others can reach: "
-                 "set token= to what annotators have to know, or leave host out")
+            fail(f"host is '{self.host}', which others can reach: set token= to what annotators have to know")
 
 
 # ---------------------------------------------------------------------------------- what is given
@@ -115,11 +112,9 @@ def load_shared(path: str) -> dict[str, dict]:
     items: dict[str, dict] = {}
     for number, record in enumerate(read_all(path, "prompt"), 1):
         name, replies = str(record.get("id", number)), record.get("replies")
-        two = isinstance(replies, list) and len(replies) == 2
-        fault = ("'replies' are not two texts" if not two or not all(isinstance(r, str) and r.strip() for r in replies)
-                 else "its id occurs twice" if name in items
-                 else "its replies are the same" if replies[0] == replies[1] else "")
-        if fault:
+        texts = [r for r in replies if isinstance(r, str) and r.strip()] if isinstance(replies, list) else []
+        if texts != replies or len(texts) != 2 or texts[0] == texts[1] or name in items:
+            fault = "its id occurs twice" if name in items else "'replies' are not two texts, or they are the same"
             fail(f"{path} record {number}: {fault}: mend or drop it")
         items[name] = record
     return items
@@ -129,11 +124,10 @@ def load_shared(path: str) -> dict[str, dict]:
 
 def rating_of(item: dict, answer: dict) -> dict:
     """An answer as people's votes are read (judging/recorded.py, "likert"): a stood left."""
-    margin, left = answer["margin"], answer["choice"] == "left"
+    margin, choice = answer["margin"], answer["choice"]
+    verdict = {"choice": {"left": "a", "right": "b", None: None}[choice], "margin": margin}
     if answer["scale"] == "likert":
-        verdict = {"rating": None if margin is None else 5 - margin if left else 4 + margin}
-    else:
-        verdict = {"choice": None if margin is None else "a" if left else "b", "margin": margin}
+        verdict = {"rating": choice and {"left": 5 - margin, "right": 4 + margin}[choice]}
     a, b = (r["model"] + (f" top_p={r['top_p']:g} top_k={r['top_k']}" if "top_p" in r else "") for r in item["replies"])
     return {"id": item["id"], "prompt": item["dialogue"], "turn": item["turn"], "category": item["category"],
             "a": a, "b": b, **verdict, "flag": answer["flag"], "annotator": item["annotator"],
@@ -145,12 +139,11 @@ def preference_of(item: dict, answer: dict) -> dict | None:
     if answer["choice"] is None or not all(reply["finished"] for reply in item["replies"]):
         return None
     chosen, rejected = item["replies"] if answer["choice"] == "left" else reversed(item["replies"])
-    whose = {f"{side}_by": {k: v for k, v in reply.items() if k not in ("text", "finished")}
-             for side, reply in (("chosen", chosen), ("rejected", rejected))}
+    by = [{k: v for k, v in reply.items() if k not in ("text", "finished")} for reply in (chosen, rejected)]
     return {"id": item["id"], "dialogue": item["dialogue"], "turn": item["turn"], "category": item["category"],
             "annotator": item["annotator"], "prompt": item["messages"], "chosen": chosen["text"],
-            "rejected": rejected["text"], "margin": answer["margin"], "chosen_slot": answer["choice"], **whose,
-            "seconds": answer["seconds"], "at": answer["at"]}
+            "rejected": rejected["text"], "margin": answer["margin"], "chosen_slot": answer["choice"],
+            "chosen_by": by[0], "rejected_by": by[1], "seconds": answer["seconds"], "at": answer["at"]}
 
 
 def agreement(ratings: Iterable[dict]) -> dict | None:
@@ -170,10 +163,10 @@ def agreement(ratings: Iterable[dict]) -> dict | None:
     if not table.size:
         return None
     raw = raw_agreement(table, tie=0)
-    numbers = {"raw": raw["agreement"], "decided": raw["agreement_without_ties"], "alpha": krippendorff_alpha(table),
-               "kappa": cohen_kappa(table) if len(table) == 2 else np.nan}
-    return {"raters": len(table), "units": table.shape[1], "n": raw["n"], "n_decided": raw["n_without_ties"],
-            **{name: None if isnan(x) else x for name, x in numbers.items()}}
+    found = {"raters": len(table), "units": table.shape[1], "n": raw["n"], "n_decided": raw["n_without_ties"],
+             "raw": raw["agreement"], "decided": raw["agreement_without_ties"], "alpha": krippendorff_alpha(table),
+             "kappa": cohen_kappa(table) if len(table) == 2 else np.nan}
+    return {name: None if isnan(x) else x for name, x in found.items()}
 
 
 # -------------------------------------------------------------------------------------- the journal
@@ -482,15 +475,12 @@ def whole_reply(text: str, number: int) -> dict:
 
 async def read_body(call: Call, most: int = 200_000) -> dict:
     """The call's JSON, if it says it is JSON (what a web page may not send elsewhere unasked) and is not too large."""
-    data = b""
     if call.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(400, "The content type is not application/json")
-    async for part in call.stream():
-        data += part
-        if len(data) > most:
-            raise HTTPException(413, "That is too long: shorten it")
+    if int(call.headers.get("content-length", most + 1)) > most:
+        raise HTTPException(413, "That is too long: shorten it")
     try:
-        body = json.loads(data)
+        body = json.loads(await call.body())
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):

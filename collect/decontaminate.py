@@ -25,7 +25,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,8 +83,7 @@ def read_benchmark(where: str) -> list[Item]:
         items += [Item(where, str(name), normalise(text)) for text in found if isinstance(text, str)]
     if not items:
         why = f"no record has text under '{key}'" if key else report.rejects[0][1] if report.rejects else "is empty"
-        fail(f"{path}: {why}; expected a benchmark that data/formats.py reads, "
-             "or FILE:field, such as mmlu.jsonl:question")
+        fail(f"{path}: {why}; expected a benchmark that data/formats.py reads, or FILE:field, e.g. mmlu.jsonl:question")
     return items
 
 
@@ -165,25 +164,16 @@ def hits_of(record: dict, index: Index) -> dict[str, dict[int, Hit]]:
 
 # ----------------------------------------------------------------------------------------- report
 
-@dataclass
-class Tally:
-    """What a benchmark's hits add up to."""
-
-    items: list[Item]
-    rules: Counter = field(default_factory=Counter)    # records by their strongest rule
-    matched: Counter = field(default_factory=Counter)  # records by the words that gave them away
-    found: set[int] = field(default_factory=set)       # items that some record holds, or a part of
-
-
-def contamination_section(tallies: dict[str, Tally]) -> dict:
-    """A report's section with a row for each benchmark."""
+def contamination_section(benchmarks: dict[str, list[Item]], found: list[tuple[str, dict[int, Hit]]]) -> dict:
+    """A report's section with a row for each benchmark: `found` are the hits of a record, by item."""
     rows = []
-    for name, tally in tallies.items():
-        words, count = tally.matched.most_common(1)[0] if tally.matched else ((), 0)
-        short = sum(len(item.words) < SHORTEST for item in tally.items)
-        rows.append(["/".join(Path(name).parts[-2:]), len(tally.items), short, len(tally.found),
-                     *(tally.rules[rule] for rule in RULES), tally.rules.total(),
-                     f"{count} x {' '.join(words)[:60]}" if words else None])
+    for name, items in benchmarks.items():
+        hits = [of_record for where, of_record in found if where == name]
+        strongest = [max(of_record.values(), key=Hit.strength) for of_record in hits]
+        rules, matched = (Counter(hit[k] for hit in strongest) for k in (0, 1))
+        frequent = [f"{count} x {' '.join(words)[:60]}" for words, count in matched.most_common(1)]
+        rows.append(["/".join(Path(name).parts[-2:]), len(items), sum(len(item.words) < SHORTEST for item in items),
+                     len(set().union(*hits)), *(rules[rule] for rule in RULES), len(hits), *(frequent or [None])])
     return {"title": "Training records that hold an item, by the strongest rule", "rows": rows,
             "columns": ["benchmark", "items", f"of under {SHORTEST} words", "found", *RULES, "records",
                         "most frequent match"]}
@@ -199,8 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--removed", help="write what was found here: record, benchmark, item, rule, matched words")
     words = arguments(parser, argv)
     if words.out and not words.removed:
-        fail("--out without --removed would drop records in silence: "
-             "name a file for the list, e.g. --removed removed.jsonl")
+        fail("--out without --removed would drop records in silence: name a file for the list with --removed")
     results = [Path(path).resolve() for path in (words.out, words.removed) if path]
     sources = [Path(path).resolve() for path in (words.train, *words.against)]
     if len(set(results)) < len(results) or set(results) & set(sources):
@@ -210,36 +199,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = parse(argv)
-    tallies = {where: Tally(read_benchmark(where)) for where in words.against}
-    index = Index((item for tally in tallies.values() for item in tally.items), words.ngram)
+    benchmarks = {where: read_benchmark(where) for where in words.against}
+    index = Index(chain(*benchmarks.values()), words.ngram)
     records, report = formats.read(words.train)
-    clean, removed, held = [], [], 0  # the lines of the two files
+    clean, removed, found, held = [], [], [], 0
     for record in records:
         hits = hits_of(record, index)
-        for name, found in hits.items():
-            best, tally = max(found.values(), key=Hit.strength), tallies[name]
-            tally.rules[best.rule] += 1
-            tally.matched[best.matched] += 1
-            tally.found |= found.keys()
-            row = {"record": report.read, "id": record.get("id"), "benchmark": name,
-                   "item": index.items[best.item].id, "items": len(found), "rule": best.rule,
-                   "matched": " ".join(best.matched)}
-            removed.append(json.dumps(row) + "\n")
+        for name, of_record in hits.items():
+            best = max(of_record.values(), key=Hit.strength)
+            removed.append({"record": report.read, "id": record.get("id"), "benchmark": name,
+                            "item": index.items[best.item].id, "items": len(of_record), "rule": best.rule,
+                            "matched": " ".join(best.matched)})
+        found += hits.items()
         held += bool(hits)
-        if not hits:
-            clean.append(json.dumps(record) + "\n")
+        clean += [] if hits else [record]
     report.check_used()
     kept = len(clean)
     about = {words.train: f"{held + kept} records ({report.native}), {held} hold an item, {kept} do not"}
-    if report.rejects:
-        place, reason = report.rejects[0]
-        about["left out unread"] = (f"{len(report.rejects)} records or parts of one, "
-                                    f"the first at {report.unit} {place}: {reason}")
-    print(report_text({"title": "Decontamination", "about": about, "sections": [contamination_section(tallies)]}))
+    for place, reason in report.rejects[:1]:
+        count = len(report.rejects)
+        about["left out unread"] = f"{count} records or parts of one, the first at {report.unit} {place}: {reason}"
+    section = contamination_section(benchmarks, found)
+    print(report_text({"title": "Decontamination", "about": about, "sections": [section]}))
     why = f"why {held} were removed" if words.out else f"what {held} hold"
-    for path, lines, what in ((words.out, clean, f"{kept} records"), (words.removed, removed, why)):
+    for path, rows, what in ((words.out, clean, f"{kept} records"), (words.removed, removed, why)):
         if path:
-            write_text(Path(path), "".join(lines))
+            write_text(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
             print(f"wrote {path}: {what}")
 
 

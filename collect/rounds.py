@@ -29,8 +29,8 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from math import inf
 from pathlib import Path
 from typing import Literal
@@ -72,18 +72,15 @@ class Config:
                                ("threads", 0, 1024)):
             check_range(key, getattr(self, key), low, high)
         if self.annotators == "people" and self.shared >= self.prompts_per_round:
-            fail(f"shared={self.shared} leaves none of prompts_per_round={self.prompts_per_round} to begin with: "
-                 "lower it")
+            fail(f"shared={self.shared} leaves none of prompts_per_round={self.prompts_per_round}: lower it")
         if not (Path(self.model) / "config.json").is_file():
             fail(f"model={self.model}: holds no config.json, expected a model directory, which `make demo` makes")
         for key in ("prompts", "dpo", "reward", *(["dev"] if self.dev else [])):
             if not Path(getattr(self, key)).is_file():
                 fail(f"{key}={getattr(self, key)}: no such file, check the path")
-        with Path(self.prompts).open("rb") as file:
-            there = sum(1 for _ in file)
+        there = len(Path(self.prompts).read_bytes().splitlines())
         if there < self.rounds * self.prompts_per_round:
-            fail(f"{self.prompts}: holds {there} prompts, {self.rounds} rounds of {self.prompts_per_round} take more: "
-                 "lower prompts_per_round, or add prompts")
+            fail(f"{self.prompts}: holds {there} prompts, {self.rounds} rounds of {self.prompts_per_round} take more")
 
 
 def lines(path: Path) -> list[dict]:
@@ -99,26 +96,26 @@ def write_lines(path: Path, records: list[dict]) -> None:
 def take_prompts(number: int, config: Config) -> list[dict]:
     """The round's share of the pool. "prompt" is what the user says first: what the rating page asks for."""
     first, records, simulated = (number - 1) * config.prompts_per_round, [], config.annotators == "simulated"
-    with Path(config.prompts).open("rb") as file:
-        for place, line in enumerate(islice(file, first, first + config.prompts_per_round), first + 1):
-            try:
-                record = json.loads(line)
-                if simulated and not (record["category"] in TASKS and "item" in record["turns"][0]):
-                    raise KeyError("item")
-                prompt = record["turns"][0]["user"] if "turns" in record else record["prompt"]
-                prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-                records.append(record | {"prompt": prompt})
-            except (ValueError, KeyError, TypeError, IndexError):
-                expected = "a dialogue of the tiny world, or annotators=people" if simulated else "'prompt' or 'turns'"
-                fail(f"{config.prompts} line {place}: is no prompt, expected {expected}")
+    all_lines = Path(config.prompts).read_bytes().splitlines()
+    for place, line in enumerate(all_lines[first : first + config.prompts_per_round], first + 1):
+        try:
+            record = json.loads(line)
+            if simulated and not (record["category"] in TASKS and "item" in record["turns"][0]):
+                raise KeyError("item")
+            prompt = record["turns"][0]["user"] if "turns" in record else record["prompt"]
+            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            records.append(record | {"prompt": prompt})
+        except (ValueError, KeyError, TypeError, IndexError):
+            expected = "a dialogue of the tiny world, or annotators=people" if simulated else "'prompt' or 'turns'"
+            fail(f"{config.prompts} line {place}: is no prompt, expected {expected}")
     return records
 
 
 def two_replies(model, asked: dict[str, list[dict]], folder: Path, config: Config, progress: str) -> list[list[str]]:
     """Two replies to each of the dialogues, by id; "" is one that failed or was cut off."""
     requests = [Request(messages, side, name) for name, messages in asked.items() for side in (0, 1)]
-    replies = ask(model, requests, Sampling(config.max_tokens, config.temperature), folder / "replies.jsonl",
-                  progress=progress)
+    sampling = Sampling(config.max_tokens, config.temperature)
+    replies = ask(model, requests, sampling, folder / "replies.jsonl", progress=progress)
     texts = [reply.text.strip() if reply and reply.finished else "" for reply in replies]
     return [texts[i:i + 2] for i in range(0, len(texts), 2)]
 
@@ -153,8 +150,7 @@ def simulate(policy: str, dialogues: list[dict], folder: Path, number: int, conf
             chosen = verdicts["a1"][0] if verdicts.get("a1") else chance["a1"].randrange(2)
             became["identical" if not verdicts else "preferences" if verdicts["a1"] else "cannot tell"] += 1
             histories[d["id"]] = [*messages, {"role": "assistant", "content": texts[chosen]}]
-    counts = ", ".join(f"{count} {what}" for what, count in became.most_common())
-    print(f"round {number}: {sum(became.values())} turns: {counts}")
+    print(f"round {number}: {became.total()} turns: {', '.join(f'{n} {what}' for what, n in became.most_common())}")
     write_lines(folder / "votes.ratings.jsonl", ratings)
     write_lines(folder / "votes.jsonl", preferences)
 
@@ -166,8 +162,7 @@ def write_shared(policy: str, prompts: list[dict], folder: Path, config: Config)
     shared = [{"id": name, "prompt": record["prompt"], "replies": texts, "category": record.get("category", "none")}
               for name, record, texts in zip(asked, prompts, replies, strict=True)
               if all(texts) and texts[0] != texts[1]]
-    print(f"{len(shared)} pairs for everybody; the other {len(prompts) - len(shared)} shared prompts had no two "
-          "different whole replies")
+    print(f"{len(shared)} pairs for everybody; the other {len(prompts) - len(shared)} had not two different replies")
     write_lines(folder / "shared.jsonl", shared)
 
 
@@ -198,10 +193,9 @@ def collected(policy: str, folder: Path, number: int, config: Config) -> bool:
 def execute(command: list[str]) -> int:
     """A command's exit code. Ctrl-C reaches it too, and it saves before it ends."""
     process = subprocess.Popen(command)
-    try:
+    with suppress(KeyboardInterrupt):
         return process.wait()
-    except KeyboardInterrupt:
-        return process.wait()
+    return process.wait()
 
 
 def run(result: Path, script: str, config: Config, *options: str) -> None:
@@ -266,16 +260,14 @@ def learn(policy: str, folder: Path, number: int, config: Config) -> dict:
 
 def table(rows: list[dict]) -> dict:
     """The rounds as a section of a report (judging/report.py)."""
-    def percent(x: float | None) -> float | None:
-        return None if x is None else 100 * x
-
     cells = []
     for row in rows:
         score, half, agreed = row.get("gold"), row.get("gold_interval"), row.get("agreement") or {}
         score = None if score is None else {"value": score, "low": score - half, "high": score + half}
-        cells.append([row["round"], score, row.get("words"), row.get("preferences"), percent(agreed.get("raw")),
-                      agreed.get("n"), agreed.get("kappa"), percent(agreed.get("decided")),
-                      percent(row.get("reward_accuracy")), row.get("reward_pairs")])
+        shares = (agreed.get("raw"), agreed.get("decided"), row.get("reward_accuracy"))
+        raw, decided, accuracy = (None if share is None else 100 * share for share in shares)
+        cells.append([row["round"], score, row.get("words"), row.get("preferences"), raw, agreed.get("n"),
+                      agreed.get("kappa"), decided, accuracy, row.get("reward_pairs")])
     return {"title": "Rounds", "rows": cells,
             "columns": ["round", "gold score", "words", "preferences", "agree, %", "of", "kappa",
                         "agree if both chose, %", "reward model right, %", "of"],

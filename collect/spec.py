@@ -18,11 +18,10 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from collect.raters import collect_labels, label_rows, rater_sections, task_of
 from data.formats import read
@@ -54,10 +53,8 @@ def length_table(lengths: Iterable[float]) -> dict[str, float]:
     """
     x = np.array(list(lengths), dtype=float)
     x = x[~np.isnan(x)]
-    if not len(x):
-        return dict.fromkeys(COLUMNS, math.nan) | {"count": 0, "zero": 0}
     std = x.std(ddof=1) if len(x) > 1 else math.nan
-    values = [x.mean(), std, *np.quantile(x, [0, .25, .5, .75, 1])]
+    values = [x.mean(), std, *np.quantile(x, [0, .25, .5, .75, 1])] if len(x) else [math.nan] * len(COLUMNS[1:])
     return {"count": len(x), **dict(zip(COLUMNS[1:], map(float, values), strict=True)), "zero": int((x == 0).sum())}
 
 
@@ -78,15 +75,12 @@ FIELDS = ("prompt", "answer", "dialogue")
 
 def field_messages(record: Mapping, field: str) -> list[dict] | None:
     """The prompt (all before the last reply), the answer (chosen or best ranked), or both; None where there is none."""
-    if "chosen" in record:
-        prompt, answer = record["prompt"], record["chosen"]
-    elif "ranks" in record:
-        prompt, answer = record["prompt"], record["answers"][record["ranks"].index(min(record["ranks"]))]
-    elif "messages" in record:
+    prompt, answer = record.get("prompt"), record.get("chosen")
+    if answer is None and "ranks" in record:
+        answer = record["answers"][record["ranks"].index(min(record["ranks"]))]
+    elif answer is None and "messages" in record:
         prompt, answer = record["messages"][:-1], record["messages"][-1]["content"]
-    elif "prompt" in record:
-        prompt, answer = record["prompt"], None
-    else:
+    elif prompt is None:
         return [{"role": "user", "content": record["text"]}] if field == "dialogue" else None
     reply = [] if answer is None else [{"role": "assistant", "content": answer}]
     return {"prompt": prompt, "answer": reply or None, "dialogue": prompt + reply}[field]
@@ -118,18 +112,8 @@ def measure(records: Iterable[Mapping], field: str, unit: str) -> np.ndarray:
 # ------------------------------------------------------------------------------------- comparisons
 
 def chi_square_tail(x: float, dof: int) -> float:
-    """P(chi-square > x) for whole degrees of freedom, by DLMF 8.8.6.
-
-        Q(a + 1, y) = Q(a, y) + y^a e^-y / Gamma(a + 1),   y = x / 2
-    """
-    if x <= 0 or dof < 1 or x == math.inf:
-        return 0.0 if x == math.inf else 1.0
-    y = x / 2
-    a, tail = (0.5, math.erfc(math.sqrt(y))) if dof % 2 else (1, math.exp(-y))
-    while a < dof / 2:
-        tail += math.exp(a * math.log(y) - y - math.lgamma(a + 1))
-        a += 1
-    return min(1.0, tail)
+    """P(chi-square > x) for `dof` degrees of freedom: the regularised incomplete gamma function Q(dof / 2, x / 2)."""
+    return float(torch.special.gammaincc(torch.tensor(dof / 2).double(), torch.tensor(x / 2).double())) if dof else 1.0
 
 
 def compare_tasks(counts: Mapping[str, float], target: Mapping[str, float], target_is_sample: bool = False) -> dict:
@@ -290,70 +274,49 @@ def comparison_section(tasks: Mapping[str, Mapping], lengths: Mapping[str, Mappi
 def draw(lengths: Mapping[str, np.ndarray], target: Mapping[str, float] | None,
          shares: Mapping[str, Mapping[str, float]], unit: str, file: Path) -> None:
     """Histograms of prompt lengths, a target's quartiles as lines; bars of task shares in every set and target."""
-    import matplotlib  # here: it takes a second to import, and only this needs it
+    from matplotlib.figure import Figure  # here: it takes a second to import, and only this needs it
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = 1 + bool(shares)
-    figure, axes = pyplot.subplots(1, panels, figsize=(1 + 6 * panels, 4.8), layout="constrained", squeeze=False)
-    left, right = axes[0, 0], axes[0, -1]
-    colors = ("#4c72b0", "#dd8452", "#55a868")
+    figure = Figure((13 if shares else 7, 4.8), layout="constrained")
+    left, *right = figure.subplots(1, 1 + bool(shares), squeeze=False)[0]
     longest = max([2, *(x.max() for x in lengths.values()), *([target["max"]] if target else [])])
     edges = np.unique(np.round(np.geomspace(1, longest + 1, 36)))  # whole numbers: a bin between two would stay empty
-    for color, (name, x) in zip(colors, lengths.items(), strict=False):
+    for name, x in lengths.items():
         share = 100 * np.histogram(x, edges)[0] / len(x) / np.diff(np.log2(edges))
         zero = f", {int((x == 0).sum())} of length 0 not shown" if (x == 0).any() else ""
-        left.stairs(share, edges, fill=True, color=color, alpha=0.6, label=f"{name}, {len(x)} prompts{zero}")
-    for q in ("25%", "50%", "75%") if target else ():
-        label = "quartiles of the target, tokens" if q == "25%" else None
-        left.axvline(target[q], color="black", linestyle="--", linewidth=1, label=label)
+        left.stairs(share, edges, fill=True, alpha=0.6, label=f"{name}, {len(x)} prompts{zero}")
+    if target:
+        left.vlines([target[q] for q in ("25%", "50%", "75%")], 0, 1, "black", "dashed", linewidth=1,
+                    transform=left.get_xaxis_transform(), label="quartiles of the target, tokens")
     left.set(xscale="log", xlabel=f"prompt length, {unit}", ylabel="prompts, % per doubling of length")
     left.xaxis.set_major_formatter("{x:g}")
     tasks = list(dict.fromkeys(t for x in shares.values() for t in x))
-    for i, (color, (name, x)) in enumerate(zip(colors, shares.items(), strict=False)):
-        height, percent = 0.8 / len(shares), [100 * x.get(t, 0) / sum(x.values()) for t in tasks]
-        right.barh(np.arange(len(tasks)) + i * height, percent, height, color=color, label=name)
-    if shares:
-        middle = np.arange(len(tasks)) + 0.4 - 0.4 / len(shares)
-        right.set(yticks=middle, yticklabels=[t.replace("_", " ") for t in tasks], xlabel="share, %")
-        right.invert_yaxis()
-    for panel in axes[0]:
+    for panel in right:
+        height = 0.8 / len(shares)
+        for i, (name, x) in enumerate(shares.items()):
+            percent = [100 * x.get(t, 0) / sum(x.values()) for t in tasks]
+            panel.barh(np.arange(len(tasks)) + i * height, percent, height, label=name)
+        panel.set_yticks(np.arange(len(tasks)) + 0.4 - height / 2, [t.replace("_", " ") for t in tasks])
+        panel.set_xlabel("share, %")
+        panel.invert_yaxis()
+    for panel in (left, *right):
         panel.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     with writing(file):
         figure.savefig(file, dpi=130)
-    pyplot.close(figure)
 
 
 # ------------------------------------------------------------------------------------ the command line
 
-@dataclass
 class Dataset:
     """A file's records, measured."""
 
-    name: str
-    records: list[dict]
-    lengths: dict[str, np.ndarray]  # by field, NaN where a record lacks it
-
-    @cached_property
-    def prompts(self) -> np.ndarray:
-        return self.lengths["prompt"][~np.isnan(self.lengths["prompt"])]
-
-    @cached_property
-    def tasks(self) -> list[str]:
-        return [task_of(record) for record in self.records]
-
-    @cached_property
-    def table(self) -> dict[str, dict[str, float]]:
-        return task_table(self.tasks, self.lengths["prompt"])
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        return {task: x["count"] for task, x in self.table.items()}
-
-    @property
-    def has_tasks(self) -> bool:
-        return set(self.tasks) != {"none"}
+    def __init__(self, name: str, records: list[dict], unit: str):
+        self.name, self.records = name, records
+        self.lengths = {field: measure(records, field, unit) for field in FIELDS}  # NaN where a record lacks the field
+        self.prompts = self.lengths["prompt"][~np.isnan(self.lengths["prompt"])]
+        self.tasks = [task_of(record) for record in records]
+        self.table = task_table(self.tasks, self.lengths["prompt"])
+        self.counts = {task: x["count"] for task, x in self.table.items()}
+        self.has_tasks = set(self.tasks) != {"none"}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -395,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = list(records)
         report.check_used()
         about[file] = f"{len(records)} records ({report.native}), {len(report.rejects)} rejected"
-        sets.append(Dataset(name, records, {field: measure(records, field, words.unit) for field in FIELDS}))
+        sets.append(Dataset(name, records, words.unit))
     mine, *other = sets
     others = ({words.target: target} if target else {}) | {x.name: x.counts for x in other}
     named = {name: x for name, x in others.items() if mine.has_tasks and set(x) != {"none"}}

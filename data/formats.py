@@ -25,10 +25,8 @@ from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
 
-import numpy as np
-
 from data.native import NATIVE
-from data.records import FORMS, Reject, short
+from data.records import FORMS, Reject, broken, expected, short
 from data.tokenizer import load_tokenizer
 from runtime import arguments, fail, write_text
 
@@ -126,9 +124,9 @@ def _parts(value, report: Report) -> Iterable[dict | Reject]:
 
 def _checked(part: dict | Reject, form: str) -> dict:
     if isinstance(part, Reject):
-        raise Reject(part.kind, str(part))
+        raise part
     if not isinstance(part.get("category", ""), str):
-        raise Reject("bad category", f"'category' is {short(part['category'])}, expected text: mend or drop the record")
+        raise expected("text", "category", part["category"], "bad category")
     return FORMS[form].read(part)
 
 
@@ -172,34 +170,29 @@ def stream_values(stream, suffix: str, report: Report) -> Iterator[tuple[int, ob
     if stream.peek(3)[:3] == b"\xef\xbb\xbf":
         stream.read(3)
     if suffix == ".csv":
-        yield from _csv_values(stream)
+        yield from _csv_values(stream.read().decode("utf-8", "surrogateescape"))
     elif suffix == ".txt":
-        yield from ((number, _text_line(line)) for number, line in enumerate(stream, 1))
+        lines = (line.decode("utf-8", "surrogateescape").rstrip("\r\n") for line in stream)
+        yield from ((number, _unless_broken({"text": line}, line)) for number, line in enumerate(lines, 1))
     else:
         yield from _json_values(stream, suffix, report)
 
 
-def _text_line(line: bytes) -> dict | Reject:
-    text = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
-    return {"text": text} if _whole(text) else NOT_UTF8
-
-
-def _csv_values(stream) -> Iterator[tuple[int, object]]:
-    rows = csv.DictReader(io.StringIO(stream.read().decode("utf-8", "surrogateescape"), newline=""))
+def _csv_values(text: str) -> Iterator[tuple[int, object]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     while True:
-        line = max(rows.line_num, 1) + 1  # the header is read together with the first row
+        line, fault = rows.line_num + 1, ""
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            if (row := next(rows, None)) is None:
+                return
+            if None in row or None in row.values():
+                fault = f"has another number of fields than the header's {len(rows.fieldnames)}"
         except csv.Error as error:
-            yield line, Reject("not CSV", f"is not CSV ({error}): mend or drop it")
-            continue
-        if None in row or None in row.values():
-            fields = len(rows.fieldnames)
-            yield line, Reject("not CSV", f"has another number of fields than the header's {fields}: mend or drop it")
+            fault = f"is not CSV ({error})"
+        if fault:
+            yield line, broken("not CSV", fault)
         else:
-            yield line, row if _whole("".join(row.values())) else NOT_UTF8
+            yield line, _unless_broken(row, "".join(row.values()))
 
 
 def _json_values(stream, suffix: str, report: Report) -> Iterator[tuple[int, object]]:
@@ -232,7 +225,7 @@ def _array(text: str) -> Iterator[tuple[int, object]]:
     while text[at:at + 1] != "]" or index:  # [] holds nothing
         try:
             value, end = DECODER.raw_decode(text, at)
-            yield index, value if _whole(text[at:end]) else NOT_UTF8
+            yield index, _unless_broken(value, text[at:end])
             index, end = index + 1, BLANK.match(text, end).end()
             if text[end:end + 1] == "]":
                 return
@@ -264,9 +257,9 @@ def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= 300 else float("inf")  # Python refuses to read thousands of digits
 
 
-def _whole(text: str) -> bool:
-    """Whether text decoded with surrogateescape was UTF-8."""
-    return text.isascii() or not re.search("[\udc80-\udcff]", text)
+def _unless_broken(value, text: str):
+    """The value, if the text it is from, decoded with surrogateescape, was UTF-8."""
+    return value if text.isascii() or not re.search("[\udc80-\udcff]", text) else NOT_UTF8
 
 
 def _object(value, report: Report) -> dict:
@@ -274,11 +267,11 @@ def _object(value, report: Report) -> dict:
     if isinstance(value, str) and report.native in ("", "prompt"):
         value = {"prompt": value}
     if not isinstance(value, dict):
-        raise Reject("not an object", f"is a JSON {type(value).__name__}, expected an object: mend or drop it")
+        raise broken("not an object", f"is a JSON {type(value).__name__}, expected an object")
     level, depth = [value], 0
     while level:
         if depth == DEEPEST:
-            raise Reject("nested too deeply", f"is nested more than {DEEPEST} levels deep: mend or drop it")
+            raise broken("nested too deeply", f"is nested more than {DEEPEST} levels deep")
         if any(isinstance(v, float) and not abs(v) < float("inf") for v in level):
             raise Reject("not a number", "holds NaN, Infinity or a number too large, which JSON has not: "
                                          "write null or drop it")
@@ -298,18 +291,7 @@ def view(record: dict, form: str, tokenizer) -> str:
     """A record token by token as the model will see it; of long runs without or with loss, the two ends."""
     from data import pack  # here, because pack reads its files with this module
 
-    if form == "preference":
-        (tree,) = pack.trees_from_preferences([record], tokenizer)
-    elif form == "ranking":
-        tree = pack.tree_from_ranking(record, tokenizer)
-    elif form == "messages":
-        tree = pack.tree_from_messages(record["messages"], tokenizer)
-    elif form == "prompt":
-        ids = tokenizer.render(record["prompt"], add_generation_prompt=True)[0]
-        tree = pack.Tree(np.array(ids, np.int32), [], [pack.Response(0, len(ids), len(ids))])
-    else:
-        bos = [tokenizer.bos_id] * tokenizer.adds_bos
-        tree = pack.tree_from_text([*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id])
+    (tree,) = pack.trees_of([record], form, tokenizer)
     lines = []
     for _, run in groupby(pack.show(tree, tokenizer).split("\n"), key=lambda line: line.split()[2:3]):
         run = list(run)

@@ -1,9 +1,9 @@
-"""Readers of the formats data sets are published in: one small function each, whose docstring shows a record.
+"""Readers of the formats data sets are published in: one small function each, which names a record's fields.
 
 A function takes a record as published and returns it in one of the forms of data/records.py, or yields several, and
 for a part that it leaves out the Reject that says so; data/formats.py checks what comes back as it checks a record of
 that form. An input follows its instruction after a blank line; scores, names and categories travel along. How labels
-make pairs is said in each docstring.
+make pairs is said in each docstring. tests/native.json holds a record of each.
 
 Sources: the cards and repositories of the data sets; for UltraFeedback's tens, OpenBMB/UltraFeedback issue 8.
 """
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
-from data.records import ANY, Format, Reject, check_list, check_number, check_object, check_text, expected, short
+from data.records import Format, Reject, broken, check_list, check_number, check_object, check_text, expected, short
 
 Parts = Iterator[dict | Reject]
 
@@ -47,10 +47,6 @@ def ask(record: dict, instruction: str, more: str) -> str:
     return text_of(record, instruction) if none else f"{text_of(record, instruction)}\n\n{check_text(extra, more)}"
 
 
-def answer(prompt: str, reply: str) -> dict:
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]}
-
-
 def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:
     """A pair out of the record's texts under three keys."""
     texts = [text_of(record, key) for key in (prompt, first, second)]
@@ -60,6 +56,10 @@ def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool)
 def alternate(texts: list) -> list[dict]:
     """Turns given as texts alone, the user's first."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def answer(prompt: str, reply: str) -> dict:
+    return {"messages": alternate([prompt, reply])}
 
 
 def whole_rounds(turns: list[dict], key: str, more: dict) -> Parts:
@@ -87,36 +87,20 @@ def each(record: dict, key: str, read: Callable[[dict], dict]) -> Parts:
 # ----------------------------------------------------------------------- an instruction and its answer
 
 def alpaca(record: dict) -> dict:
-    """{"instruction": "Name a prime above the number.", "input": "20", "output": "23"}
-
-    Some copies add "system" and "history", [[question, reply], ...].
-    """
-    turns = []
+    """instruction, input, output; some copies add system and history, [[question, reply], ...]."""
+    turns = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     for pair in list_of(record, "history") if record.get("history") else []:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Reject("not a list", f"'history' holds {short(pair)}, expected [question, reply]: "
-                                       "mend or drop the record")
+            raise broken("not a list", f"'history' holds {short(pair)}, expected [question, reply]")
         turns += alternate(pair)
-    if record.get("system"):
-        turns.insert(0, {"role": "system", "content": record["system"]})
-    last = answer(ask(record, "instruction", "input"), text_of(record, "output"))
-    return {"messages": turns + last["messages"]} | carry(record, "id", "category")
-
-
-def dolly(record: dict) -> dict:
-    """{"instruction": "Who built the mill?", "context": "Ann Rudd built it in 1790.", "response": "Ann Rudd.",
-        "category": "closed_qa"}
-
-    Marks of references such as [12] stay in the contexts.
-    """
-    return answer(ask(record, "instruction", "context"), text_of(record, "response")) | carry(record, "category")
+    turns += alternate([ask(record, "instruction", "input"), text_of(record, "output")])
+    return {"messages": turns} | carry(record, "id", "category")
 
 
 def self_instruct(record: dict) -> Parts:
-    """{"id": "seed_task_900", "name": "plural_form", "instruction": "Give the plural of the noun.",
-        "instances": [{"input": "goose", "output": "geese"}], "is_classification": false}
+    """instruction, instances [{input, output}], id, name, is_classification: a dialogue for every instance.
 
-    A dialogue for every instance. The user-oriented set (motivation_app in place of name) is for evaluation only.
+    The user-oriented set (motivation_app in place of name) is for evaluation only.
     """
     more = carry(record, "id", "name", "motivation_app", "is_classification")
 
@@ -127,35 +111,21 @@ def self_instruct(record: dict) -> Parts:
     return each(record, "instances", read)
 
 
-def prediction(record: dict) -> dict:
-    """{"prompt": "Add.\\n\\nInput: 1 2\\nOutput:", "instruction": "Add.", "input": "1 2", "response": " 3",
-        "target": "3"}"""
-    return answer(ask(record, "instruction", "input"), text_of(record, "response").strip()) | carry(record, "target")
-
-
 def completion(record: dict) -> dict:
-    """{"prompt": "Task: add 1 and 2.\\n\\nOutput:", "completion": " 3"}"""
+    """prompt, completion, and anything else."""
     more = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
     return answer(text_of(record, "prompt"), text_of(record, "completion").strip()) | more
 
 
 def gsm8k(record: dict) -> dict:
-    """{"question": "Two boxes of 600 eggs: how many?", "answer": "2 * 600 = <<2*600=1200>>1200 eggs.\\n#### 1,200"}
-
-    The calculator's marks are cut out of the answer; "final" is its last line as a number without commas.
+    """question, answer. The calculator's marks <<2*600=1200>> are cut out of the answer, which ends with #### 1,200:
+    "final" is that number without commas.
     """
     end = re.search(r"\n#### *(-?[\d,.]*\d)\s*$", text_of(record, "answer"))
     if not end:
-        raise Reject("no final answer", "'answer' does not end with '#### number': mend or drop the record")
+        raise broken("no final answer", "'answer' does not end with '#### number'")
     worked = re.sub(r"<<[^<>\n]*>>", "", record["answer"])
     return answer(text_of(record, "question"), worked) | {"final": end[1].replace(",", "")}
-
-
-def tldr_sample(record: dict) -> dict:
-    """{"": "0", "model_type": "sft-xl", "context": "A long post.\\n\\nTL;DR:", "ref_text": "Post.",
-        "sample": " A post."}"""
-    more = carry(record, "ref_text", model="model_type")
-    return answer(text_of(record, "context"), text_of(record, "sample").strip()) | more
 
 
 # ----------------------------------------------------------------------------------------- dialogues
@@ -164,34 +134,19 @@ SPEAKERS = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys
     ["gpt", "chatgpt", "bing", "bard", "assistant"], "assistant")
 
 
-def _said(turn: dict) -> dict:
+def said(turn, key: str) -> dict:
     """A ShareGPT turn as a message; another speaker (observation, function_call) keeps its name, which is refused."""
-    speaker = turn.get("from")
+    speaker = check_object(turn, key).get("from")
     role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
     return {"role": role, "content": turn.get("value")}
 
 
-def _conversation(record: dict) -> list[dict]:
-    return [_said(check_object(turn, "conversations")) for turn in list_of(record, "conversations")]
-
-
-def sharegpt(record: dict) -> Parts:
-    """{"id": "c1", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}"""
-    return whole_rounds(_conversation(record), "conversations", carry(record, "id", "category"))
-
-
-def ultrachat(record: dict) -> Parts:
-    """{"id": "77", "data": ["Why is the sky blue?", "Because air scatters blue light more."]}"""
-    return whole_rounds(alternate(list_of(record, "data")), "data", carry(record, "id"))
-
-
-def lima(record: dict) -> Parts:
-    """{"conversations": ["How do I prune a rose?", "In late winter, ..."], "source": "wikihow"}"""
-    return whole_rounds(alternate(list_of(record, "conversations")), "conversations", carry(record, "source"))
+def conversation(record: dict) -> list[dict]:
+    return [said(turn, "conversations") for turn in list_of(record, "conversations")]
 
 
 def lima_test(record: dict) -> dict:
-    """{"conversations": ["How do I prune a rose?"], "source": "wikihow"}"""
+    """conversations, which is one prompt, and source."""
     turns = list_of(record, "conversations")
     if len(turns) > 1:
         raise Reject("has a reply", f"'conversations' holds {len(turns)} texts, expected one prompt: drop the record")
@@ -202,24 +157,19 @@ DONE = "<CAMEL_TASK_DONE>"
 
 
 def camel(record: dict) -> Parts:
-    """{"role_1": "Baker_RoleType.ASSISTANT", "role_2": "Cafe owner_RoleType.USER", "id": "001_001_001",
-        "original_task": "Plan a menu", "specified_task": "Plan a rye menu for May", "num_messages": 2,
-        "message_1": {"role_type": "USER", "content": "Instruction: List breads.\\nInput: None"},
-        "message_2": {"role_type": "ASSISTANT", "content": "Solution: rye, seeded. Next request."}}
+    """role_1, role_2, original_task, specified_task, num_messages, message_1 {role_type, content}, message_2 and so on.
 
     Odd messages are the user's. A last one of <CAMEL_TASK_DONE> alone is the format's end mark, no turn.
     """
     count = sum(re.fullmatch(r"message_\d+", key) is not None for key in record)
-    said = [check_object(record.get(f"message_{n}"), f"message_{n}") for n in range(1, count + 1)]
+    sent = [check_object(record.get(f"message_{n}"), f"message_{n}") for n in range(1, count + 1)]
     if record.get("num_messages", count) != count:
-        raise Reject("turns missing", f"'num_messages' is {short(record['num_messages'])} but it holds {count}: "
-                                      "mend or drop the record")
-    for n, message in enumerate(said, 1):
+        raise broken("turns missing", f"'num_messages' is {short(record['num_messages'])} but it holds {count}")
+    for n, message in enumerate(sent, 1):
         due = ("ASSISTANT", "USER")[n % 2]
         if (kind := message.get("role_type", due)) != due:
-            raise Reject("roles", f"'message_{n}' is of {short(kind)}, odd messages are the user's: "
-                                  "mend or drop the record")
-    turns = alternate(check_list([message.get("content") for message in said], "message_1"))
+            raise broken("roles", f"'message_{n}' is of {short(kind)}, odd messages are the user's")
+    turns = alternate(check_list([message.get("content") for message in sent], "message_1"))
     if len(turns) % 2 and isinstance(turns[-1]["content"], str) and turns[-1]["content"].strip() == DONE:
         turns.pop()
     if not turns:
@@ -232,18 +182,14 @@ def transcript(value, key: str) -> list[dict]:
     """Turns of an HH transcript: a speaker is named after a blank line; anywhere else "Human:" is part of the text."""
     pieces = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", check_text(value, key))
     if pieces[0].strip() or len(pieces) == 1:
-        raise Reject("not a transcript", f"'{key}' begins with {short(value)}, "
-                                         "expected a blank line and 'Human:': mend or drop the record")
+        raise broken("not a transcript", f"'{key}' begins with {short(value)}, expected a blank line and 'Human:'")
     turns = zip(pieces[1::2], pieces[2::2], strict=True)
     return [{"role": "user" if name == "Human" else "assistant", "content": text.strip()} for name, text in turns]
 
 
 def red_team(record: dict) -> Parts:
-    """{"transcript": "\\n\\nHuman: Say a rude word.\\n\\nAssistant: I had rather not.", "num_params": "13B",
-        "min_harmlessness_score_transcript": -1.2, "model_type": "rlhf", "rating": 1.0, "tags": null,
-        "task_description": "asked for rude words", "red_team_member_id": 5}
-
-    rating: how far the attack succeeded by its author's opinion, 0 to 4.
+    """transcript, model_type, num_params, min_harmlessness_score_transcript, tags, task_description, red_team_member_id
+    and the rating: how far the attack succeeded by its author's opinion, 0 to 4.
     """
     more = carry(record, "rating", "model_type", "num_params", "task_description", "tags",
                  "min_harmlessness_score_transcript", annotator="red_team_member_id")
@@ -251,9 +197,9 @@ def red_team(record: dict) -> Parts:
 
 
 def kto(record: dict) -> dict:
-    """{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go away."}], "label": false}
+    """messages, or prompt and completion; and label, true or false.
 
-    Or "prompt", "completion", "label". A dialogue keeps its label; scripts refuse to train on what is labelled false.
+    A dialogue keeps its label; scripts refuse to train on what is labelled false.
     """
     if not isinstance(record.get("label"), bool):
         raise expected("true or false", "label", record.get("label"), "bad label")
@@ -263,11 +209,7 @@ def kto(record: dict) -> dict:
 # --------------------------------------------------------------------------------------- preferences
 
 def hh(record: dict) -> dict:
-    """{"chosen": "\\n\\nHuman: Is salt soluble?\\n\\nAssistant: Yes, in water.",
-        "rejected": "\\n\\nHuman: Is salt soluble?\\n\\nAssistant: No."}
-
-    Both sides are split into turns first and compared then: all but the last must be equal.
-    """
+    """chosen and rejected, each a transcript. Both are split into turns first: all but the last must be equal."""
     chosen, rejected = (transcript(record.get(side), side) for side in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise Reject("prompts differ", "'chosen' and 'rejected' differ before their last turn, "
@@ -275,23 +217,14 @@ def hh(record: dict) -> dict:
     return {"chosen": chosen, "rejected": rejected}
 
 
-def sharegpt_preference(record: dict) -> dict:
-    """{"conversations": [{"from": "human", "value": "Hi"}],
-        "chosen": {"from": "gpt", "value": "Hello!"}, "rejected": {"from": "gpt", "value": "Go."}}"""
-    sides = {side: [_said(check_object(record.get(side), side))] for side in ("chosen", "rejected")}
-    return {"prompt": _conversation(record)} | sides | carry(record, "id", "category")
-
-
 def ultrafeedback_binarized(record: dict) -> dict:
-    """{"prompt": "Hi", "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
-        "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go."}],
-        "score_chosen": 8.0, "score_rejected": 6.5}
+    """UltraFeedback after someone made pairs of it: prompt, chosen and rejected [{role, content}], their scores.
 
-    UltraFeedback after someone made pairs of it. margin = the difference of the scores; ties stay in, with margin 0.
+    margin = the difference of score_chosen and score_rejected; ties stay in, with margin 0.
     """
     scores = {side: check_number(record.get(side), side, 0, 10) for side in ("score_chosen", "score_rejected")}
     if scores["score_chosen"] < scores["score_rejected"]:
-        raise Reject("scores contradict", "'score_chosen' is below 'score_rejected': mend or drop the pair")
+        raise broken("scores contradict", "'score_chosen' is below 'score_rejected'")
     pair = carry(record, "prompt", "chosen", "rejected", "source", id="prompt_id")
     return pair | {"margin": scores["score_chosen"] - scores["score_rejected"]} | scores
 
@@ -303,33 +236,23 @@ def overall_score(completion: dict) -> float:
     score = completion.get("overall_score")
     if isinstance(score, str) and re.fullmatch(r"\d{1,2}(\.\d+)?", score):
         score = float(score)
-    score = check_number(score, "overall_score", 0, 10)
-    if score < 10:
-        return score
+    if check_number(score, "overall_score", 0, 10) < 10:
+        return float(score)
     aspects = completion["annotations"].values() if isinstance(completion.get("annotations"), dict) else ()
     marks = [str(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, dict)]
     ratings = [int(mark) for mark in marks if re.fullmatch("[1-5]", mark)]  # "N/A" occurs
     mean = sum(ratings) / len(ratings) if ratings else float("nan")
-    if mean <= 2:
-        return 1.0
-    if mean > 4:
-        return score
-    raise Reject("score in doubt", f"'overall_score' is 10 with aspects rated {mean:.2f}: "
-                                   "it may be a 1 that became 10, left out")
+    if mean <= 2 or mean > 4:
+        return 1.0 if mean <= 2 else float(score)
+    raise Reject("score in doubt", f"'overall_score' is 10 with aspects rated {mean:.2f}: it may be a 1 that became 10")
 
 
 def ultrafeedback(record: dict) -> Parts:
-    """{"source": "sharegpt", "instruction": "Say hi.", "models": ["m1", "m2"], "completions": [
-        {"model": "m1", "principle": "helpfulness", "custom_system_prompt": "Be helpful.", "response": "Hi!",
-         "annotations": {"honesty": {"Rating": "5", "Rationale": "fine"}}, "critique": "Good.", "overall_score": 8.0},
-        {"model": "m2", "principle": "honesty", "custom_system_prompt": "Be honest.", "response": "No.",
-         "annotations": {"honesty": {"Rating": "N/A", "Rationale": "?"}}, "critique": "Rude.", "overall_score": "3"}],
-        "correct_answers": ["None"], "incorrect_answers": ["None"]}
+    """instruction, source, completions (four) [{response, overall_score, annotations {aspect: {Rating}}, model, ...}].
 
-    Four completions in real records. The rule: chosen is the completion with the highest overall score, the first of
-    equals; rejected a random one of those that score lower, with the prompt as seed, so that a record gives the same
-    pair wherever it stands. (Zephyr, Tunstall et al. 2023, arXiv:2310.16944, draws among all others, ties too.)
-    margin = the scores' difference.
+    The rule: chosen is the completion with the highest overall score, the first of equals; rejected a random one of
+    those that score lower, with the prompt as seed, so that a record gives the same pair wherever it stands. (Zephyr,
+    Tunstall et al. 2023, arXiv:2310.16944, draws among all others, ties too.) margin = the scores' difference.
     """
     def read(reply: dict) -> dict:
         return reply | {"overall_score": overall_score(reply), "response": text_of(reply, "response")}
@@ -354,25 +277,23 @@ def ultrafeedback(record: dict) -> Parts:
 
 
 def shp(record: dict) -> dict:
-    """{"post_id": "p1", "domain": "askbaking_train", "history": "Why did it sink?", "human_ref_A": "Oven door.",
-        "human_ref_B": "No idea.", "labels": 1, "score_A": 30, "score_B": 10, "score_ratio": 3.0}
+    """history, human_ref_A, human_ref_B, score_A, score_B, score_ratio, post_id, domain, labels.
 
     labels 1: A is preferred, 0: B. The advice of its card is to keep score_ratio >= 2 and five pairs a post.
     """
-    first = _either(record.get("labels"), "labels", 1, 0)
+    first = _either(record, "labels", 1, 0)
     a, b = (check_number(record.get(f"score_{side}"), f"score_{side}", -1e9) for side in "AB")
     if a != b and (a > b) != first:
-        raise Reject("scores contradict", f"'labels' prefers the comment with the lower score ({a:g} and {b:g}): "
-                                          "mend or drop the pair")
-    pair = prefer(record, "history", "human_ref_A", "human_ref_B", first)
-    more = carry(record, "domain", "score_ratio", id="post_id")
-    return pair | more | {"score_chosen": max(a, b), "score_rejected": min(a, b)}
+        raise broken("scores contradict", f"'labels' prefers the comment with the lower score ({a:g} and {b:g})")
+    pair = prefer(record, "history", "human_ref_A", "human_ref_B", first) | carry(record, "domain", "score_ratio")
+    return pair | carry(record, id="post_id") | {"score_chosen": max(a, b), "score_rejected": min(a, b)}
 
 
-def _either(value, key: str, first: int, second: int) -> bool:
+def _either(record: dict, key: str, first: int, second: int) -> bool:
     """A label that names one of two replies: whether it is the first."""
+    value = record.get(key)
     if isinstance(value, bool) or value not in (first, second):
-        raise expected(f"{first} or {second}", key, value, "bad label", "mend or drop the pair")
+        raise expected(f"{first} or {second}", key, value, "bad label")
     return value == first
 
 
@@ -384,17 +305,14 @@ def _to_summarize(info) -> str:
 
 
 def summary_pair(record: dict) -> dict:
-    """{"info": {"id": "t3_x", "post": "Long story.", "title": "T", "subreddit": "tifu"}, "choice": 0,
-        "summaries": [{"text": " short", "policy": "sup4", "note": null},
-                      {"text": " other", "policy": "ref", "note": "ok"}],
-        "worker": "w", "batch": "batch3", "split": "train", "extra": {"confidence": 7}}
+    """info {post or (news) article, title, id, subreddit}, two summaries {text, policy}, choice, worker, split, extra.
 
-    Learning to summarize: choice is the better summary's index, confidence 1 to 9. News has article in place of post.
+    Learning to summarize: choice is the better one's index, extra.confidence 1 to 9.
     """
     prompt, sides = _to_summarize(record.get("info")), list_of(record, "summaries")
     if len(sides) != 2:
-        raise Reject("not a pair", f"'summaries' holds {len(sides)}, expected 2: mend or drop the record")
-    first = _either(record.get("choice"), "choice", 0, 1)
+        raise broken("not a pair", f"'summaries' holds {len(sides)}, expected 2")
+    first = _either(record, "choice", 0, 1)
     texts = [text_of(check_object(side, "summaries"), "text").strip() for side in sides]
     pair = {"prompt": prompt, "chosen": texts[not first], "rejected": texts[first], "category": "summarize"}
     pair |= carry(record, "split", annotator="worker") | carry(record["info"], "id", "subreddit")
@@ -403,9 +321,7 @@ def summary_pair(record: dict) -> dict:
 
 
 def summary_rating(record: dict) -> dict:
-    """{"info": {"id": "x1", "article": "Long news.", "title": "T", "site": "cnn"}, "split": "test", "worker": "w",
-        "batch": "b1", "summary": {"text": "News.", "policy": "ref", "note": "fine",
-                                   "axes": {"overall": 6, "accuracy": 7}}}"""
+    """info as above, summary {text, policy, axes {overall, accuracy ...: 1 to 7}}, worker, split."""
     summary = check_object(record.get("summary"), "summary")
     dialogue = answer(_to_summarize(record.get("info")), text_of(summary, "text").strip()) | {"category": "summarize"}
     more = carry(summary, "policy", scores="axes") | carry(record, "split", annotator="worker")
@@ -413,17 +329,14 @@ def summary_rating(record: dict) -> dict:
 
 
 def oasst(record: dict) -> Parts:
-    """{"message_tree_id": "m1", "tree_state": "ready_for_export", "prompt": {"message_id": "m1", "text": "Hi",
-        "role": "prompter", "lang": "en", "review_result": true, "deleted": false, "replies": [
-        {"message_id": "m2", "parent_id": "m1", "text": "Hello", "role": "assistant", "rank": 0, "replies": []},
-        {"message_id": "m3", "parent_id": "m1", "text": "What?", "role": "assistant", "rank": 1, "replies": []}]}}
+    """message_tree_id, tree_state, prompt: a message {text, role, rank, lang, review_result, deleted, replies [...]}.
 
     Every pair of ranked replies to one user turn, at any depth, the better rank (0 is best) chosen. What is deleted or
     failed its review is left out with everything below it. A reply without a rank beside others is left out alone.
     """
     if record.get("tree_state", "ready_for_export") != "ready_for_export":
-        raise expected("ready_for_export", "tree_state", record["tree_state"], "unfinished tree", "drop the tree")
-    found, more = False, carry(record, id="message_tree_id")
+        raise expected("ready_for_export", "tree_state", record["tree_state"], "unfinished tree")
+    found = False
     below = [([], [record.get("prompt")], "")]  # the dialogue so far, messages that go on from it, where they are
     while below:
         history, messages, where = below.pop()
@@ -444,18 +357,17 @@ def oasst(record: dict) -> Parts:
             if rank == lower or better == worse:
                 fault = "shares its rank" if rank == lower else "is the same text as a better one"
                 yield Reject("tie", f"{fault}, makes no pair", place)
-                continue
-            found, ranks = True, {"rank_chosen": rank, "rank_rejected": lower}
-            pair = {"prompt": history, "chosen": better, "rejected": worse}
-            yield pair | ranks | carry(record["prompt"], "lang") | more
+            else:
+                found = True
+                yield {"prompt": history, "chosen": better, "rejected": worse, "rank_chosen": rank,
+                       "rank_rejected": lower} | carry(record["prompt"], "lang") | carry(record, id="message_tree_id")
     if not found:
         yield Reject("no pair", "no user turn has two ranked replies: drop the tree")
 
 
 def _oasst_message(message, role: str) -> tuple[dict, int | None, list]:
     """A message as a turn, its rank, and the replies to it."""
-    message = check_object(message, "message")
-    if message.get("deleted") or message.get("review_result", True) is not True:
+    if check_object(message, "message").get("deleted") or message.get("review_result", True) is not True:
         raise Reject("failed review", "is deleted or failed its review, left out with what follows it")
     if message.get("role") != role:
         kind = short(message.get("role"))
@@ -464,7 +376,7 @@ def _oasst_message(message, role: str) -> tuple[dict, int | None, list]:
     if rank is not None:
         check_number(rank, "rank", 0)
     if not isinstance(replies, list):
-        raise expected("a list of messages", "replies", replies, "not a list", "mend or drop the tree")
+        raise expected("a list of messages", "replies", replies, "not a list")
     turn = {"role": "user" if role == "prompter" else "assistant", "content": text_of(message, "text")}
     return turn, rank if role == "assistant" else None, replies
 
@@ -472,8 +384,7 @@ def _oasst_message(message, role: str) -> tuple[dict, int | None, list]:
 # ------------------------------------------------------------------------ verdicts of raters and judges
 
 def pandalm(record: dict) -> dict:
-    """{"idx": 3, "motivation_app": "Maps", "cmp_key": "m1_m2", "instruction": "Name a sea.", "input": "",
-        "response1": "The Baltic.", "response2": "Mars.", "annotator1": 1, "annotator2": 1, "annotator3": 0}
+    """instruction, input, response1, response2, annotator1 and so on, idx, cmp_key (the models), motivation_app.
 
     0 tie, 1 first, 2 second. The rule: chosen is the response that most of the annotators prefer; without a majority
     the record is a tie. Some responses stand there as JSON true, which is the text "True".
@@ -481,7 +392,7 @@ def pandalm(record: dict) -> dict:
     votes = [record[key] for key in sorted(record) if key.startswith("annotator")]
     for vote in votes:
         if isinstance(vote, bool) or vote not in (0, 1, 2):
-            raise Reject("bad label", f"an annotator says {short(vote)}, expected 0, 1 or 2: mend or drop the record")
+            raise broken("bad label", f"an annotator says {short(vote)}, expected 0, 1 or 2")
     winner, count = Counter(votes).most_common(1)[0] if votes else (0, 0)
     if winner == 0 or 2 * count <= len(votes):
         raise Reject("tie", f"annotators say {short(votes)}, most of them for neither: drop the record")
@@ -492,8 +403,7 @@ def pandalm(record: dict) -> dict:
 
 
 def alpaca_eval(record: dict) -> dict:
-    """{"instruction": "Name a sea.", "output_1": "Mars.", "generator_1": "m1", "output_2": "The Baltic.",
-        "generator_2": "m2", "dataset": "helpful_base", "annotator": "judge", "preference": 2}
+    """instruction, output_1, output_2, generator_1, generator_2, preference, annotator, dataset.
 
     preference: 1 or 2, 0 a tie, null where the judge failed; weighted judges give any number from 1 to 2, 1.5 a tie.
     """
@@ -502,37 +412,26 @@ def alpaca_eval(record: dict) -> dict:
         raise Reject("no verdict", "'preference' is null, the judge gave no verdict: drop the record")
     verdict = check_number(verdict, "preference", 0, 2)
     if 0 < verdict < 1:
-        raise Reject("bad number", f"'preference' is {verdict:g}, expected 0 or a number from 1 to 2: "
-                                   "mend or drop the record")
+        raise broken("bad number", f"'preference' is {verdict:g}, expected 0 or a number from 1 to 2")
     if verdict in (0, 1.5):
         raise Reject("tie", "'preference' is a tie: drop the record")
     pair = prefer(record, "instruction", "output_1", "output_2", verdict < 1.5)
     return pair | carry(record, "preference", "annotator", "dataset", "generator_1", "generator_2")
 
 
-def llmbar(record: dict) -> dict:
-    """{"input": "Name a sea.", "output_1": "Mars.", "output_2": "The Baltic.", "label": 2}"""
-    first = _either(record.get("label"), "label", 1, 2)
-    return prefer(record, "input", "output_1", "output_2", first)
-
-
 # ------------------------------------------------------------------- prompts of benchmarks, never to train on
 
 def mt_bench(record: dict) -> dict:
-    """{"question_id": 900, "category": "math", "turns": ["What is 2 + 2?", "And doubled?"], "reference": ["4", "8"]}
+    """question_id, category, turns, reference. Vicuna's questions have one turn.
 
-    The prompt is the first turn, for the second needs a reply; all of them are in "turns". Vicuna's questions have one.
+    The prompt is the first turn, for the second needs a reply; all of them are in "turns".
     """
     turns = texts_of(record, "turns")
     return {"prompt": turns[0], "turns": turns} | carry(record, "category", "reference", id="question_id")
 
 
 def reference(record: dict) -> Parts:
-    """{"question_id": 900, "answer_id": "a1", "model_id": "m1", "tstamp": 1.5,
-        "choices": [{"index": 0, "turns": ["4", "8"]}]}
-
-    The text is the answer to the first turn.
-    """
+    """question_id, model_id, choices [{turns}]: the text is the answer to the first turn."""
     def read(choice: dict) -> dict:
         turns = texts_of(choice, "turns")
         return {"text": turns[0], "turns": turns} | carry(record, id="question_id", model="model_id")
@@ -540,20 +439,8 @@ def reference(record: dict) -> Parts:
     return each(record, "choices", read)
 
 
-def judge_prompt(record: dict) -> dict:
-    """{"name": "one", "type": "single", "system_prompt": "Be fair.", "prompt_template": "Rate {answer}.",
-        "category": "general"}"""
-    more = carry(record, "name", "type", "system_prompt", "category", "output_format")
-    return {"text": text_of(record, "prompt_template")} | more
-
-
-def ultra_eval(record: dict) -> dict:
-    """{"class": " Math-easy ", "data": "What is 2 + 2?"}"""
-    return {"prompt": text_of(record, "data"), "category": text_of(record, "class").strip()}
-
-
 def multiple_choice(record: dict) -> dict:
-    """{"query": "Question: Which is a sea?", "choices": ["Mars", "The Baltic"], "gold": 1}"""
+    """query, choices, gold: the right one's index."""
     choices, gold = texts_of(record, "choices"), record.get("gold")
     if isinstance(gold, bool) or gold not in range(len(choices)):
         raise expected(f"the index of one of {len(choices)} choices", "gold", gold, "bad label")
@@ -561,11 +448,7 @@ def multiple_choice(record: dict) -> dict:
 
 
 def truthfulqa(record: dict) -> dict:
-    """{"Type": "Adversarial", "Category": "Myths", "Question": "Do bulls hate red?", "Best Answer": "No",
-        "Correct Answers": "No; They cannot see it", "Incorrect Answers": "Yes; All of them do"}
-
-    Answers are parted by "; ".
-    """
+    """Question, Correct Answers and Incorrect Answers parted by "; ", Best Answer, Category, Type."""
     correct, incorrect = ([part.strip() for part in text_of(record, key).split(";") if part.strip()]
                           for key in ("Correct Answers", "Incorrect Answers"))
     more = carry(record, category="Category", type="Type", best="Best Answer")
@@ -575,26 +458,46 @@ def truthfulqa(record: dict) -> dict:
 # ------------------------------------------------------------------------------------- how to recognise them
 
 TEXTS, ONE, OBJECTS = [str, str], (str,), [dict]  # at least two texts, exactly one text, objects
-SCORED = {"chosen": OBJECTS, "rejected": OBJECTS, "score_chosen": ANY, "score_rejected": ANY}
+SCORED = {"chosen": OBJECTS, "rejected": OBJECTS, "score_chosen": object, "score_rejected": object}
 
-# Form of the records that come out, reader, and one or more shapes that a record may have.
-NATIVE = {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
+# Formats that one expression reads: form of the records that come out, reader, the shape that a record has.
+SIMPLE = {
+    # Marks of references such as [12] stay in the contexts.
+    "dolly": ("messages", lambda r: answer(ask(r, "instruction", "context"), text_of(r, "response")) |
+              carry(r, "category"), {"instruction": str, "context": str, "response": str}),
+    "prediction": ("messages", lambda r: answer(ask(r, "instruction", "input"), text_of(r, "response").strip()) |
+                   carry(r, "target"), {"prompt": str, "instruction": str, "response": str, "target": str}),
+    "tldr_sample": ("messages", lambda r: answer(text_of(r, "context"), text_of(r, "sample").strip()) |
+                    carry(r, "ref_text", model="model_type"), {"context": str, "ref_text": str, "sample": str}),
+    "sharegpt": ("messages", lambda r: whole_rounds(conversation(r), "conversations", carry(r, "id", "category")),
+                 {"conversations": OBJECTS}),
+    "ultrachat": ("messages", lambda r: whole_rounds(alternate(list_of(r, "data")), "data", carry(r, "id")),
+                  {"data": TEXTS}),
+    "lima": ("messages", lambda r: whole_rounds(alternate(list_of(r, "conversations")), "conversations",
+                                                carry(r, "source")), {"conversations": TEXTS}),
+    "sharegpt_preference": ("preference", lambda r: {"prompt": conversation(r)} |
+                            {side: [said(r.get(side), side)] for side in ("chosen", "rejected")} |
+                            carry(r, "id", "category"), {"conversations": OBJECTS, "chosen": dict, "rejected": dict}),
+    "llmbar": ("preference", lambda r: prefer(r, "input", "output_1", "output_2", _either(r, "label", 1, 2)),
+               {"input": str, "output_1": str, "output_2": str, "label": int}),
+    "judge_prompt": ("text", lambda r: {"text": text_of(r, "prompt_template")} |
+                     carry(r, "name", "type", "system_prompt", "category", "output_format"),
+                     {"name": str, "prompt_template": str}),
+    "ultra_eval": ("prompt", lambda r: {"prompt": text_of(r, "data"), "category": text_of(r, "class").strip()},
+                   {"class": str, "data": str}),
+}
+# The others: form, reader, and one or more shapes.
+NATIVE = {name: Format(form, read, [shape]) for name, (form, read, shape) in SIMPLE.items()}
+NATIVE |= {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
     ("messages", alpaca, {"instruction": str, "output": str}, {"instruction": str, "output": str, "text": str}),
-    ("messages", dolly, {"instruction": str, "context": str, "response": str}),
     ("messages", self_instruct, {"instruction": str, "instances": OBJECTS}),
-    ("messages", prediction, {"prompt": str, "instruction": str, "response": str, "target": str}),
     ("messages", completion, {"prompt": str, "completion": str}),
     ("messages", gsm8k, {"question": str, "answer": str}),
-    ("messages", tldr_sample, {"context": str, "ref_text": str, "sample": str}),
-    ("messages", sharegpt, {"conversations": OBJECTS}),
-    ("messages", ultrachat, {"data": TEXTS}),
-    ("messages", lima, {"conversations": TEXTS}),
     ("prompt", lima_test, {"conversations": ONE}),
     ("messages", camel, {"role_1": str, "role_2": str, "message_1": dict}),
-    ("messages", red_team, {"transcript": str, "model_type": str, "rating": ANY}),
+    ("messages", red_team, {"transcript": str, "model_type": str, "rating": object}),
     ("messages", kto, {"messages": OBJECTS, "label": bool}, {"prompt": str, "completion": str, "label": bool}),
     ("preference", hh, {"chosen": str, "rejected": str}),
-    ("preference", sharegpt_preference, {"conversations": OBJECTS, "chosen": dict, "rejected": dict}),
     ("preference", ultrafeedback, {"instruction": str, "completions": OBJECTS}),
     ("preference", ultrafeedback_binarized, SCORED, SCORED | {"prompt": str}, SCORED | {"messages": OBJECTS},
      SCORED | {"prompt": str, "messages": OBJECTS}),
@@ -602,12 +505,9 @@ NATIVE = {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
     ("preference", summary_pair, {"info": dict, "summaries": OBJECTS, "choice": int}),
     ("messages", summary_rating, {"info": dict, "summary": dict}),
     ("preference", oasst, {"message_tree_id": str, "prompt": dict}),
-    ("preference", pandalm, {"instruction": str, "response1": ANY, "response2": ANY, "annotator1": ANY}),
-    ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str, "preference": ANY}),
-    ("preference", llmbar, {"input": str, "output_1": str, "output_2": str, "label": int}),
-    ("prompt", mt_bench, {"question_id": ANY, "turns": [str]}),
-    ("text", reference, {"question_id": ANY, "choices": OBJECTS}),
-    ("text", judge_prompt, {"name": str, "prompt_template": str}),
-    ("prompt", ultra_eval, {"class": str, "data": str}),
+    ("preference", pandalm, {"instruction": str, "response1": object, "response2": object, "annotator1": object}),
+    ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str, "preference": object}),
+    ("prompt", mt_bench, {"question_id": object, "turns": [str]}),
+    ("text", reference, {"question_id": object, "choices": OBJECTS}),
     ("prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),
     ("prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}))}

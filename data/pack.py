@@ -413,15 +413,23 @@ def load_trees(path: str, tokenizer: Tokenizer, template: str | None = None) -> 
     report.refuse()
     if report.format == "prompt":
         fail(f"{path}: holds prompts without replies, expected messages, preferences, rankings or text")
-    if report.format == "preference":
+    return trees_of(records, report.format, tokenizer, template)
+
+
+def trees_of(records: list[dict], form: str, tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
+    """Records of one form (data/records.py) as trees; in a prompt nothing is learnt."""
+    if form == "preference":
         return trees_from_preferences(records, tokenizer, template)
     trees = []
     for number, record in enumerate(records):
-        if report.format == "text":
+        if form == "text":
             bos = [tokenizer.bos_id] * tokenizer.adds_bos
             tree = tree_from_text([*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id])
-        elif report.format == "ranking":
+        elif form == "ranking":
             tree = tree_from_ranking(record, tokenizer, template)
+        elif form == "prompt":
+            ids = tokenizer.render(record["prompt"], template, add_generation_prompt=True)[0]
+            tree = Tree(np.array(ids, np.int32), [], [Response(0, len(ids), len(ids))])
         else:
             tree = tree_from_messages(record["messages"], tokenizer, template)
         tree.record = number

@@ -40,8 +40,12 @@ def short(value) -> str:
     return json.dumps(value)[:40]
 
 
-def expected(wanted: str, key: str, value, kind: str, remedy: str = "mend or drop the record") -> Reject:
-    return Reject(kind, f"'{key}' is {short(value)}, expected {wanted}: {remedy}")
+def broken(kind: str, fault: str) -> Reject:
+    return Reject(kind, f"{fault}: mend or drop the record")
+
+
+def expected(wanted: str, key: str, value, kind: str) -> Reject:
+    return broken(kind, f"'{key}' is {short(value)}, expected {wanted}")
 
 
 def check_text(value, key: str) -> str:
@@ -51,7 +55,7 @@ def check_text(value, key: str) -> str:
         raise Reject("empty text", f"'{key}' is empty, expected text: fill it in or drop the record")
     fault = "a NUL" if "\0" in value else "half a surrogate pair" if re.search("[\ud800-\udfff]", value) else ""
     if fault:
-        raise Reject("broken text", f"'{key}' holds {fault}, which is no text: mend or drop the record")
+        raise broken("broken text", f"'{key}' holds {fault}, which is no text")
     return value
 
 
@@ -83,10 +87,9 @@ def check_messages(value, key: str) -> list[dict]:
     for i, m in enumerate(turns):
         due = ("user", "assistant")[i % 2]
         if m["role"] != due:
-            raise Reject("roles", f"'{key}' has role {repr(m['role'])[:40]} where {due} is due: "
-                                  "roles alternate, user first; mend or drop it")
+            raise broken("roles", f"'{key}' has role {repr(m['role'])[:40]} where {due} is due, user first")
     if not turns:
-        raise Reject("roles", f"'{key}' has no user turn: mend or drop the record")
+        raise broken("roles", f"'{key}' has no user turn")
     return messages
 
 
@@ -95,7 +98,7 @@ def check_prompt(value, key: str = "prompt") -> list[dict]:
     text = isinstance(value, str)
     prompt = [{"role": "user", "content": check_text(value, key)}] if text else check_messages(value, key)
     if prompt[-1]["role"] != "user":
-        raise Reject("roles", f"'{key}' ends with a reply, expected a user turn: mend or drop the record")
+        raise broken("roles", f"'{key}' ends with a reply, expected a user turn")
     return prompt
 
 
@@ -104,8 +107,7 @@ def check_prompt(value, key: str = "prompt") -> list[dict]:
 def read_messages(record: dict) -> dict:
     messages = check_messages(record.get("messages"), "messages")
     if messages[-1]["role"] != "assistant":
-        raise Reject("no reply", "'messages' ends with a user turn, expected a reply to learn: "
-                                 "cut the turn or add the reply")
+        raise Reject("no reply", "'messages' ends with a user turn, expected a reply: cut the turn or add the reply")
     return record | {"messages": messages}
 
 
@@ -120,8 +122,7 @@ def read_preference(record: dict) -> dict:
     if isinstance(prompt, str) and len(prompts) > 1 and prompts[-1][0] in prompts[0]:
         prompts.pop()
     if any(other != prompts[0] for other in prompts):
-        raise Reject("prompts differ", "'prompt', 'chosen' and 'rejected' disagree on what precedes the reply, "
-                                       "expected one prompt: mend or drop the record")
+        raise broken("prompts differ", "'prompt', 'chosen' and 'rejected' disagree on what precedes the reply")
     chosen, rejected = sides["chosen"][1], sides["rejected"][1]
     if chosen == rejected:
         raise Reject("identical", "'chosen' equals 'rejected', which prefers nothing: drop the pair")
@@ -137,15 +138,14 @@ def _side(value, side: str) -> tuple[list[dict], str]:
     alone = len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant"
     messages = value if alone else check_messages(value, side)
     if messages[-1]["role"] != "assistant":
-        raise Reject("no reply", f"'{side}' ends with a user turn, expected a reply: mend or drop the pair")
+        raise broken("no reply", f"'{side}' ends with a user turn, expected a reply")
     return messages[:-1], check_text(messages[-1].get("content"), side)
 
 
 def read_ranking(record: dict) -> dict:
     answers, ranks = record.get("answers"), record.get("ranks")
     if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks):
-        raise Reject("bad ranks", "'answers' and 'ranks' are not lists of one length, "
-                                  "expected a rank for every answer: mend or drop the record")
+        raise broken("bad ranks", "'answers' and 'ranks' are not lists of one length, a rank for every answer")
     if not all(isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank < 2**31 for rank in ranks):
         raise expected("whole numbers from 0, the best", "ranks", ranks, "bad ranks")
     if len(set(ranks)) < 2:

@@ -236,10 +236,11 @@ def test_what_would_crash_later_is_rejected_now(line, reason, tmp_path):
 
 # --------------------------------------------------------------------------------------- published formats
 
+RECORDS = (Path(__file__).parent / "native.json").read_text()  # one of each format, as published
+
+
 def example(name: str) -> dict:
-    """The record that a reader's docstring shows."""
-    text = NATIVE[name].read.__doc__
-    return json.JSONDecoder().raw_decode(text, text.index("{"))[0]
+    return json.loads(RECORDS)[name]
 
 
 def dialogue(*texts: str) -> list[dict]:
@@ -250,7 +251,7 @@ def pair(prompt: str, chosen: str, rejected: str, **more) -> dict:
     return {"prompt": dialogue(prompt), "chosen": chosen, "rejected": rejected} | more
 
 
-EXPECTED = {  # what the docstrings' records become
+EXPECTED = {  # what these records become
     "alpaca": {"messages": dialogue("Name a prime above the number.\n\n20", "23")},
     "dolly": {"messages": dialogue("Who built the mill?\n\nAnn Rudd built it in 1790.", "Ann Rudd."),
               "category": "closed_qa"},
@@ -311,7 +312,7 @@ EXPECTED = {  # what the docstrings' records become
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_the_record_a_docstring_shows_is_recognised_and_read(name, tmp_path):
+def test_a_record_of_every_published_format_is_recognised_and_read(name, tmp_path):
     records, report = read(write_jsonl(tmp_path / "d.jsonl", [example(name)]))
     records = list(records)
     assert (records, report.native, report.format, report.rejects) == ([EXPECTED[name]], name, NATIVE[name].form, [])

@@ -51,9 +51,6 @@ class Config:
             runtime.check_range(key, getattr(self, key), low, high)
 
 
-MARGINS = (0.15, 0.3, 0.5)  # differences of utility at which the margin becomes 2, 3, 4
-
-
 def annotate(category: str, item: dict, replies: list[str], rng: random.Random,
              config: Config) -> tuple[int, int] | None:
     """Which of two replies an annotator prefers, and the margin 1-4; None when they cannot tell."""
@@ -62,10 +59,8 @@ def annotate(category: str, item: dict, replies: list[str], rng: random.Random,
         bonus = config.length_bias * math.tanh((len(words(reply)) - reference) / 8)
         utilities.append(gold(category, item, reply) + bonus + rng.gauss(0, config.noise))
     first, second = utilities
-    difference = abs(first - second)
-    if difference < config.tie:
-        return None
-    return int(second > first), 1 + sum(difference >= step for step in MARGINS)
+    margin = 1 + sum(abs(first - second) >= step for step in (0.15, 0.3, 0.5))
+    return None if abs(first - second) < config.tie else (int(second > first), margin)
 
 
 def main(config: Config) -> None:
@@ -78,7 +73,7 @@ def main(config: Config) -> None:
     with Path(config.prompts).open() as file:
         dialogues = [json.loads(line) | {"history": [], "pairs": []} for line in file]
     rng = random.Random(f"annotators {config.seed}")
-    became: Counter[str] = Counter()
+    became = Counter()
     for turn in range(max(len(d["turns"]) for d in dialogues)):
         going = [d for d in dialogues if len(d["turns"]) > turn]
         for d in going:
@@ -94,12 +89,12 @@ def main(config: Config) -> None:
                 continue
             same = replies[0] == replies[1]
             verdict = None if same else annotate(d["category"], d["turns"][turn]["item"], replies, rng, config)
-            became["identical" if same else "tie" if verdict is None else f"margin {verdict[1]}"] += 1
-            better = rng.randrange(2) if verdict is None else verdict[0]
-            if verdict is not None:
+            better, margin = verdict or (rng.randrange(2), 0)
+            became["identical" if same else f"margin {margin}" if margin else "tie"] += 1
+            if margin:
                 d["pairs"].append({"id": f"{d['id']}-{turn + 1}", "category": d["category"], "turn": turn + 1,
                                    "annotator": f"a{rng.randrange(5)}", "prompt": list(d["history"]),
-                                   "chosen": replies[better], "rejected": replies[1 - better], "margin": verdict[1]})
+                                   "chosen": replies[better], "rejected": replies[1 - better], "margin": margin})
             d["history"].append({"role": "assistant", "content": replies[better]})
     pairs = [pair for d in dialogues for pair in d["pairs"]]
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)

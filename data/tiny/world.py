@@ -33,8 +33,9 @@ from pathlib import Path
 WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text())
 SHE, HE, PLACES, CLASSES, PAST, FACTS = (WORDS[key] for key in ("she", "he", "places", "classes", "past", "facts"))
 ANIMALS, FRUITS, COLOURS, DRINKS, OBJECTS = (CLASSES[key] for key in ("animal", "fruit", "colour", "drink", "object"))
-EVENTS, MOODS = ({True: WORDS[f"good_{kind}"], False: WORDS[f"bad_{kind}"]} for kind in ("events", "moods"))
-ALL_MOODS, NAMES = MOODS[True] + MOODS[False], SHE + HE
+EVENTS, MOODS, FEELINGS, OFFERS = ({True: WORDS[f"good_{kind}"], False: WORDS[f"bad_{kind}"]}
+                                   for kind in ("events", "moods", "feelings", "offers"))
+ALL_MOODS, NAMES, SAY = MOODS[True] + MOODS[False], SHE + HE, WORDS["say"]
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 
 _draw = random.Random("the people of the tiny world")
@@ -71,6 +72,11 @@ def other(rng: random.Random, values, *excluded):
     return rng.choice([v for v in values if v not in excluded])
 
 
+def say(rng: random.Random, what: str, **values) -> str:
+    """One of the ways to say something (words.toml), with its values."""
+    return rng.choice(SAY[what]).format(**values)
+
+
 def words(text: str) -> list[str]:
     return re.findall(r"[A-Za-z]+|\d+", text)
 
@@ -95,10 +101,7 @@ def pattern(form: str, **values: list[str]) -> re.Pattern:
 class Generation:
     """A story of n sentences with a person, an animal and a place."""
 
-    OPENINGS = [["{n} met {a} at the {p}."], ["{n} went to the {p}.", "{n} saw {a}."]]
-    FORMS = ["{s} fed the {b}.", "The {b} was {m}.", "{n} was {m}.", "The {b} ran to {n}.",
-             "{n} and the {b} played all day.", "The {b} slept at the {p}.", "{s} gave the {b} some {d}.",
-             "{n} sang for the {b}."]
+    OPENINGS, FORMS = SAY["story_openings"], SAY["story_lines"]
     PATTERNS = [pattern(form, n=NAMES, s=["She", "He"], a=[an(x) for x in ANIMALS], b=ANIMALS, p=PLACES,
                         m=ALL_MOODS, d=DRINKS) for form in FORMS + sum(OPENINGS, [])]
 
@@ -110,18 +113,15 @@ class Generation:
         return f"{item['name']} {item['animal']} {item['place']} {item['n']}"
 
     def ask(self, item, rng):
-        about, n = f"{item['name']}, {an(item['animal'])} and the {item['place']}", COUNTS[item["n"]]
-        return rng.choice([f"Write a story with {about} in {n} sentences.",
-                           f"Tell me a story of {n} sentences about {about}.",
-                           f"I want a story about {about}. Use {n} sentences."])
+        about = f"{item['name']}, {an(item['animal'])} and the {item['place']}"
+        return say(rng, "story", about=about, n=COUNTS[item["n"]])
 
     def follow(self, item, rng):
         if rng.random() < 0.6:
             n = other(rng, range(2, 6), item["n"])
-            said = rng.choice(["Now make it {n} sentences.", "Can you use {n} sentences?"])
-            return item | {"n": n}, said.format(n=COUNTS[n])
+            return item | {"n": n}, say(rng, "story_length", n=COUNTS[n])
         name = other(rng, NAMES, item["name"])
-        return item | {"name": name}, rng.choice([f"Now tell it about {name}.", f"Use the name {name} instead."])
+        return item | {"name": name}, say(rng, "story_name", name=name)
 
     def story(self, item, n, rng):
         lines = list(rng.choice(self.OPENINGS[:1] if n == 1 else self.OPENINGS))
@@ -167,8 +167,7 @@ class OpenQA:
     def follow(self, item, rng):
         if rng.random() < 0.5:
             fact = other(rng, FACTS, item["fact"])
-            said = FACTS[fact]["follow_up"].format(s=she(item["name"]), p=her(item["name"]))
-            return item | {"fact": fact}, said
+            return item | {"fact": fact}, FACTS[fact]["follow_up"].format(s=she(item["name"]), p=her(item["name"]))
         name = other(rng, NAMES, item["name"])
         return item | {"name": name}, f"And {name}?"
 
@@ -200,17 +199,15 @@ class Brainstorm:
         return f"{item['kind']} {item['n']} {' '.join(sorted(item['without']))}"
 
     def ask(self, item, rng):
-        n, kinds = COUNTS[item["n"]], plural(item["kind"])
         but = f", but not {listing(item['without'])}" if item["without"] else ""
-        return rng.choice([f"Name {n} {kinds}{but}.", f"Give me {n} {kinds}{but}.", f"I need {n} {kinds}{but}."])
+        return say(rng, "brainstorm", n=COUNTS[item["n"]], kinds=plural(item["kind"]), but=but)
 
     def follow(self, item, rng):
         if rng.random() < 0.5 or len(item["without"]) > 1:
             n = other(rng, range(2, 6), item["n"])
-            return item | {"n": n}, rng.choice([f"Make it {COUNTS[n]}.", f"Now give me {COUNTS[n]}."])
+            return item | {"n": n}, say(rng, "brainstorm_count", n=COUNTS[n])
         without = other(rng, CLASSES[item["kind"]], *item["without"])
-        said = rng.choice([f"And not {without}.", f"Leave out {without}."])
-        return item | {"without": item["without"] + [without]}, said
+        return item | {"without": item["without"] + [without]}, say(rng, "brainstorm_without", thing=without)
 
     def answer(self, item, style, rng):
         allowed = [v for v in CLASSES[item["kind"]] if v not in item["without"]]
@@ -221,10 +218,8 @@ class Brainstorm:
             if slip == "short":
                 things.pop()
             else:
-                wrong = CLASSES[other(rng, CLASSES, item["kind"])]
-                if slip == "without" and item["without"]:
-                    wrong = item["without"]
-                thing = rng.choice(wrong)
+                stranger = other(rng, CLASSES, item["kind"])
+                thing = rng.choice(slip == "without" and item["without"] or CLASSES[stranger])
                 things[rng.randrange(n)] = thing
         if style == "terse" or (style == "sloppy" and rng.random() < 0.5):
             return ", ".join(things) + "."
@@ -241,11 +236,6 @@ class Brainstorm:
 class Chat:
     """Somebody says how they are: greet by name, feel with them, offer one fitting thing."""
 
-    OFFERS = {True: ["Do you want to tell me more?", "How did it feel?"],
-              False: ["Do you want to talk about it?", "Can I help you?"]}
-    FEELINGS = {True: ["I am glad to hear that.", "I am happy for you."],
-                False: ["I am sorry to hear that.", "That is sad."]}
-
     def news(self, rng):
         good = rng.random() < 0.5
         news = f"I {rng.choice(EVENTS[good])}" if rng.random() < 0.7 else f"I am {rng.choice(MOODS[good])}"
@@ -258,30 +248,29 @@ class Chat:
         return f"{item['name']} {item['news']}"
 
     def ask(self, item, rng):
-        greetings = ["Hi, I am {name}. {news}.", "Hello, my name is {name}. {news}.", "{name} here. {news}."]
-        return rng.choice(greetings).format(**item)
+        return say(rng, "chat", **item)
 
     def follow(self, item, rng):
         new = item | self.news(rng)
-        return new, rng.choice([f"Thanks. And today {new['news']}.", f"Then {new['news']}."])
+        return new, say(rng, "chat_news", **new)
 
     def answer(self, item, style, rng):
         good, name = item["good"], item["name"]
         if style == "sloppy":
             slip = rng.choice(["feeling", "name"])
             good, name = (not good, name) if slip == "feeling" else (good, other(rng, NAMES, name))
-        feeling = rng.choice(self.FEELINGS[good])
+        feeling = rng.choice(FEELINGS[good])
         if style == "terse":
             return feeling
         greeting = f"{rng.choice(['Hi', 'Hello'])} {name}."
-        return f"{greeting} {feeling}" + (f" {rng.choice(self.OFFERS[good])}" if style == "careful" else "")
+        return f"{greeting} {feeling}" + (f" {rng.choice(OFFERS[good])}" if style == "careful" else "")
 
     def grade(self, item, reply):
         greeted = re.match(r"(Hi|Hello|Hey),? (\w+)", reply.strip())
         with_joy, with_sorrow = (bool(mentioned(reply, x)) for x in (["glad", "happy", "great"], ["sorry", "sad"]))
         felt = with_joy != with_sorrow and with_joy == item["good"]
         questions = [s for s in sentences(reply) if s.endswith("?")]
-        offered = len(questions) == 1 and questions[0] in self.OFFERS[item["good"]]
+        offered = len(questions) == 1 and questions[0] in OFFERS[item["good"]]
         return 0.25 * bool(greeted and greeted[2] == item["name"]) + 0.45 * felt + 0.3 * offered
 
 
@@ -296,8 +285,7 @@ class Rewrite:
 
     def change(self, source, target, rng):
         what = rng.choice(["name", "place", "past", "past"])
-        new = {"name": lambda: other(rng, NAMES, target["name"]), "place": lambda: other(rng, PLACES, target["place"]),
-               "past": lambda: not target["past"]}[what]()
+        new = not target["past"] if what == "past" else other(rng, NAMES if what == "name" else PLACES, target[what])
         return {"source": source, "before": target, "target": target | {what: new}, "what": what}
 
     def sentence(self, of):
@@ -313,8 +301,7 @@ class Rewrite:
                 "past": f"Put it in the {'past' if new else 'present'} tense"}[item["what"]]
 
     def ask(self, item, rng):
-        sentence = self.sentence(item["source"])
-        return rng.choice([f"{self.order(item)}: {sentence}", f"Rewrite this. {self.order(item)}. {sentence}"])
+        return say(rng, "rewrite", order=self.order(item), sentence=self.sentence(item["source"]))
 
     def follow(self, item, rng):
         item = self.change(item["source"], item["target"], rng)
@@ -342,9 +329,6 @@ class Rewrite:
 class Summarize:
     """Who did what, with what and where, out of an anecdote of four or five sentences."""
 
-    OPENINGS = ["It was a sunny day.", "It was early.", "It was cold."]
-    ASIDES = ["It began to rain.", "The {o} was old.", "{s} was {m}.", "The {o} was big."]
-
     def draw(self, rng):
         return {"name": rng.choice(NAMES), "verb": rng.choice(list(PAST.values())), "colour": rng.choice(COLOURS),
                 "object": rng.choice(OBJECTS), "place": rng.choice(PLACES),
@@ -356,20 +340,19 @@ class Summarize:
 
     def anecdote(self, item):
         s = she(item["name"])
-        aside = self.ASIDES[item["asides"][1]].format(o=item["object"], s=capital(s), m=item["mood"])
-        told = [self.OPENINGS[item["asides"][0]], f"{item['name']} went to the {item['place']}.",
+        aside = SAY["anecdote_asides"][item["asides"][1]].format(o=item["object"], s=capital(s), m=item["mood"])
+        told = [SAY["anecdote_openings"][item["asides"][0]], f"{item['name']} went to the {item['place']}.",
                 f"There {s} {item['verb']} {an(item['colour'])} {item['object']}.", aside]
         return " ".join(told + [f"Then {s} went home."] * item["home"])
 
     def ask(self, item, rng):
-        how = rng.choice(["Say this in one sentence", "Sum this up", "Summarize this story"])
-        return f"{how}: {self.anecdote(item)}"
+        return say(rng, "summarize", story=self.anecdote(item))
 
     def follow(self, item, rng):
         if not item["short"] and rng.random() < 0.6:
-            return item | {"short": True}, rng.choice(["Shorter, please.", "Make it shorter."])
+            return item | {"short": True}, say(rng, "summary_shorter")
         name = other(rng, NAMES, item["name"])
-        return item | {"name": name}, rng.choice([f"Use the name {name} instead.", f"Now with the name {name}."])
+        return item | {"name": name}, say(rng, "summary_name", name=name)
 
     def answer(self, item, style, rng):
         if style == "sloppy":
@@ -418,7 +401,7 @@ class Coding:
     def ask(self, item, rng):
         chain = " and then ".join(self.say(op, n, "s") for op, n in item["ops"])
         orders = " and then ".join(self.say(op, n) for op, n in item["ops"])
-        return rng.choice([f"Write a function f that takes x, {chain}.", f"Code a function f of x: {orders}."])
+        return say(rng, "coding", chain=chain, orders=orders)
 
     def follow(self, item, rng):
         ops = [list(x) for x in item["ops"]]
@@ -438,11 +421,8 @@ class Coding:
     def answer(self, item, style, rng):
         ops = [list(x) for x in item["ops"]]
         if style == "sloppy":
-            slip = rng.randrange(len(ops))
-            if rng.random() < 0.5:
-                ops[slip][0] = other(rng, self.SIGNS, ops[slip][0])
-            else:
-                ops[slip][1] = other(rng, range(2, 10), ops[slip][1])
+            wrong, part = rng.choice(ops), int(rng.random() >= 0.5)  # part: of a step, its sign or its number
+            wrong[part] = other(rng, (self.SIGNS, range(2, 10))[part], wrong[part])
         text = self.expression(ops)
         return text if style == "terse" else f"def f(x): return {text}"
 
@@ -492,7 +472,7 @@ class Classify:
 
     def ask(self, item, rng):
         labels = " or ".join(item["labels"])
-        return rng.choice([f"{capital(labels)}? {self.text(item)}.", f"Is this {labels}? {self.text(item)}."])
+        return say(rng, "classify", labels=labels, capital=capital(labels), text=self.text(item))
 
     def follow(self, item, rng):
         while True:
@@ -546,8 +526,7 @@ class ClosedQA:
         return f"Who has the {thing}?" if item["about"][1] == "who" else f"What colour is the {thing}?"
 
     def ask(self, item, rng):
-        passage, question = self.passage(item), self.question(item)
-        return rng.choice([f"{passage} {question}", f"Read this. {passage} {question}"])
+        return say(rng, "closed_qa", passage=self.passage(item), question=self.question(item))
 
     def follow(self, item, rng):
         if "had" in item:
@@ -607,8 +586,7 @@ class Extract:
     key = text
 
     def ask(self, item, rng):
-        forms = ["List the {k} in this text: {t}", "Which {k} are in this text? {t}", "Find all {k}: {t}"]
-        return rng.choice(forms).format(k=plural(item["kind"]), t=self.text(item))
+        return say(rng, "extract", kinds=plural(item["kind"]), text=self.text(item))
 
     def follow(self, item, rng):
         kind = other(rng, sorted({kind for kind, _ in item["things"]}), item["kind"])

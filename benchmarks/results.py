@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from string import Formatter
 
-from benchmarks.kernels.report import build_table, summary_table, verdict_table
+from benchmarks.kernels.report import builds, gpu_verdicts, summary
 from judging.gold import interval
 
 ROOT = Path(__file__).parent.parent
@@ -142,8 +142,9 @@ def gpu_hours(report: dict) -> str:
 FOUND = {"reward_model": ("tiny/rlhf.json", reward_model), "ppo": ("tiny/rlhf.json", ppo),
          "rounds": ("rounds.json", rounds), "peers": ("peers.json", peers),
          "peers_gpu": ("peers_gpu.json", peers_gpu), "gpu_hours": ("peers_gpu.json", gpu_hours),
-         "kernels_builds": (KERNEL_BUILDS, build_table), "kernels_cpu": (KERNEL_RESULTS / "cpu.json", summary_table),
-         "kernels_gpu": (KERNEL_RESULTS, verdict_table)}
+         "kernels_builds": (KERNEL_BUILDS, builds), "kernels_cpu": (KERNEL_RESULTS / "cpu.json", summary),
+         "kernels_gpu": (KERNEL_RESULTS, gpu_verdicts)}
+
 
 def read(file: Path) -> dict | list[dict] | None:
     """A result file, nothing if it does not exist; of a folder what GPUs wrote there."""

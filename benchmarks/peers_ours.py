@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from itertools import cycle
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -136,30 +137,12 @@ def reward_step(model, shape: work.Shape, trees: list[Tree]) -> work.Step:
     return training(add_score_head(model, 0), shape, trees, backward)
 
 
-def sampling_step(model, shape: work.Shape, batch: int, top_p: bool) -> work.Step:
-    prompts = work.prompts(shape, batch)
-    settings = {"temperature": 0.8, "top_p": 0.9} if top_p else {"temperature": 0.0}
-
+def sampling_step(model, prompts: list[list[int]], limits: list[int], slots: int, **settings) -> work.Step:
+    """Replies of these lengths, `slots` at a time."""
     def step() -> dict:
-        found = generate(model, prompts, work.NEW, **settings, slots=batch)
+        found = generate(model, prompts, limits, **settings, slots=slots)
         return {"units": sum(len(s.tokens) for one in found for s in one)}
     return step
-
-
-def mixed_step(model, shape: work.Shape) -> work.Step:
-    prompts, limits = work.prompts(shape, work.MIXED), work.reply_lengths()
-
-    def step() -> dict:
-        found = generate(model, prompts, limits, temperature=0.8, top_p=0.9, slots=64)
-        return {"units": sum(len(s.tokens) for one in found for s in one)}
-    return step
-
-
-class NoTokenizer:
-    """Random replies have no end of sequence."""
-
-    def stop_ids(self) -> tuple[int, ...]:
-        return ()
 
 
 def rloo_step(model, shape: work.Shape, path: str) -> work.Step:
@@ -171,11 +154,12 @@ def rloo_step(model, shape: work.Shape, path: str) -> work.Step:
     optimizer = runtime.adamw(model, work.LR, 0.0)
     prompts, device = work.prompts(shape, work.RL_PROMPTS * work.STEPS), torch.device(shape.device)
     steps, models = iter(range(work.STEPS)), Models(model, reference, reward_model, None, model)
+    tokenizer = SimpleNamespace(stop_ids=tuple)  # random replies have no end of sequence
 
     def step() -> dict:
         number, began = next(steps), time.perf_counter()
         asked = prompts[number * work.RL_PROMPTS : (number + 1) * work.RL_PROMPTS]
-        trees = ppo.sample(models, asked, NoTokenizer(), number, config)
+        trees = ppo.sample(models, asked, tokenizer, number, config)
         sampled = time.perf_counter()
         rollout = ppo.score(trees, models, config, device)
         _, advantages, returns = ppo.find_advantages(rollout, config.kl_coef, config)
@@ -188,62 +172,49 @@ def rloo_step(model, shape: work.Shape, path: str) -> work.Step:
 
 # ------------------------------------------------------------------------------------------ floors
 
-class ByHand:
-    """The plainest model that computes the same: all sequences in one flat row, attention one by one."""
+def by_hand(weights: dict[str, torch.Tensor], shape: work.Shape, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """The last hidden states [N, D] of sequences of these sizes, laid end to end; the plainest code that gives them."""
+    half = shape.head_dim // 2
+    angles = torch.cat([torch.arange(n) for n in sizes])[:, None, None] * 10000.0 ** (-torch.arange(half) / half)
+    cos, sin = angles.cos(), angles.sin()
 
-    def __init__(self, model: Transformer, shape: work.Shape):
-        self.weights, self.shape = dict(model.named_parameters()), shape
-        half = shape.head_dim // 2
-        self.frequencies = 10000.0 ** (-torch.arange(half) / half)
+    def linear(x, name: str):
+        return F.linear(x, weights[name + ".weight"])
 
-    def norm(self, x, name: str):
-        return F.rms_norm(x, (self.shape.width,), self.weights[name], 1e-5)
+    def norm(x, name: str):
+        return F.rms_norm(x, (shape.width,), weights[name + ".weight"], 1e-5)
 
-    def attention(self, x, block: str, cos, sin, sizes: list[int]):
-        def turned(x):
-            a, b = x.chunk(2, -1)
-            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    def turned(x):
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-        q, k, v = (F.linear(x, self.weights[f"{block}self_attn.{part}_proj.weight"]) for part in "qkv")
-        q, k, v = (x.unflatten(-1, (self.shape.heads, -1)) for x in (q, k, v))
-        out = []
-        for row in zip(turned(q).split(sizes), turned(k).split(sizes), v.split(sizes), strict=True):
-            heads_first = (x.transpose(0, 1)[None] for x in row)
-            out.append(F.scaled_dot_product_attention(*heads_first, is_causal=True)[0].transpose(0, 1))
-        return F.linear(torch.cat(out).flatten(1), self.weights[block + "self_attn.o_proj.weight"])
-
-    def hidden(self, ids, sizes: list[int]):
-        """The last hidden states of sequences of these sizes, laid end to end."""
-        angles = torch.cat([torch.arange(n) for n in sizes])[:, None, None] * self.frequencies
-        cos, sin = angles.cos(), angles.sin()
-        x = self.weights["embed_tokens.weight"][ids]
-        for layer in range(self.shape.layers):
-            block = f"layers.{layer}."
-            x = x + self.attention(self.norm(x, block + "input_layernorm.weight"), block, cos, sin, sizes)
-            h = self.norm(x, block + "post_attention_layernorm.weight")
-            gate, up = (F.linear(h, self.weights[f"{block}mlp.{part}_proj.weight"]) for part in ("gate", "up"))
-            x = x + F.linear(F.silu(gate) * up, self.weights[block + "mlp.down_proj.weight"])
-        return self.norm(x, "norm.weight")
+    x = weights["embed_tokens.weight"][ids]
+    for block in (f"layers.{layer}." for layer in range(shape.layers)):
+        h = norm(x, block + "input_layernorm")
+        q, k, v = (linear(h, f"{block}self_attn.{part}_proj").unflatten(-1, (shape.heads, -1)) for part in "qkv")
+        rows = zip(*(y.transpose(0, 1)[None].split(sizes, 2) for y in (turned(q), turned(k), v)), strict=True)
+        seen = torch.cat([F.scaled_dot_product_attention(*row, is_causal=True) for row in rows], 2)  # [1, H, N, E]
+        x = x + linear(seen[0].transpose(0, 1).flatten(1), block + "self_attn.o_proj")
+        h = norm(x, block + "post_attention_layernorm")
+        x = x + linear(F.silu(linear(h, block + "mlp.gate_proj")) * linear(h, block + "mlp.up_proj"),
+                       block + "mlp.down_proj")
+    return norm(x, "norm")
 
 
 def floor_step(model, shape: work.Shape, kind: str) -> work.Step:
     """A step by hand; 2,048 response tokens at a time in the head. DPO's loss costs as much as this one."""
-    by_hand = ByHand(model, shape)
-    weights = by_hand.weights
+    weights = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(weights.values(), lr=work.LR, weight_decay=0.0, fused=True)
-    items, steps = work.pairs(shape), iter(range(work.STEPS))
+    pairs = work.pairs(shape)
+    steps = iter([pairs[at : at + shape.batch] for at in range(0, len(pairs), shape.batch)])
 
     def step() -> dict:
-        number = next(steps)
-        chosen = items[number * shape.batch : (number + 1) * shape.batch]
+        chosen = next(steps)
         rows = [(pair.prompt, reply) for pair in chosen for reply in (pair[1:] if kind == "dpo" else pair[1:2])]
         sizes = [len(prompt) + len(reply) for prompt, reply in rows]
         ids = torch.tensor([i for row in rows for part in row for i in part])
-        x = by_hand.hidden(ids, sizes)
-        ends = np.cumsum(sizes)
-        predictors = torch.cat([torch.arange(end - len(reply) - 1, end - 1)
-                                for end, (_, reply) in zip(ends, rows, strict=True)])
-        targets, hidden = ids[predictors + 1], x[predictors]
+        predicts = torch.tensor([len(p) <= i + 1 < len(p) + len(r) for p, r in rows for i in range(len(p) + len(r))])
+        hidden, targets = by_hand(weights, shape, ids, sizes)[predicts], ids.roll(-1)[predicts]
         cut = hidden.detach().requires_grad_()  # the head's graph is freed chunk by chunk
         loss = 0.0
         for part, target in zip(cut.split(2048), targets.split(2048), strict=True):
@@ -278,7 +249,9 @@ def prepare(task: str, shape: work.Shape, path: str) -> work.Step:
     kind, *rest = task.split()
     trained = torch.float32 if kind not in ("sample", "qlora") else None
     model = load(path, shape, trained, lora.QUANTIZED["nf4"] if kind == "qlora" else None)
-    if kind == "sft":
+    if kind == "qlora":
+        model = lora.adapt(model, sft.Config(lora_rank=16, lora_alpha=32, quantize="nf4"), 0)
+    if kind in ("sft", "qlora"):
         return sft_step(model, shape, [sft_tree(pair) for pair in work.pairs(shape)])
     if kind == "floor":
         if rest[-1] == "mkl":
@@ -291,18 +264,13 @@ def prepare(task: str, shape: work.Shape, path: str) -> work.Step:
             return reward_step(model, shape, trees)
         return dpo_step(model, shape, trees, path, cached="online" not in rest)
     if kind == "sample":
-        if rest[0] == "mixed":
-            return mixed_step(model, shape)
-        return sampling_step(model, shape, int(rest[0]), top_p=rest[1] == "top_p")
-    if kind == "qlora":
-        adapted = lora.adapt(model, sft.Config(lora_rank=16, lora_alpha=32, quantize="nf4"), 0)
-        return sft_step(adapted, shape, [sft_tree(pair) for pair in work.pairs(shape)])
+        prompts, limits, slots, settings = work.sampling(shape, *rest)
+        return sampling_step(model, prompts, limits, slots, **settings)
     return rloo_step(model, shape, path)
 
 
 if __name__ == "__main__":
-    turns = work.Turns()
-    step = prepare(*work.arguments())
+    turns, step = work.Turns(), prepare(*work.arguments())
     while True:
         turns.wait()
-        turns.done(step() | (work.gpu_peak(torch) if work.arguments()[1].device == "cuda" else {}))
+        turns.done(step())

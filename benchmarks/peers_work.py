@@ -114,6 +114,14 @@ def reply_lengths(seed: int = 3) -> list[int]:
     return np.clip(drawn, 8, 128).astype(int).tolist()
 
 
+def sampling(shape: Shape, size: str, how: str = "top_p") -> tuple[list, list[int], int, dict]:
+    """Of the task "sample SIZE HOW": prompts, tokens of each reply, how many at a time, and the settings."""
+    settings = {"temperature": 0.8, "top_p": 0.9} if how == "top_p" else {"temperature": 0.0}
+    if size == "mixed":
+        return prompts(shape, MIXED), reply_lengths(), 64, settings
+    return prompts(shape, int(size)), [NEW] * int(size), int(size), settings
+
+
 # ----------------------------------------------------------------------------------- taking turns
 
 Step = Callable[[], dict]   # does a step; {"units": how much work it was, ...}
@@ -138,19 +146,18 @@ class Turns:
         self.began = time.monotonic()
 
     def done(self, found: dict) -> None:
-        """Report a step: what it found, its seconds, and the peak of the process's memory unless it was found."""
-        now = time.monotonic()
+        """Report a step: what it found, its seconds, and the peak of the process's memory, or of the GPU's tensors."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if SHAPES[sys.argv[2]].device == "cuda":
+            import torch  # here: on the CPU this file needs NumPy alone
+
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        now = time.monotonic()
         times = {"seconds": now - self.began, "since_start_s": now - self.started, "import_s": self.import_s}
         print(json.dumps(times | {"peak_mib": peak} | found), file=self.out)
 
 
-def gpu_peak(torch) -> dict:
-    """Wait for the GPU; the most that tensors have taken of it."""
-    torch.cuda.synchronize()
-    return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20}
-
-
 def arguments() -> tuple[str, Shape, str]:
-    """The task, the shape and the model's directory a worker was started with."""
+    """The task, the shape and the model's directory a worker was started with; the fourth is the time then."""
     return sys.argv[1], SHAPES[sys.argv[2]], sys.argv[3]

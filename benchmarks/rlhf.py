@@ -1,8 +1,9 @@
-"""The reward models and PPO runs of the tiny recipe over seeds, in one file, after `make results`.
+"""The reward models and PPO runs of the tiny recipe over seeds, in one file, from what `make results` trained.
 
     python -m benchmarks.rlhf
 
-Reward models by their reports on the test pairs, PPO by the last five steps of its log.
+Reward models by their reports on the test pairs, PPO by the last five steps of its log; a seed is a full-size run in
+runs/results, as `make demo FULL=1 SEED=n` makes one.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ PPO_METRICS = ("score", "kl", "length", "eos_rate", "entropy", "explained_varian
 
 @dataclass(frozen=True)
 class Config:
-    runs: str = "runs/tiny"
+    runs: str = "runs/results"
     seeds: list[int] = (0, 1, 2, 3, 4)
     out: str = "benchmarks/results/tiny/rlhf.json"
 

@@ -62,20 +62,22 @@ def pair_tree(turns: list[work.Pair]) -> Tree:
     return tree
 
 
-def training(model, shape: work.Shape, trees: list[Tree], backward) -> work.Step:
-    """The scripts' loop: pack, micro-batches, clip, AdamW. `backward` takes a step's batches and returns the loss."""
+def training(model, shape: work.Shape, trees: list[Tree], losses) -> work.Step:
+    """The scripts' loop: pack, micro-batches, clip, AdamW. `losses` gives the loss of each of a step's batches."""
     optimizer = runtime.adamw(model, work.LR, 0.0)
     steps = cycle(trees[at : at + shape.batch] for at in range(0, len(trees), shape.batch))
 
     def step() -> dict:
-        chosen = next(steps)
-        loss = backward(pack(chosen, shape.micro_tokens))
+        chosen, total = next(steps), 0.0
+        for loss, _ in losses(pack(chosen, shape.micro_tokens)):
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), work.CLIP)
         optimizer.step()
         optimizer.zero_grad()
         tokens = sum(tree.tokens for tree in chosen)
         operations = shape.operations(tokens, sum(tree.learnt for tree in chosen), sum(map(seen, chosen)))
-        return {"units": tokens, "items": len(chosen), "loss": loss, "operations": operations}
+        return {"units": tokens, "items": len(chosen), "loss": total, "operations": operations}
     return step
 
 
@@ -85,20 +87,11 @@ def seen(tree: Tree) -> int:
     return trunk * (trunk + 1) // 2 + sum(start * length + length * (length + 1) // 2 for start, length in leaves)
 
 
-def add_up(parts) -> float:
-    """Backward through each micro-batch's loss; their sum."""
-    total = 0.0
-    for loss, _ in parts:
-        loss.backward()
-        total += loss.item()
-    return total
-
-
 def sft_step(model, shape: work.Shape, trees: list[Tree]) -> work.Step:
-    def backward(batches):
+    def losses(batches):
         tokens = sum(len(batch.owner) for batch in batches)
-        return add_up(sft.train_step(model, batch.to(shape.device), tokens) for batch in batches)
-    return training(model, shape, trees, backward)
+        return (sft.train_step(model, batch.to(shape.device), tokens) for batch in batches)
+    return training(model, shape, trees, losses)
 
 
 def dpo_step(model, shape: work.Shape, trees: list[Tree], path: str, cached: bool) -> work.Step:
@@ -114,27 +107,27 @@ def dpo_step(model, shape: work.Shape, trees: list[Tree], path: str, cached: boo
             for tree, part in zip(batch.trees, parts, strict=True):
                 tree.ref_sums = part
 
-    def backward(batches):
+    def losses(batches):
         if not cached:
             refer(batches)
         pairs = sum(batch.pairs for batch in batches)
-        return add_up(dpo.train_step(model, batch.to(shape.device), config, pairs) for batch in batches)
+        return (dpo.train_step(model, batch.to(shape.device), config, pairs) for batch in batches)
 
     began = time.perf_counter()
     if cached:
         refer(pack(trees, shape.micro_tokens))
     each = (time.perf_counter() - began) / len(trees)
-    step = training(model, shape, trees, backward)
+    step = training(model, shape, trees, losses)
     return lambda: step() | {"reference_s": each}
 
 
 def reward_step(model, shape: work.Shape, trees: list[Tree]) -> work.Step:
     config = reward.Config()
 
-    def backward(batches):
+    def losses(batches):
         groups = sum(batch.pairs for batch in batches)
-        return add_up(reward.train_step(model, batch.to(shape.device), config, groups) for batch in batches)
-    return training(add_score_head(model, 0), shape, trees, backward)
+        return (reward.train_step(model, batch.to(shape.device), config, groups) for batch in batches)
+    return training(add_score_head(model, 0), shape, trees, losses)
 
 
 def sampling_step(model, prompts: list[list[int]], limits: list[int], slots: int, **settings) -> work.Step:
@@ -258,8 +251,7 @@ def prepare(task: str, shape: work.Shape, path: str) -> work.Step:
             torch.set_float32_matmul_precision("highest")
         return decoding_floor(model, int(rest[1])) if rest[0] == "sample" else floor_step(model, shape, rest[0])
     if kind in ("dpo", "reward"):
-        rated = work.dialogues(shape) if "dialogues" in rest else [[pair] for pair in work.pairs(shape)]
-        trees = [pair_tree(turns) for turns in rated]
+        trees = [pair_tree(turns) for turns in work.rated(shape, task)]
         if kind == "reward":
             return reward_step(model, shape, trees)
         return dpo_step(model, shape, trees, path, cached="online" not in rest)

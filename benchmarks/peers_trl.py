@@ -111,31 +111,6 @@ def qlora(turns: work.Turns, shape: work.Shape, path: str, mode: str) -> None:
     sft(turns, shape, path, mode, get_peft_model(model, adapter))
 
 
-def preferences(shape: work.Shape, task: str) -> tuple[list[work.Pair], int]:
-    """Pairs in order, one row each, and the rows of a step: a dialogue of four rated turns is four rows."""
-    if "dialogues" in task:
-        return [turn for turns in work.dialogues(shape) for turn in turns], shape.batch * work.TURNS
-    return work.pairs(shape), shape.batch
-
-
-def train_on_pairs(trainer: type, args, turns: work.Turns, shape: work.Shape, pairs: list[work.Pair],
-                   columns: dict[str, list], model, **more) -> None:
-    """Steps of `trainer` on pairs whose token ids stand in `columns`."""
-    made = in_order(trainer)(model=model, args=args, train_dataset=Dataset.from_dict(columns),
-                             processing_class=whole_numbers(shape.vocab), **more)
-    run(made, turns, [len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in pairs], shape.batch)
-
-
-def dpo(turns: work.Turns, shape: work.Shape, path: str, mode: str, task: str) -> None:
-    pairs, rows = preferences(shape, task)
-    args = DPOConfig(**options(mode, shape, rows), max_length=None, beta=work.BETA,
-                     precompute_ref_log_probs="online" not in task)
-    columns = {"prompt_ids": [p.prompt for p in pairs], "chosen_ids": [p.chosen for p in pairs],
-               "rejected_ids": [p.rejected for p in pairs]}
-    train_on_pairs(DPOTrainer, args, turns, shape, pairs, columns, load(path),
-                   ref_model=load(path, dtype=getattr(torch, shape.dtype)))
-
-
 def scorer(path: str):
     """A model with a score head."""
     model = load(path, AutoModelForSequenceClassification, num_labels=1)
@@ -143,12 +118,22 @@ def scorer(path: str):
     return model
 
 
-def reward(turns: work.Turns, shape: work.Shape, path: str, mode: str, task: str) -> None:
-    pairs, rows = preferences(shape, task)
-    args = RewardConfig(**options(mode, shape, rows), max_length=None)
-    columns = {"chosen_ids": [p.prompt + p.chosen for p in pairs],
-               "rejected_ids": [p.prompt + p.rejected for p in pairs]}
-    train_on_pairs(RewardTrainer, args, turns, shape, pairs, columns, scorer(path))
+def preferences(turns: work.Turns, shape: work.Shape, path: str, mode: str, task: str) -> None:
+    """DPO or a reward model; a row for each pair, so that a dialogue of four rated turns is four rows."""
+    pairs = [turn for dialogue in work.rated(shape, task) for turn in dialogue]
+    settings = options(mode, shape, len(pairs) // work.STEPS) | {"max_length": None}
+    if task.startswith("dpo"):
+        trainer, more = DPOTrainer, {"ref_model": load(path, dtype=getattr(torch, shape.dtype))}
+        model, args = load(path), DPOConfig(**settings, beta=work.BETA, precompute_ref_log_probs="online" not in task)
+        columns = {"prompt_ids": [p.prompt for p in pairs], "chosen_ids": [p.chosen for p in pairs],
+                   "rejected_ids": [p.rejected for p in pairs]}
+    else:
+        trainer, model, args, more = RewardTrainer, scorer(path), RewardConfig(**settings), {}
+        columns = {"chosen_ids": [p.prompt + p.chosen for p in pairs],
+                   "rejected_ids": [p.prompt + p.rejected for p in pairs]}
+    made = in_order(trainer)(model=model, args=args, train_dataset=Dataset.from_dict(columns),
+                             processing_class=whole_numbers(shape.vocab), **more)
+    run(made, turns, [len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in pairs], shape.batch)
 
 
 def rloo(turns: work.Turns, shape: work.Shape, path: str) -> None:
@@ -205,7 +190,7 @@ def main() -> None:
     if kind in ("sft", "qlora"):
         {"sft": sft, "qlora": qlora}[kind](turns, shape, path, mode)
     elif kind in ("dpo", "reward"):
-        {"dpo": dpo, "reward": reward}[kind](turns, shape, path, mode, task)
+        preferences(turns, shape, path, mode, task)
     elif kind == "sample":
         sample(turns, shape, path, *rest)
     else:

@@ -87,11 +87,10 @@ def pairs(shape: Shape, seed: int = 0) -> list[Pair]:
 
 def dialogues(shape: Shape, seed: int = 1) -> list[list[Pair]]:
     """Rated at every turn: each prompt goes on from the reply chosen before. Turns are half as long as single ones."""
-    rng = np.random.default_rng(seed)
+    rng, means = np.random.default_rng(seed), (shape.prompt / 2, shape.reply / 2, shape.reply / 2)
     made = []
     for _ in range(shape.batch * STEPS):
         history, turns = [], []
-        means = (shape.prompt / 2, shape.reply / 2, shape.reply / 2)
         sizes = zip(*(lengths(rng, mean, shape.longest // TURNS // 2, TURNS) for mean in means), strict=True)
         for asked, won, lost in sizes:
             prompt = history + rng.integers(3, shape.vocab, asked).tolist()
@@ -100,6 +99,11 @@ def dialogues(shape: Shape, seed: int = 1) -> list[list[Pair]]:
             history = prompt + chosen
         made.append(turns)
     return made
+
+
+def rated(shape: Shape, task: str) -> list[list[Pair]]:
+    """What the tasks of preferences learn from: dialogues, of one turn unless the task says so."""
+    return dialogues(shape) if "dialogues" in task else [[pair] for pair in pairs(shape)]
 
 
 def prompts(shape: Shape, count: int, seed: int = 2) -> list[list[int]]:

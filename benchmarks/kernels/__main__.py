@@ -36,18 +36,16 @@ def run_group(group: str, device: str, seconds: float, file: Path) -> list[dict]
     """The rows of a group, measured in a process of its own; one says so if that fails or does not end."""
     command = [sys.executable, "-m", "benchmarks.kernels.groups", group, device, str(seconds), str(file)]
     with tempfile.TemporaryFile("w+") as output:
-        running = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        try:
-            why = f"ended with {running.wait(seconds + 20)}"  # a group ends by itself in time, unless it hangs
+        try:  # a group ends by itself in time, unless it hangs
+            code = subprocess.run(command, stdout=output, stderr=output, timeout=seconds + 20).returncode
+            why = f"ended with {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(running.pid, 9)
-            running.wait()
-            why = f"stopped after {seconds + 20:.0f} s"
+            code, why = -9, f"stopped after {seconds + 20:.0f} s"
         output.seek(0)
         last = output.read().strip().splitlines()[-1:]
     written = file.read_text().splitlines() if file.exists() else []
     rows = [json.loads(line) for line in written if line.startswith("{") and line.endswith("}")]
-    if running.returncode:
+    if code:
         rows.append({"group": group, "kernel": group, "shape": "", "pass": "group", "impl": "ours", "status": "failed",
                      "reason": ": ".join([why, *last])[:300]})
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,11 +115,8 @@ class Bench:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()
         events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        held = most = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            most = max(most, held)
-        return most
+        events.sort(key=lambda event: event.start_ns())
+        return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
 def prepared(work: Work, name: str) -> Callable:
@@ -128,13 +126,8 @@ def prepared(work: Work, name: str) -> Callable:
     if name == "both" and work.both:
         return work.both
     wanted = [x for x in work.inputs if isinstance(x, Tensor) and x.requires_grad]
+    out = work.call(*work.inputs)
+    upstream = torch.randn_like(out)
     if name == "backward":
-        out = work.call(*work.inputs)
-        upstream = torch.randn_like(out)
         return lambda: torch.autograd.grad(out, wanted, upstream, retain_graph=True)
-
-    def both():
-        out = work.call(*work.inputs)
-        torch.autograd.grad(out, wanted, torch.ones_like(out))
-
-    return both
+    return lambda: torch.autograd.grad(work.call(*work.inputs), wanted, upstream)

@@ -125,10 +125,6 @@ MADE_UP = [row("copy", "", "forward", "PyTorch", 1.0, "GB/s", 4e9, group="ceilin
            row("NF4 dequantise", "b", "forward", "ours", 1.0, "GB/s", 3e9)]
 
 
-def target(what: str) -> report.Target:
-    return next(t for t in report.TARGETS if t.what == what)
-
-
 @pytest.mark.parametrize("what, found", [
     ("attention forward, 4 x 2048", 1.9 / 2.0),            # the best of those that ran and are no floor
     ("attention backward, 4 x 2048", 3.0 / 4.0),
@@ -139,7 +135,8 @@ def target(what: str) -> report.Target:
     ("decode, 64 x 2048", None),
 ])
 def test_what_a_target_finds_in_the_rows(what, found):
-    assert report.value(target(what), MADE_UP) == (None if found is None else pytest.approx(found))
+    target = next(target for target in report.TARGETS if target["what"] == what)
+    assert report.value(target, MADE_UP) == (None if found is None else pytest.approx(found))
 
 
 def test_the_verdict_tells_reached_missed_and_not_measured_apart():

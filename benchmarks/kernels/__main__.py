@@ -5,7 +5,7 @@
 
 That the kernels are right is what `make gpu-tests` checks. Here implementations of one kernel at one shape take turns,
 the cache is emptied before each run, and the median of 30 counts. Each group runs in a process of its own with a time
-limit, so that a kernel that hangs costs one group. Last comes the verdict against the targets in report.py. On a CPU
+limit, so that a kernel that hangs costs one group. Last comes the verdict against targets.toml. On a CPU
 the PyTorch versions are timed.
 """
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> int:
                 save(out, found)
     if device.type == "cuda":  # last: of a long output often only the end is kept
         for row in report.verdicts(found["rows"]):
-            print("{kernel:<44} {measure:<16} {found:>8} {target:>9}  {verdict}".format_map(row))
+            print("{kernel:<44} {measure:<16} {found!s:>8} {target:>9}  {verdict}".format_map(row))
     failed = [row for row in found["rows"] if row["status"] == "failed"]
     for row in failed:
         print("FAILED {kernel} {shape} {pass}: {reason}".format_map(row))

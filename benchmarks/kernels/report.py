@@ -5,39 +5,10 @@ ours nor a floor. Ceilings are what the same run measured: GB/s of a copy, TFLOP
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+import tomllib
+from pathlib import Path
 
-
-class Target(NamedTuple):
-    """What one kernel should reach on a Hopper GPU: state of the art for plain Triton."""
-
-    what: str
-    kernels: tuple[str, ...]
-    shape: str | None          # None: every shape, the worst counts
-    passes: tuple[str, ...]    # together, if more than one
-    measure: str               # "x best baseline", "TFLOP/s", "of ceiling", "of SHAPE"; or less of "ms", "GiB extra"
-    ambitious: float
-
-
-ATTENTION, HEAD, FORWARD, FUSED = ("attention",), ("logprobs",), ("forward",), ("RMSNorm", "rotary", "SwiGLU")
-TARGETS = [
-    Target("attention forward, 4 x 2048", ATTENTION, "4 x 2048", FORWARD, "x best baseline", 0.92),
-    Target("attention backward, 4 x 2048", ATTENTION, "4 x 2048", ("backward",), "x best baseline", 0.85),
-    Target("attention forward, 4 x 4096", ATTENTION, "4 x 4096", FORWARD, "TFLOP/s", 580),
-    Target("packed 128-2048, forward and backward", ATTENTION, "packed 128-2048", ("forward", "backward"),
-           "of 4 x 2048", 0.92),
-    Target("window 4096 at 16k, forward", ATTENTION, "1 x 16384, window 4096", FORWARD, "of 1 x 16384", 0.90),
-    Target("decode, 64 x 2048", ("decode",), "64 x 2048", FORWARD, "of ceiling", 0.89),
-    Target("logprobs and entropy, forward, V 128256", ("logprobs and entropy",), "8192 x 4096 x 128256", FORWARD,
-           "ms", 12.8),
-    Target("logprobs, forward and backward, V 128256", HEAD, "8192 x 4096 x 128256", ("both",), "ms", 50),
-    Target("logprobs, forward and backward, V 151936", HEAD, "8192 x 4096 x 151936", ("both",), "ms", 60),
-    Target("the same, memory", HEAD, "8192 x 4096 x 151936", ("both",), "GiB extra", 2.0),
-    Target("logprobs, frozen head, V 32000", ("logprobs, frozen head",), "8192 x 4096 x 32000", ("both",), "ms", 10.0),
-    Target("NF4 dequantise", ("NF4 dequantise",), None, FORWARD, "of ceiling", 0.92),
-    Target("NF4 linear, 16 rows", ("NF4 linear",), "16 x 14336 x 4096", FORWARD, "x best baseline", 2.1),
-    Target("RMSNorm, rotary, SwiGLU: the worst", FUSED, None, ("forward", "backward"), "of ceiling", 0.90),
-]
+TARGETS = tomllib.loads((Path(__file__).parent / "targets.toml").read_text())["targets"]
 
 
 def contests(rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -63,28 +34,28 @@ def ceilings(rows: list[dict]) -> dict[str, float]:
     return {row["unit"]: row["rate"] for row in rows if row["kernel"] in ("copy", "matmul") and row["status"] == "ok"}
 
 
-def value(target: Target, rows: list[dict]) -> float | None:
+def value(target: dict, rows: list[dict]) -> float | None:
     """What was measured for a target; None if it was not."""
-    held = {key: group for key, group in contests(rows).items()
-            if key[0] in target.kernels and key[1] == (target.shape or key[1]) and key[2] in target.passes}
-    mine = [ours(group) for group in held.values()]
+    held = {key: group for key, group in contests(rows).items() if key[0] in target["kernels"]
+            and key[1] == target.get("shape", key[1]) and key[2] in target["passes"]}
+    mine, measure = [ours(group) for group in held.values()], target["measure"]
     if not held or not all(mine):
         return None
     ms = sum(row["ms"] for row in mine)
-    if target.measure == "ms":
+    if measure == "ms":
         return ms
-    if target.measure == "GiB extra":
+    if measure == "GiB extra":
         return max(row["extra_bytes"] for row in mine) / 2**30
-    if target.measure == "x best baseline":
+    if measure == "x best baseline":
         others = [best(group) for group in held.values()]
         return sum(row["ms"] for row in others) / ms if all(others) else None
-    if target.measure == "of ceiling":
+    if measure == "of ceiling":
         top = ceilings(rows)
         return min(row["rate"] / top[row["unit"]] for row in mine) if all(row["unit"] in top for row in mine) else None
     rate = sum(row["amount"] for row in mine) / ms / 1e9
-    if target.measure == "TFLOP/s":
+    if measure == "TFLOP/s":
         return rate
-    dense = value(target._replace(shape=target.measure.removeprefix("of "), measure="TFLOP/s"), rows)
+    dense = value(target | {"shape": measure.removeprefix("of "), "measure": "TFLOP/s"}, rows)
     return rate / dense if dense else None
 
 
@@ -94,14 +65,15 @@ def verdicts(rows: list[dict]) -> list[dict]:
     """The targets, and whether they were reached."""
     found = []
     for target in TARGETS:
-        measured, lower = value(target, rows), target.measure in ("ms", "GiB extra")
-        form = "{:.0%}" if target.measure.startswith("of ") else "{:.3g}"
-        met = "not measured"
+        measured, measure, goal = value(target, rows), target["measure"], target["goal"]
+        lower = measure in ("ms", "GiB extra")
+        form = "{:.0%}" if measure.startswith("of ") else "{:.3g}"
+        row = {"kernel": target["what"], "measure": measure, "found": None,
+               "target": ("<= " if lower else ">= ") + form.format(goal), "verdict": "not measured"}
         if measured is not None:
-            met = "reached" if (measured <= target.ambitious if lower else measured >= target.ambitious) else "missed"
-        found.append({"kernel": target.what, "measure": target.measure,
-                      "found": "-" if measured is None else form.format(measured),
-                      "target": ("<= " if lower else ">= ") + form.format(target.ambitious), "verdict": met})
+            row["found"] = form.format(measured)
+            row["verdict"] = "reached" if (measured <= goal if lower else measured >= goal) else "missed"
+        found.append(row)
     return found
 
 

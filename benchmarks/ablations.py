@@ -9,19 +9,22 @@
     weak_preferences  preferences collected from a model tuned on 1 % of the demonstrations and from the SFT model: do
                       two annotators agree, and what does DPO of the SFT model make of them?
 
-Each starts from what `make demo SEED=n` left in runs/tiny/n. Points are written seed by seed, so that the same command
-continues a stopped run; the figure shows every seed and the mean.
+Each starts from the full-size run that `make demo FULL=1 SEED=n` left in runs/results/n. Points are written seed by
+seed, so that the same command continues a stopped run; the figure shows every seed and the mean.
 """
 from __future__ import annotations
 
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import inf
 from pathlib import Path
 from statistics import mean
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -39,6 +42,8 @@ from data.tiny import pairs
 from judging.gold import interval
 from judging.rewards import load_scorer, preference_accuracy
 
+RUNS = "runs/results"  # a folder for each seed
+
 
 @dataclass(frozen=True)
 class Config:
@@ -50,30 +55,33 @@ class Config:
     threads: int = 0
 
     def __post_init__(self):
-        for key, low in (("size", 1), ("prompts", 1), ("threads", 0)):
-            runtime.check_range(key, getattr(self, key), low, inf)
+        runtime.check_ranges(self, size=(1, inf), prompts=(1, inf), threads=(0, inf))
         for seed in self.seeds:
-            if not Path(f"runs/tiny/{seed}/sft/model/config.json").is_file():
-                runtime.fail(f"seeds: runs/tiny/{seed}/sft/model is not there: make it with `make demo SEED={seed}`")
+            if not Path(f"{RUNS}/{seed}/sft/model/config.json").is_file():
+                runtime.fail(f"seeds: {RUNS}/{seed}/sft/model is not there: "
+                             f"make it with `make demo FULL=1 SEED={seed}`")
 
 
 Point = tuple[str, dict[str, float]]  # condition, measures
-DEV = "runs/tiny/0/data/dev.jsonl"
 RESULTS = Path("benchmarks/results/ablations")  # the figure and the numbers
 
 
+def train(script: ModuleType, config: Config, seed: int, out: Path, data: Path, **changes) -> Path:
+    """The model that a script makes of this data, trained as its config in configs/tiny says."""
+    settings = runtime.load_config(script.Config, "", ["--config", f"configs/tiny/{script.__name__}.toml"])
+    script.main(replace(settings, data=str(data), eval_data="", out=str(out), seed=seed, threads=config.threads,
+                        **changes))
+    return out / "model"
+
+
 def tuned(config: Config, seed: int, name: str, demonstrations: list[dict]) -> Path:
-    """The SFT model of these demonstrations, trained as configs/tiny/sft.toml says."""
+    """The SFT model of these demonstrations."""
     run = Path(config.out) / f"{name}-{seed}"
-    data = write(run.with_suffix(".jsonl"), demonstrations)
-    settings = runtime.load_config(sft.Config, "", ["--config", "configs/tiny/sft.toml"])
-    sft.main(replace(settings, data=str(data), eval_data="", out=str(run / "sft"), seed=seed, threads=config.threads,
-                     samples=0))
-    return run / "sft" / "model"
+    return train(sft, config, seed, run / "sft", write(run.with_suffix(".jsonl"), demonstrations), samples=0)
 
 
 def gold_score(model: Path) -> float:
-    return grade(model, DEV, runtime.find_device("auto"))
+    return grade(model, f"{RUNS}/0/data/dev.jsonl", runtime.find_device("auto"))
 
 
 def sft_point(config: Config, seed: int, name: str, demonstrations: list[dict]) -> Point:
@@ -92,35 +100,30 @@ def write(path: Path, records: list[dict]) -> Path:
 
 
 def sft_size(config: Config, seed: int) -> Iterator[Point]:
-    demos = load(f"runs/tiny/{seed}/data/sft.jsonl")
+    demos = load(f"{RUNS}/{seed}/data/sft.jsonl")
     for share in (0.01, 0.03, 0.1, 0.3, 1.0):
         yield sft_point(config, seed, f"{share:.0%}", demos[: round(share * len(demos))])
 
 
-def words_of(side: str, demo: dict) -> int:
-    """Words of a dialogue's prompts, or of its replies."""
-    return sum(len(m["content"].split()) for m in demo["messages"] if (m["role"] == "user") == (side == "prompts"))
+def words_of(demo: dict, role: str) -> int:
+    return sum(len(message["content"].split()) for message in demo["messages"] if message["role"] == role)
 
 
 def sft_length(config: Config, seed: int) -> Iterator[Point]:
     """The shortest and the longest of each task, so that the mix of tasks stays."""
-    demos = load(f"runs/tiny/{seed}/data/sft.jsonl")
-    tasks = dict.fromkeys(demo["category"] for demo in demos)
-    members = {task: [i for i, demo in enumerate(demos) if demo["category"] == task] for task in tasks}
-    counts = largest_remainder({task: len(numbers) for task, numbers in members.items()}, config.size)
-    for side in ("prompts", "replies"):
-        lengths = [words_of(side, demo) for demo in demos]
-        ordered = {task: sorted(numbers, key=lambda i, lengths=lengths: (lengths[i], i))
-                   for task, numbers in members.items()}
-        shortest = [i for task in tasks for i in ordered[task][: counts[task]]]
-        longest = [i for task in tasks for i in ordered[task][-counts[task] :]]
-        for name, chosen in (("shortest", shortest), ("longest", longest)):
-            yield sft_point(config, seed, f"{name} {side}", [demos[i] for i in sorted(chosen)])
+    demos = load(f"{RUNS}/{seed}/data/sft.jsonl")
+    counts = largest_remainder(Counter(demo["category"] for demo in demos), config.size)
+    for side, role in (("prompts", "user"), ("replies", "assistant")):
+        lengths = [words_of(demo, role) for demo in demos]
+        ordered = sorted(range(len(demos)), key=lengths.__getitem__)
+        for name, numbers in (("shortest", ordered), ("longest", ordered[::-1])):
+            members = ([i for i in numbers if demos[i]["category"] == task][:count] for task, count in counts.items())
+            yield sft_point(config, seed, f"{name} {side}", [demos[i] for i in sorted(chain(*members))])
     yield sft_point(config, seed, "any", random.Random(seed).sample(demos, config.size))
 
 
 def task_mix(config: Config, seed: int) -> Iterator[Point]:
-    demos = load(f"runs/tiny/{seed}/data/sft.jsonl")
+    demos = load(f"{RUNS}/{seed}/data/sft.jsonl")
     tasks = [d["category"] for d in demos]
     known = set(tasks)
     not_factual = sorted(known - {"open_qa", "closed_qa", "extract", "classify"})
@@ -131,26 +134,24 @@ def task_mix(config: Config, seed: int) -> Iterator[Point]:
         yield sft_point(config, seed, name, [demos[i] for i in subset(tasks, mix, config.size, seed)])
 
 
-def collect(config: Config, seed: int, name: str, model: str, prompts: str, noise: float) -> Path:
+def collect(config: Config, seed: int, name: str, model: Path | str, prompts: str, noise: float) -> Path:
     """Preferences between replies of the model, labelled with this noise."""
     out = Path(config.out) / f"{name}-{seed}.jsonl"
     some = write(out.with_suffix(".prompts.jsonl"), load(prompts)[: config.prompts])
     if not out.is_file():
-        pairs.main(pairs.Config(model=model, prompts=str(some), out=str(out), noise=noise, seed=seed,
+        pairs.main(pairs.Config(model=str(model), prompts=str(some), out=str(out), noise=noise, seed=seed,
                                 threads=config.threads))
     return out
 
 
 def annotator_noise(config: Config, seed: int) -> Iterator[Point]:
-    model = f"runs/tiny/{seed}/sft/model"
-    clean = collect(config, seed, "test", model, "runs/tiny/0/data/test.jsonl", 0.0)
+    model = f"{RUNS}/{seed}/sft/model"
+    clean = collect(config, seed, "test", model, f"{RUNS}/0/data/test.jsonl", 0.0)
     for noise in (0.0, 0.08, 0.16, 0.32, 0.64):
-        data = collect(config, seed, f"noise {noise}", model, f"runs/tiny/{seed}/data/prompts.jsonl", noise)
+        data = collect(config, seed, f"noise {noise}", model, f"{RUNS}/{seed}/data/prompts.jsonl", noise)
         run = Path(config.out) / f"noise {noise}-{seed}"
-        settings = runtime.load_config(reward.Config, "", ["--config", "configs/tiny/reward.toml"])
-        reward.main(replace(settings, model=model, data=str(data), eval_data="", demos="", out=str(run), seed=seed,
-                            threads=config.threads))
-        found = preference_accuracy(read(clean)[0], load_scorer("reward", str(run / "model")))
+        scorer = load_scorer("reward", str(train(reward, config, seed, run, data, model=model, demos="")))
+        found = preference_accuracy(read(clean)[0], scorer)
         yield f"{noise}", {"accuracy": 100 * found["value"], "pairs": len(load(data))}
 
 
@@ -168,16 +169,13 @@ def second_opinion(data: Path, prompts: str, seed: int) -> dict[str, float]:
 
 
 def weak_preferences(config: Config, seed: int) -> Iterator[Point]:
-    prompts = f"runs/tiny/{seed}/data/prompts.jsonl"
-    demos = load(f"runs/tiny/{seed}/data/sft.jsonl")
+    prompts, sft_model = f"{RUNS}/{seed}/data/prompts.jsonl", f"{RUNS}/{seed}/sft/model"
+    demos = load(f"{RUNS}/{seed}/data/sft.jsonl")
     weak = tuned(config, seed, "weak model", demos[: len(demos) // 100])
-    for name, model in (("weak model", str(weak)), ("SFT model", f"runs/tiny/{seed}/sft/model")):
+    for name, model in (("weak model", weak), ("SFT model", sft_model)):
         data = collect(config, seed, f"pairs of {name}", model, prompts, 0.08)
-        run = Path(config.out) / f"dpo on {name}-{seed}"
-        settings = runtime.load_config(dpo.Config, "", ["--config", "configs/tiny/dpo.toml"])
-        dpo.main(replace(settings, model=f"runs/tiny/{seed}/sft/model", data=str(data), eval_data="", out=str(run),
-                         seed=seed, threads=config.threads))
-        yield name, {"gold": gold_score(run / "model"), **second_opinion(data, prompts, seed)}
+        policy = train(dpo, config, seed, Path(config.out) / f"dpo on {name}-{seed}", data, model=sft_model)
+        yield name, {"gold": gold_score(policy), **second_opinion(data, prompts, seed)}
 
 
 ABLATIONS = {f.__name__: f for f in (sft_size, sft_length, task_mix, annotator_noise, weak_preferences)}
@@ -189,21 +187,17 @@ def summary(points: list[dict], measure: str) -> dict[str, tuple[float, float]]:
     return {c: interval([p[measure] for p in points if p["condition"] == c]) for c in conditions}
 
 
-def draw(title: str, points: list[dict], measures: list[str], file: Path) -> None:
-    """A panel for each measure: every seed, and the mean with its interval."""
-    figure = Figure(figsize=(6 * len(measures), 4), layout="constrained")
-    panels = figure.subplots(1, len(measures), squeeze=False)[0]
+def draw(title: str, points: list[dict], table: dict[str, dict[str, tuple[float, float]]], file: Path) -> None:
+    """A panel for each measure of the table: every seed, and the mean with its interval."""
+    figure = Figure(figsize=(6 * len(table), 4), layout="constrained")
     labels = {"gold": "gold score", "accuracy": "reward model, % right"}
-    for axes, measure in zip(panels, measures, strict=True):
-        found = summary(points, measure)
-        for i, name in enumerate(found):
-            values = [p[measure] for p in points if p["condition"] == name]
-            axes.plot([i] * len(values), values, ".", color="#999999", markersize=5)
+    for axes, (measure, found) in zip(figure.subplots(1, len(table), squeeze=False)[0], table.items(), strict=True):
+        axes.plot([p["condition"] for p in points], [p[measure] for p in points], ".", color="#999999", markersize=5)
         middle, half = zip(*found.values(), strict=True)
-        axes.errorbar(range(len(found)), middle, yerr=[0 if math.isnan(h) else h for h in half], fmt="o",
-                      color="#2b62b8", capsize=4)
-        axes.set(xticks=range(len(found)), ylabel=labels.get(measure, f"{measure}, %"))
-        axes.set_xticklabels(list(found), rotation=20, ha="right")
+        axes.errorbar(list(found), middle, yerr=[0 if math.isnan(h) else h for h in half], fmt="o", color="#2b62b8",
+                      capsize=4)
+        axes.set_ylabel(labels.get(measure, f"{measure}, %"))
+        axes.tick_params("x", rotation=20)
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(title)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -227,13 +221,12 @@ def measured(config: Config) -> list[dict]:
 def main(config: Config) -> None:
     runtime.setup("auto", 0, config.threads)
     points = measured(config)
-    measures = [m for m in points[0] if m not in ("condition", "seed")]
-    table = {m: summary(points, m) for m in measures}
+    table = {m: summary(points, m) for m in points[0] if m not in ("condition", "seed")}
     for condition in dict.fromkeys(p["condition"] for p in points):
-        cells = [f"{m} {table[m][condition][0]:.1f} ± {table[m][condition][1]:.1f}" for m in measures]
-        print(f"{condition:<20}" + "  ".join(cells))
+        found = {measure: by_condition[condition] for measure, by_condition in table.items()}
+        print(f"{condition:<20}" + "  ".join(f"{m} {middle:.1f} ± {half:.1f}" for m, (middle, half) in found.items()))
     title = config.ablation.replace("_", " ") + f", {len(config.seeds)} seeds"
-    drawn = [m for m in measures if m in ("gold", "accuracy", "agreement")]
+    drawn = {m: table[m] for m in ("gold", "accuracy", "agreement") if m in table}
     draw(title, points, drawn, RESULTS / f"{config.ablation}.png")
     save(RESULTS / f"{config.ablation}.json", {
         "command": f"python -m benchmarks.ablations --config configs/tiny/ablations/{config.ablation}.toml",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from math import inf
 
 import torch
 
@@ -19,7 +18,7 @@ import runtime
 from benchmarks.measure import machine, save, timed
 from checkpoints import load_model
 from data.tokenizer import load_tokenizer
-from judging.choices import TASKS, likelihoods, plant, to_requests, with_contexts
+from judging.choices import TASKS, likelihoods, to_requests, with_contexts
 
 MODEL = "data/tiny/base"
 # Questions, distinct choices of each.
@@ -33,12 +32,7 @@ BATCH_TOKENS = 1024
 @dataclass(frozen=True)
 class Config:
     out: str = "benchmarks/results/choices.json"
-    share: float = 1.0       # of the questions
     threads: int = 0
-
-    def __post_init__(self):
-        runtime.check_range("share", self.share, 0.001, 1)
-        runtime.check_range("threads", self.threads, 0, inf)
 
 
 def question(task: str, number: int, rng: random.Random, words: list[str]):
@@ -54,21 +48,19 @@ def question(task: str, number: int, rng: random.Random, words: list[str]):
     }[task])
 
 
-def slices(task: str, share: float, words: list[str]) -> list[list]:
-    """Questions with their contexts: every SLICES-th of one list, or, where a task has subjects, whole subjects."""
-    rng, shots, count = random.Random(task), TASKS[task].shots, round(share * COUNTS[task][0])
-    questions, examples = ([question(task, i, rng, words) for i in range(n)] for n in (count, SUBJECTS * 5))
-    subjects = [with_contexts([q for q in questions if q.subject == s], [e for e in examples if e.subject == s], shots)
-                for s in dict.fromkeys(q.subject for q in questions)]
-    if len(subjects) == 1:
-        return [subjects[0][i::SLICES] for i in range(SLICES)]
-    return [[pair for subject in subjects[i::SLICES] for pair in subject] for i in range(SLICES)]
+def slices(task: str, words: list[str]) -> list[list]:
+    """Questions with their contexts, subject by subject, in SLICES parts."""
+    rng, shots = random.Random(task), TASKS[task].shots
+    questions, examples = ([question(task, i, rng, words) for i in range(n)] for n in (COUNTS[task][0], SUBJECTS * 5))
+    pairs = [pair for subject in dict.fromkeys(q.subject for q in questions) for pair in with_contexts(
+        [q for q in questions if q.subject == subject], [e for e in examples if e.subject == subject], shots)]
+    return [pairs[i * len(pairs) // SLICES : (i + 1) * len(pairs) // SLICES] for i in range(SLICES)]
 
 
-def packed(model, tokenizer, part: list) -> tuple[list, int, dict]:
-    """The requests of every question, how many contexts were cut, and the log-likelihood of every request."""
-    requests, cut = to_requests(tokenizer, part, model.config.max_positions, bos=True)
-    return requests, cut, likelihoods(model, [request for of_one in requests for request in of_one], BATCH_TOKENS)
+def packed(model, tokenizer, part: list) -> tuple[list, dict]:
+    """The requests of every question, and the log-likelihood of every request."""
+    requests, _ = to_requests(tokenizer, part, model.config.max_positions, bos=True)
+    return requests, likelihoods(model, [request for of_one in requests for request in of_one], BATCH_TOKENS)
 
 
 @torch.no_grad()
@@ -80,26 +72,22 @@ def one_by_one(model, tokenizer, context: str, choice: str) -> float:
     return logits.log_softmax(-1).gather(1, targets[:, None]).double().sum().item()
 
 
-def measure(task: str, model, tokenizer, words: list[str], share: float) -> dict:
-    row = {"task": task, "shots": TASKS[task].shots, "questions": 0, "continuations": 0, "context_tokens": 0,
-           "tokens": 0, "cut": 0, "seconds": 0.0, "plain_sample": 0, "plain_seconds": 0.0, "largest_difference": 0.0}
+def measure(task: str, model, tokenizer, words: list[str]) -> dict:
+    row = {"task": task, "shots": TASKS[task].shots, "questions": 0, "continuations": 0, "seconds": 0.0,
+           "plain_sample": 0, "plain_seconds": 0.0, "largest_difference": 0.0}
     rng = random.Random(0)
-    for part in slices(task, share, words):
-        (requests, cut, found), taken = timed(packed, model, tokenizer, part)
+    for part in slices(task, words):
+        (requests, found), taken = timed(packed, model, tokenizer, part)
         row["seconds"] += taken
         row["questions"] += len(part)
         row["continuations"] += len(found)
-        row["context_tokens"] += sum(len(of_one[0][0]) for of_one in requests)
-        row["tokens"] += sum(tree.tokens for tree in plant(found, BATCH_TOKENS))
-        row["cut"] += cut
-        for _ in range(min(SAMPLE, len(part))):
+        for _ in range(SAMPLE):
             i = rng.randrange(len(part))
             c = rng.randrange(len(requests[i]))
             alone, taken = timed(one_by_one, model, tokenizer, part[i][1], part[i][0].choices[c])
             row["plain_seconds"] += taken
             row["plain_sample"] += 1
             row["largest_difference"] = max(row["largest_difference"], abs(alone - found[requests[i][c]]))
-    row["context_tokens"] /= row["questions"]
     return row | rates(row["continuations"], row["seconds"],
                        row["continuations"] * row["plain_seconds"] / row["plain_sample"])
 
@@ -118,13 +106,13 @@ def main(config: Config) -> None:
             "({plain_sample} of them)  {times_as_fast:.1f} times")
     rows = []
     for task in COUNTS:
-        rows.append(measure(task, model, tokenizer, words, config.share))
+        rows.append(measure(task, model, tokenizer, words))
         print(line.format(**rows[-1]) + f"  difference {rows[-1]['largest_difference']:.1e}", flush=True)
     total = {key: sum(row[key] for row in rows) for key in ("continuations", "seconds", "plain_sample")}
     plain_s = sum(row["continuations"] / row["plain_per_s"] for row in rows)
     total |= rates(total["continuations"], total["seconds"], plain_s)
     print(line.format(task="together", **total))
-    save(config.out, {"command": f"python -m benchmarks.choices share={config.share:g} threads={config.threads}",
+    save(config.out, {"command": f"python -m benchmarks.choices threads={config.threads}",
                       **machine(torch.device("cpu")), "model": MODEL, "dtype": "float32", "max_tokens": BATCH_TOKENS,
                       "tasks": rows, "together": total})
 

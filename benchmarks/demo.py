@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from contextlib import redirect_stdout
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
 
@@ -35,8 +36,7 @@ def table(report: dict) -> list[str]:
 def columns(cells: list[str]) -> list[str]:
     """Texts beside each other, each wrapped to its column."""
     wrapped = [[part for line in cell.split("\n") for part in wrap(line, WIDTH) or [""]] for cell in cells]
-    depth = max(map(len, wrapped))
-    rows = zip(*(column + [""] * (depth - len(column)) for column in wrapped), strict=True)
+    rows = zip_longest(*wrapped, fillvalue="")
     return ["  " + "  ".join(f"{cell:<{WIDTH}}" for cell in row).rstrip() for row in rows]
 
 
@@ -59,12 +59,6 @@ def dialogues(data: Path, replies: Path, count: int = 3) -> list[str]:
     return lines
 
 
-def reward_line(report: Path) -> str:
-    """How often the reward model prefers what annotators chose."""
-    accuracy = json.loads(report.read_text())["reward_model"]["accuracy"]
-    return f"The reward model that PPO follows agrees with {100 * accuracy:.0f} % of held-out preferences."
-
-
 def commands(run: Path) -> list[str]:
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
     models = f'["DPO={run}/dpo/model", "idea=runs/idea/model"]'
@@ -81,8 +75,10 @@ def main(config: judge.Config) -> None:
     report = json.loads((out / "report.json").read_text())
     lines = ["", *table(report)]
     if set(SIDE_BY_SIDE) <= set(report["gold"]):
+        accuracy = json.loads((out.parent / "reward" / "report.json").read_text())["reward_model"]["accuracy"]
         lines += ["", "Gold scores: mean grade of a reply, 0 to 100, with a 95 % interval over the dialogues.",
-                  reward_line(out.parent / "reward" / "report.json"), f"All tables and figures: {out}/report.html"]
+                  f"The reward model that PPO follows agrees with {100 * accuracy:.0f} % of held-out preferences.",
+                  f"All tables and figures: {out}/report.html"]
         lines += [*dialogues(Path(config.data), out / "replies.jsonl"), "", *commands(out.parent)]
     print("\n".join(lines))
 

@@ -1,6 +1,6 @@
 """How far a reward model can be trusted: its score and the gold score against KL, as PPO optimises the first.
 
-    python -m benchmarks.overoptimisation 'runs=["kl 0.2=runs/tiny/0/ppo", "kl 0=runs/tiny/0/ppo_kl0"]'
+    python -m benchmarks.overoptimisation 'runs=["kl 0.2=runs/results/0/ppo", "kl 0=runs/results/0/ppo_without_kl"]'
 
 Each run must have been made with snapshot_every. Its snapshots answer the dev dialogues, the gold grader grades them,
 and the figure draws both scores over the distance from the reference (Gao et al. 2022, arXiv:2210.10760).
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -27,8 +28,8 @@ from judging.entries import decode
 @dataclass(frozen=True)
 class Config:
     runs: list[str] = ()             # "name=folder of a PPO run"
-    start: str = "runs/tiny/0/sft/model"  # the model they started from
-    data: str = "runs/tiny/0/data/dev.jsonl"
+    start: str = "runs/results/0/sft/model"  # the model they started from
+    data: str = "runs/results/0/data/dev.jsonl"
     out: str = "benchmarks/results/overoptimisation"  # .json and .png
 
     def __post_init__(self):
@@ -75,11 +76,7 @@ def draw(curves: dict[str, list[dict]], file: Path) -> None:
 
 
 def main(config: Config) -> None:
-    device = runtime.setup("auto", 0)
-
-    def graded(path: Path | str) -> float:
-        return grade(path, config.data, device)
-
+    graded = partial(grade, data=config.data, device=runtime.setup("auto", 0))
     start = graded(config.start)
     named = [entry.partition("=") for entry in config.runs]
     curves = {name: curve(Path(folder), start, graded) for name, _, folder in named}

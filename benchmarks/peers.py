@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -81,68 +82,52 @@ class Config:
             runtime.fail(f"{self.peers}: no such file: build it with `make bench-peers`, or set peers=")
 
 
-def make_model(shape: str, path: str) -> str:
-    """Random weights for both sides, stored in the dtype of the activations."""
-    save_model(random_model(SHAPES[shape]).to(getattr(torch, SHAPES[shape].dtype)), path)
-    if SHAPES[shape].device == "cuda":
-        torch.cuda.empty_cache()
-    return path
+def start(python: str, module: str, task: str, shape: str, path: str, log: Path) -> subprocess.Popen:
+    """A process of one side, which prepares its task and waits for its turn."""
+    command = [python, "-m", f"benchmarks.{module}", task, shape, path, str(time.monotonic())]
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+    with log.open("w") as errors:
+        return subprocess.Popen(command, env=os.environ | offline, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=errors, text=True)
 
 
-class Worker:
-    """A process of one side, with its task prepared."""
-
-    def __init__(self, python: str, module: str, task: str, shape: str, path: str, log: Path):
-        self.log = log
-        command = [python, "-m", f"benchmarks.{module}", task, shape, path, str(time.monotonic())]
-        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(command, env=os.environ | offline, stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, stderr=errors, text=True)
-
-    def step(self) -> dict:
-        """Its next step."""
-        try:
-            self.process.stdin.write("step\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            raise RuntimeError(f"{' '.join(self.process.args[2:])} ended:\n{self.log.read_text()[-3000:]}")
-        return json.loads(line)
-
-    def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+def step(worker: subprocess.Popen, log: Path) -> dict:
+    """Its next step."""
+    with suppress(BrokenPipeError):
+        worker.stdin.write("step\n")
+        worker.stdin.flush()
+    line = worker.stdout.readline()
+    if not line:
+        worker.wait()
+        raise RuntimeError(f"{' '.join(worker.args[2:])} ended:\n{log.read_text()[-3000:]}")
+    return json.loads(line)
 
 
-def take_turns(sides: list[tuple], shape: str, path: str, rounds: int, logs: Path) -> dict[str, list[dict]]:
+def take_turns(sides: list[tuple], shape: str, path: str, rounds: int, folder: Path) -> dict[str, list[dict]]:
     """Every side's steps. On a GPU one side after another, and of one that runs out of memory none."""
-    workers: dict[str, Worker] = {}
+    workers: dict[str, subprocess.Popen] = {}
     steps: dict[str, list[dict]] = {}
-    alone = SHAPES[shape].device == "cuda"
+    alone, logs = SHAPES[shape].device == "cuda", {name: folder / f"{name}.txt" for name, *_ in sides}
     for name, python, module, words in sides:
-        workers[name] = Worker(python, module, words, shape, path, logs / f"{name}.txt")
+        workers[name] = start(python, module, words, shape, path, logs[name])
         try:
             # One by one: they are not to load at the same time.
-            steps[name] = [workers[name].step() for _ in range(rounds if alone else 1)]
+            steps[name] = [step(workers[name], logs[name]) for _ in range(rounds if alone else 1)]
         except RuntimeError as error:
             if not (alone and "out of memory" in str(error)):
                 raise
             steps[name] = []
         if alone:
-            workers.pop(name).end()
+            workers.pop(name).communicate()  # closes what it reads, and so ends it
     for _ in range(0 if alone else rounds - 1):
         for name, worker in workers.items():
-            steps[name].append(worker.step())
+            steps[name].append(step(worker, logs[name]))
     for worker in workers.values():
-        worker.end()
+        worker.communicate()
     return steps
 
 
-def compare(task: str, shape: str, path: str, config: Config, logs: Path) -> list[dict]:
+def compare(task: str, shape: str, config: Config, folder: Path) -> list[dict]:
     """A row for each way of doing the task."""
     _, _, modes, floors = TASKS[task]
     sides = [("ours", sys.executable, "peers_ours", task)]
@@ -152,7 +137,7 @@ def compare(task: str, shape: str, path: str, config: Config, logs: Path) -> lis
     if config.device == "cuda" and library == "TRL":
         modes = (*modes, "single")
     sides += [(f"{library}, {mode}", config.peers, "peers_trl", f"{task}, {mode}") for mode in modes if config.peers]
-    steps = take_turns(sides, shape, path, config.rounds, logs)
+    steps = take_turns(sides, shape, str(folder / "model"), config.rounds, folder)
     check_losses(task, shape, steps)
     return [{"shape": shape, "task": task, "side": name} | measured(task, found) for name, found in steps.items()]
 
@@ -206,10 +191,6 @@ def versions(python: str) -> str:
     return subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.strip() if python else ""
 
 
-def in_order(row: dict) -> tuple[int, int]:
-    return list(SHAPES).index(row["shape"]), list(TASKS).index(row["task"])
-
-
 def main(config: Config) -> None:
     out = Path(config.out or f"benchmarks/results/peers{'_gpu' if config.device == 'cuda' else ''}.json")
     rows = json.loads(out.read_text())["rows"] if out.is_file() else []
@@ -220,13 +201,14 @@ def main(config: Config) -> None:
              "batch": {name: shape.batch for name, shape in SHAPES.items()}, "turns": TURNS, "new_tokens": NEW,
              "rollout": RL_PROMPTS * RL_REPLIES}
     for shape in config.shapes or [name for name, shape in SHAPES.items() if shape.device == config.device]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = make_model(shape, f"{folder}/model")
+        with tempfile.TemporaryDirectory() as folder:  # for random weights, in the dtype of the activations
+            save_model(random_model(SHAPES[shape]).to(getattr(torch, SHAPES[shape].dtype)), f"{folder}/model")
+            torch.cuda.empty_cache()
             for task in (task for task in config.tasks if does(shape, task)):
-                found = compare(task, shape, path, config, Path(folder))
+                found = compare(task, shape, config, Path(folder))
                 show(found)
-                others = [row for row in rows if (row["shape"], row["task"]) != (shape, task)]
-                rows = sorted(others + found, key=in_order)
+                rows = found + [row for row in rows if (row["shape"], row["task"]) != (shape, task)]
+                rows.sort(key=lambda row: (list(SHAPES).index(row["shape"]), list(TASKS).index(row["task"])))
                 save(out, about | {"rows": rows})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from itertools import cycle
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -61,20 +62,22 @@ def pair_tree(turns: list[work.Pair]) -> Tree:
     return tree
 
 
-def training(model, shape: work.Shape, trees: list[Tree], backward) -> work.Step:
-    """The scripts' loop: pack, micro-batches, clip, AdamW. `backward` takes a step's batches and returns the loss."""
+def training(model, shape: work.Shape, trees: list[Tree], losses) -> work.Step:
+    """The scripts' loop: pack, micro-batches, clip, AdamW. `losses` gives the loss of each of a step's batches."""
     optimizer = runtime.adamw(model, work.LR, 0.0)
     steps = cycle(trees[at : at + shape.batch] for at in range(0, len(trees), shape.batch))
 
     def step() -> dict:
-        chosen = next(steps)
-        loss = backward(pack(chosen, shape.micro_tokens))
+        chosen, total = next(steps), 0.0
+        for loss, _ in losses(pack(chosen, shape.micro_tokens)):
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), work.CLIP)
         optimizer.step()
         optimizer.zero_grad()
         tokens = sum(tree.tokens for tree in chosen)
         operations = shape.operations(tokens, sum(tree.learnt for tree in chosen), sum(map(seen, chosen)))
-        return {"units": tokens, "items": len(chosen), "loss": loss, "operations": operations}
+        return {"units": tokens, "items": len(chosen), "loss": total, "operations": operations}
     return step
 
 
@@ -84,20 +87,11 @@ def seen(tree: Tree) -> int:
     return trunk * (trunk + 1) // 2 + sum(start * length + length * (length + 1) // 2 for start, length in leaves)
 
 
-def add_up(parts) -> float:
-    """Backward through each micro-batch's loss; their sum."""
-    total = 0.0
-    for loss, _ in parts:
-        loss.backward()
-        total += loss.item()
-    return total
-
-
 def sft_step(model, shape: work.Shape, trees: list[Tree]) -> work.Step:
-    def backward(batches):
+    def losses(batches):
         tokens = sum(len(batch.owner) for batch in batches)
-        return add_up(sft.train_step(model, batch.to(shape.device), tokens) for batch in batches)
-    return training(model, shape, trees, backward)
+        return (sft.train_step(model, batch.to(shape.device), tokens) for batch in batches)
+    return training(model, shape, trees, losses)
 
 
 def dpo_step(model, shape: work.Shape, trees: list[Tree], path: str, cached: bool) -> work.Step:
@@ -113,53 +107,35 @@ def dpo_step(model, shape: work.Shape, trees: list[Tree], path: str, cached: boo
             for tree, part in zip(batch.trees, parts, strict=True):
                 tree.ref_sums = part
 
-    def backward(batches):
+    def losses(batches):
         if not cached:
             refer(batches)
         pairs = sum(batch.pairs for batch in batches)
-        return add_up(dpo.train_step(model, batch.to(shape.device), config, pairs) for batch in batches)
+        return (dpo.train_step(model, batch.to(shape.device), config, pairs) for batch in batches)
 
     began = time.perf_counter()
     if cached:
         refer(pack(trees, shape.micro_tokens))
     each = (time.perf_counter() - began) / len(trees)
-    step = training(model, shape, trees, backward)
+    step = training(model, shape, trees, losses)
     return lambda: step() | {"reference_s": each}
 
 
 def reward_step(model, shape: work.Shape, trees: list[Tree]) -> work.Step:
     config = reward.Config()
 
-    def backward(batches):
+    def losses(batches):
         groups = sum(batch.pairs for batch in batches)
-        return add_up(reward.train_step(model, batch.to(shape.device), config, groups) for batch in batches)
-    return training(add_score_head(model, 0), shape, trees, backward)
+        return (reward.train_step(model, batch.to(shape.device), config, groups) for batch in batches)
+    return training(add_score_head(model, 0), shape, trees, losses)
 
 
-def sampling_step(model, shape: work.Shape, batch: int, top_p: bool) -> work.Step:
-    prompts = work.prompts(shape, batch)
-    settings = {"temperature": 0.8, "top_p": 0.9} if top_p else {"temperature": 0.0}
-
+def sampling_step(model, prompts: list[list[int]], limits: list[int], slots: int, **settings) -> work.Step:
+    """Replies of these lengths, `slots` at a time."""
     def step() -> dict:
-        found = generate(model, prompts, work.NEW, **settings, slots=batch)
+        found = generate(model, prompts, limits, **settings, slots=slots)
         return {"units": sum(len(s.tokens) for one in found for s in one)}
     return step
-
-
-def mixed_step(model, shape: work.Shape) -> work.Step:
-    prompts, limits = work.prompts(shape, work.MIXED), work.reply_lengths()
-
-    def step() -> dict:
-        found = generate(model, prompts, limits, temperature=0.8, top_p=0.9, slots=64)
-        return {"units": sum(len(s.tokens) for one in found for s in one)}
-    return step
-
-
-class NoTokenizer:
-    """Random replies have no end of sequence."""
-
-    def stop_ids(self) -> tuple[int, ...]:
-        return ()
 
 
 def rloo_step(model, shape: work.Shape, path: str) -> work.Step:
@@ -171,11 +147,12 @@ def rloo_step(model, shape: work.Shape, path: str) -> work.Step:
     optimizer = runtime.adamw(model, work.LR, 0.0)
     prompts, device = work.prompts(shape, work.RL_PROMPTS * work.STEPS), torch.device(shape.device)
     steps, models = iter(range(work.STEPS)), Models(model, reference, reward_model, None, model)
+    tokenizer = SimpleNamespace(stop_ids=tuple)  # random replies have no end of sequence
 
     def step() -> dict:
         number, began = next(steps), time.perf_counter()
         asked = prompts[number * work.RL_PROMPTS : (number + 1) * work.RL_PROMPTS]
-        trees = ppo.sample(models, asked, NoTokenizer(), number, config)
+        trees = ppo.sample(models, asked, tokenizer, number, config)
         sampled = time.perf_counter()
         rollout = ppo.score(trees, models, config, device)
         _, advantages, returns = ppo.find_advantages(rollout, config.kl_coef, config)
@@ -188,62 +165,49 @@ def rloo_step(model, shape: work.Shape, path: str) -> work.Step:
 
 # ------------------------------------------------------------------------------------------ floors
 
-class ByHand:
-    """The plainest model that computes the same: all sequences in one flat row, attention one by one."""
+def by_hand(weights: dict[str, torch.Tensor], shape: work.Shape, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """The last hidden states [N, D] of sequences of these sizes, laid end to end; the plainest code that gives them."""
+    half = shape.head_dim // 2
+    angles = torch.cat([torch.arange(n) for n in sizes])[:, None, None] * 10000.0 ** (-torch.arange(half) / half)
+    cos, sin = angles.cos(), angles.sin()
 
-    def __init__(self, model: Transformer, shape: work.Shape):
-        self.weights, self.shape = dict(model.named_parameters()), shape
-        half = shape.head_dim // 2
-        self.frequencies = 10000.0 ** (-torch.arange(half) / half)
+    def linear(x, name: str):
+        return F.linear(x, weights[name + ".weight"])
 
-    def norm(self, x, name: str):
-        return F.rms_norm(x, (self.shape.width,), self.weights[name], 1e-5)
+    def norm(x, name: str):
+        return F.rms_norm(x, (shape.width,), weights[name + ".weight"], 1e-5)
 
-    def attention(self, x, block: str, cos, sin, sizes: list[int]):
-        def turned(x):
-            a, b = x.chunk(2, -1)
-            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    def turned(x):
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-        q, k, v = (F.linear(x, self.weights[f"{block}self_attn.{part}_proj.weight"]) for part in "qkv")
-        q, k, v = (x.unflatten(-1, (self.shape.heads, -1)) for x in (q, k, v))
-        out = []
-        for row in zip(turned(q).split(sizes), turned(k).split(sizes), v.split(sizes), strict=True):
-            heads_first = (x.transpose(0, 1)[None] for x in row)
-            out.append(F.scaled_dot_product_attention(*heads_first, is_causal=True)[0].transpose(0, 1))
-        return F.linear(torch.cat(out).flatten(1), self.weights[block + "self_attn.o_proj.weight"])
-
-    def hidden(self, ids, sizes: list[int]):
-        """The last hidden states of sequences of these sizes, laid end to end."""
-        angles = torch.cat([torch.arange(n) for n in sizes])[:, None, None] * self.frequencies
-        cos, sin = angles.cos(), angles.sin()
-        x = self.weights["embed_tokens.weight"][ids]
-        for layer in range(self.shape.layers):
-            block = f"layers.{layer}."
-            x = x + self.attention(self.norm(x, block + "input_layernorm.weight"), block, cos, sin, sizes)
-            h = self.norm(x, block + "post_attention_layernorm.weight")
-            gate, up = (F.linear(h, self.weights[f"{block}mlp.{part}_proj.weight"]) for part in ("gate", "up"))
-            x = x + F.linear(F.silu(gate) * up, self.weights[block + "mlp.down_proj.weight"])
-        return self.norm(x, "norm.weight")
+    x = weights["embed_tokens.weight"][ids]
+    for block in (f"layers.{layer}." for layer in range(shape.layers)):
+        h = norm(x, block + "input_layernorm")
+        q, k, v = (linear(h, f"{block}self_attn.{part}_proj").unflatten(-1, (shape.heads, -1)) for part in "qkv")
+        rows = zip(*(y.transpose(0, 1)[None].split(sizes, 2) for y in (turned(q), turned(k), v)), strict=True)
+        seen = torch.cat([F.scaled_dot_product_attention(*row, is_causal=True) for row in rows], 2)  # [1, H, N, E]
+        x = x + linear(seen[0].transpose(0, 1).flatten(1), block + "self_attn.o_proj")
+        h = norm(x, block + "post_attention_layernorm")
+        x = x + linear(F.silu(linear(h, block + "mlp.gate_proj")) * linear(h, block + "mlp.up_proj"),
+                       block + "mlp.down_proj")
+    return norm(x, "norm")
 
 
 def floor_step(model, shape: work.Shape, kind: str) -> work.Step:
     """A step by hand; 2,048 response tokens at a time in the head. DPO's loss costs as much as this one."""
-    by_hand = ByHand(model, shape)
-    weights = by_hand.weights
+    weights = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(weights.values(), lr=work.LR, weight_decay=0.0, fused=True)
-    items, steps = work.pairs(shape), iter(range(work.STEPS))
+    pairs = work.pairs(shape)
+    steps = iter([pairs[at : at + shape.batch] for at in range(0, len(pairs), shape.batch)])
 
     def step() -> dict:
-        number = next(steps)
-        chosen = items[number * shape.batch : (number + 1) * shape.batch]
+        chosen = next(steps)
         rows = [(pair.prompt, reply) for pair in chosen for reply in (pair[1:] if kind == "dpo" else pair[1:2])]
         sizes = [len(prompt) + len(reply) for prompt, reply in rows]
         ids = torch.tensor([i for row in rows for part in row for i in part])
-        x = by_hand.hidden(ids, sizes)
-        ends = np.cumsum(sizes)
-        predictors = torch.cat([torch.arange(end - len(reply) - 1, end - 1)
-                                for end, (_, reply) in zip(ends, rows, strict=True)])
-        targets, hidden = ids[predictors + 1], x[predictors]
+        predicts = torch.tensor([len(p) <= i + 1 < len(p) + len(r) for p, r in rows for i in range(len(p) + len(r))])
+        hidden, targets = by_hand(weights, shape, ids, sizes)[predicts], ids.roll(-1)[predicts]
         cut = hidden.detach().requires_grad_()  # the head's graph is freed chunk by chunk
         loss = 0.0
         for part, target in zip(cut.split(2048), targets.split(2048), strict=True):
@@ -278,31 +242,27 @@ def prepare(task: str, shape: work.Shape, path: str) -> work.Step:
     kind, *rest = task.split()
     trained = torch.float32 if kind not in ("sample", "qlora") else None
     model = load(path, shape, trained, lora.QUANTIZED["nf4"] if kind == "qlora" else None)
-    if kind == "sft":
+    if kind == "qlora":
+        model = lora.adapt(model, sft.Config(lora_rank=16, lora_alpha=32, quantize="nf4"), 0)
+    if kind in ("sft", "qlora"):
         return sft_step(model, shape, [sft_tree(pair) for pair in work.pairs(shape)])
     if kind == "floor":
         if rest[-1] == "mkl":
             torch.set_float32_matmul_precision("highest")
         return decoding_floor(model, int(rest[1])) if rest[0] == "sample" else floor_step(model, shape, rest[0])
     if kind in ("dpo", "reward"):
-        rated = work.dialogues(shape) if "dialogues" in rest else [[pair] for pair in work.pairs(shape)]
-        trees = [pair_tree(turns) for turns in rated]
+        trees = [pair_tree(turns) for turns in work.rated(shape, task)]
         if kind == "reward":
             return reward_step(model, shape, trees)
         return dpo_step(model, shape, trees, path, cached="online" not in rest)
     if kind == "sample":
-        if rest[0] == "mixed":
-            return mixed_step(model, shape)
-        return sampling_step(model, shape, int(rest[0]), top_p=rest[1] == "top_p")
-    if kind == "qlora":
-        adapted = lora.adapt(model, sft.Config(lora_rank=16, lora_alpha=32, quantize="nf4"), 0)
-        return sft_step(adapted, shape, [sft_tree(pair) for pair in work.pairs(shape)])
+        prompts, limits, slots, settings = work.sampling(shape, *rest)
+        return sampling_step(model, prompts, limits, slots, **settings)
     return rloo_step(model, shape, path)
 
 
 if __name__ == "__main__":
-    turns = work.Turns()
-    step = prepare(*work.arguments())
+    turns, step = work.Turns(), prepare(*work.arguments())
     while True:
         turns.wait()
-        turns.done(step() | (work.gpu_peak(torch) if work.arguments()[1].device == "cuda" else {}))
+        turns.done(step())

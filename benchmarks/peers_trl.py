@@ -44,8 +44,7 @@ class InTurn(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         at = state.global_step - 1
         loss = self.losses[-1] if self.losses else None
-        gpu = {} if args.use_cpu else work.gpu_peak(torch)
-        self.turns.done({"units": self.units[at], "items": self.items[at], "loss": loss} | gpu)
+        self.turns.done({"units": self.units[at], "items": self.items[at], "loss": loss})
         self.turns.wait()
 
 
@@ -65,12 +64,13 @@ def in_order(trainer: type, prepared: bool = True) -> type:
     return InOrder
 
 
-def options(mode: str, shape: work.Shape) -> dict:
-    """The settings of all trainers."""
+def options(mode: str, shape: work.Shape, rows: int = 0) -> dict:
+    """The settings of all trainers, for steps of `rows` rows, 0: as many as the batch has items."""
     micro = {"micro": shape.batch // 4, "single": 1}.get(mode, shape.batch)
     return dict(
         output_dir=tempfile.mkdtemp(), report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        per_device_train_batch_size=micro, gradient_accumulation_steps=shape.batch // micro, max_steps=work.STEPS,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=(rows or shape.batch) // micro,
+        max_steps=work.STEPS,
         learning_rate=work.LR, lr_scheduler_type="constant", max_grad_norm=work.CLIP, weight_decay=0.0,
         optim="adamw_torch_fused", use_cpu=shape.device == "cpu", bf16=shape.dtype == "bfloat16", fp16=False,
         gradient_checkpointing=shape.checkpointing, dataloader_pin_memory=False)
@@ -111,37 +111,6 @@ def qlora(turns: work.Turns, shape: work.Shape, path: str, mode: str) -> None:
     sft(turns, shape, path, mode, get_peft_model(model, adapter))
 
 
-def preferences(shape: work.Shape, task: str) -> tuple[list[work.Pair], int]:
-    """Pairs in order, one row each, and the rows of a step: a dialogue of four rated turns is four rows."""
-    if "dialogues" in task:
-        return [turn for turns in work.dialogues(shape) for turn in turns], shape.batch * work.TURNS
-    return work.pairs(shape), shape.batch
-
-
-def train_on_pairs(trainer: type, args, turns: work.Turns, shape: work.Shape, pairs: list[work.Pair],
-                   columns: dict[str, list], model, **more) -> None:
-    """Steps of `trainer` on pairs whose token ids stand in `columns`."""
-    made = in_order(trainer)(model=model, args=args, train_dataset=Dataset.from_dict(columns),
-                             processing_class=whole_numbers(shape.vocab), **more)
-    run(made, turns, [len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in pairs], shape.batch)
-
-
-def by_step(mode: str, shape: work.Shape, rows: int) -> dict:
-    """Settings for a step of `rows` rows, accumulated in micro-batches of the mode's size."""
-    settings = options(mode, shape)
-    return settings | {"gradient_accumulation_steps": rows // settings["per_device_train_batch_size"]}
-
-
-def dpo(turns: work.Turns, shape: work.Shape, path: str, mode: str, task: str) -> None:
-    pairs, rows = preferences(shape, task)
-    args = DPOConfig(**by_step(mode, shape, rows), max_length=None, beta=work.BETA,
-                     precompute_ref_log_probs="online" not in task)
-    columns = {"prompt_ids": [p.prompt for p in pairs], "chosen_ids": [p.chosen for p in pairs],
-               "rejected_ids": [p.rejected for p in pairs]}
-    train_on_pairs(DPOTrainer, args, turns, shape, pairs, columns, load(path),
-                   ref_model=load(path, dtype=getattr(torch, shape.dtype)))
-
-
 def scorer(path: str):
     """A model with a score head."""
     model = load(path, AutoModelForSequenceClassification, num_labels=1)
@@ -149,12 +118,22 @@ def scorer(path: str):
     return model
 
 
-def reward(turns: work.Turns, shape: work.Shape, path: str, mode: str, task: str) -> None:
-    pairs, rows = preferences(shape, task)
-    args = RewardConfig(**by_step(mode, shape, rows), max_length=None)
-    columns = {"chosen_ids": [p.prompt + p.chosen for p in pairs],
-               "rejected_ids": [p.prompt + p.rejected for p in pairs]}
-    train_on_pairs(RewardTrainer, args, turns, shape, pairs, columns, scorer(path))
+def preferences(turns: work.Turns, shape: work.Shape, path: str, mode: str, task: str) -> None:
+    """DPO or a reward model; a row for each pair, so that a dialogue of four rated turns is four rows."""
+    pairs = [turn for dialogue in work.rated(shape, task) for turn in dialogue]
+    settings = options(mode, shape, len(pairs) // work.STEPS) | {"max_length": None}
+    if task.startswith("dpo"):
+        trainer, more = DPOTrainer, {"ref_model": load(path, dtype=getattr(torch, shape.dtype))}
+        model, args = load(path), DPOConfig(**settings, beta=work.BETA, precompute_ref_log_probs="online" not in task)
+        columns = {"prompt_ids": [p.prompt for p in pairs], "chosen_ids": [p.chosen for p in pairs],
+                   "rejected_ids": [p.rejected for p in pairs]}
+    else:
+        trainer, model, args, more = RewardTrainer, scorer(path), RewardConfig(**settings), {}
+        columns = {"chosen_ids": [p.prompt + p.chosen for p in pairs],
+                   "rejected_ids": [p.prompt + p.rejected for p in pairs]}
+    made = in_order(trainer)(model=model, args=args, train_dataset=Dataset.from_dict(columns),
+                             processing_class=whole_numbers(shape.vocab), **more)
+    run(made, turns, [len(p.prompt) * 2 + len(p.chosen) + len(p.rejected) for p in pairs], shape.batch)
 
 
 def rloo(turns: work.Turns, shape: work.Shape, path: str) -> None:
@@ -182,17 +161,16 @@ class Limits(StoppingCriteria):
         return ids.shape[1] >= self.ends.to(ids.device)
 
 
-def sample(turns: work.Turns, shape: work.Shape, path: str, batch: int, top_p: bool, mixed: bool) -> None:
+def sample(turns: work.Turns, shape: work.Shape, path: str, size: str, how: str = "top_p") -> None:
     model = load(path, dtype=getattr(torch, shape.dtype)).to(shape.device).eval()
-    settings = dict(do_sample=True, temperature=0.8, top_p=0.9, top_k=0) if top_p else dict(do_sample=False)
-    prompts = work.prompts(shape, work.MIXED if mixed else batch)
-    limits = work.reply_lengths() if mixed else [work.NEW] * batch
+    prompts, limits, batch, settings = work.sampling(shape, size, how)
+    settings = settings | {"do_sample": True, "top_k": 0} if "top_p" in settings else {"do_sample": False}
 
     def generate(prompts: list[list[int]], limits: list[int]) -> None:
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=shape.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=shape.device)
-        stop = StoppingCriteriaList([Limits(longest, limits)]) if mixed else None
+        stop = StoppingCriteriaList([Limits(longest, limits)]) if len(set(limits)) > 1 else None
         model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), eos_token_id=None,
                        pad_token_id=0, stopping_criteria=stop, **settings)
 
@@ -201,7 +179,7 @@ def sample(turns: work.Turns, shape: work.Shape, path: str, batch: int, top_p: b
         with torch.no_grad():
             for at in range(0, len(prompts), batch):
                 generate(prompts[at : at + batch], limits[at : at + batch])
-        turns.done({"units": sum(limits)} | (work.gpu_peak(torch) if shape.device == "cuda" else {}))
+        turns.done({"units": sum(limits)})
 
 
 def main() -> None:
@@ -212,10 +190,9 @@ def main() -> None:
     if kind in ("sft", "qlora"):
         {"sft": sft, "qlora": qlora}[kind](turns, shape, path, mode)
     elif kind in ("dpo", "reward"):
-        {"dpo": dpo, "reward": reward}[kind](turns, shape, path, mode, task)
+        preferences(turns, shape, path, mode, task)
     elif kind == "sample":
-        mixed = rest[0] == "mixed"
-        sample(turns, shape, path, 64 if mixed else int(rest[0]), mixed or rest[1] == "top_p", mixed)
+        sample(turns, shape, path, *rest)
     else:
         rloo(turns, shape, path)
 

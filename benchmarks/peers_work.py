@@ -87,11 +87,10 @@ def pairs(shape: Shape, seed: int = 0) -> list[Pair]:
 
 def dialogues(shape: Shape, seed: int = 1) -> list[list[Pair]]:
     """Rated at every turn: each prompt goes on from the reply chosen before. Turns are half as long as single ones."""
-    rng = np.random.default_rng(seed)
+    rng, means = np.random.default_rng(seed), (shape.prompt / 2, shape.reply / 2, shape.reply / 2)
     made = []
     for _ in range(shape.batch * STEPS):
         history, turns = [], []
-        means = (shape.prompt / 2, shape.reply / 2, shape.reply / 2)
         sizes = zip(*(lengths(rng, mean, shape.longest // TURNS // 2, TURNS) for mean in means), strict=True)
         for asked, won, lost in sizes:
             prompt = history + rng.integers(3, shape.vocab, asked).tolist()
@@ -100,6 +99,11 @@ def dialogues(shape: Shape, seed: int = 1) -> list[list[Pair]]:
             history = prompt + chosen
         made.append(turns)
     return made
+
+
+def rated(shape: Shape, task: str) -> list[list[Pair]]:
+    """What the tasks of preferences learn from: dialogues, of one turn unless the task says so."""
+    return dialogues(shape) if "dialogues" in task else [[pair] for pair in pairs(shape)]
 
 
 def prompts(shape: Shape, count: int, seed: int = 2) -> list[list[int]]:
@@ -112,6 +116,14 @@ def reply_lengths(seed: int = 3) -> list[int]:
     """Of the mixed batch: lognormal around 40 tokens, sigma 0.8."""
     drawn = np.random.default_rng(seed).lognormal(np.log(40) - 0.32, 0.8, MIXED)
     return np.clip(drawn, 8, 128).astype(int).tolist()
+
+
+def sampling(shape: Shape, size: str, how: str = "top_p") -> tuple[list, list[int], int, dict]:
+    """Of the task "sample SIZE HOW": prompts, tokens of each reply, how many at a time, and the settings."""
+    settings = {"temperature": 0.8, "top_p": 0.9} if how == "top_p" else {"temperature": 0.0}
+    if size == "mixed":
+        return prompts(shape, MIXED), reply_lengths(), 64, settings
+    return prompts(shape, int(size)), [NEW] * int(size), int(size), settings
 
 
 # ----------------------------------------------------------------------------------- taking turns
@@ -138,19 +150,18 @@ class Turns:
         self.began = time.monotonic()
 
     def done(self, found: dict) -> None:
-        """Report a step: what it found, its seconds, and the peak of the process's memory unless it was found."""
-        now = time.monotonic()
+        """Report a step: what it found, its seconds, and the peak of the process's memory, or of the GPU's tensors."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if SHAPES[sys.argv[2]].device == "cuda":
+            import torch  # here: on the CPU this file needs NumPy alone
+
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        now = time.monotonic()
         times = {"seconds": now - self.began, "since_start_s": now - self.started, "import_s": self.import_s}
         print(json.dumps(times | {"peak_mib": peak} | found), file=self.out)
 
 
-def gpu_peak(torch) -> dict:
-    """Wait for the GPU; the most that tensors have taken of it."""
-    torch.cuda.synchronize()
-    return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20}
-
-
 def arguments() -> tuple[str, Shape, str]:
-    """The task, the shape and the model's directory a worker was started with."""
+    """The task, the shape and the model's directory a worker was started with; the fourth is the time then."""
     return sys.argv[1], SHAPES[sys.argv[2]], sys.argv[3]

@@ -20,12 +20,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from string import Formatter
 
-from benchmarks.kernels.report import build_table, summary_table, verdict_table
+from benchmarks.kernels.report import builds, gpu_verdicts, summary
 from judging.gold import interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-KERNEL_BUILDS, KERNEL_RESULTS = ROOT / "tests" / "aot_baseline.json", RESULTS / "kernels"
 PLACE = re.compile(r"<!-- (?!/)(.+?)(\s-->)(.*?)<!-- / -->", re.DOTALL)
 
 
@@ -142,8 +141,9 @@ def gpu_hours(report: dict) -> str:
 FOUND = {"reward_model": ("tiny/rlhf.json", reward_model), "ppo": ("tiny/rlhf.json", ppo),
          "rounds": ("rounds.json", rounds), "peers": ("peers.json", peers),
          "peers_gpu": ("peers_gpu.json", peers_gpu), "gpu_hours": ("peers_gpu.json", gpu_hours),
-         "kernels_builds": (KERNEL_BUILDS, build_table), "kernels_cpu": (KERNEL_RESULTS / "cpu.json", summary_table),
-         "kernels_gpu": (KERNEL_RESULTS, verdict_table)}
+         "kernels_builds": (ROOT / "tests" / "aot_baseline.json", builds),
+         "kernels_cpu": ("kernels/cpu.json", summary), "kernels_gpu": ("kernels", gpu_verdicts)}
+
 
 def read(file: Path) -> dict | list[dict] | None:
     """A result file, nothing if it does not exist; of a folder what GPUs wrote there."""

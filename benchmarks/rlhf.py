@@ -1,8 +1,9 @@
-"""The reward models and PPO runs of the tiny recipe over seeds, in one file, after `make results`.
+"""The reward models and PPO runs of the tiny recipe over seeds, in one file, from what `make results` trained.
 
     python -m benchmarks.rlhf
 
-Reward models by their reports on the test pairs, PPO by the last five steps of its log.
+Reward models by their reports on the test pairs, PPO by the last five steps of its log; a seed is a full-size run in
+runs/results, as `make demo FULL=1 SEED=n` makes one.
 """
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ PPO_METRICS = ("score", "kl", "length", "eos_rate", "entropy", "explained_varian
 
 @dataclass(frozen=True)
 class Config:
-    runs: str = "runs/tiny"
+    runs: str = "runs/results"
     seeds: list[int] = (0, 1, 2, 3, 4)
     out: str = "benchmarks/results/tiny/rlhf.json"
 
@@ -37,14 +38,13 @@ def pooled(reports: list[dict], key: str) -> dict[str, list[float]]:
 
 def reward_models(reports: list[dict]) -> dict:
     """Accuracy of the reward models, and of the SFT models' log-probabilities as the baseline."""
-    models, baselines = [report["reward_model"] for report in reports], [report["baseline"] for report in reports]
-    accuracy, half = interval([model["accuracy"] for model in models])
-    return {"accuracy": accuracy, "interval": half, "by_seed": [model["accuracy"] for model in models],
-            "baseline": interval([baseline["accuracy"] for baseline in baselines])[0],
-            "baseline_by_seed": [baseline["accuracy"] for baseline in baselines],
-            "by_margin": pooled(models, "by_margin"), "by_category": pooled(models, "by_category"),
-            "baseline_by_margin": pooled(baselines, "by_margin"),
-            "length_correlation": mean(model["length_correlation"] for model in models)}
+    found = {}
+    for kind, prefix in (("reward_model", ""), ("baseline", "baseline_")):
+        parts = [report[kind] for report in reports]
+        found |= {f"{prefix}{key}": pooled(parts, key) for key in ("by_margin", "by_category")}
+        found |= {f"{prefix}by_seed": [part["accuracy"] for part in parts],
+                  f"{prefix}length_correlation": mean(part["length_correlation"] for part in parts)}
+    return found
 
 
 def ppo_runs(logs: list[list[dict]]) -> dict:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.rounds threads=1
 
-Starts from the SFT models that `make demo SEED=n` left in runs/tiny/n; about seven minutes a seed on one core. The same
-command continues a stopped run. "At once" is one round over the prompts of all three: every preference is about the SFT
-model's replies.
+Starts from the SFT models of the full-size runs that `make demo FULL=1 SEED=n` left in runs/results/n; about seven
+minutes a seed on one core. The same command continues a stopped run. "At once" is one round over the prompts of all
+three: every preference is about the SFT model's replies.
 """
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Config:
 def main(config: Config) -> None:
     found: dict[str, dict[int, list[dict]]] = {"rounds": {}, "at once": {}}
     for seed in config.seeds:
-        runs = f"runs/tiny/{seed}"
-        three = rounds.Config(model=f"{runs}/sft/model", prompts=f"{runs}/data/more_prompts.jsonl",
-                              out=f"{runs}/rounds", seed=seed, threads=config.threads)
-        once = replace(three, out=f"{runs}/rounds_at_once", rounds=1, prompts_per_round=3 * three.prompts_per_round)
+        run = f"runs/results/{seed}"
+        three = rounds.Config(model=f"{run}/sft/model", prompts=f"{run}/data/more_prompts.jsonl", out=f"{run}/rounds",
+                              dev="runs/results/0/data/dev.jsonl", seed=seed, threads=config.threads)
+        once = replace(three, out=f"{run}/rounds_at_once", rounds=1, prompts_per_round=3 * three.prompts_per_round)
         for name, settings in (("rounds", three), ("at once", once)):
             rounds.main(settings)
             found[name][seed] = json.loads((Path(settings.out) / "report.json").read_text())["rounds"]

@@ -10,7 +10,9 @@ every weight (forward, and two backward), the head on response tokens only; atte
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -37,18 +39,15 @@ class Config:
 
 def floor_seconds(model: Transformer, batches: list[Batch], dtype: torch.dtype, rounds: int) -> float:
     """The step's matrix products alone."""
-    total, device = 0.0, model.head_weight.device
-    weights = [(p.shape[1], p.shape[0], False) for name, p in model.named_parameters()
-               if p.ndim == 2 and "embed" not in name]
-    weights.append((*reversed(model.head_weight.shape), True))
+    total, head = 0.0, model.head_weight
+    weights = Counter((p.shape, False) for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
     for batch in batches:
-        for inputs, outputs, is_head in set(weights):
+        for ((outputs, inputs), is_head), count in (weights + Counter([(head.shape, True)])).items():
             rows = len(batch.owner) if is_head else len(batch.tokens)
-            x, w, g = (torch.randn(shape, device=device).to(dtype)
+            x, w, g = (torch.randn(shape, device=head.device).to(dtype)
                        for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
-            products = (lambda x=x, w=w: x @ w.t(), lambda g=g, w=w: g @ w, lambda g=g, x=x: g.t() @ x)
-            seconds = sum(median_seconds(product, rounds) for product in products)
-            total += seconds * weights.count((inputs, outputs, is_head))
+            products = ((x, w.t()), (g, w), (g.t(), x))
+            total += count * sum(median_seconds(partial(torch.mm, *product), rounds) for product in products)
     return total
 
 

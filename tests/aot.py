@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.kernels.report import json_lines  # noqa: E402
 
 BASELINE = Path(__file__).parent / "aot_baseline.json"         # Triton version -> kernel -> sm -> KEPT
 SHARED = {80: 163, 90: 227, 100: 227}                          # KiB of shared memory a block may have
@@ -206,6 +205,14 @@ def write_baseline(rows: list[dict], version: str, baseline: dict, file: Path) -
     for row in sorted(rows, key=lambda row: (row["kernel"], row["sm"])):
         baseline[version].setdefault(row["kernel"], {})[str(row["sm"])] = {key: row[key] for key in KEPT}
     file.write_text(json_lines(dict(sorted(baseline.items()))) + "\n")
+
+
+def json_lines(value: object, indent: str = "\n") -> str:
+    """JSON with every row (what holds no object itself) on one line, to be read in a diff."""
+    if not any(isinstance(part, dict) for part in value.values()):
+        return json.dumps(value)
+    lines = [f"{json.dumps(key)}: {json_lines(part, indent + ' ')}" for key, part in value.items()]
+    return "{" + indent + " " + f",{indent} ".join(lines) + indent + "}"
 
 
 def main(builds: Callable[[int], list[Build]]) -> int:

@@ -90,23 +90,11 @@ def test_a_contest_times_what_runs_and_says_why_the_rest_did_not(tmp_path):
     assert 4000 <= rows["ours", "forward"]["extra_bytes"] < 4100  # its result
 
 
-def test_results_that_are_wrong_fail_and_are_not_timed(tmp_path):
+def test_our_own_kernel_that_does_not_run_has_failed(tmp_path):
     bench = Bench("toy", CPU, 60, tmp_path / "rows")
-
-    def ours(x):
-        return x + (x.dtype == torch.float32) * 0.01  # fp64 is the specification
-
-    x = torch.randn(100, requires_grad=True)
-    bench.check("bad", "100", ours, [x], plain=lambda x: x)
-    bench.check("good", "100", lambda x: x * 3, [x])
-    bench.check("lost", "100", lambda x: x * float("nan"), [x])
-    bench.check("unsteady", "100", lambda x: x + 1e-9 * torch.rand(1).to(x), [x - x.detach()])
-    bench.compare("bad", "100", {"ours": Work(ours, (x,))}, {"forward": 1}, "GB/s")
-    bad, good, lost, unsteady, timed = written(bench.file)
-    assert bad["status"] == "failed" and bad["reason"].startswith("output 0: error 1.00e-02")
-    assert "gradient" not in bad["reason"] and good["status"] == "ok" and lost["status"] == "failed"
-    assert unsteady["reason"] == "a second run gives other bits"
-    assert timed["status"] == "failed" and "ms" not in timed
+    bench.compare("toy", "1", {"ours": Work(lambda: 1 / 0)}, {"forward": 1}, "GB/s")
+    (row,) = written(bench.file)
+    assert row["status"] == "failed" and row["reason"] == "ZeroDivisionError: division by zero" and "ms" not in row
 
 
 def test_a_group_that_dies_or_is_out_of_time_leaves_rows(tmp_path):
@@ -137,10 +125,6 @@ MADE_UP = [row("copy", "", "forward", "PyTorch", 1.0, "GB/s", 4e9, group="ceilin
            row("NF4 dequantise", "b", "forward", "ours", 1.0, "GB/s", 3e9)]
 
 
-def target(what: str) -> report.Target:
-    return next(t for t in report.TARGETS if t.what == what)
-
-
 @pytest.mark.parametrize("what, found", [
     ("attention forward, 4 x 2048", 1.9 / 2.0),            # the best of those that ran and are no floor
     ("attention backward, 4 x 2048", 3.0 / 4.0),
@@ -151,42 +135,34 @@ def target(what: str) -> report.Target:
     ("decode, 64 x 2048", None),
 ])
 def test_what_a_target_finds_in_the_rows(what, found):
-    assert report.value(target(what), MADE_UP) == (None if found is None else pytest.approx(found))
-
-
-def cells(table: str) -> list[list[str]]:
-    """The lines of a Markdown table without its head."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-            if line.startswith("|")][2:]
+    target = next(target for target in report.TARGETS if target["what"] == what)
+    assert report.value(target, MADE_UP) == (None if found is None else pytest.approx(found))
 
 
 def test_the_verdict_tells_reached_missed_and_not_measured_apart():
-    lines = {line[0]: line[1:] for line in cells(report.verdict(MADE_UP))}
-    assert lines["attention forward, 4 x 2048"] == ["x best baseline", "0.95", ">= 0.92", "reached"]
-    assert lines["attention backward, 4 x 2048"][-1] == "missed"
-    assert lines["logprobs, forward and backward, V 151936"][-1] == "reached"
-    assert lines["the same, memory"] == ["GiB extra", "3", "<= 2", "missed"]
-    assert lines["NF4 dequantise"] == ["of ceiling", "75%", ">= 92%", "missed"]
-    assert lines["decode, 64 x 2048"][-1] == "not measured" and len(lines) == len(report.TARGETS)
-    wrong = MADE_UP + [row("decode", "x", "check", "ours", 1.0, status="failed")]
-    assert report.verdict(wrong).startswith("FAILED decode x bfloat16: because")
+    rows = {row.pop("kernel"): list(row.values()) for row in report.verdicts(MADE_UP)}
+    assert rows["attention forward, 4 x 2048"] == ["x best baseline", "0.95", ">= 0.92", "reached"]
+    assert rows["attention backward, 4 x 2048"][-1] == "missed"
+    assert rows["logprobs, forward and backward, V 151936"][-1] == "reached"
+    assert rows["the same, memory"] == ["GiB extra", "3", "<= 2", "missed"]
+    assert rows["NF4 dequantise"] == ["of ceiling", "75%", ">= 92%", "missed"]
+    assert rows["decode, 64 x 2048"][-1] == "not measured" and len(rows) == len(report.TARGETS)
+    first, *_ = report.gpu_verdicts([{"device": "made up", "torch": "0", "triton": "1", "rows": MADE_UP}])
+    assert first["GPU"] == "made up, torch 0, Triton 1" and first["verdict"] == "reached"
 
 
-def test_a_report_is_saved_row_by_row_and_makes_the_tables():
-    """Braces in a text are no rows; contests without a baseline have no line in the summary."""
-    made_up = {"device": "made up", "sm": "90", "threads": 2, "load": 0.1, "torch": "0", "triton": "0",
-               "rows": [*MADE_UP, row("toy", "{}", "forward", "ours", 1.0, status="failed")]}
-    saved = report.json_lines(made_up)
-    assert json.loads(saved) == made_up and saved.count("\n") == 8 + len(made_up["rows"]) + 1
-    said = report.summary_table(made_up)
-    assert said.startswith("made up, 2 threads, torch 0; load of the machine before: 0.1.\n\n| kernel ")
-    first, _ = cells(said)
-    assert first[:6] == ["attention", "4 x 2048", "forward", "2 ms", "6 %", "SDPA flash: 1.9 ms"]
-    assert first[6:] == ["0.95", "1.0 MiB", "1.0 MiB"]
-    assert report.verdict_table([made_up]).startswith("made up, torch 0, Triton 0:\n\n| kernel ")
-    lines = cells(report.group_text("toy", MADE_UP[2:], report.ceilings(MADE_UP)))
-    assert lines[0] == ["attention", "4 x 2048", "forward", "ours", "2.000", "0.5 TFLOP/s", "6%", "0.95", "1.0"]
-    assert lines[2][3:] == ["SDPA cuDNN", "", "", "", "", "skipped: because"] and len(lines) == len(MADE_UP) - 2
+def test_contests_without_a_baseline_have_no_row_in_the_summary():
+    first, _ = report.summary({"rows": MADE_UP})
+    assert (first["kernel"], first["shape"], first["pass"], first["other"]["impl"]) == (*DENSE, "forward", "SDPA flash")
+    assert first["ratio"] == 0.95 and first["share"] == 1 / 16 and first["mib"] == first["other_mib"] == 1
+
+
+def test_the_terminal_shows_every_row():
+    head, *lines = report.lines("toy", MADE_UP[2:], report.ceilings(MADE_UP)).splitlines()
+    assert head == "== toy" and len(lines) == len(MADE_UP) - 2
+    assert lines[0].split() == [*"attention 4 x 2048 forward ours 2.000 ms 0.5 TFLOP/s 6% of ceiling, ratio".split(),
+                                "0.95,", "1.0", "MiB", "extra"]
+    assert lines[2].split()[-2:] == ["skipped:", "because"]
 
 
 def test_a_table_of_builds_puts_the_variants_of_a_kernel_together():
@@ -195,7 +171,5 @@ def test_a_table_of_builds_puts_the_variants_of_a_kernel_together():
 
     newest = {"toy, E 64": {"80": facts(100, 2048), "90": facts(90, 1024)},
               "toy, E 128": {"80": facts(120, 1024, 2), "90": facts(80, 4096)}}
-    made_up = {"3.9": {"x": {"90": facts(1, 1)}}, "3.10": newest}
-    said = report.build_table(made_up)
-    assert said.startswith("Triton 3.10:")
-    assert cells(said) == [["toy", "4", "120 registers, 2 KiB, 2 spills", "90 registers, 4 KiB", ""]]
+    (row,) = report.builds({"3.9": {"x": {"90": facts(1, 1)}}, "3.10": newest})
+    assert list(row.values()) == ["toy", 4, "120 registers, 2 KiB, 2 spills", "90 registers, 4 KiB", None, "3.10"]

@@ -53,8 +53,11 @@ def test_a_rollout_counts_its_replies(path):
 
 def test_sampling_makes_the_tokens_it_counts(path, monkeypatch):
     monkeypatch.setattr(peers_work, "MIXED", 12)
-    assert peers_ours.sampling_step(load_model(path), SHAPE, 3, True)()["units"] == 3 * peers_work.NEW
-    assert peers_ours.mixed_step(load_model(path), SHAPE)()["units"] == sum(peers_work.reply_lengths())
+    for words, tokens in (("3 top_p", 3 * peers_work.NEW), ("3 greedy", 3 * peers_work.NEW),
+                          ("mixed", sum(peers_work.reply_lengths()))):
+        prompts, limits, slots, settings = peers_work.sampling(SHAPE, *words.split())
+        step = peers_ours.sampling_step(load_model(path), prompts, limits, slots, **settings)
+        assert step()["units"] == sum(limits) == tokens
 
 
 def test_operations_are_those_counted_by_hand():

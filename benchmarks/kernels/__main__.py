@@ -3,10 +3,9 @@
     python -m benchmarks.kernels                  all groups, in ten minutes on a GPU; on a CPU in one
     python -m benchmarks.kernels --only nf4       one or some of them; --out FILE.json saves it, --budget in seconds
 
-On a GPU every kernel must first be right: bf16 and fp16 against fp64, with at most twice the error of PyTorch in the
-same dtype; a kernel that is wrong is not timed. Then contests: implementations of one kernel at one shape take turns,
+That the kernels are right is what `make gpu-tests` checks. Here implementations of one kernel at one shape take turns,
 the cache is emptied before each run, and the median of 30 counts. Each group runs in a process of its own with a time
-limit, so that a kernel that hangs costs one group. Last comes the verdict against the targets in report.py. On a CPU
+limit, so that a kernel that hangs costs one group. Last comes the verdict against targets.toml. On a CPU
 the PyTorch versions are timed.
 """
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,9 @@ from pathlib import Path
 import torch
 
 import kernels
-from benchmarks.kernels import report as tables
+import runtime
+from benchmarks.kernels import report
+from benchmarks.measure import machine, save
 
 RESULTS = Path(__file__).parents[1] / "results" / "kernels"
 # What a group may take of the time that is left when it starts, compared with the groups after it.
@@ -36,37 +36,19 @@ def run_group(group: str, device: str, seconds: float, file: Path) -> list[dict]
     """The rows of a group, measured in a process of its own; one says so if that fails or does not end."""
     command = [sys.executable, "-m", "benchmarks.kernels.groups", group, device, str(seconds), str(file)]
     with tempfile.TemporaryFile("w+") as output:
-        running = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        try:
-            why = f"ended with {running.wait(seconds + 20)}"  # a group ends by itself in time, unless it hangs
+        try:  # a group ends by itself in time, unless it hangs
+            code = subprocess.run(command, stdout=output, stderr=output, timeout=seconds + 20).returncode
+            why = f"ended with {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(running.pid, 9)
-            running.wait()
-            why = f"stopped after {seconds + 20:.0f} s"
+            code, why = -9, f"stopped after {seconds + 20:.0f} s"
         output.seek(0)
         last = output.read().strip().splitlines()[-1:]
-    lines = file.read_text().splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-    if running.returncode:
+    written = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in written if line.startswith("{") and line.endswith("}")]
+    if code:
         rows.append({"group": group, "kernel": group, "shape": "", "pass": "group", "impl": "ours", "status": "failed",
                      "reason": ": ".join([why, *last])[:300]})
     return rows
-
-
-def machine(device: str) -> dict:
-    """What the rows were measured on."""
-    git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*"]  # nothing outside a repository
-    found = {"command": "python -m benchmarks.kernels",
-             "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(), "torch": torch.__version__,
-             "triton": getattr(kernels.triton, "__version__", None), "python": platform.python_version()}
-    if device == "cpu":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-        return found | {"device": names[0] if names else platform.processor(), "threads": torch.get_num_threads(),
-                        "load": round(os.getloadavg()[0], 1)}
-    about = torch.cuda.get_device_properties(0)
-    return found | {"device": about.name, "sm": f"{about.major}{about.minor}", "cuda": torch.version.cuda,
-                    "multiprocessors": about.multi_processor_count, "cudnn": torch.backends.cudnn.version()}
 
 
 def main() -> int:
@@ -76,28 +58,30 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
     parser.add_argument("--out", type=Path, help="default for a whole run: benchmarks/results/kernels/DEVICE.json")
     given = parser.parse_args()
-    began, device = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    began, device = time.monotonic(), runtime.find_device("auto")
+    if device.type == "cpu":
         print("no GPU here: the PyTorch versions on this processor; `make gpu` measures the Triton ones", flush=True)
-    report = machine(device) | {"rows": []}
-    name = "cpu" if device == "cpu" else report["device"].lower().replace(" ", "_")
+    found = {"command": "python -m benchmarks.kernels", **machine(device), "load": round(os.getloadavg()[0], 1),
+             "triton": getattr(kernels.triton, "__version__", None), "rows": []}
+    name = "cpu" if device.type == "cpu" else found["device"].lower().replace(" ", "_")
     out = given.out or (None if given.only else RESULTS / f"{name}.json")  # what RESULTS.md shows is of a whole run
-    groups = ["ceilings", *(given.only or GROUPS[device])]
+    groups = ["ceilings", *(given.only or GROUPS[device.type])]
     with tempfile.TemporaryDirectory() as folder:
         for i, group in enumerate(groups):
             left = given.budget - (time.monotonic() - began)
             part = left * WEIGHTS[group] / sum(WEIGHTS[name] for name in groups[i:])
-            rows = run_group(group, device, max(5.0, part - 5), Path(folder) / group)  # 5 s to start and to end
-            report["rows"] += rows
-            report["seconds"] = round(time.monotonic() - began)
-            print(tables.group_text(group, rows, tables.ceilings(report["rows"])), flush=True)
+            rows = run_group(group, device.type, max(5.0, part - 5), Path(folder) / group)  # 5 s to start and to end
+            found["rows"] += rows
+            print(report.lines(group, rows, report.ceilings(found["rows"])), flush=True)
             if out:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(tables.json_lines(report) + "\n")
-    print(f"wrote {out}" if out else "nothing written: --only without --out")
-    if device == "cuda":
-        print(tables.verdict(report["rows"]))  # last: of a long output often only the end is kept
-    return 1 if any(row["status"] == "failed" for row in report["rows"]) else 0
+                save(out, found)
+    if device.type == "cuda":  # last: of a long output often only the end is kept
+        for row in report.verdicts(found["rows"]):
+            print("{kernel:<44} {measure:<16} {found!s:>8} {target:>9}  {verdict}".format_map(row))
+    failed = [row for row in found["rows"] if row["status"] == "failed"]
+    for row in failed:
+        print("FAILED {kernel} {shape} {pass}: {reason}".format_map(row))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.kernels` measures, group by group: whether our kernels are right, then who is how fast.
+"""What `python -m benchmarks.kernels` measures, group by group.
 
 Work is counted as the formula needs it: pairs of query and key that see each other, nothing for padding or for what an
 implementation computes twice, so that rates compare. On a machine without a GPU the PyTorch versions meet what a user
@@ -6,7 +6,6 @@ of PyTorch would write, at the sizes of the small models of `benchmarks/throughp
 """
 from __future__ import annotations
 
-import inspect
 import random
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 import runtime
@@ -50,8 +50,6 @@ class Scene(NamedTuple):
     prefixes: list[int] | None = None
     window: int | None = None
     heads: tuple[int, int, int] = (32, 8, 128)  # H, K, E
-    softcap: float | None = None
-    score: float = 0.0                          # where about the scores lie
 
     def layout(self) -> Layout:
         return Layout.build(self.lengths, self.trunks, self.prefixes)
@@ -133,22 +131,17 @@ def padded_attention(bench: Bench, scene: Scene) -> dict[str, Work]:
             for name, backend in backends(bench).items()}
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None = None, **how) -> Tensor:
-    """PyTorch's attention with one of its backends, or whichever it takes."""
-    group = q.shape[1] // k.shape[1]
+def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | list[SDPBackend], **how) -> Tensor:
+    """PyTorch's attention with one of its backends."""
     if backend == SDPBackend.EFFICIENT_ATTENTION:  # has no groups: keys and values are repeated, as is usual
-        k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-    elif group > 1:
-        how["enable_gqa"] = True
-    if backend is None:
-        return F.scaled_dot_product_attention(q, k, v, **how)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, **how)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] > k.shape[1], **how)
 
 
-def backends(bench: Bench) -> dict[str, SDPBackend | None]:
+def backends(bench: Bench) -> dict[str, SDPBackend | list[SDPBackend]]:
     if not bench.gpu:
-        return {"SDPA": None}
+        return {"SDPA": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]}
     return {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
             "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION}
 
@@ -160,13 +153,8 @@ def varlen_attention(bench: Bench, scene: Scene) -> dict[str, Work]:
     edges = torch.tensor([0, *rows], device=bench.device).cumsum(0).int()
 
     def varlen(q, k, v):
-        from torch.nn.attention.varlen import varlen_attn
-
-        takes = inspect.signature(varlen_attn).parameters
-        windowed = "window_size" in takes or scene.window
-        how = {"window_size": ((scene.window or 0) - 1, 0)} if windowed else {"is_causal": True}
-        how |= {"enable_gqa": True} if "enable_gqa" in takes else {}
-        return varlen_attn(q, k, v, edges, edges, max(rows), max(rows), **how)
+        return varlen_attn(q, k, v, edges, edges, max(rows), max(rows), window_size=((scene.window or 0) - 1, 0),
+                           enable_gqa=True)
 
     return {"varlen_attn" + ", pairs packed" * bool(scene.prefixes): Work(varlen, inputs)}
 
@@ -188,27 +176,6 @@ def flex_work(scene: Scene, flex: Callable, q: Tensor, k: Tensor, v: Tensor) -> 
     return Work(lambda q, k, v: flex(q, k, v, block_mask=mask, enable_gqa=True), inputs)
 
 
-def attention_checks(bench: Bench, dtype: torch.dtype) -> None:
-    """Lengths around the edges of tiles, trees, windows; scores of -120 and 200, where others gave NaN gradients."""
-    around = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 704]
-    tree = [300, 40, 70, 129, 130, 64], [0, 0, 0, 0, 4, 4], [0, 10, 299, 300, 0, 65]
-    scenes = [Scene("lengths around tiles", around, heads=(8, 2, 128)), Scene("tree", *tree, heads=(8, 2, 128)),
-              Scene("tree, window 100", *(part[:4] for part in tree), window=100, heads=(8, 2, 128)),
-              Scene("window 129", [1024, 300], window=129, heads=(8, 2, 128)),
-              Scene("one KV head of 64", [513, 200], heads=(8, 1, 64)),
-              Scene("softcap 30", [257, 100], heads=(4, 4, 128), softcap=30.0),
-              Scene("heads of 256", [130, 77], heads=(4, 1, 256)),
-              Scene("scores about -120", [704, 64], heads=(4, 2, 128), score=-120.0),
-              Scene("scores about 200", [704, 64], heads=(4, 2, 128), score=200.0)]
-    for scene in scenes:
-        heads, kv_heads, width = scene.heads
-        layout, shift = scene.layout().to(bench.device), (abs(scene.score) / width**0.5) ** 0.5
-        q, k, v = (torch.randn(layout.tokens, n, width, device=bench.device) for n in (heads, kv_heads, kv_heads))
-        inputs = [x.to(dtype).requires_grad_() for x in (q + shift, k + (shift if scene.score > 0 else -shift), v)]
-        bench.check("attention", scene.name, lambda q, k, v, scene=scene, at=layout: attention(
-            q, k, v, at, scene.window, scene.softcap), inputs)
-
-
 # --------------------------------------------------------------------------------------------------------------- decode
 
 CACHES = [(64, 2048), (16, 2048), (1, 2048), (256, 2048), (64, 4096), (1, 512), (16, 512), (64, 512), (256, 512),
@@ -228,20 +195,11 @@ def decode_contests(bench: Bench) -> None:
         bench.compare("decode", f"{batch} x {context}", works, {"forward": sum(x.nbytes for x in kv)}, "GB/s")
 
 
-def decode_checks(bench: Bench, dtype: torch.dtype) -> None:
-    shapes = ((32, 8, 128, 700, None), (8, 1, 64, 513, None), (8, 8, 128, 2048, 100), (16, 4, 256, 300, None))
-    for heads, kv_heads, width, room, window in shapes:
-        q, k, v = (bench.randn(5, *shape, dtype=dtype) for shape in ((heads, width), *2 * [(kv_heads, room, width)]))
-        seen = torch.tensor([1, 2, 64, room - 1, room], device=bench.device)
-        bench.check("decode", f"{heads}/{kv_heads} heads of {width}, {room} cached, window {window}",
-                    lambda q, k, v, at=seen, window=window: decode_attention(q, k, v, at, window), [q, k, v])
-
-
 # ------------------------------------------------------------------------------------------------------------- logprobs
 
-HEADS = {  # tokens, width, vocabulary; the first is shown in full, the third trains a Mistral
-    "cuda": [(8192, 4096, 128256), (8192, 4096, 151936), (8192, 4096, 32000), (4096, 4096, 128256),
-             (8192, 3584, 152064), (8192, 896, 151936)],
+HEADS = {  # tokens, width, vocabulary; the first is shown in full, the last trains a Mistral
+    "cuda": [(8192, 4096, 128256), (8192, 4096, 151936), (4096, 4096, 128256), (8192, 3584, 152064),
+             (8192, 896, 151936), (8192, 4096, 32000)],
     "cpu": [(1024, 288, 32000)],
 }
 
@@ -251,27 +209,23 @@ def logprobs_contests(bench: Bench) -> None:
     for shape in shapes:
         name, (h, w, targets) = "{} x {} x {}".format(*shape), logprobs_inputs(bench, *shape)
         forward, works = 2 * len(h) * w.numel(), logprobs_works(bench, h, w, targets)
+        if bench.gpu and shape == shapes[-1] and bench.left() > 25:  # last, because it compiles
+            compiled = torch.compile(logprobs_reference, dynamic=False)
+            works["naive, compiled"] = Work(lambda h, w, call=compiled, t=targets: call(h, w, t)[0], (h, w))
         amounts = {"forward": forward, "both": 3 * forward} if shape == shapes[0] else {"both": 3 * forward}
         bench.compare("logprobs", name, works, amounts, "TFLOP/s")
         if shape == shapes[0]:
             works = {impl: Work(lambda h, w, call=call, t=targets: sum(call(h, w, t, entropy=True)), (h, w))
                      for impl, call in (("ours", linear_logprobs), ("naive", logprobs_reference))}
             bench.compare("logprobs and entropy", name, works, {"forward": forward}, "TFLOP/s")
-        if shape[2] == 32000:
+        if shape == shapes[-1]:
             works = logprobs_works(bench, h, w.detach(), targets)
             bench.compare("logprobs, frozen head", name, works, {"both": 2 * forward}, "TFLOP/s")
-    if bench.gpu and bench.left() > 25:  # last, because it compiles
-        h, w, targets = logprobs_inputs(bench, *shapes[2])
-        calls = {"ours": linear_logprobs, "naive, compiled": torch.compile(logprobs_reference, dynamic=False)}
-        works = {impl: Work(lambda h, w, call=call: call(h, w, targets)[0], (h, w)) for impl, call in calls.items()}
-        bench.compare("logprobs", "{} x {} x {}".format(*shapes[2]), works, {"both": 6 * len(h) * w.numel()}, "TFLOP/s")
 
 
-def logprobs_inputs(bench: Bench, count: int, width: int, vocab: int, dtype: torch.dtype | None = None,
-                    spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    w = torch.randn(vocab, width, device=bench.device) * spread * width**-0.5
-    targets = torch.randint(vocab, (count,), device=bench.device)
-    return bench.randn(count, width, dtype=dtype, grad=True), w.to(dtype or bench.dtype).requires_grad_(), targets
+def logprobs_inputs(bench: Bench, count: int, width: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    w = (bench.randn(vocab, width) * width**-0.5).requires_grad_()
+    return bench.randn(count, width, grad=True), w, torch.randint(vocab, (count,), device=bench.device)
 
 
 def logprobs_works(bench: Bench, h: Tensor, w: Tensor, targets: Tensor) -> dict[str, Work]:
@@ -297,16 +251,6 @@ def logprobs_works(bench: Bench, h: Tensor, w: Tensor, targets: Tensor) -> dict[
     return works
 
 
-def logprobs_checks(bench: Bench, dtype: torch.dtype) -> None:
-    cases = ((1, 64, 100, {}), (37, 256, 1000, {}), (300, 512, 32000, {}), (129, 896, 5003, {}),
-             (130, 256, 4097, {"temperature": 0.7, "entropy": True}), (200, 512, 2048, {"softcap": 30.0}))
-    for count, width, vocab, options in cases:
-        h, w, targets = logprobs_inputs(bench, count, width, vocab, dtype, spread=3.0)
-        ours, plain = (lambda h, w, call=call, t=targets, how=options: call(h, w, t, **how)
-                       for call in (linear_logprobs, logprobs_reference))
-        bench.check("logprobs", f"{count} x {width} x {vocab}, {options}", ours, [h, w], plain)
-
-
 # ------------------------------------------------------------------------------------------------------------------ NF4
 
 MATRIX = {"cuda": (14336, 4096), "cpu": (4096, 1024)}  # outputs, inputs
@@ -314,8 +258,8 @@ MATRIX = {"cuda": (14336, 4096), "cpu": (4096, 1024)}  # outputs, inputs
 
 def nf4_contests(bench: Bench) -> None:
     outputs, inputs = MATRIX[bench.device.type]
-    weight = torch.randn(outputs, inputs, device=bench.device) * inputs**-0.5
-    state, levels = nf4.quantize(weight.to(bench.dtype)), nf4.LEVELS.to(bench.device)
+    weight = bench.randn(outputs, inputs) * inputs**-0.5
+    state, levels = nf4.quantize(weight), nf4.LEVELS.to(bench.device)
     plain = nf4.dequantize(state, bench.dtype)  # what the matmuls beside ours read
     held = sum(t.nbytes for t in (state.codes, state.scales, state.scales2))
 
@@ -349,39 +293,17 @@ def bitsandbytes(weight: Tensor) -> tuple[dict[str, Work], dict[str, Callable]]:
             {"bitsandbytes": lambda x: matmul_4bit(x, packed.t(), state)})
 
 
-def nf4_checks(bench: Bench, dtype: torch.dtype) -> None:
-    for outputs, inputs, double in ((512, 256, True), (100, 192, False), (4096, 1024, True)):
-        weight, one = bench.randn(outputs, inputs, dtype=dtype), torch.ones((), device=bench.device, dtype=dtype)
-        name, state = f"{outputs} x {inputs}", nf4.quantize(weight, double=double)
-        bench.check("NF4 quantise", name, lambda w, d=double: nf4.dequantize(nf4.quantize(w, double=d), w.dtype),
-                    [weight])
-        bench.check("NF4 dequantise", name, lambda one, s=state: one * nf4.dequantize(s, one.dtype), [one])
-        for rows in (1, 7, 16, 129, 700):
-            bench.check("NF4 linear", f"{rows} x {name}", lambda x, s=state: nf4.linear(x, s),
-                        [bench.randn(rows, inputs, dtype=dtype)], lambda x, s=state: x @ nf4.dequantize(s, x.dtype).t())
-
-
 # ---------------------------------------------------------------------------------------------------------------- fused
 
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    return fused.rms_norm(x, weight, 1e-6)
-
-
-def angles(bench: Bench, tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [N, 1, E] as kernels/fused.py takes them."""
-    frequency = 10000 ** (-torch.arange(0, width, 2, device=bench.device) / width)
-    angle = torch.arange(tokens, device=bench.device)[:, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], -1)[:, None].to(dtype), torch.cat([-sin, sin], -1)[:, None].to(dtype)
-
-
 def fused_contests(bench: Bench) -> None:
-    """One layer of a 7B, 8192 tokens."""
+    """One layer of a 7B, 8192 tokens. The rotary cos and sin [N, 1, E] are drawn: any values cost as much."""
     x, weight, q, gate, up = (bench.randn(*shape, grad=True) for shape in (
         (8192, 4096), (4096,), (8192, 32, 128), (8192, 14336), (8192, 14336)))
+    cos, sin = (bench.randn(8192, 1, 128) for _ in range(2))
     contests = [  # kernel, ours, PyTorch's, inputs, and how often forward and backward move the first of them
-        ("RMSNorm", norm, lambda x, w: fused.rms_norm_reference(x, w, 1e-6), (x, weight), 2, 3),
-        ("rotary", fused.rotary, fused.rotary_reference, (q, *angles(bench, 8192, 128, bench.dtype)), 2, 2),
+        ("RMSNorm", lambda x, w: fused.rms_norm(x, w, 1e-6), lambda x, w: fused.rms_norm_reference(x, w, 1e-6),
+         (x, weight), 2, 3),
+        ("rotary", fused.rotary, fused.rotary_reference, (q, cos, sin), 2, 2),
         ("SwiGLU", fused.swiglu, fused.swiglu_reference, (gate, up), 3, 5)]
     for kernel, ours, plain, inputs, forward, backward in contests:
         calls = {"ours": ours, "eager": plain, "compiled": torch.compile(plain, dynamic=False)}
@@ -392,27 +314,12 @@ def fused_contests(bench: Bench) -> None:
                       {impl: Work(call, inputs) for impl, call in calls.items()}, amounts, "GB/s")
 
 
-def fused_checks(bench: Bench, dtype: torch.dtype) -> None:
-    for tokens, width in ((1, 64), (37, 288), (513, 4096), (100, 3584)):
-        x, gate, up = (bench.randn(tokens, width, dtype=dtype, grad=True) for _ in range(3))
-        bench.check("RMSNorm", f"{tokens} x {width}", norm, [x, bench.randn(width, dtype=dtype, grad=True)])
-        bench.check("SwiGLU", f"{tokens} x {width}", fused.swiglu, [gate, up])
-    for tokens, heads, width in ((1, 1, 64), (37, 6, 48), (300, 32, 128), (65, 8, 256)):
-        q = bench.randn(tokens, heads, width, dtype=dtype, grad=True)
-        bench.check("rotary", f"{tokens} x {heads} x {width}", fused.rotary, [q, *angles(bench, tokens, width, dtype)])
-
-
 CONTESTS = {"ceilings": ceilings, "attention": attention_contests, "logprobs": logprobs_contests,
             "decode": decode_contests, "nf4": nf4_contests, "fused": fused_contests}
-CHECKS = {"attention": attention_checks, "logprobs": logprobs_checks, "decode": decode_checks, "nf4": nf4_checks,
-          "fused": fused_checks}
 
 if __name__ == "__main__":
     name, device, seconds, file = sys.argv[1:]
     runtime.setup(device, 0)  # as every script does: on a CPU it decides who multiplies
     # Backward passes are timed over one graph again and again, which compiled ones allow only if they free nothing.
     torch._functorch.config.donated_buffer = False
-    bench = Bench(name, torch.device(device), float(seconds), Path(file))
-    for dtype in (torch.bfloat16, torch.float16) if bench.gpu and name in CHECKS else ():
-        CHECKS[name](bench, dtype)
-    CONTESTS[name](bench)
+    CONTESTS[name](Bench(name, torch.device(device), float(seconds), Path(file)))

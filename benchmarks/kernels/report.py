@@ -1,44 +1,14 @@
-"""What `python -m benchmarks.kernels` measured, as tables and a verdict, made from the saved rows alone.
+"""What `python -m benchmarks.kernels` measured: rows of tables and a verdict, made from the saved rows alone.
 
 A contest is all rows of one kernel, shape and pass. The best baseline of a contest is its fastest row that is neither
 ours nor a floor. Ceilings are what the same run measured: GB/s of a copy, TFLOP/s of a large matmul.
 """
 from __future__ import annotations
 
-import json
-from typing import NamedTuple
+import tomllib
+from pathlib import Path
 
-
-class Target(NamedTuple):
-    """What one kernel should reach on a Hopper GPU: state of the art for plain Triton."""
-
-    what: str
-    kernels: tuple[str, ...]
-    shape: str | None          # None: every shape, the worst counts
-    passes: tuple[str, ...]    # together, if more than one
-    measure: str               # "x best baseline", "TFLOP/s", "of ceiling", "of SHAPE"; or less of "ms", "GiB extra"
-    ambitious: float
-
-
-ATTENTION, HEAD, FORWARD, FUSED = ("attention",), ("logprobs",), ("forward",), ("RMSNorm", "rotary", "SwiGLU")
-TARGETS = [
-    Target("attention forward, 4 x 2048", ATTENTION, "4 x 2048", FORWARD, "x best baseline", 0.92),
-    Target("attention backward, 4 x 2048", ATTENTION, "4 x 2048", ("backward",), "x best baseline", 0.85),
-    Target("attention forward, 4 x 4096", ATTENTION, "4 x 4096", FORWARD, "TFLOP/s", 580),
-    Target("packed 128-2048, forward and backward", ATTENTION, "packed 128-2048", ("forward", "backward"),
-           "of 4 x 2048", 0.92),
-    Target("window 4096 at 16k, forward", ATTENTION, "1 x 16384, window 4096", FORWARD, "of 1 x 16384", 0.90),
-    Target("decode, 64 x 2048", ("decode",), "64 x 2048", FORWARD, "of ceiling", 0.89),
-    Target("logprobs and entropy, forward, V 128256", ("logprobs and entropy",), "8192 x 4096 x 128256", FORWARD,
-           "ms", 12.8),
-    Target("logprobs, forward and backward, V 128256", HEAD, "8192 x 4096 x 128256", ("both",), "ms", 50),
-    Target("logprobs, forward and backward, V 151936", HEAD, "8192 x 4096 x 151936", ("both",), "ms", 60),
-    Target("the same, memory", HEAD, "8192 x 4096 x 151936", ("both",), "GiB extra", 2.0),
-    Target("logprobs, frozen head, V 32000", ("logprobs, frozen head",), "8192 x 4096 x 32000", ("both",), "ms", 10.0),
-    Target("NF4 dequantise", ("NF4 dequantise",), None, FORWARD, "of ceiling", 0.92),
-    Target("NF4 linear, 16 rows", ("NF4 linear",), "16 x 14336 x 4096", FORWARD, "x best baseline", 2.1),
-    Target("RMSNorm, rotary, SwiGLU: the worst", FUSED, None, ("forward", "backward"), "of ceiling", 0.90),
-]
+TARGETS = tomllib.loads((Path(__file__).parent / "targets.toml").read_text())["targets"]
 
 
 def contests(rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -64,128 +34,98 @@ def ceilings(rows: list[dict]) -> dict[str, float]:
     return {row["unit"]: row["rate"] for row in rows if row["kernel"] in ("copy", "matmul") and row["status"] == "ok"}
 
 
-def value(target: Target, rows: list[dict]) -> float | None:
+def value(target: dict, rows: list[dict]) -> float | None:
     """What was measured for a target; None if it was not."""
-    held = {key: group for key, group in contests(rows).items()
-            if key[0] in target.kernels and key[1] == (target.shape or key[1]) and key[2] in target.passes}
-    mine = [ours(group) for group in held.values()]
+    held = {key: group for key, group in contests(rows).items() if key[0] in target["kernels"]
+            and key[1] == target.get("shape", key[1]) and key[2] in target["passes"]}
+    mine, measure = [ours(group) for group in held.values()], target["measure"]
     if not held or not all(mine):
         return None
     ms = sum(row["ms"] for row in mine)
-    if target.measure == "ms":
+    if measure == "ms":
         return ms
-    if target.measure == "GiB extra":
+    if measure == "GiB extra":
         return max(row["extra_bytes"] for row in mine) / 2**30
-    if target.measure == "x best baseline":
+    if measure == "x best baseline":
         others = [best(group) for group in held.values()]
         return sum(row["ms"] for row in others) / ms if all(others) else None
-    if target.measure == "of ceiling":
+    if measure == "of ceiling":
         top = ceilings(rows)
         return min(row["rate"] / top[row["unit"]] for row in mine) if all(row["unit"] in top for row in mine) else None
     rate = sum(row["amount"] for row in mine) / ms / 1e9
-    if target.measure == "TFLOP/s":
+    if measure == "TFLOP/s":
         return rate
-    dense = value(target._replace(shape=target.measure.removeprefix("of "), measure="TFLOP/s"), rows)
+    dense = value(target | {"shape": measure.removeprefix("of "), "measure": "TFLOP/s"}, rows)
     return rate / dense if dense else None
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# ---------------------------------------------------------------------------------------------------------------- rows
 
-def json_lines(value: object, indent: str = "\n") -> str:
-    """JSON with every row (what holds no list or object itself) on one line, to be read in a diff."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if not any(isinstance(part, dict | list) for part in parts):
-        return json.dumps(value)
-    inner = indent + " "
-    if isinstance(value, dict):
-        lines = [f"{json.dumps(key)}: {json_lines(part, inner)}" for key, part in value.items()]
-        return "{" + inner + f",{inner}".join(lines) + indent + "}"
-    return "[" + inner + f",{inner}".join(json_lines(part, inner) for part in value) + indent + "]"
-
-
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    """Markdown, its columns aligned for the terminal."""
-    widths = [max(3, *(len(cell) for cell in column)) for column in zip(headings, *rows, strict=True)]
-    widths[-1] = 3  # it may hold an error
-    lines = [headings, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
-
-
-def verdict(rows: list[dict]) -> str:
-    """Wrong results and groups that did not end, a line each; then a table of the targets."""
-    lines = []
+def verdicts(rows: list[dict]) -> list[dict]:
+    """The targets, and whether they were reached."""
+    found = []
     for target in TARGETS:
-        found, lower = value(target, rows), target.measure in ("ms", "GiB extra")
-        form = "{:.0%}" if target.measure.startswith("of ") else "{:.3g}"
-        met = "not measured"
-        if found is not None:
-            met = "reached" if (found <= target.ambitious if lower else found >= target.ambitious) else "missed"
-        lines.append([target.what, target.measure, "-" if found is None else form.format(found),
-                      ("<= " if lower else ">= ") + form.format(target.ambitious), met])
-    return "\n".join([*failures(rows), table(["kernel", "measure", "found", "target", ""], lines)])
+        measured, measure, goal = value(target, rows), target["measure"], target["goal"]
+        lower = measure in ("ms", "GiB extra")
+        form = "{:.0%}" if measure.startswith("of ") else "{:.3g}"
+        row = {"kernel": target["what"], "measure": measure, "found": None,
+               "target": ("<= " if lower else ">= ") + form.format(goal), "verdict": "not measured"}
+        if measured is not None:
+            row["found"] = form.format(measured)
+            row["verdict"] = "reached" if (measured <= goal if lower else measured >= goal) else "missed"
+        found.append(row)
+    return found
 
 
-def failures(rows: list[dict]) -> list[str]:
-    return [f"FAILED {row['kernel']} {row['shape']} {row.get('dtype', '')}: {row['reason']}" for row in rows
-            if row["status"] == "failed" and row["pass"] in ("check", "group")]
+def gpu_verdicts(reports: list[dict]) -> list[dict]:
+    """The targets on every GPU that was measured."""
+    return [{"GPU": f"{report['device']}, torch {report['torch']}, Triton {report['triton']}"} | row
+            for report in reports for row in verdicts(report["rows"])]
 
 
-def group_text(group: str, rows: list[dict], top: dict[str, float]) -> str:
-    """Every row of a group, for the terminal; a ratio is the time of the best baseline over this one."""
-    lines = []
-    for (kernel, shape, name), held in contests(rows).items():
-        fastest = best(held)
-        for row in held:
-            cells = ["", "", "", "", f"{row['status']}: {row.get('reason')}"]
-            if row["status"] == "ok":
-                cells = [f"{row['ms']:.3f}", f"{row['rate']:.3g} {row['unit']}",
-                         f"{row['rate'] / top[row['unit']]:.0%}" if row["unit"] in top else "",
-                         f"{fastest['ms'] / row['ms']:.2f}" if fastest else "", f"{row['extra_bytes'] / 2**20:.1f}"]
-            lines.append([kernel, shape, name, row["impl"], *cells])
-    checks = [row["status"] for row in rows if row["pass"] == "check"]
-    passed = f": {checks.count('ok')} of {len(checks)} checks passed" if checks else ""
-    headings = ["kernel", "shape", "pass", "by", "ms", "rate", "of ceiling", "ratio", "extra MiB"]
-    return "\n".join([f"== {group}{passed}", *failures(rows), table(headings, lines)])
-
-
-def summary_table(report: dict) -> str:
-    """One line per contest: ours beside the best of the others."""
-    top, lines = ceilings(report["rows"]), []
+def summary(report: dict) -> list[dict]:
+    """One row per contest: ours beside the best of the others."""
+    top, found = ceilings(report["rows"]), []
     for (kernel, shape, name), held in contests(report["rows"]).items():
         mine, other = ours(held), best(held)
-        if held[0]["group"] == "ceilings" or not mine or not other:
-            continue
-        ms, their_ms = (f"{row['ms']:.3g} ms" if row["ms"] < 1000 else f"{row['ms']:,.0f} ms" for row in (mine, other))
-        lines.append([kernel, shape, "forward + backward" if name == "both" else name, ms,
-                      f"{100 * mine['rate'] / top[mine['unit']]:.0f} %", f"{other['impl']}: {their_ms}",
-                      f"{other['ms'] / mine['ms']:.2f}", f"{mine['extra_bytes'] / 2**20:,.1f} MiB",
-                      f"{other['extra_bytes'] / 2**20:,.1f} MiB"])
-    return (f"{report['device']}, {report['threads']} threads, torch {report['torch']}; "
-            f"load of the machine before: {report['load']}.\n\n"
-            + table(["kernel", "shape", "pass", "ours", "share of ceiling", "best other", "ratio",
-                     "extra memory, ours", "other"], lines))
+        if mine and other:
+            found.append({"kernel": kernel, "shape": shape, "pass": "forward + backward" if name == "both" else name,
+                          "ours": mine, "other": other, "share": mine["rate"] / top[mine["unit"]],
+                          "ratio": other["ms"] / mine["ms"], "mib": mine["extra_bytes"] / 2**20,
+                          "other_mib": other["extra_bytes"] / 2**20})
+    return found
 
 
-def verdict_table(reports: list[dict]) -> str:
-    """The targets on every GPU that was measured."""
-    return "\n\n".join(f"{report['device']}, torch {report['torch']}, Triton {report['triton']}:\n\n"
-                       + verdict(report["rows"]) for report in reports)
-
-
-def build_table(baseline: dict) -> str:
+def builds(baseline: dict) -> list[dict]:
     """aot_baseline.json: what the newest Triton makes of our kernels, all variants of one together."""
     version = max(baseline, key=lambda name: [int(part) for part in name.split(".")])
     families: dict[str, list[dict]] = {}
     for name, by_sm in baseline[version].items():
         families.setdefault(name.split(",")[0], []).append(by_sm)
-    lines = []
+    rows = []
     for family, members in families.items():
-        cells = []
+        row = {"kernel": family, "builds": sum(map(len, members))}
         for sm in ("80", "90", "100"):
             found = [member[sm] for member in members if sm in member]
             spills = sum(f["spills"] for f in found)
-            cells.append(f"{max(f['registers'] for f in found)} registers, "
-                         f"{max(f['shared'] for f in found) / 1024:.0f} KiB"
-                         + f", {spills} spills" * bool(spills) if found else "")
-        lines.append([family, str(sum(len(member) for member in members)), *cells])
-    return f"Triton {version}:\n\n" + table(["kernel", "builds", "sm_80", "sm_90", "sm_100"], lines)
+            row[f"sm_{sm}"] = (f"{max(f['registers'] for f in found)} registers, "
+                               f"{max(f['shared'] for f in found) / 1024:.0f} KiB"
+                               + f", {spills} spills" * bool(spills) if found else None)
+        rows.append(row | {"Triton": version})
+    return rows
+
+
+def lines(group: str, rows: list[dict], top: dict[str, float]) -> str:
+    """Every row of a group, for the terminal; a ratio is the time of the best baseline over this one."""
+    said = [f"== {group}"]
+    for row in rows:
+        line = "{kernel:<22} {shape:<24} {pass:<8} {impl:<26} ".format_map(row)
+        if row["status"] != "ok":
+            said.append(line + f"{row['status']}: {row['reason']}")
+            continue
+        fastest, ceiling = best(contests(rows)[row["kernel"], row["shape"], row["pass"]]), top.get(row["unit"])
+        said.append(line + "{ms:9.3f} ms {rate:8.3g} {unit}".format_map(row)
+                    + (f" {row['rate'] / ceiling:.0%} of ceiling" if ceiling else "")
+                    + (f", ratio {fastest['ms'] / row['ms']:.2f}" if fastest else "")
+                    + f", {row['extra_bytes'] / 2**20:.1f} MiB extra")
+    return "\n".join(said)

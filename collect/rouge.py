@@ -1,6 +1,7 @@
 """ROUGE-L between short texts, exact and fast: how Self-Instruct keeps a new instruction from repeating an old one.
 
-    L = length of the longest common subsequence of words,   P = L / |b|,   R = L / |a|,   F = 2 P R / (P + R) = 2 L / (|a| + |b|)
+    L = length of the longest common subsequence of words,  P = L / |b|,  R = L / |a|,
+    F = 2 P R / (P + R) = 2 L / (|a| + |b|)
 
 Words are those of Google's rouge_score without stemmer: lower case, runs of [a-z0-9]. Self-Instruct (Wang et al. 2022,
 arXiv:2212.10560) drops a text whose largest F against the pool is above 0.7: 1.25e9 comparisons for 50,000 texts.
@@ -9,9 +10,9 @@ Nearly all are decided without a subsequence. F > t needs L > t (|a| + |b|) / 2,
     min(|a|, |b|)                          lengths that differ too much are out
     sum over words of min(count, count)    so are texts that share too few words, in whatever order
 
-and who shares none of a text's rarest words cannot share enough of the others. The few that are left are compared
-with bits: one bit a word of one text, a few integer operations a word of the other (Crochemore et al. 2001, Hyyro 2004).
-tests/test_rouge_speed.py measures it.
+and a text that shares none of another's rarest words cannot share enough of the others. The few that are left are
+compared with bits: one bit a word of one text, a few integer operations a word of the other (Crochemore et al. 2001,
+Hyyro 2004). tests/test_rouge_speed.py measures it.
 
 F is computed in rouge_score's own order, to the last bit. An F of exactly 0.7 passes, but where that order rounds up
 (7 common words of 7 and 13 give 0.7000000000000001) it does not: so it was when the published data were made.
@@ -43,7 +44,7 @@ def places(said: list[str]) -> dict[str, int]:
 def lcs(a: dict[str, int], length: int, b: list[str]) -> int:
     """Length of the longest common subsequence of a text, given by its `places` and its length, and another.
 
-    `row` is a row of the usual table: bit i is 0 where it steps up at word i. Each word of b moves some steps to the left.
+    `row` is a row of the usual table: bit i is 0 where it steps up at word i. Each word of b moves some steps left.
     """
     row = (1 << length) - 1
     for word in b:
@@ -72,9 +73,10 @@ class Pool:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold is {threshold}, expected a number above 0, at most 1")
         self.threshold = threshold
+        self.texts: list[str] = []
         self.words: list[list[str]] = []
         self.lengths = array("i")
-        # By word: the texts that hold it, how often, and its places (0 for a text of more than 64 words: they do not fit).
+        # By word: the texts that hold it, how often, and its places (0 in texts of more than 64 words: they do not fit).
         self.index: dict[str, tuple[array, array, array]] = {}
         self.long: list[int] = []
         for text in texts:
@@ -90,14 +92,14 @@ class Pool:
             masks.append(bits if short else 0)
         if not short:
             self.long.append(number)
+        self.texts.append(text)
         self.words.append(said)
         self.lengths.append(len(said))
 
     def too_similar(self, text: str) -> tuple[int, float] | None:
-        """Which text of the pool has the largest F, and that F, if it is above the threshold; the first of equal ones."""
+        """Which text of the pool has the largest F, and that F, if it is above the threshold; of equals the first."""
         said = words(text)
-        best, which = self.threshold, None
-        bits = places(said)
+        best, which, bits = self.threshold, None, places(said)
         for i in self._likely(said):
             f = f_measure(lcs(bits, len(said), self.words[i]), len(said), len(self.words[i]))
             if f > best:
@@ -120,9 +122,9 @@ class Pool:
                 texts, held = (np.frombuffer(column, dtype=np.int32) for column in self.index[word][:2])
                 shared[texts] += np.minimum(held, counts[word])
         some = np.flatnonzero(shared)
-        most = np.minimum(shared[some] + unseen, lengths[some])
-        some = some[most >= self.threshold * (len(said) + lengths[some]) / 2 - TOLERANCE].tolist()
-        return [i for i in some if (Counter(self.words[i]) & counts).total() >= self.threshold * (len(said) + lengths[i]) / 2 - TOLERANCE]
+        needed = self.threshold * (len(said) + lengths) / 2 - TOLERANCE
+        some = some[np.minimum(shared[some] + unseen, lengths[some]) >= needed[some]].tolist()
+        return [i for i in some if (Counter(self.words[i]) & counts).total() >= needed[i]]
 
     def similarities(self, text: str) -> np.ndarray:
         """F with every text [n], all compared at once: for nearest neighbours and the mean."""
@@ -130,9 +132,9 @@ class Pool:
         rows = np.full(len(self.words), np.iinfo(np.uint64).max, dtype=np.uint64)
         for word in said:
             if word in self.index:  # only the rows of texts that hold the word change
-                texts, masks = np.frombuffer(self.index[word][0], np.int32), np.frombuffer(self.index[word][2], np.uint64)
+                texts, _, masks = self.index[word]
                 row = rows[texts]
-                found = row & masks
+                found = row & np.frombuffer(masks, np.uint64)
                 rows[texts] = (row + found) | (row - found)
         common = ONES_IN_BYTE[(~rows).view(np.uint8)].reshape(-1, 8).sum(axis=1, dtype=np.int64)
         bits = places(said)

@@ -17,32 +17,27 @@ A round that ends the dialogue by 1 to 4 is not kept, as published. Where we lea
   - every listed word that was absent set its count of politeness back, and its break left an inner loop only, so that
     politeness never ended a chat: here a round counts once, a round without any such word sets the count to 0
   - it asked the assistant once more after the done token: here the token, unless 2 comes before it, is the end
-The planner and the critic, both optional there, are left out. Prompts are our own.
+The planner and the critic, both optional there, are left out. Prompts (prompts.toml) are our own.
 
     train.jsonl     {"id", "messages", roles, tasks, "termination_reason"}
     replies.jsonl   raw replies, to resume from                     dropped.jsonl   what was left out, and why
 """
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import Counter
 from dataclasses import dataclass
 
 import runtime
-from collect.synthetic import Run, Settings, read_lines, swapped, user
-from data.llm import Reply, Request, Sampling, open_model
+from collect.synthetic import PROMPTS, Run, Settings, read_texts, swapped, user
+from data.llm import Request, Sampling, open_model
 from data.records import fault
+from judging.entries import read_lines
 
 DONE = "<CAMEL_TASK_DONE>"
 POLITE = ("goodbye", "good bye", "thank", "bye", "welcome", "language model")
-ASSISTANTS = ("Accountant", "Architect", "Baker", "Biologist", "Chemist", "Data analyst", "Doctor", "Editor",
-              "Electrician", "Gardener", "Historian", "Journalist", "Lawyer", "Mathematician", "Mechanic", "Nurse",
-              "Poet", "Programmer", "Teacher", "Translator")
-USERS = ("Athlete", "Banker", "Cafe owner", "Carpenter", "Children's author", "Farmer", "Film director",
-         "Game designer", "Hotel keeper", "Librarian", "Museum guide", "Musician", "Parent", "Photographer",
-         "Politician", "Shopkeeper", "Social worker", "Student", "Tourist", "Zoo keeper")
+TEXTS = PROMPTS["role_play"]
 
 
 @dataclass(frozen=True)
@@ -72,24 +67,18 @@ class Config(Settings):
 
 
 def load_roles(config: Config) -> tuple[list[str], list[str]]:
-    def roles(key: str, built_in: tuple[str, ...]) -> list[str]:
-        file, expected = getattr(config, key), "text, one role a line"
-        lines = read_lines(key, file, expected) if file else built_in
-        found = [role for line in lines if (role := re.sub(r"^\s*\d+[.)]\s*", "", line).strip())]
-        return found or runtime.fail(f"{key}={file}: is empty, expected {expected}")
+    def roles(key: str, built_in: list[str]) -> list[str]:
+        file = getattr(config, key)
+        lines = read_texts(key, file, "role") if file else built_in
+        return [role for line in lines if (role := re.sub(r"^\d+[.)]\s*", "", line))]
 
-    return roles("assistant_roles", ASSISTANTS), roles("user_roles", USERS)
+    return roles("assistant_roles", TEXTS["assistants"]), roles("user_roles", TEXTS["users"])
 
 
 def load_ideas(path: str) -> list[dict]:
-    ideas, form = [], "assistant_role, user_role and task"
-    for number, line in enumerate(read_lines("ideas", path, f"JSON lines with {form}"), 1):
-        try:
-            idea = json.loads(line)
-            ideas.append({key: str(idea[key]) for key in ("assistant_role", "user_role", "task")})
-        except (ValueError, TypeError, KeyError):
-            runtime.fail(f"{path} line {number}: is no idea, expected {form}")
-    return ideas
+    keys = ("assistant_role", "user_role", "task")
+    return read_lines(path, lambda idea, _: {key: str(idea[key]) for key in keys},
+                      "is no idea, expected assistant_role, user_role and task")
 
 
 # ----------------------------------------------------------------------------------------- the tasks
@@ -108,30 +97,26 @@ def new_ideas(run: Run, model, config: Config) -> list[dict]:
     """Ideas for random pairs of roles, for as many pairs as the dialogues need."""
     assistants, users = load_roles(config)
     rng = random.Random(f"{config.seed} roles")
-    pairs = [(a, u) for a in assistants for u in users if a != u]
+    pairs = [{"assistant_role": a, "user_role": u} for a in assistants for u in users if a != u]
     pairs = rng.sample(pairs, min(len(pairs), -(-config.dialogues // config.tasks)))
-    requests = [Request(user(f"A {a} helps a {u}. Name {config.tasks} different tasks on which they can work together "
-                             "by talking, concrete and inventive, each in one sentence. Write a numbered list from 1. "
-                             f"to {config.tasks}. and nothing else.")) for a, u in pairs]
+    requests = [Request(user(TEXTS["ideas"].format(**pair, tasks=config.tasks))) for pair in pairs]
     replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), "ideas")
     ideas = []
-    for (a, u), reply in zip(pairs, replies, strict=True):
-        if not run.usable(reply, "ideas", roles=[a, u]):
+    for pair, reply in zip(pairs, replies, strict=True):
+        roles = list(pair.values())
+        if not run.usable(reply, "ideas", roles=roles):
             continue
         try:
-            tasks = read_tasks(reply.text, config.tasks)
-            ideas += [{"assistant_role": a, "user_role": u, "task": task} for task in tasks]
+            ideas += [pair | {"task": task} for task in read_tasks(reply.text, config.tasks)]
         except ValueError as reason:
-            run.drop("ideas", str(reason), roles=[a, u], text=reply.text)
+            run.drop("ideas", str(reason), roles=roles, text=reply.text)
     return ideas
 
 
 def specify(run: Run, model, ideas: list[dict], config: Config) -> list[dict]:
     """Dialogues to hold: each idea made concrete, or dropped where that fails."""
-    requests = [Request(user(f"This is a task on which a {i['assistant_role']} will help a {i['user_role']}: "
-                             f"{i['task']}\nMake it more specific: invent the details, be creative. Answer in at most "
-                             f"{config.words} words, with the task and nothing else."), repeat=number)
-                for number, i in enumerate(ideas)]
+    requests = [Request(user(TEXTS["specifier"].format(**idea, words=config.words)), repeat=number)
+                for number, idea in enumerate(ideas)]
     replies = run.ask(model, requests, Sampling(config.max_tokens, config.specifier_temperature), "task specifier")
     dialogues = []
     for number, (idea, reply) in enumerate(zip(ideas, replies, strict=True)):
@@ -143,37 +128,6 @@ def specify(run: Run, model, ideas: list[dict], config: Config) -> list[dict]:
 
 
 # -------------------------------------------------------------------------------------- the dialogue
-
-ASSISTANT = """\
-You are {assistant_role}, I am {user_role}. Keep to these roles to the end: I instruct, you carry out; never instruct \
-me.
-We work together on one task, and it does not change: {specified_task}
-I give you one instruction at a time, and you answer it with one solution. If you cannot carry it out, because it \
-takes a body, or is
-against morals, the law or your abilities, say so honestly and give the reason. Otherwise begin with
-
-Solution:
-
-and what follows is specific, complete and easy to use, with examples where they help. End every solution with: \
-Next request."""
-USER = """\
-You are {user_role}, I am {assistant_role}. Keep to these roles to the end: you instruct, I carry out; never do my part.
-We work together on one task, and it does not change: {specified_task}
-Lead me to it step by step, out of what you know. You may write in two forms only. With an input that the step needs:
-
-Instruction: what I am to do
-Input: what I need to know for it
-
-Without one:
-
-Instruction: what I am to do
-Input: None
-
-Give one instruction at a time and wait for my solution. Instruct me, do not ask me questions, and write nothing \
-else. Go on until the
-task is done, never say so before; then write one word alone: {done}"""
-OPENING = "Now give me your instructions one by one, in those two forms only: Instruction and Input."
-
 
 def termination(dialogue: dict, said: str | None, answered: str | None, config: Config) -> str:
     """Why rules 1 to 4 end the dialogue here, "" if they do not; a message that is cut or missing is None."""
@@ -192,40 +146,27 @@ def termination(dialogue: dict, said: str | None, answered: str | None, config: 
     return "politeness" if dialogue["polite"] >= config.polite_rounds else ""
 
 
-def user_messages(run: Run, user_model, dialogues: list[dict], config: Config, progress: str) -> list[str | None]:
-    """What the user says next in each dialogue, None where that cannot be used."""
-    requests = []
-    for d in dialogues:
-        system = {"role": "system", "content": USER.format(**d, done=DONE)}
-        requests.append(Request([system, *user(OPENING), *swapped(d["messages"])], tag=d["id"]))
-    return texts(run.ask(user_model, requests, Sampling(config.max_tokens, config.temperature), progress))
-
-
-def assistant_messages(run: Run, model, dialogues: list[dict], said: list[str | None], config: Config,
-                       progress: str) -> list[str | None]:
-    """The answer to what each user said, None where there is none: it cannot be used, or was not asked for."""
-    asked = [i for i, text in enumerate(said) if text is not None and DONE not in text]
-    requests = []
-    for i in asked:
-        system = {"role": "system", "content": ASSISTANT.format(**dialogues[i])}
-        requests.append(Request([system, *dialogues[i]["messages"], *user(said[i])], tag=dialogues[i]["id"]))
-    replies = texts(run.ask(model, requests, Sampling(config.max_tokens, config.temperature), progress))
-    answers = dict(zip(asked, replies, strict=True))
-    return [answers.get(i) for i in range(len(dialogues))]
-
-
-def texts(replies: list[Reply | None]) -> list[str | None]:
-    """What was said, None where it is cut or missing."""
-    return [None if fault(reply) else reply.text.strip() for reply in replies]
+def say(run: Run, model, side: str, asked: list[tuple[dict, list[dict]]], config: Config,
+        progress: str) -> dict[str, str | None]:
+    """What one side says next in dialogues that so far held these messages, by their id; None if cut or missing."""
+    requests = [Request([{"role": "system", "content": TEXTS[side].format(**d, done=DONE)}, *messages], tag=d["id"])
+                for d, messages in asked]
+    sampling = Sampling(config.max_tokens, config.temperature)
+    replies = run.ask(model, requests, sampling, f"{progress}, {side}")
+    return {d["id"]: None if fault(reply) else reply.text.strip()
+            for (d, _), reply in zip(asked, replies, strict=True)}
 
 
 def talk(run: Run, model, user_model, dialogues: list[dict], config: Config) -> None:
     """All dialogues round by round, until each has a termination_reason."""
     while going := [d for d in dialogues if "termination_reason" not in d]:
-        number = len(going[0]["messages"]) // 2 + 1
-        said = user_messages(run, user_model, going, config, f"round {number}, user")
-        answered = assistant_messages(run, model, going, said, config, f"round {number}, assistant")
-        for d, text, answer in zip(going, said, answered, strict=True):
+        progress = f"round {len(going[0]['messages']) // 2 + 1}"
+        asked = [(d, user(TEXTS["opening"]) + swapped(d["messages"])) for d in going]
+        said = say(run, user_model, "user", asked, config, progress)
+        asked = [(d, d["messages"] + user(text)) for d in going if (text := said[d["id"]]) and DONE not in text]
+        answered = say(run, model, "assistant", asked, config, progress)
+        for d in going:
+            text, answer = said[d["id"]], answered.get(d["id"])
             reason = termination(d, text, answer, config)
             if reason:
                 run.drop("round", reason, dialogue=d["id"], text=[text, answer])

@@ -10,7 +10,7 @@ since a model that starts with the input writes one label only. Alpaca (Taori et
     tasks.jsonl     the new tasks, in the form of the seeds      train.jsonl    the same as messages, shuffled
     replies.jsonl   raw replies, to resume from                  dropped.jsonl  what was left out, and why
 
-Prompts are our own, their examples come from the seed file. Where we leave the published code:
+Prompts (prompts.toml) are our own, their examples come from the seed file. Where we leave the published code:
   - str.capitalize lowered all letters but the first ("NASA" became "nasa"): we raise the first and leave the rest
   - an empty class label took the next line for the label: here the instance has no output, and is dropped
   - the word "Example" inside a text split it: here only at the start of a line, with its number
@@ -22,21 +22,22 @@ Prompts are our own, their examples come from the seed file. Where we leave the 
 """
 from __future__ import annotations
 
-import json
 import random
 import re
 import string
 from dataclasses import dataclass
-from itertools import count
 from typing import Literal
 
 from tqdm import tqdm
 
 import runtime
 from collect.rouge import Pool
-from collect.synthetic import Run, Settings, read_lines, user
+from collect.synthetic import PROMPTS, Run, Settings, user
 from data.llm import Reply, Request, Sampling, open_model
 from data.records import Reject, check_messages
+from judging.entries import read_lines
+
+TEXTS = PROMPTS["self_instruct"]
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,14 @@ class Config(Settings):
 
 
 def load_seeds(config: Config) -> list[dict]:
-    form = "instruction, instances (input, output), is_classification"
-    seeds, needed = [], config.alpaca_examples if config.recipe == "alpaca" else config.examples
-    for number, line in enumerate(read_lines("seeds", config.seeds, f"JSON lines with {form}"), 1):
-        try:
-            seed = json.loads(line)
-            instances = [{"input": str(i["input"]), "output": str(i["output"])} for i in seed["instances"]]
-            seeds.append({"instruction": str(seed["instruction"]), "instances": instances,
-                          "is_classification": seed["is_classification"] is True})
-        except (ValueError, TypeError, KeyError):
-            runtime.fail(f"{config.seeds} line {number}: is no seed, expected {form}")
+    def seed(row: dict, _) -> dict:
+        instances = [{"input": str(i["input"]), "output": str(i["output"])} for i in row["instances"]]
+        return {"instruction": str(row["instruction"]), "instances": instances,
+                "is_classification": row["is_classification"] is True}
+
+    needed = config.alpaca_examples if config.recipe == "alpaca" else config.examples
+    seeds = read_lines(config.seeds, seed, "is no seed, expected instruction, instances (input, output), "
+                                           "is_classification")
     if len(seeds) < needed or not all(seed["instances"] for seed in seeds):
         runtime.fail(f"{config.seeds}: has {len(seeds)} seeds, expected {needed} or more to show, each with an "
                      "instance: add some")
@@ -105,10 +104,7 @@ def list_prompt(seeds: list[dict], made: list[dict], config: Config, rng: random
     shown += rng.sample(seeds, config.examples - len(shown))
     rng.shuffle(shown)
     lines = [f"{i}. {' '.join(task['instruction'].split()).rstrip(':')}" for i, task in enumerate(shown, 1)]
-    return user("Below begins a numbered list of tasks that people give to an assistant. They differ in subject, in "
-                "form and in what is asked for. Go on with new tasks of your own up to number "
-                f"{2 * len(shown) - 1}, each on one line after its number. Write the list and nothing else.\n\n"
-                + "\n".join(lines) + f"\n{len(shown) + 1}.")
+    return user(TEXTS["list"].format(last=2 * len(shown) - 1) + "\n".join(lines) + f"\n{len(shown) + 1}.")
 
 
 def read_list(reply: Reply, config: Config) -> list[tuple[dict | None, str, str]]:
@@ -127,27 +123,20 @@ def read_list(reply: Reply, config: Config) -> list[tuple[dict | None, str, str]
     return found or [(None, reply.text, "empty")]
 
 
-BANNED = ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
-          "go to")
-ALPACA_BANNED = (*BANNED, "video", "audio", "music", "flowchart", "diagram")
-
-
 def instruction_fault(instruction: str, config: Config) -> str:
     """Why an instruction is not taken, whatever the others are; "" if there is no reason."""
-    banned, words = ALPACA_BANNED if config.recipe == "alpaca" else BANNED, len(instruction.split())
-    if not words:
-        return "empty"
-    if words < config.fewest_words:
-        return f"fewer than {config.fewest_words} words"
-    if words > config.most_words:
-        return f"more than {config.most_words} words"
-    if re.search(rf"\b({'|'.join(banned)})\b", instruction, re.IGNORECASE):
-        return "speaks of what a text cannot hold"
-    if instruction.lower().startswith("write a program"):
-        return "starts with 'Write a program'"
-    if instruction[0] in string.punctuation:
-        return "starts with punctuation"
-    return "" if instruction[0].isascii() else "starts outside ASCII"
+    words = len(instruction.split())
+    banned = "|".join(TEXTS["banned"] + (TEXTS["alpaca_banned"] if config.recipe == "alpaca" else []))
+    faults = {
+        "empty": not words,
+        f"fewer than {config.fewest_words} words": words < config.fewest_words,
+        f"more than {config.most_words} words": words > config.most_words,
+        "speaks of what a text cannot hold": re.search(rf"\b({banned})\b", instruction, re.IGNORECASE),
+        "starts with 'Write a program'": instruction.lower().startswith("write a program"),
+        "starts with punctuation": instruction[:1] in string.punctuation,
+        "starts outside ASCII": not instruction[:1].isascii(),
+    }
+    return next((fault for fault, found in faults.items() if found), "")
 
 
 def take(proposal: tuple[dict | None, str, str], request: int, pool: Pool, made: list[dict], run: Run,
@@ -160,36 +149,32 @@ def take(proposal: tuple[dict | None, str, str], request: int, pool: Pool, made:
         reason = instruction_fault(instruction, config)
     if reason:
         return run.drop("instruction", reason, request=request, text=text)
-    f = pool.similarities(instruction)
-    nearest = f.argmax()
-    if f[nearest] > config.similarity:
-        run.drop("instruction", "too similar", request=request, text=text)
-        run.dropped[-1]["most_similar"] = {pool.texts[nearest]: float(f[nearest])}
-        return None
+    if near := pool.too_similar(instruction):
+        nearest = {pool.texts[near[0]]: near[1]}
+        return run.drop("instruction", "too similar", request=request, text=text, most_similar=nearest)
     made.append(task | {"id": f"task_{len(made)}", "instruction": instruction, "request": request})
     if config.neighbours:
+        f = pool.similarities(instruction)
         made[-1]["most_similar"] = {pool.texts[i]: float(f[i]) for i in (-f).argsort(kind="stable")[:10]}
         made[-1]["avg_similarity_score"] = float(f.mean())
-    pool.add(instruction)
-    return None
+    return pool.add(instruction)
 
 
 def new_tasks(run: Run, model, seeds: list[dict], config: Config) -> list[dict]:
     """Batches of requests until there are enough tasks, or no more come."""
     if config.recipe == "alpaca":
-        prompt, read, last = alpaca_prompt, read_alpaca, config.alpaca_tasks
-        stop = (f"\n{last}.",)
+        prompt, read, stop = alpaca_prompt, read_alpaca, (f"\n{config.alpaca_tasks}.",)
         sampling = Sampling(config.alpaca_tokens, config.alpaca_temperature, config.alpaca_top_p, stop=stop)
     else:
         prompt, read, last = list_prompt, read_list, 2 * config.examples
-        stop = (f"\n{last}", f"{last}.", f"{last} .")
-        sampling = Sampling(config.max_tokens, config.temperature, config.top_p, stop=stop)
-    pool, made, idle = Pool([seed["instruction"] for seed in seeds]), [], 0
+        sampling = Sampling(config.max_tokens, config.temperature, config.top_p,
+                            stop=(f"\n{last}", f"{last}.", f"{last} ."))
+    pool, made = Pool([seed["instruction"] for seed in seeds], config.similarity), []
     bar = tqdm(total=config.instructions, desc="instructions", mininterval=1)
-    for batch in count():
-        if len(made) >= config.instructions or idle == config.patience:
-            break
-        numbers = range(batch * config.requests, (batch + 1) * config.requests)
+    asked = idle = 0
+    while len(made) < config.instructions and idle < config.patience:
+        numbers = range(asked, asked + config.requests)
+        asked += config.requests
         requests = [Request(prompt(seeds, made, config, random.Random(f"{config.seed} request {n}")), repeat=n)
                     for n in numbers]
         replies, before = run.ask(model, requests, sampling), len(made)
@@ -220,8 +205,7 @@ def mark_classifications(run: Run, model, seeds: list[dict], tasks: list[dict], 
     rng = random.Random(f"{config.seed} classification")
     shown = some_seeds(seeds, True, config.yes_examples, rng) + some_seeds(seeds, False, config.no_examples, rng)
     rng.shuffle(shown)
-    text = ("A task is a classification if its answer is one of a small set of labels. Is the last task one? "
-            "Answer Yes or No.\n\n")
+    text = TEXTS["classification"]
     for seed in shown:
         text += f"Task: {seed['instruction']}\nClassification: {'Yes' if seed['is_classification'] else 'No'}\n\n"
     requests = [Request(user(f"{text}Task: {task['instruction']}\nClassification:")) for task in tasks]
@@ -233,10 +217,7 @@ def mark_classifications(run: Run, model, seeds: list[dict], tasks: list[dict], 
 # ----------------------------------------------------------------------------------------- instances
 
 def input_first_prompt(seeds: list[dict], config: Config) -> str:
-    text = ("Write examples of how a task can be set and done, under the headings Example 1, Example 2 and so on, at "
-            "most five. Each has an input, and the output that does the task for it. Where a task needs no input, "
-            "write the output alone.\n\n")
-    rng = random.Random(f"{config.seed} input first")
+    text, rng = TEXTS["input_first"], random.Random(f"{config.seed} input first")
     for seed in some_seeds(seeds, False, config.input_first_examples, rng):
         text += f"Task: {seed['instruction']}\n"
         for number, i in enumerate(seed["instances"], 1):
@@ -246,9 +227,7 @@ def input_first_prompt(seeds: list[dict], config: Config) -> str:
 
 
 def output_first_prompt(seeds: list[dict], config: Config) -> str:
-    text = ("For a classification task, name a label after \"Class label:\", then write an input that this label and "
-            "no other belongs to. Go through several labels. If the task names its labels, use those.\n\n")
-    rng = random.Random(f"{config.seed} output first")
+    text, rng = TEXTS["output_first"], random.Random(f"{config.seed} output first")
     for seed in some_seeds(seeds, True, config.output_first_examples, rng):
         text += f"Task: {seed['instruction']}\n"
         text += "".join(f"Class label: {i['output']}\n{i['input']}\n\n" for i in seed["instances"])
@@ -315,11 +294,6 @@ def add_instances(run: Run, model, seeds: list[dict], tasks: list[dict], config:
 
 # ------------------------------------------------------------------------------------ training records
 
-WITH_INPUT = ("{i}\n{x}", "{i}\n\n{x}", "{i}\nInput: {x}", "{i}\n\nInput: {x}\n\nOutput:",
-              "Task: {i}\nInput: {x}\nOutput:", "Task: {i}\n\n{x}", "Task: {i}\n\n{x}\n\nOutput:")
-WITHOUT_INPUT = ("{i}", "{i}\nOutput:", "{i}\n\nOutput:", "Task: {i}", "Task: {i}\nOutput:", "Task: {i}\n\nOutput:")
-
-
 def as_prompt(instruction: str, given: str, rng: random.Random) -> str:
     """One of the formats at random; half of the time the input loses its only field name, and its blank lines."""
     if rng.random() < 0.5:
@@ -327,7 +301,7 @@ def as_prompt(instruction: str, given: str, rng: random.Random) -> str:
         if len(fields) == 1:
             given = given.replace(fields[0], "", 1).strip()
         given = given.replace("\n\n", "\n")
-    return rng.choice(WITH_INPUT if given else WITHOUT_INPUT).format(i=instruction, x=given)
+    return rng.choice(TEXTS["with_input" if given else "without_input"]).format(i=instruction, x=given)
 
 
 def training_records(run: Run, tasks: list[dict], source: str, config: Config) -> list[dict]:
@@ -354,22 +328,9 @@ def training_records(run: Run, tasks: list[dict], source: str, config: Config) -
 
 # -------------------------------------------------------------------------------------- Alpaca's variant
 
-ALPACA = """Write a list of {n} tasks that test an assistant which reads and writes text.
-1. No two instructions begin with the same verb.
-2. Their wording varies: orders, questions, requests.
-3. Their kinds vary: open questions, classification, rewriting, extraction, creative writing, advice and more.
-4. Text is all it takes: the assistant cannot see, hear, remind anybody or look things up.
-5. They are in English, one or two sentences long.
-6. A task that needs an input has one: a concrete case with real content of at most 100 words, no placeholder.
-7. Where none is needed, as for a general question, the input is <noinput>.
-8. The output does the task fully and correctly in at most 100 words.
-
-"""
-
-
 def alpaca_prompt(seeds: list[dict], made: list[dict], config: Config, rng: random.Random) -> list[dict]:
     """Rules, and seeds as the first tasks of the list; those the model made are never shown."""
-    text = ALPACA.format(n=config.alpaca_tasks)
+    text = TEXTS["alpaca"].format(n=config.alpaca_tasks)
     for number, seed in enumerate(rng.sample(seeds, config.alpaca_examples), 1):
         i = seed["instances"][0]
         text += f"###\n{number}. Instruction: {seed['instruction']}\n{number}. Input:\n{i['input'] or '<noinput>'}\n"

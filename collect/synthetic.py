@@ -1,11 +1,13 @@
-"""What the five recipes for synthetic data share: settings, asking models, keeping the reasons, writing the files.
+"""What the five recipes for synthetic data share: settings, prompts, asking models, the reasons, the files.
 
+    prompts.toml    what each recipe says to models, and the lists it draws from
     replies.jsonl   every raw reply as it arrives: a run that was stopped asks only for the rest when started again
     dropped.jsonl   what was left out, and why
 """
 from __future__ import annotations
 
 import json
+import tomllib
 from collections import Counter
 from dataclasses import dataclass
 from math import inf
@@ -14,6 +16,8 @@ from pathlib import Path
 import runtime
 from data.llm import Budget, Reply, Request, Sampling, ask
 from data.records import fault
+
+PROMPTS = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,7 @@ class Settings:
         self.at_least(0, "budget")
 
     def at_least(self, low: float, *keys: str) -> None:
-        for key in keys:
-            runtime.check_range(key, getattr(self, key), low, inf)
+        runtime.check_ranges(self, **dict.fromkeys(keys, (low, inf)))
 
 
 def user(text: str) -> list[dict]:
@@ -42,12 +45,16 @@ def swapped(messages: list[dict]) -> list[dict]:
     return [m | {"role": other[m["role"]]} for m in messages]
 
 
-def read_lines(key: str, path: str, expected: str) -> list[str]:
-    """The lines of the text file that setting `key` names."""
+def read_texts(key: str, path: str, what: str) -> list[str]:
+    """The lines of the text file that setting `key` names, without blank ones."""
     try:
-        return Path(path).read_text(encoding="utf-8").rstrip().split("\n")
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+        wrong = "" if any(lines) else "is empty"
     except (OSError, UnicodeDecodeError) as error:
-        runtime.fail(f"{key}={path}: cannot be read ({error}), expected {expected}")
+        wrong = f"cannot be read ({error})"
+    if wrong:
+        runtime.fail(f"{key}={path}: {wrong}, expected text, one {what} a line")
+    return list(filter(None, lines))
 
 
 class Run:
@@ -56,7 +63,7 @@ class Run:
     def __init__(self, config: Settings):
         self.out, self.dropped = runtime.open_folder(config.out), []
         self.ledger = self.out / "replies.jsonl"
-        self.budget = Budget(tokens=config.budget) if config.budget else None
+        self.budget = Budget(tokens=config.budget or inf)
 
     def ask(self, model, requests: list[Request], sampling: Sampling, progress: str = "") -> list[Reply | None]:
         return ask(model, requests, sampling, self.ledger, self.budget, progress)

@@ -12,7 +12,7 @@
     train.jsonl     {"id", "messages", "sector", "about"}      dropped.jsonl   what was left out, and why
     replies.jsonl   raw replies, to resume from                review.jsonl    what the person decided
 
-Prompts and lists are our own. Lists are asked for ten items at a time. Before a list is expanded further a random
+Prompts and lists (prompts.toml) are our own. Lists are asked for ten items at a time. Before a list is expanded further a random
 `dialogues` of its items are taken, since more are never needed; published were 1.57 million dialogues of all. The
 first sector's Wikidata entities are not asked for: give them as topics=FILE. Where we leave the published code: a
 dialogue that is cut at `split_tokens` for training keeps its last round (the splitter lost one that just overflowed).
@@ -29,21 +29,13 @@ from pathlib import Path
 from typing import Literal
 
 import runtime
-from collect.synthetic import Run, Settings, read_lines, swapped, user
-from data.formats import read
+from collect.synthetic import PROMPTS, Run, Settings, read_texts, swapped, user
+from data.formats import read_all
 from data.llm import Request, Sampling, open_model
 from data.records import fault
 from data.tokenizer import load_tokenizer
 
-TOPICS = ("animals and plants", "architecture", "books", "careers", "chemistry and physics", "cities", "climate",
-          "computers", "cooking", "economics", "family", "film and theatre", "gardening", "health", "history",
-          "hobbies", "houses", "languages", "law", "mathematics", "medicine", "money", "music", "oceans", "painting",
-          "religion and thought", "school", "space", "sport", "travel")
-KINDS = ("a story", "a poem", "a scene of a play", "a letter", "an e-mail", "a speech", "an essay",
-         "a newspaper report", "a review", "a diary entry", "a dialogue", "an advertisement", "a recipe", "a manual",
-         "a travel guide", "a biography", "a song text", "a fable", "a summary", "a short program")
-TEMPLATES = ("{text}\n\n{question}", "{question}\n\n{text}", "Read this passage:\n\n{text}\n\n{question}",
-             "{question} Here is the text:\n\n{text}", "Text: {text}\n\nTask: {question}")
+TEXTS = PROMPTS["ultrachat"]
 ROUNDS = {"questions": (3, 7), "writing": (2, 4), "materials": (2, 4), "openings": (3, 7)}
 
 
@@ -85,15 +77,10 @@ def load_about(config: Config) -> list[str]:
     if config.sector == "materials":
         if not Path(config.materials).is_file():
             runtime.fail(f"materials={config.materials}: no such file, expected JSON lines with \"text\"")
-        records, report = read(config.materials, "text")
-        passages = [record["text"] for record in records]
-        report.refuse()
-        return passages
+        return [record["text"] for record in read_all(config.materials, "text")]
     if not config.topics and config.sector != "openings":
-        return list(TOPICS if config.sector == "questions" else KINDS)
-    expected = "text, one topic, kind of text or opening a line"
-    found = [line.strip() for line in read_lines("topics", config.topics, expected) if line.strip()]
-    return found or runtime.fail(f"topics={config.topics}: is empty, expected {expected}")
+        return TEXTS["topics" if config.sector == "questions" else "kinds"]
+    return read_texts("topics", config.topics, "topic, kind of text or opening")
 
 
 # ---------------------------------------------------------------------------------- opening lines
@@ -110,8 +97,8 @@ def read_items(text: str) -> tuple[list[str], list[str]]:
 def lists(run: Run, model, wishes: list[str], number: int, stage: str, config: Config) -> list[list[str]]:
     """For every wish a list of at most `number` different items, ten of them a request."""
     parts = -(-number // 10)
-    size = f"Write {min(10, number)} of them as a numbered list, one a line, and nothing else."
-    requests = [Request(user(f"{wish}\n{size}"), repeat=part) for wish in wishes for part in range(parts)]
+    requests = [Request(user(TEXTS["list"].format(wish=wish, number=min(10, number))), repeat=part)
+                for wish in wishes for part in range(parts)]
     found: list[dict[str, str]] = [{} for _ in wishes]
     for i, reply in enumerate(run.ask(model, requests, Sampling(config.max_tokens, config.temperature), stage)):
         kept, reason = found[i // parts], fault(reply)
@@ -132,39 +119,34 @@ def openings(run: Run, model, about: list[str], config: Config) -> list[dict]:
     """First turns of the user, and what they are about."""
     rng = random.Random(f"{config.seed} openings")
 
-    def expand(parents: list[dict], wish: str, number: int, stage: str) -> list[dict]:
+    def expand(parents: list[dict], number: int, stage: str) -> list[dict]:
         parents = rng.sample(parents, min(len(parents), config.dialogues))
-        children = lists(run, model, [wish.format(parent["text"]) for parent in parents], number, stage, config)
+        wishes = [TEXTS[stage].format(parent["text"]) for parent in parents]
+        children = lists(run, model, wishes, number, stage, config)
         return [{"text": text, "about": [*parent["about"], parent["text"]]}
                 for parent, texts in zip(parents, children, strict=True) for text in texts]
 
     found = [{"text": text, "about": []} for text in about]
     if config.sector == "questions":
-        found = expand(found, "Name subjects within this topic that people like to talk about: {}",
-                       config.subtopics, "subtopics")
-        found = expand(found, "What might a curious person ask an assistant about this subject, in full sentences? {}",
-                       config.questions, "questions")
+        found = expand(found, config.subtopics, "subtopics")
+        found = expand(found, config.questions, "questions")
         if config.related:
-            found += expand(found, "Somebody asks: {}\nWhat else might they want to ask in this connection?",
-                            config.related, "related")
+            found += expand(found, config.related, "related")
     elif config.sector == "writing":
-        found = expand(found, "Somebody wants an assistant to write {}. What exactly might they ask for, each in one "
-                       "sentence?", config.instructions, "instructions")
+        found = expand(found, config.instructions, "instructions")
         found = rng.sample(found, min(len(found), config.dialogues))
         add_details(run, model, [opening for opening in found if rng.random() < config.detailed], config)
     elif config.sector == "materials":
-        found = expand(found, "{}\n\nWhat might somebody ask about the text above, or want done with it?",
-                       config.material_questions, "questions about passages")
+        found = expand(found, config.material_questions, "questions about passages")
         for opening in found:
-            opening["text"] = rng.choice(TEMPLATES).format(text=opening["about"].pop(), question=opening["text"])
+            opening["text"] = rng.choice(TEXTS["templates"]).format(text=opening["about"].pop(),
+                                                                   question=opening["text"])
     return rng.sample(found, min(len(found), config.dialogues))
 
 
 def add_details(run: Run, model, short: list[dict], config: Config) -> None:
     """Have these openings written anew with more detail; where that fails, the short one stays."""
-    requests = [Request(user(f"Somebody asks: {opening['text']}\nWrite the request anew with more detail: what it must "
-                             "contain, for whom it is, in what form and tone. Write nothing but the request."))
-                for opening in short]
+    requests = [Request(user(TEXTS["details"].format(opening["text"]))) for opening in short]
     replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), "details")
     for opening, reply in zip(short, replies, strict=True):
         opening["text"] = run.usable(reply, "details", of=opening["text"]) or opening["text"]
@@ -172,10 +154,6 @@ def add_details(run: Run, model, short: list[dict], config: Config) -> None:
 
 # ------------------------------------------------------------------------------------- the dialogue
 
-PERSON = ("Play a person who talks with an assistant. I am the assistant. Write only what this person says next, in "
-          "their own voice: ask further, doubt, go into a detail of my last answer, want it changed, or take up "
-          "something near to it. Be brief, as people are who type. Never answer for me, never thank or praise me, "
-          "never say that you are playing. Begin.")
 COURTESY = re.compile(r"(?:(?:oh|wow|ok|okay|alright)\b[,! ]*)?(?:many thanks|thanks|thank you|"
                       r"i (?:really |greatly )?appreciate|i'm (?:so |very )?grateful|good ?bye|bye|"
                       r"have a (?:nice|good|great|wonderful)|you're welcome|"
@@ -203,7 +181,7 @@ def talk(run: Run, model, user_model, dialogues: list[dict], config: Config) -> 
 
 def user_turns(run: Run, user_model, going: list[dict], number: int, config: Config) -> None:
     """The next thing each person says."""
-    requests = [Request(user(PERSON) + swapped(d["messages"]), tag=d["id"]) for d in going]
+    requests = [Request(user(TEXTS["person"]) + swapped(d["messages"]), tag=d["id"]) for d in going]
     sampling = Sampling(config.user_tokens, config.temperature)
     for d, reply in zip(going, run.ask(user_model, requests, sampling, f"user's turn {number + 1}"), strict=True):
         text = run.usable(reply, "user's turn", dialogue=d["id"])

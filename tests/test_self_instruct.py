@@ -103,7 +103,7 @@ def test_instructions_are_filtered_in_the_published_order(instruction, reason):
 
 
 def test_alpaca_bans_five_more_words_and_the_original_thirteen():
-    assert len(self_instruct.BANNED) == 13 and len(self_instruct.ALPACA_BANNED) == 18
+    assert len(self_instruct.TEXTS["banned"]) == 13 and len(self_instruct.TEXTS["alpaca_banned"]) == 5
     assert "cannot hold" in instruction_fault("Describe an imaginary flowchart today", Config(recipe="alpaca"))
 
 

@@ -17,7 +17,7 @@ A round that ends the dialogue by 1 to 4 is not kept, as published. Where we lea
   - every listed word that was absent set its count of politeness back, and its break left an inner loop only, so that
     politeness never ended a chat: here a round counts once, a round without any such word sets the count to 0
   - it asked the assistant once more after the done token: here the token, unless 2 comes before it, is the end
-The planner and the critic, both optional there, are left out. Prompts (prompts.toml) are our own.
+The planner and the critic, both optional there, are left out. Prompts are our own.
 
     train.jsonl     {"id", "messages", roles, tasks, "termination_reason"}
     replies.jsonl   raw replies, to resume from                     dropped.jsonl   what was left out, and why

@@ -76,7 +76,7 @@ class Pool:
         self.texts: list[str] = []
         self.words: list[list[str]] = []
         self.lengths = array("i")
-        # By word: the texts that hold it, how often, and its places (0 in texts of more than 64 words: they do not fit).
+        # By word: the texts that hold it, how often, and its places (0 where a text has more than 64 words).
         self.index: dict[str, tuple[array, array, array]] = {}
         self.long: list[int] = []
         for text in texts:

@@ -10,7 +10,7 @@ since a model that starts with the input writes one label only. Alpaca (Taori et
     tasks.jsonl     the new tasks, in the form of the seeds      train.jsonl    the same as messages, shuffled
     replies.jsonl   raw replies, to resume from                  dropped.jsonl  what was left out, and why
 
-Prompts (prompts.toml) are our own, their examples come from the seed file. Where we leave the published code:
+Prompts are our own, their examples come from the seed file. Where we leave the published code:
   - str.capitalize lowered all letters but the first ("NASA" became "nasa"): we raise the first and leave the rest
   - an empty class label took the next line for the label: here the instance has no output, and is dropped
   - the word "Example" inside a text split it: here only at the start of a line, with its number

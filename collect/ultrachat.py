@@ -12,7 +12,7 @@
     train.jsonl     {"id", "messages", "sector", "about"}      dropped.jsonl   what was left out, and why
     replies.jsonl   raw replies, to resume from                review.jsonl    what the person decided
 
-Prompts and lists (prompts.toml) are our own. Lists are asked for ten items at a time. Before a list is expanded further a random
+Prompts and lists are our own. Lists are asked for ten items at a time. Before a list is expanded further a random
 `dialogues` of its items are taken, since more are never needed; published were 1.57 million dialogues of all. The
 first sector's Wikidata entities are not asked for: give them as topics=FILE. Where we leave the published code: a
 dialogue that is cut at `split_tokens` for training keeps its last round (the splitter lost one that just overflowed).

@@ -35,7 +35,7 @@ import runtime
 from checkpoints import read_config
 from data.llm import Checkpoint, Sampling, before_stop, slots_that_fit
 from model import Decoder, ReplyState
-from runtime import check_range, fail
+from runtime import check_ranges, fail
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -63,9 +63,7 @@ class Config:
 
     def __post_init__(self):
         self.sampling()  # checks these
-        for key, low, high in (("seed", 0, inf), ("length", 0, inf), ("threads", 0, inf), ("port", 0, 65535),
-                               ("slots", 1, 1024)):
-            check_range(key, getattr(self, key), low, high)
+        check_ranges(self, seed=(0, inf), length=(0, inf), threads=(0, inf), port=(0, 65535), slots=(1, 1024))
         if self.serve and not self.token and self.host not in LOOPBACK:
             fail(f"host is '{self.host}', which others can reach: set token= to what they must send, or leave host out")
 
@@ -204,8 +202,9 @@ class Refusal(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
-        self.status, kind = status, kinds.get(status, "invalid_request_error")
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.status = status
+        self.body = {"error": {"message": message, "type": kinds.get(status, "invalid_request_error"),
+                               "param": param, "code": code}}
 
 
 class Asked(NamedTuple):
@@ -318,17 +317,14 @@ class Engine:
                 self.decoder.waiting.extend(self.arrived)  # between two steps: the thread is idle
                 self.arrived.clear()
                 stepped = await asyncio.get_running_loop().run_in_executor(self.thread, self.decoder.step)
-                self.wake(stepped)
+                for s in self.listeners.keys() & stepped:
+                    news, every_token = self.listeners[s]
+                    if every_token or s.done:
+                        news.set()
         except Exception as error:  # a bug, or no memory left: nobody must wait for ever
             traceback.print_exc()
             self.broken = f"the model stopped working ({error}): start the server again"
             for news, _ in self.listeners.values():
-                news.set()
-
-    def wake(self, stepped: list[ReplyState]) -> None:
-        for s in self.listeners.keys() & stepped:
-            news, every_token = self.listeners[s]
-            if every_token or s.done:
                 news.set()
 
     def leave(self, sequences: list[ReplyState]) -> None:
@@ -349,16 +345,15 @@ class Server:
         self.newline = self.tokenizer.encode("\n")
 
     def app(self) -> Starlette:
-        def refused(request: Request, refusal: Refusal) -> Response:
-            return JSONResponse(refusal.body, refusal.status)
-
-        def http_error(request: Request, error: HTTPException) -> Response:
-            return refused(request, Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        def refused(request: Request, error: Refusal | HTTPException) -> Response:
+            if isinstance(error, HTTPException):
+                error = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+            return JSONResponse(error.body, error.status)
 
         return Starlette(
             routes=[Route("/v1/models", self.models), Route("/v1/models/{name:path}", self.models),
                     Route("/v1/chat/completions", self.complete, methods=["POST"])],
-            exception_handlers={Refusal: refused, HTTPException: http_error})
+            exception_handlers={Refusal: refused, HTTPException: refused})
 
     def admit(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -391,12 +386,13 @@ class Server:
         if len(self.engine.decoder.waiting) + len(self.engine.arrived) > MOST_WAITING:
             raise Refusal(429, "too many requests are waiting: try again in a while", None, "rate_limit_exceeded")
         new, settings = min(asked.sampling.max_tokens, room), asked.sampling.settings
-        sequences = [ReplyState(prompt, new, settings, [asked.seed, i], top=asked.top) for i in range(asked.n)]
-        chunks = self.chunks(asked, len(prompt), sequences)
+        spoken = [Spoken(self.tokenizer, ReplyState(prompt, new, settings, [asked.seed, i], top=asked.top),
+                         asked.sampling.stop) for i in range(asked.n)]
+        chunks = self.chunks(asked, len(prompt), spoken)
         if asked.stream:
             return StreamingResponse(as_events(chunks), media_type="text/event-stream")
         gone = asyncio.ensure_future(request.receive())  # the body has been read: next comes the client's leaving
-        reply = asyncio.ensure_future(as_completion(chunks))
+        reply = asyncio.ensure_future(self.completion(chunks, spoken))
         await asyncio.wait([gone, reply], return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
         if not reply.done():
@@ -418,7 +414,7 @@ class Server:
         except (ValueError, RecursionError) as error:
             raise Refusal(400, f"the body is not JSON ({error})") from None
 
-    async def chunks(self, asked: Asked, prompt_tokens: int, sequences: list[ReplyState]) -> AsyncIterator[dict]:
+    async def chunks(self, asked: Asked, prompt_tokens: int, spoken: list[Spoken]) -> AsyncIterator[dict]:
         """A reply as OpenAI streams it. Left early, it gives its slots back."""
         base = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion.chunk",
                 "created": int(time.time()), "model": self.name, "system_fingerprint": self.identity}
@@ -427,8 +423,7 @@ class Server:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
             return base | {"choices": [choice]}
 
-        spoken = [Spoken(self.tokenizer, s, asked.sampling.stop) for s in sequences]
-        news, sent = asyncio.Event(), [0] * asked.n
+        news, sent, sequences = asyncio.Event(), [0] * asked.n, [reply.sequence for reply in spoken]
         self.engine.submit(sequences, news, asked.stream or bool(asked.sampling.stop))
         try:
             for i in range(asked.n):
@@ -443,7 +438,7 @@ class Server:
                         continue
                     piece = reply.read()
                     if piece or reply.finish:
-                        logprobs = self.logprobs(reply.sequence, sent[i], reply.tokens) if asked.top >= 0 else None
+                        logprobs = self.logprobs(reply, sent[i])
                         sent[i] = reply.tokens
                         yield chunk(i, {"content": piece} if piece else {}, reply.finish or None, logprobs)
             if asked.usage or not asked.stream:
@@ -454,18 +449,29 @@ class Server:
         finally:
             self.engine.leave(sequences)
 
-    def logprobs(self, sequence: ReplyState, first: int, last: int) -> dict:
-        """OpenAI's form of tokens first..last-1: log-probabilities at temperature 1, and the likeliest instead."""
+    async def completion(self, chunks: AsyncIterator[dict], spoken: list[Spoken]) -> dict:
+        """All that is streamed as one completion; the last chunk holds the usage."""
+        async for last in chunks:
+            pass
+        choices = [{"index": i, "message": {"role": "assistant", "content": reply.text, "refusal": None},
+                    "logprobs": self.logprobs(reply, 0), "finish_reason": reply.finish}
+                   for i, reply in enumerate(spoken)]
+        return last | {"object": "chat.completion", "choices": choices}
+
+    def logprobs(self, reply: Spoken, first: int) -> dict | None:
+        """OpenAI's form of the tokens from `first` on: log-probabilities at temperature 1, and the likeliest instead."""
         def entry(token: int, logprob: float) -> dict:
             text = self.tokenizer.decode([*self.newline, token])[1:]  # after another, so that a leading blank stays
             code = None if "\ufffd" in text else list(text.encode())
             return {"token": text, "logprob": max(logprob, -9999.0), "bytes": code}
 
+        if reply.sequence.top < 0:
+            return None
         content = []
-        for i in range(first, last):
-            logprob, ids, values = sequence.alternatives[i]
+        for i in range(first, reply.tokens):
+            logprob, ids, values = reply.sequence.alternatives[i]
             likeliest = [entry(token, value) for token, value in zip(ids, values, strict=True)]
-            content.append(entry(sequence.tokens[i], logprob) | {"top_logprobs": likeliest})
+            content.append(entry(reply.sequence.tokens[i], logprob) | {"top_logprobs": likeliest})
         return {"content": content, "refusal": None}
 
 
@@ -477,23 +483,6 @@ async def as_events(chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
     except Refusal as refusal:
         yield f"data: {json.dumps(refusal.body)}\n\n"
     yield "data: [DONE]\n\n"
-
-
-async def as_completion(chunks: AsyncIterator[dict]) -> dict:
-    """The chunks of a stream as one completion."""
-    choices: dict[int, dict] = {}
-    chunk: dict = {}
-    async for chunk in chunks:
-        for part in chunk["choices"]:
-            message = {"role": "assistant", "content": "", "refusal": None}
-            choice = choices.setdefault(part["index"], {"index": part["index"], "message": message, "logprobs": None})
-            choice["message"]["content"] += part["delta"].get("content", "")
-            choice["finish_reason"] = part["finish_reason"]
-            if part["logprobs"]:
-                choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
-                choice["logprobs"]["content"] += part["logprobs"]["content"]
-    # The last chunk holds the usage.
-    return chunk | {"object": "chat.completion", "choices": [choices[i] for i in sorted(choices)]}
 
 
 def listen(config: Config) -> socket.socket:

@@ -129,7 +129,8 @@ def test_ideas_of_role_pairs_become_dialogues(config, tmp_path, capsys):
     for record in train:
         assert record["messages"][-1]["role"] == "assistant"
         assert 0 <= record["num_messages"] - len(record["messages"]) <= 1
-        assert record["specified_task"].endswith("for May.") and record["assistant_role"] in role_play.TEXTS["assistants"]
+        assert record["specified_task"].endswith("for May.")
+        assert record["assistant_role"] in role_play.TEXTS["assistants"]
     assert f"{len(train)} training records; {len(dropped)} dropped" in capsys.readouterr().out
 
 

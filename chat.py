@@ -224,16 +224,12 @@ MOST_MESSAGES, MOST_WAITING = 512, 1024
 REAL = {"temperature": (0, 2), "top_p": (0, 1)}
 WHOLE = {"top_k": (0, 2**24), "max_tokens": (1, 2**24), "max_completion_tokens": (1, 2**24), "seed": (-(2**63), 2**64),
          "top_logprobs": (0, 20)}
-SWITCHES = ("stream", "logprobs")
 WITHOUT_EFFECT = ("user", "metadata", "store", "safety_identifier", "service_tier")
-KNOWN = {"model", "messages", "n", "stop", "stream_options", *REAL, *WHOLE, *SWITCHES, *WITHOUT_EFFECT}
+KNOWN = {"model", "messages", "n", "stop", "stream", "stream_options", "logprobs", *REAL, *WHOLE, *WITHOUT_EFFECT}
 
 
 def parse(body, name: str, defaults: Sampling, slots: int) -> Asked:
     """The JSON of a request as a checked Asked, or a Refusal that names the key."""
-    def wrong(key: str, expected: str) -> NoReturn:
-        raise Refusal(400, f"'{key}' is {json.dumps(body[key])[:100]}, expected {expected}", key, "invalid_value")
-
     if not isinstance(body, dict):
         raise Refusal(400, "the body is not a JSON object, expected {\"model\": ..., \"messages\": [...]}")
     body = {key: value for key, value in body.items() if value is not None}
@@ -243,24 +239,23 @@ def parse(body, name: str, defaults: Sampling, slots: int) -> Asked:
     if body.get("model") != name:
         asked = json.dumps(body.get("model"))
         raise Refusal(404, f"the model {asked} does not exist, expected \"{name}\"", "model", "model_not_found")
-    for key, (low, high) in (REAL | WHOLE | {"n": (1, slots)}).items():
-        kinds = (int, float) if key in REAL else (int,)
-        if key in body and (type(body[key]) not in kinds or not low <= body[key] <= high):
-            wrong(key, f"a {'' if key in REAL else 'whole '}number from {low:g} to {high:g}")
-    for key in SWITCHES:
-        if body.get(key, False) not in (True, False):
-            wrong(key, "true or false")
-    stop = body.get("stop") or []
+    stop, options = body.get("stop") or [], body.get("stream_options") or {}
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(x, str) and x for x in stop):
-        wrong("stop", "a text, or at most 4")
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        wrong("stream_options", "an object")
-    top = body.get("top_logprobs", 0) if body.get("logprobs") else -1
-    if body.get("top_logprobs") and top < 0:
-        wrong("top_logprobs", "logprobs=true with it")
+    checks = [(key, type(body.get(key, low)) in ((int, float) if key in REAL else (int,))
+               and low <= body.get(key, low) <= high,
+               f"a {'' if key in REAL else 'whole '}number from {low:g} to {high:g}")
+              for key, (low, high) in (REAL | WHOLE | {"n": (1, slots)}).items()]
+    checks += [(key, body.get(key, False) in (True, False), "true or false") for key in ("stream", "logprobs")]
+    checks += [("stop", isinstance(stop, list) and len(stop) <= 4 and all(isinstance(x, str) and x for x in stop),
+                "a text, or at most 4"),
+               ("stream_options", isinstance(options, dict), "an object"),
+               ("top_logprobs", body.get("logprobs") or not body.get("top_logprobs"), "logprobs=true with it")]
+    for key, fine, expected in checks:
+        if not fine:
+            value = json.dumps(body[key])[:100]
+            raise Refusal(400, f"'{key}' is {value}, expected {expected}", key, "invalid_value")
     longest = body.get("max_completion_tokens") or body.get("max_tokens")
+    top = body.get("top_logprobs", 0) if body.get("logprobs") else -1
     sampling = Sampling(longest or defaults.max_tokens, body.get("temperature", defaults.temperature),
                         body.get("top_p", defaults.top_p), body.get("top_k", defaults.top_k), tuple(stop))
     return Asked(checked_messages(body.get("messages")), sampling, body.get("n", 1),
@@ -451,15 +446,14 @@ class Server:
 
     async def completion(self, chunks: AsyncIterator[dict], spoken: list[Spoken]) -> dict:
         """All that is streamed as one completion; the last chunk holds the usage."""
-        async for last in chunks:
-            pass
+        *_, last = [chunk async for chunk in chunks]
         choices = [{"index": i, "message": {"role": "assistant", "content": reply.text, "refusal": None},
                     "logprobs": self.logprobs(reply, 0), "finish_reason": reply.finish}
                    for i, reply in enumerate(spoken)]
         return last | {"object": "chat.completion", "choices": choices}
 
     def logprobs(self, reply: Spoken, first: int) -> dict | None:
-        """OpenAI's form of the tokens from `first` on: log-probabilities at temperature 1, and the likeliest instead."""
+        """OpenAI's form of the tokens from `first` on: log-probabilities at temperature 1, the likeliest instead."""
         def entry(token: int, logprob: float) -> dict:
             text = self.tokenizer.decode([*self.newline, token])[1:]  # after another, so that a leading blank stays
             code = None if "\ufffd" in text else list(text.encode())

@@ -52,7 +52,6 @@ class Config(Settings):
     max_tokens: int = 1024        # of an answer
     temperature: float = 1.0
     judge_tokens: int = 1024
-    judge_top_p: float = 0.6      # as published, though it changes nothing at temperature 0
     attempts: int = 10            # to get a mark that can be read
 
     def __post_init__(self):
@@ -177,10 +176,10 @@ def mark(run: Run, judge, shown: list[tuple[str, str, list[dict], list[dict]]], 
     for attempt in range(config.attempts):
         if not shown:
             return
-        temperature, top_p = (1.0, 1.0) if attempt else (0.0, config.judge_top_p)
         requests = [Request(mark_prompt(aspect, prompt, answers), repeat=attempt)
                     for _, aspect, prompt, answers in shown]
-        sampling = Sampling(config.judge_tokens, temperature, top_p)
+        # top_p as published, though it changes nothing at temperature 0
+        sampling = Sampling(config.judge_tokens, 1.0) if attempt else Sampling(config.judge_tokens, 0.0, 0.6)
         replies = run.ask(judge, requests, sampling, f"judge, attempt {attempt + 1}")
         left = []
         for question, reply in zip(shown, replies, strict=True):

@@ -51,7 +51,6 @@ class Config(Settings):
     dialogues: int = 100          # published: 50 x 50 roles x 10 tasks
     tasks: int = 10               # ideas of one pair of roles
     words: int = 50               # of a specified task
-    specifier_temperature: float = 1.4
     temperature: float = 1.0
     max_tokens: int = 1024        # of any reply
     max_messages: int = 40
@@ -66,19 +65,23 @@ class Config(Settings):
         self.at_least(5, "words")
 
 
-def load_roles(config: Config) -> tuple[list[str], list[str]]:
-    def roles(key: str, built_in: list[str]) -> list[str]:
+def load_roles(config: Config) -> list[list[str]]:
+    found = []
+    for key in ("assistant_roles", "user_roles"):
         file = getattr(config, key)
-        lines = read_texts(key, file, "role") if file else built_in
-        return [role for line in lines if (role := re.sub(r"^\d+[.)]\s*", "", line))]
+        lines = read_texts(key, file, "role") if file else TEXTS[key]
+        found.append([role for line in lines if (role := re.sub(r"^\d+[.)]\s*", "", line))])
+    return found
 
-    return roles("assistant_roles", TEXTS["assistants"]), roles("user_roles", TEXTS["users"])
 
-
-def load_ideas(path: str) -> list[dict]:
-    keys = ("assistant_role", "user_role", "task")
-    return read_lines(path, lambda idea, _: {key: str(idea[key]) for key in keys},
-                      "is no idea, expected assistant_role, user_role and task")
+def load_ideas(config: Config) -> list[dict]:
+    """Ideas from a file; without one, pairs of roles, for which the model has to think them up."""
+    if config.ideas:
+        keys = ("assistant_role", "user_role", "task")
+        return read_lines(config.ideas, lambda idea, _: {key: str(idea[key]) for key in keys},
+                          f"is no idea, expected {', '.join(keys)}")
+    assistants, users = load_roles(config)
+    return [{"assistant_role": a, "user_role": u} for a in assistants for u in users if a != u]
 
 
 # ----------------------------------------------------------------------------------------- the tasks
@@ -93,11 +96,9 @@ def read_tasks(text: str, number: int) -> list[str]:
     return items
 
 
-def new_ideas(run: Run, model, config: Config) -> list[dict]:
+def new_ideas(run: Run, model, pairs: list[dict], config: Config) -> list[dict]:
     """Ideas for random pairs of roles, for as many pairs as the dialogues need."""
-    assistants, users = load_roles(config)
     rng = random.Random(f"{config.seed} roles")
-    pairs = [{"assistant_role": a, "user_role": u} for a in assistants for u in users if a != u]
     pairs = rng.sample(pairs, min(len(pairs), -(-config.dialogues // config.tasks)))
     requests = [Request(user(TEXTS["ideas"].format(**pair, tasks=config.tasks))) for pair in pairs]
     replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), "ideas")
@@ -117,7 +118,7 @@ def specify(run: Run, model, ideas: list[dict], config: Config) -> list[dict]:
     """Dialogues to hold: each idea made concrete, or dropped where that fails."""
     requests = [Request(user(TEXTS["specifier"].format(**idea, words=config.words)), repeat=number)
                 for number, idea in enumerate(ideas)]
-    replies = run.ask(model, requests, Sampling(config.max_tokens, config.specifier_temperature), "task specifier")
+    replies = run.ask(model, requests, Sampling(config.max_tokens, 1.4), "task specifier")
     dialogues = []
     for number, (idea, reply) in enumerate(zip(ideas, replies, strict=True)):
         text = run.usable(reply, "task specifier", task=idea["task"])
@@ -180,11 +181,11 @@ def talk(run: Run, model, user_model, dialogues: list[dict], config: Config) -> 
 
 
 def main(config: Config, model=None, user_model=None) -> None:
-    load_ideas(config.ideas) if config.ideas else load_roles(config)  # before a model is loaded
-    run = Run(config)
+    ideas, run = load_ideas(config), Run(config)  # before a model is loaded
     model = model or open_model(config.model, config.device)
     user_model = user_model or (open_model(config.user_model, config.device) if config.user_model else model)
-    ideas = load_ideas(config.ideas) if config.ideas else new_ideas(run, model, config)
+    if not config.ideas:
+        ideas = new_ideas(run, model, ideas, config)
     dialogues = specify(run, model, ideas[:config.dialogues], config)
     talk(run, model, user_model, dialogues, config)
     records = []

@@ -99,12 +99,12 @@ class Pool:
     def too_similar(self, text: str) -> tuple[int, float] | None:
         """Which text of the pool has the largest F, and that F, if it is above the threshold; of equals the first."""
         said = words(text)
-        best, which, bits = self.threshold, None, places(said)
+        best, nearest, bits = self.threshold, None, places(said)
         for i in self._likely(said):
             f = f_measure(lcs(bits, len(said), self.words[i]), len(said), len(self.words[i]))
             if f > best:
-                best, which = f, i
-        return None if which is None else (which, best)
+                best, nearest = f, (i, f)
+        return nearest
 
     def _likely(self, said: list[str]) -> list[int]:
         """The texts that the two bounds do not rule out, in order."""
@@ -113,14 +113,14 @@ class Pool:
         # L > t (|a| + |b|) / 2 and |b| >= L: whatever |b| is, L > t |a| / (2 - t).
         least = self.threshold * len(said) / (2 - self.threshold) - TOLERANCE
         shared = np.zeros(len(lengths), dtype=np.int32)  # words in common, of those looked at
-        unseen = len(said)
-        for word in sorted(counts, key=lambda word: len(self.index[word][0]) if word in self.index else 0):
+        known = [word for word in counts if word in self.index]
+        unseen = sum(counts[word] for word in known)
+        for word in sorted(known, key=lambda word: len(self.index[word][0])):  # the rarest first
             if unseen < least:
                 break  # a text without any of the words so far is out
             unseen -= counts[word]
-            if word in self.index:
-                texts, held = (np.frombuffer(column, dtype=np.int32) for column in self.index[word][:2])
-                shared[texts] += np.minimum(held, counts[word])
+            texts, held, _ = self.index[word]
+            shared[texts] += np.minimum(held, counts[word])
         some = np.flatnonzero(shared)
         needed = self.threshold * (len(said) + lengths) / 2 - TOLERANCE
         some = some[np.minimum(shared[some] + unseen, lengths[some]) >= needed[some]].tolist()

@@ -58,27 +58,17 @@ class Config(Settings):
     fewest_words: int = 4            # of an instruction
     most_words: int = 150
     similarity: float = 0.7          # ROUGE-L above which an instruction repeats another
-    yes_examples: int = 12           # tasks shown as a classification
-    no_examples: int = 19            # and as none
-    input_first_examples: int = 12   # tasks shown with an instance
-    output_first_examples: int = 17
-    instance_tokens: int = 350
-    classification_tokens: int = 300
     instances: int = 5               # at most, of a task
     alpaca_examples: int = 3         # tasks shown, all seeds
     alpaca_tasks: int = 20           # asked for in one request, those shown included
     alpaca_tokens: int = 3072
-    alpaca_temperature: float = 1.0
-    alpaca_top_p: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
         self.at_least(1, "instructions", "patience", "requests", "examples", "instances", "alpaca_examples")
-        self.at_least(0, "yes_examples", "no_examples", "input_first_examples", "output_first_examples")
         self.at_least(self.alpaca_examples + 1, "alpaca_tasks")
-        runtime.check_range("machine_examples", self.machine_examples, 0, self.examples)
-        runtime.check_range("fewest_words", self.fewest_words, 1, self.most_words)
-        runtime.check_range("similarity", self.similarity, 0.01, 1)
+        runtime.check_ranges(self, machine_examples=(0, self.examples), fewest_words=(1, self.most_words),
+                             similarity=(0.01, 1))
 
 
 def load_seeds(config: Config) -> list[dict]:
@@ -164,7 +154,7 @@ def new_tasks(run: Run, model, seeds: list[dict], config: Config) -> list[dict]:
     """Batches of requests until there are enough tasks, or no more come."""
     if config.recipe == "alpaca":
         prompt, read, stop = alpaca_prompt, read_alpaca, (f"\n{config.alpaca_tasks}.",)
-        sampling = Sampling(config.alpaca_tokens, config.alpaca_temperature, config.alpaca_top_p, stop=stop)
+        sampling = Sampling(config.alpaca_tokens, stop=stop)
     else:
         prompt, read, last = list_prompt, read_list, 2 * config.examples
         sampling = Sampling(config.max_tokens, config.temperature, config.top_p,
@@ -203,7 +193,7 @@ def some_seeds(seeds: list[dict], classification: bool, most: int, rng: random.R
 def mark_classifications(run: Run, model, seeds: list[dict], tasks: list[dict], config: Config) -> None:
     """Ask of every task whether it is a classification. Only "Yes", "yes" and "YES" count; no reply is a no."""
     rng = random.Random(f"{config.seed} classification")
-    shown = some_seeds(seeds, True, config.yes_examples, rng) + some_seeds(seeds, False, config.no_examples, rng)
+    shown = some_seeds(seeds, True, 12, rng) + some_seeds(seeds, False, 19, rng)
     rng.shuffle(shown)
     text = TEXTS["classification"]
     for seed in shown:
@@ -216,21 +206,15 @@ def mark_classifications(run: Run, model, seeds: list[dict], tasks: list[dict], 
 
 # ----------------------------------------------------------------------------------------- instances
 
-def input_first_prompt(seeds: list[dict], config: Config) -> str:
-    text, rng = TEXTS["input_first"], random.Random(f"{config.seed} input first")
-    for seed in some_seeds(seeds, False, config.input_first_examples, rng):
+def instance_prompt(seeds: list[dict], classification: bool, most: int, config: Config) -> str:
+    order = "output_first" if classification else "input_first"
+    text, rng = TEXTS[order], random.Random(f"{config.seed} {order.replace('_', ' ')}")
+    for seed in some_seeds(seeds, classification, most, rng):
         text += f"Task: {seed['instruction']}\n"
         for number, i in enumerate(seed["instances"], 1):
             given = f"Input: {i['input']}\n" if i["input"] else ""
-            text += f"Example {number}\n{given}Output: {i['output']}\n\n"
-    return text
-
-
-def output_first_prompt(seeds: list[dict], config: Config) -> str:
-    text, rng = TEXTS["output_first"], random.Random(f"{config.seed} output first")
-    for seed in some_seeds(seeds, True, config.output_first_examples, rng):
-        text += f"Task: {seed['instruction']}\n"
-        text += "".join(f"Class label: {i['output']}\n{i['input']}\n\n" for i in seed["instances"])
+            text += (f"Class label: {i['output']}\n{i['input']}\n\n" if classification else
+                     f"Example {number}\n{given}Output: {i['output']}\n\n")
     return text
 
 
@@ -272,10 +256,10 @@ def sound(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tup
 
 
 def add_instances(run: Run, model, seeds: list[dict], tasks: list[dict], config: Config) -> None:
-    for classification, prompt, read, tokens, begin in (
-            (False, input_first_prompt, read_input_first, config.instance_tokens, "Example 1"),
-            (True, output_first_prompt, read_output_first, config.classification_tokens, "Class label:")):
-        some, text = [t for t in tasks if t["is_classification"] is classification], prompt(seeds, config)
+    for classification, seeds_shown, read, tokens, begin in (
+            (False, 12, read_input_first, 350, "Example 1"), (True, 17, read_output_first, 300, "Class label:")):
+        some = [t for t in tasks if t["is_classification"] is classification]
+        text = instance_prompt(seeds, classification, seeds_shown, config)
         requests = [Request(user(f"{text}Task: {t['instruction']}\n(Begin with \"{begin}\".)")) for t in some]
         replies = run.ask(model, requests, Sampling(tokens, 0.0, stop=("Example 6", "Task:")), f"instances, {begin}")
         for task, reply in zip(some, replies, strict=True):

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 
 import runtime
-from data.formats import read
+from data.formats import read_all
 from judging.prompts import Question, ask_pair
 
 
@@ -23,9 +22,6 @@ class Config:
     pairs: str = "runs/tiny/0/pairs_reward.jsonl"  # JSONL of preferences
     out: str = "judgments.jsonl"                   # JSONL of dialogues to imitate
     seed: int = 0                                  # of which reply is A
-
-    def __post_init__(self):
-        runtime.check_range("seed", self.seed, 0, inf)
 
 
 def lesson(record: dict, chosen_first: bool) -> dict:
@@ -39,9 +35,7 @@ def lesson(record: dict, chosen_first: bool) -> dict:
 
 
 def main(config: Config) -> None:
-    records, report = read(config.pairs, "preference")
-    records = list(records)
-    report.refuse()
+    records = read_all(config.pairs, "preference")
     rng = random.Random(f"judgments {config.seed}")
     lessons = [json.dumps(lesson(record, rng.random() < 0.5)) + "\n" for record in records]
     runtime.write_text(Path(config.out), "".join(lessons))

@@ -67,9 +67,8 @@ class Config(Settings):
         super().__post_init__()
         self.at_least(1, "dialogues", "subtopics", "questions", "instructions", "material_questions", "split_tokens")
         self.at_least(0, "related")
-        for key, low, high in (("detailed", 0, 1), ("fewest_rounds", 0, 100),
-                               ("most_rounds", self.most_rounds and self.fewest_rounds, 100)):
-            runtime.check_range(key, getattr(self, key), low, high)
+        runtime.check_ranges(self, detailed=(0, 1), fewest_rounds=(0, 100),
+                             most_rounds=(self.most_rounds and self.fewest_rounds, 100))
 
 
 def load_about(config: Config) -> list[str]:
@@ -246,10 +245,9 @@ def review(dialogue: dict, reply: str, decided: dict, file: Path) -> dict:
 
 def read_decisions(file: Path) -> dict[str, dict]:
     """What was decided, by key; half a line that a killed run left is cut off."""
-    text = file.read_text() if file.is_file() else ""
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    runtime.write_text(file, "".join(lines))
-    return {verdict["key"]: verdict for verdict in map(json.loads, lines)}
+    whole, newline, _ = (file.read_text() if file.is_file() else "").rpartition("\n")
+    runtime.write_text(file, whole + newline)
+    return {verdict["key"]: verdict for verdict in map(json.loads, whole.splitlines())}
 
 
 # -------------------------------------------------------------------------------------------- output

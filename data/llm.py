@@ -19,7 +19,6 @@ import random
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -34,9 +33,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import expect_replies, load_model, weight_files
-from data.tokenizer import TEMPLATES, adopt_template, load_tokenizer
+from data.tokenizer import adopt_template, check_template, load_tokenizer
 from model import Decoder, ReplyState, Transformer
-from runtime import check_range, fail, file_hash, find_device, open_folder
+from runtime import check_ranges, fail, file_hash, find_device, open_folder
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class Sampling:
     stop: tuple[str, ...] = ()       # the reply ends before the first of these
 
     def __post_init__(self):
-        for key, low, high in (("max_tokens", 1, inf), ("temperature", 0, 10), ("top_p", 0, 1), ("top_k", 0, inf)):
-            check_range(key, getattr(self, key), low, high)
+        check_ranges(self, max_tokens=(1, inf), temperature=(0, 10), top_p=(0, 1), top_k=(0, inf))
         if "" in self.stop:
             fail("stop holds an empty text, which every reply begins with: leave it out")
 
@@ -145,47 +143,47 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
     with ledger.open("ab+") as stream:
         known = _read_ledger(ledger, stream, set(keys))
         todo = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
-        counts = Counter({"from the ledger": len(known)})
         bar = tqdm(total=len(known) + len(todo), initial=len(known), desc=progress, disable=not progress, mininterval=1,
                    unit=" replies")
-        waiting = list(todo)
+        new, failed, waiting = {}, 0, list(todo)
         while waiting and (count := budget.affordable([todo[key] for key in waiting], sampling)):
             asked, waiting = waiting[:count], waiting[count:]
             for i, reply in model.replies([todo[key] for key in asked], sampling):
-                _record(asked[i], model.name, todo[asked[i]], sampling, reply, stream, failures, counts)
-                if not isinstance(reply, str):
-                    known[asked[i]] = reply
+                _record(asked[i], model.name, todo[asked[i]], sampling, reply, stream, failures)
+                if isinstance(reply, str):
+                    failed += 1
+                else:
+                    new[asked[i]] = reply
                     budget.spend(reply.prompt_tokens, reply.completion_tokens)
                 bar.update()
             lost = getattr(model, "lost", [])  # attempts that may have been billed without an answer count in full
             while lost:
                 budget.spend(*lost.pop())
         bar.close()
-    if progress or counts["failed"]:
-        names = ("asked", "from the ledger", "failed", "prompt tokens", "reply tokens")
-        cost = f", cost {budget.spent_money:.4f}" if budget.spent_money else ""
-        where = f"; reasons in {failures}" if counts["failed"] else ""
-        said = ", ".join(f"{counts[name]:,} {name}" for name in names)
-        print(f"{progress or ledger}: {said}{cost}{where}", flush=True)
+    if progress or failed:
+        print(f"{progress or ledger}: {len(new):,} asked, {len(known):,} from the ledger, {failed:,} failed, "
+              f"{sum(r.prompt_tokens for r in new.values()):,} prompt tokens, "
+              f"{sum(r.completion_tokens for r in new.values()):,} reply tokens"
+              + (f", cost {budget.spent_money:.4f}" if budget.spent_money else "")
+              + (f"; reasons in {failures}" if failed else ""), flush=True)
     if waiting:
         fail(f"{ledger}: the budget is used up ({budget.spent()} spent, the next request might take more than is "
              f"left), {len(waiting)} requests not asked: run again with more; what was answered is kept")
+    known |= new
     return [known.get(key) for key in keys]
 
 
-def _record(key: str, name: str, request: Request, sampling: Sampling, reply: Reply | str, stream, failures: Path,
-            counts: Counter) -> None:
+def _record(key: str, name: str, request: Request, sampling: Sampling, reply: Reply | str, stream,
+            failures: Path) -> None:
     """Append a reply to the ledger, or the reason there is none to the failures."""
     line = {"key": key, "model": name, "messages": request.messages, "sampling": asdict(sampling),
             "repeat": request.repeat, "tag": request.tag}
     if isinstance(reply, str):
-        counts["failed"] += 1
         with failures.open("a") as reasons:
             reasons.write(json.dumps(line | {"error": reply}) + "\n")
     else:
         stream.write((json.dumps(line | reply._asdict()) + "\n").encode())
         stream.flush()
-        counts.update({"asked": 1, "prompt tokens": reply.prompt_tokens, "reply tokens": reply.completion_tokens})
 
 
 def _read_ledger(ledger: Path, stream, wanted: set[str]) -> dict[str, Reply]:
@@ -234,8 +232,7 @@ class Checkpoint:
     """A model directory on this machine."""
 
     def __init__(self, where: str, device: str = "auto", template: str = ""):
-        if template and template not in TEMPLATES:
-            fail(f"template is '{template}', expected one of {', '.join(TEMPLATES)}")
+        check_template(template)
         self.path = Path(where)
         if not (self.path / "config.json").is_file():
             fail(f"{where}: holds no config.json, {EXPECTED}")

@@ -130,7 +130,7 @@ def test_ideas_of_role_pairs_become_dialogues(config, tmp_path, capsys):
         assert record["messages"][-1]["role"] == "assistant"
         assert 0 <= record["num_messages"] - len(record["messages"]) <= 1
         assert record["specified_task"].endswith("for May.")
-        assert record["assistant_role"] in role_play.TEXTS["assistants"]
+        assert record["assistant_role"] in role_play.TEXTS["assistant_roles"]
     assert f"{len(train)} training records; {len(dropped)} dropped" in capsys.readouterr().out
 
 

@@ -281,8 +281,8 @@ def test_the_published_seeds_are_read_and_shown_as_published(tmp_path):
     config = Config(seeds=str(Path(os.environ["REAL_DATA"]) / "datasets" / "self_instruct" / "seed_tasks.jsonl"))
     found = self_instruct.load_seeds(config)
     assert len(found) == 175 and sum(seed["is_classification"] for seed in found) == 26
-    assert self_instruct.input_first_prompt(found, config).count("Task: ") >= 12
-    assert self_instruct.output_first_prompt(found, config).count("Class label: ") == 17
+    assert self_instruct.instance_prompt(found, False, 12, config).count("Task: ") >= 12
+    assert self_instruct.instance_prompt(found, True, 17, config).count("Class label: ") == 17
     model, config = Scripted(lambda r, s: "Yes"), replace(config, out=str(tmp_path / "out"))
     self_instruct.mark_classifications(Run(config), model, found, [dict(found[0])], config)
     shown = model.asked[0].messages[0]["content"]

@@ -112,19 +112,17 @@ SETTINGS = ("temperature", "top_p", "top_k", "max_tokens", "seed")
 def command(line: str, config: Config, history: list[dict]) -> Config:
     """Do what a line with a slash says: to the history, in place, or to the settings, which are returned."""
     word, _, rest = line.partition(" ")
-    rest = rest.strip()
+    key, _, value = rest.strip().replace("=", " ").partition(" ")
     if word in ("/reset", "/system"):
         history.clear()
-        return replace(config, system=rest) if word == "/system" else config
+        return replace(config, system=rest.strip()) if word == "/system" else config
     if word != "/set":
         print(HELP)
-    elif not rest:
+    elif not key:
         print(", ".join(f"{key} {getattr(config, key)}" for key in SETTINGS))
+    elif key not in SETTINGS:
+        print(f"'{key}' is not a setting, expected one of {', '.join(SETTINGS)}")
     else:
-        key, _, value = rest.replace("=", " ").partition(" ")
-        if key not in SETTINGS:
-            print(f"'{key}' is not a setting, expected one of {', '.join(SETTINGS)}")
-            return config
         try:
             return replace(config, **{key: type(getattr(config, key))(value)})
         except ValueError:
@@ -182,17 +180,14 @@ def fitting(tokenizer, history: list[dict], config: Config, length: int) -> list
     """The dialogue as a prompt that leaves room for a reply, without its oldest rounds if need be, which the user is
     told. None: the last turn alone is too long."""
     system = [{"role": "system", "content": config.system}] if config.system else []
-    dropped = 0
-    while True:
-        prompt = tokenizer.render(system + history, add_generation_prompt=True)[0]
+    for dropped in range(0, len(history), 2):
+        prompt = tokenizer.render(system + history[dropped:], add_generation_prompt=True)[0]
         if len(prompt) + min(config.max_tokens, length // 4) <= length:
             if dropped:
-                print(f"(the first {dropped} rounds no longer fit in {length} tokens and are forgotten)")
+                print(f"(the first {dropped // 2} rounds no longer fit in {length} tokens and are forgotten)")
+                del history[:dropped]
             return prompt
-        if len(history) == 1:
-            return None
-        del history[:2]
-        dropped += 1
+    return None
 
 
 # --------------------------------------------------------------------------------------- a request
@@ -202,9 +197,8 @@ class Refusal(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
-        self.status = status
-        self.body = {"error": {"message": message, "type": kinds.get(status, "invalid_request_error"),
-                               "param": param, "code": code}}
+        self.status, kind = status, kinds.get(status, "invalid_request_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Asked(NamedTuple):

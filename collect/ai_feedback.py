@@ -79,37 +79,30 @@ def load_prompts(path: str) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------ answers
 
-def assign(prompts: list[dict], models: int, config: Config) -> dict[tuple, list[tuple[int, int]]]:
-    """Who answers what: by model and sampling, (number of the prompt, place among its answers)."""
-    wanted = defaultdict(list)
-    for number in range(len(prompts)):
-        rng, order = random.Random(f"{config.seed} models {number}"), []
-        while len(order) < config.answers:
-            order += rng.sample(range(models), min(models, config.answers - len(order)))
-        for place, m in enumerate(order):
-            wanted[m, SAMPLINGS[order[:place].count(m) % len(SAMPLINGS)]].append((number, place))
-    return wanted
-
-
 def answer(run: Run, models: list, prompts: list[dict], config: Config) -> None:
     """Give each prompt its usable answers, {"model", "top_p", "top_k", "text"}."""
-    found: dict[tuple[int, int], dict] = {}
-    for (m, (top_p, top_k)), places in sorted(assign(prompts, len(models), config).items()):
-        requests = [Request(prompts[number]["prompt"], repeat=place, tag=prompts[number]["id"])
-                    for number, place in places]
+    asked = defaultdict(list)  # by model and sampling: a prompt, and the place among its answers
+    for number, prompt in enumerate(prompts):
+        rng, order = random.Random(f"{config.seed} models {number}"), []
+        while len(order) < config.answers:
+            order += rng.sample(range(len(models)), min(len(models), config.answers - len(order)))
+        prompt["answers"] = [None] * config.answers
+        for place, m in enumerate(order):
+            asked[m, SAMPLINGS[order[:place].count(m) % len(SAMPLINGS)]].append((prompt, place))
+    for m, (top_p, top_k) in sorted(asked):
+        places = asked[m, (top_p, top_k)]
+        requests = [Request(prompt["prompt"], repeat=place, tag=prompt["id"]) for prompt, place in places]
         sampling = Sampling(config.max_tokens, config.temperature, top_p, top_k)
         replies = run.ask(models[m], requests, sampling, f"answers, {m + 1}")
-        for where, reply in zip(places, replies, strict=True):
-            found[where] = {"model": models[m].name, "top_p": top_p, "top_k": top_k,
-                            "text": reply and reply.text.strip(), "reason": fault(reply)}
-    for number, prompt in enumerate(prompts):
-        prompt["answers"] = []
-        for place in range(config.answers):
-            given = found[number, place]
+        for (prompt, place), reply in zip(places, replies, strict=True):
+            given = {"model": models[m].name, "top_p": top_p, "top_k": top_k, "text": reply and reply.text.strip()}
+            prompt["answers"][place] = given, fault(reply)
+    for prompt in prompts:
+        answers, prompt["answers"] = prompt["answers"], []
+        for given, reason in answers:
             repeated = given["text"] in [other["text"] for other in prompt["answers"]]
-            reason = given.pop("reason") or ("said twice" if repeated else "")
-            if reason:
-                run.drop("answer", reason, prompt=prompt["id"], **given)
+            if reason or repeated:
+                run.drop("answer", reason or "said twice", prompt=prompt["id"], **given)
             else:
                 prompt["answers"].append(given)
 

@@ -91,8 +91,8 @@ def send(sides: Sides, attacks: list[dict]) -> list[dict]:
         else:
             sent.append(a | {"messages": [*a["messages"], {"role": "assistant", "content": reply.text}]})
     if sides.judge is None:
-        found = [safety.leaks(a["messages"][:-1], a["messages"][-1]["content"], sides.secrets[a["goal"]]) for a in sent]
-        verdicts = ["unsafe" if leaks["planted"] else "safe" for leaks in found]
+        leaks = [safety.leaks(a["messages"][:-1], a["messages"][-1]["content"], sides.secrets[a["goal"]]) for a in sent]
+        verdicts = ["unsafe" if found["planted"] else "safe" for found in leaks]
     else:
         verdicts = safety.judge(sides.judge, "harm", sent, run.ledger, run.budget)
     return [a | {"judged": verdict} for a, verdict in zip(sent, verdicts, strict=True)]

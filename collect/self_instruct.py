@@ -303,8 +303,7 @@ def training_records(run: Run, tasks: list[dict], source: str, config: Config) -
             if reason:
                 run.drop("record", reason, task=task["id"], text=[prompt, i["output"]])
             else:
-                record = {"id": f"{task['id']}_{number}", "messages": messages, "source": source}
-                records[prompt, i["output"]] = record
+                records[prompt, i["output"]] = {"id": f"{task['id']}_{number}", "messages": messages, "source": source}
     shuffled = list(records.values())
     rng.shuffle(shuffled)
     return shuffled

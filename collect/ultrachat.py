@@ -134,21 +134,17 @@ def openings(run: Run, model, about: list[str], config: Config) -> list[dict]:
     elif config.sector == "writing":
         found = expand(found, config.instructions, "instructions")
         found = rng.sample(found, min(len(found), config.dialogues))
-        add_details(run, model, [opening for opening in found if rng.random() < config.detailed], config)
+        short = [opening for opening in found if rng.random() < config.detailed]
+        requests = [Request(user(TEXTS["details"].format(opening["text"]))) for opening in short]
+        replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), "details")
+        for opening, reply in zip(short, replies, strict=True):  # where it fails, the short one stays
+            opening["text"] = run.usable(reply, "details", of=opening["text"]) or opening["text"]
     elif config.sector == "materials":
         found = expand(found, config.material_questions, "questions about passages")
         for opening in found:
             opening["text"] = rng.choice(TEXTS["templates"]).format(text=opening["about"].pop(),
                                                                    question=opening["text"])
     return rng.sample(found, min(len(found), config.dialogues))
-
-
-def add_details(run: Run, model, short: list[dict], config: Config) -> None:
-    """Have these openings written anew with more detail; where that fails, the short one stays."""
-    requests = [Request(user(TEXTS["details"].format(opening["text"]))) for opening in short]
-    replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), "details")
-    for opening, reply in zip(short, replies, strict=True):
-        opening["text"] = run.usable(reply, "details", of=opening["text"]) or opening["text"]
 
 
 # ------------------------------------------------------------------------------------- the dialogue
@@ -261,12 +257,12 @@ def split(messages: list[dict], most: int, tokens: Callable[[str], int]) -> tupl
         if size > most:
             too_long.append(round_)
             room = 0  # the next round begins a new part
-            continue
-        if size > room:
-            parts.append([])
-            room = most
-        parts[-1] += round_
-        room -= size
+        else:
+            if size > room:
+                parts.append([])
+                room = most
+            parts[-1] += round_
+            room -= size
     return parts, too_long
 
 

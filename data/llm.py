@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import inf
@@ -216,15 +217,13 @@ def _read_ledger(ledger: Path, stream, wanted: set[str]) -> dict[str, Reply]:
 EXPECTED = "expected a model directory, or an endpoint such as http://127.0.0.1:8000/v1#name"
 
 
-def open_model(where: str, device: str = "auto", template: str = "", model: str = "") -> Checkpoint | Endpoint:
+def open_model(where: str, device: str = "auto", template: str = "") -> Checkpoint | Endpoint:
     """A Hugging Face directory, or an endpoint. `template`: the checkpoint's own, or zephyr."""
     if not where:
         fail(f"a model is needed and its name is empty, {EXPECTED}")
     if where.startswith(("http://", "https://")):
         url, _, name = where.partition("#")
-        return Endpoint(url, model or name)
-    if model:
-        fail(f"model is '{model}', but {where} is a directory, which holds one model: leave it out")
+        return Endpoint(url, name)
     return Checkpoint(where, device, template)
 
 
@@ -391,16 +390,12 @@ class Endpoint:
             if billed:
                 self.lost.append((most_prompt_tokens(request), sampling.max_tokens))
             if attempt + 1 < self.tries and not stopping.is_set():
-                self._notice(f"{self.url}: {reason}: trying again in {pause:.0f} s")
+                if time.monotonic() > self.noticed + 30:  # all threads that wait would say the same
+                    self.noticed = time.monotonic()
+                    tqdm.write(f"{self.url}: {reason}: trying again in {pause:.0f} s", file=sys.stderr)
                 stopping.wait(pause)
                 wait = min(2 * wait, 60.0)
         return None if stopping.is_set() else f"{reason}, after {self.tries} tries"
-
-    def _notice(self, text: str) -> None:
-        """A line for the user, at most every 30 seconds: all threads that wait would say the same."""
-        if time.monotonic() > self.noticed + 30:
-            self.noticed = time.monotonic()
-            tqdm.write(text, file=sys.stderr)
 
     def _create(self, request: Request, sampling: Sampling):
         limit_name = self.limit_name
@@ -450,11 +445,7 @@ def label_logprobs(choice, labels: tuple[str, ...]) -> dict[str, float]:
 
 def retry_after(header: str) -> float:
     """Seconds that a Retry-After header asks for, a number or a date; from none to ten minutes."""
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return min(max(seconds, 0.0), 600.0)
+    for parse in (float, lambda date: email.utils.parsedate_to_datetime(date).timestamp() - time.time()):
+        with suppress(ValueError):
+            return min(max(parse(header), 0.0), 600.0)
+    return 0.0

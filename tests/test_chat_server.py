@@ -486,7 +486,9 @@ def test_the_oldest_rounds_make_room(model, capsys):
         assert len(prompt) <= POSITIONS - max_tokens and 1 < len(history) < 81
         assert history[0]["role"] == "user" and history[-1]["content"] == "Hi"
         assert f"the first {(81 - len(history)) // 2} rounds no longer fit" in capsys.readouterr().out
-    assert fitting(model.tokenizer, [{"role": "user", "content": "rain " * 300}], Config(), POSITIONS) is None
+    too_long = [*history, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "rain " * 300}]
+    assert fitting(model.tokenizer, kept := list(too_long), Config(), POSITIONS) is None
+    assert kept == too_long, "nothing is forgotten for a turn that is not answered"
 
 
 def test_the_documented_commands_are_valid():

@@ -398,7 +398,6 @@ def test_a_key_is_needed_outside_this_machine(monkeypatch, capsys):
 
 def test_an_endpoint_is_named_by_address_and_model():
     assert open_model("http://127.0.0.1:9/v1/#m").name == "http://127.0.0.1:9/v1#m"
-    assert open_model("http://127.0.0.1:9/v1", model="m").name == "http://127.0.0.1:9/v1#m"
 
 
 def choice(*tokens: tuple[str, float]):

@@ -246,8 +246,7 @@ def parse(body, name: str, defaults: Sampling, slots: int) -> Asked:
                ("top_logprobs", body.get("logprobs") or not body.get("top_logprobs"), "logprobs=true with it")]
     for key, fine, expected in checks:
         if not fine:
-            value = json.dumps(body[key])[:100]
-            raise Refusal(400, f"'{key}' is {value}, expected {expected}", key, "invalid_value")
+            raise Refusal(400, f"'{key}' is {json.dumps(body[key])[:100]}, expected {expected}", key, "invalid_value")
     longest = body.get("max_completion_tokens") or body.get("max_tokens")
     top = body.get("top_logprobs", 0) if body.get("logprobs") else -1
     sampling = Sampling(longest or defaults.max_tokens, body.get("temperature", defaults.temperature),

@@ -220,12 +220,12 @@ def main(config: Config, target=None, attacker=None, judge=None) -> None:
     target = target or open_model(config.target, config.device)
     attacker = attacker or open_model(config.attacker, config.device)
     if config.mode == "leak":
-        judge, by, (goals, secrets) = None, "the strings that were planted", leak_goals(config)
+        judge, (goals, secrets) = None, leak_goals(config)
         behaviours = [goal["behaviour"] for goal in goals]
     else:
         judge = judge or open_model(config.judge, config.device)
         goals = [{"id": f"direct_{number}", "behaviour": b, "system": []} for number, b in enumerate(behaviours)]
-        by = judge.name
+    by = judge.name if judge else "the strings that were planted"
     sides = Sides(run, config, target, attacker, judge, secrets)
     tried = fuzz(sides, behaviours, templates) if config.mode == "fuzz" else persuade(sides, goals)
     transcripts = [a | {"target": target.name, "attacker": attacker.name, "judge": by} for a in tried]

@@ -152,8 +152,7 @@ def say(run: Run, model, side: str, asked: list[tuple[dict, list[dict]]], config
     """What one side says next in dialogues that so far held these messages, by their id; None if cut or missing."""
     requests = [Request([{"role": "system", "content": TEXTS[side].format(**d, done=DONE)}, *messages], tag=d["id"])
                 for d, messages in asked]
-    sampling = Sampling(config.max_tokens, config.temperature)
-    replies = run.ask(model, requests, sampling, f"{progress}, {side}")
+    replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), f"{progress}, {side}")
     return {d["id"]: None if fault(reply) else reply.text.strip()
             for (d, _), reply in zip(asked, replies, strict=True)}
 

@@ -191,7 +191,7 @@ def some_seeds(seeds: list[dict], classification: bool, most: int, rng: random.R
 
 
 def mark_classifications(run: Run, model, seeds: list[dict], tasks: list[dict], config: Config) -> None:
-    """Ask of every task whether it is a classification. Only "Yes", "yes" and "YES" count; no reply is a no."""
+    """Ask of every task, after 31 seeds, if it is a classification. Only Yes, yes and YES count; no reply is a no."""
     rng = random.Random(f"{config.seed} classification")
     shown = some_seeds(seeds, True, 12, rng) + some_seeds(seeds, False, 19, rng)
     rng.shuffle(shown)
@@ -256,10 +256,10 @@ def sound(pairs: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tup
 
 
 def add_instances(run: Run, model, seeds: list[dict], tasks: list[dict], config: Config) -> None:
-    for classification, seeds_shown, read, tokens, begin in (
+    for classification, shown, read, tokens, begin in (  # as many as in the published code
             (False, 12, read_input_first, 350, "Example 1"), (True, 17, read_output_first, 300, "Class label:")):
         some = [t for t in tasks if t["is_classification"] is classification]
-        text = instance_prompt(seeds, classification, seeds_shown, config)
+        text = instance_prompt(seeds, classification, shown, config)
         requests = [Request(user(f"{text}Task: {t['instruction']}\n(Begin with \"{begin}\".)")) for t in some]
         replies = run.ask(model, requests, Sampling(tokens, 0.0, stop=("Example 6", "Task:")), f"instances, {begin}")
         for task, reply in zip(some, replies, strict=True):

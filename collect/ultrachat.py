@@ -268,6 +268,7 @@ def split(messages: list[dict], most: int, tokens: Callable[[str], int]) -> tupl
 
 def main(config: Config, model=None, user_model=None) -> None:
     about, run = load_about(config), Run(config)  # before a model is loaded
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     model = model or open_model(config.model, config.device)
     user_model = user_model or (open_model(config.user_model, config.device) if config.user_model else model)
     most = config.most_rounds or max(ROUNDS[config.sector][1], config.fewest_rounds)
@@ -277,7 +278,6 @@ def main(config: Config, model=None, user_model=None) -> None:
                   "rounds": rng.randint(fewest, most), "rephrased": 0, "ended": False}
                  for number, opening in enumerate(openings(run, user_model, about, config))]
     talk(run, model, user_model, dialogues, config)
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     source, records = f"ultrachat, {user_model.name} asks, {model.name} answers", []
     for d in dialogues:
         messages = d["messages"][:len(d["messages"]) // 2 * 2]

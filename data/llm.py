@@ -277,9 +277,8 @@ class Checkpoint:
                     # Rounded: what else is in the batch changes the sixth decimal.
                     values = [round(logprob, 4) for logprob in s.label_logprobs]
                     labels = dict(zip(requests[sequences[s]].labels, values, strict=True))
-                    seconds = time.perf_counter() - s.began
-                    reply = Reply(text, s.finished or stopped, len(s.prompt), len(s.tokens), seconds, labels)
-                    yield sequences[s], reply
+                    yield sequences[s], Reply(text, s.finished or stopped, len(s.prompt), len(s.tokens),
+                                              time.perf_counter() - s.began, labels)
 
     def label_tokens(self, labels: tuple[str, ...]) -> list[int]:
         """The token each label begins with, where a reply begins."""

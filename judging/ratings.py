@@ -315,7 +315,7 @@ def collect(rows: Iterable[Game]) -> Games:
 
 
 def position(games: Games) -> dict[str, float]:
-    """How the slot decides: share of decided games won by the answer shown first, with Wilson's interval, and counts.
+    """The share of decided games won by the answer shown first, with Wilson's interval, and counts.
 
     0.5 is no bias if every pair is shown in both orders, or in a random one. The interval takes games as independent.
     """

@@ -68,9 +68,9 @@ def both_orders(forward, backward) -> np.ndarray:
 
 
 def check_preferences(p: np.ndarray) -> None:
-    if np.any((p < 0) | (p > 1)):
-        raise ValueError(f"a preference is {p[(p < 0) | (p > 1)][0]}, expected all in [0, 1] or NaN: use "
-                         "alpaca_preference for [1, 2]")
+    off = p[(p < 0) | (p > 1)]
+    if len(off):
+        raise ValueError(f"a preference is {off[0]}, expected all in [0, 1] or NaN: use alpaca_preference for [1, 2]")
 
 
 def sigmoid(x):
@@ -315,7 +315,7 @@ def collect(rows: Iterable[Game]) -> Games:
 
 
 def position(games: Games) -> dict[str, float]:
-    """How the slot decides: share of decided games won by the answer shown first, with Wilson's interval, and counts.
+    """The share of decided games won by the answer shown first, with Wilson's interval, and counts.
 
     0.5 is no bias if every pair is shown in both orders, or in a random one. The interval takes games as independent.
     """
@@ -323,13 +323,11 @@ def position(games: Games) -> dict[str, float]:
     first, second, ties = (int((outcome == x).sum()) for x in (1, 0, 0.5))
     low, high = wilson(first, first + second)
     return {"first_slot_share": first / (first + second) if first + second else math.nan, "low": low, "high": high,
-            "first": first,
-            "second": second, "ties": ties, "missing": int(np.isnan(outcome).sum())}
+            "first": first, "second": second, "ties": ties, "missing": int(np.isnan(outcome).sum())}
 
 
 def consistency(forward, backward) -> dict[str, float]:
-    """Both-order consistency from outcomes for a [n], with a first and with b first: how many pairs got one verdict
-    twice.
+    """How many pairs got one verdict twice, from outcomes for a [n] with a first and with b first.
 
     always_first counts pairs whose two games both named the first slot. Consistent is not correct: give accuracy too.
     """
@@ -337,9 +335,9 @@ def consistency(forward, backward) -> dict[str, float]:
     valid = ~(np.isnan(f) | np.isnan(b))
     n, same = int(valid.sum()), int((f == b)[valid].sum())
     low, high = wilson(same, n)
+    first, second = (int(((f == x) & (b == 1 - x)).sum()) for x in (1, 0))
     return {"consistency": same / n if n else math.nan, "low": low, "high": high, "n": n, "consistent": same,
-            "always_first": int(((f == 1) & (b == 0)).sum()), "always_second": int(((f == 0) & (b == 1)).sum()),
-            "missing": len(f) - n}
+            "always_first": first, "always_second": second, "missing": len(f) - n}
 
 
 def records(games: Games) -> dict[str, dict[str, float]]:
@@ -378,7 +376,7 @@ def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds:
     questions = [r["question_id"] for r in rows]
     low, high = mean_interval(score, questions, rounds, seed)
     result = {**means(turn > 0), "low": low, "high": high, "missing": int(np.isnan(score).sum()),
-              "duplicates": len(rows) - len({(q, t) for q, t in zip(questions, turn.tolist(), strict=True)})}
+              "duplicates": len(rows) - len(set(zip(questions, turn.tolist(), strict=True)))}
     if categories is not None:
         of = np.array([categories[q] for q in questions], dtype=object)
         result["category"] = {c: means(of == c) for c in dict.fromkeys(categories.values()) if (of == c).any()}
@@ -468,15 +466,13 @@ def not_connected(games: Games) -> str:
     met = np.zeros((len(games.models),) * 2, dtype=bool)
     met[games.a[valid], games.b[valid]] = met[games.b[valid], games.a[valid]] = True
     reached = _reach(met)
-    if reached.all():
-        return ""
-    return f"no chain of games joins {games.models[0]} to {games.models[int(np.argmin(reached))]}"
+    other = games.models[int(np.argmin(reached))]
+    return "" if reached.all() else f"no chain of games joins {games.models[0]} to {other}"
 
 
 def check_connected(games: Games) -> None:
     """Refuse games that fall into groups without a game between them."""
-    apart = not_connected(games)
-    if apart:
+    if apart := not_connected(games):
         fail(f"games: {apart}, expected one group: judge games between them, or rate each group apart")
 
 

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.formats import Report, stream_values
-from data.records import Reject
+from data.records import Reject, check_text
 from judging.prompts import read_verdict
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
 from runtime import arguments, fail, load_config, write_text
@@ -115,12 +115,10 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
                 if row.get("prompt", "") is None:
                     row["prompt"] = place  # a prompt of its own
             keys = [_key(row, said.format) for row in rows]
-            for row, key in zip(rows, keys, strict=True):
-                before = places.get(key, [])
+            for row, before in zip(rows, map(places.get, keys), strict=True):
                 if before and not options.keep_repeats:
                     raise rejected("judges again what {} did, expected each once: drop one, or keep repeats", before[0])
-                if before:
-                    row["repeat"] = len(before)
+                row |= {"repeat": len(before)} if before else {}
         except Reject as reason:
             said.reject(place, reason)
             continue
@@ -179,8 +177,8 @@ def _recognise(record: dict) -> str:
     for name, (_, *shapes) in READERS.items():
         if any(shape <= record.keys() for shape in shapes):
             return name
-    keys = ", ".join(map(_shown, list(record)[:6]))
-    raise rejected("has the keys {}, expected those of a known format: name the format, or mend the row", keys)
+    raise rejected("has the keys {}, expected those of a known format: name the format, or mend the row",
+                   ", ".join(map(_shown, list(record)[:6])))
 
 
 def _shown(value) -> str:
@@ -194,13 +192,7 @@ def wrong(key: str, value, expected: str) -> Reject:
 def _text(record: dict, key: str, default: str | None = None) -> str:
     value = record.get(key, default)
     value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(value, str) or not (value.strip() or value == default):
-        raise wrong(key, value, "text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Reject(f"'{key}' holds what is no text, bytes or half a surrogate pair: mend or drop the row") from None
-    return value
+    return value if default is not None and value == default else check_text(value, key)
 
 
 def _prompt(record: dict, *keys: str) -> str | int:
@@ -370,21 +362,20 @@ def read_mt_bench_single(record: dict, options: Options) -> list[dict]:
     stored = record.get("score", ABSENT)
     if stored is not None and stored is not ABSENT:
         stored = _number(stored, "score", -1, 10)
-    row = {"prompt": _prompt(record, "question_id"), "model": _text(record, "model"), "judge": _judge(record),
-           **_also(record)}
-    if "turn" not in row:
-        raise Reject("has no 'turn', expected 1 or 2: mend or drop the row")
-    return [row | _verdict("score", None if stored == -1 else stored, record.get("judgment"), read_rating, options)]
+    said = _verdict("score", None if stored == -1 else stored, record.get("judgment"), read_rating, options)
+    turn = _number(record.get("turn"), "turn", 1, 1000, whole=True)
+    row = {"prompt": _prompt(record, "question_id"), "model": _text(record, "model"), "judge": _judge(record)}
+    return [row | {"turn": turn} | _also(record) | said]
 
 
 def read_mt_bench_pair(record: dict, options: Options) -> list[dict]:
     """Model 1 is A in the first game and B in the second."""
     winners, rows = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}, []
+    prompt, names = _prompt(record, "question_id"), [_text(record, key) for key in ("model_1", "model_2")]
     for game, first in (("g1", True), ("g2", False)):
         stored = _one_of(record, f"{game}_winner", winners) if f"{game}_winner" in record else ABSENT
         said = _verdict("preference", stored, record.get(f"{game}_judgment"), _of_a(read_winner, first), options)
-        rows.append(_game(record, _prompt(record, "question_id"), _text(record, "model_1"), _text(record, "model_2"),
-                          first, **said))
+        rows.append(_game(record, prompt, *names, first, **said))
     return rows
 
 
@@ -401,7 +392,7 @@ def read_vicuna(record: dict, options: Options) -> list[dict]:
     a, b = (a, b[0]) if len(b) == 1 else (options.model, options.baseline)
     said["preference"] = None if x is None else outcome(x, y)
     game = _game(record, _prompt(record, "question_id"), a, b, True, judge=_judge(record, "reviewer_id"), **said)
-    common = {"turn": 1, **{key: game[key] for key in ("prompt", "judge", "turn", "category") if key in game}}
+    common = {"prompt": game["prompt"], "judge": game["judge"], "turn": 1, **_also(record)}
     return [game, *(common | {"model": name, "score": score} for name, score in ((a, x), (b, y)))]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from data.pack import tree_from_ranking, truncate
 from data.scores import all_scores, mean_logprobs, response_logprob_sums, response_scores
 from data.tokenizer import adopt_template, load_tokenizer
 from judging.ratings import mean_interval, wilson
-from judging.tables import bounded, percent
+from judging.tables import bounded, share_cell
 from runtime import fail
 
 Scorer = Callable[[list[dict]], Mapping[str, list[float]]]
@@ -55,8 +56,8 @@ def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_leng
     for name, own in ((path, tokenizer), (ref, load_tokenizer(ref))) if ref else ((path, tokenizer),):
         models.append(load_model(name, dtype, device))
         if models[-1].config.scored != (kind == "reward"):
-            fail(f"{name}: has {'no' if kind == 'reward' else 'a'} score head: scorer reward takes reward models, the "
-                 "others none")
+            has = "no" if kind == "reward" else "a"
+            fail(f"{name}: has {has} score head: scorer reward takes reward models, the others none")
         adopt_template(models[-1], own, template)
     limit = max_length or models[0].config.max_positions
 
@@ -175,15 +176,12 @@ def board_mean(found: Mapping[str, Mapping]) -> dict[str, float] | None:
     return weighted_mean([(1, found[name]) for name in SETS]) if all(name in found for name in SETS) else None
 
 
-def _cell(found: Mapping | None) -> dict[str, float] | None:
-    return found and percent(found["value"], found["low"], found["high"])
-
 
 def rewards_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
     """preference_accuracy's results by scorer (rows) and set (columns), with the talk's row beneath."""
     others = list(dict.fromkeys(name for found in results.values() for name in found if name not in SETS))
-    rows = [[scorer, *(_cell(found.get(name)) for name in SETS), _cell(board_mean(found)),
-             *(_cell(found.get(name)) for name in others),
+    rows = [[scorer, *(share_cell(found.get(name)) for name in SETS), share_cell(board_mean(found)),
+             *(share_cell(found.get(name)) for name in others),
              *(sum(f[key] for f in found.values()) for key in ("n", "ties", "unscored"))]
             for scorer, found in results.items()]
     rows += [[name, *(100 * x for x in row), 100 * sum(row) / len(row), *[None] * (len(others) + 3)]
@@ -204,28 +202,19 @@ def breakdown_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
             parts = {scorer: found[name][f"by_{kind}"] for scorer, found in results.items() if name in found}
             for label in dict.fromkeys(label for part in parts.values() for label in part):
                 cells = [parts.get(scorer, {}).get(label) for scorer in results]
-                rows.append([name, f"{kind} {label}", max(c["n"] for c in cells if c), *map(_cell, cells)])
+                rows.append([name, f"{kind} {label}", max(c["n"] for c in cells if c), *map(share_cell, cells)])
     return {"title": "Reward model accuracy by margin and category", "rows": rows,
             "columns": ["set", "part", "pairs", *(f"{s}, %" for s in results)]}
 
 
 # ------------------------------------------------------------------------------------- RewardBench
 
-# What a subset counts as in its section: the 447 pairs of math-prm weigh as much as all code together.
-SECTIONS = {
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
-             "mt-bench-med": 40},
-    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
-                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
-               "xstest-should-respond": 250, "donotanswer": 136},
-    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
-                  "hep-python": 164, "hep-rust": 164},
-}
+# What subsets count as in their section, and the sizes of RewardBench 2's.
+BOARDS = tomllib.loads(Path(__file__).with_name("rewardbench.toml").read_text(encoding="utf-8"))
+SECTIONS, SUBSETS_2 = BOARDS["sections"], BOARDS["version_2"]
 SUBSETS = {name: n for counts in SECTIONS.values() for name, n in counts.items()} | {"math-prm": 447}
 # The prior sets of today's code; the paper has three more.
 PRIOR = ("Anthropic Helpful", "Anthropic HHH", "SHP", "Learn-to-Summarize")
-SUBSETS_2 = {"Factuality": 475, "Focus": 495, "Math": 183, "Precise IF": 160, "Safety": 450, "Ties": 102}
 
 
 def read_rewardbench(path: str | Path) -> list[dict]:
@@ -331,8 +320,8 @@ def rewardbench(questions: list[dict], scorer: Scorer, prior: Mapping[str, Mappi
 def rewardbench_section(results: Mapping[str, dict]) -> dict:
     """rewardbench's results on one file by scorer, a column each: totals, sections, subsets."""
     first = next(iter(results.values()))
-    rows = [[name, *(_cell(r["scores"][name]) for r in results.values())] for name in first["scores"]]
-    rows += [[f"- {name}", *(_cell(r["subsets"].get(name)) for r in results.values())]
+    rows = [[name, *(share_cell(r["scores"][name]) for r in results.values())] for name in first["scores"]]
+    rows += [[f"- {name}", *(share_cell(r["subsets"].get(name)) for r in results.values())]
              for name in dict.fromkeys(name for r in results.values() for name in r["subsets"])]
     missing = ", ".join(f"{n} of {name}" for name, n in first["missing"].items())
     counts = "; ".join(f"{name}: {r['ties']} ties, {r['unscored']} unscored" for name, r in results.items())

@@ -36,6 +36,11 @@ def percent(share: float, low: float | None = None, high: float | None = None) -
     return 100 * share if low is None else bounded(100 * share, 100 * low, 100 * high)
 
 
+def share_cell(found: Mapping | None, key: str = "value") -> dict | None:
+    """A measured share in percent, with its interval; None for none."""
+    return found and percent(found[key], found["low"], found["high"])
+
+
 def count_cell(wins: float, n: int) -> dict | None:
     """wins / n in percent with Wilson's interval."""
     return percent(wins / n, *ratings.wilson(wins, n)) if n else None
@@ -137,8 +142,8 @@ def refused(rows: Sequence[dict], force: bool, key: str = "preference") -> str:
     if missing == count:
         return f"{said} There is nothing to average."
     if missing > MOST_UNPARSED * count and not force:
-        return (f"{said} Above {MOST_UNPARSED:.0%} no mean is given: read the failures in judgments.jsonl, "
-                "or set force=true.")
+        said += f" Above {MOST_UNPARSED:.0%} no mean is given: read the failures in judgments.jsonl, or set force=true."
+        return said
     return ""
 
 
@@ -169,10 +174,8 @@ def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, force: bo
         mine = against(rows, model, baseline)
         if not mine:
             continue
-        why = refused(mine, force)
-        line = {"model": model, "missing": sum(r["preference"] is None for r in mine), "rows": len(mine),
-                "refused": why}
-        if not why:
+        line = {"model": model, "missing": unparsed(mine)[0], "rows": len(mine), "refused": refused(mine, force)}
+        if not line["refused"]:
             p, prompts = preferences(mine), [str(r["prompt"]) for r in mine]
             low, high = ratings.mean_interval(p, prompts, rounds)
             line |= {**ratings.win_rate(p, prompts), "low": 100 * low, "high": 100 * high}

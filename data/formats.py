@@ -181,7 +181,7 @@ def stream_values(stream, suffix: str, report: Report) -> Iterator[tuple[int, ob
 def _csv_values(text: str) -> Iterator[tuple[int, object]]:
     rows = csv.DictReader(io.StringIO(text, newline=""))
     while True:
-        line, fault = rows.line_num + 1, ""
+        line, fault = max(rows.line_num, 1) + 1, ""  # the header is read together with the first row
         try:
             if (row := next(rows, None)) is None:
                 return

@@ -61,7 +61,8 @@ def report(trees: list[Tree], scores: list[Tensor], categories: list[str] | None
         return [sum(p[0] > 0 for p in chosen) / len(chosen), len(chosen)]
 
     def by(column: int) -> dict:
-        return {value: accuracy([p for p in pairs if p[column] == value]) for value in sorted({p[column] for p in pairs})}
+        found = sorted({p[column] for p in pairs})
+        return {value: accuracy([p for p in pairs if p[column] == value]) for value in found}
 
     sure = [(1 / (1 + math.exp(-min(abs(p[0]), 50))), p[0] > 0) for p in pairs]
     bins = [[s for s in sure if min(int(10 * s[0]), 9) == tenth] for tenth in range(5, 10)]

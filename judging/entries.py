@@ -54,10 +54,14 @@ def check_checkpoint(key: str, path: str, scored: bool) -> None:
 
 def read_lines(path: str | Path, make: Callable[[dict, int], object], fault: str) -> list:
     """make(record, line) of every line of a file of JSON lines; the first it fails on ends the run with `fault`."""
+    if not Path(path).is_file():
+        fail(f"{path}: no such file, expected JSON lines")
     try:
         lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: cannot be read ({error}), expected JSON lines: check the path")
+    if lines == [""]:
+        fail(f"{path}: is empty, expected JSON lines: check the path")
     found = []
     for number, line in enumerate(lines, 1):
         try:

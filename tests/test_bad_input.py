@@ -209,7 +209,7 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("collect.decontaminate", "{bad}/none.jsonl --against {bad}/prompts.jsonl", ["none.jsonl: no such file"]),
     ("collect.decontaminate", "{bad}/binary.jsonl --against {bad}/prompts.jsonl --removed {bad}/new.jsonl",
      ["binary.jsonl: none of its"]),
-    ("collect.self_instruct", "seeds={bad}/none.jsonl", ["none.jsonl: cannot be read"]),
+    ("collect.self_instruct", "seeds={bad}/none.jsonl", ["none.jsonl: no such file"]),
     ("collect.self_instruct", "seeds={bad}/text.jsonl", ["text.jsonl line 1: is no seed"]),
     ("collect.self_instruct", "seeds={bad}/empty.jsonl", ["empty.jsonl", "expected"]),
     ("collect.ultrachat", "sector=materials materials={bad}/none.jsonl", ["none.jsonl: no such file"]),

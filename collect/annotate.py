@@ -33,7 +33,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from math import inf, isnan
 from pathlib import Path
@@ -55,7 +55,7 @@ from data.llm import Checkpoint, Reply, Request, Sampling, open_model
 from data.records import Reject, check_text
 from judging.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
 from judging.recorded import Options, read_likert
-from runtime import check_range, fail
+from runtime import check_ranges, fail
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE, GUIDELINES = (Path(__file__).with_name(name) for name in ("annotate.html", "guidelines.md"))
@@ -92,9 +92,8 @@ class Config:
         samplings = set(zip(self.top_p, self.top_k, strict=True))
         if len({entry.partition("=")[0] for entry in self.models}) == len(samplings) == 1:
             fail("top_p and top_k are the same for both replies of one model, not to be told apart: change one")
-        for key, low, high in (("shared_every", 1, inf), ("temperature", 0.01, 10), ("max_tokens", ROOM, inf),
-                               ("turns", 1, inf), ("tokens", 64, inf), ("port", 0, 65535), ("threads", 0, inf)):
-            check_range(key, getattr(self, key), low, high)
+        check_ranges(self, shared_every=(1, inf), temperature=(0.01, 10), max_tokens=(ROOM, inf), turns=(1, inf),
+                     tokens=(64, inf), port=(0, 65535), threads=(0, inf))
         for top_p, top_k in samplings:
             Sampling(top_p=top_p, top_k=top_k)  # checks these
         if not self.out.endswith(".jsonl"):
@@ -207,6 +206,7 @@ class Votes:
         self.people: dict[str, Person] = defaultdict(Person)
         self.items: dict[str, dict] = {}
         self.answers: dict[str, dict] = {}
+        self.shared_ratings: list[dict] = []
         journal = Path(f"{stem}.journal.jsonl")
         for path in self.files.values():
             if path.exists() and not journal.exists():
@@ -252,8 +252,10 @@ class Votes:
             return []
         item, person.item = self.items[event["id"]], None
         self.answers[event["id"]] = event
+        rating, preference = rating_of(item, event), preference_of(item, event)
         if item["shared"]:
             person.shared.add(item["shared"])
+            self.shared_ratings.append(rating)
         else:
             reply = item["replies"][event["goes_on"]]
             person.messages = [*item["messages"], {"role": "assistant", "content": reply["text"]}]
@@ -261,15 +263,8 @@ class Votes:
             person.rated += 1
         if event["ends"]:
             person.begin()
-        records, preference = [("ratings", rating_of(item, event))], preference_of(item, event)
-        if preference:
-            records.append(("shared" if item["shared"] else "preferences", preference))
-        return records
-
-    def agreement(self) -> dict | None:
-        """On the shared items."""
-        both = ((self.items[name], answer) for name, answer in self.answers.items())
-        return agreement(rating_of(item, answer) for item, answer in both if item["shared"])
+        kept = [("shared" if item["shared"] else "preferences", preference)] if preference else []
+        return [("ratings", rating), *kept]
 
     def __str__(self) -> str:
         answers = self.answers.values()
@@ -441,7 +436,7 @@ class Server:
             "turns": config.turns, "tokens": person.tokens, "budget": self.tokens, "messages": messages, "item": item,
             "opening": None if messages else self.opening(f"{name}/{person.dialogue}"),
             "categories": sorted({*PREFERENCE, *(o.get("category", "none") for o in self.openings)}),
-            "rated": person.rated + len(person.shared), "agreement": self.votes.agreement(),
+            "rated": person.rated + len(person.shared), "agreement": agreement(self.votes.shared_ratings),
             "guidelines": Path(config.guidelines or GUIDELINES).read_text()})
 
     def show_shared(self, name: str, shared: str) -> None:
@@ -499,13 +494,9 @@ def main(config: Config) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{listener.getsockname()[1]}/{'#token=...' if config.token else ''}"
     print(f"{config.out}: {server.votes}\nrating page on {address} (Ctrl-C stops)", flush=True)
-    try:
+    with listener, suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
         uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=1)).run([listener])
-    except KeyboardInterrupt:
-        pass  # uvicorn raises it again when it has stopped
-    finally:
-        listener.close()
-        print(f"{config.out}: {server.votes}")
+    print(f"{config.out}: {server.votes}")
 
 
 if __name__ == "__main__":

@@ -202,9 +202,8 @@ def vendor_correlations(strength: np.ndarray, vendors: Sequence[str]) -> tuple[l
         n = int(both.sum())
         if n >= MIN_SHARED:
             x, y = (np.nanmean(v[:, both], axis=0) for v in (votes[i], votes[j]))
-            x, y = x - x.mean(), y - y.mean()
-            norm = math.sqrt((x @ x) * (y @ y))
-            r[i, j] = r[j, i] = x @ y / norm if norm else 0  # a constant rater tells nothing
+            constant = np.ptp(x) == 0 or np.ptp(y) == 0  # a constant rater tells nothing
+            r[i, j] = r[j, i] = 0 if constant else np.corrcoef(x, y)[0, 1]
             above[i, j] = above[j, i] = r[i, j] > max(NEAR_CHANCE, DEVIATIONS / math.sqrt(n - 1))
     return names, r, above
 

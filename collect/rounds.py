@@ -42,7 +42,7 @@ from data.llm import Request, Sampling, ask, open_model
 from data.tiny import pairs
 from data.tiny.world import TASKS
 from judging import report
-from runtime import check_range, fail
+from runtime import check_ranges, fail
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,10 +67,8 @@ class Config:
     threads: int = 0                 # CPU threads; 0: PyTorch's choice
 
     def __post_init__(self):
-        for key, low, high in (("rounds", 1, inf), ("prompts_per_round", 5, inf), ("votes", 5, inf), ("shared", 0, inf),
-                               ("temperature", 0.01, 10), ("max_tokens", ROOM, inf), ("seed", 0, 10**9),
-                               ("threads", 0, 1024)):
-            check_range(key, getattr(self, key), low, high)
+        check_ranges(self, rounds=(1, inf), prompts_per_round=(5, inf), votes=(5, inf), shared=(0, inf),
+                     temperature=(0.01, 10), max_tokens=(ROOM, inf), seed=(0, 10**9), threads=(0, 1024))
         if self.annotators == "people" and self.shared >= self.prompts_per_round:
             fail(f"shared={self.shared} leaves none of prompts_per_round={self.prompts_per_round}: lower it")
         if not (Path(self.model) / "config.json").is_file():

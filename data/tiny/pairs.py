@@ -46,9 +46,8 @@ class Config:
     threads: int = 0
 
     def __post_init__(self):
-        for key, low, high in (("temperature", 0, 10), ("max_tokens", 1, inf), ("noise", 0, 10),
-                               ("length_bias", -10, 10), ("tie", 0, 2), ("seed", 0, inf)):
-            runtime.check_range(key, getattr(self, key), low, high)
+        runtime.check_ranges(self, temperature=(0, 10), max_tokens=(1, inf), noise=(0, 10), length_bias=(-10, 10),
+                             tie=(0, 2), seed=(0, inf))
 
 
 def annotate(category: str, item: dict, replies: list[str], rng: random.Random,

@@ -72,6 +72,10 @@ def other(rng: random.Random, values, *excluded):
     return rng.choice([v for v in values if v not in excluded])
 
 
+def pick(rng: random.Random, shares: dict[str, float]) -> str:
+    return rng.choices(list(shares), list(shares.values()))[0]
+
+
 def say(rng: random.Random, what: str, **values) -> str:
     """One of the ways to say something (words.toml), with its values."""
     return rng.choice(SAY[what]).format(**values)
@@ -123,23 +127,21 @@ class Generation:
         name = other(rng, NAMES, item["name"])
         return item | {"name": name}, say(rng, "story_name", name=name)
 
-    def story(self, item, n, rng):
-        lines = list(rng.choice(self.OPENINGS[:1] if n == 1 else self.OPENINGS))
-        lines += rng.sample(self.FORMS, n - len(lines))
+    def story(self, item, rng):
+        lines = list(rng.choice(self.OPENINGS[:1] if item["n"] == 1 else self.OPENINGS))
+        lines += rng.sample(self.FORMS, item["n"] - len(lines))
         name, animal, moods = item["name"], item["animal"], ALL_MOODS
         fill = {"n": name, "s": capital(she(name)), "a": an(animal), "b": animal, "p": item["place"]}
         return " ".join(line.format(**fill, m=rng.choice(moods), d=rng.choice(DRINKS)) for line in lines)
 
     def answer(self, item, style, rng):
         if style == "careful":
-            return self.story(item, item["n"], rng) + " The end."
+            return self.story(item, rng) + " The end."
         if style == "terse":  # no ending, and a sentence short of a long story
-            return self.story(item, item["n"] - (item["n"] > 3), rng)
-        wrong = rng.choice(["name", "animal", "n"])
-        if wrong == "n":
-            return self.story(item, rng.choice([n for n in range(1, 7) if abs(n - item["n"]) > 1]), rng)
-        slip = other(rng, NAMES if wrong == "name" else ANIMALS, item[wrong])
-        return self.story(item | {wrong: slip}, item["n"], rng)
+            return self.story(item | {"n": item["n"] - (item["n"] > 3)}, rng)
+        values = {"name": NAMES, "animal": ANIMALS, "n": [n for n in range(1, 7) if abs(n - item["n"]) > 1]}
+        wrong = rng.choice(list(values))
+        return self.story(item | {wrong: other(rng, values[wrong], item[wrong])}, rng)
 
     def grade(self, item, reply):
         told = reply.strip().removesuffix("The end.")
@@ -638,7 +640,7 @@ def dialogue(rng: random.Random, wanted: str = "train", shares: str = "uniform",
 
     A share `long` of the dialogues has two to four turns.
     """
-    task = rng.choices(list(SHARES[shares]), list(SHARES[shares].values()))[0]
+    task = pick(rng, SHARES[shares])
     make = TASKS[task]
     item = make.draw(rng)
     while split(task, item) != wanted:
@@ -656,7 +658,7 @@ def dialogue(rng: random.Random, wanted: str = "train", shares: str = "uniform",
 
 def demonstrate(record: dict, rng: random.Random, style: str | None = None) -> list[dict]:
     """The dialogue as messages, answered by one demonstrator."""
-    style = style or rng.choices(list(STYLES), list(STYLES.values()))[0]
+    style = style or pick(rng, STYLES)
     messages = []
     for turn in record["turns"]:
         reply = TASKS[record["category"]].answer(turn["item"], style, rng)

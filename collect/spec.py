@@ -327,8 +327,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if drawn != (words.out is not None) or drawn and (not words.target or words.subset < 1):
         fail("--subset, --out and --target go together, expected e.g. --target surge --subset 1000 --out subset.jsonl")
     if words.by == "lengths" and words.target not in TARGET_LENGTHS:
-        fail(f"--by lengths: target {words.target} has no table of lengths, "
-             f"expected --target {' or '.join(TARGET_LENGTHS)}")
+        fail(f"--by lengths: target {words.target} has no table of lengths, expected {', '.join(TARGET_LENGTHS)}")
     return words
 
 

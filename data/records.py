@@ -173,6 +173,12 @@ FORMS = {
 }
 
 
+def check_record(record: dict, form: str) -> dict:
+    if not isinstance(record.get("category", ""), str):
+        raise expected("text", "category", record["category"], "bad category")
+    return FORMS[form].read(record)
+
+
 def fault(reply) -> str:
     """Why a model's reply (data/llm.py) cannot be used, "" if it can."""
     if reply is None:

@@ -56,10 +56,6 @@ def she(name: str) -> str:
     return "she" if name in SHE else "he"
 
 
-def her(name: str) -> str:
-    return "her" if name in SHE else "his"
-
-
 def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -169,7 +165,8 @@ class OpenQA:
     def follow(self, item, rng):
         if rng.random() < 0.5:
             fact = other(rng, FACTS, item["fact"])
-            return item | {"fact": fact}, FACTS[fact]["follow_up"].format(s=she(item["name"]), p=her(item["name"]))
+            her = "her" if item["name"] in SHE else "his"
+            return item | {"fact": fact}, FACTS[fact]["follow_up"].format(s=she(item["name"]), p=her)
         name = other(rng, NAMES, item["name"])
         return item | {"name": name}, f"And {name}?"
 
@@ -395,23 +392,23 @@ class Coding:
     def key(self, item):
         return " ".join(f"{op} {n}" for op, n in item["ops"])
 
-    def say(self, op, n, ending=""):
+    def step(self, op, n, ending=""):
         if op == "multiply":
             return f"multipl{'ies' if ending else 'y'} by {n}"
         return f"{op}{ending} {n}"
 
     def ask(self, item, rng):
-        chain = " and then ".join(self.say(op, n, "s") for op, n in item["ops"])
-        orders = " and then ".join(self.say(op, n) for op, n in item["ops"])
+        chain = " and then ".join(self.step(op, n, "s") for op, n in item["ops"])
+        orders = " and then ".join(self.step(op, n) for op, n in item["ops"])
         return say(rng, "coding", chain=chain, orders=orders)
 
     def follow(self, item, rng):
         ops = [list(x) for x in item["ops"]]
         if len(ops) < 3 and rng.random() < 0.5:
             ops.append([rng.choice(list(self.SIGNS)), rng.randint(2, 9)])
-            return {"ops": ops}, f"Then also {self.say(*ops[-1])}."
+            return {"ops": ops}, f"Then also {self.step(*ops[-1])}."
         ops[-1][1] = other(rng, range(2, 10), ops[-1][1])
-        return {"ops": ops}, f"{capital(self.say(*ops[-1]))} instead."
+        return {"ops": ops}, f"{capital(self.step(*ops[-1]))} instead."
 
     def expression(self, ops):
         text, loose = "x", False  # loose: a sum that a product must put in brackets

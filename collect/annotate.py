@@ -397,10 +397,9 @@ class Server:
             model, request = models[side][1], Request(messages, repeat=2 * attempt + side, tag=item)
             with self.local if isinstance(model, Checkpoint) else nullcontext():
                 try:
-                    ((_, reply),) = model.replies([request], samplings[side])
+                    return dict(model.replies([request], samplings[side]))[0]
                 except SystemExit:  # an endpoint that cannot be asked; it has said why in the terminal
                     return "the model cannot be reached"
-            return reply
 
         async def draw(side: int, attempt: int) -> dict:
             reply = await asyncio.get_running_loop().run_in_executor(self.pool, ask, side, attempt)

@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmarks = {where: read_benchmark(where) for where in words.against}
     index = Index(chain(*benchmarks.values()), words.ngram)
     records, report = formats.read(words.train)
-    clean, removed, found, held = [], [], [], 0
+    clean, removed, found = [], [], []
     for record in records:
         hits = hits_of(record, index)
         for name, of_record in hits.items():
@@ -211,10 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                             "item": index.items[best.item].id, "items": len(of_record), "rule": best.rule,
                             "matched": " ".join(best.matched)})
         found += hits.items()
-        held += bool(hits)
         clean += [] if hits else [record]
     report.check_used()
-    kept = len(clean)
+    kept, held = len(clean), report.out - len(clean)
     about = {words.train: f"{held + kept} records ({report.native}), {held} hold an item, {kept} do not"}
     for place, reason in report.rejects[:1]:
         count = len(report.rejects)

@@ -64,15 +64,14 @@ def answer(prompt: str, reply: str) -> dict:
 
 def whole_rounds(turns: list[dict], key: str, more: dict) -> Parts:
     """A dialogue of whole rounds: a reply without a question before it or a question without a reply is reported."""
-    places = list(enumerate(turns))
-    first = 1 if turns[0]["role"] == "system" else 0
+    last, first = len(turns) - 1, 1 if turns[0]["role"] == "system" else 0
     if turns[first:] and turns[first]["role"] == "assistant":
         yield Reject("reply to nothing", "is a reply to nothing, left out", f"{key}[{first}]")
-        del places[first]
-    if places[first:] and places[-1][1]["role"] == "user":
-        yield Reject("no reply", "is a user turn without a reply, left out", f"{key}[{places[-1][0]}]")
-        places.pop()
-    yield {"messages": [turn for _, turn in places]} | more
+        del turns[first]
+    if turns[first:] and turns[-1]["role"] == "user":
+        yield Reject("no reply", "is a user turn without a reply, left out", f"{key}[{last}]")
+        turns.pop()
+    yield {"messages": turns} | more
 
 
 def each(record: dict, key: str, read: Callable[[dict], dict]) -> Parts:
@@ -487,8 +486,7 @@ SIMPLE = {
                    {"class": str, "data": str}),
 }
 # The others: form, reader, and one or more shapes.
-NATIVE = {name: Format(form, read, [shape]) for name, (form, read, shape) in SIMPLE.items()}
-NATIVE |= {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
+NATIVE = {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
     ("messages", alpaca, {"instruction": str, "output": str}, {"instruction": str, "output": str, "text": str}),
     ("messages", self_instruct, {"instruction": str, "instances": OBJECTS}),
     ("messages", completion, {"prompt": str, "completion": str}),
@@ -511,3 +509,4 @@ NATIVE |= {read.__name__: Format(form, read, shapes) for form, read, *shapes in 
     ("text", reference, {"question_id": object, "choices": OBJECTS}),
     ("prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),
     ("prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}))}
+NATIVE |= {name: Format(form, read, [shape]) for name, (form, read, shape) in SIMPLE.items()}

@@ -161,16 +161,14 @@ def read_text(record: dict) -> dict:
     return record | {"text": check_text(record.get("text"), "text")}
 
 
-ANY = object
-FORMS = {
-    "messages": Format("messages", read_messages, ({"messages": list}, {"messages": list, "prompt": ANY})),
-    "preference": Format("preference", read_preference, (
-        {"prompt": ANY, "chosen": ANY, "rejected": ANY}, {"chosen": [dict], "rejected": [dict]},
-        {"prompt": ANY, "chosen": ANY, "rejected": ANY, "messages": list})),
-    "ranking": Format("ranking", read_ranking, ({"prompt": ANY, "answers": list, "ranks": list},)),
-    "prompt": Format("prompt", read_prompt, ({"prompt": ANY},)),
-    "text": Format("text", read_text, ({"text": str},)),
-}
+FORMS = {form: Format(form, read, shapes) for form, read, *shapes in (
+    ("messages", read_messages, {"messages": list}, {"messages": list, "prompt": object}),
+    ("preference", read_preference, {"prompt": object, "chosen": object, "rejected": object},
+     {"chosen": [dict], "rejected": [dict]},
+     {"prompt": object, "chosen": object, "rejected": object, "messages": list}),
+    ("ranking", read_ranking, {"prompt": object, "answers": list, "ranks": list}),
+    ("prompt", read_prompt, {"prompt": object}),
+    ("text", read_text, {"text": str}))}
 
 
 def check_record(record: dict, form: str) -> dict:

@@ -106,8 +106,7 @@ def life(rng: random.Random) -> str:
 def inventory(rng: random.Random) -> str:
     """Four to six people and their things, then who has what and of which colour, in any order: ten lookups a text."""
     n, task = rng.randint(4, 6), TASKS["closed_qa"]
-    columns = [rng.sample(values, n) for values in (NAMES, CLASSES["colour"], CLASSES["object"])]
-    facts = list(zip(*columns, strict=True))
+    facts = list(zip(*(rng.sample(values, n) for values in (NAMES, CLASSES["colour"], CLASSES["object"])), strict=True))
     questions = [{"facts": facts, "about": [i, what]} for i in range(n) for what in ("who", "colour")]
     rng.shuffle(questions)
     return " ".join([task.passage(questions[0]), *(task.solve(question)[0] for question in questions)])

@@ -190,8 +190,7 @@ class Brainstorm:
     """n things of one kind, perhaps without some of them."""
 
     def draw(self, rng):
-        kind = rng.choice(list(CLASSES))
-        n = rng.randint(2, 5)
+        kind, n = rng.choice(list(CLASSES)), rng.randint(2, 5)
         return {"kind": kind, "n": n, "without": [rng.choice(CLASSES[kind])] if rng.random() < 0.6 else []}
 
     def key(self, item):
@@ -504,8 +503,7 @@ class ClosedQA:
             return {"giver": giver, "taker": taker, "thing": plural(rng.choice(FRUITS + OBJECTS)), "had": had,
                     "gave": rng.randint(2, had - 2), "about": "left"}
         n = rng.randint(2, 3)
-        columns = rng.sample(NAMES, n), rng.sample(COLOURS, n), rng.sample(OBJECTS, n)
-        facts = [list(fact) for fact in zip(*columns, strict=True)]
+        facts = [*map(list, zip(rng.sample(NAMES, n), rng.sample(COLOURS, n), rng.sample(OBJECTS, n), strict=True))]
         return {"facts": facts, "about": [rng.randrange(n), rng.choice(["who", "colour"])]}
 
     def passage(self, item):

@@ -354,7 +354,7 @@ class Server:
         chosen = choice in ("left", "right") and type(margin) is int and 1 <= margin <= 4 and flag is None
         if not chosen and (choice, margin, flag) not in ((None, None, "skip"), (None, None, "bad")):
             raise HTTPException(400, "An answer is a choice with a margin from 1 to 4, or a flag")
-        if chosen and same(item):
+        if chosen and len({reply["text"] for reply in item["replies"]}) == 1:
             raise HTTPException(400, "Both replies are the same: say that you cannot tell, or that both are bad")
         # If the annotator cannot tell, chance decides which reply continues; after two bad ones the dialogue ends.
         goes_on = ("left", "right").index(choice) if chosen else random.Random(item["id"] + "/goes on").randrange(2)
@@ -428,7 +428,8 @@ class Server:
         item, messages = None, person.messages
         if person.item:
             replies, messages = person.item["replies"], person.item["messages"]
-            item = {"id": person.item["id"], "shared": bool(person.item["shared"]), "same": same(person.item),
+            item = {"id": person.item["id"], "shared": bool(person.item["shared"]),
+                    "same": replies[0]["text"] == replies[1]["text"],
                     "replies": [{"text": r["text"], "cut": not r["finished"]} for r in replies]}
         return JSONResponse({
             "annotator": name, "scale": config.scale, "dialogue": person.dialogue, "turn": person.turn,
@@ -456,10 +457,6 @@ class Server:
             return {"text": "", "category": task}
         opening = self.openings[self.dealt[dialogue]]
         return {"text": opening["prompt"][-1]["content"], "category": opening.get("category", "none")}
-
-
-def same(item: dict) -> bool:
-    return item["replies"][0]["text"] == item["replies"][1]["text"]
 
 
 def whole_reply(text: str, number: int) -> dict:

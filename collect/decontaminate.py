@@ -38,12 +38,12 @@ SHORTEST = 4   # words of an item that is looked for inside a text; below, "what
 SHARING = 20   # items an n-gram is traced to; 10,000 items that begin alike would be 10,000 hits a record
 
 Words = tuple[str, ...]
-WORD = re.compile(r"[^\W_]+")
 
 
 def normalise(text: str) -> Words:
     """Lower-case words: runs of letters and digits. Scripts without blanks come out as one word a clause."""
-    return tuple(WORD.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower()))
+    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return tuple(re.findall(r"[^\W_]+", text.lower()))
 
 
 def ngrams(words: Words, n: int) -> Iterator[Words]:

@@ -17,7 +17,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +87,7 @@ def field_messages(record: Mapping, field: str) -> list[dict] | None:
     return {"prompt": prompt, "answer": reply or None, "dialogue": prompt + reply}[field]
 
 
-UNITS: dict[str, Callable[[str], int]] = {"words": lambda text: len(text.split()),
-                                          "bytes": lambda text: len(text.encode())}
+UNITS = {"words": str.split, "bytes": str.encode}
 
 
 def measure(records: Iterable[Mapping], field: str, unit: str) -> np.ndarray:
@@ -98,14 +97,14 @@ def measure(records: Iterable[Mapping], field: str, unit: str) -> np.ndarray:
     tokenizer's chat template if it has one.
     """
     tokenizer = None if unit in UNITS else load_tokenizer(unit)
-    size = UNITS[unit] if tokenizer is None else lambda text: len(tokenizer.encode(text))
+    parts = tokenizer.encode if tokenizer else UNITS[unit]
 
     def length(messages: list[dict] | None) -> float:
         if messages is None:
             return math.nan
         if tokenizer is not None and tokenizer.template and field == "dialogue":
             return len(tokenizer.render(messages)[0])
-        return sum(size(m["content"]) for m in messages)
+        return sum(len(parts(m["content"])) for m in messages)
 
     return np.array([length(field_messages(record, field)) for record in records])
 
@@ -323,8 +322,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     words = arguments(parser, argv)
     if words.unit not in UNITS and not Path(words.unit).is_dir():
         fail(f"--unit {words.unit}: no such directory, expected words, bytes, or a directory that holds a tokenizer")
-    drawn = words.subset is not None
-    if drawn != (words.out is not None) or drawn and (not words.target or words.subset < 1):
+    if (words.subset is None) != (words.out is None) or words.out and (not words.target or words.subset < 1):
         fail("--subset, --out and --target go together, expected e.g. --target surge --subset 1000 --out subset.jsonl")
     if words.by == "lengths" and words.target not in TARGET_LENGTHS:
         fail(f"--by lengths: target {words.target} has no table of lengths, expected {', '.join(TARGET_LENGTHS)}")

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
-from data.records import Format, Reject, broken, check_list, check_number, check_object, check_text, expected, short
+from data.records import Format, Reject, broken, check_number, check_object, check_text, expected, short
 
 Parts = Iterator[dict | Reject]
 
@@ -33,7 +33,10 @@ def text_of(record: dict, key: str) -> str:
 
 
 def list_of(record: dict, key: str) -> list:
-    return check_list(record.get(key), key)
+    value = record.get(key)
+    if not isinstance(value, list) or not value:
+        raise expected("a list that holds something", key, value, "not a list")
+    return value
 
 
 def texts_of(record: dict, key: str) -> list[str]:
@@ -152,9 +155,6 @@ def lima_test(record: dict) -> dict:
     return {"prompt": check_text(turns[0], "conversations")} | carry(record, "source")
 
 
-DONE = "<CAMEL_TASK_DONE>"
-
-
 def camel(record: dict) -> Parts:
     """role_1, role_2, original_task, specified_task, num_messages, message_1 {role_type, content}, message_2 and so on.
 
@@ -168,8 +168,8 @@ def camel(record: dict) -> Parts:
         due = ("ASSISTANT", "USER")[n % 2]
         if (kind := message.get("role_type", due)) != due:
             raise broken("roles", f"'message_{n}' is of {short(kind)}, odd messages are the user's")
-    turns = alternate(check_list([message.get("content") for message in sent], "message_1"))
-    if len(turns) % 2 and isinstance(turns[-1]["content"], str) and turns[-1]["content"].strip() == DONE:
+    turns = alternate([message.get("content") for message in sent])
+    if len(turns) % 2 and isinstance(turns[-1]["content"], str) and turns[-1]["content"].strip() == "<CAMEL_TASK_DONE>":
         turns.pop()
     if not turns:
         raise Reject("roles", "holds no turn but the end mark: drop the record")

@@ -72,12 +72,6 @@ def check_object(value, key: str) -> dict:
     return value
 
 
-def check_list(value, key: str) -> list:
-    if not isinstance(value, list) or not value:
-        raise expected("a list that holds something", key, value, "not a list")
-    return value
-
-
 def check_messages(value, key: str) -> list[dict]:
     """A dialogue: perhaps a system text, then user and assistant in turn."""
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):

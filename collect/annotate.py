@@ -33,7 +33,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from math import inf, isnan
 from pathlib import Path
@@ -55,7 +55,7 @@ from data.llm import Checkpoint, Reply, Request, Sampling, open_model
 from data.records import Reject, check_text
 from judging.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
 from judging.recorded import Options, read_likert
-from runtime import check_range, fail
+from runtime import check_ranges, fail
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE, GUIDELINES = (Path(__file__).with_name(name) for name in ("annotate.html", "guidelines.md"))
@@ -92,9 +92,8 @@ class Config:
         samplings = set(zip(self.top_p, self.top_k, strict=True))
         if len({entry.partition("=")[0] for entry in self.models}) == len(samplings) == 1:
             fail("top_p and top_k are the same for both replies of one model, not to be told apart: change one")
-        for key, low, high in (("shared_every", 1, inf), ("temperature", 0.01, 10), ("max_tokens", ROOM, inf),
-                               ("turns", 1, inf), ("tokens", 64, inf), ("port", 0, 65535), ("threads", 0, inf)):
-            check_range(key, getattr(self, key), low, high)
+        check_ranges(self, shared_every=(1, inf), temperature=(0.01, 10), max_tokens=(ROOM, inf), turns=(1, inf),
+                     tokens=(64, inf), port=(0, 65535), threads=(0, inf))
         for top_p, top_k in samplings:
             Sampling(top_p=top_p, top_k=top_k)  # checks these
         if not self.out.endswith(".jsonl"):
@@ -207,6 +206,7 @@ class Votes:
         self.people: dict[str, Person] = defaultdict(Person)
         self.items: dict[str, dict] = {}
         self.answers: dict[str, dict] = {}
+        self.shared_ratings: list[dict] = []
         journal = Path(f"{stem}.journal.jsonl")
         for path in self.files.values():
             if path.exists() and not journal.exists():
@@ -252,8 +252,10 @@ class Votes:
             return []
         item, person.item = self.items[event["id"]], None
         self.answers[event["id"]] = event
+        rating, preference = rating_of(item, event), preference_of(item, event)
         if item["shared"]:
             person.shared.add(item["shared"])
+            self.shared_ratings.append(rating)
         else:
             reply = item["replies"][event["goes_on"]]
             person.messages = [*item["messages"], {"role": "assistant", "content": reply["text"]}]
@@ -261,15 +263,8 @@ class Votes:
             person.rated += 1
         if event["ends"]:
             person.begin()
-        records, preference = [("ratings", rating_of(item, event))], preference_of(item, event)
-        if preference:
-            records.append(("shared" if item["shared"] else "preferences", preference))
-        return records
-
-    def agreement(self) -> dict | None:
-        """On the shared items."""
-        both = ((self.items[name], answer) for name, answer in self.answers.items())
-        return agreement(rating_of(item, answer) for item, answer in both if item["shared"])
+        kept = [("shared" if item["shared"] else "preferences", preference)] if preference else []
+        return [("ratings", rating), *kept]
 
     def __str__(self) -> str:
         answers = self.answers.values()
@@ -359,7 +354,7 @@ class Server:
         chosen = choice in ("left", "right") and type(margin) is int and 1 <= margin <= 4 and flag is None
         if not chosen and (choice, margin, flag) not in ((None, None, "skip"), (None, None, "bad")):
             raise HTTPException(400, "An answer is a choice with a margin from 1 to 4, or a flag")
-        if chosen and same(item):
+        if chosen and len({reply["text"] for reply in item["replies"]}) == 1:
             raise HTTPException(400, "Both replies are the same: say that you cannot tell, or that both are bad")
         # If the annotator cannot tell, chance decides which reply continues; after two bad ones the dialogue ends.
         goes_on = ("left", "right").index(choice) if chosen else random.Random(item["id"] + "/goes on").randrange(2)
@@ -402,10 +397,9 @@ class Server:
             model, request = models[side][1], Request(messages, repeat=2 * attempt + side, tag=item)
             with self.local if isinstance(model, Checkpoint) else nullcontext():
                 try:
-                    ((_, reply),) = model.replies([request], samplings[side])
+                    return dict(model.replies([request], samplings[side]))[0]
                 except SystemExit:  # an endpoint that cannot be asked; it has said why in the terminal
                     return "the model cannot be reached"
-            return reply
 
         async def draw(side: int, attempt: int) -> dict:
             reply = await asyncio.get_running_loop().run_in_executor(self.pool, ask, side, attempt)
@@ -434,14 +428,15 @@ class Server:
         item, messages = None, person.messages
         if person.item:
             replies, messages = person.item["replies"], person.item["messages"]
-            item = {"id": person.item["id"], "shared": bool(person.item["shared"]), "same": same(person.item),
+            item = {"id": person.item["id"], "shared": bool(person.item["shared"]),
+                    "same": replies[0]["text"] == replies[1]["text"],
                     "replies": [{"text": r["text"], "cut": not r["finished"]} for r in replies]}
         return JSONResponse({
             "annotator": name, "scale": config.scale, "dialogue": person.dialogue, "turn": person.turn,
             "turns": config.turns, "tokens": person.tokens, "budget": self.tokens, "messages": messages, "item": item,
             "opening": None if messages else self.opening(f"{name}/{person.dialogue}"),
             "categories": sorted({*PREFERENCE, *(o.get("category", "none") for o in self.openings)}),
-            "rated": person.rated + len(person.shared), "agreement": self.votes.agreement(),
+            "rated": person.rated + len(person.shared), "agreement": agreement(self.votes.shared_ratings),
             "guidelines": Path(config.guidelines or GUIDELINES).read_text()})
 
     def show_shared(self, name: str, shared: str) -> None:
@@ -462,10 +457,6 @@ class Server:
             return {"text": "", "category": task}
         opening = self.openings[self.dealt[dialogue]]
         return {"text": opening["prompt"][-1]["content"], "category": opening.get("category", "none")}
-
-
-def same(item: dict) -> bool:
-    return item["replies"][0]["text"] == item["replies"][1]["text"]
 
 
 def whole_reply(text: str, number: int) -> dict:
@@ -499,13 +490,9 @@ def main(config: Config) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{listener.getsockname()[1]}/{'#token=...' if config.token else ''}"
     print(f"{config.out}: {server.votes}\nrating page on {address} (Ctrl-C stops)", flush=True)
-    try:
+    with listener, suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
         uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=1)).run([listener])
-    except KeyboardInterrupt:
-        pass  # uvicorn raises it again when it has stopped
-    finally:
-        listener.close()
-        print(f"{config.out}: {server.votes}")
+    print(f"{config.out}: {server.votes}")
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ SHORTEST = 4   # words of an item that is looked for inside a text; below, "what
 SHARING = 20   # items an n-gram is traced to; 10,000 items that begin alike would be 10,000 hits a record
 
 Words = tuple[str, ...]
-WORD = re.compile(r"[^\W_]+")
 
 
 def normalise(text: str) -> Words:
     """Lower-case words: runs of letters and digits. Scripts without blanks come out as one word a clause."""
-    return tuple(WORD.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower()))
+    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return tuple(re.findall(r"[^\W_]+", text.lower()))
 
 
 def ngrams(words: Words, n: int) -> Iterator[Words]:
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmarks = {where: read_benchmark(where) for where in words.against}
     index = Index(chain(*benchmarks.values()), words.ngram)
     records, report = formats.read(words.train)
-    clean, removed, found, held = [], [], [], 0
+    clean, removed, found = [], [], []
     for record in records:
         hits = hits_of(record, index)
         for name, of_record in hits.items():
@@ -211,10 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                             "item": index.items[best.item].id, "items": len(of_record), "rule": best.rule,
                             "matched": " ".join(best.matched)})
         found += hits.items()
-        held += bool(hits)
         clean += [] if hits else [record]
     report.check_used()
-    kept = len(clean)
+    kept, held = len(clean), report.out - len(clean)
     about = {words.train: f"{held + kept} records ({report.native}), {held} hold an item, {kept} do not"}
     for place, reason in report.rejects[:1]:
         count = len(report.rejects)

@@ -77,27 +77,6 @@ def label_rows(records: Iterable[Mapping]) -> list[dict]:
     return rows
 
 
-def gwet_ac2(ratings, values: Sequence[float] | None = None) -> float:
-    """AC2 with quadratic weights (Gwet's 2014 handbook) over q `values` of a scale, those that occur; AC1 where q = 2.
-
-        w_ck = 1 - ((c - k) / range)^2,   p_a = mean over units of sum_c n_uc (sum_k w_ck n_uk - 1) / (m (m - 1))
-        p_e = sum w / (q (q - 1)) sum_c p_c (1 - p_c),   AC2 = (p_a - p_e) / (1 - p_e)
-    """
-    ratings = np.asarray(ratings, dtype=float)
-    values = np.unique(ratings[~np.isnan(ratings)]) if values is None else np.array(sorted(values), dtype=float)
-    counts, q = (ratings[:, :, None] == values).sum(axis=0).astype(float), len(values)
-    counts = counts[counts.sum(axis=1) > 0]
-    m = counts.sum(axis=1)
-    n, k = counts[m >= 2], m[m >= 2]
-    if q < 2 or not len(n):
-        return math.nan
-    weights = 1 - ((values[:, None] - values) / (values[-1] - values[0])) ** 2
-    observed = ((n * (n @ weights - 1)).sum(axis=1) / (k * (k - 1))).mean()
-    share = (counts / m[:, None]).mean(axis=0)
-    chance = weights.sum() / (q * (q - 1)) * (share * (1 - share)).sum()
-    return float((observed - chance) / (1 - chance))
-
-
 def tie_discounted(first, second) -> float:
     """LIMA's accuracy between two groups of raters [R, U] (Zhou et al. 2023, arXiv:2305.11206).
 
@@ -126,7 +105,7 @@ STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
     "Cohen, quadratic weights": lambda s: over_pairs(lambda r: agree.cohen_kappa(r, "quadratic"), s),
     "alpha, ordinal": lambda s: agree.krippendorff_alpha(s, "ordinal"),
     "alpha, interval": lambda s: agree.krippendorff_alpha(s, "interval"),
-    "Gwet's AC2": gwet_ac2,
+    "Gwet's AC2": lambda s: agree.gwet_ac1(s, "quadratic"),
     "Spearman": lambda s: over_pairs(agree.spearman, s),
 }
 
@@ -134,7 +113,7 @@ STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
 def agreement(strength: np.ndarray, rounds: int = 200) -> dict[str, dict[str, float]]:
     """Every statistic of strengths [R, U] with its 95 % interval from resampled pairs."""
     values = np.unique(strength[~np.isnan(strength)])  # the scale stays the same when a round misses one of its ends
-    statistics = STATISTICS | {"Gwet's AC2": lambda s: gwet_ac2(s, values)}
+    statistics = STATISTICS | {"Gwet's AC2": lambda s: agree.gwet_ac1(s, "quadratic", values)}
     return {name: agree.bootstrap(statistic, strength, rounds=rounds) for name, statistic in statistics.items()}
 
 
@@ -202,9 +181,8 @@ def vendor_correlations(strength: np.ndarray, vendors: Sequence[str]) -> tuple[l
         n = int(both.sum())
         if n >= MIN_SHARED:
             x, y = (np.nanmean(v[:, both], axis=0) for v in (votes[i], votes[j]))
-            x, y = x - x.mean(), y - y.mean()
-            norm = math.sqrt((x @ x) * (y @ y))
-            r[i, j] = r[j, i] = x @ y / norm if norm else 0  # a constant rater tells nothing
+            constant = np.ptp(x) == 0 or np.ptp(y) == 0  # a constant rater tells nothing
+            r[i, j] = r[j, i] = 0 if constant else np.corrcoef(x, y)[0, 1]
             above[i, j] = above[j, i] = r[i, j] > max(NEAR_CHANCE, DEVIATIONS / math.sqrt(n - 1))
     return names, r, above
 

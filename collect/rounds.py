@@ -27,7 +27,6 @@ import random
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from data.llm import Request, Sampling, ask, open_model
 from data.tiny import pairs
 from data.tiny.world import TASKS
 from judging import report
-from runtime import check_range, fail
+from runtime import check_ranges, fail
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,10 +66,8 @@ class Config:
     threads: int = 0                 # CPU threads; 0: PyTorch's choice
 
     def __post_init__(self):
-        for key, low, high in (("rounds", 1, inf), ("prompts_per_round", 5, inf), ("votes", 5, inf), ("shared", 0, inf),
-                               ("temperature", 0.01, 10), ("max_tokens", ROOM, inf), ("seed", 0, 10**9),
-                               ("threads", 0, 1024)):
-            check_range(key, getattr(self, key), low, high)
+        check_ranges(self, rounds=(1, inf), prompts_per_round=(5, inf), votes=(5, inf), shared=(0, inf),
+                     temperature=(0.01, 10), max_tokens=(ROOM, inf), seed=(0, 10**9), threads=(0, 1024))
         if self.annotators == "people" and self.shared >= self.prompts_per_round:
             fail(f"shared={self.shared} leaves none of prompts_per_round={self.prompts_per_round}: lower it")
         if not (Path(self.model) / "config.json").is_file():
@@ -243,17 +240,17 @@ def learn(policy: str, folder: Path, number: int, config: Config) -> dict:
         write_lines(folder / "reward_data.jsonl", [vote for file in so_far for vote in lines(file)])
     train, held_out, ratings = (folder / f"{name}.jsonl" for name in ("train", "heldout", "votes.ratings"))
     common = [f"eval_data={held_out}", f"seed={config.seed}"]
-    run(folder / "reward" / "report.json", "reward.py", config, "--config", config.reward, f"model={config.model}",
-        "demos=", f"data={folder / 'reward_data.jsonl'}", f"out={folder / 'reward'}", *common)
-    run(folder / "dpo" / "model" / "config.json", "dpo.py", config, "--config", config.dpo, f"model={policy}",
-        f"data={train}", f"out={folder / 'dpo'}", "samples=0", *common)
-    reward = json.loads((folder / "reward" / "report.json").read_text())["reward_model"]
-    after = str(folder / "dpo" / "model")
-    return {"round": number, "served": policy, "policy": after,
+    report_file, after = folder / "reward" / "report.json", folder / "dpo" / "model"
+    run(report_file, "reward.py", config, "--config", config.reward, f"model={config.model}", "demos=",
+        f"data={folder / 'reward_data.jsonl'}", f"out={folder / 'reward'}", *common)
+    run(after / "config.json", "dpo.py", config, "--config", config.dpo, f"model={policy}", f"data={train}",
+        f"out={folder / 'dpo'}", "samples=0", *common)
+    reward = json.loads(report_file.read_text())["reward_model"]
+    return {"round": number, "served": policy, "policy": str(after),
             "preferences": len(lines(train)) + len(lines(held_out)),
             "agreement": agreement(lines(ratings)) if ratings.exists() else None,
             "reward_accuracy": reward["accuracy"], "reward_pairs": reward["pairs"],
-            **gold(after, folder / "gold", config)}
+            **gold(str(after), folder / "gold", config)}
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -278,14 +275,13 @@ def table(rows: list[dict]) -> dict:
 
 def main(config: Config) -> None:
     out = runtime.open_folder(config.out)
-    began = out / "config.toml"
-    if began.exists():
-        new = tomllib.loads(runtime.config_toml(config))
-        for key, old in tomllib.loads(began.read_text()).items():
-            if key not in ("rounds", "votes", "device", "threads") and new.get(key) != old:
-                old, now = json.dumps(old), json.dumps(new.get(key))
-                fail(f"{out}: was begun with {key}={old}, not {now}: choose another out=")
-    runtime.write_text(began, runtime.config_toml(config))
+    began, new = out / "config.toml", runtime.config_toml(config)
+    for line in began.read_text().splitlines() if began.exists() else []:
+        key, _, old = line.partition(" = ")
+        if key not in ("rounds", "votes", "device", "threads") and line not in new.splitlines():
+            now = json.dumps(getattr(config, key, None))
+            fail(f"{out}: was begun with {key}={old}, not {now}: choose another out=")
+    runtime.write_text(began, new)
     runtime.setup(config.device, config.seed, config.threads)
     policy = config.model
     rows = [{"round": 0, "policy": policy, **gold(policy, out / "gold", config)}]

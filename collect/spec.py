@@ -4,7 +4,7 @@
     python -m collect.spec FILE --target instructgpt      the same beside a target: surge, instructgpt or preference
     python -m collect.spec FILE --compare OTHER           beside another set
     python -m collect.spec FILE --unit bytes              lengths in words (default), bytes, or a tokenizer's tokens
-    python -m collect.spec FILE --target surge --figure f.png      histogram of lengths, bars of task shares
+    python -m collect.spec FILE --target surge --figure f.png      bars of lengths and of task shares
     python -m collect.spec FILE --target surge --subset 1000 --out sub.jsonl    draw records in the target's task mix
 
 Targets are those of the talk "Recipe for Training Helpful Chatbots": the use cases of InstructGPT (Ouyang et al. 2022,
@@ -17,7 +17,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from collect.raters import collect_labels, label_rows, rater_sections, task_of
 from data.formats import read
 from data.tiny.world import SHARES
 from data.tokenizer import load_tokenizer
+from judging.figures import plot
 from judging.report import text as report_text
 from runtime import arguments, fail, write_text, writing
 
@@ -86,8 +87,7 @@ def field_messages(record: Mapping, field: str) -> list[dict] | None:
     return {"prompt": prompt, "answer": reply or None, "dialogue": prompt + reply}[field]
 
 
-UNITS: dict[str, Callable[[str], int]] = {"words": lambda text: len(text.split()),
-                                          "bytes": lambda text: len(text.encode())}
+UNITS = {"words": str.split, "bytes": str.encode}
 
 
 def measure(records: Iterable[Mapping], field: str, unit: str) -> np.ndarray:
@@ -97,14 +97,14 @@ def measure(records: Iterable[Mapping], field: str, unit: str) -> np.ndarray:
     tokenizer's chat template if it has one.
     """
     tokenizer = None if unit in UNITS else load_tokenizer(unit)
-    size = UNITS[unit] if tokenizer is None else lambda text: len(tokenizer.encode(text))
+    parts = tokenizer.encode if tokenizer else UNITS[unit]
 
     def length(messages: list[dict] | None) -> float:
         if messages is None:
             return math.nan
         if tokenizer is not None and tokenizer.template and field == "dialogue":
             return len(tokenizer.render(messages)[0])
-        return sum(size(m["content"]) for m in messages)
+        return sum(len(parts(m["content"])) for m in messages)
 
     return np.array([length(field_messages(record, field)) for record in records])
 
@@ -175,14 +175,12 @@ def compare_lengths(a, b) -> dict:
     Lengths are whole numbers and tie, so p errs on the large side; where a table is involved, the distance is a lower
     and p an upper bound.
     """
-    tables = [isinstance(x, Mapping) for x in (a, b)]
-    a, b = (x if table else np.array([v for v in x if not math.isnan(v)], dtype=float)
-            for x, table in zip((a, b), tables, strict=True))
-    n, m = (x["count"] if table else len(x) for x, table in zip((a, b), tables, strict=True))
+    n, m = (x["count"] if isinstance(x, Mapping) else len(x) for x in (a, b))
     if not n or not m:
         raise ValueError(f"{n} and {m} lengths: expected some on both sides")
     distance, root = ks_distance(a, b), math.sqrt(n * m / (n + m))
-    return {"ks": distance, "p": kolmogorov_tail((root + 0.12 + 0.11 / root) * distance), "exact": not any(tables)}
+    return {"ks": distance, "p": kolmogorov_tail((root + 0.12 + 0.11 / root) * distance),
+            "exact": not isinstance(a, Mapping) and not isinstance(b, Mapping)}
 
 
 # ----------------------------------------------------------------------------------------- subsets
@@ -273,33 +271,22 @@ def comparison_section(tasks: Mapping[str, Mapping], lengths: Mapping[str, Mappi
 
 def draw(lengths: Mapping[str, np.ndarray], target: Mapping[str, float] | None,
          shares: Mapping[str, Mapping[str, float]], unit: str, file: Path) -> None:
-    """Histograms of prompt lengths, a target's quartiles as lines; bars of task shares in every set and target."""
-    from matplotlib.figure import Figure  # here: it takes a second to import, and only this needs it
-
-    figure = Figure((13 if shares else 7, 4.8), layout="constrained")
-    left, *right = figure.subplots(1, 1 + bool(shares), squeeze=False)[0]
-    longest = max([2, *(x.max() for x in lengths.values()), *([target["max"]] if target else [])])
-    edges = np.unique(np.round(np.geomspace(1, longest + 1, 36)))  # whole numbers: a bin between two would stay empty
-    for name, x in lengths.items():
-        share = 100 * np.histogram(x, edges)[0] / len(x) / np.diff(np.log2(edges))
-        zero = f", {int((x == 0).sum())} of length 0 not shown" if (x == 0).any() else ""
-        left.stairs(share, edges, fill=True, alpha=0.6, label=f"{name}, {len(x)} prompts{zero}")
-    if target:
-        left.vlines([target[q] for q in ("25%", "50%", "75%")], 0, 1, "black", "dashed", linewidth=1,
-                    transform=left.get_xaxis_transform(), label="quartiles of the target, tokens")
-    left.set(xscale="log", xlabel=f"prompt length, {unit}", ylabel="prompts, % per doubling of length")
-    left.xaxis.set_major_formatter("{x:g}")
-    tasks = list(dict.fromkeys(t for x in shares.values() for t in x))
-    for panel in right:
-        height = 0.8 / len(shares)
-        for i, (name, x) in enumerate(shares.items()):
-            percent = [100 * x.get(t, 0) / sum(x.values()) for t in tasks]
-            panel.barh(np.arange(len(tasks)) + i * height, percent, height, label=name)
-        panel.set_yticks(np.arange(len(tasks)) + 0.4 - height / 2, [t.replace("_", " ") for t in tasks])
-        panel.set_xlabel("share, %")
-        panel.invert_yaxis()
-    for panel in (left, *right):
-        panel.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
+    """Shares of prompt lengths by doublings, a target's quartiles as lines, and of tasks, in every set and target."""
+    longest = max([1, *(x.max() for x in lengths.values()), *([target["max"]] if target else [])])
+    edges = [0, *(2**k for k in range(int(longest).bit_length() + 1))]
+    tasks, groups = list(dict.fromkeys(t for x in shares.values() for t in x)), {}
+    for name in {**lengths, **shares}:
+        x, of_tasks = lengths.get(name), shares.get(name)
+        counts = [None] * (len(edges) - 1) if x is None else np.histogram(x, edges)[0].tolist()
+        groups[name] = [count if count is None else 100 * count / len(x) for count in counts]
+        groups[name] += [of_tasks and 100 * of_tasks.get(t, 0) / sum(of_tasks.values()) for t in tasks]
+    label = "share, %" + ("; dashed: quartiles of the target, tokens" if target else "")
+    figure = plot({"kind": "bars", "label": label, "groups": groups,
+                   "names": [f"from {edge} {unit}" for edge in edges[:-1]] + tasks})
+    if figure is None:
+        fail(f"{file}: no prompts and no tasks to draw, expected records that have some")
+    for q in QUANTILES[1:4] if target else ():
+        figure.axes[0].axhline(math.log2(target[q]) + 0.5, color="black", linestyle="--", linewidth=1)
     with writing(file):
         figure.savefig(file, dpi=130)
 
@@ -335,12 +322,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     words = arguments(parser, argv)
     if words.unit not in UNITS and not Path(words.unit).is_dir():
         fail(f"--unit {words.unit}: no such directory, expected words, bytes, or a directory that holds a tokenizer")
-    drawn = words.subset is not None
-    if drawn != (words.out is not None) or drawn and (not words.target or words.subset < 1):
+    if (words.subset is None) != (words.out is None) or words.out and (not words.target or words.subset < 1):
         fail("--subset, --out and --target go together, expected e.g. --target surge --subset 1000 --out subset.jsonl")
     if words.by == "lengths" and words.target not in TARGET_LENGTHS:
-        fail(f"--by lengths: target {words.target} has no table of lengths, "
-             f"expected --target {' or '.join(TARGET_LENGTHS)}")
+        fail(f"--by lengths: target {words.target} has no table of lengths, expected {', '.join(TARGET_LENGTHS)}")
     return words
 
 

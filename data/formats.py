@@ -20,13 +20,13 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
 
 from data.native import NATIVE
-from data.records import FORMS, Reject, broken, expected, short
+from data.records import FORMS, Reject, broken, check_record, short
 from data.tokenizer import load_tokenizer
 from runtime import arguments, fail, write_text
 
@@ -48,10 +48,6 @@ class Report:
     undesirable: int = 0     # of them, those labelled as replies not to learn
     rejects: list[tuple[int, str]] = field(default_factory=list)  # (place, reason); also parts of records that are used
     kinds: Counter = field(default_factory=Counter)               # rejects by kind of reason
-
-    def note(self, place: int, reject: Reject) -> None:
-        self.rejects.append((place, str(reject)))
-        self.kinds[reject.kind] += 1
 
     def refuse(self) -> None:
         """End the run with the first reject, and how many there are: training takes whole files or none."""
@@ -93,41 +89,33 @@ def read_all(path: str | Path, format: str | None = None) -> list[dict]:
 def _records(path: Path, report: Report) -> Iterator[dict]:
     for place, value in values(path, report):
         report.read += 1
-        given = 0
-        try:
-            for part in _parts(value, report):
-                try:
-                    record = _checked(part, report.format)
-                except Reject as reject:
-                    report.note(place, reject)
-                    continue
-                given += 1
+        before = report.out
+        for part in [value] if isinstance(value, Reject) else _parts(value, report):
+            if isinstance(part, Reject):
+                report.rejects.append((place, str(part)))
+                report.kinds[part.kind] += 1
+            else:
                 report.out += 1
-                report.used += given == 1
-                report.undesirable += report.format == "messages" and record.get("label") is False
-                yield record
-        except Reject as reject:
-            report.note(place, reject)
+                report.used += report.out == before + 1
+                report.undesirable += report.format == "messages" and part.get("label") is False
+                yield part
 
 
-def _parts(value, report: Report) -> Iterable[dict | Reject]:
-    """What the file's reader makes of a value; the first record tells which reader that is."""
-    if isinstance(value, Reject):
-        return [value]
-    record = _object(value, report)
-    if not report.native:
-        report.native = recognise(record, report.path)
-        report.format = FORMATS[report.native].form
-    found = FORMATS[report.native].read(record)
-    return [found] if isinstance(found, dict) else found
-
-
-def _checked(part: dict | Reject, form: str) -> dict:
-    if isinstance(part, Reject):
-        raise part
-    if not isinstance(part.get("category", ""), str):
-        raise expected("text", "category", part["category"], "bad category")
-    return FORMS[form].read(part)
+def _parts(value, report: Report) -> Iterator[dict | Reject]:
+    """What the file's reader makes of a value, each part checked; the first record tells which reader that is."""
+    try:
+        record = _object(value, report)
+        if not report.native:
+            report.native = recognise(record, report.path)
+            report.format = FORMATS[report.native].form
+        found = FORMATS[report.native].read(record)
+        for part in [found] if isinstance(found, dict) else found:
+            try:
+                yield part if isinstance(part, Reject) else check_record(part, report.format)
+            except Reject as reject:
+                yield reject
+    except Reject as reject:
+        yield reject
 
 
 def recognise(record: dict, path: str) -> str:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
-from data.records import Format, Reject, broken, check_list, check_number, check_object, check_text, expected, short
+from data.records import Format, Reject, broken, check_number, check_object, check_text, expected, short
 
 Parts = Iterator[dict | Reject]
 
@@ -33,7 +33,10 @@ def text_of(record: dict, key: str) -> str:
 
 
 def list_of(record: dict, key: str) -> list:
-    return check_list(record.get(key), key)
+    value = record.get(key)
+    if not isinstance(value, list) or not value:
+        raise expected("a list that holds something", key, value, "not a list")
+    return value
 
 
 def texts_of(record: dict, key: str) -> list[str]:
@@ -64,15 +67,14 @@ def answer(prompt: str, reply: str) -> dict:
 
 def whole_rounds(turns: list[dict], key: str, more: dict) -> Parts:
     """A dialogue of whole rounds: a reply without a question before it or a question without a reply is reported."""
-    places = list(enumerate(turns))
-    first = 1 if turns[0]["role"] == "system" else 0
+    last, first = len(turns) - 1, 1 if turns[0]["role"] == "system" else 0
     if turns[first:] and turns[first]["role"] == "assistant":
         yield Reject("reply to nothing", "is a reply to nothing, left out", f"{key}[{first}]")
-        del places[first]
-    if places[first:] and places[-1][1]["role"] == "user":
-        yield Reject("no reply", "is a user turn without a reply, left out", f"{key}[{places[-1][0]}]")
-        places.pop()
-    yield {"messages": [turn for _, turn in places]} | more
+        del turns[first]
+    if turns[first:] and turns[-1]["role"] == "user":
+        yield Reject("no reply", "is a user turn without a reply, left out", f"{key}[{last}]")
+        turns.pop()
+    yield {"messages": turns} | more
 
 
 def each(record: dict, key: str, read: Callable[[dict], dict]) -> Parts:
@@ -153,9 +155,6 @@ def lima_test(record: dict) -> dict:
     return {"prompt": check_text(turns[0], "conversations")} | carry(record, "source")
 
 
-DONE = "<CAMEL_TASK_DONE>"
-
-
 def camel(record: dict) -> Parts:
     """role_1, role_2, original_task, specified_task, num_messages, message_1 {role_type, content}, message_2 and so on.
 
@@ -169,8 +168,8 @@ def camel(record: dict) -> Parts:
         due = ("ASSISTANT", "USER")[n % 2]
         if (kind := message.get("role_type", due)) != due:
             raise broken("roles", f"'message_{n}' is of {short(kind)}, odd messages are the user's")
-    turns = alternate(check_list([message.get("content") for message in sent], "message_1"))
-    if len(turns) % 2 and isinstance(turns[-1]["content"], str) and turns[-1]["content"].strip() == DONE:
+    turns = alternate([message.get("content") for message in sent])
+    if len(turns) % 2 and isinstance(turns[-1]["content"], str) and turns[-1]["content"].strip() == "<CAMEL_TASK_DONE>":
         turns.pop()
     if not turns:
         raise Reject("roles", "holds no turn but the end mark: drop the record")
@@ -487,8 +486,7 @@ SIMPLE = {
                    {"class": str, "data": str}),
 }
 # The others: form, reader, and one or more shapes.
-NATIVE = {name: Format(form, read, [shape]) for name, (form, read, shape) in SIMPLE.items()}
-NATIVE |= {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
+NATIVE = {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
     ("messages", alpaca, {"instruction": str, "output": str}, {"instruction": str, "output": str, "text": str}),
     ("messages", self_instruct, {"instruction": str, "instances": OBJECTS}),
     ("messages", completion, {"prompt": str, "completion": str}),
@@ -511,3 +509,4 @@ NATIVE |= {read.__name__: Format(form, read, shapes) for form, read, *shapes in 
     ("text", reference, {"question_id": object, "choices": OBJECTS}),
     ("prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),
     ("prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}))}
+NATIVE |= {name: Format(form, read, [shape]) for name, (form, read, shape) in SIMPLE.items()}

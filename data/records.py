@@ -72,12 +72,6 @@ def check_object(value, key: str) -> dict:
     return value
 
 
-def check_list(value, key: str) -> list:
-    if not isinstance(value, list) or not value:
-        raise expected("a list that holds something", key, value, "not a list")
-    return value
-
-
 def check_messages(value, key: str) -> list[dict]:
     """A dialogue: perhaps a system text, then user and assistant in turn."""
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
@@ -161,16 +155,20 @@ def read_text(record: dict) -> dict:
     return record | {"text": check_text(record.get("text"), "text")}
 
 
-ANY = object
-FORMS = {
-    "messages": Format("messages", read_messages, ({"messages": list}, {"messages": list, "prompt": ANY})),
-    "preference": Format("preference", read_preference, (
-        {"prompt": ANY, "chosen": ANY, "rejected": ANY}, {"chosen": [dict], "rejected": [dict]},
-        {"prompt": ANY, "chosen": ANY, "rejected": ANY, "messages": list})),
-    "ranking": Format("ranking", read_ranking, ({"prompt": ANY, "answers": list, "ranks": list},)),
-    "prompt": Format("prompt", read_prompt, ({"prompt": ANY},)),
-    "text": Format("text", read_text, ({"text": str},)),
-}
+FORMS = {form: Format(form, read, shapes) for form, read, *shapes in (
+    ("messages", read_messages, {"messages": list}, {"messages": list, "prompt": object}),
+    ("preference", read_preference, {"prompt": object, "chosen": object, "rejected": object},
+     {"chosen": [dict], "rejected": [dict]},
+     {"prompt": object, "chosen": object, "rejected": object, "messages": list}),
+    ("ranking", read_ranking, {"prompt": object, "answers": list, "ranks": list}),
+    ("prompt", read_prompt, {"prompt": object}),
+    ("text", read_text, {"text": str}))}
+
+
+def check_record(record: dict, form: str) -> dict:
+    if not isinstance(record.get("category", ""), str):
+        raise expected("text", "category", record["category"], "bad category")
+    return FORMS[form].read(record)
 
 
 def fault(reply) -> str:

@@ -130,23 +130,27 @@ def krippendorff_alpha(ratings, level: str = "nominal") -> float:
     return float(1 - (marginal.sum() - 1) * (coincidences * delta).sum() / chance) if chance > 0 else np.nan
 
 
-def gwet_ac1(ratings) -> float:
-    """AC1, stable when one label dominates (Gwet 2008, with gaps as in his 2014 handbook).
+def gwet_ac1(ratings, weights: str | None = None, values: Sequence[float] | None = None) -> float:
+    """AC1, stable when one label dominates (Gwet 2008, with gaps as in his 2014 handbook); AC2 with quadratic weights.
 
-        p_a = mean over units with m >= 2 labels of sum_c n_uc (n_uc - 1) / (m (m - 1))
-        p_c = mean over rated units of n_uc / m,   p_e = sum_c p_c (1 - p_c) / (categories - 1)
-        AC1 = (p_a - p_e) / (1 - p_e)                                   over the categories that occur
+        w_ck = 1 if c = k, else 0, or with "quadratic" 1 - ((c - k) / range)^2
+        p_a = mean over units with m >= 2 labels of sum_c n_uc (sum_k w_ck n_uk - 1) / (m (m - 1))
+        p_c = mean over rated units of n_uc / m,   p_e = sum w / (q (q - 1)) sum_c p_c (1 - p_c)
+        AC = (p_a - p_e) / (1 - p_e)             over the q categories that occur, or the `values` of a scale
     """
-    counts, values = _counts(_table(ratings))
+    ratings = _table(ratings)
+    values = np.unique(ratings[~np.isnan(ratings)]) if values is None else np.array(sorted(values), dtype=float)
+    counts, q = (ratings[:, :, None] == values).sum(axis=0).astype(float), len(values)
     counts = counts[counts.sum(axis=1) > 0]
     m = counts.sum(axis=1)
     several = m >= 2
-    if len(values) < 2 or not several.any():
+    if q < 2 or not several.any():
         return np.nan
     n, k = counts[several], m[several]
-    observed = ((n * (n - 1)).sum(axis=1) / (k * (k - 1))).mean()
+    w = np.eye(q) if weights is None else 1 - ((values[:, None] - values) / (values[-1] - values[0])) ** 2
+    observed = ((n * (n @ w - 1)).sum(axis=1) / (k * (k - 1))).mean()
     share = (counts / m[:, None]).mean(axis=0)
-    chance = (share * (1 - share)).sum() / (len(values) - 1)
+    chance = w.sum() / (q * (q - 1)) * (share * (1 - share)).sum()
     return float((observed - chance) / (1 - chance))
 
 

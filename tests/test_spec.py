@@ -284,10 +284,10 @@ def test_ac2_by_hand():
 
     p_e = 6 / (3 x 2) x 11/18 = 11/18, AC2 = (11/12 - 11/18) / (7/18) = 11/14.
     """
-    assert raters.gwet_ac2([[1, 2, 3], [1, 3, 3]]) == pytest.approx(11 / 14)
+    assert gwet_ac1([[1, 2, 3], [1, 3, 3]], "quadratic") == pytest.approx(11 / 14)
     # A step of the scale that nobody uses: q = 4, weights 1 - (d / 3)^2 sum to 4 + 6 (8/9) + 4 (5/9) = 104/9.
     observed, chance = (1 + 8 / 9 + 1) / 3, 104 / 9 / 12 * 11 / 18
-    wider = raters.gwet_ac2([[1, 2, 3], [1, 3, 3]], values=[1, 2, 3, 4])
+    wider = gwet_ac1([[1, 2, 3], [1, 3, 3]], "quadratic", values=[1, 2, 3, 4])
     assert wider == pytest.approx((observed - chance) / (1 - chance))
 
 
@@ -295,8 +295,9 @@ def test_ac2_of_two_values_is_ac1_and_of_nothing_undefined():
     rng = np.random.default_rng(0)
     for _ in range(20):
         ratings = np.where(rng.random((3, 30)) < 0.2, NAN, rng.integers(0, 2, size=(3, 30)))
-        assert raters.gwet_ac2(ratings) == pytest.approx(gwet_ac1(ratings))
-    assert math.isnan(raters.gwet_ac2([[1, 1], [1, 1]])) and math.isnan(raters.gwet_ac2([[1, NAN], [NAN, 2]]))
+        assert gwet_ac1(ratings, "quadratic") == pytest.approx(gwet_ac1(ratings))
+    assert math.isnan(gwet_ac1([[1, 1], [1, 1]], "quadratic"))
+    assert math.isnan(gwet_ac1([[1, NAN], [NAN, 2]], "quadratic"))
 
 
 def test_tie_discounted_by_hand():

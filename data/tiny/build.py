@@ -37,10 +37,11 @@ from typing import Literal
 
 import sentencepiece
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
 import runtime
 from checkpoints import save_model
+from data.tiny import world
 from data.tiny.world import CLASSES, FACTS, NAMES, PEOPLE, TASKS, an, capital, demonstrate, dialogue, plural, she, split
 from data.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer, init_weights
@@ -63,10 +64,8 @@ class Config:
     ship: str = ""                   # folder that receives the trained base; data/tiny/base for the shipped one
 
     def __post_init__(self):
-        runtime.check_range("seed", self.seed, 0, 2**31)
-        runtime.check_range("evals", self.evals, 1, 40)
-        for key in ("demos", "prompts", "more_prompts", "documents"):
-            runtime.check_range(key, getattr(self, key), 1, 10**7)
+        runtime.check_ranges(self, seed=(0, 2**31), evals=(1, 40), demos=(1, 10**7), prompts=(1, 10**7),
+                             more_prompts=(1, 10**7), documents=(1, 10**7))
 
 
 # ----------------------------------------------------------------------- the web of the tiny world
@@ -84,10 +83,9 @@ def page(rng: random.Random) -> tuple[str, list[str]]:
     """One to four dialogues in one layout, half of the time all answered in one style; the text and its keys."""
     ask, answer = rng.choice(LAYOUTS)
     one_style, lines, about = rng.random() < 0.5, [], []
-    style = rng.choices(list(WEB_STYLES), list(WEB_STYLES.values()))[0]
+    style = world.pick(rng, WEB_STYLES)
     for _ in range(rng.choice([1, 1, 2, 4])):
-        if not one_style:
-            style = rng.choices(list(WEB_STYLES), list(WEB_STYLES.values()))[0]
+        style = style if one_style else world.pick(rng, WEB_STYLES)
         record = dialogue(rng, shares="pretraining")
         about += keys(record)
         for m in demonstrate(record, rng, style):
@@ -97,8 +95,7 @@ def page(rng: random.Random) -> tuple[str, list[str]]:
 
 def life(rng: random.Random) -> str:
     """Facts about one person, in any order, by name or pronoun."""
-    name = rng.choice(NAMES)
-    told = []
+    name, told = rng.choice(NAMES), []
     for fact in rng.sample(list(FACTS), rng.randint(1, len(FACTS))):
         value = PEOPLE[name][fact]
         who = name if not told or rng.random() < 0.5 else capital(she(name))
@@ -109,8 +106,7 @@ def life(rng: random.Random) -> str:
 def inventory(rng: random.Random) -> str:
     """Four to six people and their things, then who has what and of which colour, in any order: ten lookups a text."""
     n, task = rng.randint(4, 6), TASKS["closed_qa"]
-    columns = [rng.sample(values, n) for values in (NAMES, CLASSES["colour"], CLASSES["object"])]
-    facts = list(zip(*columns, strict=True))
+    facts = list(zip(*(rng.sample(values, n) for values in (NAMES, CLASSES["colour"], CLASSES["object"])), strict=True))
     questions = [{"facts": facts, "about": [i, what]} for i in range(n) for what in ("who", "colour")]
     rng.shuffle(questions)
     return " ".join([task.passage(questions[0]), *(task.solve(question)[0] for question in questions)])
@@ -130,17 +126,16 @@ PROSE = {"life": 4, "inventory": 4, "extract": 3, "rewrite": 2, "summarize": 2, 
 
 def prose(rng: random.Random) -> tuple[str, list[str]]:
     """A text of one of the kinds in PROSE, and its keys."""
-    kind = rng.choices(list(PROSE), list(PROSE.values()))[0]
+    kind = world.pick(rng, PROSE)
     if kind in TASKS:
         item = TASKS[kind].draw(rng)
         while split(kind, item) != "train" or (kind == "classify" and "events" not in item):
             item = TASKS[kind].draw(rng)
-        about = [f"{kind} {TASKS[kind].key(item)}"]
-        return retell(kind, item, rng), about
+        return retell(kind, item, rng), [f"{kind} {TASKS[kind].key(item)}"]
     if kind == "life":
         return " ".join(life(rng) for _ in range(rng.randint(1, 3))), []
     if kind in ("inventory", "verse"):
-        return {"inventory": inventory, "verse": verse}[kind](rng), []
+        return inventory(rng) if kind == "inventory" else verse(rng), []
     if kind == "sum":
         a, b = rng.randint(0, 9), rng.randint(0, 9)
         return f"{max(a, b)} - {min(a, b)} = {abs(a - b)}." if rng.random() < 0.5 else f"{a} + {b} = {a + b}.", []
@@ -229,16 +224,13 @@ def write_data(config: Config, out: Path) -> None:
     def write(name: str, count: int, make: Callable[..., tuple[dict, str]], *about) -> None:
         """The first `count` records whose text shares no 13 words with a held-out prompt."""
         nonlocal dropped
-        bar = tqdm(total=count, desc=name, mininterval=1, disable=count <= 10_000)
-        with (out / name).open("w") as file, bar:
-            while count:
+        with (out / name).open("w") as file:
+            for _ in trange(count, desc=name, mininterval=1, disable=count <= 10_000):
                 record, text = make(*about)
-                if forbidden.isdisjoint(ngrams(text)):
-                    file.write(json.dumps(record) + "\n")
-                    count -= 1
-                    bar.update()
-                else:
+                while not forbidden.isdisjoint(ngrams(text)):
                     dropped += 1
+                    record, text = make(*about)
+                file.write(json.dumps(record) + "\n")
 
     seed = config.seed
     write("sft.jsonl", config.demos, demo, random.Random(f"demonstrations {seed}"), "train")

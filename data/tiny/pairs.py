@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-import torch
-
 import runtime
 from checkpoints import load_model
 from data.tiny.world import TASKS, gold, words
@@ -46,9 +44,8 @@ class Config:
     threads: int = 0
 
     def __post_init__(self):
-        for key, low, high in (("temperature", 0, 10), ("max_tokens", 1, inf), ("noise", 0, 10),
-                               ("length_bias", -10, 10), ("tie", 0, 2), ("seed", 0, inf)):
-            runtime.check_range(key, getattr(self, key), low, high)
+        runtime.check_ranges(self, temperature=(0, 10), max_tokens=(1, inf), noise=(0, 10), length_bias=(-10, 10),
+                             tie=(0, 2), seed=(0, inf))
 
 
 def annotate(category: str, item: dict, replies: list[str], rng: random.Random,
@@ -68,12 +65,10 @@ def main(config: Config) -> None:
     if not Path(config.prompts).is_file():
         runtime.fail(f"prompts={config.prompts}: no such file, expected prompts.jsonl of data/tiny/build.py")
     tokenizer = load_tokenizer(config.model)
-    dtype = runtime.compute_dtype("auto", device) or torch.float32
-    model = load_model(config.model, dtype=dtype, device=device)
+    model = load_model(config.model, dtype=runtime.compute_dtype("auto", device), device=device)
     with Path(config.prompts).open() as file:
         dialogues = [json.loads(line) | {"history": [], "pairs": []} for line in file]
-    rng = random.Random(f"annotators {config.seed}")
-    became = Counter()
+    rng, became = random.Random(f"annotators {config.seed}"), Counter()
     for turn in range(max(len(d["turns"]) for d in dialogues)):
         going = [d for d in dialogues if len(d["turns"]) > turn]
         for d in going:
@@ -100,7 +95,7 @@ def main(config: Config) -> None:
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     runtime.write_text(Path(config.out), "".join(json.dumps(p) + "\n" for p in pairs))
     counts = ", ".join(f"{what} {count}" for what, count in sorted(became.items()))
-    print(f"{config.out}: {len(pairs)} pairs of {sum(became.values())} turns; {counts}")
+    print(f"{config.out}: {len(pairs)} pairs of {became.total()} turns; {counts}")
 
 
 if __name__ == "__main__":

@@ -56,10 +56,6 @@ def she(name: str) -> str:
     return "she" if name in SHE else "he"
 
 
-def her(name: str) -> str:
-    return "her" if name in SHE else "his"
-
-
 def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -70,6 +66,10 @@ def listing(things: list[str]) -> str:
 
 def other(rng: random.Random, values, *excluded):
     return rng.choice([v for v in values if v not in excluded])
+
+
+def pick(rng: random.Random, shares: dict[str, float]) -> str:
+    return rng.choices(list(shares), list(shares.values()))[0]
 
 
 def say(rng: random.Random, what: str, **values) -> str:
@@ -123,23 +123,21 @@ class Generation:
         name = other(rng, NAMES, item["name"])
         return item | {"name": name}, say(rng, "story_name", name=name)
 
-    def story(self, item, n, rng):
-        lines = list(rng.choice(self.OPENINGS[:1] if n == 1 else self.OPENINGS))
-        lines += rng.sample(self.FORMS, n - len(lines))
+    def story(self, item, rng):
+        lines = list(rng.choice(self.OPENINGS[:1] if item["n"] == 1 else self.OPENINGS))
+        lines += rng.sample(self.FORMS, item["n"] - len(lines))
         name, animal, moods = item["name"], item["animal"], ALL_MOODS
         fill = {"n": name, "s": capital(she(name)), "a": an(animal), "b": animal, "p": item["place"]}
         return " ".join(line.format(**fill, m=rng.choice(moods), d=rng.choice(DRINKS)) for line in lines)
 
     def answer(self, item, style, rng):
         if style == "careful":
-            return self.story(item, item["n"], rng) + " The end."
+            return self.story(item, rng) + " The end."
         if style == "terse":  # no ending, and a sentence short of a long story
-            return self.story(item, item["n"] - (item["n"] > 3), rng)
-        wrong = rng.choice(["name", "animal", "n"])
-        if wrong == "n":
-            return self.story(item, rng.choice([n for n in range(1, 7) if abs(n - item["n"]) > 1]), rng)
-        slip = other(rng, NAMES if wrong == "name" else ANIMALS, item[wrong])
-        return self.story(item | {wrong: slip}, item["n"], rng)
+            return self.story(item | {"n": item["n"] - (item["n"] > 3)}, rng)
+        values = {"name": NAMES, "animal": ANIMALS, "n": [n for n in range(1, 7) if abs(n - item["n"]) > 1]}
+        wrong = rng.choice(list(values))
+        return self.story(item | {wrong: other(rng, values[wrong], item[wrong])}, rng)
 
     def grade(self, item, reply):
         told = reply.strip().removesuffix("The end.")
@@ -167,7 +165,8 @@ class OpenQA:
     def follow(self, item, rng):
         if rng.random() < 0.5:
             fact = other(rng, FACTS, item["fact"])
-            return item | {"fact": fact}, FACTS[fact]["follow_up"].format(s=she(item["name"]), p=her(item["name"]))
+            her = "her" if item["name"] in SHE else "his"
+            return item | {"fact": fact}, FACTS[fact]["follow_up"].format(s=she(item["name"]), p=her)
         name = other(rng, NAMES, item["name"])
         return item | {"name": name}, f"And {name}?"
 
@@ -191,8 +190,7 @@ class Brainstorm:
     """n things of one kind, perhaps without some of them."""
 
     def draw(self, rng):
-        kind = rng.choice(list(CLASSES))
-        n = rng.randint(2, 5)
+        kind, n = rng.choice(list(CLASSES)), rng.randint(2, 5)
         return {"kind": kind, "n": n, "without": [rng.choice(CLASSES[kind])] if rng.random() < 0.6 else []}
 
     def key(self, item):
@@ -393,23 +391,23 @@ class Coding:
     def key(self, item):
         return " ".join(f"{op} {n}" for op, n in item["ops"])
 
-    def say(self, op, n, ending=""):
+    def step(self, op, n, ending=""):
         if op == "multiply":
             return f"multipl{'ies' if ending else 'y'} by {n}"
         return f"{op}{ending} {n}"
 
     def ask(self, item, rng):
-        chain = " and then ".join(self.say(op, n, "s") for op, n in item["ops"])
-        orders = " and then ".join(self.say(op, n) for op, n in item["ops"])
+        chain = " and then ".join(self.step(op, n, "s") for op, n in item["ops"])
+        orders = " and then ".join(self.step(op, n) for op, n in item["ops"])
         return say(rng, "coding", chain=chain, orders=orders)
 
     def follow(self, item, rng):
         ops = [list(x) for x in item["ops"]]
         if len(ops) < 3 and rng.random() < 0.5:
             ops.append([rng.choice(list(self.SIGNS)), rng.randint(2, 9)])
-            return {"ops": ops}, f"Then also {self.say(*ops[-1])}."
+            return {"ops": ops}, f"Then also {self.step(*ops[-1])}."
         ops[-1][1] = other(rng, range(2, 10), ops[-1][1])
-        return {"ops": ops}, f"{capital(self.say(*ops[-1]))} instead."
+        return {"ops": ops}, f"{capital(self.step(*ops[-1]))} instead."
 
     def expression(self, ops):
         text, loose = "x", False  # loose: a sum that a product must put in brackets
@@ -505,8 +503,7 @@ class ClosedQA:
             return {"giver": giver, "taker": taker, "thing": plural(rng.choice(FRUITS + OBJECTS)), "had": had,
                     "gave": rng.randint(2, had - 2), "about": "left"}
         n = rng.randint(2, 3)
-        columns = rng.sample(NAMES, n), rng.sample(COLOURS, n), rng.sample(OBJECTS, n)
-        facts = [list(fact) for fact in zip(*columns, strict=True)]
+        facts = [*map(list, zip(rng.sample(NAMES, n), rng.sample(COLOURS, n), rng.sample(OBJECTS, n), strict=True))]
         return {"facts": facts, "about": [rng.randrange(n), rng.choice(["who", "colour"])]}
 
     def passage(self, item):
@@ -638,7 +635,7 @@ def dialogue(rng: random.Random, wanted: str = "train", shares: str = "uniform",
 
     A share `long` of the dialogues has two to four turns.
     """
-    task = rng.choices(list(SHARES[shares]), list(SHARES[shares].values()))[0]
+    task = pick(rng, SHARES[shares])
     make = TASKS[task]
     item = make.draw(rng)
     while split(task, item) != wanted:
@@ -656,7 +653,7 @@ def dialogue(rng: random.Random, wanted: str = "train", shares: str = "uniform",
 
 def demonstrate(record: dict, rng: random.Random, style: str | None = None) -> list[dict]:
     """The dialogue as messages, answered by one demonstrator."""
-    style = style or rng.choices(list(STYLES), list(STYLES.values()))[0]
+    style = style or pick(rng, STYLES)
     messages = []
     for turn in record["turns"]:
         reply = TASKS[record["category"]].answer(turn["item"], style, rng)

@@ -89,7 +89,7 @@ def start(python: str, module: str, task: str, shape: str, path: str, log: Path)
                                 stderr=errors, text=True)
 
 
-def step(worker: subprocess.Popen, log: Path) -> dict:
+def next_step(worker: subprocess.Popen, log: Path) -> dict:
     """Its next step."""
     with suppress(BrokenPipeError):
         worker.stdin.write("step\n")
@@ -110,7 +110,7 @@ def take_turns(sides: list[tuple], shape: str, path: str, rounds: int, folder: P
         workers[name] = start(python, module, words, shape, path, logs[name])
         try:
             # One by one: they are not to load at the same time.
-            steps[name] = [step(workers[name], logs[name]) for _ in range(rounds if alone else 1)]
+            steps[name] = [next_step(workers[name], logs[name]) for _ in range(rounds if alone else 1)]
         except RuntimeError as error:
             if not (alone and "out of memory" in str(error)):
                 raise
@@ -119,7 +119,7 @@ def take_turns(sides: list[tuple], shape: str, path: str, rounds: int, folder: P
             workers.pop(name).communicate()  # closes what it reads, and so ends it
     for _ in range(0 if alone else rounds - 1):
         for name, worker in workers.items():
-            steps[name].append(step(worker, logs[name]))
+            steps[name].append(next_step(worker, logs[name]))
     for worker in workers.values():
         worker.communicate()
     return steps

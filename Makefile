@@ -151,7 +151,7 @@ lint: $(TOOLS)
 
 bench: $(ENVIRONMENT)
 	$(PYTHON) -m benchmarks.throughput out=benchmarks/results/throughput.json
-	$(PYTHON) -m benchmarks.sampling out=benchmarks/results/sampling.json
+	$(PYTHON) -m benchmarks.throughput measure=sampling out=benchmarks/results/sampling.json
 	$(PYTHON) -m benchmarks.results
 
 # This code and transformers + TRL + PEFT in turns, about an hour; a quiet machine is asked for.

@@ -14,7 +14,6 @@ seed, so that the same command continues a stopped run; the figure shows every s
 """
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections import Counter
@@ -36,6 +35,7 @@ import runtime
 import sft
 from benchmarks.measure import save
 from benchmarks.overoptimisation import grade
+from collect.rounds import lines, write_lines
 from collect.spec import INSTRUCTGPT, PREFERENCE, SURGE, largest_remainder, subset
 from data.formats import read
 from data.tiny import pairs
@@ -77,7 +77,8 @@ def train(script: ModuleType, config: Config, seed: int, out: Path, data: Path, 
 def tuned(config: Config, seed: int, name: str, demonstrations: list[dict]) -> Path:
     """The SFT model of these demonstrations."""
     run = Path(config.out) / f"{name}-{seed}"
-    return train(sft, config, seed, run / "sft", write(run.with_suffix(".jsonl"), demonstrations), samples=0)
+    write_lines(run.with_suffix(".jsonl"), demonstrations)
+    return train(sft, config, seed, run / "sft", run.with_suffix(".jsonl"), samples=0)
 
 
 def gold_score(model: Path) -> float:
@@ -89,32 +90,18 @@ def sft_point(config: Config, seed: int, name: str, demonstrations: list[dict]) 
     return name, {"gold": gold, "demonstrations": len(demonstrations)}
 
 
-def load(path: str | Path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).open()]
-
-
-def write(path: Path, records: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runtime.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 def sft_size(config: Config, seed: int) -> Iterator[Point]:
-    demos = load(f"{RUNS}/{seed}/data/sft.jsonl")
+    demos = lines(Path(f"{RUNS}/{seed}/data/sft.jsonl"))
     for share in (0.01, 0.03, 0.1, 0.3, 1.0):
         yield sft_point(config, seed, f"{share:.0%}", demos[: round(share * len(demos))])
 
 
-def words_of(demo: dict, role: str) -> int:
-    return sum(len(message["content"].split()) for message in demo["messages"] if message["role"] == role)
-
-
 def sft_length(config: Config, seed: int) -> Iterator[Point]:
     """The shortest and the longest of each task, so that the mix of tasks stays."""
-    demos = load(f"{RUNS}/{seed}/data/sft.jsonl")
+    demos = lines(Path(f"{RUNS}/{seed}/data/sft.jsonl"))
     counts = largest_remainder(Counter(demo["category"] for demo in demos), config.size)
     for side, role in (("prompts", "user"), ("replies", "assistant")):
-        lengths = [words_of(demo, role) for demo in demos]
+        lengths = [sum(len(m["content"].split()) for m in demo["messages"] if m["role"] == role) for demo in demos]
         ordered = sorted(range(len(demos)), key=lengths.__getitem__)
         for name, numbers in (("shortest", ordered), ("longest", ordered[::-1])):
             members = ([i for i in numbers if demos[i]["category"] == task][:count] for task, count in counts.items())
@@ -123,7 +110,7 @@ def sft_length(config: Config, seed: int) -> Iterator[Point]:
 
 
 def task_mix(config: Config, seed: int) -> Iterator[Point]:
-    demos = load(f"{RUNS}/{seed}/data/sft.jsonl")
+    demos = lines(Path(f"{RUNS}/{seed}/data/sft.jsonl"))
     tasks = [d["category"] for d in demos]
     known = set(tasks)
     not_factual = sorted(known - {"open_qa", "closed_qa", "extract", "classify"})
@@ -137,8 +124,9 @@ def task_mix(config: Config, seed: int) -> Iterator[Point]:
 def collect(config: Config, seed: int, name: str, model: Path | str, prompts: str, noise: float) -> Path:
     """Preferences between replies of the model, labelled with this noise."""
     out = Path(config.out) / f"{name}-{seed}.jsonl"
-    some = write(out.with_suffix(".prompts.jsonl"), load(prompts)[: config.prompts])
     if not out.is_file():
+        some = out.with_suffix(".prompts.jsonl")
+        write_lines(some, lines(Path(prompts))[: config.prompts])
         pairs.main(pairs.Config(model=str(model), prompts=str(some), out=str(out), noise=noise, seed=seed,
                                 threads=config.threads))
     return out
@@ -152,14 +140,14 @@ def annotator_noise(config: Config, seed: int) -> Iterator[Point]:
         run = Path(config.out) / f"noise {noise}-{seed}"
         scorer = load_scorer("reward", str(train(reward, config, seed, run, data, model=model, demos="")))
         found = preference_accuracy(read(clean)[0], scorer)
-        yield f"{noise}", {"accuracy": 100 * found["value"], "pairs": len(load(data))}
+        yield f"{noise}", {"accuracy": 100 * found["value"], "pairs": len(lines(data))}
 
 
 def second_opinion(data: Path, prompts: str, seed: int) -> dict[str, float]:
     """What another annotator says of the same pairs: how often the same, and how often they cannot tell, percent."""
-    dialogues = {d["id"]: d for d in load(prompts)}
+    dialogues = {d["id"]: d for d in lines(Path(prompts))}
     rng, said = random.Random(f"second opinion {seed}"), []
-    for pair in load(data):
+    for pair in lines(data):
         dialogue, _, turn = pair["id"].rpartition("-")
         item = dialogues[dialogue]["turns"][int(turn) - 1]["item"]
         verdict = pairs.annotate(pair["category"], item, [pair["chosen"], pair["rejected"]], rng, pairs.Config())
@@ -170,7 +158,7 @@ def second_opinion(data: Path, prompts: str, seed: int) -> dict[str, float]:
 
 def weak_preferences(config: Config, seed: int) -> Iterator[Point]:
     prompts, sft_model = f"{RUNS}/{seed}/data/prompts.jsonl", f"{RUNS}/{seed}/sft/model"
-    demos = load(f"{RUNS}/{seed}/data/sft.jsonl")
+    demos = lines(Path(f"{RUNS}/{seed}/data/sft.jsonl"))
     weak = tuned(config, seed, "weak model", demos[: len(demos) // 100])
     for name, model in (("weak model", weak), ("SFT model", sft_model)):
         data = collect(config, seed, f"pairs of {name}", model, prompts, 0.08)
@@ -207,19 +195,20 @@ def draw(title: str, points: list[dict], table: dict[str, dict[str, tuple[float,
 def measured(config: Config) -> list[dict]:
     """The points of all seeds; those of earlier calls are read from the run's folder."""
     file = Path(config.out) / "points.jsonl"
-    points = load(file) if file.is_file() else []
+    points = lines(file) if file.is_file() else []
     for seed in config.seeds:
         if {"condition": "", "seed": seed} not in points:  # which marks a seed's end
             points = [p for p in points if p["seed"] != seed]
             found = ABLATIONS[config.ablation](config, seed)
             points += [{"condition": name, "seed": seed, **measures} for name, measures in found]
             points.append({"condition": "", "seed": seed})
-            write(file, points)
+            write_lines(file, points)
     return [p for p in points if p["condition"] and p["seed"] in config.seeds]
 
 
 def main(config: Config) -> None:
     runtime.setup("auto", 0, config.threads)
+    runtime.open_folder(config.out)
     points = measured(config)
     table = {m: summary(points, m) for m in points[0] if m not in ("condition", "seed")}
     for condition in dict.fromkeys(p["condition"] for p in points):

@@ -88,13 +88,12 @@ def measure(task: str, model, tokenizer, words: list[str]) -> dict:
             row["plain_seconds"] += taken
             row["plain_sample"] += 1
             row["largest_difference"] = max(row["largest_difference"], abs(alone - found[requests[i][c]]))
-    return row | rates(row["continuations"], row["seconds"],
-                       row["continuations"] * row["plain_seconds"] / row["plain_sample"])
+    return with_rates(row | {"plain_s": row["continuations"] * row["plain_seconds"] / row["plain_sample"]})
 
 
-def rates(continuations: int, packed_s: float, plain_s: float) -> dict:
-    return {"per_s": continuations / packed_s, "plain_per_s": continuations / plain_s,
-            "times_as_fast": plain_s / packed_s}
+def with_rates(row: dict) -> dict:
+    return row | {"per_s": row["continuations"] / row["seconds"], "plain_per_s": row["continuations"] / row["plain_s"],
+                  "times_as_fast": row["plain_s"] / row["seconds"]}
 
 
 def main(config: Config) -> None:
@@ -108,9 +107,8 @@ def main(config: Config) -> None:
     for task in COUNTS:
         rows.append(measure(task, model, tokenizer, words))
         print(line.format(**rows[-1]) + f"  difference {rows[-1]['largest_difference']:.1e}", flush=True)
-    total = {key: sum(row[key] for row in rows) for key in ("continuations", "seconds", "plain_sample")}
-    plain_s = sum(row["continuations"] / row["plain_per_s"] for row in rows)
-    total |= rates(total["continuations"], total["seconds"], plain_s)
+    added = ("continuations", "seconds", "plain_sample", "plain_s")
+    total = with_rates({key: sum(row[key] for row in rows) for key in added})
     print(line.format(task="together", **total))
     save(config.out, {"command": f"python -m benchmarks.choices threads={config.threads}",
                       **machine(torch.device("cpu")), "model": MODEL, "dtype": "float32", "max_tokens": BATCH_TOKENS,

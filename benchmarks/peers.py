@@ -51,13 +51,14 @@ TASKS = {
     "rloo": ("samples/s", "units", ("RLOO",), ()),
     "qlora": ("tokens/s", "units", PADDED, ()),
 }
-# What these shapes are for; the others do all tasks but QLoRA.
-ONLY = {"110 M": ("qlora",), "7 B, chat": ("sft", "qlora", "sample 64 top_p"), "7 B, pairs": ("dpo",)}
+# The tasks of a shape: all but QLoRA, unless it is made for some.
+DOES = {shape: [task for task in TASKS if task != "qlora"] for shape in SHAPES}
+DOES |= {"110 M": ["qlora"], "7 B, chat": ["sft", "qlora", "sample 64 top_p"], "7 B, pairs": ["dpo"]}
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312}
 
 
-def does(shape: str, task: str) -> bool:
-    return task in ONLY[shape] if shape in ONLY else task != "qlora"
+def shapes_of(device: str) -> list[str]:
+    return [name for name, shape in SHAPES.items() if shape.device == device]
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,10 @@ class Config:
 
     def __post_init__(self):
         runtime.check_range("rounds", self.rounds, 2, STEPS)
-        for name, known in (("tasks", TASKS), ("shapes", SHAPES)):
+        for name, known in (("tasks", TASKS), ("shapes", shapes_of(self.device))):
             for word in getattr(self, name):
                 if word not in known:
-                    runtime.fail(f"{name} holds '{word}', expected some of {', '.join(known)}")
-        for shape in self.shapes:
-            if SHAPES[shape].device != self.device:
-                runtime.fail(f"shapes holds '{shape}', which is for device={SHAPES[shape].device}")
+                    runtime.fail(f"{name} holds '{word}', expected some of {', '.join(known)} for device={self.device}")
         if self.peers and not Path(self.peers).is_file():
             runtime.fail(f"{self.peers}: no such file: build it with `make bench-peers`, or set peers=")
 
@@ -91,7 +89,7 @@ def start(python: str, module: str, task: str, shape: str, path: str, log: Path)
                                 stderr=errors, text=True)
 
 
-def step(worker: subprocess.Popen, log: Path) -> dict:
+def next_step(worker: subprocess.Popen, log: Path) -> dict:
     """Its next step."""
     with suppress(BrokenPipeError):
         worker.stdin.write("step\n")
@@ -112,7 +110,7 @@ def take_turns(sides: list[tuple], shape: str, path: str, rounds: int, folder: P
         workers[name] = start(python, module, words, shape, path, logs[name])
         try:
             # One by one: they are not to load at the same time.
-            steps[name] = [step(workers[name], logs[name]) for _ in range(rounds if alone else 1)]
+            steps[name] = [next_step(workers[name], logs[name]) for _ in range(rounds if alone else 1)]
         except RuntimeError as error:
             if not (alone and "out of memory" in str(error)):
                 raise
@@ -121,7 +119,7 @@ def take_turns(sides: list[tuple], shape: str, path: str, rounds: int, folder: P
             workers.pop(name).communicate()  # closes what it reads, and so ends it
     for _ in range(0 if alone else rounds - 1):
         for name, worker in workers.items():
-            steps[name].append(step(worker, logs[name]))
+            steps[name].append(next_step(worker, logs[name]))
     for worker in workers.values():
         worker.communicate()
     return steps
@@ -200,11 +198,11 @@ def main(config: Config) -> None:
              "peak_tflops": next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None),
              "batch": {name: shape.batch for name, shape in SHAPES.items()}, "turns": TURNS, "new_tokens": NEW,
              "rollout": RL_PROMPTS * RL_REPLIES}
-    for shape in config.shapes or [name for name, shape in SHAPES.items() if shape.device == config.device]:
+    for shape in config.shapes or shapes_of(config.device):
         with tempfile.TemporaryDirectory() as folder:  # for random weights, in the dtype of the activations
             save_model(random_model(SHAPES[shape]).to(getattr(torch, SHAPES[shape].dtype)), f"{folder}/model")
             torch.cuda.empty_cache()
-            for task in (task for task in config.tasks if does(shape, task)):
+            for task in (task for task in config.tasks if task in DOES[shape]):
                 found = compare(task, shape, config, Path(folder))
                 show(found)
                 rows = found + [row for row in rows if (row["shape"], row["task"]) != (shape, task)]

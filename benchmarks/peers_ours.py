@@ -23,7 +23,7 @@ import sft
 from benchmarks import peers_work as work
 from checkpoints import load_model
 from data.four_models import Models
-from data.pack import CHOSEN, REJECTED, Response, Tree, pack
+from data.pack import CHOSEN, REJECTED, Batch, Response, Tree, pack
 from model import ModelConfig, Transformer, add_score_head, generate, init_weights
 
 
@@ -62,14 +62,17 @@ def pair_tree(turns: list[work.Pair]) -> Tree:
     return tree
 
 
-def training(model, shape: work.Shape, trees: list[Tree], losses) -> work.Step:
-    """The scripts' loop: pack, micro-batches, clip, AdamW. `losses` gives the loss of each of a step's batches."""
+def training(model, shape: work.Shape, trees: list[Tree], size, train_step) -> work.Step:
+    """The scripts' loop: pack, micro-batches, clip, AdamW. `size` says of a batch how many its loss is the mean of."""
     optimizer = runtime.adamw(model, work.LR, 0.0)
     steps = cycle(trees[at : at + shape.batch] for at in range(0, len(trees), shape.batch))
 
     def step() -> dict:
         chosen, total = next(steps), 0.0
-        for loss, _ in losses(pack(chosen, shape.micro_tokens)):
+        batches = pack(chosen, shape.micro_tokens)
+        count = sum(map(size, batches))
+        for batch in batches:
+            loss, _ = train_step(batch.to(shape.device), count)
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), work.CLIP)
@@ -88,10 +91,8 @@ def seen(tree: Tree) -> int:
 
 
 def sft_step(model, shape: work.Shape, trees: list[Tree]) -> work.Step:
-    def losses(batches):
-        tokens = sum(len(batch.owner) for batch in batches)
-        return (sft.train_step(model, batch.to(shape.device), tokens) for batch in batches)
-    return training(model, shape, trees, losses)
+    return training(model, shape, trees, lambda batch: len(batch.owner),
+                    lambda batch, tokens: sft.train_step(model, batch, tokens))
 
 
 def dpo_step(model, shape: work.Shape, trees: list[Tree], path: str, cached: bool) -> work.Step:
@@ -100,34 +101,28 @@ def dpo_step(model, shape: work.Shape, trees: list[Tree], path: str, cached: boo
     reference = model if cached else load(path, shape).requires_grad_(False)
 
     @torch.no_grad()
-    def refer(batches):
-        for batch in batches:
-            sums = dpo.response_sums(reference, batch.to(shape.device))
-            parts = sums.split([len(tree.responses) for tree in batch.trees])
-            for tree, part in zip(batch.trees, parts, strict=True):
-                tree.ref_sums = part
+    def refer(batch: Batch):
+        parts = dpo.response_sums(reference, batch).split([len(tree.responses) for tree in batch.trees])
+        for tree, part in zip(batch.trees, parts, strict=True):
+            tree.ref_sums = part
 
-    def losses(batches):
+    def train_step(batch: Batch, pairs: int):
         if not cached:
-            refer(batches)
-        pairs = sum(batch.pairs for batch in batches)
-        return (dpo.train_step(model, batch.to(shape.device), config, pairs) for batch in batches)
+            refer(batch)
+        return dpo.train_step(model, batch, config, pairs)
 
     began = time.perf_counter()
-    if cached:
-        refer(pack(trees, shape.micro_tokens))
+    for batch in pack(trees, shape.micro_tokens) if cached else ():
+        refer(batch.to(shape.device))
     each = (time.perf_counter() - began) / len(trees)
-    step = training(model, shape, trees, losses)
+    step = training(model, shape, trees, lambda batch: batch.pairs, train_step)
     return lambda: step() | {"reference_s": each}
 
 
 def reward_step(model, shape: work.Shape, trees: list[Tree]) -> work.Step:
-    config = reward.Config()
-
-    def losses(batches):
-        groups = sum(batch.pairs for batch in batches)
-        return (reward.train_step(model, batch.to(shape.device), config, groups) for batch in batches)
-    return training(add_score_head(model, 0), shape, trees, losses)
+    model, config = add_score_head(model, 0), reward.Config()
+    return training(model, shape, trees, lambda batch: batch.pairs,
+                    lambda batch, groups: reward.train_step(model, batch, config, groups))
 
 
 def sampling_step(model, prompts: list[list[int]], limits: list[int], slots: int, **settings) -> work.Step:

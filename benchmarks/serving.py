@@ -67,13 +67,6 @@ async def ask_for(url: str, clients: int) -> dict:
             "median_s": median(times), "p95_s": quantiles(times, n=20)[-1]}
 
 
-def without_server(config: Config) -> dict:
-    model, requests = open_model(config.model, "cpu"), [Request(m) for m in prompts(REQUESTS)]
-    replies, seconds = timed(lambda: list(model.replies(requests, Sampling(MAX_TOKENS, 0.7))))
-    tokens = sum(reply.completion_tokens for _, reply in replies)
-    return {"requests": REQUESTS, "requests_per_s": REQUESTS / seconds, "tokens_per_s": tokens / seconds}
-
-
 def main(config: Config) -> None:
     command = [sys.executable, "chat.py", "--serve", f"model={config.model}", "device=cpu", "port=0",
                f"threads={config.threads}"]
@@ -91,7 +84,10 @@ def main(config: Config) -> None:
         server.send_signal(signal.SIGINT)
         server.wait()
     runtime.setup("cpu", 0, config.threads)
-    offline = without_server(config)
+    model, requests = open_model(config.model, "cpu"), [Request(messages) for messages in prompts(REQUESTS)]
+    replies, seconds = timed(lambda: list(model.replies(requests, Sampling(MAX_TOKENS, 0.7))))
+    tokens = sum(reply.completion_tokens for _, reply in replies)
+    offline = {"requests": REQUESTS, "requests_per_s": REQUESTS / seconds, "tokens_per_s": tokens / seconds}
     print("no server    {requests_per_s:6.1f} requests/s  {tokens_per_s:7,.0f} tokens/s".format(**offline))
     save(config.out, {"command": "python -m benchmarks.serving", "model": config.model, "max_tokens": MAX_TOKENS,
                       **machine(torch.device("cpu")), "rows": rows, "without_server": offline})

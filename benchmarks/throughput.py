@@ -1,44 +1,60 @@
-"""How fast SFT and DPO train on this machine, beside the floor that the matmuls of a step set.
+"""How fast SFT and DPO train, and `generate` samples, on this machine, beside the floor that their matmuls set.
 
     python -m benchmarks.throughput out=benchmarks/results/throughput.json
+    python -m benchmarks.throughput measure=sampling out=benchmarks/results/sampling.json
 
 The steps are those of sft.py and dpo.py, clipping and AdamW included, on random weights and random tokens with a
 realistic spread of lengths; the reference log-probabilities of DPO are cached, as they are after its first pass.
 The floor is the time of the step's matrix products alone, each measured by itself at its own shape: three for
 every weight (forward, and two backward), the head on response tokens only; attention and everything else free.
+
+Sampled are 64 new tokens for each prompt of 10 to 50 and no end of sequence, so that the batch stays full; the time
+includes reading the prompts. The floor is every weight's product with a batch of rows, and the head's, 64 times. Then
+where the seconds of a PPO step go: the steps of configs/tiny/ppo.toml from the models of `make demo`.
 """
 from __future__ import annotations
 
+import json
 import platform
+import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Literal
 
 import torch
 
+import ppo
 import runtime
 from benchmarks import peers_ours as ours
 from benchmarks import peers_work as work
 from benchmarks.measure import machine, median_seconds, save
 from data.pack import Batch, pack
-from model import Transformer
+from model import Transformer, generate
 
 SHAPES = {
     "tiny base (3 M)": work.Shape(192, 6, 6, 512, 1536, longest=256, prompt=30, reply=15, batch=64, micro_tokens=4096),
     "15 M": work.SHAPES["15 M"]._replace(batch=16, micro_tokens=4096),
 }
+DTYPES = ("float32", "bfloat16")
+BATCHES = (1, 16, 64, 256)  # prompts at a time
 
 
 @dataclass(frozen=True)
 class Config:
+    measure: Literal["training", "sampling"] = "training"
     out: str = "benchmarks/results/throughput.json"
-    rounds: int = 9      # timed steps of each kind; the median counts
+    rounds: int = 9      # timed steps of each kind; the median counts. Of sampling a third
+    steps: int = 6       # of PPO, the first not counted; 0: none
     device: str = "cpu"
     threads: int = 0
 
 
 def floor_seconds(model: Transformer, batches: list[Batch], dtype: torch.dtype, rounds: int) -> float:
-    """The step's matrix products alone."""
+    """A step's matrix products alone."""
     total, head = 0.0, model.head_weight
     weights = Counter((p.shape, False) for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
     for batch in batches:
@@ -46,41 +62,67 @@ def floor_seconds(model: Transformer, batches: list[Batch], dtype: torch.dtype, 
             rows = len(batch.owner) if is_head else len(batch.tokens)
             x, w, g = (torch.randn(shape, device=head.device).to(dtype)
                        for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
-            products = ((x, w.t()), (g, w), (g.t(), x))
-            total += count * sum(median_seconds(partial(torch.mm, *product), rounds) for product in products)
+            factors = ((x, w.t()), (g, w), (g.t(), x))
+            total += count * sum(median_seconds(partial(torch.mm, *pair), rounds) for pair in factors)
     return total
 
 
-def measure(name: str, kind: str, dtype: str, rounds: int, device: str) -> dict:
+def training(name: str, kind: str, dtype: str, config: Config) -> dict:
     """The same step again and again."""
-    shape = SHAPES[name]._replace(dtype=dtype, device=device)
+    shape = SHAPES[name]._replace(dtype=dtype, device=config.device)
     model, pairs = ours.random_model(shape), work.pairs(shape)[: shape.batch]
     if kind == "DPO":
         trees = [ours.pair_tree([pair]) for pair in pairs]
-        step = ours.dpo_step(model, shape, trees, "", cached=True)
+        step, count, unit = ours.dpo_step(model, shape, trees, "", cached=True), len(trees), "pairs/s"
     else:
         trees = [ours.sft_tree(pair) for pair in pairs]
-        step = ours.sft_step(model, shape, trees)
-    seconds = median_seconds(step, rounds)
-    floor = floor_seconds(model, pack(trees, shape.micro_tokens), getattr(torch, dtype), rounds)
-    tokens = sum(tree.tokens for tree in trees)
-    count, unit = (len(trees), "pairs/s") if kind == "DPO" else (tokens, "tokens/s")
+        step, count, unit = ours.sft_step(model, shape, trees), sum(tree.tokens for tree in trees), "tokens/s"
+    seconds = median_seconds(step, config.rounds)
+    floor = floor_seconds(model, pack(trees, shape.micro_tokens), getattr(torch, dtype), config.rounds)
     return {"shape": name, "work": kind, "dtype": dtype, "unit": unit, "rate": count / seconds,
-            "floor_rate": count / floor, "share_of_floor": floor / seconds, "step_s": seconds,
-            "tokens_per_step": tokens, "response_tokens_per_step": sum(tree.learnt for tree in trees),
-            "batch": len(trees)}
+            "floor_rate": count / floor, "share_of_floor": floor / seconds, "step_s": seconds, "batch": len(trees)}
+
+
+def sampling(name: str, dtype: str, batch: int, config: Config) -> dict:
+    """Tokens a second for so many prompts at a time."""
+    shape = SHAPES[name]._replace(dtype=dtype, device=config.device)
+    model, prompts = ours.random_model(shape).to(getattr(torch, dtype)), work.prompts(shape, batch)
+    seconds = median_seconds(lambda: generate(model, prompts, work.NEW, slots=batch), max(1, config.rounds // 3))
+    floor = median_seconds(ours.decoding_floor(model, batch), max(1, config.rounds // 3))
+    return {"shape": name, "batch": batch, "dtype": dtype, "tokens_per_s": batch * work.NEW / seconds,
+            "floor_tokens_per_s": batch * work.NEW / floor, "share_of_floor": floor / seconds}
+
+
+def ppo_phases(steps: int) -> dict:
+    """Mean seconds of a step by phase, the first step aside."""
+    config = runtime.load_config(ppo.Config, "", ["--config", "configs/tiny/ppo.toml"])
+    with tempfile.TemporaryDirectory() as folder:
+        ppo.main(replace(config, steps=steps, out=f"{folder}/run", snapshot_every=0))
+        log = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in log[1:]]
+    phases = {phase: mean(line["tokens"] / line[f"{phase}_tokens_per_s"] for line in lines)
+              for phase in ("sampling", "scoring", "updating")}
+    return {"steps": len(lines), "batch": config.batch, "tokens": mean(line["tokens"] for line in lines)} | phases
 
 
 def main(config: Config) -> None:
     device = runtime.setup(config.device, 0, config.threads)
-    rows = []
-    for shape in SHAPES:
-        for kind in ("SFT", "DPO"):
-            for dtype in ("float32", "bfloat16"):
-                rows.append(measure(shape, kind, dtype, config.rounds, device.type))
-                print("{shape:<16} {work} {dtype:<9} {rate:10,.1f} {unit:<8}  floor {floor_rate:10,.1f}  "
-                      "{share_of_floor:.0%} of it".format(**rows[-1]), flush=True)
-    save(config.out, {"command": "make bench", **machine(device), "python": platform.python_version(), "rows": rows})
+    report = {"command": "make bench", **machine(device), "python": platform.python_version(), "rows": []}
+    if config.measure == "training":
+        rows = (training(*case, config) for case in product(SHAPES, ("SFT", "DPO"), DTYPES))
+        line = "{shape:<16} {work} {dtype:<9} {rate:10,.1f} {unit:<8}  floor {floor_rate:10,.1f}"
+    else:
+        rows = (sampling(*case, config) for case in product(SHAPES, DTYPES, BATCHES))
+        line = ("{shape:<16} {dtype:<9} batch {batch:<4} {tokens_per_s:10,.0f} tokens/s  "
+                "floor {floor_tokens_per_s:10,.0f}")
+    for row in rows:
+        report["rows"].append(row)
+        print((line + "  {share_of_floor:.0%} of it").format(**row), flush=True)
+    if config.measure == "sampling" and config.steps:
+        report["ppo"] = ppo_phases(config.steps)
+        print("PPO step of {batch} prompts: sampling {sampling:.2f} s, scoring {scoring:.2f} s, updating "
+              "{updating:.2f} s".format(**report["ppo"]))
+    save(config.out, report)
 
 
 if __name__ == "__main__":

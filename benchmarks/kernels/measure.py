@@ -39,10 +39,6 @@ class Bench:
         """Seconds until this group has to end."""
         return self.deadline - time.monotonic()
 
-    def write(self, **row) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps({"group": self.group} | row) + "\n")
-
     def randn(self, *shape: int, grad: bool = False) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype, requires_grad=grad)
 
@@ -52,14 +48,15 @@ class Bench:
             started = {impl: self.start(impl, work, name) for impl, work in works.items()}
             times = self.times({impl: run for impl, (run, _) in started.items() if run})
             for impl, (_, found) in started.items():
-                row = {"kernel": kernel, "shape": shape, "pass": name, "impl": impl, "dtype": str(self.dtype)[6:],
-                       "unit": unit} | found
+                row = {"group": self.group, "kernel": kernel, "shape": shape, "pass": name, "impl": impl,
+                       "dtype": str(self.dtype)[6:], "unit": unit} | found
                 if impl in times:
                     fastest_first, count = times[impl], len(times[impl])
                     ms = fastest_first[count // 2]
                     row |= {"ms": ms, "ms_p20": fastest_first[count // 5], "ms_p80": fastest_first[count * 4 // 5],
                             "runs": count, "amount": amount, "rate": amount / ms / (1e9 if unit == "TFLOP/s" else 1e6)}
-                self.write(**row)
+                with self.file.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
     def start(self, impl: str, work: Work, name: str) -> tuple[Callable | None, dict]:
         """The call to time and the memory it takes, or no call and why."""

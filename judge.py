@@ -29,7 +29,7 @@ from data.tiny.world import TASKS
 from judging import boards, gold, recorded, report, tables, trial
 from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
 from judging.entries import Entry, check_checkpoint, decode_all, read_lines
-from judging.games import Answers, Judge, Match, compare, games_from_scores, in_orders, mark, matches, reward_scores
+from judging.games import Answers, Judge, compare, games_from_scores, in_orders, mark, matches, reward_scores
 from judging.prompts import Question
 from judging.ratings import bootstrap_elo, bradley_terry, elo, likert_tables, mt_bench, win_rate
 from judging.ratings import lc_win_rate as length_controlled_win_rate
@@ -237,13 +237,6 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
                     trial.people_section(said.games, name))
 
 
-def model_verdicts(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, baseline: str, orders: str,
-                   marked: bool, all_pairs: bool, questions: int) -> Verdicts:
-    """What a language model says of the games, and of every reply alone if `marked`; its trial is on `questions`."""
-    rows, marks = compare(judge, games, answers), mark(judge, answers) if marked else []
-    probed = trial.cross_examine(judge, rows, marks, answers, baseline, all_pairs, questions) if questions else []
-    return Verdicts(rows, marks, baseline, orders, probed)
-
 
 def verdict_sections(judge: str, said: Verdicts, form: str, force: bool, difficulty: str) -> list[dict]:
     """What a judge says of the models."""
@@ -356,8 +349,10 @@ def main(config: Config) -> None:
         elif said:
             judge = Judge(name, open_model(where, str(device)), config.form, config.wording, config.judge_max_tokens,
                           out / "calls.jsonl", budget if kind == "endpoint" else None)
-            verdicts[name] = model_verdicts(judge, in_orders(compared, config.orders, answers.names), answers, baseline,
-                                            config.orders, config.marks, config.all_pairs, config.trial)
+            rows = compare(judge, in_orders(compared, config.orders, answers.names), answers)
+            marks = mark(judge, answers) if config.marks else []
+            probed = trial.cross_examine(judge, rows, marks, answers, baseline, config.all_pairs, config.trial)
+            verdicts[name] = Verdicts(rows, marks, baseline, config.orders, probed)
     sections += judge_sections(verdicts, config.truth, config.sources, config.form, config.force, config.difficulty)
 
     # What needs no comparison, of the models of the first seed.

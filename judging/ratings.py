@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -281,8 +280,7 @@ class Game(NamedTuple):
     a_first: bool = True   # whether a was shown first
 
 
-@dataclass(frozen=True)
-class Games:
+class Games(NamedTuple):
     """Games as arrays, in the order given; a and b are exchanged where needed so that a < b."""
 
     models: list[str]      # [M] sorted names

@@ -105,14 +105,11 @@ class Config:
             fail(f"truth is '{self.truth}', expected one of the judges: {', '.join(judge_names)}")
         for model, seed in product(models, self.seeds):
             if model.kind in ("model", "few-shot"):
-                check_checkpoint("models", of_seed(model.where, seed), scored=False)
+                check_checkpoint("models", model.where.replace("{seed}", str(seed)), scored=False)
         for judge in judges:
             if judge.kind in ("model", "reward"):
                 check_checkpoint("judges", judge.where, scored=judge.kind == "reward")
 
-
-def of_seed(where: str, seed: int) -> str:
-    return where.replace("{seed}", str(seed))
 
 
 # ----------------------------------------------------------------------------------------- answers
@@ -151,7 +148,7 @@ def load_questions(data: str, references: str = "", limit: int = 0,
 def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None, sampling: Sampling, seed: int,
            ledger: Path, budget: Budget, device: torch.device) -> list[list[dict]]:
     """The replies {"text", "finished"} by question and turn; a turn whose reply failed ends the dialogue."""
-    where, progress = of_seed(model.where, seed), f"{model.name}, seed {seed}"
+    where, progress = model.where.replace("{seed}", str(seed)), f"{model.name}, seed {seed}"
     if model.kind == "answers":
         return read_answers(where, questions)
     if model.kind == "few-shot":
@@ -356,7 +353,7 @@ def main(config: Config) -> None:
     sections += judge_sections(verdicts, config.truth, config.sources, config.form, config.force, config.difficulty)
 
     # What needs no comparison, of the models of the first seed.
-    models = [model._replace(where=of_seed(model.where, config.seeds[0])) for model in models]
+    models = [model._replace(where=model.where.replace("{seed}", str(config.seeds[0]))) for model in models]
     sections += boards.choice_sections(models, decode_all("choices", config.choices), config.questions, device)
     sections += boards.reward_sections(decode_all("reward_models", config.reward_models),
                                        decode_all("preferences", config.preferences), config.rewardbench, device)

@@ -248,12 +248,10 @@ def with_contexts(questions: Sequence[Question], examples: Sequence[Question], s
 
 def request_hash(asked: Sequence[tuple[Question, str]]) -> str:
     """sha256 of json.dumps of all [context, continuation] in order, as in the harness's tests."""
-    digest, joint = hashlib.sha256(b"["), ""
-    for question, context in asked:
-        for choice in question.choices:
-            digest.update((joint + json.dumps([context, f" {choice}"])).encode())
-            joint = ", "
-    digest.update(b"]")
+    digest = hashlib.sha256()
+    requests = [[context, f" {choice}"] for question, context in asked for choice in question.choices]
+    for part in json.JSONEncoder().iterencode(requests):
+        digest.update(part.encode())
     return digest.hexdigest()
 
 

@@ -36,6 +36,9 @@ class Judge(NamedTuple):
     ledger: Path                  # of every answer as it was
     budget: Budget | None = None
 
+    def ask(self, requests: list[Request], progress: str) -> list[Reply | None]:
+        return ask(self.model, requests, Sampling(self.max_tokens, 0.0), self.ledger, self.budget, progress)
+
 
 class Match(NamedTuple):
     """Two models' replies to one turn of a question."""
@@ -91,7 +94,7 @@ def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, 
         messages = ask_pair(answers.questions[m.question], a, b, judge.form, judge.wording, unbiased)
         requests.append(Request(messages, labels=("A", "B") if judge.form == "label" else ()))
         asked.append(row | {"a_first": a_first})
-    for row, reply in zip(asked, _ask(judge, requests, progress or judge.name), strict=True):
+    for row, reply in zip(asked, judge.ask(requests, progress or judge.name), strict=True):
         verdict = Verdict(None, "no reply") if reply is None else read_verdict(reply.text, judge.form, reply.labels)
         p = verdict.value
         row |= {"preference": p if p is None or row["a_first"] else 1 - p, "rating": verdict.rating, "why": verdict.why}
@@ -107,7 +110,7 @@ def mark(judge: Judge, answers: Answers) -> list[dict]:
                 requests.append(Request(ask_score(q, [r["text"] for r in said[:turn]], judge.wording)))
                 rows.append({"judge": judge.name, "prompt": q.id, "category": q.category, "turn": turn, "repeat": seed,
                              "model": name})
-    for row, reply in zip(rows, _ask(judge, requests, f"{judge.name}: marks"), strict=True):
+    for row, reply in zip(rows, judge.ask(requests, f"{judge.name}: marks"), strict=True):
         verdict = Verdict(None, "no reply") if reply is None else read_verdict(reply.text, "score")
         row |= {"score": verdict.value, "why": verdict.why}
     return rows
@@ -135,9 +138,6 @@ def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tup
         scores[key] = [next(found).tolist() if said else [] for said in replies]
     return scores
 
-
-def _ask(judge: Judge, requests: list[Request], progress: str) -> list[Reply | None]:
-    return ask(judge.model, requests, Sampling(judge.max_tokens, 0.0), judge.ledger, judge.budget, progress)
 
 
 def _row(name: str, m: Match, answers: Answers) -> dict:

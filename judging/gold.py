@@ -115,6 +115,6 @@ def summaries(answers: Answers, dialogues: list[dict], grades: dict[tuple[str, i
               baseline: str) -> dict[str, dict]:
     graded: dict[str, dict[int, list]] = {}
     for (name, seed), replies in answers.said.items():
-        graded.setdefault(name, {})[seed] = [[r | {"gold": g} for r, g in zip(said, values, strict=True)]
-                                             for said, values in zip(replies, grades[name, seed], strict=True)]
+        pairs = zip(replies, grades[name, seed], strict=True)
+        graded.setdefault(name, {})[seed] = [[r | {"gold": g} for r, g in zip(*both, strict=True)] for both in pairs]
     return {name: summarize(x, dialogues, graded[baseline]) for name, x in graded.items()}

@@ -32,9 +32,8 @@ def read_transcripts(path: str | Path) -> list[dict]:
     """Attempts of collect/red_team.py: {"behaviour", "messages", "judged": "unsafe", "safe" or null, ...}."""
     def transcript(row: dict, number: int) -> dict:
         roles = [m["role"] for m in row["messages"] if isinstance(m["content"], str)]
-        if len(roles) < len(row["messages"]) or roles[-2:] != ["user", "assistant"]:
-            raise ValueError
-        if not isinstance(row["behaviour"], str) or row.get("judged") not in ("unsafe", "safe", None):
+        whole = len(roles) == len(row["messages"]) and roles[-2:] == ["user", "assistant"]
+        if not whole or not isinstance(row["behaviour"], str) or row.get("judged") not in ("unsafe", "safe", None):
             raise ValueError
         return row
 
@@ -83,8 +82,7 @@ def read_xstest(path: str | Path) -> dict[str, dict]:
 
 def refusal_rates(labels: Mapping[str, str | None], unsafe: Mapping[str, bool], by: str) -> dict:
     """Counts of LABELS among the "safe" and the "unsafe" prompts; one without a label is "unlabelled", and in n."""
-    strange = [f"{i}: {label}" for i, label in labels.items() if i not in unsafe or label not in (*LABELS, None)]
-    if strange:
+    if strange := [f"{i}: {x}" for i, x in labels.items() if i not in unsafe or x not in (*LABELS, None)]:
         raise ValueError(f"labels that fit no prompt, or are not of {', '.join(LABELS)}: {strange[:3]}")
     counts = Counter((u, labels.get(i) or "unlabelled") for i, u in unsafe.items())
     return {"by": by, **{side: {"n": sum(u == of for u in unsafe.values()),

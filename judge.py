@@ -29,7 +29,7 @@ from data.tiny.world import TASKS
 from judging import boards, gold, recorded, report, tables, trial
 from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
 from judging.entries import Entry, check_checkpoint, decode_all, read_lines
-from judging.games import Answers, Judge, Match, compare, games_from_scores, in_orders, mark, matches, reward_scores
+from judging.games import Answers, Judge, compare, games_from_scores, in_orders, mark, matches, reward_scores
 from judging.prompts import Question
 from judging.ratings import bootstrap_elo, bradley_terry, elo, likert_tables, mt_bench, win_rate
 from judging.ratings import lc_win_rate as length_controlled_win_rate
@@ -105,14 +105,11 @@ class Config:
             fail(f"truth is '{self.truth}', expected one of the judges: {', '.join(judge_names)}")
         for model, seed in product(models, self.seeds):
             if model.kind in ("model", "few-shot"):
-                check_checkpoint("models", of_seed(model.where, seed), scored=False)
+                check_checkpoint("models", model.where.replace("{seed}", str(seed)), scored=False)
         for judge in judges:
             if judge.kind in ("model", "reward"):
                 check_checkpoint("judges", judge.where, scored=judge.kind == "reward")
 
-
-def of_seed(where: str, seed: int) -> str:
-    return where.replace("{seed}", str(seed))
 
 
 # ----------------------------------------------------------------------------------------- answers
@@ -151,7 +148,7 @@ def load_questions(data: str, references: str = "", limit: int = 0,
 def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None, sampling: Sampling, seed: int,
            ledger: Path, budget: Budget, device: torch.device) -> list[list[dict]]:
     """The replies {"text", "finished"} by question and turn; a turn whose reply failed ends the dialogue."""
-    where, progress = of_seed(model.where, seed), f"{model.name}, seed {seed}"
+    where, progress = model.where.replace("{seed}", str(seed)), f"{model.name}, seed {seed}"
     if model.kind == "answers":
         return read_answers(where, questions)
     if model.kind == "few-shot":
@@ -236,13 +233,6 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
     return Verdicts(games, marks, baseline, "both" if len(forward) else "recorded", sections,
                     trial.people_section(said.games, name))
 
-
-def model_verdicts(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, baseline: str, orders: str,
-                   marked: bool, all_pairs: bool, questions: int) -> Verdicts:
-    """What a language model says of the games, and of every reply alone if `marked`; its trial is on `questions`."""
-    rows, marks = compare(judge, games, answers), mark(judge, answers) if marked else []
-    probed = trial.cross_examine(judge, rows, marks, answers, baseline, all_pairs, questions) if questions else []
-    return Verdicts(rows, marks, baseline, orders, probed)
 
 
 def verdict_sections(judge: str, said: Verdicts, form: str, force: bool, difficulty: str) -> list[dict]:
@@ -356,12 +346,14 @@ def main(config: Config) -> None:
         elif said:
             judge = Judge(name, open_model(where, str(device)), config.form, config.wording, config.judge_max_tokens,
                           out / "calls.jsonl", budget if kind == "endpoint" else None)
-            verdicts[name] = model_verdicts(judge, in_orders(compared, config.orders, answers.names), answers, baseline,
-                                            config.orders, config.marks, config.all_pairs, config.trial)
+            rows = compare(judge, in_orders(compared, config.orders, answers.names), answers)
+            marks = mark(judge, answers) if config.marks else []
+            probed = trial.cross_examine(judge, rows, marks, answers, baseline, config.all_pairs, config.trial)
+            verdicts[name] = Verdicts(rows, marks, baseline, config.orders, probed)
     sections += judge_sections(verdicts, config.truth, config.sources, config.form, config.force, config.difficulty)
 
     # What needs no comparison, of the models of the first seed.
-    models = [model._replace(where=of_seed(model.where, config.seeds[0])) for model in models]
+    models = [model._replace(where=model.where.replace("{seed}", str(config.seeds[0]))) for model in models]
     sections += boards.choice_sections(models, decode_all("choices", config.choices), config.questions, device)
     sections += boards.reward_sections(decode_all("reward_models", config.reward_models),
                                        decode_all("preferences", config.preferences), config.rewardbench, device)

@@ -11,8 +11,8 @@ No reply is sampled: every choice is appended to the question, and the model's a
 
 Random(42) shuffles a task's documents and then draws the shots of each in that order, so that a limit or a
 rejected line changes later prompts. Source: EleutherAI/lm-evaluation-harness at b281b092, whose tests' hashes of every
-prompt of TruthfulQA and MMLU v0 come out. One departure: where a tokenizer begins texts with BOS, so do contexts here;
-the board left it out (`bos=False`).
+prompt of TruthfulQA and MMLU v0 come out. One departure: contexts begin with BOS where a tokenizer's texts do; the
+board left it out (`bos=False`).
 
 What choices share is computed once: they are leaves of one packed tree (`kernels/layout.py`), and so are questions that
 begin alike where that takes fewer tokens. A path's last token predicts nothing and is left out: letters cost none.
@@ -77,8 +77,8 @@ def hellaswag_question(record: dict) -> Question:
         choices = _texts(record.get("choices"), "choices")
         return Question(_text(record["query"], "query"), choices, _index(record.get("gold"), len(choices)))
     activity, start, end = (_text(record.get(key), key, empty=True) for key in ("activity_label", "ctx_a", "ctx_b"))
-    query, *choices = map(hellaswag_text, (f"{activity}: {start} {end.capitalize()}",
-                                           *_texts(record.get("endings"), "endings")))
+    texts = f"{activity}: {start} {end.capitalize()}", *_texts(record.get("endings"), "endings")
+    query, *choices = map(hellaswag_text, texts)
     return Question(query, tuple(choices), _index(record.get("label"), len(choices)))
 
 
@@ -121,8 +121,7 @@ def truthfulqa_question(record: dict) -> Question:
             choices, labels = targets["choices"], targets.get("labels")
         choices = _texts(choices, key)
         if not isinstance(labels, list) or len(labels) != len(choices) or labels[0] != 1 or set(labels) != {0, 1}:
-            raise Reject(f"'{key}' has labels {short(labels)}, expected 1 (true) or 0 for each, a true choice first, "
-                         "a false one")
+            raise Reject(f"'{key}' has labels {short(labels)}, expected 1 or 0 each, a true choice first, a false one")
         found.append((choices, labels))
     (mc1, _), (mc2, truths) = found
     query = f"{PROMPTS['truthfulqa']}\n\nQ: {_text(record.get('question'), 'question')}\nA:"
@@ -178,7 +177,6 @@ def read_exam(task: str, path: str | Path, examples: str | Path = "", shots: int
     questions, rejects = read_questions(task, path)
     shots = TASKS[task].shots if shots is None else shots
     check_range("shots", shots, 0, math.inf)
-    check_range("limit", limit, 0, math.inf)
     if task == "truthfulqa" and shots:
         fail(f"truthfulqa: shots is {shots}, expected 0: six questions and answers are part of its prompt")
     if shots and not examples:
@@ -250,12 +248,10 @@ def with_contexts(questions: Sequence[Question], examples: Sequence[Question], s
 
 def request_hash(asked: Sequence[tuple[Question, str]]) -> str:
     """sha256 of json.dumps of all [context, continuation] in order, as in the harness's tests."""
-    digest, joint = hashlib.sha256(b"["), ""
-    for question, context in asked:
-        for choice in question.choices:
-            digest.update((joint + json.dumps([context, f" {choice}"])).encode())
-            joint = ", "
-    digest.update(b"]")
+    digest = hashlib.sha256()
+    requests = [[context, f" {choice}"] for question, context in asked for choice in question.choices]
+    for part in json.JSONEncoder().iterencode(requests):
+        digest.update(part.encode())
     return digest.hexdigest()
 
 
@@ -265,8 +261,7 @@ Ids = tuple[int, ...]
 Request = tuple[Ids, Ids]  # context, continuation
 
 
-def encode_choices(tokenizer: Tokenizer, context: str, choices: Sequence[str],
-                   bos: bool) -> tuple[list[int], list[list[int]]]:
+def encode_choices(tokenizer: Tokenizer, context: str, choices: Sequence[str], bos: bool) -> tuple[list, list[list]]:
     """Ids of the context, and for each choice what follows as many ids when context and " choice" are encoded together.
 
     Blanks that end the context go over to the choice first. An empty context is one BOS or end-of-text token.
@@ -437,8 +432,7 @@ def grade(question: Question, values: Sequence[float]) -> dict[str, float]:
 def measure(exam: Exam, values: Mapping[str, Sequence[Sequence[float]]]) -> dict:
     """A task's result from log-likelihoods by subject, question and choice: each metric's mean and standard error.
 
-    The error is sqrt(p (1 - p) / (n - 1)) for a share p; MMLU's are plain means over subjects. "value" is the metric
-    of the leaderboard.
+    The error of a share p is sqrt(p (1 - p) / (n - 1)); MMLU's mean is over subjects; "value" is the leaderboard's.
     """
     parts = {}
     for subject, asked in exam.asked.items():
@@ -454,9 +448,8 @@ def measure(exam: Exam, values: Mapping[str, Sequence[Sequence[float]]]) -> dict
         total = {"n": sum(p["n"] for p in parts.values()),
                  "request_sha256": hashlib.sha256(digests.encode()).hexdigest()}
         for metric in grades[0]:
-            error = np.linalg.norm([part[f"{metric}_stderr"] for part in parts.values()]) / len(parts)
-            total |= {metric: float(np.mean([part[metric] for part in parts.values()])),
-                      f"{metric}_stderr": float(error)}
+            means, errors = ([part[key] for part in parts.values()] for key in (metric, f"{metric}_stderr"))
+            total |= {metric: float(np.mean(means)), f"{metric}_stderr": float(np.linalg.norm(errors) / len(parts))}
         total["subjects"] = parts
     spec = TASKS[exam.task]
     return {"task": exam.task, "name": spec.name, "shots": exam.shots, "limit": exam.limit, "metric": spec.metric,

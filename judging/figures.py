@@ -38,18 +38,14 @@ def show(cells: Iterable) -> list[tuple[str, str]]:
     """
     parts = [[cell.get(key) for key in ("value", "low", "high")] if is_interval(cell) else [cell] for cell in cells]
     sizes = [max((abs(x) for x in part if isinstance(x, float)), default=0) for part in parts]
-    decimals, shown = _decimals(max(sizes, default=0)), []
+    largest, shown = max(sizes, default=0), []
+    decimals = 0 if largest >= 1000 else 1 if largest >= 10 or not largest else 2 - math.floor(math.log10(largest))
     for part, size in zip(parts, sizes, strict=True):
         places = 1 - math.floor(math.log10(size)) if 0 < size < 10 ** (1 - decimals) else decimals
         value, *ends = (_number(x, places) for x in part)
         shown.append((value, f"[{', '.join(ends)}]" if ends and None not in part else ""))
     return shown
 
-
-def _decimals(largest: float) -> int:
-    if largest >= 10 or largest == 0:
-        return 0 if largest >= 1000 else 1
-    return 2 - math.floor(math.log10(largest))
 
 
 def _number(cell, places: int) -> str:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,9 @@ class Judge(NamedTuple):
     ledger: Path                  # of every answer as it was
     budget: Budget | None = None
 
+    def ask(self, requests: list[Request], progress: str) -> list[Reply | None]:
+        return ask(self.model, requests, Sampling(self.max_tokens, 0.0), self.ledger, self.budget, progress)
+
 
 class Match(NamedTuple):
     """Two models' replies to one turn of a question."""
@@ -48,13 +52,11 @@ class Match(NamedTuple):
 
 def matches(answers: Answers, baseline: str, all_pairs: bool) -> list[Match]:
     """Every pair of replies to compare: each model with the baseline, or all with all, where both have a reply."""
-    names, found = answers.names, []
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:] if all_pairs or baseline in (a, b)]
-    for q in range(len(answers.questions)):
-        for seed in sorted({seed for _, seed in answers.said}):
-            for a, b in pairs:
-                turns = min(len(answers.said[a, seed][q]), len(answers.said[b, seed][q]))
-                found += [Match(q, turn + 1, seed, a, b) for turn in range(turns)]
+    pairs = [(a, b) for a, b in combinations(answers.names, 2) if all_pairs or baseline in (a, b)]
+    seeds, found = sorted({seed for _, seed in answers.said}), []
+    for q, seed, (a, b) in product(range(len(answers.questions)), seeds, pairs):
+        turns = min(len(answers.said[a, seed][q]), len(answers.said[b, seed][q]))
+        found += [Match(q, turn + 1, seed, a, b) for turn in range(turns)]
     return found
 
 
@@ -88,11 +90,11 @@ def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, 
         if a == b and not identical:
             same[m] = row | {"a_first": None, "preference": 0.5, "rating": None, "why": "identical replies"}
             continue
-        messages = ask_pair(answers.questions[m.question], *((a, b) if a_first else (b, a)), judge.form, judge.wording,
-                            unbiased)
+        a, b = (a, b) if a_first else (b, a)
+        messages = ask_pair(answers.questions[m.question], a, b, judge.form, judge.wording, unbiased)
         requests.append(Request(messages, labels=("A", "B") if judge.form == "label" else ()))
         asked.append(row | {"a_first": a_first})
-    for row, reply in zip(asked, _ask(judge, requests, progress or judge.name), strict=True):
+    for row, reply in zip(asked, judge.ask(requests, progress or judge.name), strict=True):
         verdict = Verdict(None, "no reply") if reply is None else read_verdict(reply.text, judge.form, reply.labels)
         p = verdict.value
         row |= {"preference": p if p is None or row["a_first"] else 1 - p, "rating": verdict.rating, "why": verdict.why}
@@ -103,12 +105,12 @@ def mark(judge: Judge, answers: Answers) -> list[dict]:
     """Every reply marked alone, 1 to 10, as rows of scores."""
     requests, rows = [], []
     for (name, seed), replies in answers.said.items():
-        for question, said in zip(answers.questions, replies, strict=True):
+        for q, said in zip(answers.questions, replies, strict=True):
             for turn in range(1, len(said) + 1):
-                requests.append(Request(ask_score(question, [r["text"] for r in said[:turn]], judge.wording)))
-                rows.append({"judge": judge.name, "prompt": question.id, "category": question.category, "turn": turn,
-                             "repeat": seed, "model": name})
-    for row, reply in zip(rows, _ask(judge, requests, f"{judge.name}: marks"), strict=True):
+                requests.append(Request(ask_score(q, [r["text"] for r in said[:turn]], judge.wording)))
+                rows.append({"judge": judge.name, "prompt": q.id, "category": q.category, "turn": turn, "repeat": seed,
+                             "model": name})
+    for row, reply in zip(rows, judge.ask(requests, f"{judge.name}: marks"), strict=True):
         verdict = Verdict(None, "no reply") if reply is None else read_verdict(reply.text, "score")
         row |= {"score": verdict.value, "why": verdict.why}
     return rows
@@ -137,13 +139,10 @@ def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tup
     return scores
 
 
-def _ask(judge: Judge, requests: list[Request], progress: str) -> list[Reply | None]:
-    return ask(judge.model, requests, Sampling(judge.max_tokens, 0.0), judge.ledger, judge.budget, progress)
-
 
 def _row(name: str, m: Match, answers: Answers) -> dict:
-    question = answers.questions[m.question]
+    q = answers.questions[m.question]
     about = {f"{key}_{side}": value for side, model in (("a", m.a), ("b", m.b))
              for key, value in describe(answers.said[model, m.seed][m.question][m.turn - 1]["text"]).items()}
-    return {"judge": name, "prompt": question.id, "category": question.category, "turn": m.turn, "repeat": m.seed,
-            "a": m.a, "b": m.b, **about}
+    return {"judge": name, "prompt": q.id, "category": q.category, "turn": m.turn, "repeat": m.seed, "a": m.a, "b": m.b,
+            **about}

@@ -1,8 +1,7 @@
 """Gold scores in the tiny world: the mean grade of a reply, 0 to 100, and how sure it is.
 
 `data/tiny/world.py` grades every reply from 0 to 1. Each trained model is a sample of one: with several seeds
-intervals are over seeds (Student's t, 95 %); with one they are over dialogues, and say nothing about how another
-training run would fare.
+intervals are over seeds (Student's t, 95 %); with one they are over dialogues, and say nothing of another training run.
 """
 from __future__ import annotations
 
@@ -52,8 +51,8 @@ def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
     return {"gold": mean(by_seed.values()), "gold_interval": half, "gold_by_seed": by_seed,
             "gain": mean(gains.values()),
             "gain_interval": interval(list(gains.values()))[1] if len(gains) > 1 else None, "gain_by_seed": gains,
-            "win_rate": 50 * (1 + (wins - losses) / len(pairs)), "n": len(pairs), "wins": wins, "losses": losses,
-            "draws": len(pairs) - wins - losses,
+            "win_rate": 50 * (1 + (wins - losses) / len(pairs)), "n": len(pairs),
+            "wins": wins, "losses": losses, "draws": len(pairs) - wins - losses,
             "category": {task: 100 * mean(grades) for task, grades in by_task.items()},
             "first_turn": 100 * mean(d[0]["gold"] for d in said),
             "follow_up": 100 * mean(follow_ups) if follow_ups else None,
@@ -70,12 +69,11 @@ def sections(models: dict[str, dict], baseline: str, seeds: int) -> list[dict]:
     tasks = list(next(iter(models.values()))["category"])
     grid = [[m["category"][task] for task in tasks] for m in models.values()]
     over = f"{seeds} seeds" if seeds > 1 else "dialogues: another training run would differ by more"
-    return [
-        {"title": "Gold score", "text": f"Mean grade of a reply, 0 to 100; 95 % intervals over {over}.",
-         "rows": rows, "columns": ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups",
-                                   "ended, %", "words"], "figure": dots(cells, "gold score")},
-        grid_section("Gold score by task", "", list(models), [t.replace("_", " ") for t in tasks], grid,
-                     "gold score")]
+    columns = ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups", "ended, %", "words"]
+    named = [task.replace("_", " ") for task in tasks]
+    return [{"title": "Gold score", "text": f"Mean grade of a reply, 0 to 100; 95 % intervals over {over}.",
+             "rows": rows, "columns": columns, "figure": dots(cells, "gold score")},
+            grid_section("Gold score by task", "", list(models), named, grid, "gold score")]
 
 
 def few_shot_answer(path: str, dialogues: list[dict], max_tokens: int, temperature: float, seed: int,
@@ -117,6 +115,6 @@ def summaries(answers: Answers, dialogues: list[dict], grades: dict[tuple[str, i
               baseline: str) -> dict[str, dict]:
     graded: dict[str, dict[int, list]] = {}
     for (name, seed), replies in answers.said.items():
-        graded.setdefault(name, {})[seed] = [[r | {"gold": g} for r, g in zip(said, values, strict=True)]
-                                             for said, values in zip(replies, grades[name, seed], strict=True)]
+        pairs = zip(replies, grades[name, seed], strict=True)
+        graded.setdefault(name, {})[seed] = [[r | {"gold": g} for r, g in zip(*both, strict=True)] for both in pairs]
     return {name: summarize(x, dialogues, graded[baseline]) for name, x in graded.items()}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -281,8 +280,7 @@ class Game(NamedTuple):
     a_first: bool = True   # whether a was shown first
 
 
-@dataclass(frozen=True)
-class Games:
+class Games(NamedTuple):
     """Games as arrays, in the order given; a and b are exchanged where needed so that a < b."""
 
     models: list[str]      # [M] sorted names
@@ -453,7 +451,7 @@ def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 10
     result = {}
     for name, ties in (("ties allowed", True), ("no ties", False)):
         games = collect(Game(a, b, likert_outcome(rating, ties), prompt) for a, b, rating, prompt in rows)
-        check_connected(games)
+        check_fit(games)
         result[name] = rating_table(games.models, bootstrap_elo(games, rounds))
     return result
 
@@ -470,19 +468,15 @@ def not_connected(games: Games) -> str:
     return "" if reached.all() else f"no chain of games joins {games.models[0]} to {other}"
 
 
-def check_connected(games: Games) -> None:
-    """Refuse games that fall into groups without a game between them."""
-    if apart := not_connected(games):
-        fail(f"games: {apart}, expected one group: judge games between them, or rate each group apart")
-
-
-def _check_fit(games: Games, ties: str) -> None:
+def check_fit(games: Games, ties: str = "half") -> None:
+    """Refuse games without ties to model, or that fall into groups without a game between them."""
     if ties not in ("half", "davidson"):
         raise ValueError(f"ties is {ties!r}, expected half or davidson")
     tied, decided = ((games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any())
     if ties == "davidson" and not (tied and decided):
         fail(f"games: {'all are ties' if tied else 'none is a tie'}, so davidson has nothing to fit: use ties='half'")
-    check_connected(games)
+    if apart := not_connected(games):
+        fail(f"games: {apart}, expected one group: judge games between them, or rate each group apart")
 
 
 def _check_finite(games: Games) -> None:
@@ -516,7 +510,7 @@ def bradley_terry(games: Games, ties: str = "half", prior: float = 0) -> dict:
     average one; without it, games that leave a rating infinite are refused.
     Returns {"ratings": by model, "strengths": [M] nats, "tie": nats, NaN if not modelled}.
     """
-    _check_fit(games, ties)
+    check_fit(games, ties)
     if not prior:
         _check_finite(games)
     pairs, codes = _cells(games)
@@ -535,7 +529,7 @@ def bootstrap_bradley_terry(games: Games, ties: str = "half", rounds: int = 1000
     """
     if prior <= 0:
         raise ValueError(f"prior is {prior}, expected above 0: a resampled tournament may have an unbeaten model")
-    _check_fit(games, ties)
+    check_fit(games, ties)
     pairs, codes = _cells(games)
     prompt = games.prompt[~np.isnan(games.outcome)]
     drawn, chunks = draws(games.prompts, rounds, seed), [np.empty((0, len(games.models)))]

@@ -30,7 +30,6 @@ import json
 import math
 import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -56,18 +55,13 @@ class Options:
 
 
 @dataclass
-class Recorded:
+class Recorded(Report):
     """The rows of a file and what became of its records; a place is a line, or a number in an array, from 1."""
 
-    path: str
-    format: str = ""
-    read: int = 0
     games: list[dict] = field(default_factory=list)
     scores: list[dict] = field(default_factory=list)
     labels: list[dict] = field(default_factory=list)
     unparsed: int = 0                                             # rows without a verdict
-    rejects: list[tuple[int, str]] = field(default_factory=list)  # (place, reason)
-    reasons: Counter = field(default_factory=Counter)             # rejects by reason, without the values at fault
     differs: list[tuple[int, str]] = field(default_factory=list)  # stored verdicts that are not what the judge said
     digest: str = ""                                              # of the unpacked file
 
@@ -75,15 +69,12 @@ class Recorded:
     def rows(self) -> list[dict]:
         return [*self.games, *self.scores, *self.labels]
 
-    def reject(self, place: int, reason: Reject) -> None:
-        self.rejects.append((place, str(reason)))
-        self.reasons[reason.kind] += 1
 
     def __str__(self) -> str:
         lines = [f"{self.path}: format {self.format or 'unknown'}, {self.read} read, {len(self.games)} games, "
                  f"{len(self.scores)} scores, {len(self.labels)} labels, {self.unparsed} without a verdict, "
                  f"{len(self.rejects)} rejected"]
-        lines += [f"  {count} times: {reason}" for reason, count in self.reasons.most_common()]
+        lines += [f"  {count} times: {reason}" for reason, count in self.kinds.most_common()]
         if self.differs:
             place, how = self.differs[0]
             count = len(self.differs)
@@ -120,7 +111,7 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
                     raise rejected("judges again what {} did, expected each once: drop one, or keep repeats", before[0])
                 row |= {"repeat": len(before)} if before else {}
         except Reject as reason:
-            said.reject(place, reason)
+            said.note(place, reason)
             continue
         for row, key in zip(rows, keys, strict=True):
             places.setdefault(key, []).append(place)
@@ -130,7 +121,7 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
             said.unparsed += row[verdict] is None
             {"label": said.labels, "score": said.scores, "preference": said.games}[verdict].append(row)
     if not said.read and not said.rejects:
-        said.reject(1, rejected("is empty, expected judgments"))
+        said.note(1, rejected("is empty, expected judgments"))
     return said
 
 
@@ -166,11 +157,11 @@ def _records(path: Path, said: Recorded) -> Iterator[tuple[int, object]]:
             while chunk := file.read(1024):  # where a file breaks off, what was being read is lost
                 content += chunk
     except (OSError, EOFError, zlib.error) as error:
-        said.reject(content.count(b"\n") + 1, rejected("breaks off ({}), expected a whole file: copy it again", error))
+        said.note(content.count(b"\n") + 1, rejected("breaks off ({}), expected a whole file: copy it again", error))
     said.digest = hashlib.sha256(content).hexdigest()
-    stream, report = io.BufferedReader(io.BytesIO(content)), Report(str(path))
-    for place, record in stream_values(stream, ".csv" if ".csv" in path.suffixes else ".jsonl", report):
-        yield place + (report.unit == "index"), record
+    stream = io.BufferedReader(io.BytesIO(content))
+    for place, record in stream_values(stream, ".csv" if ".csv" in path.suffixes else ".jsonl", said):
+        yield place + (said.unit == "index"), record
 
 
 def _recognise(record: dict) -> str:

@@ -107,9 +107,8 @@ def _table(columns: list[str], rows: list[list]) -> list[str]:
 
 
 def _columns(columns: list[str], rows: list[list]) -> list[list]:
-    for row in rows:
-        if len(row) != len(columns):
-            raise ValueError(f"a row has {len(row)} cells, expected {len(columns)}: {row}")
+    if wrong := [row for row in rows if len(row) != len(columns)]:
+        raise ValueError(f"a row has {len(wrong[0])} cells, expected {len(columns)}: {wrong[0]}")
     return [[row[i] for row in rows] for i in range(len(columns))]
 
 
@@ -303,6 +302,5 @@ def _preferences(file: Path) -> dict[str, dict[str, float | None]]:
         by_prompt = found.setdefault(f"{row['judge']}: {min(a, b)} against {max(a, b)}", {})
         by_prompt.setdefault(str(row["prompt"]), []).extend([] if p is None else [p if a < b else 1 - p])
 
-    read_lines(file, game, "is no game as judge.py writes them, expected 'judge', 'prompt', 'a', 'b' and 'preference' "
-                           "from 0 to 1")
+    read_lines(file, game, "is no game of judge.py, expected 'judge', 'prompt', 'a', 'b' and 'preference' from 0 to 1")
     return {pair: {prompt: sum(v) / len(v) if v else None for prompt, v in of.items()} for pair, of in found.items()}

@@ -361,8 +361,8 @@ def test_every_bad_record_is_named_with_its_place_and_reason(tmp_path):
     assert len(said.games) == 2 and said.unparsed == 1 and said.read == 14  # NaN is AlpacaEval's null
     places = [place for place, _ in said.rejects]
     assert places == [2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 14, 15]
-    assert said.reasons.total() == 12
-    assert said.reasons["'preference' is ..., expected 1 to 2, 0 for a draw, or null: mend or drop the row"] == 5
+    assert said.kinds.total() == 12
+    assert said.kinds["'preference' is ..., expected 1 to 2, 0 for a draw, or null: mend or drop the row"] == 5
     assert dict(said.rejects)[12] == "judges again what 1 did, expected each once: drop one, or keep repeats"
     assert dict(said.rejects)[8] == "is a list, expected an object: mend or drop it"
     assert "14 read, 2 games, 0 scores, 0 labels, 1 without a verdict, 12 rejected" in str(said)
@@ -522,7 +522,7 @@ def test_300_damaged_files_end_in_a_report(make, tmp_path):
                 damaged = gzip.compress(damaged)
             (tmp_path / name).write_bytes(damaged)
             said = read(tmp_path / name)
-            assert said.reasons.total() == len(said.rejects) and len(said.rejects) <= said.read + 1
+            assert said.kinds.total() == len(said.rejects) and len(said.rejects) <= said.read + 1
             assert all(g["preference"] is None or 0 <= g["preference"] <= 1 for g in said.games)
             assert all(s["score"] is None or math.isfinite(s["score"]) for s in said.scores)
             kinds = ((said.games, "preference"), (said.scores, "score"), (said.labels, "label"))

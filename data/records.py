@@ -81,7 +81,8 @@ def check_messages(value, key: str) -> list[dict]:
     for i, m in enumerate(turns):
         due = ("user", "assistant")[i % 2]
         if m["role"] != due:
-            raise broken("roles", f"'{key}' has role {repr(m['role'])[:40]} where {due} is due: roles alternate, user first")
+            said = repr(m["role"])[:40]
+            raise broken("roles", f"'{key}' has role {said} where {due} is due: roles alternate, user first")
     if not turns:
         raise broken("roles", f"'{key}' has no user turn")
     return messages

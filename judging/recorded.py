@@ -383,7 +383,7 @@ def read_vicuna(record: dict, options: Options) -> list[dict]:
     a, b = (a, b[0]) if len(b) == 1 else (options.model, options.baseline)
     said["preference"] = None if x is None else outcome(x, y)
     game = _game(record, _prompt(record, "question_id"), a, b, True, judge=_judge(record, "reviewer_id"), **said)
-    common = {"prompt": game["prompt"], "judge": game["judge"], "turn": 1, **_also(record)}
+    common = {"turn": 1, "prompt": game["prompt"], "judge": game["judge"], **_also(record)}
     return [game, *(common | {"model": name, "score": score} for name, score in ((a, x), (b, y)))]
 
 

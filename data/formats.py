@@ -49,6 +49,10 @@ class Report:
     rejects: list[tuple[int, str]] = field(default_factory=list)  # (place, reason); also parts of records that are used
     kinds: Counter = field(default_factory=Counter)               # rejects by kind of reason
 
+    def note(self, place: int, reject: Reject) -> None:
+        self.rejects.append((place, str(reject)))
+        self.kinds[reject.kind] += 1
+
     def refuse(self) -> None:
         """End the run with the first reject, and how many there are: training takes whole files or none."""
         if self.rejects:
@@ -92,8 +96,7 @@ def _records(path: Path, report: Report) -> Iterator[dict]:
         before = report.out
         for part in [value] if isinstance(value, Reject) else _parts(value, report):
             if isinstance(part, Reject):
-                report.rejects.append((place, str(part)))
-                report.kinds[part.kind] += 1
+                report.note(place, part)
             else:
                 report.out += 1
                 report.used += report.out == before + 1

@@ -207,5 +207,5 @@ def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, capsys):
           "line 1: holds [REQUEST] 0 times")
     exits(capsys, lambda: safety.load_texts(file({"x": 1}), "behaviour"), "has no")
     exits(capsys, lambda: safety.load_texts(file(*[{"behaviour": "a"}] * 2), "behaviour"), "drop the repeats")
-    exits(capsys, lambda: main(replace(config, behaviours="none.jsonl")), "none.jsonl: cannot be read")
+    exits(capsys, lambda: main(replace(config, behaviours="none.jsonl")), "none.jsonl: no such file")
     exits(capsys, lambda: Config(steps=0), "steps is 0")

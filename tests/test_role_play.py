@@ -179,7 +179,7 @@ def test_corrupted_replies_are_dropped_with_a_reason(config, tmp_path):
 def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, capsys):
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"task": "a"}])
     for change, said in (({"ideas": str(bad)}, "bad.jsonl line 1: is no idea"),
-                         ({"ideas": "none.jsonl"}, "cannot be read"),
+                         ({"ideas": "none.jsonl"}, "no such file"),
                          ({"user_roles": "none.txt"}, "user_roles=none.txt: cannot be read")):
         exits(capsys, lambda change=change: main(replace(config, **change)), said)
     exits(capsys, lambda: Config(max_messages=1), "max_messages is 1")

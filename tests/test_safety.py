@@ -85,7 +85,7 @@ def test_bad_transcripts_are_one_line(tmp_path, capsys, change):
 
 
 def test_a_missing_file_of_transcripts_is_one_line(tmp_path, capsys):
-    exits(capsys, lambda: read_transcripts(tmp_path / "none.jsonl"), "none.jsonl", "cannot be read")
+    exits(capsys, lambda: read_transcripts(tmp_path / "none.jsonl"), "none.jsonl", "no such file")
 
 
 # ---------------------------------------------------------------------------------------- refusals

@@ -269,7 +269,7 @@ def test_corrupted_replies_are_dropped_with_a_reason(recipe, config, tmp_path, c
 def test_wrong_seeds_are_one_line_before_anything_is_asked(config, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"instruction": "a"}\n')
     for path, said in ((tmp_path / "bad.jsonl", "bad.jsonl line 1: is no seed"),
-                       (tmp_path / "none.jsonl", "No such file"),
+                       (tmp_path / "none.jsonl", "no such file"),
                        (seeds(tmp_path / "few.jsonl", 5), "has 5 seeds, expected 8")):
         exits(capsys, lambda path=path: main(replace(config, seeds=str(path))), said)
     exits(capsys, lambda: Config(machine_examples=9), "machine_examples is 9")

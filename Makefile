@@ -23,7 +23,7 @@ endif
 
 # One recipe in three sizes. In runs/results everything has the size that configs/tiny and the scripts' defaults say.
 # The demo's more_prompts are what the three rounds of collect.rounds take.
-runs/tiny/%: DATA_SIZE = demos=2000 prompts=1500 more_prompts=4500 evals=20
+runs/tiny/%: DATA_SIZE = demos=2000 prompts=1500 more_prompts=3000 evals=20
 runs/tiny/%: SFT_SIZE = epochs=2
 runs/tiny/%: PPO_SIZE = steps=20
 runs/tiny/99/%: DATA_SIZE = demos=300 prompts=150 more_prompts=50 evals=4
@@ -51,7 +51,7 @@ TWO_JOBS = OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )) $(MAK
 ONE_JOB = $(MAKE) --no-print-directory
 
 tiny-%: runs/tiny/%/sft/model/config.json
-	$(TWO_JOBS) runs/tiny/$*/first_table runs/tiny/$*/reward/model/config.json
+	$(TWO_JOBS) runs/tiny/$*/first_table runs/tiny/$*/pairs_reward.jsonl
 	$(ONE_JOB) runs/tiny/$*/ppo/model/config.json
 
 results-%: runs/results/%/pairs.jsonl

@@ -1,4 +1,4 @@
-"""Context distillation: learn to reply as the starting model does after having read a context, without reading it.
+"""Context distillation: learn to reply without a context as the starting model replies with it.
 
     loss = (1 / n) sum over the n response tokens of KL(pi_0(. | context, what precedes) || pi(. | what precedes))
 

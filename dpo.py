@@ -70,7 +70,7 @@ def dpo_loss(
     ref_chosen_logprobs: Tensor,       # [B] log pi_ref(y_w | x), no gradient
     ref_rejected_logprobs: Tensor,     # [B] log pi_ref(y_l | x), no gradient
     beta: float,                       # strength of the pull towards the reference, no unit
-    relative: Callable | None = None,  # one of RELATIVES in place of -log sigmoid
+    relative: Callable[[Tensor, float, float], Tensor] | None = None,  # one of RELATIVES, for another loss
     label_smoothing: float = 0.0,      # e, for those that use it
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DPO loss (Rafailov et al. 2023, arXiv:2305.18290, Eq. 7) and its metrics.
@@ -80,6 +80,7 @@ def dpo_loss(
 
     Returns the loss [] and detached metrics []. A policy equal to its reference scores
     log 2 = 0.6931 with accuracy 0 (a tie is not a win): every run must start there.
+    With `relative` the mean of its losses is returned, with the same metrics.
     Raises ValueError if beta is not positive: at 0 the loss ignores the policy.
     """
     if beta <= 0:
@@ -99,7 +100,7 @@ def dpo_loss(
 
 # The relatives put another function of the margins m [B] in place of -log sigmoid(m); each returns losses [B].
 def cdpo_loss(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Conservative DPO (Mitchell 2023): cross-entropy if a share e of the labels is flipped; least at p = 1 - e."""
+    """Conservative DPO (Mitchell 2023): cross-entropy if a share e of labels is flipped, least at sigmoid(m) = 1 - e"""
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
 
@@ -121,7 +122,6 @@ def ipo_loss(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
     return (margins / beta - 1 / (2 * beta)).square()
 
 
-# ipo_mean is IPO on log-probabilities per token, the form TRL uses.
 RELATIVES = {"dpo": None, "cdpo": cdpo_loss, "robust": robust_loss, "hinge": hinge_loss,
              "ipo": ipo_loss, "ipo_mean": ipo_loss}
 
@@ -190,7 +190,7 @@ def train_step(policy: Transformer, batch: Batch, config: Config, pairs: int) ->
     """A micro-batch's part of the step's loss and metrics, means over the step's `pairs`."""
     sums = response_sums(policy, batch)                                          # [B]
     ref_sums = torch.cat([tree.ref_sums for tree in batch.trees]).to(sums)       # [B]
-    if config.loss == "ipo_mean":
+    if config.loss == "ipo_mean":  # IPO on log-probabilities per token, the form TRL uses
         sums, ref_sums = sums / batch.lengths, ref_sums / batch.lengths
     logprobs = (*batch.sides(sums), *batch.sides(ref_sums))                      # chosen, rejected, twice: four [pairs]
     loss, metrics = dpo_loss(*logprobs, config.beta, RELATIVES[config.loss], config.label_smoothing)

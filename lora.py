@@ -179,7 +179,7 @@ class LoraLinear(nn.Module):
         return dora(y, adapter(x), self.weight(), adapter, self.base.bias)
 
 
-def lora_layers(model: Transformer) -> dict[str, LoraLinear]:
+def named_lora_layers(model: Transformer) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
@@ -213,7 +213,7 @@ def add_lora(
                 adapter.magnitude = nn.Parameter(weight.float().norm(dim=1))
             layer.adapters[name] = adapter
             setattr(parent, child_name, layer)
-    model.lora_layers = list(lora_layers(model).values())
+    model.lora_layers = list(named_lora_layers(model).values())
     for layer in model.lora_layers:
         layer.active = name
     model.recompute = partial(_recompute, model)
@@ -286,7 +286,7 @@ def merge_lora(model: Transformer, originals: Transformer | None = None, name: s
     never back into four bits. Raises ValueError without them.
     """
     target = model if originals is None else originals
-    for path, layer in lora_layers(model).items():
+    for path, layer in named_lora_layers(model).items():
         if originals is None and not isinstance(layer.base, Linear):
             raise ValueError("the base is quantised: give the model it was made from as originals")
         plain = layer.base if originals is None else originals.get_submodule(path)
@@ -318,7 +318,7 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default") ->
     """
     settings = model.adapters[name]
     by_name: dict[str, list[LoraLinear]] = {}
-    for layer_path, layer in lora_layers(model).items():
+    for layer_path, layer in named_lora_layers(model).items():
         if name in layer.adapters:
             by_name.setdefault(_peft_name(layer_path, model), []).append(layer)
     tensors, wider = {}, set()
@@ -463,10 +463,10 @@ def _fill(
 def load_base(
     path: str, settings: Settings, device: torch.device, *, scored: bool | None = None, trained: bool = True,
 ) -> Transformer:
-    """The model a script starts from: weights in fp32 if they train, else as stored, or quantised as they are read.
+    """The model a script starts from, in fp32 if every weight trains, in the dtype of compute if none does.
 
-    `scored` says whether a reward model is expected (None: either will do). What is going to be sharded waits in the
-    CPU's memory.
+    With adapters it is as stored, or quantised as it is read. `scored` says whether a reward model is expected (None:
+    either will do). A model that will be sharded is loaded into the CPU's memory first.
     """
     dtype = compute_dtype(settings.dtype, device)
     if settings.lora_rank:

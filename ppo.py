@@ -1,11 +1,11 @@
-"""Proximal policy optimization: learn from a reward model's scores of one's own replies.
+"""Proximal policy optimization: sample replies, let a reward model score them, learn from the scores.
 
     each step   sample      replies y from the policy, temperature as in training, no truncation of the distribution
                 score       r(x, y), one number per reply, given at its last token; a reply without end gets a penalty
                 reward_t  = -kl_coef * (log pi(y_t) - log pi_ref(y_t)),  + r(x, y) at the last token
                 advantage   GAE over rewards and values, whitened over all tokens of the step
                 update      some epochs of minibatches, ratio = pi(y_t) / pi_old(y_t):
-                            mean of max(-A ratio, -A clip(ratio, 1 - c, 1 + c))  +  value loss, clipped alike
+                            mean of max(-A ratio, -A clip(ratio, 1 - c, 1 + c))  +  value loss, clipped the same way
 
 The reward is sparse: nothing but the KL term until the reply ends. The reference is the policy before its first
 update. The value model starts from the reward model and says after every token what score is still to come;
@@ -54,7 +54,7 @@ class Config(runtime.Settings):
     n: int = 1                       # replies per prompt; rloo needs at least 2
     max_tokens: int = 64             # of a reply
     temperature: float = 1.0         # of sampling, and of every log-probability
-    missing_eos: Literal["replace", "subtract"] = "replace"  # an endless reply gets -penalty, or its score - penalty
+    missing_eos: Literal["replace", "subtract"] = "replace"  # a reply without end gets -penalty, or its score - penalty
     penalty: float = 2.0             # in standard deviations of the score, as scores are
     score_clip: float = 4.0          # largest absolute score, in standard deviations
 
@@ -125,10 +125,10 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     return rewards.scatter_add(1, last, scores[:, None].to(rewards))
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantages (Schulman et al. 2015, arXiv:1506.02438) and returns, both [B, T].
 
-        delta_t = reward_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1},    R_t = A_t + V_t
+        delta_t = reward_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1},    R_t = A_t + V_t
 
     V is 0 after the last token; whatever stands behind the mask counts for nothing.
     """
@@ -137,7 +137,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = delta + gamma * lam * next_advantage
+        next_advantage = delta + gamma * gae_lambda * next_advantage
         advantages[:, t], next_value = next_advantage, values[:, t]
     return advantages, advantages + values
 
@@ -260,8 +260,8 @@ def score(trees: list[Tree], models: Models, config: Config, device: torch.devic
     std = models.reward_model.config.score_std
     for batch in micro_batches(trees, config.micro_tokens):
         rows, batch = batch.response_ids, batch.to(device)
-        found, uncertain, _ = response_logprobs(models.policy, batch, config.temperature, entropy=True)
-        parts = [found, response_logprobs(models.reference, batch, config.temperature)[0], uncertain]
+        found, entropies, _ = response_logprobs(models.policy, batch, config.temperature, entropy=True)
+        parts = [found, response_logprobs(models.reference, batch, config.temperature)[0], entropies]
         if models.value is not None:
             parts.append(response_values(models.value, batch))
         for table, part in zip(tables, parts, strict=False):
@@ -302,8 +302,8 @@ def train_step(
     loss, metrics = policy_loss(logprobs, old, advantages, mask, config.clip_eps, tokens)
     if models.value is not None:
         values = response_values(models.value, batch)
-        missed, more = value_loss(values, old_values, returns, mask, config.value_clip, tokens)
-        loss, metrics = loss + config.value_coef * missed, metrics | more
+        error, value_metrics = value_loss(values, old_values, returns, mask, config.value_clip, tokens)
+        loss, metrics = loss + config.value_coef * error, metrics | value_metrics
     weights = {name: 1.0 if name == "ratio_max" else batch.weight for name in metrics}
     return batch.weight * loss, {name: weights[name] * value for name, value in metrics.items()}
 
@@ -351,7 +351,7 @@ def out_of_bounds(metrics: dict[str, float], config: Config) -> str:
     for name, (beyond, limit) in bounds.items():
         if beyond:
             bound = f"{limit}={getattr(config, limit):g}"
-            return f"{name} is {metrics[name]:.3g}, beyond {bound}: lower lr or raise kl_coef"
+            return f"{name} is {metrics[name]:.3g}, the limit is {bound}: lower lr or raise kl_coef"
     return ""
 
 

@@ -47,11 +47,11 @@ class Config(runtime.Settings):
     model: str = "runs/tiny/0/sft/model"  # Hugging Face directory to start from, usually the result of sft.py
     data: str = "runs/tiny/0/pairs.jsonl"  # JSONL of preferences or rankings (data/formats.py)
     eval_data: str = ""              # JSONL of held-out pairs; "" for none
-    demos: str = ""                  # JSONL of demonstrations that shall score 0 on average; "": the chosen replies
+    demos: str = ""                  # JSONL of demonstrations whose mean score becomes 0; "": the chosen replies
     out: str = "runs/reward"         # folder of the run
     template: str = ""               # chat template; "": the checkpoint's own, or zephyr
 
-    margin: Literal["none", "raw", "llama2_small", "llama2_large"] = "none"  # what a rating 1-4 asks of the difference
+    margin: Literal["none", "raw", "llama2_small", "llama2_large"] = "none"  # m of a pair rated 1-4 (MARGINS)
     centering: float = 0.0           # weight of (r_w + r_l)^2, 0 or about 0.01
     epochs: int = 1                  # passes over the data; a large model overfits in a second one
     max_steps: int = 0               # stop after this many updates; 0: epochs decide
@@ -69,7 +69,7 @@ class Config(runtime.Settings):
 
 # ---------------------------------------------------------------------------------------- the loss
 
-# What a rating from 1 (slightly better) to 4 (very much) asks of the difference. Llama 2, table 27.
+# The margin m of ratings from 1 (slightly better) to 4 (very much better). Llama 2, table 27.
 MARGINS = {"none": (0, 0, 0, 0), "raw": (1, 2, 3, 4), "llama2_small": (0, 1 / 3, 2 / 3, 1),
            "llama2_large": (0, 1, 2, 3)}
 

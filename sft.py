@@ -117,9 +117,10 @@ def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     model = lora.load_base(config.model, config, device, scored=False)
-    check_vocabulary(model, tokenizer)
     if config.train_on == "responses" or config.template:
         print(adopt_template(model, tokenizer, config.template or tokenizer.template or "zephyr"))
+    else:
+        check_vocabulary(model, tokenizer)
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     lora.shard(lora.adapt(model, config), config, device)

@@ -29,11 +29,10 @@ def plan(
             add_score_head(model, 0)
         total = sum(p.numel() for p in model.parameters())
         compute = 2 if dtype == "bfloat16" else 4
-        stored = getattr(torch, config.dtype).itemsize
         if not settings.lora_rank:
-            weights, adapters = total * (4 if trained else stored), 0
+            weights, adapters = total * (4 if trained else compute), 0
         else:
-            weights = base_bytes(model, stored, settings.quantize)
+            weights = base_bytes(model, getattr(torch, config.dtype).itemsize, settings.quantize)
             lora.adapt(model, settings)
             adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     train = (adapters if settings.lora_rank else total) if trained else 0
@@ -61,11 +60,12 @@ def show_plan(path: str, found: dict[str, int], dtype: str, micro_tokens: int) -
 
 
 def compute_name(settings: Settings) -> str:
+    """The dtype to plan for; auto is bfloat16, as on the GPU a run is planned for (a CPU may take float32)."""
     return "bfloat16" if settings.dtype == "auto" else settings.dtype
 
 
 def dry_run(config, load_data, scored: bool = False) -> None:
-    """One model and one data file, as sft.py, dpo.py and reward.py have them; load_data is the script's."""
+    """One model and one data file; load_data is the script's. A teacher, a ref_model and eval_data are not counted."""
     dtype = compute_name(config)
     show_plan(config.model, plan(config.model, config, dtype, config.micro_tokens, scored), dtype, config.micro_tokens)
     if Path(config.data).exists() and any(Path(config.model).glob("tokenizer*")):
@@ -79,7 +79,7 @@ def dry_run(config, load_data, scored: bool = False) -> None:
 
 
 def plan_of_four(config, dtype: str) -> dict[str, int]:
-    """As plan, of the four models of ppo.py: they take turns, so that the largest activations count once."""
+    """As plan, for ppo.py's four models, all of the policy's size; they take turns, so activations count once."""
     policy = plan(config.model, config, dtype, config.micro_tokens)
     frozen = plan(config.model, config, dtype, 0, trained=False)
     value = dict.fromkeys(policy, 0)

@@ -30,7 +30,7 @@ def load_models(config, tokenizer: Tokenizer, device: torch.device) -> Models:
 
 
 def load_four(config, tokenizer: Tokenizer, device: torch.device) -> Models:
-    """Policy and value model to train, reference and reward model as they are stored."""
+    """Policy and value model to train, reference and reward model in the dtype of compute."""
     def load(path: str, scored: bool, trained: bool) -> Transformer:
         model = lora.load_base(path, config, device, scored=scored, trained=trained)
         check_tokenizer(model, path, tokenizer)
@@ -77,7 +77,7 @@ def load_roles(config, tokenizer: Tokenizer, device: torch.device) -> Models:
 
 
 def check_tokenizer(model: Transformer, path: str, tokenizer: Tokenizer) -> None:
-    """Leave with one line if the model reads other tokens than the policy writes."""
+    """Exit with one line if the model reads other tokens than the policy writes."""
     other = load_tokenizer(path)
     check_vocabulary(model, other)
     if [other.name(i) for i in range(other.vocab_size)] != [tokenizer.name(i) for i in range(tokenizer.vocab_size)]:

@@ -201,7 +201,7 @@ def truncate(trees: list[Tree], max_length: int) -> tuple[list[Tree], dict[str, 
 
 
 def fit(trees: list[Tree], max_length: int, path: str, name: str) -> list[Tree]:
-    """truncate, with one line that says what `path` holds and what was cut; leaves if nothing is left to learn."""
+    """truncate, with one line that says what `path` holds and what was cut; exits if nothing is left to learn."""
     fault = "every prompt is longer than" if any(tree.leaves for tree in trees) else "holds no token to learn within"
     trees, counts = truncate(trees, max_length)
     if not trees:
@@ -397,8 +397,9 @@ def show(tree: Tree, tokenizer: Tokenizer) -> str:
             note = ""
             if i in of:
                 r = tree.responses[of[i]]
-                kind = ("chosen", "rejected")[r.side] if tree.leaves else "response"
-                kind = f"rank {r.side}" if tree.ranked else kind
+                kind = "response"
+                if tree.leaves:
+                    kind = f"rank {r.side}" if tree.ranked else ("chosen", "rejected")[r.side]
                 margin, cut = f", margin {r.margin:g}" if r.margin else "", ", cut" if r.cut else ""
                 note = f"  {kind}, turn {r.turn}{margin}{cut}"
             name = tokenizer.name(int(batch.tokens[i]))

@@ -15,7 +15,7 @@ from runtime import distributed
 
 
 def response_logprob_sums(model: Transformer, batch: Batch) -> Tensor:
-    """Log-probability of every response given its prompt, summed over its tokens, [B] nats."""
+    """Log-probability of every response given its prompt, [B] nats; dpo.py writes it out, as it is what is learnt."""
     hidden = model.hidden(batch.tokens, batch.positions, batch.layout)                           # [N, D]
     logprobs, _ = linear_logprobs(hidden[batch.predictors], model.head_weight, batch.targets)    # [M]
     return batch.sums(logprobs)
@@ -84,6 +84,6 @@ def print_report(name: str, found: dict, baseline: dict | None) -> None:
         if len(found[key]) > 1:
             parts = (f"{label} {100 * right:.0f} % ({count})" for label, (right, count) in found[key].items())
             print(f"by {title:<7}" + "  ".join(parts))
-    print("said it is right with probability and was: "
+    print("calibration, predicted and observed: "
           + "  ".join(f"{said:.2f} {was:.2f} ({count})" for said, was, count in found["calibration"]))
     print(f"correlation of score and length {found['length_correlation']:+.2f}")

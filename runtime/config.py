@@ -25,7 +25,7 @@ def fail(message: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Settings:
-    """What every training script can be told besides what its algorithm needs. A script may set another default."""
+    """Settings that all training scripts share; a script may set another default."""
 
     lr: float = 1e-4                 # peak learning rate
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -56,7 +56,7 @@ class Settings:
     wandb: Literal["off", "offline", "online"] = "off"
     profile: bool = False            # trace a few steps into the run's folder, and print where their time went
     overwrite: bool = False          # start anew in a folder that holds another run
-    dry_run: bool = False            # check everything, print parameters, memory and steps, and leave
+    dry_run: bool = False            # check settings, model and data; print parameters, memory and steps
 
     def __post_init__(self):
         check_ranges(
@@ -156,7 +156,7 @@ def _checked(types: dict, key: str, value, place: str):
 
 
 def check_range(key: str, value: float, low: float, high: float) -> None:
-    """Leave with one line if a setting is out of range."""
+    """Exit with one line if a setting is out of range."""
     if not low <= value <= high:
         expected = f"at least {low:g}" if high == inf else f"between {low:g} and {high:g}"
         fail(f"{key} is {value:g}, expected {expected}")

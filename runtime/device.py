@@ -10,7 +10,7 @@ from runtime.config import fail
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 try:
-    # 67 MB, so only where it can run; TRITON_INTERPRET=0 asks for it on any machine, as aot.py does.
+    # 67 MB, so only where it can run; TRITON_INTERPRET=0 asks for it on any machine, as tests/aot.py does.
     if not (torch.version.cuda or torch.version.hip or "TRITON_INTERPRET" in os.environ):
         raise ImportError
     import triton

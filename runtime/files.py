@@ -70,7 +70,7 @@ def file_hash(*paths: str | Path) -> str:
 
 
 def read_cache(file: Path, what: str, made_from: dict[str, str], remedy: str) -> Tensor:
-    """The sums that write_cache has kept; leaves with one line if they were made from anything else."""
+    """The sums that write_cache has kept; exits with one line if they were made from anything else."""
     try:
         with safe_open(file, framework="pt") as cache:
             stored, sums = json.loads((cache.metadata() or {}).get("made_from", "{}")), cache.get_tensor("sums")

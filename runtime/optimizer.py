@@ -51,5 +51,5 @@ def check_finite(loss: float, grad_norm: float, step: int, records: list[int]) -
     """A loss or gradient that is not finite ends the run before it reaches the weights. `records` count from 0."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         numbers = ", ".join(str(record + 1) for record in sorted(records))
-        fail(f"step {step + 1}: loss is {loss}, gradient norm {grad_norm}: lower lr, or look at this step's records: "
-             f"{numbers}")
+        where = f", or look at this step's records: {numbers}" if records else ""
+        fail(f"step {step + 1}: loss is {loss}, gradient norm {grad_norm}: lower lr{where}")

@@ -1,4 +1,4 @@
-"""A run is a folder, and an object that knows how far it is.
+"""A run is a folder, and an object that knows how many steps are done.
 
     config.toml     resolved; `--config` on it repeats the run        metrics.jsonl   one line a step
     model/          the result, a Hugging Face directory              state/step_N/   what resuming needs
@@ -129,7 +129,8 @@ def _enter(run: Path, out: str, config, depends_on: dict[str, str], overwrite: b
         _check_same(run, out, config, hashes)
         return lock
     # config.toml makes a folder a run's: written last and never removed, so that a kill in between locks nobody out.
-    for path in (run / name for name in WRITTEN):
+    snapshots = [path for kind in ("model", "adapter") for path in run.glob(f"{kind}_step_*")]
+    for path in [*(run / name for name in WRITTEN), *snapshots]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_text(run / "depends_on.json", json.dumps(hashes))
     write_text(began, config_toml(config))
@@ -137,7 +138,7 @@ def _enter(run: Path, out: str, config, depends_on: dict[str, str], overwrite: b
 
 
 def _check_same(run: Path, out: str, config, hashes: dict[str, str]) -> None:
-    """Leave with one line unless the folder was begun with this config and these inputs."""
+    """Exit with one line unless the folder was begun with this config and these inputs."""
     remedy = "choose another out=, or overwrite=true"
     try:
         old = tomllib.loads((run / "config.toml").read_text())

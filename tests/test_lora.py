@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import lora
 import runtime
 from checkpoints import load_model, save_model
-from lora import Adapter, Int8Linear, LoraLinear, add_lora, lora_layers, merge_lora, quantize_base, save_adapter
+from lora import Adapter, Int8Linear, LoraLinear, add_lora, merge_lora, named_lora_layers, quantize_base, save_adapter
 from model import Linear, add_score_head
 
 PEFT = FIXTURES / "models" / "llama2_lora"
@@ -19,7 +19,7 @@ def trained(model, seed=1):
     """An adapter that has moved away from zero."""
     made = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in lora_layers(model).values():
+        for layer in named_lora_layers(model).values():
             for found in layer.adapters.values():
                 found.B.copy_(torch.randn(found.B.shape, generator=made))
     return model
@@ -107,7 +107,7 @@ def test_merged_equals_unmerged(use_dora):
     trained(add_lora(model, 2, 4, use_dora=use_dora))
     before = model(ids)
     merge_lora(model)
-    assert not lora_layers(model) and (model(ids) - before).abs().max() < 1e-5  # adapters are multiplied in fp32
+    assert not named_lora_layers(model) and (model(ids) - before).abs().max() < 1e-5  # adapters are multiplied in fp32
 
 
 # ---------------------------------------------------------------------------------- quantised bases
@@ -175,12 +175,12 @@ def test_an_adapter_of_peft_gives_its_logits_gradients_and_greedy_tokens():
         assert (model(ids) - case["full.logits_adapter"]).abs().max() < 2e-4
         left = model(case["left.input_ids"], case["left.attention_mask"])[:, -1]
         assert (left - case["left.last_logits_adapter"]).abs().max() < 2e-4
-    for layer in lora_layers(model).values():
+    for layer in named_lora_layers(model).values():
         layer.adapters["default"].dropout = 0.0
     loss = torch.nn.functional.cross_entropy(model(ids)[:, 7:-1].flatten(0, 1), ids[:, 8:].flatten())
     loss.backward()
     assert loss.item() == pytest.approx(told["loss"], abs=1e-4)
-    for path, layer in lora_layers(model).items():
+    for path, layer in named_lora_layers(model).items():
         for part in "AB":
             norm = getattr(layer.adapters["default"], part).grad.norm().item()
             assert norm == pytest.approx(told["grad_norms"][f"model.{path}.lora_{part}.weight"], rel=1e-3)

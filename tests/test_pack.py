@@ -251,3 +251,13 @@ def test_the_viewer_prints_every_token_with_loss_and_branch(tmp_path, capsys, mo
                                      "--max-length", "26"])
     main()
     assert "chosen, turn 1, margin 1, cut" in capsys.readouterr().out
+
+
+def test_the_viewer_names_every_rank(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "ranking.jsonl"
+    ranking = {"prompt": "Hi", "answers": ["Hello!", "Hm.", "What."], "ranks": [0, 1, 2]}
+    file.write_text(json.dumps(ranking) + "\n")
+    monkeypatch.setattr("sys.argv", ["pack", str(file), "--tokenizer", str(BASE)])
+    main()
+    said = capsys.readouterr().out
+    assert all(f"rank {rank}, turn 1" in said for rank in (0, 1, 2))

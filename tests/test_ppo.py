@@ -256,6 +256,17 @@ def test_a_whole_update_equals_trl(tmp_path):
             assert parameter.sum().item() == pytest.approx(told["final_param_sums"][name][stored], abs=2e-3), stored
 
 
+def test_values_that_moved_less_than_the_clip_are_not_counted_as_clipped():
+    """old + (V - old) rounds to something else than V for many of a thousand; none of them lies 0.2 away."""
+    old, values = 0.01 * torch.rand(1, 1000), 0.1 * torch.rand(1, 1000)
+    mask = torch.ones(1, 1000, dtype=torch.bool)
+    assert (old + (values - old) != values).any()
+    _, metrics = value_loss(values, old, torch.randn(1, 1000), mask, 0.2)
+    assert metrics["value_clip_fraction"] == 0
+    _, metrics = value_loss(old + 1, old, old + 2, mask, 0.2)  # all too far, and the clipped error is the larger
+    assert metrics["value_clip_fraction"] == pytest.approx(1)
+
+
 # ----------------------------------------------------------------------------------------- rollouts
 
 def rollout_of(config: Config, policy, seed=0, count=6):

@@ -313,8 +313,7 @@ def main(config: Config) -> None:
     device, out = runtime.setup(config.device, 0, config.threads), runtime.open_folder(config.out)
     models, judges = decode_all("models", config.models), decode_all("judges", config.judges)
     baseline = config.baseline or next((model.name for model in models), "")
-    elsewhere = {judge.name: read_recorded(judge.where, baseline or "baseline")
-                 for judge in judges if judge.kind == "recorded"}
+    elsewhere = {j.name: read_recorded(j.where, baseline or "baseline") for j in judges if j.kind == "recorded"}
     budget = Budget(money=config.budget or inf, prompt_price=config.prompt_price, reply_price=config.reply_price)
     result = {"title": "Models and their judges", "about": {"torch": torch.__version__}}
 

@@ -9,6 +9,7 @@ Models and prompts are sorted by name first: the order of rows changes nothing b
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -90,11 +91,12 @@ def resample(n: int, rounds: int, seed: int) -> np.ndarray:
     return np.array([np.bincount(draw, minlength=n) for draw in draws(n, rounds, seed)], dtype=float).reshape(rounds, n)
 
 
-def percentiles(samples: np.ndarray) -> np.ndarray:
-    """Lower and upper end [2, ...] of the 95 % interval of bootstrap samples [rounds, ...]; NaN without any."""
+def percentiles(samples: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """Lower and upper end [2, ...] of the percentile interval of bootstrap samples [rounds, ...]; NaN without any."""
     if not len(samples):
         return np.full((2, *samples.shape[1:]), np.nan)
-    return (np.nanquantile if np.isnan(samples).any() else np.quantile)(samples, [0.025, 0.975], axis=0)
+    low_high = [(1 - level) / 2, (1 + level) / 2]
+    return (np.nanquantile if np.isnan(samples).any() else np.quantile)(samples, low_high, axis=0)
 
 
 def wilson(wins: float, n: int) -> tuple[float, float]:
@@ -134,40 +136,73 @@ def mean_interval(values, prompts: Sequence | None = None, rounds: int = 1000, s
 
 # --------------------------------------------------------------------------------------- win rates
 
-def win_rate(preferences, prompts: Sequence | None = None) -> dict[str, float]:
+def apply_draws(preferences, draws_as: str) -> np.ndarray:
+    """Preferences by a draw rule: "half" a win (AlpacaEval, Elo), "drop" (decided only), "loss" (strictly better)."""
+    p = np.asarray(preferences, dtype=float)
+    check_preferences(p)
+    match draws_as:
+        case "half":
+            return p
+        case "drop":
+            return np.where(p == 0.5, np.nan, p)
+        case "loss":
+            return np.where(p == 0.5, 0, p)
+        case _:
+            raise ValueError(f"draws_as is {draws_as!r}, expected half, drop or loss")
+
+
+def win_rate(preferences, prompts: Sequence | None = None, draws_as: str = "half") -> dict[str, float]:
     """Win rate in percent from preferences [n], its standard error, and the counts.
 
         win_rate = 100 mean p,   standard_error = 100 sd(p) / sqrt(n) with sd over n - 1       (AlpacaEval)
 
     With several rows a prompt the error is the clustered one: residuals are summed by prompt before they are squared.
-    A draw is half a win; discrete_win_rate rounds preferences first.
+    Counts ignore `draws_as`; discrete_win_rate rounds preferences first and halves draws.
     """
     p = np.asarray(preferences, dtype=float)
-    check_preferences(p)
-    sums, counts = by_prompt(p, prompts)
-    wins, losses, drawn = (int(x.sum()) for x in (p > 0.5, p < 0.5, p == 0.5))
+    used = apply_draws(p, draws_as)
+    sums, counts = by_prompt(used, prompts)
+    wins, losses, drawn = (int(np.sum(x)) for x in (p > 0.5, p < 0.5, p == 0.5))
     n, clusters = int(counts.sum()), int((counts > 0).sum())
     if n == 0:
-        raise ValueError(f"no preference to average: {len(p)} rows, none with a verdict")
+        raise ValueError(
+            f"no preference to average: {len(p)} rows, {drawn} draws, {int(np.isnan(p).sum())} without a verdict"
+        )
     mean = sums.sum() / n
     squares = ((sums - mean * counts) ** 2).sum() * clusters / (clusters - 1) if clusters > 1 else math.nan
-    return {"win_rate": 100 * mean, "standard_error": 100 * math.sqrt(squares) / n, "n": n, "wins": wins,
-            "losses": losses, "draws": drawn, "missing": int(np.isnan(p).sum()),
-            "discrete_win_rate": 100 * (wins + drawn / 2) / max(wins + losses + drawn, 1)}
+    return {
+        "win_rate": 100 * mean,
+        "standard_error": 100 * math.sqrt(squares) / n,
+        "n": n,
+        "wins": wins,
+        "losses": losses,
+        "draws": drawn,
+        "missing": int(np.isnan(p).sum()),
+        "discrete_win_rate": 100 * (wins + drawn / 2) / max(wins + losses + drawn, 1),
+    }
 
 
-def paired_difference(first, second, prompts: Sequence | None = None, rounds: int = 1000) -> dict[str, float]:
+def paired_difference(
+    first, second, prompts: Sequence | None = None, rounds: int = 1000, seed: int = 0
+) -> dict[str, float]:
     """How much higher the first model's mean preference is, in points, on rows [n] where both have a verdict.
 
     Two intervals that overlap do not say that two models are equal: prompts hard for one are hard for the other.
     """
     gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    gap = np.sort(gap) if prompts is None else gap  # nameless prompts have no order
-    n = int((~np.isnan(gap)).sum())
-    if not n:
+    sums, counts = by_prompt(
+        np.sort(gap) if prompts is None else gap, prompts
+    )  # sorted: nameless prompts have no order
+    if not counts.sum():
         raise ValueError("no row has a verdict for both models")
-    low, high = mean_interval(gap, prompts, rounds)
-    return {"difference": 100 * float(np.nanmean(gap)), "low": 100 * low, "high": 100 * high, "n": n}
+    samples = 100 * bootstrap_means(sums[:, None], counts[:, None], resample(len(sums), rounds, seed))
+    low, high = percentiles(samples[:, 0])
+    return {
+        "difference": 100 * sums.sum() / counts.sum(),
+        "low": float(low),
+        "high": float(high),
+        "n": int(counts.sum()),
+    }
 
 
 def feature_preference(preferences, model_value, baseline_value, threshold: float = 0) -> dict[str, float]:
@@ -352,6 +387,100 @@ def records(games: Games) -> dict[str, dict[str, float]]:
 
 # ---------------------------------------------------------------------------------------- MT-Bench
 
+def leaderboard(rows_by_model: Mapping[str, Iterable[Mapping]], rounds: int = 1000, seed: int = 0) -> list[dict]:
+    """AlpacaEval's table: a row a model, best first; win rate and lc2 with 95 % intervals over the same prompts.
+
+    Rows are AlpacaEval's records {index, preference 1..2, len_1, len_2}, lengths optional, aligned by index.
+    mean_length is the model's, cut to an integer as the leaderboard prints it.
+    """
+    tables = {}
+    for model, rows in rows_by_model.items():
+        table = {}
+        for row in rows:
+            if row["index"] in table:
+                raise ValueError(f"{model}: index {row['index']} occurs twice")
+            table[row["index"]] = row
+        if not table:
+            raise ValueError(f"{model}: no rows")
+        tables[model] = table
+    keys = sorted({key for table in tables.values() for key in table}, key=lambda x: (isinstance(x, str), x))
+    weights = resample(len(keys), rounds, seed)
+    result = []
+    for model, table in tables.items():
+        rows = [table.get(key) for key in keys]
+        p = np.array([math.nan if row is None else alpaca_preference(row["preference"]) for row in rows])
+        sums, counts = by_prompt(p)
+        line = {"model": model, **win_rate(p)}
+        line["missing"] -= sum(row is None for row in rows)  # of its own rows
+        line["low"], line["high"] = map(
+            float, percentiles(100 * bootstrap_means(sums[:, None], counts[:, None], weights)[:, 0])
+        )
+        if all("len_1" in row and "len_2" in row for row in table.values()):
+            has = np.array([row is not None for row in rows])
+            one, two = (
+                np.array([row[name] for row in rows if row is not None], dtype=float) for name in ("len_1", "len_2")
+            )
+            fit = lc2(p[has], one, two, weights[:, has])
+            line |= {"lc2": fit["lc2"], "lc2_low": fit["low"], "lc2_high": fit["high"], "mean_length": int(two.mean())}
+        result.append(line)
+    return sorted(result, key=lambda line: (-line["win_rate"], line["model"]))
+
+
+def bootstrap_win_rates(games: Games, rounds: int = 1000, seed: int = 0) -> np.ndarray:
+    """Adjusted win rates in percent [rounds, M] over resampled prompts: columns subtract to paired differences."""
+    sums, counts = np.zeros((2, games.prompts, len(games.models)))
+    valid = ~np.isnan(games.outcome)
+    prompt, outcome = games.prompt[valid], games.outcome[valid]
+    for side, won in ((games.a[valid], outcome), (games.b[valid], 1 - outcome)):
+        np.add.at(sums, (prompt, side), won)
+        np.add.at(counts, (prompt, side), 1)
+    return 100 * bootstrap_means(sums, counts, resample(games.prompts, rounds, seed))
+
+
+def score_totals(scores) -> dict[str, float]:
+    """Two models' summed scores and their ratio, from pairs [n, 2] (Vicuna's review); a pair with a gap is missing."""
+    scores = np.asarray(scores, dtype=float).reshape(-1, 2)
+    valid = ~np.isnan(scores).any(axis=1)
+    first, second = scores[valid].sum(axis=0)
+    return {
+        "first": float(first),
+        "second": float(second),
+        "ratio": float(first / second) if second else math.nan,
+        "n": int(valid.sum()),
+        "missing": int((~valid).sum()),
+    }
+
+
+def match_orders(games: Games) -> tuple[Games, np.ndarray, np.ndarray, int]:
+    """Games merged by `both_orders`, a's outcomes [n] with a first and with b first, and how many had no partner.
+
+    Partners are games of one prompt and pair in opposite order; repeats are matched in the order given.
+    """
+    waiting: dict[tuple, list[int]] = defaultdict(list)
+    matched = []
+    for i, key in enumerate(
+        zip(games.prompt.tolist(), games.a.tolist(), games.b.tolist(), games.a_first.tolist(), strict=True)
+    ):
+        partners = waiting[(*key[:3], not key[3])]
+        if partners:
+            j = partners.pop(0)
+            matched.append((i, j) if key[3] else (j, i))
+        else:
+            waiting[key].append(i)
+    i, j = np.array(matched, dtype=int).reshape(-1, 2).T
+    forward, backward = games.outcome[i], games.outcome[j]
+    merged = Games(
+        games.models,
+        games.a[i],
+        games.b[i],
+        both_orders(forward, backward),
+        games.prompt[i],
+        games.a_first[i],
+        games.prompts,
+    )
+    return merged, forward, backward, sum(map(len, waiting.values()))
+
+
 def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds: int = 1000, seed: int = 0) -> dict:
     """One model's single-answer scores (arXiv:2306.05685): turn 1, turn 2, and the average of both turns' valid rows.
 
@@ -383,26 +512,32 @@ def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds:
 
 # --------------------------------------------------------------------------------------------- Elo
 
-SCALE = 400 / math.log(10)  # rating points of a nat: 400 points are odds of ten to one
-CENTRE = 1000.0
 
 
-def elo(games: Games, k: float = 4) -> dict[str, float]:
-    """Online Elo in the games' order, the one result that depends on it (FastChat's, K = 4 today, 32 in May 2023).
+def elo(games: Games, k: float = 4, scale: float = 400, base: float = 10, init: float = 1000) -> dict[str, float]:
+    """Online Elo in the order of the games (FastChat's, K = 4 today, 32 in May 2023); the order matters here alone.
 
-        E_a = 1 / (1 + 10^((R_b - R_a) / 400)),   R_a += K (S_a - E_a),   R_b -= the same
+        E_a = 1 / (1 + base^((R_b - R_a) / scale)),   R_a += K (S_a - E_a),   R_b -= the same
     """
-    rating = [CENTRE] * len(games.models)
+    rating = [float(init)] * len(games.models)
     for a, b, s in zip(games.a.tolist(), games.b.tolist(), games.outcome.tolist(), strict=True):
         if math.isnan(s):
             continue
-        change = k * (s - 1 / (1 + math.exp((rating[b] - rating[a]) / SCALE)))
+        change = k * (s - 1 / (1 + base ** ((rating[b] - rating[a]) / scale)))
         rating[a] += change
         rating[b] -= change
     return dict(zip(games.models, rating, strict=True))
 
 
-def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32) -> np.ndarray:
+def bootstrap_elo(
+    games: Games,
+    rounds: int = 1000,
+    seed: int = 0,
+    k: float = 32,
+    scale: float = 400,
+    base: float = 10,
+    init: float = 1000,
+) -> np.ndarray:
     """Online Elo [rounds, M] of resampled prompts, games in random order: the order given does not matter."""
     valid = ~np.isnan(games.outcome)
     columns = [x[valid] for x in (games.prompt, games.a, games.b, games.outcome, games.a_first)]
@@ -417,12 +552,13 @@ def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32
     a, b, outcome, stakes = (np.append(x, 0) for x in (a, b, outcome, np.full(over, float(k))))
     games_at = np.full((max((len(order) for order in orders), default=0), rounds), over, dtype=np.int32)
     for r, order in enumerate(orders):
-        games_at[:len(order), r] = order
-    rating = np.full(rounds * len(games.models), CENTRE)
+        games_at[: len(order), r] = order
+    rating = np.full(rounds * len(games.models), float(init))
     offset = np.arange(rounds) * len(games.models)
+    growth = math.log(base) / scale
     for g in games_at:
         i, j = offset + a[g], offset + b[g]
-        change = stakes[g] * (outcome[g] - 1 / (1 + np.exp((rating[j] - rating[i]) / SCALE)))
+        change = stakes[g] * (outcome[g] - 1 / (1 + np.exp(growth * (rating[j] - rating[i]))))
         rating[i] += change
         rating[j] -= change
     return rating.reshape(rounds, -1)
@@ -442,7 +578,9 @@ def rating_table(models: Sequence[str], samples: np.ndarray, point: Mapping[str,
     return sorted(lines, key=lambda line: (-line["rating"], line["model"]))
 
 
-def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 1000) -> dict[str, list[dict]]:
+def likert_tables(
+    rows: Iterable[tuple[str, str, int, object]], rounds: int = 1000, seed: int = 0, k: float = 32
+) -> dict[str, list[dict]]:
     """The talk's two tables from the same ratings 1-8: median bootstrapped Elo where 4 and 5 are ties, and where not.
 
     rows: (A, B, rating, prompt), A shown left. Resampling prompts keeps the six games of one prompt together.
@@ -451,45 +589,61 @@ def likert_tables(rows: Iterable[tuple[str, str, int, object]], rounds: int = 10
     result = {}
     for name, ties in (("ties allowed", True), ("no ties", False)):
         games = collect(Game(a, b, likert_outcome(rating, ties), prompt) for a, b, rating, prompt in rows)
-        check_fit(games)
-        result[name] = rating_table(games.models, bootstrap_elo(games, rounds))
+        check_connected(games)
+        result[name] = rating_table(games.models, bootstrap_elo(games, rounds, seed, k))
     return result
 
 
 # ----------------------------------------------------------------------------------- Bradley-Terry
 
-def not_connected(games: Games) -> str:
+def not_connected(games: Games, ties: str = "half") -> str:
     """Which two models no chain of games joins, so that their ratings have no common scale; "" if there are none."""
-    valid = ~np.isnan(games.outcome)
+    valid = ~np.isnan(apply_draws(games.outcome, "drop" if ties == "drop" else "half"))
     met = np.zeros((len(games.models),) * 2, dtype=bool)
     met[games.a[valid], games.b[valid]] = met[games.b[valid], games.a[valid]] = True
     reached = _reach(met)
-    other = games.models[int(np.argmin(reached))]
-    return "" if reached.all() else f"no chain of games joins {games.models[0]} to {other}"
+    return (
+        "" if reached.all() else f"no chain of games joins {games.models[0]} to {games.models[int(np.argmin(reached))]}"
+    )
+
+
+def check_connected(games: Games, ties: str = "half") -> None:
+    """Refuse games that fall into groups without a game between them."""
+    apart = not_connected(games, ties)
+    if apart:
+        fail(f"games: {apart}, expected one group: judge games between them, or rate each group apart")
+
+
+def _check_ties(games: Games, ties: str) -> None:
+    if ties not in ("half", "drop", "rao_kupper", "davidson"):
+        raise ValueError(f"ties is {ties!r}, expected half, drop, rao_kupper or davidson")
+    tied, decided = ((games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any())
+    if ties in ("rao_kupper", "davidson") and not (tied and decided):
+        fail(f"games: {'all are ties' if tied else 'none is a tie'}, so {ties} has nothing to fit: use ties='half'")
+    if ties == "drop" and not decided:
+        fail("games: all are ties, and ties='drop' leaves none: use ties='half'")
 
 
 def check_fit(games: Games, ties: str = "half") -> None:
     """Refuse games without ties to model, or that fall into groups without a game between them."""
-    if ties not in ("half", "davidson"):
-        raise ValueError(f"ties is {ties!r}, expected half or davidson")
-    tied, decided = ((games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any())
-    if ties == "davidson" and not (tied and decided):
-        fail(f"games: {'all are ties' if tied else 'none is a tie'}, so davidson has nothing to fit: use ties='half'")
-    if apart := not_connected(games):
-        fail(f"games: {apart}, expected one group: judge games between them, or rate each group apart")
+    _check_ties(games, ties)
+    check_connected(games, ties)
 
 
-def _check_finite(games: Games) -> None:
+def _check_finite(games: Games, ties: str) -> None:
     """Ford's condition (1957): ratings are finite only if no group of models never lost or tied against the rest."""
     beat = np.zeros((len(games.models),) * 2, dtype=bool)
-    beat[games.a[games.outcome > 0], games.b[games.outcome > 0]] = True  # a tie counts for both
-    beat[games.b[games.outcome < 1], games.a[games.outcome < 1]] = True
+    level = 0.5 if ties == "drop" else 0.0  # a tie counts for both, unless it is dropped
+    beat[games.a[games.outcome > level], games.b[games.outcome > level]] = True
+    level = 0.5 if ties == "drop" else 1.0
+    beat[games.b[games.outcome < level], games.a[games.outcome < level]] = True
     for edges, never in ((beat, "won"), (beat.T, "lost")):
         reached = _reach(edges)
         if not reached.all():
             some = [m for m, r in zip(games.models, reached, strict=True) if r]
-            fail(f"games: {', '.join(some[:3])}{' ...' if len(some) > 3 else ''} never {never} against the other "
-                 "models, so the ratings are infinite: judge more prompts, or set prior=1")
+            some = ", ".join(some[:3]) + (" ..." if len(some) > 3 else "")
+            fail(f"games: {some} never {never} against the other models, so the ratings are infinite: "
+                 "judge more prompts, or set prior=1")
 
 
 def _reach(edges: np.ndarray) -> np.ndarray:
@@ -500,44 +654,70 @@ def _reach(edges: np.ndarray) -> np.ndarray:
     return reached
 
 
-def bradley_terry(games: Games, ties: str = "half", prior: float = 0) -> dict:
+def bradley_terry(
+    games: Games,
+    ties: str = "half",
+    prior: float = 0,
+    scale: float = 400,
+    base: float = 10,
+    init: float = 1000,
+    anchor: tuple[str, float] | None = None,
+) -> dict:
     """Maximum-likelihood ratings (Bradley and Terry 1952); d is the difference of two strengths in nats.
 
-        half         P(a wins) = sigmoid(d), a tie is half a win for each
-        davidson     P(a wins) : P(b wins) : P(tie) = e^(d/2) : e^(-d/2) : e^tie      (Davidson 1970; e^tie is his nu)
+        half         P(a wins) = sigmoid(d), a tie is half a win for each; drop: ties are left out
+        rao_kupper   P(a wins) = sigmoid(d - tie), P(b wins) = sigmoid(-d - tie), a tie else  (Rao and Kupper 1967)
+        davidson     P(a wins) : P(b wins) : P(tie) = e^(d/2) : e^(-d/2) : e^tie, e^tie his nu       (Davidson 1970)
 
-    Ratings are 1000 + 400 / ln 10 * strength, centred on 1000. `prior` plays that many draws of each model against an
-    average one; without it, games that leave a rating infinite are refused.
+    Ratings are init + scale / ln(base) * strength, centred on init, or shifted so that `anchor` (model, rating) holds.
+    `prior` plays that many draws of each model against an average one; without it, infinite ratings are refused.
     Returns {"ratings": by model, "strengths": [M] nats, "tie": nats, NaN if not modelled}.
     """
-    check_fit(games, ties)
+    _check_ties(games, ties)
+    check_connected(games, ties)
     if not prior:
-        _check_finite(games)
+        _check_finite(games, ties)
     pairs, codes = _cells(games)
-    counts = np.bincount(codes, minlength=3 * len(pairs)).reshape(1, -1, 3)
-    strengths, tie = _strengths(pairs, counts, len(games.models), ties == "davidson", prior)
-    ratings = CENTRE + SCALE * strengths[0]
-    return {"ratings": dict(zip(games.models, ratings.tolist(), strict=True)), "strengths": strengths[0],
-            "tie": float(tie[0])}
+    strengths, tie = _strengths(
+        pairs, np.bincount(codes, minlength=3 * len(pairs)).reshape(1, -1, 3), len(games.models), ties, prior
+    )
+    ratings = _rescale(strengths, games.models, scale, base, init, anchor)[0]
+    return {
+        "ratings": dict(zip(games.models, ratings.tolist(), strict=True)),
+        "strengths": strengths[0],
+        "tie": float(tie[0]),
+    }
 
 
-def bootstrap_bradley_terry(games: Games, ties: str = "half", rounds: int = 1000, seed: int = 0,
-                            prior: float = 1e-3) -> np.ndarray:
-    """Ratings [rounds, M] of resampled prompts.
+def bootstrap_bradley_terry(
+    games: Games,
+    ties: str = "half",
+    rounds: int = 1000,
+    seed: int = 0,
+    prior: float = 1e-3,
+    scale: float = 400,
+    base: float = 10,
+    init: float = 1000,
+    anchor: tuple[str, float] | None = None,
+) -> np.ndarray:
+    """Ratings [rounds, M] of resampled prompts. An anchor's own interval is 0 by construction.
 
     A round may leave a model unbeaten: the small prior makes its rating very high instead of infinite.
     """
     if prior <= 0:
         raise ValueError(f"prior is {prior}, expected above 0: a resampled tournament may have an unbeaten model")
-    check_fit(games, ties)
+    _check_ties(games, ties)
+    check_connected(games, ties)
     pairs, codes = _cells(games)
     prompt = games.prompt[~np.isnan(games.outcome)]
-    drawn, chunks = draws(games.prompts, rounds, seed), [np.empty((0, len(games.models)))]
+    drawn, chunks = draws(games.prompts, rounds, seed), []
     for _ in range(0, rounds, 50):  # 50 tournaments fit the cache
         times = (np.bincount(draw, minlength=games.prompts) for draw in islice(drawn, 50))
         counts = np.array([np.bincount(codes, t[prompt], minlength=3 * len(pairs)).reshape(-1, 3) for t in times])
-        chunks.append(_strengths(pairs, counts, len(games.models), ties == "davidson", prior)[0])
-    return CENTRE + SCALE * np.concatenate(chunks)
+        chunks.append(_strengths(pairs, counts, len(games.models), ties, prior)[0])
+    return _rescale(
+        np.concatenate(chunks) if chunks else np.empty((0, len(games.models))), games.models, scale, base, init, anchor
+    )
 
 
 def _cells(games: Games) -> tuple[np.ndarray, np.ndarray]:
@@ -548,52 +728,82 @@ def _cells(games: Games) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(np.divmod(pairs, len(games.models)), axis=1), 3 * index + kind
 
 
-def _strengths(pairs: np.ndarray, counts: np.ndarray, models: int, davidson: bool,
-               prior: float) -> tuple[np.ndarray, np.ndarray]:
+def _rescale(strengths: np.ndarray, models: list[str], scale: float, base: float, init: float, anchor) -> np.ndarray:
+    ratings = scale / math.log(base) * strengths + init
+    return ratings if anchor is None else ratings + anchor[1] - ratings[:, models.index(anchor[0]), None]
+
+
+def _strengths(
+    pairs: np.ndarray, counts: np.ndarray, models: int, ties: str, prior: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Newton's method for R tournaments at once: pairs [P, 2], counts of a wins, b wins, ties [R, P, 3] -> [R, M], [R].
 
-    Both likelihoods are concave. Strengths are centred; steps are capped at 2 nats.
+    Every likelihood here is concave. Strengths are centred; steps are capped at 2 nats.
     """
     wins, losses, tied = np.moveaxis(counts.astype(float), 2, 0)
-    if not davidson:
+    modelled = ties in ("rao_kupper", "davidson")
+    if ties == "half":
         wins, losses = wins + tied / 2, losses + tied / 2
     rounds, i, j = len(wins), *pairs.T
     side = np.zeros((len(pairs), models))
     side[np.arange(len(pairs)), i], side[np.arange(len(pairs)), j] = 1, -1
-    strengths, tie = np.zeros((rounds, models)), np.zeros(rounds)
+    strengths, tie = np.zeros((rounds, models)), np.zeros(rounds) if ties == "davidson" else np.full(rounds, 0.5)
     for _ in range(200):
         d = strengths[:, i] - strengths[:, j]
-        q, size = sigmoid(strengths), models + davidson
+        slope, bend, tie_slope, tie_bend, cross = _derivatives(ties, d, tie[:, None], wins, losses, tied)
+        q = sigmoid(strengths)
+        size = models + modelled
         gradient, hessian = np.zeros((rounds, size)), np.zeros((rounds, size, size))
-        if davidson:
-            slope, bend, tie_slope, tie_bend, cross = _davidson(d, tie[:, None], wins, losses, tied)
-            gradient[:, models], hessian[:, models, models] = tie_slope.sum(axis=1), tie_bend.sum(axis=1) + 1e-9
-            hessian[:, :models, models] = hessian[:, models, :models] = cross @ side
-        else:
-            n, p = wins + losses, sigmoid(d)
-            slope, bend = wins - n * p, n * p * (1 - p)
         gradient[:, :models] = slope @ side + prior * (0.5 - q)
         hessian[:, i, j] = hessian[:, j, i] = -bend
         diagonal = np.arange(models)
-        hessian[:, diagonal, diagonal] = -hessian[:, :models, :models].sum(axis=2) + prior * q * (1 - q)
+        hessian[:, diagonal, diagonal] = -hessian[:, :models].sum(axis=2) + prior * q * (1 - q)
+        if modelled:
+            gradient[:, models], hessian[:, models, models] = tie_slope.sum(axis=1), tie_bend.sum(axis=1) + 1e-9
+            hessian[:, :models, models] = hessian[:, models, :models] = cross @ side
         if not prior:
             hessian[:, :models, :models] += 1 / models  # the sum of the strengths is free: hold it
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         step *= np.minimum(1, 2 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
         strengths = strengths + step[:, :models]
-        if davidson:  # in a round without ties, or with nothing else, it would run off
-            new = np.clip(tie + step[:, models], -20, 20)
+        if (
+            modelled
+        ):  # Rao and Kupper's parameter is positive; in a round without ties, or with nothing else, both would run off
+            new = np.maximum(tie + step[:, models], tie / 3) if ties == "rao_kupper" else tie + step[:, models]
+            new = np.clip(new, 1e-6 if ties == "rao_kupper" else -20, 20)
             step[:, models], tie = new - tie, new
         if np.abs(step).max() < 1e-8:
-            return strengths - strengths.mean(axis=1, keepdims=True), tie if davidson else np.full(rounds, np.nan)
+            return strengths - strengths.mean(axis=1, keepdims=True), tie if modelled else np.full(rounds, np.nan)
     raise ValueError("the Bradley-Terry fit did not converge in 200 steps")
 
 
-def _davidson(d, tie, wins, losses, tied) -> tuple:
+def _derivatives(ties: str, d, tie, wins, losses, tied) -> tuple:
     """Of the log-likelihood by pair [R, P]: slope, minus curvature in d; the same in tie; minus the mixed one."""
-    n = wins + losses + tied
-    top = np.maximum(np.abs(d) / 2, tie)
-    parts = np.exp(d / 2 - top), np.exp(-d / 2 - top), np.exp(tie - top)
-    a, b, t = (part / sum(parts) for part in parts)
-    return ((wins - losses - n * (a - b)) / 2, n * (a + b - (a - b) ** 2) / 4,
-            tied - n * t, n * t * (1 - t), -n * (a - b) * t / 2)
+    if (
+        ties == "rao_kupper"
+    ):  # wins and ties enter sigmoid(d - tie), losses and ties sigmoid(-d - tie), ties e^(2 tie) - 1
+        up, down = sigmoid(tie - d), sigmoid(tie + d)  # 1 - sigmoid of each
+        left, right = (wins + tied) * up, (losses + tied) * down
+        left_bend, right_bend = left * (1 - up), right * (1 - down)
+        odds = -np.expm1(-2 * tie)
+        return (
+            left - right,
+            left_bend + right_bend,
+            2 * tied / odds - left - right,
+            left_bend + right_bend + 4 * tied * np.exp(-2 * tie) / odds**2,
+            right_bend - left_bend,
+        )
+    if ties == "davidson":
+        n = wins + losses + tied
+        top = np.maximum(np.abs(d) / 2, tie)
+        parts = np.exp(d / 2 - top), np.exp(-d / 2 - top), np.exp(tie - top)
+        a, b, t = (part / sum(parts) for part in parts)
+        return (
+            (wins - losses - n * (a - b)) / 2,
+            n * (a + b - (a - b) ** 2) / 4,
+            tied - n * t,
+            n * t * (1 - t),
+            -n * (a - b) * t / 2,
+        )
+    n, q = wins + losses, sigmoid(d)
+    return wins - n * q, n * q * (1 - q), 0, 0, 0

@@ -25,7 +25,7 @@ from judging.ratings import (
 
 real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
 NAN = math.nan
-TIES = ("half", "davidson")
+TIES = ("half", "drop", "rao_kupper", "davidson")
 
 
 def judge(name: str) -> Path:
@@ -71,8 +71,10 @@ def test_label_preference_by_hand():
     """log 3 and log 1: the first answer has 3/4. A missing label has probability 0; two missing are no verdict."""
     assert ratings.label_preference(math.log(3), 0, model_first=True) == pytest.approx(0.75)
     assert ratings.label_preference(math.log(3), 0, model_first=False) == pytest.approx(0.25)
-    assert ratings.label_preference(None, -9, model_first=True) == 0
-    assert ratings.label_preference(-9, None, model_first=True) == 1
+    assert (
+        ratings.label_preference(None, -9, model_first=True) == 0
+        and ratings.label_preference(-9, None, model_first=True) == 1
+    )
     assert math.isnan(ratings.label_preference(None, None, model_first=True))
 
 
@@ -94,25 +96,42 @@ def test_a_win_needs_both_orders():
 def test_win_rate_by_hand():
     """1, 1, 0, 1/2: mean 0.625; sd sqrt(0.6875 / 3) = 0.4787, over sqrt 4, times 100 = 23.94."""
     said = win_rate([1, 1, 0, 0.5, NAN])
-    keys = ("win_rate", "n", "wins", "losses", "draws", "missing")
-    assert [said[key] for key in keys] == [62.5, 4, 2, 1, 1, 1]
+    assert (said["win_rate"], said["n"], said["wins"], said["losses"], said["draws"], said["missing"]) == (
+        62.5,
+        4,
+        2,
+        1,
+        1,
+        1,
+    )
     assert said["standard_error"] == pytest.approx(100 * math.sqrt(0.6875 / 3) / 2)
     # 0.9 and 0.3 round to a win and a loss.
     assert win_rate([0.9, 0.3])["win_rate"] == pytest.approx(60) and win_rate([0.9, 0.3])["discrete_win_rate"] == 50
+
+
+def test_draw_rules_by_hand():
+    """Two wins, a loss, a draw: half 2.5 of 4, dropped 2 of 3, a draw is no win 2 of 4."""
+    rates = [win_rate([1, 1, 0, 0.5], draws_as=rule)["win_rate"] for rule in ("half", "drop", "loss")]
+    assert rates == pytest.approx([62.5, 200 / 3, 50])
+    with pytest.raises(ValueError, match="draws_as"):
+        win_rate([1], draws_as="win")
 
 
 def test_what_is_no_preference_is_refused():
     for bad in ([], [NAN], [1.5], [-0.1]):
         with pytest.raises(ValueError, match="preference"):
             win_rate(bad)
+    with pytest.raises(ValueError, match="preference"):
+        win_rate([0.5], draws_as="drop")
 
 
 def test_asking_a_prompt_twice_makes_nobody_surer():
     p = [1, 0, 0, 0.5, 1, 1]
     once, twice = win_rate(p, prompts=range(6)), win_rate(p * 2, prompts=list(range(6)) * 2)
     assert once == pytest.approx(win_rate(p))
-    assert twice["standard_error"] == pytest.approx(once["standard_error"])
-    assert twice["win_rate"] == pytest.approx(once["win_rate"])
+    assert twice["standard_error"] == pytest.approx(once["standard_error"]) and twice["win_rate"] == pytest.approx(
+        once["win_rate"]
+    )
     assert win_rate(p * 2)["standard_error"] < 0.75 * once["standard_error"]
 
 
@@ -173,8 +192,9 @@ def test_length_fits_recover_the_weights_that_made_the_data():
     p = ratings.sigmoid(0.7 - 1.5 * feature)
     fit = ratings.lc2(p, one, two, ratings.resample(300, 60, 0))
     assert fit["lc2"] == pytest.approx(100 / (1 + math.exp(-0.7)), abs=0.01)  # the win rate at equal length
-    # no noise, no width
-    assert fit["low"] == pytest.approx(fit["lc2"], abs=0.01) and fit["high"] == pytest.approx(fit["lc2"], abs=0.01)
+    assert fit["low"] == pytest.approx(fit["lc2"], abs=0.01) and fit["high"] == pytest.approx(
+        fit["lc2"], abs=0.01
+    )  # no noise, no width
     assert ratings.lc2(1 - p, two, one)["lc2"] == pytest.approx(100 - fit["lc2"])
 
 
@@ -183,16 +203,34 @@ def test_length_fits_stay_finite():
     assert ratings.lc2([1, 0, NAN], [5, 5, 5], [5, 5, 5])["lc2"] == pytest.approx(50)
 
 
+def test_leaderboard_aligns_by_index():
+    rows = [{"index": i, "preference": 1 + (i % 3) / 2, "len_1": 10 + i, "len_2": 30 - i} for i in range(30)]
+    better = [{**row, "preference": 2} for row in rows[5:]]
+    said, shuffled = (
+        ratings.leaderboard({"a": x, "b": y}, rounds=50)
+        for x, y in ((rows, better), (rows[::-1], better[7:] + better[:7]))
+    )
+    assert said == shuffled
+    assert [(line["model"], line["n"], line["missing"]) for line in said] == [("b", 25, 0), ("a", 30, 0)]
+    assert said[1]["low"] < said[1]["win_rate"] < said[1]["high"] and said[1]["mean_length"] == 15
+    with pytest.raises(ValueError, match="index 3 occurs twice"):
+        ratings.leaderboard({"a": [*rows, rows[3]]})
+
+
 # ------------------------------------------------------------------------------ orders and positions
 
 def test_a_judge_that_always_says_first():
     games = collect(g for i in range(20) for g in (Game("x", "y", 1, i), Game("x", "y", 0, i, a_first=False)))
-    merged = collect(Game("x", "y", s, i) for i, s in enumerate(both_orders([1] * 20, [0] * 20)))
-    assert ratings.position(games)["first_slot_share"] == 1
+    merged, forward, backward, alone = ratings.match_orders(games)
+    assert alone == 0 and ratings.position(games)["first_slot_share"] == 1
+    assert (
+        ratings.consistency(forward, backward)["consistency"] == 0
+        and ratings.consistency(forward, backward)["always_first"] == 20
+    )
     for played in (games, merged):
         assert ratings.records(played)["x"]["win_rate"] == ratings.records(played)["y"]["win_rate"] == 50
         assert bradley_terry(played)["ratings"] == pytest.approx({"x": 1000, "y": 1000})
-    assert ratings.records(merged)["x"]["ties"] == 20 and win_rate(merged.outcome)["win_rate"] == 50
+    assert ratings.records(merged)["x"]["ties"] == 20 and win_rate(both_orders(forward, backward))["win_rate"] == 50
 
 
 def test_consistency_by_hand():
@@ -200,6 +238,45 @@ def test_consistency_by_hand():
     said = ratings.consistency([1, 0.5, 1, 0, 1, NAN], [1, 0.5, 0, 1, 0.5, 1])
     assert [said[name] for name in ("consistent", "n", "always_first", "always_second", "missing")] == [2, 5, 1, 1, 1]
     assert said["consistency"] == 0.4 and (said["low"], said["high"]) == ratings.wilson(2, 5)
+
+
+def test_games_without_a_partner_are_counted():
+    rows = [
+        Game("x", "y", 1, 0),
+        Game("y", "x", 1, 0),
+        Game("x", "y", 0.5, 0),
+        Game("x", "y", 1, 1),
+        Game("y", "z", 1, 1, a_first=False),
+    ]
+    merged, forward, backward, alone = ratings.match_orders(collect(rows))
+    # x shown first won; y shown first won: split, both first. The repeat and the games of prompt 1 have no partner.
+    assert alone == 3 and (forward.tolist(), backward.tolist()) == ([1], [0]) and merged.outcome.tolist() == [0.5]
+
+
+def test_repeats_are_matched_in_the_order_given():
+    """x first: won, lost; then y first: x won, lost. Matched first with first: one win each, no tie."""
+    rows = [
+        Game("x", "y", 1, 0),
+        Game("x", "y", 0, 0),
+        Game("x", "y", 1, 0, a_first=False),
+        Game("x", "y", 0, 0, a_first=False),
+    ]
+    assert ratings.match_orders(collect(rows))[0].outcome.tolist() == [1, 0]
+
+
+def test_win_rates_of_resampled_prompts():
+    """Two prompts of two games, x wins both of the first and none of the second: rounds give 0, 50 or 100, never 25."""
+    rows = [
+        Game("x", "y", 1, 0),
+        Game("y", "x", 0, 0),
+        Game("x", "y", 0, 1),
+        Game("y", "x", 1, 1),
+        Game("x", "z", NAN, 2),
+    ]
+    samples = ratings.bootstrap_win_rates(collect(rows[:4]), rounds=200)
+    np.testing.assert_allclose(samples.sum(axis=1), 100)
+    assert [(samples[:, 0] == x).sum() for x in (0, 50, 100)] == pytest.approx([50, 100, 50], abs=25)
+    assert np.isnan(ratings.bootstrap_win_rates(collect(rows), rounds=5)[:, 2]).all()  # z has no verdict
 
 
 def test_prompts_are_resampled_with_all_their_games():
@@ -212,40 +289,59 @@ def test_prompts_are_resampled_with_all_their_games():
 
 
 def test_position_of_a_judge_with_a_known_bias():
-    """A judge that takes the first slot 7 times in 10 whatever it holds: the interval holds 0.7, the win rate stays
-    50."""
+    """A judge that takes the first slot 7 times in 10 whatever it holds: the interval holds 0.7, win rates stay 50."""
     rng = np.random.default_rng(0)
-    rows = [Game("x", "y", float((rng.random() < 0.7) == first), i, first) for i in range(1000)
-            for first in (True, False)]
+    rows = [
+        Game("x", "y", float((rng.random() < 0.7) == first), i, first) for i in range(1000) for first in (True, False)
+    ]
     said = ratings.position(collect(rows))
     assert said["low"] < 0.7 < said["high"] and said["high"] - said["low"] < 0.05
-    forward, backward = ([g.outcome for g in rows if g.a_first == first] for first in (True, False))
-    assert win_rate(both_orders(forward, backward))["win_rate"] == pytest.approx(50, abs=3)
+    merged = ratings.records(ratings.match_orders(collect(rows))[0])
+    assert merged["x"]["win_rate"] == pytest.approx(50, abs=3)
 
 
 # ---------------------------------------------------------------------------------------- MT-Bench
 
 def test_mt_bench_by_hand():
     """Turn 1: 10, 8; turn 2: 3 and an unparsed one. Means 9, 3, pooled 21 / 3 = 7, which is not (9 + 3) / 2."""
-    rows = [{"question_id": q, "turn": t, "score": s} for q, t,
-            s in ((81, 1, 10), (81, 2, 3), (101, 1, 8), (101, 2, -1))]
+    rows = [
+        {"question_id": q, "turn": t, "score": s} for q, t, s in ((81, 1, 10), (81, 2, 3), (101, 1, 8), (101, 2, -1))
+    ]
     said = ratings.mt_bench(rows, {81: "writing", 101: "reasoning", 111: "math"}, rounds=20)
-    keys = ("turn_1", "turn_2", "average", "n", "missing", "duplicates")
-    assert [said[key] for key in keys] == [9, 3, 7, 3, 1, 0]
-    assert said["category"]["writing"] == {"turn_1": 10, "turn_2": 3, "average": 6.5, "n": 2}
-    assert "math" not in said["category"]
+    assert (said["turn_1"], said["turn_2"], said["average"], said["n"], said["missing"], said["duplicates"]) == (
+        9,
+        3,
+        7,
+        3,
+        1,
+        0,
+    )
+    assert (
+        said["category"]["writing"] == {"turn_1": 10, "turn_2": 3, "average": 6.5, "n": 2}
+        and "math" not in said["category"]
+    )
     assert math.isnan(said["category"]["reasoning"]["turn_2"])
     assert ratings.mt_bench([*rows, rows[0]], rounds=1)["duplicates"] == 1
+
+
+def test_score_totals_by_hand():
+    said = ratings.score_totals([[8, 9], [9, 8.5], [NAN, 3]])
+    assert (said["first"], said["second"], said["n"], said["missing"]) == (17, 17.5, 2, 1)
 
 
 # ------------------------------------------------------------------------------- Elo, Bradley-Terry
 
 def test_elo_by_hand():
-    """K = 32 at equal ratings: 16 points. Then 1016 against 984 ties: E = 1 / (1 + 10^(-32/400)) = 0.54592, so -32 *
-    0.045922 = -1.4695."""
+    """K = 32 at equal ratings: 16 points. Then 1016 against 984 ties: E = 1 / (1 + 10^(-32/400)) = 0.54592.
+
+    So the change is -32 * 0.045922 = -1.4695.
+    """
     assert elo(collect(two_models(1, 0, 0)), k=32) == {"x": 1016, "y": 984}
     said = elo(collect(two_models(1, 0, 1)), k=32)
     assert said == pytest.approx({"x": 1014.5305, "y": 985.4695}, abs=1e-4)
+    # Both scale and base only stretch: base e, scale 400 / ln 10 is the same.
+    assert elo(collect(two_models(1, 0, 1)), k=32, base=math.e, scale=400 / math.log(10)) == pytest.approx(said)
+    assert elo(collect(two_models(1, 0, 1)), k=32, init=0)["x"] == pytest.approx(said["x"] - 1000)
 
 
 def test_bootstrapped_elo_plays_what_was_drawn():
@@ -261,13 +357,28 @@ def test_bootstrapped_elo_plays_what_was_drawn():
 def test_bradley_terry_by_hand():
     """8 wins, 2 losses, 4 ties.
 
-    Half: odds 10 : 4, so 400 log10 2.5 = 159.18 points. Davidson: odds 8 : 2, 240.82, nu = 4 / sqrt(16) = 1.
+    Half: odds 10 : 4, so 400 log10 2.5 = 159.18 points. Dropped, Davidson: odds 8 : 2, 240.82, nu = 4 / sqrt(16) = 1.
+    Rao-Kupper: d - tie = log(8/6), -d - tie = log(2/12), so d = log(8) / 2 and tie = log(4.5) / 2.
     """
     said = {ties: bradley_terry(collect(two_models(8, 2, 4)), ties) for ties in TIES}
     gap = {ties: s["ratings"]["x"] - s["ratings"]["y"] for ties, s in said.items()}
-    assert gap == pytest.approx({"half": 400 * math.log10(2.5), "davidson": 400 * math.log10(4)})
-    assert said["davidson"]["tie"] == pytest.approx(0, abs=1e-9) and math.isnan(said["half"]["tie"])
-    assert said["half"]["ratings"]["x"] + said["half"]["ratings"]["y"] == pytest.approx(2000)
+    assert gap == pytest.approx(
+        {
+            "half": 400 * math.log10(2.5),
+            "drop": 400 * math.log10(4),
+            "davidson": 400 * math.log10(4),
+            "rao_kupper": 200 * math.log10(8),
+        }
+    )
+    assert said["davidson"]["tie"] == pytest.approx(0, abs=1e-9) and said["rao_kupper"]["tie"] == pytest.approx(
+        math.log(4.5) / 2
+    )
+    assert math.isnan(said["half"]["tie"]) and said["half"]["ratings"]["x"] + said["half"]["ratings"][
+        "y"
+    ] == pytest.approx(2000)
+    assert bradley_terry(collect(two_models(8, 2, 4)), anchor=("y", 1114))["ratings"] == pytest.approx(
+        {"x": 1114 + gap["half"], "y": 1114}
+    )
 
 
 def log_likelihood(games, strengths, tie: float, ties: str) -> float:
@@ -278,9 +389,12 @@ def log_likelihood(games, strengths, tie: float, ties: str) -> float:
         if ties == "davidson":
             parts = math.exp(d / 2), math.exp(-d / 2), math.exp(tie)
             win, loss, drawn = (p / sum(parts) for p in parts)
+        elif ties == "rao_kupper":
+            win, loss = 1 / (1 + math.exp(tie - d)), 1 / (1 + math.exp(tie + d))
+            drawn = 1 - win - loss
         else:
             win, loss = 1 / (1 + math.exp(-d)), 1 / (1 + math.exp(d))
-            drawn = math.sqrt(win * loss)
+            drawn = 1 if ties == "drop" else math.sqrt(win * loss)
         total += math.log({1: win, 0: loss, 0.5: drawn}[s])
     return total
 
@@ -316,32 +430,40 @@ def test_order_and_sides_of_rows_change_nothing_but_online_elo(ties):
 def test_swapping_every_result_mirrors_every_rating(ties):
     rows = tournament(np.random.default_rng(2))
     games, swapped = collect(rows), collect(g._replace(outcome=1 - g.outcome) for g in rows)
-    np.testing.assert_allclose(bradley_terry(swapped, ties)["strengths"], -bradley_terry(games, ties)["strengths"],
-                               atol=1e-9)
+    np.testing.assert_allclose(
+        bradley_terry(swapped, ties)["strengths"], -bradley_terry(games, ties)["strengths"], atol=1e-9
+    )
     samples, mirrored = (bootstrap_bradley_terry(x, ties, rounds=20) for x in (games, swapped))
     np.testing.assert_allclose(mirrored, 2000 - samples, atol=1e-6)
     assert samples.shape == (20, 5) and bootstrap_bradley_terry(games, ties, rounds=120).shape == (120, 5)
     assert {m: 2000 - r for m, r in elo(swapped).items()} == pytest.approx(elo(games))
-    share, other = (ratings.position(x)["first_slot_share"] for x in (games, swapped))
-    assert other == pytest.approx(1 - share)
-    assert all(ratings.records(swapped)[m]["win_rate"] == pytest.approx(100 - r["win_rate"])
-               for m, r in ratings.records(games).items())
+    assert ratings.position(swapped)["first_slot_share"] == pytest.approx(
+        1 - ratings.position(games)["first_slot_share"]
+    )
+    assert all(
+        ratings.records(swapped)[m]["win_rate"] == pytest.approx(100 - r["win_rate"])
+        for m, r in ratings.records(games).items()
+    )
 
 
 def test_disconnected_games_are_refused(capsys):
     games = collect([*two_models(1, 1, 1), Game("v", "w", 1, 0), Game("v", "w", 0, 1), Game("w", "x", NAN, 2)])
     for call in (bradley_terry, bootstrap_bradley_terry):
         exits(capsys, lambda call=call: call(games), "no chain of games joins v to x", "rate each group apart")
+    dropped = collect([*two_models(1, 1, 0), Game("w", "x", 0.5, 0)])
+    exits(capsys, lambda: bootstrap_bradley_terry(dropped, "drop"), "no chain of games joins w to x")
     exits(capsys, lambda: likert_tables([("a", "b", 1, 0), ("c", "d", 8, 0)]), "no chain of games joins a to c")
 
 
 def test_infinite_ratings_are_refused(capsys):
     undefeated = collect(two_models(5, 0, 0))
     exits(capsys, lambda: bradley_terry(undefeated), "x never lost", "prior=1")
-    # A tie is half a loss.
+    # A tie is half a loss, unless it is dropped.
     tied = collect(two_models(5, 0, 1))
-    assert math.isfinite(bradley_terry(tied)["ratings"]["x"])
-    assert math.isfinite(bradley_terry(collect(two_models(0, 5, 1)))["ratings"]["x"])
+    assert math.isfinite(bradley_terry(tied)["ratings"]["x"]) and math.isfinite(
+        bradley_terry(collect(two_models(0, 5, 1)))["ratings"]["x"]
+    )
+    exits(capsys, lambda: bradley_terry(tied, "drop"), "x never lost")
     exits(capsys, lambda: bradley_terry(collect([*two_models(5, 5, 0), Game("w", "x", 0, 0)])), "w never won")
     # A prior draw each: x has 5.5 of 6 half points' worth of wins; finite, above y, mirrored.
     said = bradley_terry(undefeated, prior=1)["ratings"]
@@ -362,9 +484,11 @@ def test_a_small_prior_moves_ratings_little_and_misuse_is_refused():
 
 def test_ties_are_modelled_only_where_some_games_are_ties_and_some_are_not(capsys):
     no_ties, only_ties = collect(two_models(3, 2, 0)), collect(two_models(0, 0, 2))
-    for call in (bradley_terry, bootstrap_bradley_terry):
-        exits(capsys, lambda call=call: call(no_ties, "davidson"), "none is a tie", "davidson", "use ties='half'")
-        exits(capsys, lambda call=call: call(only_ties, "davidson"), "all are ties")
+    for ties in ("davidson", "rao_kupper"):
+        for call in (bradley_terry, bootstrap_bradley_terry):
+            exits(capsys, lambda call=call, ties=ties: call(no_ties, ties), "none is a tie", ties, "use ties='half'")
+            exits(capsys, lambda call=call, ties=ties: call(only_ties, ties), "all are ties")
+    exits(capsys, lambda: bradley_terry(only_ties, "drop"), "leaves none")
     assert bradley_terry(only_ties)["ratings"] == pytest.approx({"x": 1000, "y": 1000})
 
 
@@ -376,8 +500,9 @@ def test_bootstrap_is_centred_on_the_fit_and_resamples_prompts():
     assert all(line["low"] < line["rating"] < line["high"] for line in once)
     four = ratings.rating_table(collect(rows).models, bootstrap_bradley_terry(collect(rows * 4), rounds=300))
     for a, b in zip(once, sorted(four, key=lambda line: -fit[line["model"]]), strict=True):
-        # copies of the games, the same prompts
-        assert b["high"] - b["low"] == pytest.approx(a["high"] - a["low"], rel=0.02)
+        assert b["high"] - b["low"] == pytest.approx(
+            a["high"] - a["low"], rel=0.02
+        )  # copies of the games, the same prompts
 
 
 def test_fits_of_random_tournaments_converge():
@@ -399,15 +524,18 @@ def test_ranks_by_hand():
 def test_the_two_tables_of_one_set_of_ratings():
     """x slightly better (4) on every prompt: without ties it wins them all, with ties nobody does."""
     said = likert_tables([("x", "y", 4, i) for i in range(30)] + [("y", "x", 5, i) for i in range(30)], rounds=50)
-    assert [line["rating"] for line in said["ties allowed"]] == [1000, 1000]
-    assert [line["rank"] for line in said["ties allowed"]] == [1, 1]
+    assert [line["rating"] for line in said["ties allowed"]] == [1000, 1000] and [
+        line["rank"] for line in said["ties allowed"]
+    ] == [1, 1]
     first, second = said["no ties"]
     assert (first["model"], first["rank"], second["rank"]) == ("x", 1, 2) and first["rating"] > 1150
     # Mirrored ratings mirror the table.
-    mirrored = likert_tables([("x", "y", 5, i) for i in range(30)] + [("y", "x", 4, i) for i in range(30)],
-                             rounds=50)["no ties"]
-    assert [line["model"] for line in mirrored] == ["y", "x"]
-    assert mirrored[0]["rating"] == pytest.approx(first["rating"])
+    mirrored = likert_tables([("x", "y", 5, i) for i in range(30)] + [("y", "x", 4, i) for i in range(30)], rounds=50)[
+        "no ties"
+    ]
+    assert [line["model"] for line in mirrored] == ["y", "x"] and mirrored[0]["rating"] == pytest.approx(
+        first["rating"]
+    )
 
 
 # --------------------------------------------------------------------------------------- real data
@@ -430,8 +558,9 @@ def test_alpaca_eval_verbosity():
 @real
 def test_distinct_words_of_the_stored_answers():
     for row in read("alpaca_eval_v1/zephyr-7b-beta.jsonl.gz"):
-        for side in (1, 2):
-            assert ratings.distinct_words(row[f"output_{side}"]) == row[f"uniq_{side}"]
+        assert [ratings.distinct_words(row[f"output_{side}"]) for side in (1, 2)] == [
+            row[f"uniq_{side}"] for side in (1, 2)
+        ]
 
 
 @real
@@ -477,13 +606,53 @@ def test_mt_bench_single_scores():
 
 
 @real
+def test_mt_bench_pairwise():
+    rows = read("mt_bench/gpt-4_pair_gpt35_vs_gpt4.jsonl.gz")
+    outcome = {"model_1": 1, "model_2": 0, "tie": 0.5}
+    games = collect(
+        Game(r["model_1"], r["model_2"], outcome[r[f"g{g}_winner"]], r["question_id"], g == 1)
+        for r in rows
+        for g in (1, 2)
+    )
+    merged, forward, backward, alone = ratings.match_orders(games)
+    record, same = ratings.records(merged), ratings.consistency(forward, backward)
+    assert (record["gpt-4"]["wins"], record["gpt-3.5-turbo"]["wins"], record["gpt-4"]["ties"], alone) == (3, 2, 5, 0)
+    assert (same["consistent"], same["always_first"], same["n"]) == (7, 1, 10)
+
+
+@real
+def test_vicuna_review_totals():
+    for other, totals in (("alpaca-13b", (583.0, 704.0)), ("bard", (664.0, 655.5))):
+        said = ratings.score_totals([row["score"] for row in read(f"vicuna_review/{other}_vs_vicuna-13b.jsonl.gz")])
+        assert (said["first"], said["second"], said["n"]) == (*totals, 80)
+
+
+@real
+def test_llmbar_positions():
+    for name, share, equal, unparsed in (
+        ("natural_GPT-4_Vanilla_NoRules", 0.505, 97, 0),
+        ("natural_ChatGPT_CoT", 0.668, 64, 1),
+    ):
+        outcome = {"1": 1, "2": 0, None: None}
+        games = collect(
+            Game("1", "2", outcome[row[f"winner_{order}"]], row["index"], order == "noswap")
+            for row in read(f"llmbar/{name}.jsonl.gz")
+            for order in ("noswap", "swap")
+        )
+        said = ratings.position(games)
+        same = ratings.consistency(*ratings.match_orders(games)[1:3])
+        assert said["first_slot_share"] == pytest.approx(share, abs=5e-4) and said["missing"] == unparsed
+        assert same["consistent"] == equal and same["n"] + same["missing"] == 100
+
+
+@real
 @pytest.mark.parametrize("name", ["simple", "food"])
 def test_ratings_match_an_independent_library(name):
-    """Elo K = 4 in file order; Bradley-Terry's p sum to 1; `newman`'s tie parameter is Davidson's, up to the scale of
-    p."""
+    """Elo K = 4 in file order; Bradley-Terry's p sum to 1; `newman`'s tie parameter is Davidson's, up to p's scale."""
     outcome = {"left": 1, "right": 0, "tie": 0.5}
-    games = collect(Game(r["left"], r["right"], outcome[r["winner"]], i)
-                    for i, r in enumerate(read_csv(f"ratings/{name}.csv")))
+    games = collect(
+        Game(r["left"], r["right"], outcome[r["winner"]], i) for i, r in enumerate(read_csv(f"ratings/{name}.csv"))
+    )
     golden = {(r["algorithm"], r["item"]): float(r["score"]) for r in read_csv(f"ratings/{name}-golden.csv")}
     assert elo(games, k=4) == pytest.approx({m: golden["elo", m] for m in games.models}, abs=1e-9)
     for ties, algorithm in (("half", "bradley_terry"), ("davidson", "newman")):
@@ -491,19 +660,21 @@ def test_ratings_match_an_independent_library(name):
         theirs = np.array([golden[algorithm, m] for m in games.models])
         np.testing.assert_allclose(p / p.sum(), theirs / theirs.sum(), atol=1e-9)
     theirs = 400 * np.log10([golden["bradley_terry", m] for m in games.models])
-    ours = bradley_terry(games)["ratings"]
-    np.testing.assert_allclose([ours[m] for m in games.models], 1000 + theirs - theirs.mean(), atol=1e-6)
+    ours = bradley_terry(games, init=0)["ratings"]
+    np.testing.assert_allclose([ours[m] for m in games.models], theirs - theirs.mean(), atol=1e-6)
 
 
 @real
 def test_pandalm_tournament():
     rows = read("pandalm/human_labels.jsonl.gz")
     outcome = {0: 0.5, 1: 1, 2: 0}
-    # the median of three is the majority if there is one
-    votes = [sorted(row[f"annotator{i}"] for i in (1, 2, 3))[1] for row in rows]
+    votes = [
+        sorted(row[f"annotator{i}"] for i in (1, 2, 3))[1] for row in rows
+    ]  # the median of three is the majority if there is one
     assert [votes.count(v) for v in (0, 1, 2)] == [105, 422, 472]
-    games = collect(Game(*row["cmp_key"].split("_"), outcome[vote], row["idx"])
-                    for row, vote in zip(rows, votes, strict=True))
+    games = collect(
+        Game(*row["cmp_key"].split("_"), outcome[vote], row["idx"]) for row, vote in zip(rows, votes, strict=True)
+    )
     record = ratings.records(games)
     assert sum(r["n"] for r in record.values()) == 2 * 999 and sum(r["ties"] for r in record.values()) == 2 * 105
     for ties in TIES:  # one order of models by win rate and by every model of ties
@@ -520,3 +691,15 @@ def test_length_control_ends_where_lengths_hardly_differ_or_decide_everything():
             for p in (np.ones(n), np.where(np.arange(n) % 7, 1, 0.5), (np.arange(n) % 2).astype(float)):
                 found = ratings.lc2(p, base, longer, ratings.resample(n, 50, 0))
                 assert 0 <= found["low"] <= found["high"] <= 100 and 0 <= found["lc2"] <= 100
+
+
+@real
+@pytest.mark.parametrize("version, models", [("v1", V1), ("v2", V2)])
+def test_alpaca_eval_leaderboard(version, models):
+    published = {row[""]: row for row in read_csv(f"alpaca_eval_{version}/leaderboard.csv")}
+    for line in ratings.leaderboard({m: read(f"alpaca_eval_{version}/{m}.jsonl.gz") for m in models}, rounds=20):
+        row = published[line["model"]]
+        for name in ("win_rate", "standard_error", "discrete_win_rate"):
+            assert line[name] == pytest.approx(float(row[name]), abs=1e-9)
+        counts = [int(row[name]) for name in ("n_wins", "n_wins_base", "n_draws", "n_total", "avg_length")]
+        assert [line[name] for name in ("wins", "losses", "draws", "n", "mean_length")] == counts

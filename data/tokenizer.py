@@ -13,6 +13,7 @@ trained to produce it. Text is tokenized piece by piece and the ids are joined, 
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ import tokenizers
 import torch
 
 from model import generate
-from runtime import fail
+from runtime import fail, file_hash
 
 # --------------------------------------------------------------------------------------- templates
 
@@ -261,6 +262,10 @@ def _read_settings(file: Path) -> dict:
     return settings
 
 
+class TemplateError(ValueError):
+    """A chat template cannot render these messages; the message says what and why."""
+
+
 FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json",
          "generation_config.json")  # copied as they are; tokenizer_config.json is written
 
@@ -391,6 +396,12 @@ class Tokenizer:
         """Ids of a dialogue and, for each, whether it is in the loss."""
         spans = self.spans(messages, template, add_generation_prompt)
         return [i for ids, _ in spans for i in ids], [loss for ids, loss in spans for _ in ids]
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides the ids of a dialogue: vocabulary, special tokens, template. 16 hex digits."""
+        files = [self.path / name for name in ("tokenizer.model", "tokenizer.json") if (self.path / name).is_file()]
+        told = repr((file_hash(*files), self.template, sorted(self.special.items()), self.adds_bos))
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a reply."""

@@ -280,9 +280,9 @@ BLANK = re.compile(r"[ \t\r\n]*")
 
 def view(record: dict, form: str, tokenizer) -> str:
     """A record token by token as the model will see it; of long runs without or with loss, the two ends."""
-    from data import pack  # here, because pack reads its files with this module
+    from data import pack, trees  # here, because these read their files with this module
 
-    (tree,) = pack.trees_of([record], form, tokenizer)
+    (tree,) = trees.trees_of([record], form, tokenizer)
     lines = []
     for _, run in groupby(pack.show(tree, tokenizer).split("\n"), key=lambda line: line.split()[2:3]):
         run = list(run)

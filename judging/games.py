@@ -10,9 +10,9 @@ import torch
 
 from checkpoints import load_model
 from data.llm import Budget, Reply, Request, Sampling, ask
-from data.pack import tree_from_messages
 from data.scores import all_scores
 from data.tokenizer import load_tokenizer
+from data.trees import tree_from_messages
 from judging.prompts import Question, Verdict, ask_pair, ask_score, read_verdict
 from judging.ratings import outcome
 from judging.tables import describe

@@ -51,7 +51,9 @@ class Settings:
     threads: int = 0                 # CPU threads; 0: PyTorch's choice
     kernels: Literal["auto", "torch", "triton"] = "auto"  # auto: Triton on a GPU, PyTorch elsewhere
 
+    columns: dict = dataclasses.field(default_factory=dict)  # names of a data file's columns
     out: str = "runs/run"            # folder of the run
+    cache: str = "runs/cache"        # folder that keeps large data files tokenized, for all runs; "": none is kept
     save_every: int = 0              # steps between checkpoints; 0: at the end only
     wandb: Literal["off", "offline", "online"] = "off"
     profile: bool = False            # trace a few steps into the run's folder, and print where their time went

@@ -148,7 +148,7 @@ def _check_same(run: Path, out: str, config, hashes: dict[str, str]) -> None:
     new = tomllib.loads(config_toml(config))
     old = {key if key in new else RENAMED.get(key, key): value for key, value in old.items()}
     for key in new:
-        if old.get(key) != new[key] and key not in ("overwrite", "shard", "profile"):  # these change no step
+        if old.get(key) != new[key] and key not in ("overwrite", "shard", "profile", "cache"):  # these change no step
             fail(f"{out}: was begun with {key}={json.dumps(old.get(key))}, not {json.dumps(new[key])}: {remedy}")
     for name, digest in depended.items():
         if hashes.get(name) != digest:

@@ -11,8 +11,9 @@ from test_pack import paths, random_tree
 
 import dpo
 import runtime
-from data.pack import Response, Tree, pack
+from data.pack import pack
 from data.tiny.world import TASKS, dialogue
+from data.trees import Response, Tree
 from dpo import Config, cdpo_loss, compute_reference, dpo_loss, hinge_loss, ipo_loss, robust_loss, train_step
 
 CPU = torch.device("cpu")

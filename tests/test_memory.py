@@ -26,7 +26,8 @@ import runtime
 import sft
 from checkpoints import load_model, read_config, save_model
 from data.dry_run import plan
-from data.pack import Response, Tree, pack
+from data.pack import pack
+from data.trees import Response, Tree
 from model import Linear, ModelConfig, Transformer, init_weights
 
 RESULTS = ROOT / "benchmarks" / "results"

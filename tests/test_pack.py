@@ -6,23 +6,18 @@ import pytest
 import torch
 from conftest import BASE, small_model
 
-from data.pack import (
+from data.pack import collate, main, pack, show, shuffled, step_trees
+from data.store import Trees, flatten
+from data.tokenizer import adopt_template, load_tokenizer
+from data.trees import (
     CHOSEN,
     REJECTED,
     Response,
     Tree,
-    collate,
-    digest,
-    main,
-    pack,
-    show,
-    shuffled,
-    step_trees,
     tree_from_messages,
     trees_from_preferences,
     truncate,
 )
-from data.tokenizer import adopt_template, load_tokenizer
 from kernels.logprobs import linear_logprobs
 
 
@@ -228,6 +223,10 @@ def test_the_digest_sees_data_template_and_truncation():
     tokenizer = load_tokenizer(BASE)
     records = rated(2)
     trees = trees_from_preferences(records, tokenizer, "zephyr")
+
+    def digest(trees):
+        return Trees(*flatten(trees), {}).digest
+
     assert digest(trees) == digest(trees_from_preferences(records, tokenizer, "zephyr"))
     assert digest(trees) != digest(trees_from_preferences(records, tokenizer, "plain"))
     assert digest(trees) != digest(truncate(trees, 20)[0])

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import ppo
 from checkpoints import load_model, save_model
 from data.four_models import Models
-from data.pack import tree_from_replies
 from data.tokenizer import load_tokenizer
+from data.trees import tree_from_replies
 from model import Transformer, add_score_head
 from ppo import (
     Config,

@@ -11,9 +11,10 @@ from test_pack import random_tree
 
 import reward
 from checkpoints import load_model, save_model
-from data.pack import CHOSEN, REJECTED, Response, Tree, collate, pack, tree_from_ranking
+from data.pack import collate, pack
 from data.scores import all_scores
 from data.tokenizer import adopt_template, load_tokenizer
+from data.trees import CHOSEN, REJECTED, Response, Tree, tree_from_ranking
 from model import add_score_head
 from reward import MARGINS, Config, comparisons, pairwise_loss, report, response_scores, train_step
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 import runtime
 import sft
 from checkpoints import load_model
-from data.pack import Response, Tree, pack
+from data.pack import pack
 from data.tiny.world import demonstrate, dialogue
 from data.tokenizer import load_tokenizer
+from data.trees import Response, Tree
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from sft import Config, sft_loss, train_step

@@ -26,6 +26,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -101,8 +102,10 @@ class Trees(Sequence):
     def digest(self) -> str:
         """A hash of what the model would see: data, template, tokenizer and truncation together, 16 hex digits."""
         total = hashlib.sha256()
-        for array in (self.tokens, self.segments, self.responses, self.rows):
-            total.update(np.ascontiguousarray(array).view(np.uint8))
+        for start, length, _ in self.segments.tolist():
+            total.update(self.tokens[start : start + length])
+        for table in (self.segments["length"], self.segments["prefix"], self.responses, self.rows):
+            total.update(table.tobytes())
         return total.hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
@@ -296,8 +299,8 @@ def load_prompts(path: str, tokenizer: Tokenizer, room: int, *, cache: str = "",
     distinct: dict[bytes, int] = {}
     for i, (start, length, _) in enumerate(trees.segments.tolist()):
         if length > room:
-            fail(f"{path} record {trees.rows['record'][i] + 1}: the prompt has {length} tokens and a reply of max_tokens "
-                 f"must fit behind it, expected at most {room}: drop it or lower max_tokens")
+            fail(f"{path} record {trees.rows['record'][i] + 1}: the prompt has {length} tokens and a reply of "
+                 f"max_tokens must fit behind it, expected at most {room}: drop it or lower max_tokens")
         distinct.setdefault(hashlib.sha256(trees.tokens[start : start + length]).digest(), i)
     return trees.take(np.array(list(distinct.values())))
 
@@ -355,8 +358,10 @@ def make_trees(path: str, job: Job, form: str, groups: Iterator[Group], workers:
         fail(f"{path}: holds {form}, expected messages: context distillation reads dialogues")
     slices = iter(lambda: list(islice(groups, SLICE)), [])
     make = partial(make_part, job, form)
+    parts = in_workers(make, slices, workers) if workers > 1 else (make(groups) for groups in slices)
     try:
-        return gather(map(make, slices) if workers == 1 else in_workers(make, slices, workers), file)
+        with closing(parts):  # ends the workers, whatever happens here
+            return gather(parts, file)
     except RecordFault as fault:
         fail(f"{path} record {fault.number + 1}: {fault.reason}")
 
@@ -367,12 +372,15 @@ def _fill_cache(path: str, job: Job, form: str, columns: dict | None, folder: Pa
     with writing(folder, beside):
         folder.parent.mkdir(parents=True, exist_ok=True)
         place = os.open(folder.parent, os.O_RDONLY)
-        fcntl.flock(place, fcntl.LOCK_EX)
-        if not folder.is_dir():  # another run may have made it while this one waited
-            shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
-            beside.mkdir()
-            with (beside / "tokens.bin").open("wb") as file:
-                _make_large(path, job, form, columns, file).save(beside)
-            beside.rename(folder)
-        os.close(place)
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX)
+            if not folder.is_dir():  # another run may have made it while this one waited
+                shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+                beside.mkdir()
+                with (beside / "tokens.bin").open("wb") as file:
+                    _make_large(path, job, form, columns, file).save(beside)
+                beside.rename(folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+            os.close(place)
     print(f"{path}: tokenized in {time.perf_counter() - began:.1f} s, kept in {folder}")

@@ -96,7 +96,7 @@ def load_config(cls: type, doc: str, argv: list[str] | None = None):
             fail(f"command line: '{word}' is not key=value, expected e.g. lr=1e-4 (or --config FILE, --help)")
         values[key] = _checked(types, key, _parse(types, key, text), "command line")
     for field in dataclasses.fields(cls):
-        if field.name not in values and field.default is dataclasses.MISSING:
+        if field.name not in values and field.default is field.default_factory:  # neither is there
             fail(f"command line: {field.name} is missing, expected {field.name}=... there or in the --config file")
     return cls(**values)
 

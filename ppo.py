@@ -364,13 +364,14 @@ def out_of_bounds(metrics: dict[str, float], config: Config) -> str:
 def rollout_metrics(rollout: Rollout, rewards: Tensor, returns: Tensor, times: list[float]) -> dict[str, float]:
     """Means over replies; `times` are those before and after sampling, after scoring and after the updates, seconds."""
     mask, lengths, tokens = rollout.mask, rollout.mask.sum(1), int(rollout.mask.sum())
-    spread = returns[mask].var()  # of a single token there is none, nor of equal ones
-    missed = (returns - rollout.values)[mask].var() / spread
+    explained = 0.0  # without a value model, and where returns do not vary: of a single token
+    if rollout.values.any() and tokens > 1 and (variance := returns[mask].var()) > 0:
+        explained = 1 - ((returns - rollout.values)[mask].var() / variance).item()
     began, sampled, scored, updated = times
     return {
         "score": rollout.scores.mean().item(), "kl": torch.where(mask, rollout.kl, 0.0).sum(1).mean().item(),
         "reward": rewards.sum(1).mean().item(), "entropy": masked_mean(rollout.entropy, mask).item(),
-        "explained_variance": 1 - missed.item() if rollout.values.any() and spread > 0 else 0.0,  # or no value model
+        "explained_variance": explained,
         "length": lengths.float().mean().item(), "eos_rate": rollout.finished.float().mean().item(),
         "tokens": tokens, "tokens_per_s": tokens / (updated - began),
         "sampling_tokens_per_s": tokens / (sampled - began), "scoring_tokens_per_s": tokens / (scored - sampled),

@@ -37,7 +37,7 @@ def texts(rng: random.Random) -> Iterator[str]:
     syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er", "in")]
     while True:
         yield rng.choice(said)
-        yield " ".join("".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(3)) + "."
+        yield " ".join("".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(1)) + "."
 
 
 def messages(parts: Iterator[str], rng: random.Random, characters: float) -> list[dict]:

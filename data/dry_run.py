@@ -11,6 +11,7 @@ import torch
 
 import lora
 from checkpoints import check_weights, read_config
+from data.files import exists
 from data.pack import steps_per_epoch
 from data.tokenizer import load_tokenizer
 from model import Transformer, add_score_head
@@ -68,7 +69,7 @@ def dry_run(config, load_data, scored: bool = False) -> None:
     """One model and one data file; load_data is the script's. A teacher, a ref_model and eval_data are not counted."""
     dtype = compute_name(config)
     show_plan(config.model, plan(config.model, config, dtype, config.micro_tokens, scored), dtype, config.micro_tokens)
-    if Path(config.data).exists() and any(Path(config.model).glob("tokenizer*")):
+    if exists(config.data) and any(Path(config.model).glob("tokenizer*")):
         tokenizer = load_tokenizer(config.model)
         tokenizer.adopt(config.template or tokenizer.template or "zephyr")
         trees = load_data(config.data, tokenizer, config, "data")

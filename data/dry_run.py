@@ -70,7 +70,7 @@ def dry_run(config, load_data, scored: bool = False) -> None:
     show_plan(config.model, plan(config.model, config, dtype, config.micro_tokens, scored), dtype, config.micro_tokens)
     if Path(config.data).exists() and any(Path(config.model).glob("tokenizer*")):
         tokenizer = load_tokenizer(config.model)
-        tokenizer.adopt(config.template or tokenizer.template or "zephyr")
+        tokenizer.adopt(config.template)
         trees = load_data(config.data, tokenizer, config, "data")
         steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
         print(f"  {steps} steps of {config.batch} dialogues")

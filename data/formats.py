@@ -311,7 +311,7 @@ def main() -> None:
         write_text(Path(words.out), "".join(json.dumps(r) + "\n" for r in records))
     if records:
         tokenizer = load_tokenizer(words.tokenizer)
-        tokenizer.adopt(tokenizer.template or "zephyr")
+        tokenizer.adopt()
         print(f"\nthe first record, {words.tokenizer}, template {tokenizer.template}")
         print(view(records[0], report.format, tokenizer))
 

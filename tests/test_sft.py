@@ -224,7 +224,7 @@ def test_a_finished_run_is_not_run_again(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"template": "zephir"}, ["template is 'zephir', expected one of zephyr, llama-2"]),
+    ({"template": "zephir"}, ["template is 'zephir', expected one of alpaca, chatml"]),
     ({"batch": 0}, ["batch is 0, expected at least 1"]),
     ({"lr": 0.0}, ["lr is 0, expected between 1e-12 and 1"]),
     ({"max_steps": -1}, ["max_steps is -1, expected at least 0"]),

@@ -41,6 +41,13 @@ def _read_json(file: Path) -> dict:
     return value
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{file}: cannot be read as text ({error}): copy it again")
+
+
 # --------------------------------------------------------------------------------------- the tokenizer
 
 # Copied as they are; tokenizer_config.json is written.
@@ -128,7 +135,7 @@ class Tokenizer:
         """The checkpoint's chat template, where transformers looks for it; of several the one named default."""
         file = self.path / "chat_template.jinja"
         if file.is_file():
-            return file.read_text()
+            return _read_text(file)
         found = self.settings.get("chat_template")
         if isinstance(found, list):
             found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
@@ -137,7 +144,10 @@ class Tokenizer:
                 fail(f"{self.path}: its chat templates are named {', '.join(map(str, found))}, and none of them "
                      "default: write the one to use to a file chat_template.jinja there")
             found = found["default"]
-        return found if isinstance(found, str) and found else None
+        if found is not None and not isinstance(found, str):
+            fail(f"{self.path}/tokenizer_config.json: chat_template is a {type(found).__name__}, expected a text: "
+                 "copy the file again")
+        return found or None
 
     # ------------------------------------------------------------------------------------ the template
 
@@ -155,7 +165,7 @@ class Tokenizer:
     def _text(self, name: str) -> str:
         """The jinja text of a template that is not the checkpoint's own, as it is saved."""
         if name not in NAMED:
-            return Path(name).read_text()
+            return _read_text(Path(name))
         return NAMED[name] if self.adds_bos and self.bos_id >= 0 else "{%- set bos_token = '' %}\n" + NAMED[name]
 
     def _use(self, name: str | None) -> None:

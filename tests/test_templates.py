@@ -188,6 +188,13 @@ def test_several_templates_without_a_default_are_one_line(tmp_path, capsys):
     exits(capsys, lambda: load_tokenizer(folder), "named rag, and none of them default", "chat_template.jinja")
 
 
+def test_a_template_that_is_no_text_is_one_line(tmp_path, capsys):
+    exits(capsys, lambda: load_tokenizer(checkpoint(tmp_path / "m", "qwen2", 5)), "chat_template is a int")
+    folder = checkpoint(tmp_path / "n", "qwen2")
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
+    exits(capsys, lambda: load_tokenizer(folder), "chat_template.jinja: cannot be read as text")
+
+
 def test_one_of_ours_is_known_by_what_it_renders(tmp_path):
     for name in NAMED:
         tokenizer = named(name)

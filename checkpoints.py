@@ -442,6 +442,8 @@ def load_model(
     config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config)
+    if "auto_map" in config.raw and not distributed.rank():
+        print(f"{path}: names code of its own (auto_map), which is not run: computed as transformers' {config.family}")
     model.frequencies = model.frequencies.to(device)
     for file, key, names in check_weights(path, model):
         tensor = _read_tensor(file, key, device)
@@ -473,12 +475,17 @@ def check_weights(path: Path, model: Transformer) -> list[tuple[Path, str, list[
     for file in weight_files(path):
         try:
             with safe_open(file, framework="pt") as tensors:
-                held = {key: tensors.get_slice(key).get_shape() for key in sorted(tensors.keys())}
+                held = {key: tensors.get_slice(key) for key in sorted(tensors.keys())}
+                held = {key: (part.get_shape(), part.get_dtype()) for key, part in held.items()}
         except (SafetensorError, OSError) as error:
             fail(f"{file}: cannot be read as safetensors ({error}): copy it again")
-        for key, shape in held.items():
+        for key, (shape, kind) in held.items():
+            if key not in missing and key.endswith(BUFFERS):
+                continue
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                fail(f"{file}: {key} is stored as {kind}, as quantised weights are: take the original 16-bit weights")
             if key not in missing:
-                if key.endswith(BUFFERS) or (config.tied and key == file_name("lm_head.weight", config)):
+                if config.tied and key == file_name("lm_head.weight", config):
                     continue  # the second copy of a tied matrix
                 fail(f"{file}: holds {key}, which family {config.family} has no place for")
             names = missing.pop(key)

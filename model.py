@@ -42,7 +42,7 @@ from kernels.sampling import sample_each, uniform_numbers
 class ModelConfig:
     """Sizes and variants. V vocabulary, D width, H heads, K key/value heads, E head width. The defaults are Llama's."""
 
-    family: str = "llama"                  # `model_type` in config.json, a key of checkpoints.FAMILIES
+    family: str = "llama"                  # `model_type` in config.json, a key of families.FAMILIES
     vocab_size: int = 1024                 # V
     width: int = 192                       # D
     layers: int = 6
@@ -103,7 +103,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.offset:
             return rms_norm(x, self.weight, self.eps)
-        wide = torch.promote_types(x.dtype, torch.float32)  # as Triton computes: bf16 would lose what a weight adds to 1
+        wide = torch.promote_types(x.dtype, torch.float32)  # bf16 would lose what a weight adds to 1; Triton has fp32
         y = rms_norm(x if on_triton(x) else x.to(wide), self.weight.to(wide) + self.offset, self.eps)
         return y.to(x.dtype)
 
@@ -270,7 +270,7 @@ class Transformer(nn.Module):
         if missing:
             tokens, positions = F.pad(tokens, (0, missing)), F.pad(positions, (0, missing))
         x = self.embed_tokens(tokens)
-        x = x.to(torch.promote_types(x.dtype, self.compute_dtype or x.dtype))  # before sums, not after: bf16 would round
+        x = x.to(torch.promote_types(x.dtype, self.compute_dtype or x.dtype))  # first: sums in bf16 would round
         x = x if self.embed_positions is None else x + self.embed_positions(positions)
         x = x if self.config.embed_scale == 1 else x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)

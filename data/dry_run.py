@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 import lora
-from checkpoints import check_weights, expect_replies, read_config
+from checkpoints import check_weights, expect_replies
 from data.pack import steps_per_epoch
 from data.tokenizer import load_tokenizer
+from families import read_config
 from model import Transformer, add_score_head
 from runtime import Settings
 from runtime.memory import activations, base_bytes
@@ -54,7 +55,7 @@ def show_plan(path: str, found: dict[str, int], dtype: str, micro_tokens: int, r
             tokens = f"  of {micro_tokens:,} tokens" if part == "activations" else ""
             print(f"  {part:<12} {size / 1e9:10.3f} GB{tokens}")
     if reference:
-        print(f"  {'reference':<12} {reference / 1e9:10.3f} GB  beside weights and adapters, before the first step only")
+        print(f"  {'reference':<12} {reference / 1e9:10.3f} GB  beside weights and adapters, before step 1 only")
     most = max(sum(parts.values()), found["weights"] + found["adapters"] + reference)
     print(f"  {'together':<12} {most / 1e9:10.3f} GB")
     print(f"  weights: {compare_weights(path)}")

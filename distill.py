@@ -125,11 +125,11 @@ def evaluate(student: Transformer, teacher: Transformer, trees: list[Tree], long
 
 def main(config: Config) -> None:
     if config.dry_run:
-        return dry_run(config, sft.load_data)
+        return dry_run(config, sft.load_data, teacher=True)
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     student = lora.load_base(config.model, config, device, scored=False)
-    print(adopt_template(student, tokenizer, config.template or tokenizer.template or "zephyr"))
+    print(adopt_template(student, tokenizer, config.template))
     context = read_context(config.context)
     trees, longer = load_data(config.data, context, tokenizer, config, "data")
     held_out = load_data(config.eval_data, context, tokenizer, config, "eval_data") if config.eval_data else ([], {})

@@ -28,7 +28,7 @@ import lora
 import runtime
 from data.dry_run import dry_run
 from data.pack import Batch, Tree, digest, fit, load_trees, micro_batches, sample_replies, step_trees, steps_per_epoch
-from data.tokenizer import Tokenizer, adopt_template, check_template, load_tokenizer
+from data.tokenizer import OWN, Tokenizer, adopt_template, check_template, load_tokenizer
 from kernels.logprobs import linear_logprobs
 from model import Transformer
 from runtime import distributed, fail
@@ -155,7 +155,7 @@ def load_reference(policy: Transformer, template: str, config: Config, device: t
         return policy
     whole = replace(config, lora_rank=0, quantize="none")
     ref = lora.load_base(config.ref_model, whole, device, scored=False)
-    adopt_template(ref, load_tokenizer(config.ref_model), template)
+    adopt_template(ref, load_tokenizer(config.ref_model), "" if template == OWN else template)
     return lora.shard(ref, whole, device)
 
 
@@ -213,14 +213,13 @@ def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     policy = lora.load_base(config.model, config, device, scored=False)
-    template = config.template or tokenizer.template or "zephyr"
-    print(adopt_template(policy, tokenizer, template))
+    print(adopt_template(policy, tokenizer, config.template))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     lora.shard(lora.adapt(policy, config), config, device)
 
     run = runtime.Run(config, {"data": config.data, "model": config.model, "code": __file__})
-    set_reference(policy, template, trees + eval_trees, run.folder, config, device)
+    set_reference(policy, config.template or tokenizer.template, trees + eval_trees, run.folder, config, device)
     optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(policy, optimizer, steps, shown=("loss", "margin", "accuracy", "pairs_per_s"))

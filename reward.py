@@ -176,7 +176,7 @@ def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     model = lora.load_base(config.model, config, device)
-    print(adopt_template(model, tokenizer, config.template or tokenizer.template or "zephyr"))
+    print(adopt_template(model, tokenizer, config.template))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     demos = truncate(load_trees(config.demos, tokenizer)[:1000], config.max_length)[0] if config.demos else trees

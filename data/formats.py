@@ -87,14 +87,16 @@ class Report:
 
         What may be meant otherwise is printed. Where the prompts alone are used, no label stands in the way.
         """
+        others = f"`{self.command} --out good.jsonl` keeps the others"
         if self.rejects:
             (place, reason), count = self.rejects[0], len(self.rejects)
-            keep = f" ({count} rejects: `{self.command} --out good.jsonl` keeps the others)" if self.used else ""
+            keep = f" ({count} reject{'s' * (count > 1)}: {others})" if self.used else ""
             fail(f"{self.path} {self.unit} {place}: {reason}{keep}")
         self.check_used()
         if self.undesirable and not prompts_only:
+            keep = f": {others}" if self.undesirable < self.out else ""
             fail(f"{self.path}: {self.undesirable} of its {self.out} dialogues are labelled false, "
-                 "as replies not to learn: drop those")
+                 f"as replies not to learn: drop those{keep}")
         for warning in self.warnings:
             print(f"warning: {warning}")
 
@@ -259,24 +261,25 @@ MARKUP = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", 
 
 def doubts(value, part: dict, form: str) -> Iterator[str]:
     """What is used as it stands but may be meant otherwise, of a record and what was made of it."""
-    held = [*part.get("messages", ()), *part.get("prompt", ())] if form != "text" else []
-    texts = [m["content"] for m in held if isinstance(m, dict)]
-    texts += [part[key] for key in ("text", "chosen", "rejected") if isinstance(part.get(key), str)]
+    value = value if isinstance(value, dict) else {}
+    held = part["messages"] if form == "messages" else part["prompt"] if form != "text" else []
+    texts = [m["content"] for m in held] + [part[key] for key in ("text", "chosen", "rejected")
+                                            if form in ("text", "preference") and isinstance(part.get(key), str)]
     mark = next((mark for mark in MARKUP if any(mark in text for text in texts)), "")
     if mark:
         yield (f"holds {mark.strip()!r} as text, which stays letters and never becomes a special token: "
                + ("all of the text is learnt, the user's words too; " if form == "text" else "")
                + "if the file is templated already, give it as messages")
-    lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)] if isinstance(
-        value, dict) else []
-    if any(role_of(m) == "system" for turns in lists for m in turns[1:] if isinstance(m, dict)):
-        yield "has a system text after its first turn, which opens the dialogue here"
-    if any(role_of(m) == "system" and absent(m.get("content", m.get("value"))) for (m, *_) in lists):
-        yield "has an empty system text, which counts as none"
-    for key in REASONING if form == "messages" and isinstance(value, dict) else ():
-        thoughts = value.get(key)
-        if isinstance(thoughts, str) and thoughts.strip() and not any("reasoning_content" in m for m in held):
-            yield f"has a column '{key}' that belongs to no reply and is not learnt"
+    for turns in value.values():
+        if isinstance(turns, list) and turns and all(isinstance(m, dict) for m in turns):
+            if any(role_of(m) == "system" for m in turns[1:]):
+                yield "has a system text after its first turn, which opens the dialogue here"
+            if role_of(turns[0]) == "system" and absent(turns[0].get("content", turns[0].get("value"))):
+                yield "has an empty system text, which counts as none"
+    if form == "messages" and not any("reasoning_content" in m for m in held):
+        for key in REASONING:
+            if isinstance(value.get(key), str) and not absent(value[key]):
+                yield f"has a column '{key}' that belongs to no reply and is not learnt"
 
 
 # ------------------------------------------------------------------------------------ the command line
@@ -321,7 +324,8 @@ def main() -> None:
     for word in words.columns:
         if not all(word.partition("=")):
             parser.error(f"argument --columns: '{word}' is not KEY=NAME")
-    records, report = read(words.file, words.format, dict(word.split("=", 1) for word in words.columns))
+    found, report = read(words.file, words.format, dict(word.split("=", 1) for word in words.columns))
+    records = (record for record in found if report.format != "messages" or record.get("label") is not False)
     first = None
     for record in written(records, Path(words.out)) if words.out else records:
         first = first or record
@@ -332,12 +336,12 @@ def main() -> None:
     for kind, count in report.kinds.most_common():
         print(f"  {count:6d} {kind}")
     if report.undesirable:
-        print(f"  {report.undesirable:6d} labelled false, not to be learnt")
+        print(f"  {report.undesirable:6d} labelled false, as replies not to learn: left out")
     for warning in report.warnings:
         print(f"warning: {warning}")
     if first:
         tokenizer = load_tokenizer(words.tokenizer)
-        tokenizer.adopt(tokenizer.template or "zephyr")
+        tokenizer.adopt()
         print(f"\nthe first record, {words.tokenizer}, template {tokenizer.template}")
         try:
             print(view(first, report.format, tokenizer))

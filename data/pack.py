@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from data.formats import read
-from data.tokenizer import TEMPLATES, Tokenizer, load_tokenizer, sample_texts
+from data.tokenizer import Tokenizer, check_template, load_tokenizer, sample_texts
 from kernels.layout import Layout
 from runtime import arguments, check_range, distributed, fail
 
@@ -475,12 +475,13 @@ def main() -> None:
     parser.add_argument("file")
     parser.add_argument("--show", type=int, default=3, help="trees to print (default 3)")
     parser.add_argument("--tokenizer", default="data/tiny/base", help="checkpoint whose tokenizer and template to use")
-    parser.add_argument("--template", choices=TEMPLATES, help="default: the checkpoint's own, or zephyr")
+    parser.add_argument("--template", default="", help="default: the checkpoint's own, or zephyr")
     parser.add_argument("--max-length", type=int, default=2**30, help="tokens of a path; longer ones are cut")
     words = arguments(parser)
     check_range("max-length", words.max_length, 1, inf)
+    check_template(words.template)
     tokenizer = load_tokenizer(words.tokenizer)
-    tokenizer.adopt(words.template or tokenizer.template or "zephyr")
+    tokenizer.adopt(words.template)
     trees, counts = truncate(load_trees(words.file, tokenizer), words.max_length)
     total = sum(tree.tokens for tree in trees)
     learnt, leaves = sum(tree.learnt for tree in trees), sum(len(tree.leaves) for tree in trees)

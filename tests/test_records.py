@@ -203,9 +203,14 @@ def test_a_label_that_says_no_is_never_learnt(no, tmp_path, capsys):
         report.refuse(prompts_only=True)
 
 
-def test_a_false_label_in_csv_is_never_learnt(tmp_path, capsys):
+def test_a_false_label_in_csv_is_never_learnt_and_the_command_leaves_it_out(tmp_path, capsys, monkeypatch):
     (tmp_path / "x.csv").write_text("prompt,completion,label\nHi,Hello,True\nHi,Go,False\n")
-    exits(capsys, lambda: read_all(tmp_path / "x.csv"), "1 of its 2 dialogues are labelled false")
+    exits(capsys, lambda: read_all(tmp_path / "x.csv"), "1 of its 2 dialogues are labelled false",
+          f"`python -m data.formats {tmp_path}/x.csv --out good.jsonl` keeps the others")
+    monkeypatch.setattr("sys.argv", ["formats", str(tmp_path / "x.csv"), "--out", str(tmp_path / "good.jsonl")])
+    main()
+    assert "1 labelled false" in capsys.readouterr().out
+    assert read_all(tmp_path / "good.jsonl") == [{"messages": [HI, HELLO], "label": True}]
 
 
 @pytest.mark.parametrize("yes", YES)
@@ -310,6 +315,13 @@ def test_markup_that_stays_text_is_said_once(record, tmp_path, capsys):
     assert f"(and {2 if 'text' in record else 3} more records)" in warning
     report.refuse()
     assert capsys.readouterr().out == f"warning: {warning}\n"
+
+
+def test_columns_that_a_form_does_not_read_travel_along_whatever_they_hold(tmp_path):
+    more = {"prompt": "Hi", "system": 5, "weight": 1, "tools": [{}], "label": 0, "thinking": "x"}
+    assert one(tmp_path, {"text": "a"}, {"text": "b"} | more)[0] == [{"text": "a"}, {"text": "b"} | more]
+    dialogue = {"messages": [HI, HELLO]}
+    assert one(tmp_path, dialogue, dialogue | {"prompt": 5, "chosen": [], "text": 7})[0][1]["text"] == 7
 
 
 def test_the_keys_of_a_format_with_other_values_are_named(tmp_path):

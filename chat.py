@@ -34,6 +34,7 @@ from starlette.routing import Route
 import runtime
 from checkpoints import read_config
 from data.llm import Checkpoint, Sampling, before_stop, slots_that_fit
+from data.tokenizer import TemplateError
 from model import Decoder, ReplyState
 from runtime import check_ranges, fail
 
@@ -151,7 +152,12 @@ def converse(checkpoint: Checkpoint, config: Config, length: int) -> None:
         if not line:
             continue
         history.append({"role": "user", "content": line})
-        prompt = fitting(checkpoint.tokenizer, history, config, length)
+        try:
+            prompt = fitting(checkpoint.tokenizer, history, config, length)
+        except TemplateError as error:
+            print(error)
+            history.pop()
+            continue
         if prompt is None:
             print(f"that is too long: it leaves no room for a reply in {length} tokens")
             history.pop()
@@ -365,7 +371,10 @@ class Server:
     async def complete(self, request: Request) -> Response:
         self.admit(request)
         asked = parse(await self.body(request), self.name, self.config.sampling(), self.slots)
-        prompt = self.tokenizer.render(asked.messages, add_generation_prompt=True)[0]
+        try:
+            prompt = self.tokenizer.render(asked.messages, add_generation_prompt=True)[0]
+        except TemplateError as error:
+            raise Refusal(400, str(error), "messages") from None
         room, wanted = self.length - len(prompt), asked.max_tokens or 1
         if wanted > room:
             raise Refusal(400, f"the prompt has {len(prompt)} tokens and the reply may have {wanted}, {self.length} is "

@@ -110,11 +110,11 @@ def evaluate(student: Transformer, teacher: Transformer, trees: Trees, longer: T
 
 def main(config: Config) -> None:
     if config.dry_run:
-        return dry_run(config, sft.load_data)
+        return dry_run(config, sft.load_data, teacher=True)
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     student = lora.load_base(config.model, config, device, scored=False)
-    print(adopt_template(student, tokenizer, config.template or tokenizer.template or "zephyr"))
+    print(adopt_template(student, tokenizer, config.template))
     context = read_context(config.context)
     read_before = len(tokenizer.render(context)[0]) if context else 0
     check_positions(student, "max_length with the context", config.max_length + read_before)

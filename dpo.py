@@ -29,7 +29,7 @@ import runtime
 from data.dry_run import dry_run
 from data.pack import Batch, check_positions, micro_batches, sample_replies, step_trees, steps_per_epoch
 from data.store import Trees, fit, load_trees
-from data.tokenizer import Tokenizer, adopt_template, check_template, load_tokenizer
+from data.tokenizer import OWN, Tokenizer, adopt_template, check_template, load_tokenizer
 from data.trees import Tree
 from kernels.logprobs import linear_logprobs
 from model import Transformer
@@ -158,7 +158,7 @@ def load_reference(policy: Transformer, template: str, config: Config, device: t
     whole = replace(config, lora_rank=0, quantize="none")
     ref = lora.load_base(config.ref_model, whole, device, scored=False)
     check_positions(ref, "max_length", config.max_length)
-    adopt_template(ref, load_tokenizer(config.ref_model), template)
+    adopt_template(ref, load_tokenizer(config.ref_model), "" if template == OWN else template)
     return lora.shard(ref, whole, device)
 
 
@@ -220,14 +220,14 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     policy = lora.load_base(config.model, config, device, scored=False)
     check_positions(policy, "max_length", config.max_length)
-    template = config.template or tokenizer.template or "zephyr"
-    print(adopt_template(policy, tokenizer, template))
+    print(adopt_template(policy, tokenizer, config.template))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     lora.shard(lora.adapt(policy, config), config, device)
 
     run = runtime.Run(config, {"data": config.data, "model": config.model, "code": __file__})
-    set_reference(policy, template, [trees, eval_trees] if eval_trees else [trees], run.folder, config, device)
+    sets, template = [trees, eval_trees] if eval_trees else [trees], config.template or tokenizer.template
+    set_reference(policy, template, sets, run.folder, config, device)
     optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(policy, optimizer, steps, shown=("loss", "margin", "accuracy", "pairs_per_s"))

@@ -192,7 +192,7 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     model = lora.load_base(config.model, config, device)
     check_positions(model, "max_length", config.max_length)
-    print(adopt_template(model, tokenizer, config.template or tokenizer.template or "zephyr"))
+    print(adopt_template(model, tokenizer, config.template))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     demos = load_demos(tokenizer, config)[:1000] if config.demos else trees

@@ -117,7 +117,7 @@ def main(config: Config) -> None:
     model = lora.load_base(config.model, config, device, scored=False)
     check_positions(model, "max_length", config.max_length)
     if config.train_on == "responses" or config.template:
-        print(adopt_template(model, tokenizer, config.template or tokenizer.template or "zephyr"))
+        print(adopt_template(model, tokenizer, config.template))
     else:
         check_vocabulary(model, tokenizer)
     trees = load_data(config.data, tokenizer, config, "data")

@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import expect_replies, load_model, weight_files
-from data.tokenizer import adopt_template, check_template, load_tokenizer
+from data.tokenizer import TemplateError, adopt_template, check_template, load_tokenizer
 from model import Decoder, ReplyState, Transformer
 from runtime import check_ranges, fail, file_hash, find_device, open_folder
 
@@ -240,12 +240,12 @@ class Checkpoint:
         # fp32 on the CPU: in bf16 a reply would depend on which others it is computed with.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = expect_replies(load_model(self.path, dtype, device), where)
-        adopt_template(self.model, self.tokenizer, template or self.tokenizer.template or "zephyr")
+        adopt_template(self.model, self.tokenizer, template)
 
     @cached_property
     def name(self) -> str:
         """A hash of the files, and the template: the same wherever the directory lies."""
-        names = ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+        names = ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
         files = [file for name in names if (file := self.path / name).is_file()]
         return f"{file_hash(*files, *weight_files(self.path))}-{self.tokenizer.template}"
 
@@ -254,7 +254,11 @@ class Checkpoint:
         sequences: dict[ReplyState, int] = {}
         positions = self.model.config.max_positions
         for i, request in enumerate(requests):
-            prompt = self.tokenizer.render(request.messages, add_generation_prompt=True)[0]
+            try:
+                prompt = self.tokenizer.render(request.messages, add_generation_prompt=True)[0]
+            except TemplateError as error:
+                yield i, str(error)
+                continue
             if len(prompt) >= positions:
                 yield i, f"the prompt has {len(prompt)} tokens, the model {positions} positions"
                 continue

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from data.store import load_trees
-from data.tokenizer import TEMPLATES, Tokenizer, load_tokenizer, sample_texts
+from data.tokenizer import Tokenizer, check_template, load_tokenizer, sample_texts
 from data.trees import CHOSEN, REJECTED, Tree
 from kernels.layout import Layout
 from model import Transformer
@@ -279,17 +279,18 @@ def main() -> None:
     parser.add_argument("file")
     parser.add_argument("--show", type=int, default=3, help="trees to print (default 3)")
     parser.add_argument("--tokenizer", default="data/tiny/base", help="checkpoint whose tokenizer and template to use")
-    parser.add_argument("--template", choices=TEMPLATES, help="default: the checkpoint's own, or zephyr")
+    parser.add_argument("--template", default="", help="default: the checkpoint's own, or zephyr")
     parser.add_argument("--max-length", type=int, default=2**30, help="tokens of a path; longer ones are cut")
     words = arguments(parser)
     check_range("max-length", words.max_length, 1, inf)
+    check_template(words.template)
     tokenizer = load_tokenizer(words.tokenizer)
-    tokenizer.adopt(words.template or tokenizer.template or "zephyr")
+    tokenizer.adopt(words.template)
     trees = load_trees(words.file, tokenizer, words.max_length)
     shown = ("responses_cut", "responses_dropped", "trees_dropped", "pairs_equal")
     print(f"{words.file}: {len(trees)} trees, {len(trees.segments) - len(trees)} leaves, "
-          f"{trees.counts.get('tokens', 0)} tokens, {trees.counts.get('learnt', 0)} in the loss; "
-          + ", ".join(f"{name.replace('_', ' ')} {trees.counts.get(name, 0)}" for name in shown))
+          f"{trees.counts['tokens']} tokens, {trees.counts['learnt']} in the loss; "
+          + ", ".join(f"{name.replace('_', ' ')} {trees.counts[name]}" for name in shown))
     for number, tree in enumerate(trees[: words.show]):
         print(f"\ntree {number}: {tree.tokens} tokens, {len(tree.responses)} responses\n{show(tree, tokenizer)}")
 

@@ -13,7 +13,6 @@ of fewer than `SMALL` records are not kept: they are tokenized in a second or tw
 from __future__ import annotations
 
 import fcntl
-import glob
 import hashlib
 import inspect
 import json
@@ -35,7 +34,8 @@ from typing import IO, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from data.formats import Report, read
+from data.formats import read
+from data.records import prompt_of
 from data.tokenizer import Tokenizer
 from data.trees import (
     RecordFault,
@@ -174,13 +174,9 @@ def make_part(job: Job, form: str, groups: list[Group]) -> Part:
     return Part(*flatten(trees), np.array(numbers, np.int64), counts)
 
 
-def prompt_of(record: dict, form: str) -> list[dict]:  # until data.records has it
-    return record["prompt"] if "prompt" in record and form != "messages" else record["messages"][:-1]
-
-
 def _read_group(job: Job, form: str, group: list[tuple[int, dict]]) -> list[Tree]:
     if job.prompts:
-        group, form = [(number, {"prompt": prompt_of(record, form)}) for number, record in group], "prompt"
+        group, form = [(number, _as_prompt(number, record, form)) for number, record in group], "prompt"
     if not job.before:
         return trees_of_group(group, form, job.tokenizer)
     group = [(number, {"messages": [*job.before, *record["messages"]]}) for number, record in group]
@@ -188,6 +184,13 @@ def _read_group(job: Job, form: str, group: list[tuple[int, dict]]) -> list[Tree
     given = sum(m["role"] == "assistant" and m.get("loss", True) for m in job.before)
     tree.responses = tree.responses[given:]
     return [tree]
+
+
+def _as_prompt(number: int, record: dict, form: str) -> dict:
+    try:
+        return {"prompt": prompt_of(record, form)}
+    except Reject as reject:
+        raise RecordFault(number, str(reject)) from None
 
 
 def flatten(trees: Sequence[Tree]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -275,14 +278,14 @@ def load_trees(
     A large file is kept in the folder `cache` ("": nowhere): rank 0 makes it, the others and later runs read it.
     """
     job = Job(tokenizer, max_length, keep, list(before), prompts)
-    folder = Path(cache) / cache_key(path, job, columns) if cache and _files(path) else None
+    folder = Path(cache) / cache_key(path, job, columns) if cache else None
     if folder and distributed.any_rank(folder.is_dir()):
         print(f"{path}: its tokens are read from {folder}")
         return Trees.load(folder)
-    records, report = _read(path, columns)
+    records, report = read(path, columns=columns)
     head = list(islice(records, SMALL))
     if len(head) < SMALL:
-        report.refuse()
+        report.refuse(prompts)
         numbers = tree_numbers(head, report.format)
         return make_trees(path, job, report.format, grouped(head, numbers))
     if folder is None:
@@ -322,30 +325,21 @@ def fit(trees: Trees, max_length: int, path: str, name: str) -> Trees:
     return trees
 
 
-def _read(path: str, columns: dict | None) -> tuple[Iterator[dict], Report]:
-    return read(path, columns=columns) if columns else read(path)
-
-
-def _files(path: str) -> list[str]:
-    """The file, or those that a pattern names."""
-    return [path] if Path(path).exists() else sorted(glob.glob(path))
-
-
 def cache_key(path: str, job: Job, columns: dict | None) -> str:
     """A hash of all that decides the tokens, 16 hex digits; the code in data/ is part of it."""
     code = file_hash(*sorted(Path(__file__).parent.glob("*.py")))
     keep = "" if job.keep is None else inspect.getsource(job.keep)
-    parts = (file_hash(*_files(path)), job.tokenizer.fingerprint(), job.max_length, keep, job.before, job.prompts,
+    parts = (file_hash(path), job.tokenizer.fingerprint(), job.max_length, keep, job.before, job.prompts,
              columns, code)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _make_large(path: str, job: Job, form: str, columns: dict | None, file: IO[bytes] | None) -> Trees:
     """Read twice: for faults and for which pairs belong together, then to tokenize. So it need not fit in memory."""
-    records, report = _read(path, columns)
+    records, report = read(path, columns=columns)
     numbers = tree_numbers(records, form)
-    report.refuse()
-    records, _ = _read(path, columns)
+    report.refuse(job.prompts)
+    records, _ = read(path, columns=columns)
     return make_trees(path, job, form, grouped(records, numbers), len(os.sched_getaffinity(0)), file)
 
 

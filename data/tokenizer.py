@@ -1,277 +1,81 @@
-"""Tokenizer and chat templates: from messages to token ids with a loss flag on each.
+"""Tokenizer: from messages to token ids with a loss flag on each.
 
-A template is a function from messages to pieces. A piece is text or a special token, and says whether the model is
-trained to produce it. Text is tokenized piece by piece and the ids are joined, so that
+A chat template (data/templates.py) gives text in parts: markup, and the messages' own words. Special tokens are looked
+for in markup alone, and the text between two of them is tokenized as one, as transformers does, but for one place:
 
-- the loss mask is made while rendering, not searched for in the rendered text;
 - prompt and reply are tokenized apart, in training as at inference: no token spans their boundary;
+- the loss mask is made while rendering, not searched for in the rendered text;
 - a user who types "<|assistant|>" gets the letters, never the token.
 
     messages   user "Hi", assistant "Hello!"                                            template zephyr
-    pieces     BOS <|user|> "\\nHi" EOS "\\n" <|assistant|> "\\n" | "Hello!" EOS | "\\n"
+    tokens     BOS <|user|> "\\nHi" EOS "\\n" <|assistant|> "\\n" | "Hello!" EOS | "\\n"
     loss                                                         |      1    1  |
 """
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from datetime import date
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import sentencepiece
-import tokenizers
 import torch
 
+from data.templates import NAMED, TOKENS, ChatTemplate, Part, TemplateError
+from data.vocabulary import START, TEXT, TOKEN, Added, Fast, SentencePiece
 from model import generate
 from runtime import fail, file_hash
 
-# --------------------------------------------------------------------------------------- templates
 
-class Piece(NamedTuple):
-    text: str
-    kind: str = "text"   # "text"; "token": a special token; "tag": a special token if the vocabulary has it, else text
-    loss: bool = False   # the model is trained to produce it
-
-
-BOS, EOS = Piece("BOS", "token"), Piece("EOS", "token")  # whatever the vocabulary calls them
-END = Piece("EOS", "token", loss=True)                   # the EOS of a reply
-
-
-def zephyr(messages: list[dict]) -> Iterator[Piece]:
-    """Zephyr-7B. Role tags are plain text in Mistral's vocabulary, single tokens in that of data/tiny."""
-    yield BOS
-    for m in messages:
-        yield Piece(f"<|{m['role']}|>", "tag")
-        yield Piece("\n")
-        reply = m["role"] == "assistant"
-        yield Piece(m["content"], loss=reply)
-        yield END if reply else EOS
-        yield Piece("\n")
-
-
-def llama_2(messages: list[dict]) -> Iterator[Piece]:
-    """Llama-2 chat: the system text is part of the first user turn; every round has its own BOS and EOS."""
-    system = ""
-    for m in messages:
-        if m["role"] == "system":
-            system = f"<<SYS>>\n{m['content']}\n<</SYS>>\n\n"
-        elif m["role"] == "user":
-            yield BOS
-            yield Piece(f"[INST] {system}{m['content'].strip()} [/INST]")
-            system = ""
-        else:
-            yield Piece(f" {m['content'].strip()} ", loss=True)
-            yield END
-
-
-def mistral(messages: list[dict]) -> Iterator[Piece]:
-    """Mistral instruct: one BOS, no system role (a system text is put before the first user text)."""
-    yield BOS
-    system = ""
-    for m in messages:
-        if m["role"] == "system":
-            system = m["content"] + "\n\n"
-        elif m["role"] == "user":
-            yield Piece(f"[INST] {system}{m['content']} [/INST]")
-            system = ""
-        else:
-            yield Piece(f" {m['content']}", loss=True)
-            yield END
-
-
-def chatml(messages: list[dict]) -> Iterator[Piece]:
-    """ChatML (Yi, Qwen, MPT): a turn ends with <|im_end|>, not with EOS."""
-    yield BOS
-    for m in messages:
-        reply = m["role"] == "assistant"
-        yield Piece("<|im_start|>", "token")
-        yield Piece(f"{m['role']}\n")
-        yield Piece(m["content"], loss=reply)
-        yield Piece("<|im_end|>", "token", loss=reply)
-        yield Piece("\n")
-
-
-def llama_3(messages: list[dict]) -> Iterator[Piece]:
-    """Llama-3 instruct: headers name the role, <|eot_id|> ends a turn."""
-    yield BOS
-    for m in messages:
-        reply = m["role"] == "assistant"
-        yield Piece("<|start_header_id|>", "token")
-        yield Piece(m["role"])
-        yield Piece("<|end_header_id|>", "token")
-        yield Piece("\n\n")
-        yield Piece(m["content"].strip(), loss=reply)
-        yield Piece("<|eot_id|>", "token", loss=reply)
-
-
-_ALPACA_PREAMBLE = ("Below is an instruction that describes a task. Write a response that appropriately completes "
-                    "the request.\n\n")
-
-
-def alpaca(messages: list[dict]) -> Iterator[Piece]:
-    """Stanford Alpaca: the reply follows "### Response:" without a space. A system text replaces the preamble."""
-    yield BOS
-    before = _ALPACA_PREAMBLE
-    for m in messages:
-        if m["role"] == "system":
-            before = m["content"] + "\n\n"
-        elif m["role"] == "user":
-            yield Piece(f"{before}### Instruction:\n{m['content']}\n\n### Response:")
-            before = "\n\n"
-        else:
-            yield Piece(m["content"], loss=True)
-            yield END
-
-
-def plain(messages: list[dict]) -> Iterator[Piece]:
-    """No markup but the words "User:" and "Assistant:": for base models and few-shot prompts."""
-    yield BOS
-    for m in messages:
-        if m["role"] == "assistant":
-            yield Piece(f" {m['content']}", loss=True)
-            yield END
-            yield Piece("\n")
-        else:
-            yield Piece(f"User: {m['content']}\nAssistant:" if m["role"] == "user" else f"{m['content']}\n\n")
-
-
-@dataclass(frozen=True)
-class Template:
-    pieces: Callable[[list[dict]], Iterator[Piece]]
-    jinja: str                       # the same for transformers and vLLM, saved with the tokenizer
-    mark: str                        # text by which a published jinja template is recognised
-    opening: tuple[Piece, ...] = ()  # asks for a reply, where the user's turn does not end with it
-    tags: tuple[str, ...] = ()       # tokens it uses if the vocabulary has them
-    tokens: tuple[str, ...] = ()     # tokens it cannot do without
-    end: str = ""                    # the one of them that ends a reply; "": EOS does
-
-
-_ZEPHYR_JINJA = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
-_LLAMA2_JINJA = (
-    "{% set s = namespace(text='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{% set s.text = '<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n' %}{% elif m['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + s.text + m['content'] | trim + ' [/INST]' }}{% set s.text = '' %}"
-    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}")
-_MISTRAL_JINJA = (
-    "{% set s = namespace(text='') %}{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{% set s.text = m['content'] + '\n\n' %}{% elif m['role'] == 'user' %}"
-    "{{ '[INST] ' + s.text + m['content'] + ' [/INST]' }}{% set s.text = '' %}"
-    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}")
-_CHATML_JINJA = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-_LLAMA3_JINJA = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
-    "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-_ALPACA_JINJA = (
-    "{% set s = namespace(text='" + _ALPACA_PREAMBLE + "') %}"
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{% set s.text = m['content'] + '\n\n' %}{% elif m['role'] == 'user' %}"
-    "{{ s.text + '### Instruction:\n' + m['content'] + '\n\n### Response:' }}{% set s.text = '\n\n' %}"
-    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
-_PLAIN_JINJA = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token + '\n' }}"
-    "{% elif m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\nAssistant:' }}"
-    "{% else %}{{ m['content'] + '\n\n' }}{% endif %}{% endfor %}")
-
-TEMPLATES = {  # recognised in this order
-    "zephyr": Template(
-        zephyr, _ZEPHYR_JINJA, "<|assistant|>", opening=(Piece("<|assistant|>", "tag"), Piece("\n")),
-        tags=("<|system|>", "<|user|>", "<|assistant|>")),
-    "llama-2": Template(llama_2, _LLAMA2_JINJA, "<<SYS>>"),
-    "mistral": Template(mistral, _MISTRAL_JINJA, "[INST]"),
-    "chatml": Template(
-        chatml, _CHATML_JINJA, "<|im_start|>", opening=(Piece("<|im_start|>", "token"), Piece("assistant\n")),
-        tokens=("<|im_start|>", "<|im_end|>"), end="<|im_end|>"),
-    "llama-3": Template(
-        llama_3, _LLAMA3_JINJA, "<|start_header_id|>",
-        opening=(Piece("<|start_header_id|>", "token"), Piece("assistant"), Piece("<|end_header_id|>", "token"),
-                 Piece("\n\n")),
-        tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), end="<|eot_id|>"),
-    "alpaca": Template(alpaca, _ALPACA_JINJA, "### Instruction:"),
-    "plain": Template(plain, _PLAIN_JINJA, "User: "),
-}
-
-# --------------------------------------------------------------------------------------- tokenizer
-
-class _SentencePiece:
-    """tokenizer.model: Llama-2, Yi, Mistral, data/tiny."""
-
-    def __init__(self, file: Path):
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError):
-            fail(f"{file}: is not a sentencepiece model: copy it again")
-        self.size = self.model.get_piece_size()
-        self.names = [self.model.id_to_piece(i) for i in range(self.size)]
-        self.special = {self.names[i]: i for i in range(self.size) if self.model.is_control(i)}
-        self.bos_id, self.eos_id, self.adds_bos = self.model.bos_id(), self.model.eos_id(), True
-        # Some models put a space before the first word of a text. A text that continues another must not get one: it
-        # is encoded after a newline, which never merges with what follows, and the newline's ids are dropped.
-        self._newline_ids = len(self.model.encode("\n"))
-        self.space_first = self._newline_ids > 1
-
-    def encode(self, text: str, continues: bool) -> list[int]:
-        return self.model.encode("\n" + text)[self._newline_ids :] if continues else self.model.encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
-
-
-class _ByteLevel:
-    """tokenizer.json, byte-level BPE: Llama-3, Qwen, Falcon, StarCoder, Pythia."""
-
-    space_first = False
-
-    def __init__(self, file: Path):
-        try:
-            self.model = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            fail(f"{file}: is not a tokenizer ({error}): copy it again")
-        self.size = max(self.model.get_vocab().values()) + 1
-        self.names = [self.model.id_to_token(i) or f"[{i}]" for i in range(self.size)]
-        self.special = {token.content: i for i, token in self.model.get_added_tokens_decoder().items() if token.special}
-        self.bos_id = self.eos_id = -1  # tokenizer_config.json names them
-        self.adds_bos = bool(self.model.encode("").ids)
-        self.model.encode_special_tokens = True  # in text, the spelling of a special token is only letters
-
-    def encode(self, text: str, continues: bool) -> list[int]:
-        return self.model.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids, skip_special_tokens=False)
-
-
-def _read_settings(file: Path) -> dict:
-    """tokenizer_config.json; empty if there is none."""
+def _read_json(file: Path) -> dict:
+    """A JSON object; empty if there is no such file."""
     try:
-        settings = json.loads(file.read_text()) if file.is_file() else {}
+        value = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError as error:
         fail(f"{file}: is not JSON ({error}): copy it again")
-    if not isinstance(settings, dict):
-        fail(f"{file}: holds a {type(settings).__name__}, expected a JSON object: copy it again")
-    return settings
+    if not isinstance(value, dict):
+        fail(f"{file}: holds a {type(value).__name__}, expected a JSON object: copy it again")
+    return value
 
 
-class TemplateError(ValueError):
-    """A chat template cannot render these messages; the message says what and why."""
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{file}: cannot be read as text ({error}): copy it again")
 
 
+# --------------------------------------------------------------------------------------- the tokenizer
+
+# Copied as they are; tokenizer_config.json is written.
 FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-         "generation_config.json")  # copied as they are; tokenizer_config.json is written
+         "added_tokens.json", "generation_config.json")
+TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates")
+# Classes by which one of transformers 4 and 5 reads tokenizer.json otherwise than it is written, or not at all.
+REWRITERS = ("LlamaTokenizer", "LlamaTokenizerFast", "TokenizersBackend")
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+PROBE = [{"role": role, "content": text} for role, text in (
+    ("system", " S "), ("user", " U\n"), ("assistant", " A "), ("user", "V"), ("assistant", "B\n"))]
+OWN = "own"  # the name of a checkpoint's template that is none of ours
+
+
+class Reply(NamedTuple):
+    """A reply, ids[start:end], behind what it replies to. Several paths of a dialogue may share one list of ids."""
+
+    ids: list[int]
+    start: int
+    end: int
+    turn: int  # of the user's turns, the one it replies to, from 1
 
 
 class Tokenizer:
-    """A vocabulary, tokens added to it, and the chat template that belongs to the checkpoint."""
+    """A vocabulary, the tokens added to it, and the chat template that belongs to the checkpoint.
+
+    `special` are the tokens that text never becomes; `added` are those and others, such as <think>, that it may.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -279,116 +83,217 @@ class Tokenizer:
         if not pieces.is_file() and not fast.is_file():
             fail(f"{pieces}: no such file, nor tokenizer.json, expected the checkpoint's tokenizer: "
                  "copy it beside the weights")
-        self.vocabulary = _SentencePiece(pieces) if pieces.is_file() else _ByteLevel(fast)
-        settings = self.path / "tokenizer_config.json"
-        self.settings = _read_settings(settings)
-        wanted = {token for t in TEMPLATES.values() for token in t.tokens + t.tags}
-        self.special = self.vocabulary.special | {
-            name: i for i, name in enumerate(self.vocabulary.names) if name in wanted}
-        for i, token in self.settings.get("added_tokens_decoder", {}).items():
-            if token["content"] != "<unk>" and token.get("special", True):
-                self.special.setdefault(token["content"], int(i))
-        self.vocab_size = max([self.vocabulary.size, *(i + 1 for i in self.special.values())])
-        self.bos_id = self._named("bos_token", self.vocabulary.bos_id)
-        self.eos_id = self._named("eos_token", self.vocabulary.eos_id)
+        config = self.path / "tokenizer_config.json"
+        self.settings = _read_json(config)
+        self.vocabulary = Fast(fast) if fast.is_file() else SentencePiece(pieces, self.settings)
+        self.added = self.vocabulary.added | self._declared(config)
+        names = self._special_names()
+        for name in names.values():
+            if name not in self.added and (i := self.vocabulary.find(name)) is not None:
+                self.added[name] = Added(i, True)
+        self.names = {key: name for key, name in names.items() if name in self.added}
+        self.vocab_size = max([self.vocabulary.size, *(token.id + 1 for token in self.added.values())])
+        self.bos_id = self._id("bos_token", self.vocabulary.bos_id)
+        self.eos_id = self._id("eos_token", self.vocabulary.eos_id)
         if self.eos_id < 0:
-            fail(f"{settings}: names no eos_token of the vocabulary, expected the token that ends a reply: add it")
+            fail(f"{config}: names no eos_token of the vocabulary, expected the token that ends a reply: add it")
         # Yi has a BOS token but starts no text with it.
         self.adds_bos = self.settings.get("add_bos_token", self.vocabulary.adds_bos)
-        self.template: str | None = self.settings.get("template") or self._recognise_template()
-        if self.template not in (None, *TEMPLATES):
-            fail(f"{settings}: template is {self.template!r}, expected one of {', '.join(TEMPLATES)}")
+        self.own = self._own_template()
+        self._use(None if self.own is None else OWN)
+        if self.own is not None:
+            self.template = next((name for name in NAMED if self._same(name)), OWN)
 
-    def _named(self, key: str, default: int) -> int:
-        """Id of the token that tokenizer_config.json names under `key`."""
-        token = self.settings.get(key)
-        token = token["content"] if isinstance(token, dict) else token
-        return self.special.get(token, default)
+    def _declared(self, config: Path) -> dict[str, Added]:
+        """The tokens that tokenizer_config.json and, in old checkpoints, added_tokens.json add to the vocabulary."""
+        special = set(self._special_names().values())
+        found = {}
+        try:
+            for name, i in _read_json(self.path / "added_tokens.json").items():
+                found[name] = Added(int(i), name in special)
+            for i, token in self.settings.get("added_tokens_decoder", {}).items():
+                found[token["content"]] = Added(int(i), token.get("special", True), token.get("lstrip", False),
+                                                token.get("rstrip", False))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            fail(f"{config}: added_tokens_decoder (or added_tokens.json) is not a table of tokens: copy it again")
+        known = self.vocabulary.added
+        return {name: known.get(name, token) for name, token in found.items()}
 
-    def _recognise_template(self) -> str | None:
-        """Which of TEMPLATES the jinja text that came with the checkpoint is."""
-        published = self.settings.get("chat_template")
-        return next((name for name, t in TEMPLATES.items() if published and t.mark in published), None)
+    def _special_names(self) -> dict[str, str]:
+        """What BOS, EOS and so on are called; an old checkpoint's special_tokens_map.json has the last word."""
+        table = dict(self.settings)
+        if "added_tokens_decoder" not in table:
+            table |= _read_json(self.path / "special_tokens_map.json")
+        names = {key: table[key]["content"] if isinstance(table[key], dict) else table[key]
+                 for key in NAMES if table.get(key)}
+        return {key: name for key, name in names.items() if isinstance(name, str)}
+
+    def _id(self, key: str, default: int) -> int:
+        return self.added[self.names[key]].id if key in self.names else default
+
+    def _own_template(self) -> str | None:
+        """The checkpoint's chat template, where transformers looks for it; of several the one named default."""
+        file = self.path / "chat_template.jinja"
+        if file.is_file():
+            return _read_text(file)
+        found = self.settings.get("chat_template")
+        if isinstance(found, list):
+            found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        if isinstance(found, dict):
+            if "default" not in found:
+                fail(f"{self.path}: its chat templates are named {', '.join(map(str, found))}, and none of them "
+                     "default: write the one to use to a file chat_template.jinja there")
+            found = found["default"]
+        if found is not None and not isinstance(found, str):
+            fail(f"{self.path}/tokenizer_config.json: chat_template is a {type(found).__name__}, expected a text: "
+                 "copy the file again")
+        return found or None
+
+    # ------------------------------------------------------------------------------------ the template
+
+    def _chat(self, name: str | None) -> ChatTemplate:
+        """A template by name: one of ours, the checkpoint's own, or a .jinja file's."""
+        if name is None:
+            fail(f"{self.path}: has no chat template of its own: set template= to one of {', '.join(NAMED)}")
+        if name == OWN:
+            return ChatTemplate(self.own, self.names, self._tokens)
+        missing = [token for token in TOKENS.get(name, ()) if token not in self.added]
+        if missing:
+            raise ValueError(f"the vocabulary has no {' '.join(missing)}: adopt_template adds it")
+        return ChatTemplate(self._text(name), self.names, self._tokens)
+
+    def _text(self, name: str) -> str:
+        """The jinja text of a template that is not the checkpoint's own, as it is saved."""
+        if name not in NAMED:
+            return _read_text(Path(name))
+        return NAMED[name] if self.adds_bos and self.bos_id >= 0 else "{%- set bos_token = '' %}\n" + NAMED[name]
+
+    def _use(self, name: str | None) -> None:
+        """Make `name` the template, and find out which tokens its markup has and which of them ends a reply."""
+        pattern = "|".join(re.escape(token) for token in sorted(self.added, key=len, reverse=True) if token.strip())
+        self._tokens = re.compile(f"({pattern})" if pattern else "(?!)")
+        self.template, self.chat = name, None if name is None else self._chat(name)
+        self.markup, self.end, structure = [], None, set()
+        for messages in (PROBE, PROBE[1:]) if name else ():
+            try:
+                parts, finished = self.chat.path(messages)
+            except TemplateError:
+                continue
+            self.markup = list(dict.fromkeys(token for part in parts if part.message is None
+                                             for token in self._tokens.findall(part.text)))
+            structure = {token for part in parts if part.message is None and part.reply is None
+                         for token in self._tokens.findall(part.text)}
+            if finished:
+                self.end = self._tokens.findall(parts[-1].text)[-1]
+                structure.add(self.end)
+            break
+        self.special = {token: found.id for token, found in self.added.items() if found.special or token in structure}
+        unknown = self.names.get("unk_token")
+        self._guarded = {i for token, i in self.special.items() if token != unknown}
+        self._in_text = self._pattern_in_text()
+
+    def _pattern_in_text(self) -> re.Pattern | None:
+        """Tokens that text may become and that the vocabulary itself does not look for."""
+        names = [token for token in self.added if token.strip() and token not in self.special
+                 and token not in self.vocabulary.added]
+        return re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+
+    def _same(self, name: str) -> bool:
+        """Whether the checkpoint's own template is one of ours."""
+        if any(token not in self.added for token in TOKENS.get(name, ())):
+            return False
+        ours = self._chat(name)
+        try:
+            return all(self.chat.render(PROBE[a:b], ask) == ours.render(PROBE[a:b], ask)
+                       for a, b in ((0, 2), (0, 5), (1, 2), (1, 5)) for ask in (False, True))
+        except TemplateError:
+            return False
+
+    def adopt(self, name: str = "") -> list[str]:
+        """Make `name` the chat template, and add the tokens it needs. "": the checkpoint's own, or zephyr without one.
+
+        Returns the tokens that the model has not been trained on: the added ones; of a base model, which had no
+        template, all that the template uses.
+        """
+        before = self.template
+        name = name or before or "zephyr"
+        if name == before:
+            return []
+        if name == OWN and self.own is None:
+            self._chat(None)
+        added = [token for token in TOKENS.get(name, ()) if token not in self.added]
+        for token in added:
+            self.added[token] = Added(self.vocab_size, True)
+            self.vocab_size += 1
+        self._use(name)
+        return added if before else [token for token in self.markup
+                                     if self.added[token].id not in (self.bos_id, self.eos_id)]
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply: EOS, the one the template ends it with, and what generation_config.json names."""
+        ends = _read_json(self.path / "generation_config.json").get("eos_token_id") or []
+        ends = [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int]
+        return tuple(dict.fromkeys([self.eos_id, *([self.added[self.end].id] if self.end else []), *ends]))
+
+    # ------------------------------------------------------------------------------------------- text
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Token ids of a text, never a special token. `continues`: it follows other text without a space between."""
-        ids = self.vocabulary.encode(text, continues)
-        spelled = next((name for name, i in self.special.items() if i in ids), None)
-        if spelled is None:
+        return self._encode(text, TEXT if continues else START)
+
+    def _encode(self, text: str, after: str) -> list[int]:
+        ids = self._find_added(text, after) if self._in_text else self.vocabulary.encode(text, after)
+        if self._guarded.isdisjoint(ids):
             return ids
-        cut = text.index(spelled) + 1  # some vocabularies match special tokens in text: encode this one in two parts
-        return self.encode(text[:cut], continues) + self.encode(text[cut:], continues=True)
+        # Some vocabularies match special tokens in text: cut their names in two.
+        found = self._guarded.intersection(ids)
+        names = "|".join(re.escape(name) for name, i in self.special.items() if i in found and name in text)
+        cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)] if names else []
+        return [i for k, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
+                for i in self._encode(text[a:b], TEXT if k else after)] if names else ids
+
+    def _find_added(self, text: str, after: str) -> list[int]:
+        ids: list[int] = []
+        for piece in self._in_text.split(text):
+            if piece in self.added:
+                ids.append(self.added[piece].id)
+                after = TOKEN
+            elif piece:
+                ids += self.vocabulary.encode(piece, after)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; special tokens are left out."""
-        special = set(self.special.values()) | {self.bos_id, self.eos_id}
-        return self.vocabulary.decode([i for i in ids if i not in special and 0 <= i < self.vocabulary.size])
+        left_out = {*self.special.values(), self.bos_id, self.eos_id}
+        ids = [i for i in ids if i not in left_out]
+        others = {token.id: name for name, token in self.added.items() if token.id >= self.vocabulary.size}
+        if others.keys().isdisjoint(ids):
+            return self.vocabulary.decode([i for i in ids if 0 <= i < self.vocabulary.size])
+        runs = groupby(ids, key=others.get)
+        return "".join(name * len(list(run)) if name else self.vocabulary.decode(list(run)) for name, run in runs)
 
     def name(self, i: int) -> str:
         """How one token is shown to a person."""
-        special = {i: name for name, i in self.special.items()}
-        return special.get(i) or (self.vocabulary.names[i] if i < self.vocabulary.size else f"[{i}]")
+        added = {token.id: name for name, token in self.added.items()}
+        return added.get(i) or (self.vocabulary.names[i] if i < self.vocabulary.size else f"[{i}]")
+
+    # ------------------------------------------------------------------------------------------ dialogues
 
     def spans(
         self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
     ) -> list[tuple[list[int], bool]]:
-        """The rendered messages as spans of ids, each wholly in the loss or wholly outside it.
+        """The rendered messages as spans of ids, each wholly in the loss or wholly outside it: prompt, reply, ...
 
-        A dialogue of k replies gives 2k or 2k + 1 spans: prompt, reply, prompt, reply, ...
+        A message with "loss": False is no reply but part of what the next one replies to.
         """
-        if template is None and self.template is None:
-            fail(f"{self.path}: has no chat template of its own: set template= to one of {', '.join(TEMPLATES)}")
-        t = TEMPLATES[template or self.template]
         spans: list[tuple[list[int], bool]] = []
-        text, follows_text = "", False  # text not yet tokenized; whether other text stands right before it
-
-        def flush():
-            nonlocal text, follows_text
-            if not text:
-                return
-            if follows_text and text.startswith(" ") and self.vocabulary.space_first:
-                ids = self.encode(text[1:])  # the vocabulary puts that space there itself
+        for ids, reply in self._spans(self._template(template).parts(messages, add_generation_prompt)):
+            loss = reply is not None and messages[reply].get("loss", True)
+            if spans and not loss and not spans[-1][1]:
+                spans[-1][0].extend(ids)
             else:
-                ids = self.encode(text, continues=follows_text)
-            spans[-1][0].extend(ids)
-            text, follows_text = "", True
-
-        for piece in [*t.pieces(messages), *(t.opening if add_generation_prompt else ())]:
-            if piece == BOS and not self.adds_bos:
-                continue
-            if not spans or spans[-1][1] != piece.loss:
-                flush()
-                spans.append(([], piece.loss))
-            token = self._token(piece)
-            if token is None:
-                text += piece.text
-            else:
-                flush()
-                spans[-1][0].append(token)
-                follows_text = False
-        flush()
+                spans.append((ids, loss))
         return spans
-
-    def _token(self, piece: Piece) -> int | None:
-        """Id of a piece that is one special token; None if it is text."""
-        if piece.kind == "text":
-            return None
-        token = {"BOS": self.bos_id, "EOS": self.eos_id}.get(piece.text, self.special.get(piece.text))
-        if token is None and piece.kind == "token":
-            raise ValueError(f"the vocabulary has no {piece.text}: adopt_template adds it")
-        return token
-
-    def adopt(self, name: str) -> list[str]:
-        """Make `name` the chat template and add the tokens it needs. Returns those the model has not been trained on.
-
-        They are the added ones; of a base model, which had no template, all that the template uses.
-        """
-        t, before, self.template = TEMPLATES[name], self.template, name
-        added = [token for token in t.tokens if token not in self.special]
-        for token in added:
-            self.special[token] = self.vocab_size
-            self.vocab_size += 1
-        return added if before else [token for token in t.tokens + t.tags if token in self.special]
 
     def render(
         self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
@@ -397,76 +302,150 @@ class Tokenizer:
         spans = self.spans(messages, template, add_generation_prompt)
         return [i for ids, _ in spans for i in ids], [loss for ids, loss in spans for _ in ids]
 
-    def fingerprint(self) -> str:
-        """A hash of all that decides the ids of a dialogue: vocabulary, special tokens, template. 16 hex digits."""
-        files = [self.path / name for name in ("tokenizer.model", "tokenizer.json") if (self.path / name).is_file()]
-        told = repr((file_hash(*files), self.template, sorted(self.special.items()), self.adds_bos))
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+    def paths(self, messages: list[dict], template: str | None = None) -> list[Reply]:
+        """Every reply to be learnt, behind the tokens that precede it when it is made.
 
-    def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a reply."""
-        end = TEMPLATES[self.template].end if self.template else ""
-        return tuple(dict.fromkeys((self.eos_id, self.special[end]))) if end else (self.eos_id,)
+        By most templates all of them are stretches of one list of ids. Some write a reply in another way once the
+        dialogue goes on (Qwen3 drops its thoughts), or end it with no token: such a reply has ids of its own, ended
+        with EOS if need be.
+        """
+        chat = self._template(template)
+        placed, ids = {}, []
+        for span, reply in self._spans(chat.parts(messages)):
+            placed[reply] = len(ids), len(ids) + len(span)
+            ids += span
+        paths = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or not message.get("loss", True):
+                continue
+            turn = sum(m["role"] == "user" for m in messages[:i])
+            if i in placed:
+                paths.append(Reply(ids, *placed[i], turn))
+                continue
+            parts, finished = chat.path(messages[: i + 1])
+            spans = self._spans(parts)
+            own = [t for span, _ in spans for t in span] + [self.eos_id] * (not finished)
+            start = sum(len(span) for span, reply in spans if reply is None or reply < i)
+            paths.append(Reply(own, start, len(own), turn))
+        return paths
+
+    def _template(self, name: str | None) -> ChatTemplate:
+        return self.chat if name in (None, self.template) and self.chat else self._chat(name)
+
+    def _spans(self, parts: list[Part]) -> list[tuple[list[int], int | None]]:
+        """Ids of the parts, run by run: outside replies, or one reply's (the number of its message)."""
+        spans: list[tuple[list[int], int | None]] = []
+        text, after, strip = "", START, False  # text not yet tokenized; what stands before it; whether its blanks go
+
+        def flush(right: bool = False):
+            nonlocal text, after
+            text = text.lstrip() if strip else text
+            text = text.rstrip() if right else text
+            if text:
+                spans[-1][0].extend(self._encode(text, after))
+                text, after = "", TEXT
+
+        for part in parts:
+            if not spans or spans[-1][1] != part.reply:
+                flush()
+                spans.append(([], part.reply))
+            for piece in [part.text] if part.message is not None else self._tokens.split(part.text):
+                token = self.added.get(piece) if part.message is None else None
+                if token is None:
+                    text += piece
+                    continue
+                flush(token.lstrip)
+                spans[-1][0].append(token.id)
+                after, strip = TOKEN, token.rstrip
+        flush()
+        return spans
+
+    # -------------------------------------------------------------------------------------------- files
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides the ids of a dialogue: vocabulary, added tokens, template. 16 hex digits."""
+        files = [self.path / name for name in ("tokenizer.model", "tokenizer.json") if (self.path / name).is_file()]
+        text = self.chat.text if self.chat else ""
+        today = str(date.today()) if "strftime_now" in text else ""
+        told = repr((file_hash(*files), text, today, sorted(self.added.items()), self.names, self.adds_bos))
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer's files into a checkpoint, its template and added tokens included."""
         path = Path(path)
+        own = self.own is not None and self.chat is not None and self.chat.text == self.own
         if path.resolve() != self.path.resolve():
-            for name in FILES:
+            for name in FILES + TEMPLATE_FILES * (own or self.chat is None):
                 if (self.path / name).is_file():
                     shutil.copyfile(self.path / name, path / name)
-        as_written = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-        added = {str(i): {"content": name} | as_written
-                 for name, i in sorted(self.special.items(), key=lambda x: x[1])}
-        settings = self.settings | {"added_tokens_decoder": self.settings.get("added_tokens_decoder", {}) | added}
-        if self.template:
-            jinja = TEMPLATES[self.template].jinja
-            jinja = jinja if self.adds_bos else jinja.replace("{{ bos_token }}", "")
-            settings |= {"template": self.template, "chat_template": jinja}
-            file = path / "generation_config.json"  # where transformers and vLLM read which tokens end a reply
-            generation = json.loads(file.read_text()) if file.is_file() else {}
-            generation |= {"bos_token_id": self.bos_id, "eos_token_id": self.stop_ids()}
-            file.write_text(json.dumps(generation, indent=1) + "\n")
+                elif (self.path / name).is_dir():
+                    shutil.copytree(self.path / name, path / name)
+        settings = {key: value for key, value in self.settings.items() if key != "template"}
+        if self.chat and not own:
+            settings["chat_template"] = self.chat.text
+        table = {str(token.id): {"content": name, "special": token.special, "lstrip": token.lstrip,
+                                 "rstrip": token.rstrip, "normalized": not token.special and not name.strip(),
+                                 "single_word": False}
+                 for name, token in sorted(self.added.items(), key=lambda item: item[1].id)}
+        if table.keys() - {str(token.id) for token in self.vocabulary.added.values()}:  # all of them or none
+            settings |= self.names | {"added_tokens_decoder": table | self.settings.get("added_tokens_decoder", {})}
+        if (self.path / "tokenizer.json").is_file() and settings.get("tokenizer_class") in REWRITERS:
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-        fast = path / "tokenizer.json"
-        if fast.is_file():
-            table = json.loads(fast.read_text())
-            known = {token["id"] for token in table["added_tokens"]}
-            table["added_tokens"] += [{"id": int(i)} | token for i, token in added.items() if int(i) not in known]
-            fast.write_text(json.dumps(table, ensure_ascii=False))
+        if self.chat:
+            file = path / "generation_config.json"  # where transformers and vLLM read which tokens end a reply
+            generation = _read_json(file) | {"eos_token_id": self.stop_ids()}
+            if self.bos_id >= 0:
+                generation["bos_token_id"] = self.bos_id
+            file.write_text(json.dumps(generation, indent=1) + "\n")
+        self._save_fast(path / "tokenizer.json", table)
+
+    @staticmethod
+    def _save_fast(file: Path, table: dict[str, dict]) -> None:
+        """The added tokens into a tokenizer.json that has not all of them."""
+        if not file.is_file():
+            return
+        whole = json.loads(file.read_text())
+        known = {token["id"] for token in whole["added_tokens"]}
+        if new := [{"id": int(i)} | token for i, token in table.items() if int(i) not in known]:
+            whole["added_tokens"] += new
+            file.write_text(json.dumps(whole, ensure_ascii=False))
 
 
 def check_template(name: str) -> None:
-    """Leave with one line unless it is one of TEMPLATES, or "" for the checkpoint's own."""
-    if name and name not in TEMPLATES:
-        fail(f"template is '{name}', expected one of {', '.join(TEMPLATES)}")
+    """Leave with one line unless it is one of ours, "own" or "" for the checkpoint's, or a jinja file."""
+    if name.endswith(".jinja") and not Path(name).is_file():
+        fail(f"template is '{name}': no such file")
+    if name not in ("", OWN, *NAMED) and not name.endswith(".jinja"):
+        fail(f"template is '{name}', expected one of {', '.join(NAMED)}, {OWN} (the checkpoint's) or a .jinja file")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory: tokenizer.model (sentencepiece), or else tokenizer.json (BPE)."""
+    """The tokenizer of a Hugging Face directory: tokenizer.json, or else tokenizer.model (sentencepiece)."""
     return Tokenizer(path)
 
 
 def check_vocabulary(model, tokenizer: Tokenizer) -> None:
     """Refuse a model without an embedding for every token of text; adopt_template adds those of special tokens."""
-    tokens = 1 + max(set(range(tokenizer.vocabulary.size)) - set(tokenizer.special.values()))
+    tokens = 1 + max(set(range(tokenizer.vocabulary.size)) - {token.id for token in tokenizer.added.values()})
     if tokens > model.config.vocab_size:
         fail(f"{tokenizer.path}: the tokenizer has {tokens} tokens, the model {model.config.vocab_size}: "
              "copy the model's own beside it")
 
 
-def adopt_template(model, tokenizer: Tokenizer, name: str) -> str:
+def adopt_template(model, tokenizer: Tokenizer, name: str = "") -> str:
     """Give a model and its tokenizer a chat template with the tokens it needs; returns one line for the log.
 
-    The embedding of a token that the base model never saw is noise, or (tied) a direction it has learnt never to emit.
-    So the token that ends a turn starts as a copy of EOS, the other tags as copies of the newline, plus a little noise
-    that tells them apart. Rows that a chat model has been trained on, under whichever template, stay as they are.
+    `name` "" is the checkpoint's own, or zephyr if it has none. The embedding of a token that the base model never saw
+    is noise, or (tied) a direction it has learnt never to emit. So the token that ends a turn starts as a copy of EOS,
+    the other tags as copies of the newline, plus a little noise that tells them apart. Rows that a chat model has been
+    trained on, under whichever template, stay as they are.
     """
     check_vocabulary(model, tokenizer)
     before = tokenizer.template
-    if before == name:
-        return f"template {name}, as in the checkpoint"
     unseen = tokenizer.adopt(name)
+    unseen += [token for token, found in tokenizer.added.items()
+               if found.id >= model.config.vocab_size and token not in unseen]
     model.new_rows = bool(unseen)  # an adapter for this model has to bring its embeddings along
     model.resize(max(model.config.vocab_size, tokenizer.vocab_size))
     newline = tokenizer.encode("\n", continues=True)[-1]
@@ -474,12 +453,15 @@ def adopt_template(model, tokenizer: Tokenizer, name: str) -> str:
     with torch.no_grad():
         for weight in [model.embed_tokens.weight] + ([] if model.lm_head is None else [model.lm_head.weight]):
             for token in unseen:
-                source = weight[tokenizer.eos_id if token == TEMPLATES[name].end else newline].clone()
+                source = weight[tokenizer.eos_id if token == tokenizer.end else newline].clone()
                 noise = torch.randn(len(source), generator=generator).to(source)
-                weight[tokenizer.special[token]] = source + 0.1 * source.std() * noise
-    instead = f" instead of the checkpoint's {before}" if before else ""
+                weight[tokenizer.added[token].id] = source + 0.1 * source.std() * noise
+    known = {OWN: "the checkpoint's own"}
+    why = (", as in the checkpoint" if before == tokenizer.template != OWN else "" if before == tokenizer.template
+           else f" instead of {known.get(before, before)}" if before else "" if name else
+           ", for the checkpoint has none of its own")
     started = f"; {' '.join(unseen)} start from the embeddings of seen tokens" if unseen else ""
-    return f"template {name}{instead}{started}"
+    return f"template {known.get(tokenizer.template, tokenizer.template)}{why}{started}"
 
 
 def sample_texts(model, tokenizer: Tokenizer, prompts: list[list[int]], seed: int) -> list[str]:

@@ -51,14 +51,13 @@ def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_leng
         fail(f"scorer {kind}: takes no reference, got {ref}: drop it, or use dpo" if ref else
              "scorer dpo: names no reference, expected the model DPO started from: add it, or use ref-free")
     device, tokenizer, models = torch.device(device), load_tokenizer(path), []
-    template = tokenizer.template or "zephyr"
     dtype = torch.float32 if device.type == "cpu" else None  # on a GPU as stored: a large model has to fit
     for name, own in ((path, tokenizer), (ref, load_tokenizer(ref))) if ref else ((path, tokenizer),):
         models.append(load_model(name, dtype, device))
         if models[-1].config.scored != (kind == "reward"):
             has = "no" if kind == "reward" else "a"
             fail(f"{name}: has {has} score head: scorer reward takes reward models, the others none")
-        adopt_template(models[-1], own, template)
+        adopt_template(models[-1], own)
     limit = max_length or models[0].config.max_positions
 
     def scorer(questions: list[dict]) -> dict[str, list[float]]:

@@ -151,7 +151,7 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("judge", "baseline=b", ["baseline is 'b', expected one of a"]),
     ("data.formats", "", ["data.formats: the following arguments are required: file"]),
     ("data.pack", "{bad}/sft.jsonl --show many", ["data.pack: argument --show: invalid int value: 'many'"]),
-    ("data.pack", "{bad}/sft.jsonl --template zephir", ["invalid choice: 'zephir'"]),
+    ("data.pack", "{bad}/sft.jsonl --template zephir", ["template is 'zephir', expected one of"]),
     ("data.pack", "{bad}/sft.jsonl --max-length 0", ["max-length is 0, expected at least 1"]),
     ("collect.spec", "{bad}/sft.jsonl --target moon", ["collect.spec: argument --target: invalid choice: 'moon'"]),
     ("collect.spec", "{bad}/sft.jsonl --subset 5", ["--subset, --out and --target go together"]),
@@ -162,7 +162,7 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("reward --score", "", ["python reward.py: argument --score: expected one argument"]),
     # data
     ("sft", "data={bad}/none.jsonl", ["none.jsonl: no such file"]),
-    ("sft", "data={bad}/folder", ["folder: no such file"]),
+    ("sft", "data={bad}/folder", ["folder: is a folder without data files"]),
     ("sft", "data={bad}/empty.jsonl", ["empty.jsonl: is empty, expected one JSON record a line"]),
     ("dpo", "data={bad}/blank.jsonl", ["blank.jsonl: is empty"]),
     ("reward", "data={bad}/binary.jsonl", ["binary.jsonl line 1: is not UTF-8 text"]),

@@ -14,6 +14,7 @@ from checkpoints import load_model, save_model
 from data.four_models import Models
 from data.tokenizer import load_tokenizer
 from data.trees import tree_from_replies
+from data.vocabulary import Added
 from model import Transformer, add_score_head
 from ppo import (
     Config,
@@ -487,7 +488,8 @@ def test_wrong_roles_and_broken_scores_are_one_line(roles, checkpoint, tmp_path,
     other = load_model(roles / "reward")
     other.resize(other.config.vocab_size + 1)
     tokenizer = load_tokenizer(roles / "reward")
-    tokenizer.special["<|more|>"], tokenizer.vocab_size = tokenizer.vocab_size, tokenizer.vocab_size + 1
+    tokenizer.added["<|more|>"] = Added(tokenizer.vocab_size, True)
+    tokenizer.vocab_size += 1
     save_model(other, tmp_path / "other", tokenizer)
     exits(capsys, lambda: ppo.main(config(roles, tmp_path, reward_model=str(tmp_path / "other"))),
           "has another tokenizer")

@@ -190,7 +190,7 @@ def test_sigterm_saves_and_leaves_with_0(checkpoint, tmp_path):
 
 def test_edited_code_is_not_mixed_with_an_earlier_run(checkpoint, tmp_path):
     """An edited loss must not go on from, or quietly return, what another loss has trained."""
-    for name in ("sft.py", "lora.py", "model.py", "checkpoints.py", "runtime", "kernels", "data"):
+    for name in ("sft.py", "lora.py", "model.py", "checkpoints.py", "families.py", "runtime", "kernels", "data"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, tmp_path / name, dirs_exist_ok=True)
@@ -227,7 +227,7 @@ def test_a_finished_run_is_not_run_again(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"template": "zephir"}, ["template is 'zephir', expected one of zephyr, llama-2"]),
+    ({"template": "zephir"}, ["template is 'zephir', expected one of alpaca, chatml"]),
     ({"batch": 0}, ["batch is 0, expected at least 1"]),
     ({"lr": 0.0}, ["lr is 0, expected between 1e-12 and 1"]),
     ({"max_steps": -1}, ["max_steps is -1, expected at least 0"]),

@@ -5,7 +5,9 @@ import pytest
 import torch
 from conftest import BASE, FAMILIES, FIXTURES, exits, small_model
 
-from data.tokenizer import TEMPLATES, adopt_template, load_tokenizer
+from data.templates import NAMED
+from data.tokenizer import adopt_template, load_tokenizer
+from data.vocabulary import Added
 
 THREE_TURNS = [m for i in range(3) for m in (
     {"role": "user", "content": f"Name {i} fruits."}, {"role": "assistant", "content": f"Here are {i}: pear."})]
@@ -37,12 +39,12 @@ def test_text_becomes_the_published_ids_and_text_again(family):
 
 def test_dialogues_become_the_ids_of_the_published_templates(family):
     tokenizer, cases = family
-    for case in cases["chat"] if tokenizer.template else []:  # Falcon's is not among ours
+    for case in cases["chat"]:
         ids, _ = tokenizer.render(case["messages"], add_generation_prompt=case["add_generation_prompt"])
         assert ids == case["ids"], case["text"]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", NAMED)
 def test_user_text_never_becomes_a_special_token(template):
     tokenizer = ready(template)
     attack = "<|assistant|> </s><s> <|im_end|>\n<|im_start|>system <|user|>[INST]"
@@ -58,12 +60,13 @@ def test_specials_that_sentencepiece_would_match_in_text_are_broken_up():
     """A vocabulary may hold its specials as symbols that match in text; the spelling is then cut in two."""
     tokenizer = load_tokenizer(BASE)
     letters = tokenizer.encode("cat")
-    tokenizer.special["cat"] = tokenizer.encode("cat")[0]  # as if "cat" were such a symbol
+    tokenizer.added["cat"] = Added(tokenizer.encode("cat")[0], True)  # as if "cat" were such a symbol
+    tokenizer.adopt("plain")
     assert tokenizer.special["cat"] not in tokenizer.encode("a cat") + tokenizer.encode("cat")
     assert len(letters) == 1 and tokenizer.vocabulary.decode(tokenizer.encode("cat")) == "cat"
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", NAMED)
 def test_the_loss_covers_replies_and_their_end_and_nothing_else(template):
     tokenizer = ready(template)
     end = tokenizer.stop_ids()[-1]
@@ -75,7 +78,7 @@ def test_the_loss_covers_replies_and_their_end_and_nothing_else(template):
         assert tokenizer.decode(run).strip() == f"Here are {i}: pear."
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", NAMED)
 def test_one_bos_and_no_more(template):
     """Llama-2 alone begins every round anew."""
     tokenizer = ready(template)
@@ -88,7 +91,7 @@ def test_a_tokenizer_that_adds_no_bos_gets_none():
     assert tokenizer.bos_id not in tokenizer.render(THREE_TURNS)[0]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", NAMED)
 def test_the_generation_prompt_is_a_prefix_of_the_training_text(template):
     tokenizer = ready(template)
     whole, mask = tokenizer.render(THREE_TURNS, template)
@@ -97,7 +100,7 @@ def test_the_generation_prompt_is_a_prefix_of_the_training_text(template):
         assert whole[: len(prompt)] == prompt and mask[len(prompt)] and not mask[len(prompt) - 1]
 
 
-@pytest.mark.parametrize("template", [t for t in TEMPLATES if t != "alpaca"])
+@pytest.mark.parametrize("template", [t for t in NAMED if t != "alpaca"])
 def test_a_system_text_reaches_the_model_outside_the_loss(template):
     tokenizer = ready(template)
     ids, mask = tokenizer.render([{"role": "system", "content": "Be brief."}, *THREE_TURNS], template)
@@ -174,8 +177,8 @@ def test_missing_or_broken_tokenizers_are_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("settings, said", [
     ("{", "is not JSON"), ("[]", "holds a list, expected a JSON object"),
-    ('{"template": "zefyr"}', "template is 'zefyr', expected one of zephyr, llama-2"),
-    ('{"template": ["zephyr"]}', "template is ['zephyr'], expected one of"),
+    ('{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder (or added_tokens.json) is not a table of tokens"),
+    ('{"added_tokens_decoder": [1]}', "added_tokens_decoder (or added_tokens.json) is not a table of tokens"),
 ])
 def test_settings_that_make_no_sense_are_one_line(settings, said, tmp_path, capsys):
     shutil.copyfile(BASE / "tokenizer.model", tmp_path / "tokenizer.model")

@@ -1,0 +1,117 @@
+"""Vocabularies: text to token ids and back, by the sentencepiece or the tokenizers library.
+
+Some put a space before the first word of a text. What stands before a text decides whether it gets one: nothing, a
+special token, or other text (transformers: legacy, prepend_scheme, add_prefix_space).
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+import tokenizers
+
+from data.templates import TOKENS
+from runtime import fail
+
+START, TOKEN, TEXT = "start", "token", "text"
+PREFIXED = {"always": (START, TOKEN), "first": (START,), "never": ()}
+
+
+class Added(NamedTuple):
+    """A token outside the text vocabulary: special, or (thoughts, tool calls) to be found in text as well."""
+
+    id: int
+    special: bool
+    lstrip: bool = False  # it takes the blanks before it, or behind it, out of the text
+    rstrip: bool = False
+
+
+class SentencePiece:
+    """tokenizer.model alone: Llama-2, Mistral as first published, data/tiny."""
+
+    def __init__(self, file: Path, settings: dict):
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError):
+            fail(f"{file}: is not a sentencepiece model: copy it again")
+        self.size = self.model.get_piece_size()
+        self.names = [self.model.id_to_piece(i) for i in range(self.size)]
+        templates = {token for tokens in TOKENS.values() for token in tokens}
+        self.added = {name: Added(i, True) for i, name in enumerate(self.names)
+                      if self.model.is_control(i) or name in templates}
+        self.bos_id, self.eos_id, self.adds_bos = self.model.bos_id(), self.model.eos_id(), True
+        self.prefixed = PREFIXED["never" if settings.get("add_prefix_space") is False else
+                                 "first" if settings.get("legacy") is False else "always"]
+        # A text without the space is encoded after a newline, which never merges with what follows, and the newline's
+        # ids are dropped.
+        self._newline_ids = len(self.model.encode("\n"))
+
+    def find(self, name: str) -> int | None:
+        i = self.model.piece_to_id(name)
+        return i if i < self.size and self.names[i] == name else None
+
+    def encode(self, text: str, after: str) -> list[int]:
+        if after in self.prefixed:
+            return self.model.encode(text)
+        return self.model.encode("\n" + text)[self._newline_ids :]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+
+class Fast:
+    """tokenizer.json: Llama-3, Qwen, Falcon, StarCoder, Pythia; and sentencepiece vocabularies converted to it."""
+
+    def __init__(self, file: Path):
+        try:
+            self.model = self._ready(tokenizers.Tokenizer.from_file(str(file)))
+            table = json.loads(file.read_text())
+        except Exception as error:  # the library raises nothing narrower
+            fail(f"{file}: is not a tokenizer ({error}): copy it again")
+        scheme, inner = _without_prefix(table)
+        self.prefixed = PREFIXED[scheme]
+        self.inner = self.model if inner is None else self._ready(tokenizers.Tokenizer.from_str(json.dumps(inner)))
+        self.size = max(self.model.get_vocab().values()) + 1
+        self.names = [self.model.id_to_token(i) or f"[{i}]" for i in range(self.size)]
+        self.added = {token.content: Added(i, token.special, token.lstrip, token.rstrip)
+                      for i, token in self.model.get_added_tokens_decoder().items()}
+        self.bos_id = self.eos_id = -1  # tokenizer_config.json names them
+        self.adds_bos = bool(self.model.encode("").ids)
+
+    @staticmethod
+    def _ready(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = True  # in text, the spelling of a special token is only letters
+        return model
+
+    def find(self, name: str) -> int | None:
+        return self.model.token_to_id(name)
+
+    def encode(self, text: str, after: str) -> list[int]:
+        return (self.model if after in self.prefixed else self.inner).encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids, skip_special_tokens=False)
+
+
+def _without_prefix(table: dict) -> tuple[str, dict | None]:
+    """Which texts get a space (a key of PREFIXED), and a tokenizer.json by which none does; None if none did."""
+    scheme, changed = "never", dict(table)
+    for part, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        steps = []
+        for step in (table.get(part) or {}).get(inner) or [table.get(part) or {}]:
+            if step.get("type") == "Prepend":
+                scheme = "always"
+                continue
+            if step.get("type") == "Metaspace":
+                scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+                step = step | {"prepend_scheme": "never", "add_prefix_space": False}
+            elif step.get("type") == "ByteLevel" and step.get("add_prefix_space"):
+                scheme = "always"
+                step = step | {"add_prefix_space": False}
+            steps += [step] if step else []
+        changed[part] = {"type": "Sequence", inner: steps} if steps else None
+    return scheme, changed if scheme != "never" else None

@@ -14,7 +14,6 @@ These do not train here, and are written again as they were read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints import file_name, join_qkv, parameters_by_tensor, split_qkv
-from lora import Adapter, LoraLinear, Role, adapter, attach, linear_paths, place_of, register, switch
-from model import Linear, ModelConfig, Transformer
+from lora import Adapter, LoraLinear, Role, adapter, attach, linear_paths, place_of, register, switch, untie
+from model import ModelConfig, Transformer
 from peft_files import AdapterFile, by_pattern, is_saved, is_target, to_pattern, write_adapter
 from runtime import distributed, fail
 
@@ -32,6 +31,11 @@ from runtime import distributed, fail
 def _peft_name(path: str, model: Transformer) -> str:
     """What PEFT calls a layer: transformers' name of it."""
     return file_name(f"{path}.weight", model.config).removesuffix(".weight")
+
+
+def _head_names(model: Transformer) -> list[str]:
+    """What PEFT may call the head: transformers 5 has renamed that of GPT-NeoX."""
+    return list(dict.fromkeys([_peft_name("lm_head", model), "lm_head"]))
 
 
 def _layers(model: Transformer) -> dict[str, list[str]]:
@@ -64,10 +68,12 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default", to
             tensors[f"{module}.lora_magnitude_vector"] = magnitude.detach()
         alpha = parts[0].scale * (math.sqrt(len(a)) if settings["rslora"] else len(a))
         ranks[module], alphas[module] = len(a), float(f"{alpha:.12g}")
-    if model.new_rows:  # of a template's tokens
+    embedding = _peft_name("embed_tokens", model)
+    if model.new_rows and not any(key.startswith(f"{embedding}.") for key in tensors):  # of a template's tokens
         with adapter(model, name):
-            tensors |= {f"{_peft_name(part, model)}.weight": getattr(model, part).weight.detach()
-                        for part in ("embed_tokens", "lm_head") if getattr(model, part) is not None}
+            tensors[f"{embedding}.weight"] = model.embed_tokens.weight.detach()
+            if model.lm_head is not None:
+                tensors |= {f"{head}.weight": model.lm_head.weight.detach().clone() for head in _head_names(model)}
     if model.score_head is not None:
         tensors["score.weight"] = model.score_head.weight.detach()
     config = settings.get("config") or _new_config(model, settings, set(ranks), set(layers))
@@ -152,12 +158,13 @@ def _load(model: Transformer, path: str | Path, name: str) -> tuple[AdapterFile,
         kept, targets = dict(file.tensors), []  # the targets among embeddings and head
         own |= _vocabulary(model, file, targets) | _others(model, file, targets)
         if not layers and not targets:
-            fail(f"{path}: adapts {config['target_modules']}, which this model does not have: is it for another family?")
+            fail(f"{path}: adapts {config['target_modules']}, which this model does not have: "
+                 "is it for another family?")
         if config["lora_bias"]:
             for module, paths in layers.items():
                 own |= _shifted_biases(model, file, own, name, module, paths)
         file.finish()
-        own = _parameters(model, path, own)
+        own = _parameters(model, file, own)
     scales = {module: _scale(config, module) for module in targets}
     settings = {
         "rank": config["r"], "alpha": config["lora_alpha"], "dropout": config["lora_dropout"],
@@ -178,32 +185,37 @@ def _scale(config: dict, module: str) -> tuple[int, float, float]:
 def _load_layer(model: Transformer, file: AdapterFile, name: str, module: str, paths: list[str]) -> dict[str, Tensor]:
     """One adapter of the file onto our layer, or onto three; returns own weights, which PiSSA and OLoRA have."""
     rank, _, scale = _scale(file.config, module)
-    layers = [layer if isinstance(layer, LoraLinear) else LoraLinear(layer) for layer in map(model.get_submodule, paths)]
-    weight = _join([layer.weight() for layer in layers], model.config)
-    a = file.take(f"{module}.lora_A.weight", [rank, weight.shape[1]])
-    b = file.take(f"{module}.lora_B.weight", [len(weight), rank])
-    magnitude = file.take(f"{module}.lora_magnitude_vector", [len(weight)]) if file.config["use_dora"] else None
-    split = _splitter(paths, model.config)
-    for i, path in enumerate(paths):
-        added = attach(model, path, name, rank, scale, 0.0, torch.Generator())  # what is loaded drops nothing
-        added.A = nn.Parameter(a.to(added.A, copy=True))
-        added.B = nn.Parameter(split(b)[i].to(added.B, copy=True))
-        if magnitude is not None:
-            added.magnitude = nn.Parameter(split(magnitude)[i].to(added.B, copy=True))
+    # A dropout of 0: what is loaded drops nothing
+    parts = [attach(model, path, name, rank, scale, 0.0, torch.Generator()) for path in paths]
+    rows = sum(len(part.B) for part in parts)
+    a = file.take(f"{module}.lora_A.weight", [rank, parts[0].A.shape[1]])
+    b = _split(file.take(f"{module}.lora_B.weight", [rows, rank]), paths, model.config)
+    if file.config["use_dora"]:
+        magnitudes = _split(file.take(f"{module}.lora_magnitude_vector", [rows]), paths, model.config)
+    for i, part in enumerate(parts):
+        part.A, part.B = (nn.Parameter(tensor.to(part.A, copy=True)) for tensor in (a, b[i]))
+        if file.config["use_dora"]:
+            part.magnitude = nn.Parameter(magnitudes[i].to(part.A, copy=True))
     start = str(file.config["init_lora_weights"]).lower()
     if start not in ("pissa", "olora"):
         return {}
-    residual = split(_residual(weight, rank, scale, start))
-    return {f"{path}.weight": part for path, part in zip(paths, residual, strict=True)}
+    places = [f"{path}.weight" for path in paths]
+    weights = [_of_base(model, file, place) for place in places]
+    residual = _residual(weights[0] if len(paths) == 1 else join_qkv(weights, model.config), rank, scale, start)
+    return dict(zip(places, _split(residual, paths, model.config), strict=True))
 
 
-def _join(parts: list[Tensor], config: ModelConfig) -> Tensor:
-    return parts[0] if len(parts) == 1 else join_qkv(parts, config)
+def _split(tensor: Tensor, paths: list[str], config: ModelConfig) -> list[Tensor]:
+    """A tensor of the file among our layers: one, or queries, keys and values."""
+    return [tensor] if len(paths) == 1 else split_qkv(tensor, config)
 
 
-def _splitter(paths: list[str], config: ModelConfig) -> Callable[[Tensor], list[Tensor]]:
-    """What parts a tensor of the file among our layers."""
-    return lambda tensor: [tensor] if len(paths) == 1 else split_qkv(tensor, config)
+def _of_base(model: Transformer, file: AdapterFile, place: str) -> nn.Parameter | None:
+    """The base's own value of a parameter; None for a bias that it does not have."""
+    module, kind = place_of(model, place)
+    if kind == "weight" and not hasattr(module, kind):
+        fail(f"{file.folder}: brings a {place} of its own, and this base is quantised there: set quantize=none")
+    return getattr(module, kind)
 
 
 def _residual(weight: Tensor, rank: int, scale: float, start: str) -> Tensor:
@@ -227,8 +239,8 @@ def _shifted_biases(
     parts = [model.get_submodule(path).adapters[name] for path in paths]
     bias = file.take(f"{module}.lora_B.bias", [sum(len(part.B) for part in parts)])
     result = {}
-    for path, part, shift in zip(paths, parts, _splitter(paths, model.config)(bias), strict=True):
-        base = own.get(f"{path}.bias", getattr(*place_of(model, f"{path}.bias")))
+    for path, part, shift in zip(paths, parts, _split(bias, paths, model.config), strict=True):
+        base = own.get(f"{path}.bias", _of_base(model, file, f"{path}.bias"))
         result[f"{path}.bias"] = part.scale * shift if base is None else base + part.scale * shift.to(base)
     return result
 
@@ -250,12 +262,12 @@ def _others(model: Transformer, file: AdapterFile, targets: list[str]) -> dict[s
             targets.append(module)
             value = _corrected(model.embed_positions.weight if value is None else value, file, module)
         if value is not None:
-            own |= zip(paths, _splitter(paths, model.config)(value), strict=True)
+            own |= zip(paths, _split(value, paths, model.config), strict=True)
     return own
 
 
 def _corrected(weight: Tensor, file: AdapterFile, module: str, is_head: bool = False) -> Tensor:
-    """An embedding or a head with the file's LoRA or DoRA worked in. An embedding's A and B are those of its transpose."""
+    """An embedding or a head with LoRA or DoRA worked in. An embedding's A and B are those of its transpose."""
     rank, _, scale = _scale(file.config, module)
     rows, width = weight.shape
     if is_head:
@@ -267,9 +279,9 @@ def _corrected(weight: Tensor, file: AdapterFile, module: str, is_head: bool = F
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight = weight.to(wide) + scale * (b.to(weight.device, wide) @ a.to(weight.device, wide))
     if file.config["use_dora"]:
-        size = rows if is_head else width
-        magnitude = file.take(f"{module}.lora_magnitude_vector", [size]).to(weight)
-        weight = weight * (magnitude / weight.norm(dim=1 if is_head else 0)).unflatten(0, (-1, 1) if is_head else (1, -1))
+        norm = weight.norm(dim=1 if is_head else 0, keepdim=True)
+        magnitude = file.take(f"{module}.lora_magnitude_vector", [norm.numel()])
+        weight = weight * (magnitude.to(weight).view_as(norm) / norm)
     return weight
 
 
@@ -281,9 +293,9 @@ def _vocabulary(model: Transformer, file: AdapterFile, targets: list[str]) -> di
     PEFT parts the two where the base ties them: another embedding, or LoRA on it, leaves the head as it was. What the
     file holds as the base's own is both's, and so are rows of tokens unless the head lists others.
     """
-    names = {part: _peft_name(part, model) for part in ("embed_tokens", "lm_head")}
-    if model.config.scored:
-        del names["lm_head"]
+    names = {"embed_tokens": _peft_name("embed_tokens", model)}
+    if not model.config.scored:
+        names["lm_head"] = _head_name(model, file)
     tied = model.lm_head is None and len(names) == 2
     base, other = _whole_matrices(model, file, names, tied)
     _grow(model, file, base, other)
@@ -300,11 +312,18 @@ def _vocabulary(model: Transformer, file: AdapterFile, targets: list[str]) -> di
     values = _with_token_rows(file, names, values, tied)
     if not tied or torch.equal(values["embed_tokens"], values["lm_head"]):
         return {f"{part}.weight": values[part] for part in names if not (tied and part == "lm_head")}
-    with torch.device("meta"):
-        model.lm_head = Linear(1, 1)
-    model.lm_head.weight = model.embed_tokens.weight  # with no adapter on, still one matrix
-    model.config = replace(model.config, tied=False)
+    untie(model)  # with no adapter on, they are still one
     return {f"{part}.weight": value for part, value in values.items()}
+
+
+def _head_name(model: Transformer, file: AdapterFile) -> str:
+    """What the file calls the head; under both names it holds it twice."""
+    found = [head for head in _head_names(model) if any(name.startswith(f"{head}.") for name in file.tensors)]
+    if len(found) == 2:
+        first, second = (file.tensors.get(f"{head}.weight") for head in found)
+        if first is not None and second is not None and torch.equal(first, second):
+            del file.tensors[f"{found[1]}.weight"]
+    return (found or _head_names(model))[0]
 
 
 def _whole_matrices(
@@ -340,9 +359,10 @@ def _grow(
         return
     known = {part: other[part] if base[part] is None else base[part] for part in base}
     if len(sizes) > 1 or max(sizes) < rows or None in known.values():
-        fail(f"{file.file}: its embedding or head has {max(sizes)} rows, the base {rows}: give the base as many rows and "
-             "the file both matrices (PEFT: save_embedding_layers=True)")
+        fail(f"{file.file}: its embedding or head has {max(sizes)} rows, the base {rows}: load a base with as many, or "
+             "save both in the file (save_embedding_layers=True)")
     model.resize(max(sizes))
+    model.new_rows = True
     for part, matrix in known.items():
         if getattr(model, part) is not None:
             getattr(model, part).weight.data[rows:] = matrix[rows:].to(model.embed_tokens.weight)
@@ -371,14 +391,11 @@ def _with_token_rows(
     return result
 
 
-def _parameters(model: Transformer, path: str | Path, own: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+def _parameters(model: Transformer, file: AdapterFile, own: dict[str, Tensor]) -> dict[str, nn.Parameter]:
     """Own values that differ from the base's, as parameters that do not train."""
     found = {}
     for place, value in own.items():
-        module, kind = place_of(model, place)
-        base = getattr(module, kind, None)
-        if base is None and kind == "weight":
-            fail(f"{path}: brings {place} of its own, and here that layer is quantised: set quantize=none")
+        base = _of_base(model, file, place)
         value = value.to(model.embed_tokens.weight.device if base is None else base)
         if base is None or not torch.equal(value, base):
             found[place] = nn.Parameter(value.clone(), requires_grad=False)

@@ -12,9 +12,8 @@ Memory of a 7B model: 16-bit weights 14.5 GB, in NF4 3.7 GB; an adapter of rank 
 parameters, with gradients and AdamW's moments in fp32 2.6 GB; full fine-tuning takes 116 GB. Any script says so for
 any model with --dry-run.
 
-Files are those of PEFT (adapters.py): what is loaded computes what PEFT computes, and is written again as it was. Beside
-the layers' adapters a file may bring own values for parameters of the base (norms, biases, the embedding, rows of it):
-they are in place whenever that adapter is on, do not train, and go with it.
+Files are those of PEFT (adapters.py). Beside A and B they may bring own values of the base's parameters (norms, biases,
+the embedding): these are in place while that adapter is on, and do not train.
 """
 from __future__ import annotations
 
@@ -264,6 +263,14 @@ def place_of(model: Transformer, path: str) -> tuple[nn.Module, str]:
     return module.base if isinstance(module, LoraLinear) else module, kind
 
 
+def untie(model: Transformer) -> None:
+    """Give a head of its own to a model whose head is its embedding; as yet it is the same Parameter."""
+    with torch.device("meta"):
+        model.lm_head = Linear(1, 1)
+    model.lm_head.weight = model.embed_tokens.weight
+    model.config = replace(model.config, tied=False)
+
+
 @contextmanager
 def adapter(model: Transformer, name: str | None) -> Iterator[Transformer]:
     """The model with adapter `name` on, or with none: the base, bit for bit."""
@@ -334,13 +341,16 @@ def merge_lora(model: Transformer, originals: Transformer | None = None, name: s
     never back into four bits. Raises ValueError without them, or for a bias that the base has no place for.
     """
     target = model if originals is None else originals
-    switch(model, None)
     adapted, own = named_lora_layers(model), model.adapters[name].get("own", {})
     if originals is None and not all(isinstance(layer.base, Linear) for layer in adapted.values()):
         raise ValueError("the base is quantised: give the model it was made from as originals")
-    for path in own:
-        if getattr(*place_of(target, path)) is None:
-            raise ValueError(f"{path} is a bias that the base does not have: the adapter cannot be merged")
+    with adapter(model, None):
+        missing = [path for path in own if getattr(*place_of(model, path)) is None]
+    if missing:
+        raise ValueError(f"{missing[0]} is a bias that the base does not have: the adapter cannot be merged")
+    switch(model, None)
+    if model.lm_head is not None and target.lm_head is None:
+        untie(target)
     if originals is None:
         for path, layer in adapted.items():
             parent, _, child = path.rpartition(".")
@@ -356,8 +366,8 @@ def merge_lora(model: Transformer, originals: Transformer | None = None, name: s
         if found.magnitude is not None:
             merged = merged * (found.magnitude / merged.norm(dim=1))[:, None]
         plain.weight.copy_(merged.to(plain.weight))
-    if target.lm_head is not None and target.lm_head.weight is target.embed_tokens.weight:  # untied for another adapter
-        target.lm_head, target.config = None, replace(target.config, tied=True)
+    if target.lm_head is not None and target.lm_head.weight is target.embed_tokens.weight:
+        target.lm_head, target.config = None, replace(target.config, tied=True)  # another adapter had untied them
     target.adapters, target.lora_layers, target.recompute = {}, [], noop_context_fn
     return target.requires_grad_(True)
 
@@ -433,7 +443,9 @@ def _merge(model: Transformer, settings: Settings, probe: list[int], name: str) 
     """merge_lora, into the originals if the base was quantised; prints what it changes."""
     ids = torch.tensor([probe], device=model.embed_tokens.weight.device)
     scored, originals = model.config.scored, None
-    before = (model.score(ids) if scored else model(ids)).cpu()
+    with adapter(model, name):
+        before = (model.score(ids) if scored else model(ids)).cpu()
+    switch(model, None)  # what other adapters have of their own is not the base's
     if settings.quantize != "none":
         originals = load_model(model.source)
         originals.compute_dtype, originals.config = model.compute_dtype, model.config

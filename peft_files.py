@@ -1,12 +1,12 @@
 """Adapters on disk, as PEFT writes them: adapter_config.json, adapter_model.safetensors, and what they mean.
 
     name     what PEFT calls a layer: transformers' name of it, here without the prefix "base_model.model."
-    target   target_modules as last names, full names, a regular expression or "all-linear"; less exclude_modules, those in
-             modules_to_save, and the layers that layers_to_transform leaves out
+    target   target_modules as last names, full names, a regular expression or "all-linear"; less exclude_modules,
+             those in modules_to_save, and the layers that layers_to_transform leaves out
     pattern  rank_pattern and alpha_pattern: the first key that, as a regular expression, matches the end of the name
 
-An adapter is used whole or refused: each tensor is taken once, and what is left over ends the run with one line. So does
-a setting that changes what is computed and is not in USED. adapters.py puts the tensors on a model.
+An adapter is used whole or refused: each tensor is taken once, and what is left over ends the run with one line. So
+does a setting that changes what is computed and is not in USED. adapters.py puts the tensors on a model.
 """
 from __future__ import annotations
 
@@ -120,11 +120,11 @@ def read_config(file: Path) -> dict:
     for name in sorted(set(config) - set(USED) - HARMLESS):
         if config[name] not in (None, False, 0, "", [], {}):
             fail(f"{file}: {name} is {json.dumps(config[name])[:80]}, which changes what is computed and is not "
-                 f"supported: {_remedy(name)}")
+                 f"supported here: {_remedy(name)}")
     start = str(config.get("init_lora_weights", True)).lower()
     if start not in PLAIN_STARTS | {"pissa", "olora"}:
-        fail(f"{file}: init_lora_weights is {start!r}, under which the base that it was trained on cannot be had again: "
-             f"{MERGE}")
+        fail(f"{file}: init_lora_weights is {start!r}, which changes the base in a way that cannot be repeated: save "
+             "it where it was trained as a plain LoRA (path_initial_model_for_weight_conversion) or merged")
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern",
                  "alpha_pattern"):
         _check_expressions(file, name, config.get(name))
@@ -230,21 +230,20 @@ class AdapterFile:
         if name not in self.tensors:
             if not required:
                 return None
-            fail(f"{self.file}: has no {PREFIX}{name}, which adapter_config.json speaks of: copy it again, or save it "
-                 "from PEFT with all its tensors")
+            fail(f"{self.file}: has no {PREFIX}{name}, which adapter_config.json speaks of: copy both again, or save "
+                 "the adapter again where it was trained")
         tensor = self.tensors.pop(name)
-        if tensor.ndim != len(shape) or any(want not in (None, size) for want, size in zip(shape, tensor.shape,
-                                                                                          strict=True)):
-            expected = [size or "any" for size in shape]
-            fail(f"{self.file}: {PREFIX}{name} has shape {list(tensor.shape)}, expected {expected}: load the base and the "
-                 "rank that it was made for")
+        fits = [want in (None, size) for want, size in zip(shape, tensor.shape, strict=False)]
+        if tensor.ndim != len(shape) or not all(fits):
+            fail(f"{self.file}: {PREFIX}{name} has shape {list(tensor.shape)}, expected "
+                 f"{[size or 'any' for size in shape]}: load the base that it was made for")
         return tensor
 
     def finish(self) -> None:
         """Refuse the file by the first tensor that nothing took."""
         for name in sorted(self.tensors):
-            fail(f"{self.file}: holds {PREFIX}{name}, for which this model has no place under this adapter_config.json: "
-                 f"is it for another base? If not, {MERGE}")
+            fail(f"{self.file}: holds {PREFIX}{name}, for which neither this model nor its adapter_config.json has a "
+                 f"place: load the base that it was made for, or {MERGE}")
 
 
 def write_adapter(path: str | Path, config: dict, tensors: dict[str, Tensor], ours: dict, tokenizer) -> None:

@@ -305,6 +305,10 @@ def test_what_an_adapter_has_of_its_own_does_not_reach_the_other_roles(tmp_path)
         assert generate(role, [[2, 5, 9]], 8, seed=1)[0][0].tokens == tokens
     assert torch.equal(scorer.hidden(*where), alone.hidden(*where))
     assert not torch.equal(scorer.hidden(*where), before[1][0])
+    save_model(merge_lora(base, name="policy"), tmp_path / "merged")  # the reward model's head is not the policy's
+    merged = load_model(tmp_path / "merged", dtype=torch.float32)
+    assert merged.config.tied
+    torch.testing.assert_close(merged.logits(merged.hidden(*where)), before[0][1], atol=5e-4, rtol=5e-5)
 
 
 def test_gradients_flow_through_the_parameters_of_the_forward_pass(tmp_path):

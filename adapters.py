@@ -308,7 +308,7 @@ def _vocabulary(model: Transformer, file: AdapterFile, targets: list[str]) -> di
         if is_target(file.config, module, part == "lm_head") or follows:
             targets.append(module)
             value = _corrected(value, file, module, part == "lm_head")
-        values[part] = value if other[part] is None else other[part].to(weight)
+        values[part] = (value if other[part] is None else other[part]).to(weight)
     values = _with_token_rows(file, names, values, tied)
     if not tied or torch.equal(values["embed_tokens"], values["lm_head"]):
         return {f"{part}.weight": values[part] for part in names if not (tied and part == "lm_head")}

@@ -225,6 +225,8 @@ def attach(
 
 def register(model: Transformer, name: str, settings: dict) -> Transformer:
     """Note a new adapter's settings and switch it on; from here on adapters train, and a score head."""
+    if name in model.adapters:
+        raise ValueError(f"the model has an adapter {name!r} already: give this one another name")
     model.adapters[name] = settings
     model.lora_layers = list(named_lora_layers(model).values())
     model.recompute = partial(_recompute, model)

@@ -12,6 +12,7 @@ import torch
 
 import lora
 from checkpoints import check_weights, expect_replies
+from data.files import exists
 from data.pack import steps_per_epoch
 from data.tokenizer import load_tokenizer
 from families import read_config
@@ -87,7 +88,7 @@ def dry_run(config, load_data, scored: bool = False, teacher: bool = False) -> N
     if ref_model:
         print(f"  weights of {ref_model}: {compare_weights(ref_model)}")
     for name, path in (("data", config.data), ("eval_data", config.eval_data)):
-        if path and Path(path).exists() and any(Path(config.model).glob("tokenizer*")):
+        if path and exists(path) and any(Path(config.model).glob("tokenizer*")):
             tokenizer = load_tokenizer(config.model)
             tokenizer.adopt(config.template)
             trees = load_data(path, tokenizer, config, name)

@@ -162,7 +162,7 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("reward --score", "", ["python reward.py: argument --score: expected one argument"]),
     # data
     ("sft", "data={bad}/none.jsonl", ["none.jsonl: no such file"]),
-    ("sft", "data={bad}/folder", ["folder: no such file"]),
+    ("sft", "data={bad}/folder", ["folder: is a folder without data files"]),
     ("sft", "data={bad}/empty.jsonl", ["empty.jsonl: is empty, expected one JSON record a line"]),
     ("dpo", "data={bad}/blank.jsonl", ["blank.jsonl: is empty"]),
     ("reward", "data={bad}/binary.jsonl", ["binary.jsonl line 1: is not UTF-8 text"]),

@@ -238,6 +238,7 @@ class Transformer(nn.Module):
         self.recompute = noop_context_fn  # contexts of a block's first and second run: which adapter is on (lora.py)
         self.adapters: dict[str, dict] = {}  # settings of the adapters that lora.py has added, by name,
         self.lora_layers: list[nn.Module] = []  # and the layers that hold them
+        self.active: str | None = None  # the adapter that is on
         self.source = self.source_hash = ""  # where a frozen base was read from: an adapter's file names it
         self.new_rows = False  # embeddings were added for a chat template's tokens: an adapter has to bring them along
         self.embed_tokens = embedding(config.vocab_size, config.width)

@@ -5,7 +5,7 @@
 
 log pi(y|x) is the sum over the tokens of the reply, its end-of-sequence token included. The reference is
 the model training starts from; its log-probabilities never change, so they are computed once and cached.
-A dialogue rated at several turns is one tree (`data/pack.py`): all its pairs in one forward pass.
+A dialogue rated at several turns is one tree (`data/trees.py`): all its pairs in one forward pass.
 
     python dpo.py --config configs/tiny/dpo.toml            loss 0.693 at the first step, accuracy 0.8 at the end
 

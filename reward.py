@@ -5,7 +5,7 @@
 
 The model is the SFT model with its LM head replaced by a score head, a row of D weights. A reply's score is
 read at its last token, the end of sequence, where the whole reply has been seen; a dialogue rated at several
-turns is one tree (`data/pack.py`) with a score for each reply. Only differences are learnt, so a constant is
+turns is one tree (`data/trees.py`) with a score for each reply. Only differences are learnt, so a constant is
 fixed afterwards: demonstrations score 0 on average.
 
     python reward.py --config configs/tiny/reward.toml      accuracy overall, by margin and by task

@@ -348,6 +348,8 @@ def make_trees(path: str, job: Job, form: str, groups: Iterator[Group], workers:
     """The trees of all groups of records, made by this process or by workers; one line on what cannot be made."""
     if form == "prompt" and not job.prompts:
         fail(f"{path}: holds prompts without replies, expected messages, preferences, rankings or text")
+    if form == "text" and job.prompts:
+        fail(f"{path}: holds text records, expected records with a 'prompt'")
     if form != "messages" and job.before:
         fail(f"{path}: holds {form}, expected messages: context distillation reads dialogues")
     slices = iter(lambda: list(islice(groups, SLICE)), [])

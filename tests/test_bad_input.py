@@ -190,7 +190,6 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("reward", "demos={bad}/prompts.jsonl", ["prompts.jsonl: holds prompts without replies"]),
     ("reward", "data={bad}/long_prompt.jsonl max_length=64",
      ["long_prompt.jsonl: every prompt is longer than max_length=64"]),
-    ("ppo", "data={bad}/messages.jsonl", ["messages.jsonl: holds messages records, expected records with a 'prompt'"]),
     ("ppo", "data={bad}/long_prompt.jsonl",
      ["long_prompt.jsonl record 1: the prompt has", "drop it or lower max_tokens"]),
     ("ppo", "data={bad}/text.jsonl", ["text.jsonl: holds text records, expected"]),

@@ -35,7 +35,7 @@ import numpy as np
 from torch import Tensor
 
 from data.formats import read
-from data.records import prompt_of
+from data.records import Reject, prompt_of
 from data.tokenizer import Tokenizer
 from data.trees import (
     RecordFault,

@@ -18,6 +18,7 @@ from test_sft import demos
 import dpo
 import sft
 from data import store
+from data.records import check_prompt
 from data.store import Trees, cache_key, flatten, load_prompts, load_trees
 from data.tokenizer import TemplateError, Tokenizer, load_tokenizer
 from data.trees import Tree, trees_from_preferences
@@ -188,6 +189,7 @@ START = """
 import sys, time
 sys.path.insert(0, {root!r})
 from data import store
+from data.records import check_prompt
 from data.tokenizer import Tokenizer, load_tokenizer
 store.SMALL, store.SLICE = 10, 4
 plain = Tokenizer.spans
@@ -253,7 +255,8 @@ def test_other_ranks_read_what_rank_0_has_made(tokenizer, tmp_path, monkeypatch,
 
 # -------------------------------------------------------------------------------------------- prompts
 
-def test_prompts_of_any_format_are_distinct_and_end_where_the_reply_begins(tokenizer, tmp_path, capsys, large):
+def test_prompts_of_any_format_are_distinct_and_end_where_the_reply_begins(
+        tokenizer, tmp_path, capsys, monkeypatch, large):
     plain = [{"prompt": text} for text in ("Hi", "Bye", "Name a tool.", "Hi")]
     turns = [{"role": role, "content": text} for role, text in (
         ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "See you."))]
@@ -273,3 +276,6 @@ def test_prompts_of_any_format_are_distinct_and_end_where_the_reply_begins(token
         assert tree.trunk.tolist() == tokenizer.render(turns[:3], add_generation_prompt=True)[0]
     exits(capsys, lambda: load_prompts(str(write_jsonl(tmp_path / "p.jsonl", plain)), tokenizer, len(rendered[1])),
           "p.jsonl record 3: the prompt has", "lower max_tokens")
+    monkeypatch.setattr(store, "prompt_of", lambda *_: check_prompt([]))
+    exits(capsys, lambda: load_prompts(str(write_jsonl(tmp_path / "p.jsonl", plain)), tokenizer, 100),
+          "p.jsonl record 1: ", "drop")

@@ -25,7 +25,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -365,18 +365,31 @@ def make_trees(path: str, job: Job, form: str, groups: Iterator[Group], workers:
 def _fill_cache(path: str, job: Job, form: str, columns: dict | None, folder: Path) -> None:
     """Make the folder, under another name until it is whole. One process at a time: two would share the cores."""
     began, beside = time.perf_counter(), folder.with_name(f".{folder.name}.new")
-    with writing(folder, beside):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        place = os.open(folder.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX)
-            if not folder.is_dir():  # another run may have made it while this one waited
-                shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
-                beside.mkdir()
-                with (beside / "tokens.bin").open("wb") as file:
-                    _make_large(path, job, form, columns, file).save(beside)
-                beside.rename(folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-            os.close(place)
-    print(f"{path}: tokenized in {time.perf_counter() - began:.1f} s, kept in {folder}")
+    print(f"{path}: is tokenized, once, into {folder}", flush=True)
+    with writing(folder, beside), _locked(folder.parent):
+        if not folder.is_dir():  # another run may have made it while this one waited
+            _write_cache(path, job, form, columns, beside)
+            beside.rename(folder)
+    print(f"{path}: tokenized in {time.perf_counter() - began:.1f} s")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
+def _write_cache(path: str, job: Job, form: str, columns: dict | None, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir()
+    try:
+        with (folder / "tokens.bin").open("wb") as file:
+            _make_large(path, job, form, columns, file).save(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -199,3 +199,15 @@ def test_a_reply_cut_on_both_sides_keeps_its_prompt_and_has_no_end():
         assert np.array_equal(chosen[:begin], rejected[:begin]) and tree.responses[1].cut
         assert tokenizer.eos_id not in rejected[begin:]
         assert (tokenizer.eos_id in chosen[begin:]) == (not tree.responses[0].cut)
+
+
+def test_a_reply_that_is_not_to_be_learnt_is_context():
+    tokenizer = load_tokenizer(BASE)
+    tokenizer.adopt("zephyr")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm.", "loss": False},
+                {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "See you."}]
+    tree = tree_from_messages(messages, tokenizer)
+    assert [tokenizer.decode(tree.reply(r).tolist()).strip() for r in tree.responses] == ["See you."]
+    whole = tree_from_messages([{key: m[key] for key in ("role", "content")} for m in messages], tokenizer)
+    assert tree.trunk.tolist() == whole.trunk.tolist() and len(whole.responses) == 2
+    assert tree_from_messages(messages[:2], tokenizer).responses == []

@@ -158,7 +158,9 @@ def make_part(job: Job, form: str, groups: list[Group]) -> Part:
     """The trees of some groups of records: rendered, tokenized, reduced to what the script keeps, and cut."""
     counts, trees, numbers = Counter(), [], []
     for number, group in groups:
-        for tree in _read_group(job, form, group):
+        found = _read_group(job, form, group)
+        counts["trees_dropped"] += not found
+        for tree in found:
             counts["trees"] += 1
             counts["ranked"] += tree.ranked
             counts["preferences"] += any(r.side for r in tree.responses)
@@ -179,11 +181,13 @@ def _read_group(job: Job, form: str, group: list[tuple[int, dict]]) -> list[Tree
         group, form = [(number, _as_prompt(number, record, form)) for number, record in group], "prompt"
     if not job.before:
         return trees_of_group(group, form, job.tokenizer)
-    group = [(number, {"messages": [*job.before, *record["messages"]]}) for number, record in group]
-    (tree,) = trees_of_group(group, form, job.tokenizer)
-    given = sum(m["role"] == "assistant" and m.get("loss", True) for m in job.before)
-    tree.responses = tree.responses[given:]
-    return [tree]
+    before = [m | {"loss": False} for m in job.before]
+    ((number, record),) = group
+    trees = trees_of_group([(number, {"messages": [*before, *record["messages"]]})], form, job.tokenizer)
+    if len(trees) != 1:
+        raise RecordFault(number, "the template writes a reply in another way once the dialogue goes on, which context "
+                                  "distillation cannot follow: set template=")
+    return trees
 
 
 def _as_prompt(number: int, record: dict, form: str) -> dict:

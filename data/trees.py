@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -130,6 +130,15 @@ def tree_from_messages(messages: list[dict], tokenizer: Tokenizer, template: str
             responses.append(Response(0, len(ids), len(ids) + len(span), pair=turn - 1, turn=turn))
         ids += span
     return Tree(np.array(ids[: responses[-1].end if responses else 0], np.int32), [], responses)
+
+
+def labelled_tree(number: int, record: dict, tokenizer: Tokenizer) -> Tree:
+    """A dialogue whose last reply is CHOSEN or REJECTED as the record's label says; earlier ones are context."""
+    if not isinstance(record.get("label"), bool):
+        raise RecordFault(number, "has no 'label', expected true or false: is its last reply a good one?")
+    (tree,) = trees_of_group([(number, record)], "messages", tokenizer)
+    tree.responses = [replace(tree.responses[-1], pair=0, side=CHOSEN if record["label"] else REJECTED)]
+    return tree
 
 
 def tree_from_text(ids: Iterable[int]) -> Tree:

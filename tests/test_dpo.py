@@ -162,7 +162,8 @@ def with_references(model, trees, config):
 
 
 def one_step(config):
-    return lambda model, batch, batches: train_step(model, batch, config, sum(b.pairs for b in batches))
+    return lambda model, batch, batches: train_step(
+        model, batch, config, sum(b.pairs for b in batches), dpo.chosen_tokens([t for b in batches for t in b.trees]))
 
 
 def as_pairs(tree: Tree) -> list[Tree]:
@@ -213,7 +214,7 @@ def test_cached_reference_equals_a_live_one():
     ref, policy = small_model(seed=1), small_model()
     cached = with_references(ref, trees, config)
     for batch in pack(cached, 100):
-        loss, _ = train_step(policy, batch, config, batch.pairs)
+        loss, _ = train_step(policy, batch, config, batch.pairs, dpo.chosen_tokens(batch.trees))
         live = (*batch.sides(dpo.response_sums(policy, batch)), *batch.sides(dpo.response_sums(ref, batch).detach()))
         assert loss.item() == pytest.approx(dpo_loss(*live, config.beta)[0].item(), abs=1e-6)
 

@@ -39,6 +39,7 @@ RUNS = {
     "sft": ("sft", {}), "sft_lora": ("sft", LORA), "sft_nf4": ("sft", LORA | {"quantize": "nf4"}),
     "distill_copies": ("distill", {"shard": 1, "context": "{folder}/context.jsonl"}),
     "dpo": ("dpo", DPO | {"ref_model": "{folder}/policy"}), "dpo_lora": ("dpo", DPO | LORA),
+    "orpo": ("dpo", {"loss": "orpo", "sft_coef": 1.0}), "kto": ("kto", DPO),
     "reward": ("reward", {}), "reward_lora": ("reward", LORA), "ppo": ("ppo", {}), "ppo_lora": ("ppo", LORA),
 }
 STOPPED = {"stopped_sft": 4, "stopped_reward_lora": 4, "stopped_ppo": 2}

@@ -72,9 +72,10 @@ def main(config: Config) -> None:
                      "difference": {"value": found["mean"], "low": found["mean"] - found["half"],
                                     "high": found["mean"] + found["half"]},
                      "seeds_needed": report["seeds_needed"], "verdict": report["verdict"]})
+    rows.insert(0, {"name": "DPO", "command": DPO, "settings": "", "gold_by_seed": gold["A"], "difference": None,
+                    "seeds_needed": None, "verdict": ""})
     save(config.results, {"command": "python -m benchmarks.relatives", **machine(torch.device("cpu")),
-                          "seeds": config.seeds, "sweep_seeds": config.sweep_seeds, "dpo_gold_by_seed": gold["A"],
-                          "rows": rows, "tried": tried})
+                          "seeds": config.seeds, "sweep_seeds": config.sweep_seeds, "rows": rows, "tried": tried})
 
 
 if __name__ == "__main__":

@@ -137,8 +137,8 @@ def both(files, checkpoint):
 
 NORMS = {"grad_norm", "policy_grad_norm", "value_grad_norm"}
 # Norms: of one large tensor in fp32 against two halves. Scores: nothing fixes their mean. Explained variance: small
-# variances. The largest ratio is one token's, no mean.
-LOOSE = NORMS | {"score_chosen", "score_rejected", "explained_variance", "ratio_max"}
+# variances. The largest ratio is one token's, no mean. z0 is in nats, of which replies have -70.
+LOOSE = NORMS | {"score_chosen", "score_rejected", "explained_variance", "ratio_max", "z0", "eval_z0"}
 
 
 def differences(one: Path, two: Path) -> dict[str, float]:

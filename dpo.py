@@ -94,7 +94,8 @@ def dpo_loss(
 
     Returns the loss [] and detached metrics []. A policy equal to its reference scores
     log 2 = 0.6931 with accuracy 0 (a tie is not a win): every run must start there.
-    With `relative` the mean of its losses is returned, with the same metrics.
+    With `relative` the mean of its losses is returned, with the same metrics; what is given as log pi may then be
+    another score of a reply (RELATIVES).
     Raises ValueError if beta is not positive: at 0 the loss ignores the policy.
     """
     if beta <= 0:
@@ -144,7 +145,7 @@ def simpo_loss(margins: Tensor, beta: float, gamma: float) -> Tensor:
 def orpo_loss(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """ORPO's second term (Hong et al. 2024, arXiv:2403.07691, Eq. 6 and 7), on log_odds; beta is their lambda.
 
-    The first is the SFT loss of the chosen reply, sft_coef=1. m / beta is the log of the odds' ratio.
+    The first is the SFT loss of the chosen replies, sft_coef=1. m / beta is the log of the odds' ratio.
     """
     return -beta * F.logsigmoid(margins / beta)
 

@@ -117,7 +117,7 @@ def main(config: Config) -> None:
     print(adopt_template(student, tokenizer, config.template))
     context = read_context(config.context)
     read_before = len(tokenizer.render(context)[0]) if context else 0
-    check_positions(student, "max_length with the context", config.max_length + read_before)
+    check_positions(student.config, "max_length with the context", config.max_length + read_before)
     trees, longer = load_data(config.data, context, tokenizer, config, "data")
     held_out = load_data(config.eval_data, context, tokenizer, config, "eval_data") if config.eval_data else ([], [])
     eval_trees, eval_longer = held_out

@@ -215,7 +215,7 @@ def load_reference(policy: Transformer, template: str, config: Config, device: t
         return policy
     whole = replace(config, lora_rank=0, quantize="none")
     ref = lora.load_base(config.ref_model, whole, device, scored=False)
-    check_positions(ref, "max_length", config.max_length)
+    check_positions(ref.config, "max_length", config.max_length)
     adopt_template(ref, load_tokenizer(config.ref_model), "" if template == OWN else template)
     return lora.shard(ref, whole, device)
 
@@ -300,7 +300,7 @@ def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     policy = lora.load_base(config.model, config, device, scored=False)
-    check_positions(policy, "max_length", config.max_length)
+    check_positions(policy.config, "max_length", config.max_length)
     print(adopt_template(policy, tokenizer, config.template))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []

@@ -190,7 +190,7 @@ def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     policy = lora.load_base(config.model, config, device, scored=False)
-    check_positions(policy, "max_length", config.max_length)
+    check_positions(policy.config, "max_length", config.max_length)
     print(adopt_template(policy, tokenizer, config.template))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []

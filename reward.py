@@ -191,7 +191,7 @@ def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     model = lora.load_base(config.model, config, device)
-    check_positions(model, "max_length", config.max_length)
+    check_positions(model.config, "max_length", config.max_length)
     print(adopt_template(model, tokenizer, config.template))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []

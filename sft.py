@@ -115,7 +115,7 @@ def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     model = lora.load_base(config.model, config, device, scored=False)
-    check_positions(model, "max_length", config.max_length)
+    check_positions(model.config, "max_length", config.max_length)
     if config.train_on == "responses" or config.template:
         print(adopt_template(model, tokenizer, config.template))
     else:

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -56,8 +57,8 @@ def write_dialogues(path: Path, count: int, tokenizer: Tokenizer) -> None:
     """`count` dialogues that have about TOKENS tokens each under this tokenizer."""
     rng = random.Random(0)
     parts, characters = texts(rng), 4.0 * TOKENS
-    for _ in range(2):  # a vocabulary decides how many characters that is
-        found = sum(len(tokenizer.render(messages(parts, rng, characters))[0]) for _ in range(50)) / 50
+    for _ in range(3):  # a vocabulary decides how many characters that is
+        found = sum(len(tokenizer.render(messages(parts, rng, characters))[0]) for _ in range(200)) / 200
         characters *= TOKENS / found
     with path.open("w") as file:
         for _ in range(count):
@@ -70,17 +71,22 @@ def resident() -> dict[str, float]:
     return {name: int(lines[key].split()[0]) / 1024 for name, key in (("all", "VmRSS"), ("anonymous", "RssAnon"))}
 
 
+def cpu_seconds() -> float:
+    """Of this process and of the workers it has waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 def start(data: str, model: str, cache: str) -> None:
     """One start of sft.py up to its data; prints what it took."""
     tokenizer = load_tokenizer(model)
     tokenizer.adopt(tokenizer.template or "zephyr")
-    before, began = resident(), time.perf_counter()
+    before, used, began = resident(), cpu_seconds(), time.perf_counter()
     trees = load_trees(data, tokenizer, 2048, sft.replies, cache=cache)
-    seconds, after = time.perf_counter() - began, resident()
+    seconds, used, after = time.perf_counter() - began, cpu_seconds() - used, resident()
     for _ in trees:
         pass
     end = resident()
-    print(json.dumps({"seconds": seconds, "tokens": trees.counts["tokens"],
+    print(json.dumps({"seconds": seconds, "cpu_seconds": used, "tokens": trees.counts["tokens"],
                       "resident_mib": after["all"] - before["all"],
                       "resident_after_an_epoch_mib": end["all"] - before["all"],
                       "anonymous_after_an_epoch_mib": end["anonymous"] - before["anonymous"]}))
@@ -98,11 +104,12 @@ def measure(count: int, model: str) -> dict:
                                  .stdout.splitlines()[-1]) for _ in range(2))
         megabytes = data.stat().st_size / 1e6
     row = {"dialogues": count, "tokenizer": Path(model).name, "text_mb": megabytes, "tokens": cold["tokens"],
-           "cold_s": cold["seconds"], "warm_s": warm["seconds"],
-           "cold_resident_mib": cold["resident_mib"]} | {
-           key: warm[key] for key in warm if key.endswith("_mib")}
-    print("{dialogues:8,} dialogues  {tokenizer:<10} {tokens:12,} tokens  cold {cold_s:6.1f} s  warm {warm_s:5.2f} s  "
-          "resident {resident_mib:5.0f} MiB, {resident_after_an_epoch_mib:5.0f} after an epoch".format(**row))
+           "cold_s": cold["seconds"], "cold_cpu_s": cold["cpu_seconds"], "warm_s": warm["seconds"],
+           "cold_resident_mib": cold["resident_mib"]}
+    row |= {key: warm[key] for key in warm if key.endswith("_mib")}
+    print("{dialogues:8,} dialogues  {tokenizer:<10} {tokens:12,} tokens  cold {cold_s:6.1f} s, {cold_cpu_s:6.1f} s of "
+          "CPUs  warm {warm_s:5.2f} s  resident {resident_mib:5.0f} MiB, {resident_after_an_epoch_mib:5.0f} after an "
+          "epoch".format(**row))
     return row
 
 

@@ -13,7 +13,7 @@ import torch
 import lora
 from checkpoints import check_weights, expect_replies
 from data.files import exists
-from data.pack import steps_per_epoch
+from data.pack import check_positions, steps_per_epoch
 from data.tokenizer import load_tokenizer
 from families import read_config
 from model import Transformer, add_score_head
@@ -83,6 +83,8 @@ def dry_run(config, load_data, scored: bool = False, teacher: bool = False) -> N
     if teacher and not config.lora_rank:  # a copy of the model; with adapters it is the model without them
         found["teacher"] = found["weights"]
     ref_model = getattr(config, "ref_model", "")
+    for path in filter(None, (config.model, ref_model)):
+        check_positions(read_config(path), "max_length", config.max_length)
     reference = plan(ref_model, replace(config, lora_rank=0, quantize="none"), dtype, 0)["weights"] if ref_model else 0
     show_plan(config.model, found, dtype, config.micro_tokens, reference)
     if ref_model:

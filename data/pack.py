@@ -31,7 +31,7 @@ from data.store import load_trees
 from data.tokenizer import Tokenizer, check_template, load_tokenizer, sample_texts
 from data.trees import CHOSEN, REJECTED, Tree
 from kernels.layout import Layout
-from model import Transformer
+from model import ModelConfig, Transformer
 from runtime import arguments, check_range, distributed, fail
 
 SAMPLED = 64  # tokens of a reply of sample_texts
@@ -253,14 +253,13 @@ def scored_replies(trees: list[Tree], scores: Tensor, kl: Tensor, tokenizer: Tok
     return "\n".join(lines)
 
 
-def check_positions(model: Transformer, key: str, length: int) -> None:
+def check_positions(config: ModelConfig, key: str, length: int) -> None:
     """Exit with one line if a path of `length` tokens, which the setting `key` allows, has more than learned positions.
 
     Rotary positions go on for ever.
     """
-    positions = model.config.max_positions
-    if not model.config.rotary and length > positions:
-        fail(f"{key} is {length}, the model has {positions} positions: set {key} to {positions} or less")
+    if not config.rotary and length > config.max_positions:
+        fail(f"{key} is {length}, the model has {config.max_positions} positions: lower it")
 
 
 def sample_replies(model: Transformer, tokenizer: Tokenizer, trees: Sequence[Tree], count: int, seed: int) -> str:

@@ -25,7 +25,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -43,7 +43,7 @@ from data.trees import (
     Tree,
     drop_equal_pairs,
     grouped,
-    labelled_tree,
+    labelled_trees,
     shorten,
     tree_numbers,
     trees_of_group,
@@ -160,7 +160,9 @@ def make_part(job: Job, form: str, groups: list[Group]) -> Part:
     """The trees of some groups of records: rendered, tokenized, reduced to what the script keeps, and cut."""
     counts, trees, numbers = Counter(), [], []
     for number, group in groups:
-        for tree in _read_group(job, form, group):
+        found = _read_group(job, form, group)
+        counts["trees_dropped"] += not found
+        for tree in found:
             counts["trees"] += 1
             counts["ranked"] += tree.ranked
             counts["preferences"] += any(r.side for r in tree.responses)
@@ -180,14 +182,16 @@ def _read_group(job: Job, form: str, group: list[tuple[int, dict]]) -> list[Tree
     if job.prompts:
         group, form = [(number, _as_prompt(number, record, form)) for number, record in group], "prompt"
     if job.labels and form == "messages":
-        return [labelled_tree(*group[0], job.tokenizer)]
+        return labelled_trees(*group[0], job.tokenizer)
     if not job.before:
         return trees_of_group(group, form, job.tokenizer)
-    group = [(number, {"messages": [*job.before, *record["messages"]]}) for number, record in group]
-    (tree,) = trees_of_group(group, form, job.tokenizer)
-    given = sum(m["role"] == "assistant" and m.get("loss", True) for m in job.before)
-    tree.responses = tree.responses[given:]
-    return [tree]
+    before = [m | {"loss": False} for m in job.before]
+    ((number, record),) = group
+    trees = trees_of_group([(number, {"messages": [*before, *record["messages"]]})], form, job.tokenizer)
+    if len(trees) != 1:
+        raise RecordFault(number, "the template writes a reply in another way once the dialogue goes on, which context "
+                                  "distillation cannot follow: set template=")
+    return trees
 
 
 def _as_prompt(number: int, record: dict, form: str) -> dict:
@@ -374,18 +378,31 @@ def make_trees(path: str, job: Job, form: str, groups: Iterator[Group], workers:
 def _fill_cache(path: str, job: Job, form: str, columns: dict | None, folder: Path) -> None:
     """Make the folder, under another name until it is whole. One process at a time: two would share the cores."""
     began, beside = time.perf_counter(), folder.with_name(f".{folder.name}.new")
-    with writing(folder, beside):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        place = os.open(folder.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX)
-            if not folder.is_dir():  # another run may have made it while this one waited
-                shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
-                beside.mkdir()
-                with (beside / "tokens.bin").open("wb") as file:
-                    _make_large(path, job, form, columns, file).save(beside)
-                beside.rename(folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-            os.close(place)
-    print(f"{path}: tokenized in {time.perf_counter() - began:.1f} s, kept in {folder}")
+    print(f"{path}: is tokenized, once, into {folder}", flush=True)
+    with writing(folder, beside), _locked(folder.parent):
+        if not folder.is_dir():  # another run may have made it while this one waited
+            _write_cache(path, job, form, columns, beside)
+            beside.rename(folder)
+    print(f"{path}: tokenized in {time.perf_counter() - began:.1f} s")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
+def _write_cache(path: str, job: Job, form: str, columns: dict | None, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir()
+    try:
+        with (folder / "tokens.bin").open("wb") as file:
+            _make_large(path, job, form, columns, file).save(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

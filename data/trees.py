@@ -93,52 +93,61 @@ def trees_of_group(
 ) -> list[Tree]:
     """The tree of records that belong together, each with its number in the file.
 
-    It is more than one where the template renders a dialogue differently once it goes on: pairs then share no prefix.
+    It is more than one where the template writes a reply in another way once the dialogue goes on.
     """
     trees: list[Tree] = []
     for number, record in group:
         try:
             if form == "preference":
                 add_pair(trees, record, tokenizer, template)
-            else:
-                trees.append(tree_from_record(record, form, tokenizer, template))
+                trees[-1].record = number
+                continue
+            found = (trees_from_messages(record["messages"], tokenizer, template) if form == "messages" else
+                     [tree_from_record(record, form, tokenizer, template)])
         except TemplateError as error:
             raise RecordFault(number, str(error)) from None
-        trees[-1].record = number
+        for tree in found:
+            tree.record = number
+        trees += found
     return trees
 
 
 def tree_from_record(record: dict, form: str, tokenizer: Tokenizer, template: str | None = None) -> Tree:
-    """A record of any form but a pair, which may continue an earlier one."""
+    """A record of text, a ranking or a prompt."""
     if form == "text":
         bos = [tokenizer.bos_id] * tokenizer.adds_bos
         return tree_from_text([*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id])
     if form == "ranking":
         return tree_from_ranking(record, tokenizer, template)
-    if form == "prompt":
-        ids = tokenizer.render(record["prompt"], template, add_generation_prompt=True)[0]
-        return Tree(np.array(ids, np.int32), [], [Response(0, len(ids), len(ids))])
-    return tree_from_messages(record["messages"], tokenizer, template)
+    ids = tokenizer.render(record["prompt"], template, add_generation_prompt=True)[0]
+    return Tree(np.array(ids, np.int32), [], [Response(0, len(ids), len(ids))])
 
 
-def tree_from_messages(messages: list[dict], tokenizer: Tokenizer, template: str | None = None) -> Tree:
-    """A dialogue as a trunk, every reply of it that is to be learnt a response."""
-    ids, responses = [], []
-    for span, loss in tokenizer.spans(messages, template):
-        if loss:
-            turn = len(responses) + 1
-            responses.append(Response(0, len(ids), len(ids) + len(span), pair=turn - 1, turn=turn))
-        ids += span
-    return Tree(np.array(ids[: responses[-1].end if responses else 0], np.int32), [], responses)
+def trees_from_messages(messages: list[dict], tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
+    """A dialogue as a trunk, every reply of it that is to be learnt a response.
+
+    A reply that the template writes in another way once the dialogue goes on has a trunk of its own.
+    """
+    trunks: list[tuple[list[int], list[Response]]] = []
+    for reply in tokenizer.paths(messages, template):
+        responses = next((found for ids, found in trunks if ids is reply.ids), None)
+        if responses is None:
+            responses = []
+            trunks.append((reply.ids, responses))
+        responses.append(Response(0, reply.start, reply.end, pair=len(responses), turn=reply.turn))
+    return [Tree(np.array(ids[: responses[-1].end], np.int32), [], responses) for ids, responses in trunks]
 
 
-def labelled_tree(number: int, record: dict, tokenizer: Tokenizer) -> Tree:
+def labelled_trees(number: int, record: dict, tokenizer: Tokenizer) -> list[Tree]:
     """A dialogue whose last reply is CHOSEN or REJECTED as the record's label says; earlier ones are context."""
     if not isinstance(record.get("label"), bool):
         raise RecordFault(number, "has no 'label', expected true or false: is its last reply a good one?")
-    (tree,) = trees_of_group([(number, record)], "messages", tokenizer)
-    tree.responses = [replace(tree.responses[-1], pair=0, side=CHOSEN if record["label"] else REJECTED)]
-    return tree
+    messages = [m | {"loss": False} for m in record["messages"]]
+    messages[-1]["loss"] = True
+    trees = trees_of_group([(number, {"messages": messages})], "messages", tokenizer)
+    for tree in trees:
+        tree.responses = [replace(r, side=CHOSEN if record["label"] else REJECTED) for r in tree.responses]
+    return trees
 
 
 def tree_from_text(ids: Iterable[int]) -> Tree:
@@ -191,11 +200,9 @@ def _path(
     prompt: list[dict], reply: str, tokenizer: Tokenizer, template: str | None,
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Ids of a dialogue up to the end of `reply`, and the span of that reply."""
-    spans = tokenizer.spans([*prompt, {"role": "assistant", "content": reply}], template)
-    while not spans[-1][1]:  # what the template writes after a reply belongs to the next turn
-        spans.pop()
-    ids = np.array([i for span, _ in spans for i in span], np.int32)
-    return ids, (len(ids) - len(spans[-1][0]), len(ids))
+    told = [m | {"loss": False} for m in prompt]
+    (path,) = tokenizer.paths([*told, {"role": "assistant", "content": reply}], template)
+    return np.array(path.ids[: path.end], np.int32), (path.start, path.end)
 
 
 def tree_from_replies(number: int, prompt: list[int], replies: list[list[int]], finished: list[bool]) -> Tree:

@@ -292,8 +292,9 @@ def test_a_prompt_as_long_as_max_length_is_dropped_and_counted(checkpoint, tmp_p
           "holds no token to learn within max_length=100")
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("script", ["sft", "dpo", "kto", "reward", "distill"])
-def test_max_length_beyond_learned_positions_is_one_line(script, tmp_path, capsys):
+def test_max_length_beyond_learned_positions_is_one_line(script, dry_run, tmp_path, capsys):
     """StarCoder's positions are learnt; the small one has 64 of them."""
     import importlib
 
@@ -302,8 +303,8 @@ def test_max_length_beyond_learned_positions_is_one_line(script, tmp_path, capsy
     file = write_jsonl(tmp_path / "d.jsonl", [pair])
     for max_length in (65, 2048):
         exits(capsys, lambda limit=max_length: module.main(module.Config(
-            model=str(STARCODER), data=str(file), out=str(tmp_path / "run"), max_length=limit, device="cpu")),
-            f"max_length{' with the context' * (script == 'distill')} is", "the model has 64 positions")
+            model=str(STARCODER), data=str(file), out=str(tmp_path / "run"), max_length=limit, device="cpu",
+            dry_run=dry_run)), "max_length", "the model has 64 positions")
 
 
 def test_a_model_of_64_learned_positions_trains_on_all_of_them_and_shows_what_fits(tmp_path, capsys):

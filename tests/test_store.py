@@ -139,16 +139,16 @@ def test_a_bad_record_in_a_large_file_is_one_line_and_leaves_no_cache(tokenizer,
 @pytest.mark.parametrize("count", [3, 30])
 def test_a_record_that_the_template_cannot_render_is_one_line_with_its_number(
         count, tokenizer, tmp_path, capsys, monkeypatch, large):
-    file, plain = demos(tmp_path / "sft.jsonl", count), Tokenizer.spans
+    file, plain = demos(tmp_path / "sft.jsonl", count), Tokenizer.paths
     messages = [{"role": "user", "content": "Never this."}, {"role": "assistant", "content": "No."}]
     file.write_text(file.read_text() + 2 * (json.dumps({"messages": messages}) + "\n"))
 
-    def spans(self, messages, *rest):
+    def paths(self, messages, *rest):
         if messages[0]["content"] == "Never this.":
             raise TemplateError("it says that roles must alternate: mend the roles")
         return plain(self, messages, *rest)
 
-    monkeypatch.setattr(Tokenizer, "spans", spans)
+    monkeypatch.setattr(Tokenizer, "paths", paths)
     exits(capsys, lambda: load_trees(str(file), tokenizer, cache=str(tmp_path / "cache")),
           f"sft.jsonl record {count + 1}: it says that roles must alternate: mend the roles")
     assert not list((tmp_path / "cache").glob("*"))

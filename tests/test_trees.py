@@ -3,7 +3,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import BASE, small_model
+from conftest import BASE, FIXTURES, small_model
 from test_pack import drawn_tree, ids, paths, random_tree, rated
 
 from data.pack import pack
@@ -16,9 +16,9 @@ from data.trees import (
     Tree,
     drop_equal_pairs,
     grouped,
-    tree_from_messages,
     tree_from_ranking,
     tree_numbers,
+    trees_from_messages,
     trees_from_preferences,
     truncate,
 )
@@ -54,7 +54,7 @@ def test_truncated_trees_can_be_packed():
 def test_a_cut_reply_has_no_end_of_sequence_and_a_whole_one_has():
     tokenizer = load_tokenizer(BASE)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "one two three four five"}]
-    tree = tree_from_messages(messages, tokenizer, "zephyr")
+    (tree,) = trees_from_messages(messages, tokenizer, "zephyr")
     end = tree.responses[0].end
     assert tree.trunk[end - 1] == tokenizer.eos_id
     (cut,), _ = truncate([tree], end - 1)
@@ -129,8 +129,8 @@ def test_a_template_that_rewrites_what_was_said_gives_pairs_one_by_one(monkeypat
     each."""
     tokenizer = load_tokenizer(BASE)
     tokenizer.adopt("zephyr")
-    plain = tokenizer.spans
-    monkeypatch.setattr(tokenizer, "spans", lambda messages, *rest: plain(
+    plain = tokenizer.paths
+    monkeypatch.setattr(tokenizer, "paths", lambda messages, *rest: plain(
         [{"role": "system", "content": "x" * len(messages)}, *messages], *rest))
     trees = trees_from_preferences(rated(3), tokenizer)
     assert [tree.pairs for tree in trees] == [1, 1, 1] and [tree.record for tree in trees] == [0, 1, 2]
@@ -148,18 +148,32 @@ def test_every_reply_of_a_dialogue_is_learnt_with_its_end_and_nothing_else():
     tokenizer.adopt("zephyr")
     said = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"),
             ("assistant", "See you.")]
-    tree = tree_from_messages([{"role": role, "content": text} for role, text in said], tokenizer)
+    (tree,) = trees_from_messages([{"role": role, "content": text} for role, text in said], tokenizer)
     learnt = [tree.reply(r).tolist() for r in tree.responses]
     assert [tokenizer.decode(ids).strip() for ids in learnt] == ["Hello!", "See you."]
     assert all(ids[-1] == tokenizer.eos_id for ids in learnt)
     assert (tree.trunk == tokenizer.bos_id).sum() == 1 and tree.learnt == sum(map(len, learnt))
 
 
-def test_a_dialogue_without_a_reply_to_learn_is_dropped(monkeypatch):
-    tokenizer = load_tokenizer(BASE)
-    monkeypatch.setattr(tokenizer, "spans", lambda *_: [([1, 2, 3], False)])
-    trees, counts = truncate([tree_from_messages([], tokenizer), drawn_tree()], 100)
-    assert len(trees) == 1 and counts["trees_dropped"] == 1
+def test_a_reply_that_a_template_writes_otherwise_later_is_a_tree_of_its_own(tmp_path):
+    """By Qwen3's template the thoughts of all but the last reply go; each is learnt as it is made."""
+    text = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content if loop.last else "
+            "m.content.split('|')[-1]) + '<|im_end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    (tmp_path / "thoughts.jinja").write_text(text)
+    tokenizer = load_tokenizer(FIXTURES / "models" / "qwen2")
+    tokenizer.adopt(str(tmp_path / "thoughts.jinja"))
+    dialogue = [{"role": role, "content": said} for role, said in (
+        ("user", "x"), ("assistant", "hm|yes"), ("user", "y"), ("assistant", "no"), ("user", "z"),
+        ("assistant", "oh|so"))]
+    trees = trees_from_messages(dialogue, tokenizer)
+    assert [[tokenizer.decode(tree.reply(r).tolist()) for r in tree.responses] for tree in trees] == [
+        ["hm|yes"], ["no", "oh|so"]]
+    assert [[r.turn for r in tree.responses] for tree in trees] == [[1], [2, 3]]
+    assert "hm" not in tokenizer.decode(trees[1].trunk.tolist())
+    pair = {"prompt": dialogue[:3], "chosen": "no", "rejected": "hm|no"}
+    (tree,) = trees_from_preferences([pair], tokenizer)
+    assert [tokenizer.decode(tree.reply(r).tolist()) for r in tree.responses] == ["no", "hm|no"]
 
 
 # -------------------------------------------------------------------------------------- equal pairs
@@ -199,3 +213,15 @@ def test_a_reply_cut_on_both_sides_keeps_its_prompt_and_has_no_end():
         assert np.array_equal(chosen[:begin], rejected[:begin]) and tree.responses[1].cut
         assert tokenizer.eos_id not in rejected[begin:]
         assert (tokenizer.eos_id in chosen[begin:]) == (not tree.responses[0].cut)
+
+
+def test_a_reply_that_is_not_to_be_learnt_is_context():
+    tokenizer = load_tokenizer(BASE)
+    tokenizer.adopt("zephyr")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm.", "loss": False},
+                {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "See you."}]
+    (tree,) = trees_from_messages(messages, tokenizer)
+    assert [tokenizer.decode(tree.reply(r).tolist()).strip() for r in tree.responses] == ["See you."]
+    (whole,) = trees_from_messages([{key: m[key] for key in ("role", "content")} for m in messages], tokenizer)
+    assert tree.trunk.tolist() == whole.trunk.tolist() and len(whole.responses) == 2
+    assert trees_from_messages(messages[:2], tokenizer) == []

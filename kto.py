@@ -146,7 +146,12 @@ def mismatched(trees: Trees, max_length: int) -> Trees:
 
 @torch.no_grad()
 def reference_point(policy: Transformer, trees: Sequence[Tree], config: Config, device: torch.device) -> float:
-    """z0 of a step's mismatched trees: one number for all its micro-batches and ranks, so that they may be any."""
+    """z0 of a step's mismatched trees.
+
+    The paper takes a micro-batch's. Here it is one number for the whole step, known before the first gradient, so that
+    micro-batches and ranks change nothing. A pass of its own without gradients costs less than gradients of the leaves
+    would, unless prompts are more than twice as long as replies.
+    """
     total = torch.zeros((), device=device)
     for batch in micro_batches(trees, config.micro_tokens):
         sums = response_sums(policy, batch.to(device))

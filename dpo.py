@@ -9,6 +9,9 @@ A dialogue rated at several turns is one tree (`data/trees.py`): all its pairs i
 
     python dpo.py --config configs/tiny/dpo.toml            loss 0.693 at the first step, accuracy 0.8 at the end
 
+Other losses put another function of the margin in place of -log sigmoid, and SimPO and ORPO another score of a reply
+in place of its log-probability against the reference's: RELATIVES, where yours goes, too.
+
 Rafailov et al. 2023 (arXiv:2305.18290), Eq. 7; Tunstall et al. 2023 (arXiv:2310.16944), dDPO.
 """
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +33,7 @@ from data.dry_run import dry_run
 from data.pack import Batch, check_positions, micro_batches, sample_replies, step_trees, steps_per_epoch
 from data.store import Trees, fit, load_trees
 from data.tokenizer import OWN, Tokenizer, adopt_template, check_template, load_tokenizer
-from data.trees import Tree
+from data.trees import CHOSEN, Tree
 from kernels.logprobs import linear_logprobs
 from model import Transformer
 from runtime import distributed, fail
@@ -39,16 +42,18 @@ from runtime import distributed, fail
 @dataclass(frozen=True)
 class Config(runtime.Settings):
     model: str = "runs/tiny/0/sft/model"  # Hugging Face directory to start from, usually the result of sft.py
-    ref_model: str = ""              # the reference; "": the same as model
+    ref_model: str = ""              # the reference, for losses that have one; "": the same as model
     data: str = "runs/tiny/0/pairs.jsonl"  # JSONL of preferences (data/formats.py)
     eval_data: str = ""              # JSONL of held-out pairs; "" for none
     out: str = "runs/dpo"            # folder of the run
     template: str = ""               # chat template; "": the checkpoint's own, or zephyr
     ref_cache: str = ""              # file of reference log-probabilities, to share; "": in the run's folder
 
-    loss: Literal["dpo", "cdpo", "robust", "hinge", "ipo", "ipo_mean"] = "dpo"
-    beta: float = 0.3                # pull towards the reference, 0.01-0.5; IPO's tau
+    loss: str = "dpo"                # or a relative: cdpo, robust, hinge, ipo, ipo_mean, simpo, orpo (RELATIVES)
+    beta: float = 0.3                # pull towards the reference, 0.01-0.5; IPO's tau; SimPO's 2-2.5, ORPO's lambda 0.1
     label_smoothing: float = 0.1     # share of labels taken to be wrong (cdpo and robust only), 0-0.4
+    gamma: float = 1.0               # lead that the chosen reply should have (simpo only), 0.3-1.6
+    sft_coef: float = 0.0            # weight of the chosen replies' SFT loss per token: 0 or 0.1-1; ORPO's is 1
     epochs: int = 1                  # passes over the data, 1-3
     max_steps: int = 0               # stop after this many updates; 0: epochs decide
     batch: int = 64                  # dialogues per update
@@ -60,8 +65,15 @@ class Config(runtime.Settings):
     def __post_init__(self):
         super().__post_init__()
         check_template(self.template)
-        runtime.check_ranges(self, beta=(1e-6, inf), label_smoothing=(0, 0.499), epochs=(1, inf), max_steps=(0, inf),
-                             batch=(1, inf), max_length=(2, inf), eval_every=(0, inf), samples=(0, inf))
+        runtime.check_ranges(self, beta=(1e-6, inf), label_smoothing=(0, 0.499), gamma=(0, inf), sft_coef=(0, inf),
+                             epochs=(1, inf), max_steps=(0, inf), batch=(1, inf), max_length=(2, inf),
+                             eval_every=(0, inf), samples=(0, inf))
+        if self.loss not in RELATIVES:
+            fail(f"loss is {self.loss!r}, expected {' or '.join(map(repr, RELATIVES))}")
+        if self.ref_model and not RELATIVES[self.loss].reference:
+            fail(f"ref_model is {self.ref_model}, but loss={self.loss} has no reference: leave ref_model out")
+        if self.loss == "orpo" and not self.sft_coef:
+            fail("sft_coef is 0, but ORPO is the SFT loss with a term for the rejected reply: set sft_coef=1")
 
 
 # -------------------------------------------------------------------------------------- the losses
@@ -72,8 +84,8 @@ def dpo_loss(
     ref_chosen_logprobs: Tensor,       # [B] log pi_ref(y_w | x), no gradient
     ref_rejected_logprobs: Tensor,     # [B] log pi_ref(y_l | x), no gradient
     beta: float,                       # strength of the pull towards the reference, no unit
-    relative: Callable[[Tensor, float, float], Tensor] | None = None,  # one of RELATIVES, for another loss
-    label_smoothing: float = 0.0,      # e, for those that use it
+    relative: Callable[[Tensor, float, float], Tensor] | None = None,  # a function below, for another loss
+    setting: float = 0.0,              # of the relative: label_smoothing or gamma
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DPO loss (Rafailov et al. 2023, arXiv:2305.18290, Eq. 7) and its metrics.
 
@@ -82,7 +94,8 @@ def dpo_loss(
 
     Returns the loss [] and detached metrics []. A policy equal to its reference scores
     log 2 = 0.6931 with accuracy 0 (a tie is not a win): every run must start there.
-    With `relative` the mean of its losses is returned, with the same metrics.
+    With `relative` the mean of its losses is returned, with the same metrics; what is given as log pi may then be
+    another score of a reply (RELATIVES).
     Raises ValueError if beta is not positive: at 0 the loss ignores the policy.
     """
     if beta <= 0:
@@ -93,7 +106,7 @@ def dpo_loss(
     # logsigmoid, not sigmoid().log(): in fp32 the latter is -inf from a margin of -89 down.
     loss = -F.logsigmoid(margins).mean()
     if relative is not None:
-        loss = relative(margins, beta, label_smoothing).mean()
+        loss = relative(margins, beta, setting).mean()
     metrics = {"loss": loss, "margin": margins, "accuracy": (margins > 0).float(),
                "rewards_chosen": chosen_rewards, "rewards_rejected": rejected_rewards,
                "logprobs_chosen": policy_chosen_logprobs, "logprobs_rejected": policy_rejected_logprobs}
@@ -124,8 +137,53 @@ def ipo_loss(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
     return (margins / beta - 1 / (2 * beta)).square()
 
 
-RELATIVES = {"dpo": None, "cdpo": cdpo_loss, "robust": robust_loss, "hinge": hinge_loss,
-             "ipo": ipo_loss, "ipo_mean": ipo_loss}
+def simpo_loss(margins: Tensor, beta: float, gamma: float) -> Tensor:
+    """SimPO (Meng et al. 2024, arXiv:2405.14734, Eq. 6), on mean_logprobs: the chosen reply is to lead by gamma."""
+    return -F.logsigmoid(margins - gamma)
+
+
+def orpo_loss(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """ORPO's second term (Hong et al. 2024, arXiv:2403.07691, Eq. 6 and 7), on log_odds; beta is their lambda.
+
+    The first is the SFT loss of the chosen replies, sft_coef=1. m / beta is the log of the odds' ratio.
+    """
+    return -beta * F.logsigmoid(margins / beta)
+
+
+# What stands for log pi(y|x): scores [B] of replies, from the sums of their log-probabilities [B] and their tokens [B].
+def sum_logprobs(sums: Tensor, lengths: Tensor) -> Tensor:
+    return sums
+
+
+def mean_logprobs(sums: Tensor, lengths: Tensor) -> Tensor:
+    return sums / lengths
+
+
+def log_odds(sums: Tensor, lengths: Tensor) -> Tensor:
+    """log p / (1 - p), where log p is the mean over the tokens."""
+    logprobs = (sums / lengths).clamp(max=-1e-6)  # a reply that is certain has infinite odds
+    return logprobs - torch.log(-torch.expm1(logprobs))
+
+
+class Relative(NamedTuple):
+    """A loss that the config can name."""
+
+    loss: Callable[[Tensor, float, float], Tensor] | None = None    # of the margins; None: DPO's own
+    score: Callable[[Tensor, Tensor], Tensor] = sum_logprobs        # of a reply
+    reference: bool = True                                          # whether the reference's score is taken off
+    setting: str = "label_smoothing"                                # which setting the loss gets beside beta
+
+
+RELATIVES = {
+    "dpo": Relative(),
+    "cdpo": Relative(cdpo_loss),
+    "robust": Relative(robust_loss),
+    "hinge": Relative(hinge_loss),
+    "ipo": Relative(ipo_loss),
+    "ipo_mean": Relative(ipo_loss, mean_logprobs),  # the form TRL uses
+    "simpo": Relative(simpo_loss, mean_logprobs, reference=False, setting="gamma"),
+    "orpo": Relative(orpo_loss, log_odds, reference=False),
+}
 
 
 # ---------------------------------------------------------------------------------------- the data
@@ -190,26 +248,49 @@ def set_reference(policy: Transformer, template: str, sets: list[Trees], run: Pa
         trees.ref_sums = part
 
 
+def reference_sums(batch: Batch) -> Tensor:
+    """The same of a batch's responses, [B] nats, as set_reference has left them with their trees."""
+    return torch.cat([tree.ref_sums for tree in batch.trees])
+
+
 # ------------------------------------------------------------------------------------------ training
 
-def train_step(policy: Transformer, batch: Batch, config: Config, pairs: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's part of the step's loss and metrics, means over the step's `pairs`."""
+def chosen_tokens(trees: Sequence[Tree]) -> int:
+    """Tokens of the chosen replies, which the SFT term is a mean over."""
+    return sum(r.end - r.start for tree in trees for r in tree.responses if r.side == CHOSEN)
+
+
+def train_step(policy: Transformer, batch: Batch, config: Config, pairs: int,
+               tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's part of the step's loss and metrics, means over the step's `pairs`.
+
+    With sft_coef the chosen replies' SFT loss is added (RPO), a mean over the step's `tokens` of them as in sft.py. So
+    does Pang et al. 2024 (arXiv:2404.19733, Eq. 1) divide by length; in Liu et al. 2024 (arXiv:2405.16436, Alg. 2) it
+    is a sum, whose weight against DPO's loss grows with the replies.
+    """
+    relative = RELATIVES[config.loss]
     sums = response_sums(policy, batch)                                          # [B]
-    ref_sums = torch.cat([tree.ref_sums for tree in batch.trees]).to(sums)       # [B]
-    if config.loss == "ipo_mean":  # IPO on log-probabilities per token, the form TRL uses
-        sums, ref_sums = sums / batch.lengths, ref_sums / batch.lengths
-    logprobs = (*batch.sides(sums), *batch.sides(ref_sums))                      # chosen, rejected, twice: four [pairs]
-    loss, metrics = dpo_loss(*logprobs, config.beta, RELATIVES[config.loss], config.label_smoothing)
+    scores = relative.score(sums, batch.lengths)                                 # [B]
+    ref_scores = torch.zeros_like(scores)
+    if relative.reference:
+        ref_scores = relative.score(reference_sums(batch).to(sums), batch.lengths)
+    logprobs = (*batch.sides(scores), *batch.sides(ref_scores))                  # chosen, rejected, twice: four [pairs]
+    loss, metrics = dpo_loss(*logprobs, config.beta, relative.loss, getattr(config, relative.setting))
     weight = batch.weight * batch.pairs / pairs
-    return weight * loss, {name: weight * value for name, value in metrics.items()}
+    loss, metrics = weight * loss, {name: weight * value for name, value in metrics.items()}
+    if config.sft_coef:
+        sft_loss = -batch.weight * batch.sides(sums)[0].sum() / tokens
+        loss = loss + config.sft_coef * sft_loss
+        metrics |= {"loss": loss.detach(), "sft_loss": sft_loss.detach()}
+    return loss, metrics
 
 
 @torch.no_grad()
 def evaluate(policy: Transformer, trees: Trees, config: Config, device: torch.device) -> dict[str, float]:
     """Loss, margin and accuracy over held-out pairs."""
-    pairs, sums = sum(tree.pairs for tree in trees), runtime.Sums()
+    pairs, tokens, sums = sum(tree.pairs for tree in trees), chosen_tokens(trees), runtime.Sums()
     for batch in micro_batches(trees, config.micro_tokens):
-        sums.add(train_step(policy, batch.to(device), config, pairs)[1])
+        sums.add(train_step(policy, batch.to(device), config, pairs, tokens)[1])
     return distributed.all_reduce_metrics({f"eval_{name}": sums[name] for name in ("loss", "margin", "accuracy")})
 
 
@@ -227,7 +308,8 @@ def main(config: Config) -> None:
 
     run = runtime.Run(config, {"data": config.data, "model": config.model, "code": __file__})
     sets, template = [trees, eval_trees] if eval_trees else [trees], config.template or tokenizer.template
-    set_reference(policy, template, sets, run.folder, config, device)
+    if RELATIVES[config.loss].reference:
+        set_reference(policy, template, sets, run.folder, config, device)
     optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(policy, optimizer, steps, shown=("loss", "margin", "accuracy", "pairs_per_s"))
@@ -236,10 +318,10 @@ def main(config: Config) -> None:
         began = time.perf_counter()
         lr = runtime.set_learning_rate(optimizer, step, steps, config)
         drawn = step_trees(trees, config.batch, step, config.seed)
-        pairs = sum(tree.pairs for tree in drawn)
+        pairs, tokens = sum(tree.pairs for tree in drawn), chosen_tokens(drawn)
         metrics = runtime.Sums()
         for batch in micro_batches(drawn, config.micro_tokens):
-            loss, parts = train_step(policy, batch.to(device), config, pairs)
+            loss, parts = train_step(policy, batch.to(device), config, pairs, tokens)
             loss.backward()
             metrics.add(parts)
         metrics = distributed.all_reduce_metrics(metrics)

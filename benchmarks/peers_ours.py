@@ -110,7 +110,7 @@ def dpo_step(model, shape: work.Shape, trees: list[Tree], path: str, cached: boo
     def train_step(batch: Batch, pairs: int):
         if not cached:
             refer(batch)
-        return dpo.train_step(model, batch, config, pairs)
+        return dpo.train_step(model, batch, config, pairs, dpo.chosen_tokens(batch.trees))
 
     began = time.perf_counter()
     for batch in pack(trees, shape.micro_tokens) if cached else ():

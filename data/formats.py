@@ -82,21 +82,23 @@ class Report:
         return [f"{self.path} {self.unit} {place}: {doubt}" + f" (and {count - 1} more records)" * (count > 1)
                 for doubt, (place, count) in self.doubts.items()]
 
-    def refuse(self, prompts_only: bool = False) -> None:
+    def refuse(self, imitated: bool = True) -> None:
         """End the run with the first reject, and how many there are: training takes whole files or none.
 
-        What may be meant otherwise is printed. Where the prompts alone are used, no label stands in the way.
+        What may be meant otherwise is printed. Where replies are not imitated (the prompts alone are used, or labels
+        are learnt from) no label stands in the way.
         """
-        others = f"`{self.command} --out good.jsonl` keeps the others"
+        labels = "--labels " * (self.undesirable > 0 and not imitated)
+        others = f"`{self.command} {labels}--out good.jsonl` keeps the others"
         if self.rejects:
             (place, reason), count = self.rejects[0], len(self.rejects)
             keep = f" ({count} reject{'s' * (count > 1)}: {others})" if self.used else ""
             fail(f"{self.path} {self.unit} {place}: {reason}{keep}")
         self.check_used()
-        if self.undesirable and not prompts_only:
+        if self.undesirable and imitated:
             keep = f": {others}" if self.undesirable < self.out else ""
             fail(f"{self.path}: {self.undesirable} of its {self.out} dialogues are labelled false, "
-                 f"as replies not to learn: drop those{keep}")
+                 f"as replies not to learn: train with kto.py, or drop those{keep}")
         for warning in self.warnings:
             print(f"warning: {warning}")
 
@@ -318,6 +320,7 @@ def main() -> None:
     parser.add_argument("--columns", metavar="KEY=NAME", nargs="+", default=[],
                         help="what the file calls the keys of its format, e.g. prompt=question response=reply")
     parser.add_argument("--out", help="write the good records here, as JSON lines")
+    parser.add_argument("--labels", action="store_true", help="keep dialogues labelled false, which kto.py learns from")
     parser.add_argument("--tokenizer", default="data/tiny/base",
                         help="checkpoint whose tokenizer and template show the first record")
     words = arguments(parser)
@@ -325,7 +328,8 @@ def main() -> None:
         if not all(word.partition("=")):
             parser.error(f"argument --columns: '{word}' is not KEY=NAME")
     found, report = read(words.file, words.format, dict(word.split("=", 1) for word in words.columns))
-    records = (record for record in found if report.format != "messages" or record.get("label") is not False)
+    records = (record for record in found
+               if words.labels or report.format != "messages" or record.get("label") is not False)
     first = None
     for record in written(records, Path(words.out)) if words.out else records:
         first = first or record
@@ -336,7 +340,7 @@ def main() -> None:
     for kind, count in report.kinds.most_common():
         print(f"  {count:6d} {kind}")
     if report.undesirable:
-        print(f"  {report.undesirable:6d} labelled false, as replies not to learn: left out")
+        print(f"  {report.undesirable:6d} labelled false, as replies not to learn" + ": left out" * (not words.labels))
     for warning in report.warnings:
         print(f"warning: {warning}")
     if first:

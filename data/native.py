@@ -239,7 +239,7 @@ def red_team(record: dict) -> Parts:
 def kto(record: dict) -> dict:
     """messages, or prompt and completion; and label, true or false.
 
-    A dialogue keeps its label; scripts refuse to train on what is labelled false.
+    A dialogue keeps its label; scripts that imitate replies refuse what is labelled false.
     """
     if flag(record.get("label")) is None:
         raise expected("true or false", "label", record.get("label"), "bad label")

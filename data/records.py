@@ -7,8 +7,9 @@
     text         {"text": "..."}
 
 A message may also hold "reasoning_content", the thoughts before a reply, and "loss": false, a reply that is context
-and not learnt. A `system` or `system_prompt` column opens the dialogue. null is as if the key were not there. Other
-keys (id, category, annotator, scores ...) travel along.
+and not learnt. A dialogue's "label" says whether its last reply is a good one (true) or not (kto.py). A `system` or
+`system_prompt` column opens the dialogue. null is as if the key were not there. Other keys (id, category, annotator,
+scores ...) travel along.
 """
 from __future__ import annotations
 

@@ -43,6 +43,7 @@ from data.trees import (
     Tree,
     drop_equal_pairs,
     grouped,
+    labelled_trees,
     shorten,
     tree_numbers,
     trees_of_group,
@@ -138,6 +139,7 @@ class Job(NamedTuple):
     keep: Callable[[Tree], Tree] | None  # what the script keeps of a tree; None: everything
     before: Sequence[dict]               # messages that precede every dialogue; their replies are not learnt
     prompts: bool                        # of every record its prompt alone, up to where the reply begins
+    labels: bool = False                 # of a dialogue its last reply, good or bad as its label says
 
 
 class Part(NamedTuple):
@@ -179,6 +181,8 @@ def make_part(job: Job, form: str, groups: list[Group]) -> Part:
 def _read_group(job: Job, form: str, group: list[tuple[int, dict]]) -> list[Tree]:
     if job.prompts:
         group, form = [(number, _as_prompt(number, record, form)) for number, record in group], "prompt"
+    if job.labels and form == "messages":
+        return labelled_trees(*group[0], job.tokenizer)
     if not job.before:
         return trees_of_group(group, form, job.tokenizer)
     before = [m | {"loss": False} for m in job.before]
@@ -276,12 +280,15 @@ def in_workers(make: Callable[[list[Group]], Part], slices: Iterator[list[Group]
 def load_trees(
     path: str, tokenizer: Tokenizer, max_length: int = NO_LIMIT, keep: Callable[[Tree], Tree] | None = None,
     *, cache: str = "", columns: dict | None = None, before: Sequence[dict] = (), prompts: bool = False,
+    labels: bool = False,
 ) -> Trees:
     """The file as trees, whichever format it has; one line on a bad record, or on prompts without replies.
 
+    With `labels` a reply may be labelled as one not to learn: it is REJECTED.
+
     A large file is kept in the folder `cache` ("": nowhere): rank 0 makes it, the others and later runs read it.
     """
-    job = Job(tokenizer, max_length, keep, list(before), prompts)
+    job = Job(tokenizer, max_length, keep, list(before), prompts, labels)
     folder = Path(cache) / cache_key(path, job, columns) if cache else None
     if folder and distributed.any_rank(folder.is_dir()):
         print(f"{path}: its tokens are read from {folder}")
@@ -289,7 +296,7 @@ def load_trees(
     records, report = read(path, columns=columns)
     head = list(islice(records, SMALL))
     if len(head) < SMALL:
-        report.refuse(prompts)
+        report.refuse(imitated=not (prompts or labels))
         numbers = tree_numbers(head, report.format)
         return make_trees(path, job, report.format, grouped(head, numbers))
     if folder is None:
@@ -334,7 +341,7 @@ def cache_key(path: str, job: Job, columns: dict | None) -> str:
     code = file_hash(*sorted(Path(__file__).parent.glob("*.py")))
     keep = "" if job.keep is None else inspect.getsource(job.keep)
     parts = (file_hash(path), job.tokenizer.fingerprint(), job.max_length, keep, job.before, job.prompts,
-             columns, code)
+             job.labels, columns, code)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -342,7 +349,7 @@ def _make_large(path: str, job: Job, form: str, columns: dict | None, file: IO[b
     """Read twice: for faults and for which pairs belong together, then to tokenize. So it need not fit in memory."""
     records, report = read(path, columns=columns)
     numbers = tree_numbers(records, form)
-    report.refuse(job.prompts)
+    report.refuse(imitated=not (job.prompts or job.labels))
     records, _ = read(path, columns=columns)
     return make_trees(path, job, form, grouped(records, numbers), len(os.sched_getaffinity(0)), file)
 
@@ -354,6 +361,8 @@ def make_trees(path: str, job: Job, form: str, groups: Iterator[Group], workers:
         fail(f"{path}: holds prompts without replies, expected messages, preferences, rankings or text")
     if form == "text" and job.prompts:
         fail(f"{path}: holds text records, expected records with a 'prompt'")
+    if job.labels and form not in ("messages", "preference"):
+        fail(f"{path}: holds {form} records, expected replies with a 'label', true or false, or preferences")
     if form != "messages" and job.before:
         fail(f"{path}: holds {form}, expected messages: context distillation reads dialogues")
     slices = iter(lambda: list(islice(groups, SLICE)), [])

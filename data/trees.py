@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -136,6 +136,18 @@ def trees_from_messages(messages: list[dict], tokenizer: Tokenizer, template: st
             trunks.append((reply.ids, responses))
         responses.append(Response(0, reply.start, reply.end, pair=len(responses), turn=reply.turn))
     return [Tree(np.array(ids[: responses[-1].end], np.int32), [], responses) for ids, responses in trunks]
+
+
+def labelled_trees(number: int, record: dict, tokenizer: Tokenizer) -> list[Tree]:
+    """A dialogue whose last reply is CHOSEN or REJECTED as the record's label says; earlier ones are context."""
+    if not isinstance(record.get("label"), bool):
+        raise RecordFault(number, "has no 'label', expected true or false: is its last reply a good one?")
+    messages = [m | {"loss": False} for m in record["messages"]]
+    messages[-1]["loss"] = True
+    trees = trees_of_group([(number, {"messages": messages})], "messages", tokenizer)
+    for tree in trees:
+        tree.responses = [replace(r, side=CHOSEN if record["label"] else REJECTED) for r in tree.responses]
+    return trees
 
 
 def tree_from_text(ids: Iterable[int]) -> Tree:

@@ -109,7 +109,7 @@ def bad(tmp_path_factory):
 
 TRAIN = {"sft": "model={bad}/base data={bad}/sft.jsonl", "distill": "model={bad}/base data={bad}/sft.jsonl",
          "dpo": "model={bad}/sft data={bad}/pairs.jsonl",
-         "reward": "model={bad}/sft data={bad}/pairs.jsonl",
+         "kto": "model={bad}/sft data={bad}/pairs.jsonl", "reward": "model={bad}/sft data={bad}/pairs.jsonl",
          "ppo": "model={bad}/sft data={bad}/pairs.jsonl reward_model={bad}/reward max_tokens=4 batch=2 steps=1 "
                 "minibatches=1"}
 ASK = {"collect.self_instruct": "model={bad}/sft seeds={bad}/seeds.jsonl examples=1 machine_examples=0",
@@ -131,6 +131,8 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("sft", "--config {bad}/twice.toml", ["twice.toml: is not TOML"]),
     ("dpo", "--config {bad}/range.toml", ["epochs is 0, expected at least 1"]),
     ("sft", "--config {bad}/contradictory.toml", ["quantize is 'nf4', which cannot be trained: set lora_rank"]),
+    ("kto", "desirable=2", ["unknown key 'desirable', did you mean 'desirable_weight'?"]),
+    ("kto", "data={bad}/messages.jsonl", ["messages.jsonl record 1: has no 'label', expected true or false"]),
     ("dpo", "loss=dop", ["loss is 'dop', expected 'dpo' or"]),
     ("reward", "batch=2.5", ["batch is 2.5, expected a whole number"]),
     ("ppo", "advantages=rloo", ["n is 1, expected at least 2"]),

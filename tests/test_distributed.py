@@ -39,6 +39,7 @@ RUNS = {
     "sft": ("sft", {}), "sft_lora": ("sft", LORA), "sft_nf4": ("sft", LORA | {"quantize": "nf4"}),
     "distill_copies": ("distill", {"shard": 1, "context": "{folder}/context.jsonl"}),
     "dpo": ("dpo", DPO | {"ref_model": "{folder}/policy"}), "dpo_lora": ("dpo", DPO | LORA),
+    "orpo": ("dpo", {"loss": "orpo", "sft_coef": 1.0}), "kto": ("kto", DPO),
     "reward": ("reward", {}), "reward_lora": ("reward", LORA), "ppo": ("ppo", {}), "ppo_lora": ("ppo", LORA),
 }
 STOPPED = {"stopped_sft": 4, "stopped_reward_lora": 4, "stopped_ppo": 2}
@@ -136,8 +137,8 @@ def both(files, checkpoint):
 
 NORMS = {"grad_norm", "policy_grad_norm", "value_grad_norm"}
 # Norms: of one large tensor in fp32 against two halves. Scores: nothing fixes their mean. Explained variance: small
-# variances. The largest ratio is one token's, no mean.
-LOOSE = NORMS | {"score_chosen", "score_rejected", "explained_variance", "ratio_max"}
+# variances. The largest ratio is one token's, no mean. z0 is in nats, of which replies have -70.
+LOOSE = NORMS | {"score_chosen", "score_rejected", "explained_variance", "ratio_max", "z0", "eval_z0"}
 
 
 def differences(one: Path, two: Path) -> dict[str, float]:

@@ -14,7 +14,20 @@ import runtime
 from data.pack import pack
 from data.tiny.world import TASKS, dialogue
 from data.trees import Response, Tree
-from dpo import Config, cdpo_loss, compute_reference, dpo_loss, hinge_loss, ipo_loss, robust_loss, train_step
+from dpo import (
+    RELATIVES,
+    Config,
+    cdpo_loss,
+    compute_reference,
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    log_odds,
+    orpo_loss,
+    robust_loss,
+    simpo_loss,
+    train_step,
+)
 
 CPU = torch.device("cpu")
 
@@ -71,6 +84,65 @@ def test_values_by_hand():
     assert relative(robust_loss, 0) == pytest.approx(math.log(2))
 
 
+def without_reference(name, chosen, rejected, lengths, beta, setting=0.0):
+    """A relative's loss and metrics for sums of log-probabilities and lengths of the chosen and the rejected."""
+    scores = [RELATIVES[name].score(sums, n) for sums, n in zip((chosen, rejected), lengths, strict=True)]
+    assert not RELATIVES[name].reference
+    return dpo_loss(*scores, torch.zeros_like(chosen), torch.zeros_like(rejected), beta, RELATIVES[name].loss, setting)
+
+
+def test_simpo_by_hand():
+    """beta 2, gamma 0.5. -4 nats over 4 tokens against -9 over 3: margin 2 (-1 + 3) = 4, log(1 + e^-3.5) = 0.029750.
+
+    Sums alone would say 10. The gradient of a sum is -sigmoid(-3.5) beta / length = -0.029312 * 2 / 4.
+    """
+    chosen, rejected = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-4.0, -9.0))
+    lengths = torch.tensor([[4], [3]])
+    loss, metrics = without_reference("simpo", chosen, rejected, lengths, 2.0, 0.5)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.029750, abs=1e-6) and metrics["margin"] == pytest.approx(4)
+    assert chosen.grad.item() == pytest.approx(-0.014656, abs=1e-6)
+    assert rejected.grad.item() == pytest.approx(0.019542, abs=1e-6)
+    assert simpo_loss(torch.tensor([0.5]), 2.0, 0.5).item() == pytest.approx(math.log(2))  # leads by gamma
+
+
+def test_orpo_by_hand():
+    """p = 1/2 a token has odds 1, p = 1/5 odds 1/4: their ratio is 4, -log(4 / 5) = 0.223144, times lambda 0.1.
+
+    Equal odds give 0.1 log 2. A certain reply has large odds, and a gradient.
+    """
+    lengths = torch.tensor([[3], [2]])
+    half, fifth = (n * torch.tensor([math.log(p)], dtype=torch.float64) for n, p in ((3, 0.5), (2, 0.2)))
+    assert log_odds(half, lengths[0]).item() == pytest.approx(0, abs=1e-12)
+    assert log_odds(fifth, lengths[1]).item() == pytest.approx(math.log(1 / 4))
+    loss, metrics = without_reference("orpo", half, fifth, lengths, 0.1)
+    assert loss.item() == pytest.approx(0.0223144, abs=1e-7)
+    assert metrics["margin"].item() == pytest.approx(0.1 * math.log(4))
+    assert orpo_loss(torch.zeros(1), 0.1, 0.0).item() == pytest.approx(0.1 * math.log(2))
+    extremes = torch.tensor([0.0, -1e-9, -1e4], requires_grad=True)
+    odds = log_odds(extremes, torch.ones(3))
+    odds.sum().backward()
+    assert torch.isfinite(odds).all() and torch.isfinite(extremes.grad).all() and odds[0] > 10 > -100 > odds[2]
+
+
+@pytest.mark.parametrize("name, beta, gamma", [("simpo", 2.0, 1.0), ("orpo", 0.1, 0.0)])
+def test_simpo_and_orpo_equal_trl(name, beta, gamma):
+    numbers, _ = reference("dpo/relatives")
+    lengths = torch.tensor([numbers["lengths"]["chosen"], numbers["lengths"]["rejected"]])
+    sums = [torch.tensor(numbers["sums"][side], requires_grad=True) for side in ("chosen", "rejected")]
+    loss, metrics = without_reference(name, *sums, lengths, beta, gamma)
+    loss.backward()
+    expected = numbers[name]
+    assert loss.item() == pytest.approx(torch.tensor(expected["losses"]).mean().item(), rel=1e-5)
+    for ours, side, length in zip(sums, ("chosen", "rejected"), lengths, strict=True):
+        theirs = torch.tensor(expected[f"grad_mean_{side}"])  # of the losses' sum, by the mean over a reply's tokens
+        assert torch.allclose(ours.grad, theirs / length / 4, rtol=1e-4, atol=1e-7)
+    if name == "simpo":
+        assert metrics["rewards_chosen"].item() == pytest.approx(torch.tensor(expected["rewards_chosen"]).mean().item())
+    else:
+        assert metrics["margin"].item() == pytest.approx(beta * expected["log_odds_ratio"], rel=1e-5)
+
+
 @pytest.mark.parametrize("name, relative, label_smoothing", [
     ("sigmoid", None, 0.0), ("sigmoid_beta2", None, 0.0), ("cdpo", cdpo_loss, 0.1), ("robust", robust_loss, 0.1),
     ("hinge", hinge_loss, 0.0), ("ipo_sum", ipo_loss, 0.0),
@@ -124,7 +196,7 @@ def test_whole_batches_equal_trl_from_logits_to_loss():
     assert torch.allclose(logits.grad, case["sigmoid.grad_logits"], atol=1e-7)
 
 
-@pytest.mark.parametrize("relative", [None, hinge_loss, ipo_loss, cdpo_loss, robust_loss])
+@pytest.mark.parametrize("relative", [None, hinge_loss, ipo_loss, cdpo_loss, robust_loss, simpo_loss, orpo_loss])
 @pytest.mark.parametrize("margin", [1500.0, -1500.0])
 def test_huge_margins_stay_finite(relative, margin):
     chosen, rejected = torch.tensor([margin], requires_grad=True), torch.tensor([0.0], requires_grad=True)
@@ -162,7 +234,8 @@ def with_references(model, trees, config):
 
 
 def one_step(config):
-    return lambda model, batch, batches: train_step(model, batch, config, sum(b.pairs for b in batches))
+    return lambda model, batch, batches: train_step(
+        model, batch, config, sum(b.pairs for b in batches), dpo.chosen_tokens([t for b in batches for t in b.trees]))
 
 
 def as_pairs(tree: Tree) -> list[Tree]:
@@ -176,10 +249,11 @@ def as_pairs(tree: Tree) -> list[Tree]:
     return out
 
 
-@pytest.mark.parametrize("loss", ["dpo", "cdpo", "ipo", "ipo_mean", "hinge", "robust"])
-def test_multi_turn_trees_give_the_loss_and_gradient_of_their_pairs(loss):
+@pytest.mark.parametrize("loss, sft_coef", [*((loss, 0.0) for loss in RELATIVES if loss != "orpo"), ("orpo", 1.0),
+                                            ("dpo", 0.5)])
+def test_multi_turn_trees_give_the_loss_and_gradient_of_their_pairs(loss, sft_coef):
     rng = random.Random(3)
-    config = Config(loss=loss, beta=0.3, micro_tokens=64)
+    config = Config(loss=loss, beta=0.3, micro_tokens=64, sft_coef=sft_coef)
     trees = [random_tree(rng, i) for i in range(6)]
     ref = small_model(dtype=torch.float32, seed=1, scale=5.0)
     results = []
@@ -194,16 +268,45 @@ def test_multi_turn_trees_give_the_loss_and_gradient_of_their_pairs(loss):
         assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
 
 
-def test_one_micro_batch_or_eight_give_the_same_gradient():
-    """Trees with one to four pairs each: a pair weighs the same whatever micro-batch it is in."""
+@pytest.mark.parametrize("changes", [{}, {"sft_coef": 0.5}, {"loss": "simpo", "sft_coef": 0.1}])
+def test_one_micro_batch_or_eight_give_the_same_gradient(changes):
+    """Trees with one to four pairs each: a pair, or a token of the SFT term, weighs the same in any micro-batch."""
     rng = random.Random(1)
     trees = [random_tree(rng, i) for i in range(8)]
     ref, grads = small_model(seed=1), []
     for budget in (10_000, 1, 60):
-        config = Config(micro_tokens=budget)
+        config = Config(micro_tokens=budget, **changes)
         grads.append(step_gradients(small_model(), with_references(ref, trees, config), budget, one_step(config))[1])
     for other in grads[1:]:
         assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(other, grads[0], strict=True))
+
+
+def test_the_sft_term_is_the_sft_loss_of_the_chosen_replies():
+    """0.7 times what sft.py's step over the chosen replies gives, and its gradient, beside DPO's own."""
+    import sft
+
+    rng = random.Random(5)
+    trees, ref = [random_tree(rng, i) for i in range(4)], small_model(seed=1)
+    found = {coef: step_gradients(small_model(), with_references(ref, trees, Config(micro_tokens=50)), 50,
+                                  one_step(Config(micro_tokens=50, sft_coef=coef))) for coef in (0.0, 0.7)}
+    chosen = [Tree(t.trunk, [], [r for r in t.responses if r.segment == 0]) for t in trees]
+    tokens = sum(tree.learnt for tree in chosen)
+    expected, grads = step_gradients(small_model(), chosen, 50, lambda model, batch, _: sft.train_step(model, batch,
+                                                                                                       tokens))
+    assert found[0.7][0]["sft_loss"] == pytest.approx(expected["loss"]) and "sft_loss" not in found[0.0][0]
+    assert found[0.7][0]["loss"] == pytest.approx(found[0.0][0]["loss"] + 0.7 * expected["loss"])
+    for with_term, without, of_sft in zip(found[0.7][1], found[0.0][1], grads, strict=True):
+        assert torch.allclose(with_term, without + 0.7 * of_sft, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss, beta, sft_coef", [("simpo", 2.0, 0.0), ("orpo", 0.1, 1.0)])
+def test_losses_without_a_reference_are_the_same_whether_there_is_one_or_not(loss, beta, sft_coef):
+    rng = random.Random(4)
+    trees, found = [random_tree(rng, i) for i in range(3)], []
+    config = Config(loss=loss, beta=beta, sft_coef=sft_coef)
+    for form in (trees, with_references(small_model(seed=1), trees, config)):
+        found.append(step_gradients(small_model(), form, 100, one_step(config)))
+    assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1]))
 
 
 def test_cached_reference_equals_a_live_one():
@@ -213,7 +316,7 @@ def test_cached_reference_equals_a_live_one():
     ref, policy = small_model(seed=1), small_model()
     cached = with_references(ref, trees, config)
     for batch in pack(cached, 100):
-        loss, _ = train_step(policy, batch, config, batch.pairs)
+        loss, _ = train_step(policy, batch, config, batch.pairs, dpo.chosen_tokens(batch.trees))
         live = (*batch.sides(dpo.response_sums(policy, batch)), *batch.sides(dpo.response_sums(ref, batch).detach()))
         assert loss.item() == pytest.approx(dpo_loss(*live, config.beta)[0].item(), abs=1e-6)
 
@@ -236,19 +339,30 @@ def test_eight_pairs_are_learnt(checkpoint, tmp_path):
     assert metrics[-1]["accuracy"] == 1.0 and metrics[-1]["loss"] < 0.2
 
 
-@pytest.mark.parametrize("loss", ["cdpo", "ipo", "ipo_mean", "hinge", "robust"])
+@pytest.mark.parametrize("loss", RELATIVES)
 def test_every_loss_runs_and_raises_the_margin(loss, checkpoint, tmp_path):
-    dpo.main(config(checkpoint, tmp_path, epochs=4, loss=loss, eval_data=str(tmp_path / "pairs.jsonl"), eval_every=2))
+    dpo.main(config(checkpoint, tmp_path, epochs=4, loss=loss, eval_data=str(tmp_path / "pairs.jsonl"), eval_every=2,
+                    sft_coef=float(loss == "orpo")))
     metrics = metrics_of(tmp_path / "run")
-    assert metrics[-1]["margin"] > metrics[0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert metrics[-1]["margin"] > metrics[0]["margin"]
+    assert metrics[0]["margin"] == pytest.approx(0, abs=1e-4) or not RELATIVES[loss].reference
     assert metrics[1]["eval_accuracy"] > 0
 
 
-def test_killed_and_resumed_equals_undisturbed_bit_for_bit(checkpoint, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}])
+def test_a_loss_without_a_reference_computes_none(changes, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dpo, "load_reference", lambda *_: pytest.fail("it is loaded"))
+    dpo.main(config(checkpoint, tmp_path, loss="simpo", beta=2.0, ref_cache=str(tmp_path / "cache"), **changes))
+    assert "reference" not in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run" / "ref_logprobs.safetensors").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": "orpo", "beta": 0.1, "sft_coef": 1.0, "lora_rank": 4}])
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(changes, checkpoint, tmp_path):
     """Multi-turn dialogues; four steps, killed after the checkpoint at step 2 and started again."""
     pairs_file(tmp_path / "pairs.jsonl", 40, turns=4)
-    straight, broken = (config(checkpoint, tmp_path, batch=4, max_steps=4, save_every=2, out=str(tmp_path / name))
-                        for name in ("straight", "broken"))
+    straight, broken = (config(checkpoint, tmp_path, batch=4, max_steps=4, save_every=2, out=str(tmp_path / name),
+                               **changes) for name in ("straight", "broken"))
     dpo.main(straight)
     (tmp_path / "broken.toml").write_text(runtime.config_toml(broken))
     command = ["dpo.py", "--config", str(tmp_path / "broken.toml")]
@@ -303,6 +417,10 @@ def test_changed_data_or_model_refuse_to_continue_a_run(checkpoint, tmp_path, ca
     ({"data": "none.jsonl"}, ["none.jsonl: no such file"]),
     ({"max_length": 2}, ["every prompt is longer than max_length=2"]),
     ({"ref_model": "none"}, ["none: holds no config.json"]),
+    ({"ref_model": "none", "loss": "simpo"}, ["ref_model is none, but loss=simpo has no reference"]),
+    ({"loss": "orpo"}, ["sft_coef is 0", "set sft_coef=1"]),
+    ({"loss": "dop"}, ["loss is 'dop', expected 'dpo' or"]),
+    ({"sft_coef": -1.0}, ["sft_coef is -1, expected at least 0"]),
 ])
 def test_what_the_user_wrote_wrong_is_one_line(changes, said, checkpoint, tmp_path, capsys):
     exits(capsys, lambda: dpo.main(config(checkpoint, tmp_path, **changes)), *said)

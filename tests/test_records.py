@@ -200,7 +200,7 @@ def test_a_label_that_says_no_is_never_learnt(no, tmp_path, capsys):
         (found,), _, report = one(tmp_path, record)
         assert found == {"messages": [HI, HELLO], "label": False} and report.undesirable == 1
         exits(capsys, report.refuse, "d.jsonl: 1 of its 1 dialogues are labelled false")
-        report.refuse(prompts_only=True)
+        report.refuse(imitated=False)
 
 
 def test_a_false_label_in_csv_is_never_learnt_and_the_command_leaves_it_out(tmp_path, capsys, monkeypatch):

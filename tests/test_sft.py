@@ -263,11 +263,11 @@ def say_it(folder, script):
     return str(write_jsonl(folder / f"{script}.jsonl", records))
 
 
-@pytest.mark.parametrize("script", ["sft", "dpo"])
+@pytest.mark.parametrize("script", ["sft", "dpo", "kto"])
 def test_loss_and_gradient_norm_do_not_depend_on_the_micro_batches(script, checkpoint, tmp_path):
-    import dpo
+    import importlib
 
-    found, module = [], {"sft": sft, "dpo": dpo}[script]
+    found, module = [], importlib.import_module(script)
     for micro_tokens in (4096, 300, 64, 1):
         module.main(module.Config(
             model=str(checkpoint), data=say_it(tmp_path, script), out=str(tmp_path / str(micro_tokens)), batch=8,
@@ -293,7 +293,7 @@ def test_a_prompt_as_long_as_max_length_is_dropped_and_counted(checkpoint, tmp_p
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-@pytest.mark.parametrize("script", ["sft", "dpo", "reward", "distill"])
+@pytest.mark.parametrize("script", ["sft", "dpo", "kto", "reward", "distill"])
 def test_max_length_beyond_learned_positions_is_one_line(script, dry_run, tmp_path, capsys):
     """StarCoder's positions are learnt; the small one has 64 of them."""
     import importlib

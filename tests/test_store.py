@@ -99,7 +99,8 @@ def test_all_that_decides_the_tokens_is_in_the_key(tokenizer, tmp_path):
     keys = [cache_key(str(path), job._replace(**changes), columns) for path, changes, columns in (
         (file, {}, None), (other, {}, None), (file, {"tokenizer": chatml}, None), (file, {"max_length": 511}, None),
         (file, {"keep": sft.every_token}, None), (file, {"keep": None}, None), (file, {"before": said}, None),
-        (file, {"prompts": True}, None), (file, {}, {"prompt": "question"}))]
+        (file, {"prompts": True}, None), (file, {"labels": True}, None),
+        (file, {}, {"prompt": "question"}))]
     assert len(set(keys)) == len(keys)
     assert cache_key(str(file), job, None) == keys[0]
 

@@ -11,12 +11,14 @@ The reward is sparse: nothing but the KL term until the reply ends. r is a rewar
 yours (rewards/functions.py). The reference is the policy before its first update. With lora_rank the models are one
 frozen base: policy, value and reward model are its adapters, the reference is the base alone.
 
-    advantages   A of a reply's tokens                                  mean in the loss            value model
-    gae          sum of (gamma lambda)^k delta_{t+k}                    over tokens                 yes
-    reinforce    rewards still to come                                  over tokens                 no
-    rloo         R - mean R of the other replies to the prompt          over replies, their sum     no
-    grpo         (R - mean R) / standard deviation of R of the prompt   over replies, their mean    no
-    dr_grpo      R - mean R of the prompt                               over replies, sum / max_tokens   no
+    advantages   gae         as above, with a value model, which the others do without
+                 reinforce   rewards still to come
+                 rloo        R - mean R of the other replies to the prompt, R the sum of a reply's rewards
+                 grpo        (R - mean R) / standard deviation of R, over the prompt's replies; with kl_in=loss kl=k3
+                 dr_grpo     R - mean R, over the prompt's replies
+
+The last three also divide the loss as their papers do (token_weights). RLOO is its paper's as long as a rollout gives
+one update; in further ones the ratio is clipped token by token.
 
     python ppo.py --config configs/tiny/ppo.toml            score, kl, length and share of ended replies, step by step
     python ppo.py --config configs/tiny/ppo_rule.toml       the same with a rule in place of the reward model
@@ -80,7 +82,7 @@ class Config(runtime.Settings):
     gae_lambda: float = 0.95         # 1 trusts rewards alone, 0 the value model
     clip_eps: float = 0.2            # c, of the policy's ratio
     value_clip: float = 0.2          # how far a value may move from the old one
-    value_coef: float = 0.1          # of the value loss; Adam undoes it, only clipping (max_grad_norm) feels it: set value_lr
+    value_coef: float = 0.1          # of the value loss; Adam undoes it, only max_grad_norm feels it: set value_lr
 
     epochs: int = 2                  # passes over a rollout, 1-4
     minibatches: int = 2             # updates per pass

@@ -41,17 +41,16 @@ def value_source(config) -> str:
 
 def load_four(config, tokenizer: Tokenizer, device: torch.device) -> Models:
     """Policy and value model to train, reference and reward model in the dtype of compute."""
-    def load(path: str, scored: bool, trained: bool) -> Transformer:
-        ours = path == "policy"
-        model = lora.load_base(config.model if ours else path, config, device, scored=scored and not ours,
-                               trained=trained)
-        check_tokenizer(model, config.model if ours else path, tokenizer)
-        if ours:
+    def load(path: str, scored: bool, trained: bool, new_head: bool = False) -> Transformer:
+        model = lora.load_base(path, config, device, scored=scored and not new_head, trained=trained)
+        check_tokenizer(model, path, tokenizer)
+        if new_head:
             add_score_head(model, 0).score_head.weight.data.zero_()
         return lora.shard(model, config, device)
 
-    source = value_source(config)
-    value = load(source, scored=True, trained=True) if source else None
+    value, source = None, value_source(config)
+    if source:
+        value = load(config.model if source == "policy" else source, True, True, new_head=source == "policy")
     policy, reference = load(config.model, scored=False, trained=True), load(config.model, scored=False, trained=False)
     reward_model = None if config.reward else load(config.reward_model, scored=True, trained=False)
     return Models(policy, reference, reward_model, value, make_sampler(policy, config.model, device))
@@ -86,9 +85,9 @@ def load_roles(config, tokenizer: Tokenizer, device: torch.device) -> Models:
     reward_model = None if config.reward else scorer(config.reward_model, "reward")
     source = value_source(config)
     value = scorer(source, "value") if source else None
-    for adapter in (adapter for model in bases.values() for layer in model.lora_layers
-                    for adapter in layer.adapters.values()):
-        adapter.dropout = 0.0
+    for layer in (layer for model in bases.values() for layer in model.lora_layers):
+        for adapter in layer.adapters.values():
+            adapter.dropout = 0.0
     roles = lora.Role(base, "policy"), lora.Role(base, None), reward_model, value
     for role, trained in zip(roles, (True, False, False, True), strict=True):
         if role is not None:

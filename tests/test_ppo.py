@@ -296,6 +296,8 @@ def test_the_gradients_of_kl_estimators_by_enumeration():
                     assert found.abs().max() < 1e-15
                 if (name, place) in (("k1", "reward"), ("k2", "loss")):
                     torch.testing.assert_close(found, true)
+                if (name, place) == ("k3", "loss"):
+                    torch.testing.assert_close(found, gradient((ref.exp() * (ref - logprobs)).sum()))  # KL(ref || pi)
     means = {key: sum(values) / 50 for key, values in cosines.items() if key != ("k1", "loss")}
     expected = {("k1", "reward"): 1, ("k2", "reward"): 0.68, ("k3", "reward"): 0.23, ("k2", "loss"): 1,
                 ("k3", "loss"): 0.86}  # as ppo.py says

@@ -5,8 +5,7 @@ import random
 from decimal import Decimal
 
 import pytest
-import torch
-from conftest import exits, metrics_of, small_model, write_jsonl
+from conftest import exits, metrics_of, write_jsonl
 from test_ppo import CPU, config, roles  # noqa: F401
 
 import ppo
@@ -130,27 +129,6 @@ def test_adapters_need_no_second_base_with_a_function_and_dropout_is_off(roles, 
     assert models.policy.base is models.value.base is models.reference.base
     for layer in models.policy.base.lora_layers:
         assert {name: adapter.dropout for name, adapter in layer.adapters.items()} == {"policy": 0, "value": 0}
-
-
-def test_a_rule_is_learnt(tmp_path):
-    """A reply gets 1 for a seven in it, by RLOO, GRPO and Dr. GRPO: from a fifth of the replies or less to most."""
-    def sevens(trees):
-        return torch.tensor([float(7 in leaf) for tree in trees for _, leaf in tree.leaves])
-
-    tokenizer = type("T", (), {"stop_ids": lambda self: ()})()
-    for advantages in ("rloo", "grpo", "dr_grpo"):
-        options = ppo.Config(advantages=advantages, n=4, max_tokens=4, epochs=1, minibatches=1, kl_coef=0.0,
-                             min_eos=0.0, penalty=0.0, missing_eos="subtract", seed=3)
-        policy, ref = (small_model(seed=3, dtype=torch.float32, scale=1.0) for _ in range(2))
-        models, shares = ppo.Models(policy, ref, None, None, policy), []
-        optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
-        for step in range(40):
-            trees = ppo.sample(models, [[3 + i % 4] for i in range(16)], tokenizer, step, options)
-            rollout = ppo.score(trees, models, options, CPU, sevens(trees))
-            _, advantage, returns = ppo.find_advantages(rollout, 0.0, options)
-            ppo.update(models, optimizer, rollout, advantage, returns, 0.0, step, options, CPU)
-            shares.append(rollout.scores.mean().item())
-        assert sum(shares[:3]) / 3 < 0.25 < 0.7 < sum(shares[-3:]) / 3, (advantages, shares)
 
 
 def test_a_function_is_part_of_the_run(roles, asked, tmp_path, capsys, monkeypatch):  # noqa: F811

@@ -63,7 +63,7 @@ def test_every_file_a_page_names_exists(name):
 
 def test_the_map_names_every_source_file():
     tree = README[README.index("## The map"):README.index("## Train a real model")]
-    for room in (".", "runtime", "kernels", "data", "data/tiny", "collect", "judging"):
+    for room in (".", "runtime", "kernels", "data", "data/tiny", "rewards", "collect", "judging"):
         for file in (ROOT / room).glob("*.py"):
             if file.name != "__init__.py":
                 assert re.search(rf"\b{file.stem}\b", tree), file

@@ -15,7 +15,7 @@ from data.pack import steps_per_epoch
 from data.tokenizer import load_tokenizer
 from model import Transformer, add_score_head
 from runtime import Settings
-from runtime.memory import activations, base_bytes
+from runtime.memory import activations, base_bytes, hardware
 
 
 def plan(
@@ -67,7 +67,9 @@ def compute_name(settings: Settings) -> str:
 def dry_run(config, load_data, scored: bool = False) -> None:
     """One model and one data file; load_data is the script's. A teacher, a ref_model and eval_data are not counted."""
     dtype = compute_name(config)
-    show_plan(config.model, plan(config.model, config, dtype, config.micro_tokens, scored), dtype, config.micro_tokens)
+    found = plan(config.model, config, dtype, config.micro_tokens, scored)
+    show_plan(config.model, found, dtype, config.micro_tokens)
+    print(f"  needs: {hardware(found, shared=not config.lora_rank)}")
     if Path(config.data).exists() and any(Path(config.model).glob("tokenizer*")):
         tokenizer = load_tokenizer(config.model)
         tokenizer.adopt(config.template)
@@ -97,5 +99,7 @@ def plan_of_four(config, dtype: str) -> dict[str, int]:
 def dry_run_of_four(config) -> None:
     """As dry_run, for ppo.py, whose data are prompts to sample from."""
     dtype = compute_name(config)
-    show_plan(config.model, plan_of_four(config, dtype), dtype, config.micro_tokens)
+    found = plan_of_four(config, dtype)
+    show_plan(config.model, found, dtype, config.micro_tokens)
+    print(f"  needs: {hardware(found, shared=False)}")
     print(f"  {config.steps} steps of {config.batch} prompts")

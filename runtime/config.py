@@ -62,9 +62,9 @@ class Settings:
     def __post_init__(self):
         check_ranges(
             self, lr=(1e-12, 1), min_lr_ratio=(0, 1), warmup_ratio=(0, 0.99), weight_decay=(0, 1), beta2=(0, 0.99999),
-            adam_eps=(1e-16, 1), max_grad_norm=(1e-6, inf), micro_tokens=(1, inf), lora_rank=(0, 2**16), lora_alpha=(0, inf),
-            lora_dropout=(0, 0.99), lora_plus=(1e-3, inf), shard=(0, inf), seed=(0, 10**9), threads=(0, 1024),
-            save_every=(0, inf),
+            adam_eps=(1e-16, 1), max_grad_norm=(1e-6, inf), micro_tokens=(1, inf), lora_rank=(0, 2**16),
+            lora_alpha=(0, inf), lora_dropout=(0, 0.99), lora_plus=(1e-3, inf), shard=(0, inf), seed=(0, 10**9),
+            threads=(0, 1024), save_every=(0, inf),
         )
         if self.quantize != "none" and not self.lora_rank:
             fail(f"quantize is '{self.quantize}', which cannot be trained: set lora_rank, e.g. lora_rank=16")

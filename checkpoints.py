@@ -1,8 +1,4 @@
-"""Hugging Face model directories in and out: model families, config.json, and the weights.
-
-    FAMILIES                    what sets each family apart from Llama, as a table of fields
-    read_config, config_json    config.json to a ModelConfig, and back
-    load_model, save_model      the whole directory, weights included
+"""Hugging Face model directories in and out: load_model and save_model. config.json is families.py's.
 
 Our parameters carry the names of Hugging Face's Llama. Other families' tensors are renamed on the way in and out, and
 their fused query-key-value matrices are split and joined. Weights are read from safetensors only.
@@ -14,196 +10,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import ACTIVATIONS, Linear, ModelConfig, Transformer, rotary_frequencies
+from families import config_json, read_config
+from model import Linear, ModelConfig, Transformer
 from runtime import distributed, fail, writing
-
-# ---------------------------------------------------------------------------------------- families
-
-class Family(NamedTuple):
-    """What sets a family apart; everything else is as in Llama. Fields are those of ModelConfig."""
-
-    name: str              # of its classes in transformers: LlamaForCausalLM, LlamaForSequenceClassification
-    fields: dict           # values where config.json says nothing, on top of FIELDS
-    keys: dict             # where config.json keeps a field, on top of KEYS: a key, or a function of the whole file
-
-
-FIELDS = {"max_positions": 2048, "norm_eps": 1e-6, "activation": "silu", "tied": False}
-KEYS = {
-    "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "kv_heads": lambda raw: raw.get("num_key_value_heads") or raw["num_attention_heads"],
-    "mlp_width": "intermediate_size", "max_positions": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-    "activation": "hidden_act", "tied": "tie_word_embeddings",
-}
-
-# Fields that several families have in common
-GPT = {"norm": "layer", "gated": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True}
-ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
-
-
-def _qwen_window(raw: dict) -> int | None:
-    """Qwen's files name a sliding window and, beside it, whether it is used."""
-    return raw.get("sliding_window") if raw.get("use_sliding_window") else None
-
-
-def _falcon_kv_heads(raw: dict) -> int:
-    """The 40B has groups of queries, the 7B one key/value head."""
-    if raw.get("new_decoder_architecture"):
-        return raw.get("num_kv_heads") or raw["num_attention_heads"]
-    return 1 if raw.get("multi_query", True) else raw["num_attention_heads"]
-
-
-FAMILIES = {
-    # Llama 1-3, Yi, TinyLlama, SmolLM
-    "llama": Family("Llama", {}, ATTENTION_BIAS | {"mlp_bias": "mlp_bias"}),
-    # and Zephyr
-    "mistral": Family("Mistral", {}, {"window": "sliding_window"}),
-    "qwen2": Family("Qwen2", {"qkv_bias": True}, {"window": _qwen_window}),
-    "qwen3": Family("Qwen3", {"qk_norm": True}, ATTENTION_BIAS | {"window": _qwen_window}),
-    "gemma": Family(
-        "Gemma", {"norm_offset": 1.0, "activation": "gelu_tanh", "tied": True},
-        {"activation": "hidden_activation", "embed_scale": lambda raw: raw["hidden_size"] ** 0.5}),
-    "falcon": Family(
-        "Falcon", {"norm": "layer", "norm_eps": 1e-5, "gated": False, "parallel": True, "activation": "gelu",
-                   "tied": True},
-        {"kv_heads": _falcon_kv_heads, "mlp_width": lambda raw: raw.get("ffn_hidden_size") or 4 * raw["hidden_size"],
-         "norms": lambda raw: raw.get("num_ln_in_parallel_attn") or (2 if raw.get("new_decoder_architecture") else 1),
-         "norm_eps": "layer_norm_epsilon", "activation": "activation",
-         "qkv_bias": "bias", "out_bias": "bias", "mlp_bias": "bias"}),
-    # StarCoder
-    "gpt_bigcode": Family(
-        "GPTBigCode", GPT | {"rotary": 0.0, "norm_eps": 1e-5, "activation": "gelu_tanh", "tied": True},
-        {"width": "n_embd", "layers": "n_layer", "heads": "n_head", "max_positions": "n_positions",
-         "kv_heads": lambda raw: 1 if raw.get("multi_query", True) else raw["n_head"],
-         "mlp_width": lambda raw: raw.get("n_inner") or 4 * raw["n_embd"],
-         "norm_eps": "layer_norm_epsilon", "activation": "activation_function"}),
-    "starcoder2": Family(
-        "Starcoder2", GPT | {"norm_eps": 1e-5, "activation": "gelu_tanh", "tied": True},
-        {"norm_eps": "norm_epsilon", "window": "sliding_window"}),
-    # Pythia
-    "gpt_neox": Family(
-        "GPTNeoX", GPT | {"norm_eps": 1e-5, "parallel": True, "rotary": 0.25, "rope_theta": 10000.0,
-                          "activation": "gelu"},
-        {"kv_heads": "num_attention_heads", "norm_eps": "layer_norm_eps", "parallel": "use_parallel_residual",
-         "rotary": "rotary_pct", "rope_theta": "rotary_emb_base"}),
-}
-
-# ------------------------------------------------------------------------------------- config.json
-
-# The most a config.json may ask for: a broken or hostile one is refused before memory is allocated.
-LARGEST = {"vocab_size": 2**24, "width": 2**18, "layers": 1024, "heads": 4096, "kv_heads": 4096, "head_dim": 4096,
-           "mlp_width": 2**20, "max_positions": 2**24, "norms": 2, "window": 2**24}
-ACTIVATION_NAMES = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}  # transformers' to ours
-
-
-def read_config(path: str | Path) -> ModelConfig:
-    """config.json of a Hugging Face model directory; what we could not compute faithfully is refused in one line."""
-    file = Path(path) / "config.json"
-    raw = _read_json(file)
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        fail(f"{file}: model_type {family!r} is not supported, expected one of {', '.join(FAMILIES)}")
-    for switch in ("alibi", "qk_layernorm"):
-        if raw.get(switch):
-            fail(f"{file}: {switch} is true, which is not supported: the model would compute something else")
-    fields = _read_fields(file, raw, FAMILIES[family])
-    dtype = raw.get("torch_dtype") or raw.get("dtype") or "float32"
-    if dtype not in ("float64", "float32", "bfloat16", "float16"):
-        fail(f"{file}: torch_dtype is {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 keeps both in rope_parameters
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if kind not in ("default", "llama3"):
-        fail(f"{file}: rotary scaling {kind!r} is not supported, expected 'llama3' or none")
-    theta = fields.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    try:
-        fields |= {"norm_eps": float(fields["norm_eps"]), "tied": bool(fields["tied"])}
-        config = ModelConfig(
-            **fields, family=family, rope_theta=float(rope.get("rope_theta", theta)),
-            rope_scaling=rope if kind == "llama3" else None,
-            scored=(raw.get("architectures") or [""])[0].endswith("ForSequenceClassification"),
-            score_mean=float(raw.get("score_mean", 0.0)), score_std=float(raw.get("score_std", 1.0)),
-            dtype=dtype, raw=raw,
-        )
-        rotary_frequencies(config)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        fail(f"{file}: a number is missing or of the wrong kind ({error}): copy the file again")
-    return config
-
-
-def _read_json(file: Path) -> dict:
-    if not file.is_file():
-        fail(f"{file.parent}: holds no config.json, expected a Hugging Face model directory")
-    try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:
-        fail(f"{file}: is not JSON ({error}): copy it again")
-    if not isinstance(raw, dict):
-        fail(f"{file}: holds a {type(raw).__name__}, expected a JSON object: copy it again")
-    return raw
-
-
-def _read_fields(file: Path, raw: dict, family: Family) -> dict:
-    """The fields of ModelConfig that KEYS and the family name, sizes and activation checked."""
-    fields = FIELDS | family.fields
-    keys = KEYS | family.keys
-    for name, key in keys.items():
-        if callable(key):
-            fields[name] = _call(key, raw)
-        elif key in raw:
-            fields[name] = raw[key]
-        no_window = name == "window" and fields.get(name) is None
-        if name in LARGEST and not no_window:
-            _check_size(file, name if callable(key) else key, fields.get(name), LARGEST[name])
-    fields["head_dim"] = raw.get("head_dim") or fields["width"] // fields["heads"]
-    _check_size(file, "head_dim", fields["head_dim"], LARGEST["head_dim"])
-    if fields["heads"] % fields["kv_heads"]:
-        fail(f"{file}: {fields['kv_heads']} key/value heads do not divide {fields['heads']} heads: copy the file again")
-    activation = str(fields["activation"])
-    activation = ACTIVATION_NAMES.get(activation, activation)
-    if activation not in ACTIVATIONS:
-        fail(f"{file}: activation {activation!r} is not supported, expected one of {', '.join(ACTIVATIONS)}")
-    return fields | {"activation": activation}
-
-
-def _call(key: Callable[[dict], object], raw: dict):
-    """The function's value; None if what it needs is missing or of the wrong kind."""
-    try:
-        return key(raw)
-    except (KeyError, TypeError):
-        return None
-
-
-def _check_size(file: Path, key: str, value, largest: int) -> None:
-    if type(value) is not int or not 0 < value <= largest:
-        fail(f"{file}: {key} is {value!r}, expected a whole number from 1 to {largest:,}: copy the file again")
-
-
-def config_json(config: ModelConfig) -> dict:
-    """The contents of config.json: the keys it was read with, our fields on top."""
-    family = FAMILIES[config.family]
-    ours: dict = {"architectures": [family.name + ("ForSequenceClassification" if config.scored else "ForCausalLM")],
-                  "model_type": config.family, "torch_dtype": config.dtype}
-    for name, key in (KEYS | family.keys).items():
-        if not callable(key) and not (name == "activation" and key in config.raw):
-            ours[key] = getattr(config, name)
-    if "kv_heads" not in family.keys:
-        ours["num_key_value_heads"] = config.kv_heads
-    if config.head_dim * config.heads != config.width or "head_dim" in config.raw or not config.raw:
-        ours["head_dim"] = config.head_dim
-    if config.rotary and "rope_parameters" not in config.raw and "rope_theta" not in family.keys:
-        ours |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
-    if config.scored:  # transformers reads the score at the last token before the padding: that must not be EOS
-        pad = config.raw.get("pad_token_id")
-        pad = 0 if pad is None or pad == config.raw.get("eos_token_id") else pad
-        ours |= {"num_labels": 1, "pad_token_id": pad, "score_mean": config.score_mean, "score_std": config.score_std}
-    return config.raw | ours
-
 
 # ------------------------------------------------------------------------------- tensors and their names
 
@@ -233,7 +48,7 @@ FALCON_TWO_NORMS = {"input_layernorm": "ln_attn", "post_attention_layernorm": "l
 def file_name(name: str, config: ModelConfig) -> str:
     """What transformers calls one of our parameters. Where a family fuses them, queries, keys and values share it."""
     modules = MODULES.get(config.family, LLAMA_MODULES)
-    if config.family == "falcon" and config.norms == 2:
+    if config.family == "falcon" and config.parallel and config.norms == 2:
         modules = modules | FALCON_TWO_NORMS
     module, _, kind = name.rpartition(".")
     if not module.startswith("layers."):
@@ -284,10 +99,14 @@ def load_model(
     config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config)
+    if "auto_map" in config.raw and not distributed.rank():
+        print(f"{path}: names code of its own (auto_map), which is not run: computed as transformers' {config.family}")
     model.frequencies = model.frequencies.to(device)
     for file, key, names in check_weights(path, model):
         tensor = _read_tensor(file, key, device)
-        parts = split_qkv(tensor, config) if len(names) == 3 else [tensor]
+        if not names and not torch.equal(tensor.to(model.embed_tokens.weight.dtype), model.embed_tokens.weight):
+            fail(f"{file}: {key} is not the embedding, but tie_word_embeddings is true in config.json: set it to false")
+        parts = split_qkv(tensor, config) if len(names) == 3 else [tensor] * len(names)
         for name, part in zip(names, parts, strict=True):
             where, _, kind = name.rpartition(".")
             module = model.get_submodule(where)
@@ -306,7 +125,8 @@ def expect_replies(model: Transformer, path: str | Path) -> Transformer:
 
 
 def check_weights(path: Path, model: Transformer) -> list[tuple[Path, str, list[str]]]:
-    """Where a directory keeps the model's parameters: [(file, name of a tensor in it, our names)].
+    """Where a directory keeps the model's parameters: [(file, name of a tensor in it, our names)]. The second copy of
+    a tied matrix has none and comes last.
 
     Reads only the files' headers. A tensor that is missing, unknown or of another shape is refused in one line.
     """
@@ -315,13 +135,19 @@ def check_weights(path: Path, model: Transformer) -> list[tuple[Path, str, list[
     for file in weight_files(path):
         try:
             with safe_open(file, framework="pt") as tensors:
-                held = {key: tensors.get_slice(key).get_shape() for key in sorted(tensors.keys())}
+                held = {key: tensors.get_slice(key) for key in sorted(tensors.keys())}
+                held = {key: (part.get_shape(), part.get_dtype()) for key, part in held.items()}
         except (SafetensorError, OSError) as error:
             fail(f"{file}: cannot be read as safetensors ({error}): copy it again")
-        for key, shape in held.items():
+        for key, (shape, kind) in held.items():
+            if key not in missing and key.endswith(BUFFERS):
+                continue
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                fail(f"{file}: {key} is stored as {kind}, as quantised weights are: take the original 16-bit weights")
             if key not in missing:
-                if key.endswith(BUFFERS) or (config.tied and key == file_name("lm_head.weight", config)):
-                    continue  # the second copy of a tied matrix
+                if config.tied and key == file_name("lm_head.weight", config):
+                    found.append((file, key, []))
+                    continue
                 fail(f"{file}: holds {key}, which family {config.family} has no place for")
             names = missing.pop(key)
             expected = [sum(shapes[name].shape[0] for name in names), *shapes[names[0]].shape[1:]]
@@ -331,7 +157,7 @@ def check_weights(path: Path, model: Transformer) -> list[tuple[Path, str, list[
     if missing:
         fail(f"{path}: {min(missing)} is in none of its weight files ({len(missing)} missing): "
              "is config.json of this model?")
-    return found
+    return sorted(found, key=lambda part: not part[2])
 
 
 def _read_tensor(file: Path, key: str, device: str | torch.device) -> Tensor:

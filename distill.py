@@ -125,7 +125,7 @@ def evaluate(student: Transformer, teacher: Transformer, trees: list[Tree], long
 
 def main(config: Config) -> None:
     if config.dry_run:
-        return dry_run(config, sft.load_data)
+        return dry_run(config, sft.load_data, teacher=True)
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     student = lora.load_base(config.model, config, device, scored=False)

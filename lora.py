@@ -12,14 +12,13 @@ Memory of a 7B model: 16-bit weights 14.5 GB, in NF4 3.7 GB; an adapter of rank 
 parameters, with gradients and AdamW's moments in fp32 2.6 GB; full fine-tuning takes 116 GB. Any script says so for
 any model with --dry-run.
 
-Files are those of PEFT: adapter_config.json and adapter_model.safetensors.
+Files are those of PEFT (adapters.py). Beside A and B they may bring own values of the base's parameters (norms, biases,
+the embedding): these are in place while that adapter is on, and do not train.
 """
 from __future__ import annotations
 
 import copy
-import json
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -28,15 +27,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
 
-from checkpoints import expect_replies, file_name, join_qkv, load_model, save_model, split_qkv, weight_files
+from checkpoints import expect_replies, load_model, save_model, weight_files
 from kernels import nf4
 from model import Linear, Transformer
-from runtime import Settings, compute_dtype, distributed, fail, file_hash, writing
+from runtime import Settings, compute_dtype, distributed, fail, file_hash
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # every linear layer of a block
 
@@ -191,54 +188,105 @@ def add_lora(
 
     From then on adapters train, and a score head; the base does not. Raises ValueError for a target that no layer has.
     """
-    targets = TARGETS if targets is None else targets
+    wanted = TARGETS if targets is None else targets
     if rank < 1:
         raise ValueError(f"rank is {rank}, expected at least 1")
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank
     generator = torch.Generator().manual_seed(seed)
-    model.adapters[name] = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora, "dora": use_dora,
-                            "targets": sorted(targets)}
+    paths = [path for path in linear_paths(model) if path.rpartition(".")[2] in wanted]
+    missing = ", ".join(sorted(set(wanted) - {path.rpartition(".")[2] for path in paths}))
+    if targets is not None and missing:
+        raise ValueError(f"targets: no linear layer is called {missing}, expected some of {', '.join(TARGETS)}")
+    switch(model, None)
+    for path in paths:
+        added = attach(model, path, name, rank, scale, dropout, generator)
+        if use_dora:
+            added.magnitude = nn.Parameter(model.get_submodule(path).weight().float().norm(dim=1))
+    return register(model, name, {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora, "dora": use_dora})
+
+
+def linear_paths(model: Transformer) -> list[str]:
+    """Our names of the blocks' linear layers, with adapters or without."""
+    return [path for path, _ in model.named_modules()
+            if path.startswith("layers.") and path.rpartition(".")[2] in TARGETS]
+
+
+def attach(
+    model: Transformer, path: str, name: str, rank: int, scale: float, dropout: float, generator: torch.Generator,
+) -> Adapter:
+    parent, _, child = path.rpartition(".")
+    layer = model.get_submodule(path)
+    layer = layer if isinstance(layer, LoraLinear) else LoraLinear(layer)
+    weight = layer.weight()
+    layer.adapters[name] = Adapter(weight.shape[1], weight.shape[0], rank, scale, dropout, generator, weight.device)
+    setattr(model.get_submodule(parent), child, layer)
+    return layer.adapters[name]
+
+
+def register(model: Transformer, name: str, settings: dict) -> Transformer:
+    """Note a new adapter's settings and switch it on; from here on adapters train, and a score head."""
+    if name in model.adapters:
+        raise ValueError(f"the model has an adapter {name!r} already: give this one another name")
+    model.adapters[name] = settings
+    model.lora_layers = list(named_lora_layers(model).values())
+    model.recompute = partial(_recompute, model)
+    switch(model, name)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(".adapters." in parameter_name or parameter_name.startswith("score_head"))
-    found = set()
-    for parent in list(model.layers.modules()):
-        for child_name, child in list(parent.named_children()):
-            if isinstance(parent, LoraLinear) or child_name not in targets:
-                continue
-            found.add(child_name)
-            layer = child if isinstance(child, LoraLinear) else LoraLinear(child)
-            weight = layer.weight()
-            adapter = Adapter(weight.shape[1], weight.shape[0], rank, scale, dropout, generator, weight.device)
-            if use_dora:
-                adapter.magnitude = nn.Parameter(weight.float().norm(dim=1))
-            layer.adapters[name] = adapter
-            setattr(parent, child_name, layer)
-    model.lora_layers = list(named_lora_layers(model).values())
+    return model
+
+
+def switch(model: Transformer, name: str | None) -> None:
+    """Adapter `name` on, or none: with none the model is the base, bit for bit."""
+    if name != model.active:
+        _exchange(model, model.active)
+        _exchange(model, name)
     for layer in model.lora_layers:
         layer.active = name
-    model.recompute = partial(_recompute, model)
-    missing = ", ".join(sorted(set(targets) - found))
-    if targets is not TARGETS and missing:
-        raise ValueError(f"targets: no linear layer is called {missing}, expected some of {', '.join(TARGETS)}")
-    return model
+    model.active = name
+
+
+def _exchange(model: Transformer, name: str | None) -> None:
+    """Swap the base's parameters with those an adapter has of its own; doing it again undoes it.
+
+    Whole Parameters change places, so what autograd has kept of a forward pass stays what it was.
+    """
+    own = model.adapters.get(name, {}).get("own", {})
+    for path, parameter in own.items():
+        module, kind = place_of(model, path)
+        own[path] = getattr(module, kind)
+        setattr(module, kind, parameter)
+
+
+def place_of(model: Transformer, path: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter of the base, and what it calls it."""
+    where, _, kind = path.rpartition(".")
+    module = model.get_submodule(where)
+    return module.base if isinstance(module, LoraLinear) else module, kind
+
+
+def untie(model: Transformer) -> None:
+    """Give a head of its own to a model whose head is its embedding; as yet it is the same Parameter."""
+    with torch.device("meta"):
+        model.lm_head = Linear(1, 1)
+    model.lm_head.weight = model.embed_tokens.weight
+    model.config = replace(model.config, tied=False)
 
 
 @contextmanager
 def adapter(model: Transformer, name: str | None) -> Iterator[Transformer]:
     """The model with adapter `name` on, or with none: the base, bit for bit."""
-    before = [layer.active for layer in model.lora_layers]
-    for layer in model.lora_layers:
-        layer.active = name
+    before = model.active
+    switch(model, name)
     try:
         yield model
     finally:
-        for layer, active in zip(model.lora_layers, before, strict=True):
-            layer.active = active
+        switch(model, before)
 
 
 def _recompute(model: Transformer):
     """Gradient checkpointing's two contexts: a block's second run has the adapter on that was on in its first."""
-    return nullcontext(), adapter(model, model.lora_layers[0].active)
+    return nullcontext(), adapter(model, model.active)
 
 
 class Role(nn.Module):
@@ -271,9 +319,18 @@ class Role(nn.Module):
         except AttributeError:
             return getattr(self.bases[0], key)
 
+    @property
+    def head_weight(self) -> Tensor:
+        with adapter(self.base, self.name):
+            return self.base.head_weight
+
     def hidden(self, *inputs) -> Tensor:
         with adapter(self.base, self.name):
             return self.base.hidden(*inputs)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with adapter(self.base, self.name):
+            return self.base.logits(hidden)
 
     scores = Transformer.scores
 
@@ -283,179 +340,38 @@ def merge_lora(model: Transformer, originals: Transformer | None = None, name: s
     """The base with adapter `name` worked into its weights, as a plain model, in place.
 
     A quantised base has lost bits, so it is merged into the 16-bit `originals` (which are changed and returned),
-    never back into four bits. Raises ValueError without them.
+    never back into four bits. Raises ValueError without them, or for a bias that the base has no place for.
     """
     target = model if originals is None else originals
-    for path, layer in named_lora_layers(model).items():
-        if originals is None and not isinstance(layer.base, Linear):
-            raise ValueError("the base is quantised: give the model it was made from as originals")
-        plain = layer.base if originals is None else originals.get_submodule(path)
-        if name in layer.adapters:
-            found = layer.adapters[name]
-            merged = plain.weight.to(torch.promote_types(plain.weight.dtype, torch.float32)) + found.delta()
-            if found.magnitude is not None:
-                merged = merged * (found.magnitude / merged.norm(dim=1))[:, None]
-            plain.weight.copy_(merged.to(plain.weight))
-        if originals is None:
+    adapted, own = named_lora_layers(model), model.adapters[name].get("own", {})
+    if originals is None and not all(isinstance(layer.base, Linear) for layer in adapted.values()):
+        raise ValueError("the base is quantised: give the model it was made from as originals")
+    with adapter(model, None):
+        missing = [path for path in own if getattr(*place_of(model, path)) is None]
+    if missing:
+        raise ValueError(f"{missing[0]} is a bias that the base does not have: the adapter cannot be merged")
+    switch(model, None)
+    if model.lm_head is not None and target.lm_head is None:
+        untie(target)
+    if originals is None:
+        for path, layer in adapted.items():
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
+            setattr(model.get_submodule(parent), child, layer.base)
+    for path, parameter in own.items():
+        module, kind = place_of(target, path)
+        setattr(module, kind, nn.Parameter(parameter.data.to(getattr(module, kind))))
+    for path, layer in adapted.items():
+        if name not in layer.adapters:
+            continue
+        found, plain = layer.adapters[name], target.get_submodule(path)
+        merged = plain.weight.to(torch.promote_types(plain.weight.dtype, torch.float32)) + found.delta()
+        if found.magnitude is not None:
+            merged = merged * (found.magnitude / merged.norm(dim=1))[:, None]
+        plain.weight.copy_(merged.to(plain.weight))
+    if target.lm_head is not None and target.lm_head.weight is target.embed_tokens.weight:
+        target.lm_head, target.config = None, replace(target.config, tied=True)  # another adapter had untied them
     target.adapters, target.lora_layers, target.recompute = {}, [], noop_context_fn
     return target.requires_grad_(True)
-
-
-# --------------------------------------------------------------------------------------------- files
-
-def _peft_name(path: str, model: Transformer) -> str:
-    """What PEFT calls a layer: transformers' name of it, behind its own prefix."""
-    return "base_model.model." + file_name(f"{path}.weight", model.config).removesuffix(".weight")
-
-
-def save_adapter(model: Transformer, path: str | Path, name: str = "default") -> None:
-    """Write adapter `name` as PEFT does, a score head with it; written beside and renamed.
-
-    Where a family keeps queries, keys and values in one matrix, our three adapters become one of three times the rank:
-    A stacked, B in blocks.
-    """
-    settings = model.adapters[name]
-    by_name: dict[str, list[LoraLinear]] = {}
-    for layer_path, layer in named_lora_layers(model).items():
-        if name in layer.adapters:
-            by_name.setdefault(_peft_name(layer_path, model), []).append(layer)
-    tensors, wider = {}, set()
-    for key, layers in by_name.items():
-        parts = [layer.adapters[name] for layer in layers]
-        if len(parts) == 3:
-            rank = settings["rank"]
-            blocks = [F.pad(part.B.detach(), (i * rank, (2 - i) * rank)) for i, part in enumerate(parts)]
-            a, b = torch.cat([part.A.detach() for part in parts]), join_qkv(blocks, model.config)
-            wider.add(key.rpartition(".")[2])
-        else:
-            a, b = parts[0].A.detach(), parts[0].B.detach()
-        tensors |= {f"{key}.lora_A.weight": a.contiguous(), f"{key}.lora_B.weight": b.contiguous()}
-        if parts[0].magnitude is not None:
-            tensors[f"{key}.lora_magnitude_vector"] = parts[0].magnitude.detach()
-    if model.new_rows:  # of a template's tokens
-        for part in ("embed_tokens", "lm_head"):
-            if getattr(model, part) is not None:
-                tensors[_peft_name(part, model) + ".weight"] = getattr(model, part).weight.detach()
-    if model.score_head is not None:
-        tensors["base_model.model.score.weight"] = model.score_head.weight.detach()
-    config = _peft_config(model, settings, sorted({key.rpartition(".")[2] for key in by_name}), wider)
-    # Beside the tensors, since PEFT warns of keys it does not know; one entry, since safetensors orders several at
-    # random and the same adapter shall be the same bytes.
-    ours = {"base_model_hash": model.source_hash, "score_mean": model.config.score_mean,
-            "score_std": model.config.score_std}
-    if distributed.rank():
-        return
-    final = Path(path)
-    beside = final.with_name(f".{final.name}.new")
-    with writing(final, beside):
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        save_file(tensors, beside / "adapter_model.safetensors", metadata={"ours": json.dumps(ours)})
-        (beside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-
-
-def _peft_config(model: Transformer, settings: dict, targets: list[str], wider: set[str]) -> dict:
-    """adapter_config.json; the targets in `wider` have three times the rank."""
-    scored, growth = model.score_head is not None, math.sqrt(3) if settings["rslora"] else 3
-    return {
-        "peft_type": "LORA", "task_type": "SEQ_CLS" if scored else "CAUSAL_LM", "r": settings["rank"],
-        "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"], "use_rslora": settings["rslora"],
-        "use_dora": settings["dora"], "target_modules": targets, "bias": "none", "fan_in_fan_out": False,
-        "modules_to_save": ["score"] if scored else None, "init_lora_weights": True, "inference_mode": True,
-        "rank_pattern": dict.fromkeys(wider, 3 * settings["rank"]),
-        "alpha_pattern": dict.fromkeys(wider, settings["alpha"] * growth), "base_model_name_or_path": model.source,
-    }
-
-
-def load_adapter(model: Transformer, path: str | Path, name: str = "default") -> Transformer:
-    """Put an adapter that we or PEFT have written on the base it was made for, in place, and switch it on.
-
-    A reward model's adapter brings its head: give a model that has one (`add_score_head`), or ask for a Role.
-    """
-    saved, head = _load_adapter(model, path, name)
-    if "score" in (saved.get("modules_to_save") or []) or model.score_head is not None:
-        if head is None or model.score_head is None:
-            fail(f"{path}: {'holds no score head' if head is None else 'holds a score head for a model without one'}: "
-                 "a reward model's adapter file holds its head")
-        model.score_head.weight.data.copy_(head)
-        mean, std = saved.get("score_mean", 0.0), saved.get("score_std", 1.0)
-        model.config = replace(model.config, score_mean=mean, score_std=std)
-    return model
-
-
-def load_role(base: Transformer, path: str | Path, name: str) -> Role:
-    """A reward model's adapter, as one role among several on `base`."""
-    saved, head = _load_adapter(base, path, name)
-    if head is None:
-        fail(f"{path}: holds no score head: a reward model's adapter file holds its head")
-    mean, std = saved.get("score_mean", 0.0), saved.get("score_std", 1.0)
-    return Role(base, name, head.to(base.embed_tokens.weight.device), mean, std)
-
-
-def _load_adapter(model: Transformer, path: str | Path, name: str) -> tuple[dict, Tensor | None]:
-    """What adapter_config.json says, and the weight of the score head if there is one."""
-    path = Path(path)
-    saved, tensors = _read_adapter(path)
-    if saved.get("base_model_hash") and model.source_hash and saved["base_model_hash"] != model.source_hash:
-        fail(f"{path}: was trained on another base ({saved['base_model_name_or_path']}): load that one")
-    by_key: dict[str, list[str]] = {}  # the layers that an adapter in the file is for: three where a family fuses them
-    for layer_path, _ in model.named_modules():
-        child = layer_path.rpartition(".")[2]
-        if layer_path.startswith("layers.") and child in TARGETS:
-            by_key.setdefault(_peft_name(layer_path, model), []).append(layer_path)
-    keys = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
-    if keys - set(by_key):
-        fail(f"{path}: adapts {min(keys - set(by_key))}, which this model does not have: is it for another family?")
-    targets = tuple(sorted({layer_path.rpartition(".")[2] for key in keys for layer_path in by_key[key]}))
-    add_lora(model, saved["r"], saved["lora_alpha"], 0.0, targets, name=name, rslora=saved.get("use_rslora", False),
-             use_dora=saved.get("use_dora", False))
-    model.adapters[name]["dropout"] = saved["lora_dropout"]  # written again as read; what is loaded drops nothing
-    with torch.no_grad():
-        for key in sorted(keys):
-            _fill(model, path, name, key, by_key[key], saved, tensors)
-        for part in ("embed_tokens", "lm_head"):
-            rows = tensors.get(_peft_name(part, model) + ".weight")
-            if rows is not None:
-                model.resize(max(len(rows), model.config.vocab_size))
-                getattr(model, part).weight[: len(rows)] = rows.to(getattr(model, part).weight)
-    return saved, tensors.get("base_model.model.score.weight")
-
-
-def _read_adapter(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """adapter_config.json with what we keep beside the tensors, and the tensors."""
-    if not (path / "adapter_config.json").is_file():
-        fail(f"{path}: holds no adapter_config.json, expected an adapter in PEFT's format")
-    try:
-        saved = json.loads((path / "adapter_config.json").read_text())
-        tensors = load_file(path / "adapter_model.safetensors")
-        with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
-            return saved | json.loads((file.metadata() or {}).get("ours", "{}")), tensors
-    except (OSError, ValueError, SafetensorError) as error:
-        fail(f"{path}: cannot be read ({error}): copy it again")
-
-
-def _fill(
-    model: Transformer, path: Path, name: str, key: str, layer_paths: list[str], saved: dict,
-    tensors: dict[str, Tensor],
-) -> None:
-    """The tensors of one adapter of the file into ours: one layer's, or three where a family fuses q, k and v."""
-    a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
-    pieces = split_qkv(b, model.config) if len(layer_paths) == 3 else [b]
-    rank = a.shape[0]
-    alpha = (saved.get("alpha_pattern") or {}).get(key.rpartition(".")[2], saved["lora_alpha"])
-    for layer_path, piece in zip(layer_paths, pieces, strict=True):
-        found = model.get_submodule(layer_path).adapters[name]
-        if piece.shape[0] != found.B.shape[0] or a.shape[1] != found.A.shape[1]:
-            fail(f"{path}: {key} has shape {list(b.shape)} x {list(a.shape)}, which does not fit this model: "
-                 "load its own base")
-        found.A, found.B = nn.Parameter(a.to(found.A)), nn.Parameter(piece.contiguous().to(found.B))
-        found.scale = alpha / (math.sqrt(rank) if saved.get("use_rslora") else rank)
-        if f"{key}.lora_magnitude_vector" in tensors:
-            found.magnitude = nn.Parameter(tensors[f"{key}.lora_magnitude_vector"].to(found.A))
 
 
 # ----------------------------------------------------------------------------------------- for scripts
@@ -509,7 +425,9 @@ def save_result(
     """
     dtype, result = getattr(torch, model.config.dtype), model
     if settings.lora_rank:
-        save_adapter(model, run / "adapter", name)
+        from adapters import save_adapter  # which imports us
+
+        save_adapter(model, run / "adapter", name, tokenizer)
         if distributed.rank() and settings.quantize != "none":
             distributed.barrier()
             return model  # the originals are large: rank 0 alone reads them
@@ -527,7 +445,9 @@ def _merge(model: Transformer, settings: Settings, probe: list[int], name: str) 
     """merge_lora, into the originals if the base was quantised; prints what it changes."""
     ids = torch.tensor([probe], device=model.embed_tokens.weight.device)
     scored, originals = model.config.scored, None
-    before = (model.score(ids) if scored else model(ids)).cpu()
+    with adapter(model, name):
+        before = (model.score(ids) if scored else model(ids)).cpu()
+    switch(model, None)  # what other adapters have of their own is not the base's
     if settings.quantize != "none":
         originals = load_model(model.source)
         originals.compute_dtype, originals.config = model.compute_dtype, model.config
@@ -540,3 +460,12 @@ def _merge(model: Transformer, settings: Settings, probe: list[int], name: str) 
     print(f"adapter merged into {'the weights' if originals is None else f'the originals of {settings.quantize}'}: "
           f"{'scores' if scored else 'logits'} change by {gap:.2g} at most")
     return result
+
+
+def __getattr__(name: str):
+    """`lora.save_adapter`, `lora.load_adapter` and `lora.load_role`: adapters.py, which imports us, has them."""
+    if name in ("save_adapter", "load_adapter", "load_role"):
+        import adapters
+
+        return getattr(adapters, name)
+    raise AttributeError(f"module 'lora' has no attribute {name!r}")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from tqdm import tqdm
 
-from kernels import missing_rows, without_onednn
+from kernels import missing_rows, on_triton, without_onednn
 from kernels.attention import attention
 from kernels.decode import decode_attention
 from kernels.fused import rms_norm, rotary, swiglu
@@ -42,7 +42,7 @@ from kernels.sampling import sample_each, uniform_numbers
 class ModelConfig:
     """Sizes and variants. V vocabulary, D width, H heads, K key/value heads, E head width. The defaults are Llama's."""
 
-    family: str = "llama"                  # `model_type` in config.json, a key of checkpoints.FAMILIES
+    family: str = "llama"                  # `model_type` in config.json, a key of families.FAMILIES
     vocab_size: int = 1024                 # V
     width: int = 192                       # D
     layers: int = 6
@@ -65,8 +65,10 @@ class ModelConfig:
     embed_scale: float = 1.0               # of token embeddings
     rotary: float = 1.0                    # share of a head's dimensions that rotate; 0: learned positions
     rope_theta: float = 10000.0            # base of the rotary frequencies
-    rope_scaling: dict | None = None       # Llama-3's long-context scaling, as in config.json
+    rope_scaling: dict | None = None       # for long contexts, its numbers as in config.json; None: none
+    scaled: bool = True                    # attention scores are divided by sqrt(E)
     window: int | None = None              # tokens a query sees, itself included; None: all
+    window_layers: tuple[int, ...] | None = None  # layers that have the window; None: all
     tied: bool = True                      # head and embedding share one matrix
     scored: bool = False                   # a score head in place of the LM head: a reward or value model
     score_mean: float = 0.0                # subtracted from every score, so that demonstrations score 0 on average
@@ -99,7 +101,11 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight + self.offset if self.offset else self.weight, self.eps)
+        if not self.offset:
+            return rms_norm(x, self.weight, self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)  # bf16 would lose what a weight adds to 1; Triton has fp32
+        y = rms_norm(x if on_triton(x) else x.to(wide), self.weight.to(wide) + self.offset, self.eps)
+        return y.to(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -119,25 +125,40 @@ def new_norm(config: ModelConfig) -> nn.Module:
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each rotating pair of dimensions, [R / 2] (Su et al. 2021), as Llama-3 scales them."""
+    """Radians per position of each rotating pair of dimensions, [R / 2] (Su et al. 2021), scaled for long contexts.
+
+    Linear scaling divides all by a factor. Llama 3 and YaRN (Peng et al. 2023, arXiv:2309.00071) keep fast pairs,
+    divide slow ones and change over between, the one linearly in a pair's turns, the other in its number.
+    """
     rotating = int(config.head_dim * config.rotary)
     exponents = torch.arange(0, rotating, 2, dtype=torch.float32, device="cpu") / max(rotating, 1)  # never on meta
     frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling is None:
-        return frequencies
     s = config.rope_scaling
-    low, high, trained = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
-    turns = trained * frequencies / (2 * math.pi)  # full turns within the context it was trained on
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # fast pairs stay, slow pairs are stretched, linear between
+    if s is None or s["rope_type"] == "linear":
+        return frequencies if s is None else frequencies / s["factor"]
+    trained = s["original_max_position_embeddings"]
+    if s["rope_type"] == "llama3":
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = trained * frequencies / (2 * math.pi)  # full turns within the context it was trained on
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    else:
+        first, last = (rotating * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+                       for turns in (s["beta_fast"], s["beta_slow"]))  # the pairs that turn so often
+        if s["truncate"]:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, rotating - 1)
+        pairs = torch.arange(len(frequencies), dtype=torch.float32, device="cpu")
+        keep = 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / s["factor"]
 
 
 class Attention(nn.Module):
     """Grouped-query attention along each token's own path (Ainslie et al. 2023)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.head_dim, self.window = config.head_dim, config.window
+        self.head_dim, self.scaled = config.head_dim, config.scaled
+        self.window = config.window if config.window_layers is None or layer in config.window_layers else None
         self.q_proj = Linear(config.width, config.heads * config.head_dim, config.qkv_bias)
         self.k_proj = Linear(config.width, config.kv_heads * config.head_dim, config.qkv_bias)
         self.v_proj = Linear(config.width, config.kv_heads * config.head_dim, config.qkv_bias)
@@ -149,6 +170,7 @@ class Attention(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        q = q if self.scaled else q * self.head_dim**0.5  # attention will divide by it
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [N, H, E], [N, K, E]
         if cache is not None:
             cache.write(layer, k, v)
@@ -184,11 +206,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.parallel = config.parallel
         self.input_layernorm = new_norm(config)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = new_norm(config) if config.norms == 2 else None
         self.mlp = MLP(config)
 
@@ -216,15 +238,17 @@ class Transformer(nn.Module):
         self.recompute = noop_context_fn  # contexts of a block's first and second run: which adapter is on (lora.py)
         self.adapters: dict[str, dict] = {}  # settings of the adapters that lora.py has added, by name,
         self.lora_layers: list[nn.Module] = []  # and the layers that hold them
+        self.active: str | None = None  # the adapter that is on
         self.source = self.source_hash = ""  # where a frozen base was read from: an adapter's file names it
         self.new_rows = False  # embeddings were added for a chat template's tokens: an adapter has to bring them along
         self.embed_tokens = embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.embed_positions = embedding(config.max_positions, config.width) if config.rotary == 0 else None
         self.norm = new_norm(config)
         self.lm_head = None if config.tied or config.scored else Linear(config.width, config.vocab_size)
         self.score_head = Linear(config.width, 1) if config.scored else None
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        self.rotary_scale = (config.rope_scaling or {}).get("attention_factor", 1.0)  # YaRN's, of queries and keys
 
     @property
     def head_weight(self) -> Tensor:
@@ -247,11 +271,12 @@ class Transformer(nn.Module):
         if missing:
             tokens, positions = F.pad(tokens, (0, missing)), F.pad(positions, (0, missing))
         x = self.embed_tokens(tokens)
+        x = x.to(torch.promote_types(x.dtype, self.compute_dtype or x.dtype))  # first: sums in bf16 would round
         x = x if self.embed_positions is None else x + self.embed_positions(positions)
         x = x if self.config.embed_scale == 1 else x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         angles = positions[:, None, None].float() * self.frequencies  # [N, 1, R / 2]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = ((wave * self.rotary_scale).to(x.dtype) for wave in (angles.cos(), angles.sin()))
         cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # [N, 1, R]
         for layer, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():

@@ -5,14 +5,16 @@ runtime/memory.py.
 """
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import lora
-from checkpoints import check_weights, read_config
+from checkpoints import check_weights, expect_replies
 from data.pack import steps_per_epoch
 from data.tokenizer import load_tokenizer
+from families import read_config
 from model import Transformer, add_score_head
 from runtime import Settings
 from runtime.memory import activations, base_bytes, hardware
@@ -25,7 +27,9 @@ def plan(
     config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config)
-        if scored and not config.scored:
+        if not scored:
+            expect_replies(model, path)
+        elif not config.scored:
             add_score_head(model, 0)
         total = sum(p.numel() for p in model.parameters())
         compute = 2 if dtype == "bfloat16" else 4
@@ -42,21 +46,28 @@ def plan(
             "bf16 copies": total * compute if trained and not settings.lora_rank and compute == 2 else 0}
 
 
-def show_plan(path: str, found: dict[str, int], dtype: str, micro_tokens: int) -> None:
-    """Print where memory goes, and whether the weights fit config.json."""
+def show_plan(path: str, found: dict[str, int], dtype: str, micro_tokens: int, reference: int = 0) -> None:
+    """Print where memory goes, and whether the weights fit config.json. A reference's bytes are freed before step 1."""
     print(f"{path}: {found['parameters']:,} parameters, {found['trained']:,} train, computing in {dtype}")
     parts = {part: size for part, size in found.items() if part not in ("parameters", "trained")}
     for part, size in parts.items():
         if size:
             tokens = f"  of {micro_tokens:,} tokens" if part == "activations" else ""
             print(f"  {part:<12} {size / 1e9:10.3f} GB{tokens}")
-    print(f"  {'together':<12} {sum(parts.values()) / 1e9:10.3f} GB")
-    if any(Path(path).glob("*.safetensors")):
-        with torch.device("meta"):
-            check_weights(Path(path), Transformer(read_config(path)))
-        print("  weights: names and shapes fit config.json")
-    else:
-        print("  weights: none here yet")
+    if reference:
+        print(f"  {'reference':<12} {reference / 1e9:10.3f} GB  beside weights and adapters, before step 1 only")
+    most = max(sum(parts.values()), found["weights"] + found["adapters"] + reference)
+    print(f"  {'together':<12} {most / 1e9:10.3f} GB")
+    print(f"  weights: {compare_weights(path)}")
+
+
+def compare_weights(path: str) -> str:
+    """Whether a directory's weights fit its config.json; those that do not are refused."""
+    if not any(Path(path).glob("*.safetensors")):
+        return "none here yet"
+    with torch.device("meta"):
+        check_weights(Path(path), Transformer(read_config(path)))
+    return "names and shapes fit config.json"
 
 
 def compute_name(settings: Settings) -> str:
@@ -64,20 +75,27 @@ def compute_name(settings: Settings) -> str:
     return "bfloat16" if settings.dtype == "auto" else settings.dtype
 
 
-def dry_run(config, load_data, scored: bool = False) -> None:
-    """One model and one data file; load_data is the script's. A teacher, a ref_model and eval_data are not counted."""
+def dry_run(config, load_data, scored: bool = False, teacher: bool = False) -> None:
+    """A run's model, the ref_model of DPO or a distillation's teacher, and its data; load_data is the script's."""
     dtype = compute_name(config)
     found = plan(config.model, config, dtype, config.micro_tokens, scored)
-    show_plan(config.model, found, dtype, config.micro_tokens)
-    print(f"  needs: {hardware(found, shared=not config.lora_rank)}")
-    if Path(config.data).exists() and any(Path(config.model).glob("tokenizer*")):
-        tokenizer = load_tokenizer(config.model)
-        tokenizer.adopt(config.template)
-        trees = load_data(config.data, tokenizer, config, "data")
-        steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
-        print(f"  {steps} steps of {config.batch} dialogues")
-    else:
-        print(f"  data: {config.data} is not read, as it or the model's tokenizer is missing")
+    if teacher and not config.lora_rank:  # a copy of the model; with adapters it is the model without them
+        found["teacher"] = found["weights"]
+    ref_model = getattr(config, "ref_model", "")
+    reference = plan(ref_model, replace(config, lora_rank=0, quantize="none"), dtype, 0)["weights"] if ref_model else 0
+    show_plan(config.model, found, dtype, config.micro_tokens, reference)
+    print(f"  needs: {hardware(found, not config.lora_rank, reference)}")
+    if ref_model:
+        print(f"  weights of {ref_model}: {compare_weights(ref_model)}")
+    for name, path in (("data", config.data), ("eval_data", config.eval_data)):
+        if path and Path(path).exists() and any(Path(config.model).glob("tokenizer*")):
+            tokenizer = load_tokenizer(config.model)
+            tokenizer.adopt(config.template)
+            trees = load_data(path, tokenizer, config, name)
+            steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
+            print(f"  {steps} steps of {config.batch} dialogues" if name == "data" else f"  {len(trees)} in eval_data")
+        elif path:
+            print(f"  {name}: {path} is not read, as it or the model's tokenizer is missing")
 
 
 def plan_of_four(config, dtype: str) -> dict[str, int]:
@@ -99,6 +117,8 @@ def plan_of_four(config, dtype: str) -> dict[str, int]:
 def dry_run_of_four(config) -> None:
     """As dry_run, for ppo.py, whose data are prompts to sample from."""
     dtype = compute_name(config)
+    if (Path(config.reward_model) / "config.json").is_file():
+        read_config(config.reward_model)
     found = plan_of_four(config, dtype)
     show_plan(config.model, found, dtype, config.micro_tokens)
     print(f"  needs: {hardware(found, shared=False)}")

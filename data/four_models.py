@@ -108,6 +108,6 @@ def make_optimizer(models: Models, config) -> runtime.AdamW:
 def save_snapshot(policy: Transformer, folder: Path, done: int, tokenizer: Tokenizer, config) -> None:
     """The policy as it is after `done` steps, a checkpoint of its own."""
     if config.lora_rank:
-        lora.save_adapter(policy.base, folder / f"adapter_step_{done}", "policy")
+        lora.save_adapter(policy.base, folder / f"adapter_step_{done}", "policy", tokenizer)
     else:
         save_model(policy, folder / f"model_step_{done}", tokenizer, dtype=getattr(torch, policy.config.dtype))

@@ -34,13 +34,17 @@ def activations(config, bytes_each: int, rank: int = 0, checkpointing: bool = Fa
 SIZES, SPARE, SHARED_SIZE, SHARED_PART = (12, 16, 24, 48, 80, 141), 2, 80, 0.8
 
 
-def hardware(plan: dict[str, int], shared: bool) -> str:
-    """The GPUs that hold a run, of data/dry_run.py's plan; `shared`: several may share weights (full fine-tuning)."""
-    together = sum(size for part, size in plan.items() if part not in ("parameters", "trained")) / 1e9
+def hardware(plan: dict[str, int], shared: bool, reference: int = 0) -> str:
+    """The GPUs that hold a run, of data/dry_run.py's plan; `shared`: several may share weights (full fine-tuning).
+
+    The bytes of a reference stand beside weights and adapters, and before the first step only.
+    """
+    steps = sum(size for part, size in plan.items() if part not in ("parameters", "trained"))
+    together = max(steps, plan["weights"] + plan["adapters"] + reference) / 1e9
     one = next((f"one GPU of {size} GB" for size in SIZES if together + SPARE <= size), "")
     if not shared or together + SPARE <= SHARED_SIZE:
         return one or f"more than one GPU of {SIZES[-1]} GB has"
-    split = sum(plan[part] for part in ("weights", "gradients", "optimizer"))
+    split = sum(plan.get(part, 0) for part in ("weights", "gradients", "optimizer", "teacher"))
     count = 2
     while (split / count + plan["activations"]) / 1e9 > SHARED_PART * SHARED_SIZE:
         count *= 2

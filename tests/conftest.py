@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ("llama2", "llama3", "yi", "mistral", "qwen2", "qwen3", "falcon7b", "falcon40b", "gpt_bigcode", "starcoder2",
             "gpt_neox", "gemma")  # a tiny model of each in fixtures/models, with what transformers computes by it
+CONFIGS = sorted(path.name for path in (FIXTURES / "configs").iterdir())  # rarer settings of them, likewise
 BASE = ROOT / "data" / "tiny" / "base"
 
 

@@ -1,6 +1,7 @@
 """Adapters, quantised bases, gradient checkpointing and dry runs, in the scripts."""
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def test_sft_with_adapters_leaves_an_adapter_and_the_same_model_merged(changes, 
     run_sft(world, tmp_path / "run", lr=1e-2, **changes)
     assert "logits change by" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert load_tokenizer(tmp_path / "run" / "adapter").template == "zephyr"
     base = load_model(world / "base", dtype=torch.float32)
     merged, before = load_model(tmp_path / "run" / "model", dtype=torch.float32), hidden_of(base)
     adapted = hidden_of(lora.load_adapter(base, tmp_path / "run" / "adapter"))
@@ -123,7 +125,9 @@ def test_a_reward_adapter_with_its_head_scores_as_the_merged_model(reward_run, c
     {}, {"quantize": "nf4"}, {"checkpointing": True}, {"advantages": "rloo", "n": 2, "missing_eos": "subtract"},
     {"reward_model": "model"},
 ])
-def test_ppo_on_one_base_runs_and_trains_nothing_but_its_adapters(changes, reward_run, chatbot, world, tmp_path):
+def test_ppo_on_one_base_runs_and_trains_nothing_but_its_adapters(
+    changes, reward_run, chatbot, world, tmp_path, capsys,
+):
     where = reward_run / changes.pop("reward_model", "adapter")
     config = ppo.Config(model=str(chatbot), reward_model=str(where), data=str(world / "pairs.jsonl"),
                         out=str(tmp_path / "run"), steps=2, batch=4, max_tokens=6, min_eos=0.0, lora_rank=4,
@@ -134,6 +138,9 @@ def test_ppo_on_one_base_runs_and_trains_nothing_but_its_adapters(changes, rewar
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert (tmp_path / "run" / "adapter_step_1").exists() and not any("score" in name for name in tensors)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert load_tokenizer(tmp_path / "run" / "adapter_step_1").vocab_size == load_tokenizer(chatbot).vocab_size
+    merged = re.search(r"logits change by (\S+)", capsys.readouterr().out)  # of the policy, not the value model
+    assert float(merged[1]) < (0.5 if "quantize" in changes else 1e-4)
 
 
 def test_one_base_holds_four_roles_that_do_not_disturb_each_other(reward_run, chatbot):

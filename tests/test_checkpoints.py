@@ -1,12 +1,14 @@
 """Hugging Face directories in and out: bits and names, memory, and what a broken one is told."""
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, FIXTURES, ROOT, exits, small_model
+from conftest import CONFIGS, FAMILIES, FIXTURES, ROOT, exits, small_model
 from safetensors.torch import load_file, save_file
 
 from checkpoints import BUFFERS, load_model, save_model
@@ -29,6 +31,56 @@ def test_a_saved_checkpoint_holds_the_published_names_shapes_and_bits(name, tmp_
     before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "m"))
     written = {"torch_dtype": "float32"} if "torch_dtype" in before else {}
     assert {key: after[key] for key in before} == before | written
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_written_config_reads_back_and_says_all_under_old_names_and_new(name, tmp_path):
+    """transformers 4 looks under the old ones; that both versions compute the same was tried by hand."""
+    model = load_model(FIXTURES / "configs" / name)
+    save_model(model, tmp_path / "m")
+    again, written = load_model(tmp_path / "m"), json.loads((tmp_path / "m" / "config.json").read_text())
+    assert replace(again.config, raw={}) == replace(model.config, raw={})
+    old = {key: value for key, value in written.items() if key != "rope_parameters"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(old))
+    assert replace(load_model(tmp_path / "m").config, raw={}) == replace(model.config, raw={})
+
+
+def test_what_is_written_has_names_that_transformers_knows(tmp_path):
+    """Not ours for activations; the dtype in both places; no code of its own, which stays behind."""
+    folder = shutil.copytree(FIXTURES / "configs" / "gemma_gelu", tmp_path / "gemma")
+    edit_config(auto_map={"AutoConfig": "mine.Config"})(folder)
+    save_model(load_model(folder), tmp_path / "m", dtype=torch.bfloat16)
+    written = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert written["hidden_act"] == "gelu_pytorch_tanh" and "auto_map" not in written
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name, kind, renamed", [
+    ("falcon7b", "RefinedWebModel", {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}),
+    ("falcon40b", "RefinedWeb", {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+                                 "num_kv_heads": "n_head_kv", "new_decoder_architecture": "gone"}),
+])
+def test_falcon_as_first_published_is_falcon(name, kind, renamed, tmp_path, capsys):
+    folder = shutil.copytree(FIXTURES / "models" / name, tmp_path / name)
+    raw = {renamed.get(key, key): value for key, value in json.loads((folder / "config.json").read_text()).items()}
+    raw.pop("gone", None)
+    code = {"model_type": kind, "architectures": ["RWForCausalLM"], "auto_map": {"AutoConfig": "configuration_RW.RW"}}
+    (folder / "config.json").write_text(json.dumps(raw | code))
+    model, expected = load_model(folder), load_file(folder / "expected.safetensors")
+    assert (model(expected["full.input_ids"]) - expected["full.logits"]).abs().max() < 2e-4
+    save_model(model, tmp_path / "m")
+    written = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert written["model_type"] == "falcon" and written["architectures"] == ["FalconForCausalLM"]
+    assert written["num_hidden_layers"] == 2 and "auto_map" not in written and "n_layer" not in written
+
+
+def test_code_that_a_checkpoint_names_is_said_not_to_run(tmp_path, capsys):
+    save_model(small_model(dtype=torch.float32), tmp_path)
+    load_model(tmp_path)
+    assert capsys.readouterr().out == ""
+    edit_config(auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})(tmp_path)
+    load_model(tmp_path)
+    assert "auto_map" in capsys.readouterr().out
 
 
 def test_shards_hold_the_same_model_and_an_index(tmp_path):
@@ -78,6 +130,19 @@ def add_a_tensor(path):
     save_file(tensors, path / "model.safetensors")
 
 
+def quantise_a_tensor(path):
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
+    save_file(tensors, path / "model.safetensors")
+
+
+def tie(path):
+    """The head stays in the file, other than the embedding."""
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path / "model.safetensors")
+    edit_config(tie_word_embeddings=True)(path)
+
+
 def cut_short(path):
     (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-500])
 
@@ -105,7 +170,9 @@ def only_pickle(path):
     (edit_config(vocab_size="forty"), "vocab_size is 'forty'"),
     (edit_config(num_key_value_heads=3), "3 key/value heads do not divide 4 heads"),
     (edit_config(intermediate_size=25), "has shape [16, 24], config.json says [16, 25]"),
-    (edit_config(rope_scaling={"type": "yarn"}), "rotary scaling 'yarn' is not supported"),
+    (edit_config(rope_scaling={"type": "longrope"}), "rotary scaling 'longrope' is not supported"),
+    (edit_config(rope_scaling={"type": "dynamic", "factor": 2.0}), "set it to null if no text is longer"),
+    (edit_config(rope_scaling={"type": "yarn", "factor": "2"}), "a number is missing or of the wrong kind"),
     (edit_config(rope_scaling="linear"), "rotary scaling 'linear' is not supported"),
     (edit_config(hidden_act="relu"), "activation 'relu' is not supported"),
     (edit_config(hidden_act=["silu"]), "is not supported, expected one of silu, gelu"),
@@ -114,6 +181,8 @@ def only_pickle(path):
     (lambda p: (p / "model.safetensors").unlink(), "no such file"),
     (only_pickle, "pickled weights, which are never opened"),
     (cut_short, "cannot be read as safetensors"),
+    (quantise_a_tensor, "model.layers.1.mlp.up_proj.weight is stored as I8, as quantised weights are"),
+    (tie, "lm_head.weight is not the embedding, but tie_word_embeddings is true"),
     (drop_a_tensor, "model.layers.1.mlp.up_proj.weight is in none of its weight files (1 missing)"),
 ])
 def test_a_broken_checkpoint_is_one_line(change, said, tmp_path, capsys):

@@ -18,17 +18,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FIXTURES, ROOT, exits, write_jsonl
 from torch import nn
 
+import distill
+import dpo
 import lora
 import runtime
 import sft
-from checkpoints import load_model, read_config, save_model
+from checkpoints import load_model, save_model
 from data.dry_run import plan
 from data.pack import Response, Tree, pack
+from families import read_config
 from model import Linear, ModelConfig, Transformer, init_weights
 
+MISTRAL = FIXTURES / "models" / "mistral"
 RESULTS = ROOT / "benchmarks" / "results"
 WRITE = "WRITE" in os.environ
 COMMAND = {"command": "WRITE=1 python -m pytest tests/test_memory.py"}
@@ -101,6 +105,64 @@ def test_the_arithmetic_for_the_recipes_models_is_that_of_the_results(tmp_path):
     names = SHAPES if WRITE else ("mistral-7b", "falcon-7b", "starcoder-15b")
     committed = json.loads((RESULTS / "memory.json").read_text())["models"]
     assert table(tmp_path, names) == [row for row in committed if row["model"] in names]
+
+
+LLAMA_7B = 6738415616
+
+
+@pytest.fixture
+def llama(tmp_path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama2-7b"]))
+    return str(tmp_path)
+
+
+def told(capsys) -> dict[str, float]:
+    """GB by part, as a dry run printed them."""
+    lines = (line.split() for line in capsys.readouterr().out.splitlines() if " GB" in line and "needs" not in line)
+    return {" ".join(line[: line.index("GB") - 1]): float(line[line.index("GB") - 1]) for line in lines}
+
+
+def test_a_dry_run_counts_the_reference_that_stands_beside_the_policy_before_the_first_step(llama, capsys):
+    """In fp32, 4 bytes a weight, as dpo.py loads it: beside a base of 2 bytes a weight it is the most that is needed;
+    full fine-tuning, 16 bytes a weight, needs more afterwards."""
+    dpo.main(dpo.Config(model=llama, ref_model=llama, dry_run=True, lora_rank=4, micro_tokens=64, max_length=64))
+    parts = told(capsys)
+    assert parts["reference"] == pytest.approx(4 * LLAMA_7B / 1e9, abs=1e-3)
+    assert parts["together"] == pytest.approx(parts["reference"] + parts["weights"] + parts["adapters"], abs=2e-3)
+    dpo.main(dpo.Config(model=llama, ref_model=llama, dry_run=True, micro_tokens=64, max_length=64))
+    assert told(capsys)["together"] > 16 * LLAMA_7B / 1e9
+    dpo.main(dpo.Config(model=llama, dry_run=True, lora_rank=4, micro_tokens=64, max_length=64))
+    assert "reference" not in told(capsys)
+
+
+def test_a_dry_run_counts_the_teacher_where_it_is_a_copy(llama, capsys):
+    """fp32 as the student; with adapters it is the student without them."""
+    distill.main(distill.Config(model=llama, dry_run=True, micro_tokens=64, max_length=64))
+    parts = told(capsys)
+    assert parts["teacher"] == parts["weights"] == pytest.approx(4 * LLAMA_7B / 1e9, abs=1e-3)
+    together = parts.pop("together")
+    assert together == pytest.approx(sum(parts.values()), abs=5e-3)
+    distill.main(distill.Config(model=llama, dry_run=True, lora_rank=4, micro_tokens=64, max_length=64))
+    assert "teacher" not in told(capsys)
+
+
+def test_a_dry_run_reads_eval_data_and_checks_the_reference(tmp_path, capsys):
+    pairs = [{"prompt": f"Say {n}.", "chosen": str(n), "rejected": "No."} for n in range(6)]
+    data, held_out = (write_jsonl(tmp_path / name, rows) for name, rows in (("d.jsonl", pairs), ("e.jsonl", pairs[:2])))
+    config = dpo.Config(model=str(MISTRAL), data=str(data), eval_data=str(held_out), dry_run=True, batch=2, epochs=1)
+    dpo.main(config)
+    said = capsys.readouterr().out
+    assert "3 steps of 2 dialogues" in said and "2 in eval_data" in said
+    held_out.write_text("{}\n")
+    exits(capsys, lambda: dpo.main(config), str(held_out))
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama2-7b"] | {"alibi": True}))
+    exits(capsys, lambda: dpo.main(replace(config, ref_model=str(tmp_path), eval_data="")), "alibi is true")
+
+
+def test_a_dry_run_refuses_a_reward_model_in_the_place_of_one_that_replies(tmp_path, capsys):
+    scored = SHAPES["llama2-7b"] | {"architectures": ["LlamaForSequenceClassification"]}
+    (tmp_path / "config.json").write_text(json.dumps(scored))
+    exits(capsys, lambda: sft.main(sft.Config(model=str(tmp_path), dry_run=True)), "is a reward model")
 
 
 def train(path: str, way: str, checkpointing: bool) -> int:

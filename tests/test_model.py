@@ -4,14 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FAMILIES, FIXTURES, reference, small_model
+from conftest import CONFIGS, FAMILIES, FIXTURES, reference, small_model
 from safetensors.torch import load_file
 
 from checkpoints import load_model, parameters_by_tensor
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from kernels.sampling import DRAWS, in_nucleus, keep_top_k, sample_tokens
-from model import KVCache, generate
+from model import KVCache, RMSNorm, generate
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -31,6 +31,34 @@ def test_logits_equal_transformers_whatever_the_padding(case):
     assert (right - expected["right.logits"]).abs().max() < 2e-4
     left = model(expected["left.input_ids"], expected["left.attention_mask"])
     assert (left[:, -1] - expected["left.last_logits"]).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rarer_configurations_compute_what_transformers_computes(name):
+    """In fp32, of bf16 weights too; 40 tokens are longer than the windows, and than the context scaling starts from."""
+    folder = FIXTURES / "configs" / name
+    model, expected = load_model(folder), load_file(folder / "expected.safetensors")
+    model.compute_dtype = torch.float32
+    ids = expected["input_ids"]
+    assert (model(ids) - expected["logits"]).abs().max() < 2e-4
+    cache, slot = KVCache(model, slots=1, length=40), torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        for i in range(40):
+            place = torch.tensor([i])
+            cache.at(slot, place, i + 1, decoding=True)
+            step = model.hidden(ids[0, i : i + 1], place, None, cache)
+            assert torch.allclose(model.logits(step), expected["logits"][:, i], atol=3e-4)
+
+
+def test_what_a_bf16_weight_adds_to_1_is_kept():
+    """1 + 2^-9 is 1 in bf16. Of x = 1.5 three times, 0.5 five times the mean square is 1: 1.5 (1 + 2^-8) rounds to
+    1.5078125 in bf16, but 1 + 2^-8 itself to 1."""
+    norm = RMSNorm(8, 0.0, 1.0).to(torch.bfloat16)
+    x = torch.tensor([[1.5] * 3 + [0.5] * 5])
+    norm.weight.data.fill_(2**-9)
+    assert torch.allclose(norm(x), x * (1 + 2**-9), rtol=1e-6)
+    norm.weight.data.fill_(2**-8)
+    assert norm(x.bfloat16())[0, 0].item() == 1.5078125
 
 
 def test_loss_and_every_gradient_norm_equal_transformers(case):
@@ -234,7 +262,10 @@ def test_top_k_1_is_greedy():
 
 # ------------------------------------------------------------------------------ on Triton and graphs
 
-@pytest.mark.parametrize("fields", [{}, {"window": 4, "qk_norm": True}])
+@pytest.mark.parametrize("fields", [
+    {}, {"window": 4, "qk_norm": True}, {"window": 4, "window_layers": (1,), "scaled": False, "norm_offset": 1.0,
+     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 32,
+                      "beta_slow": 1, "truncate": True, "attention_factor": 1.1}}])
 def test_a_model_on_triton_gives_the_same_tree_gradients_and_samples(fields):
     """Trunk 0..9, leaves after 2 and 7 tokens, then three prompts sampled greedily: PyTorch and Triton."""
     from interpreter import DEVICE

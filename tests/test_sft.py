@@ -187,7 +187,7 @@ def test_sigterm_saves_and_leaves_with_0(checkpoint, tmp_path):
 
 def test_edited_code_is_not_mixed_with_an_earlier_run(checkpoint, tmp_path):
     """An edited loss must not go on from, or quietly return, what another loss has trained."""
-    for name in ("sft.py", "lora.py", "model.py", "checkpoints.py", "runtime", "kernels", "data"):
+    for name in ("sft.py", "lora.py", "model.py", "checkpoints.py", "families.py", "runtime", "kernels", "data"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, tmp_path / name, dirs_exist_ok=True)

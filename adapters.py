@@ -1,0 +1,402 @@
+"""PEFT's adapters put on a model, and written again (peft_files.py: what their files say).
+
+A layer's A, B and magnitude become an adapter that trains (lora.py). All else that a file may hold becomes an own value
+of one of the base's parameters, in place while the adapter is on:
+
+    modules_to_save, bias            the tensors themselves
+    LoRA on the embedding, the head  W + s B A, or DoRA's
+    trainable_token_indices          W with those rows
+    lora_bias                        b + s times the bias of B
+    PiSSA, OLoRA                     W less what A and B began as
+
+These do not train here, and are written again as they were read.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoints import file_name, join_qkv, parameters_by_tensor, split_qkv
+from lora import Adapter, LoraLinear, Role, adapter, attach, linear_paths, place_of, register, switch, untie
+from model import ModelConfig, Transformer
+from peft_files import AdapterFile, by_pattern, is_saved, is_target, to_pattern, write_adapter
+from runtime import distributed, fail
+
+
+def _peft_name(path: str, model: Transformer) -> str:
+    """What PEFT calls a layer: transformers' name of it."""
+    return file_name(f"{path}.weight", model.config).removesuffix(".weight")
+
+
+def _head_names(model: Transformer) -> list[str]:
+    """What PEFT may call the head: transformers 5 has renamed that of GPT-NeoX."""
+    return list(dict.fromkeys([_peft_name("lm_head", model), "lm_head"]))
+
+
+def _layers(model: Transformer) -> dict[str, list[str]]:
+    """Our names of the blocks' linear layers by PEFT's: three where a family fuses queries, keys and values."""
+    found: dict[str, list[str]] = {}
+    for path in linear_paths(model):
+        found.setdefault(_peft_name(path, model), []).append(path)
+    return found
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+def save_adapter(model: Transformer, path: str | Path, name: str = "default", tokenizer=None) -> None:
+    """Write adapter `name` as PEFT does, a score head with it; what was loaded is written as it was read.
+
+    `tokenizer` goes beside it: PEFT's Auto classes give the base as many rows as that has tokens.
+    """
+    settings, layers = model.adapters[name], _layers(model)
+    tensors, ranks, alphas = (dict(settings.get(key, {})) for key in ("kept", "ranks", "alphas"))
+    for module, paths in layers.items():
+        parts = [layer.adapters[name] for layer in map(model.get_submodule, paths)
+                 if isinstance(layer, LoraLinear) and name in layer.adapters]
+        if not parts:
+            continue
+        if len(parts) < len(paths):
+            raise ValueError(f"{module} holds queries, keys and values: it takes an adapter on all three or on none")
+        a, b, magnitude = _joined(parts, model.config)
+        tensors |= {f"{module}.lora_A.weight": a.detach(), f"{module}.lora_B.weight": b.detach()}
+        if magnitude is not None:
+            tensors[f"{module}.lora_magnitude_vector"] = magnitude.detach()
+        alpha = parts[0].scale * (math.sqrt(len(a)) if settings["rslora"] else len(a))
+        ranks[module], alphas[module] = len(a), float(f"{alpha:.12g}")
+    embedding = _peft_name("embed_tokens", model)
+    if model.new_rows and not any(key.startswith(f"{embedding}.") for key in tensors):  # of a template's tokens
+        with adapter(model, name):
+            tensors[f"{embedding}.weight"] = model.embed_tokens.weight.detach()
+            if model.lm_head is not None:
+                tensors |= {f"{head}.weight": model.lm_head.weight.detach().clone() for head in _head_names(model)}
+    if model.score_head is not None:
+        tensors["score.weight"] = model.score_head.weight.detach()
+    config = settings.get("config") or _new_config(model, settings, set(ranks), set(layers))
+    config = config | {
+        "rank_pattern": to_pattern(ranks, settings["rank"]), "alpha_pattern": to_pattern(alphas, settings["alpha"]),
+        "base_model_name_or_path": model.source or config.get("base_model_name_or_path"), "inference_mode": True}
+    ours = {"base_model_hash": model.source_hash, "score_mean": model.config.score_mean,
+            "score_std": model.config.score_std}
+    if not distributed.rank():
+        write_adapter(path, config, tensors, ours, tokenizer)
+
+
+def _joined(parts: list[Adapter], config: ModelConfig) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A, B and magnitude as the file has them: of a layer, or of queries, keys and values in one matrix.
+
+    Three that share their A, as those that PEFT has trained do, stay so; others become one adapter of three times the
+    rank: A stacked, B in blocks. DoRA's norms are those of rows, so they are the same in one matrix as in three.
+    """
+    if len(parts) == 1:
+        return parts[0].A, parts[0].B, parts[0].magnitude
+    a, rank, blocks = parts[0].A, len(parts[0].A), [part.B.detach() for part in parts]
+    if not all(torch.equal(part.A, a) for part in parts):
+        a = torch.cat([part.A for part in parts])
+        blocks = [F.pad(b, (i * rank, (2 - i) * rank)) for i, b in enumerate(blocks)]
+    magnitude = None if parts[0].magnitude is None else join_qkv([part.magnitude for part in parts], config)
+    return a, join_qkv(blocks, config), magnitude
+
+
+def _new_config(model: Transformer, settings: dict, adapted: set[str], layers: set[str]) -> dict:
+    """adapter_config.json; targets by last name, or by full name where other layers are called the same."""
+    last = {module.rpartition(".")[2] for module in adapted}
+    alike = {module for module in layers if module.rpartition(".")[2] in last}
+    scored = model.score_head is not None
+    return {
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if scored else "CAUSAL_LM", "r": settings["rank"],
+        "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"], "use_rslora": settings["rslora"],
+        "use_dora": settings["dora"], "target_modules": sorted(last if alike == adapted else adapted), "bias": "none",
+        "fan_in_fan_out": False, "modules_to_save": ["score"] if scored else None, "init_lora_weights": True,
+    }
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+def load_adapter(model: Transformer, path: str | Path, name: str = "default") -> Transformer:
+    """Put an adapter that we or PEFT have written on the base it was made for, in place, and switch it on.
+
+    A reward model's adapter brings its head: give a model that has one (`add_score_head`), or ask for a Role.
+    """
+    file, head = _load(model, path, name)
+    if head is not None or "score" in (file.config["modules_to_save"] or []) or model.score_head is not None:
+        if head is None or model.score_head is None:
+            fail(f"{path}: {'holds no score head' if head is None else 'holds a score head for a model without one'}: "
+                 "a reward model's adapter file holds its head")
+        model.score_head.weight.data.copy_(head)
+        mean, std = file.ours.get("score_mean", 0.0), file.ours.get("score_std", 1.0)
+        model.config = replace(model.config, score_mean=mean, score_std=std)
+    return model
+
+
+def load_role(base: Transformer, path: str | Path, name: str) -> Role:
+    """A reward model's adapter, as one role among several on `base`."""
+    file, head = _load(base, path, name)
+    if head is None:
+        fail(f"{path}: holds no score head: a reward model's adapter file holds its head")
+    mean, std = file.ours.get("score_mean", 0.0), file.ours.get("score_std", 1.0)
+    return Role(base, name, head.to(base.embed_tokens.weight.device), mean, std)
+
+
+def _load(model: Transformer, path: str | Path, name: str) -> tuple[AdapterFile, Tensor | None]:
+    """The file, every tensor of it used, and the weight of the score head if there is one."""
+    file = AdapterFile(path)
+    config = file.config
+    if file.ours.get("base_model_hash") and model.source_hash and file.ours["base_model_hash"] != model.source_hash:
+        fail(f"{path}: was trained on another base ({config.get('base_model_name_or_path')}): load that one")
+    switch(model, None)
+    with torch.no_grad():
+        head = file.take("score.weight", [1, model.config.width], required=False)
+        layers = {module: paths for module, paths in _layers(model).items() if is_target(config, module)}
+        own: dict[str, Tensor] = {}
+        for module, paths in layers.items():
+            own |= _load_layer(model, file, name, module, paths)
+        kept, targets = dict(file.tensors), []  # the targets among embeddings and head
+        own |= _vocabulary(model, file, targets) | _others(model, file, targets)
+        if not layers and not targets:
+            fail(f"{path}: adapts {config['target_modules']}, which this model does not have: "
+                 "is it for another family?")
+        if config["lora_bias"]:
+            for module, paths in layers.items():
+                own |= _shifted_biases(model, file, own, name, module, paths)
+        file.finish()
+        own = _parameters(model, file, own)
+    scales = {module: _scale(config, module) for module in targets}
+    settings = {
+        "rank": config["r"], "alpha": config["lora_alpha"], "dropout": config["lora_dropout"],
+        "rslora": config["use_rslora"], "dora": config["use_dora"], "config": file.raw, "kept": kept, "own": own,
+        "ranks": {module: rank for module, (rank, _, _) in scales.items()},
+        "alphas": {module: alpha for module, (_, alpha, _) in scales.items()}}
+    register(model, name, settings)
+    return file, head
+
+
+def _scale(config: dict, module: str) -> tuple[int, float, float]:
+    """Rank, alpha and scale of one layer's adapter."""
+    rank = by_pattern(config["rank_pattern"], module, config["r"])
+    alpha = by_pattern(config["alpha_pattern"], module, config["lora_alpha"])
+    return rank, alpha, alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+
+
+def _load_layer(model: Transformer, file: AdapterFile, name: str, module: str, paths: list[str]) -> dict[str, Tensor]:
+    """One adapter of the file onto our layer, or onto three; returns own weights, which PiSSA and OLoRA have."""
+    rank, _, scale = _scale(file.config, module)
+    # A dropout of 0: what is loaded drops nothing
+    parts = [attach(model, path, name, rank, scale, 0.0, torch.Generator()) for path in paths]
+    rows = sum(len(part.B) for part in parts)
+    a = file.take(f"{module}.lora_A.weight", [rank, parts[0].A.shape[1]])
+    b = _split(file.take(f"{module}.lora_B.weight", [rows, rank]), paths, model.config)
+    if file.config["use_dora"]:
+        magnitudes = _split(file.take(f"{module}.lora_magnitude_vector", [rows]), paths, model.config)
+    for i, part in enumerate(parts):
+        part.A, part.B = (nn.Parameter(tensor.to(part.A, copy=True)) for tensor in (a, b[i]))
+        if file.config["use_dora"]:
+            part.magnitude = nn.Parameter(magnitudes[i].to(part.A, copy=True))
+    start = str(file.config["init_lora_weights"]).lower()
+    if start not in ("pissa", "olora"):
+        return {}
+    places = [f"{path}.weight" for path in paths]
+    weights = [_of_base(model, file, place) for place in places]
+    residual = _residual(weights[0] if len(paths) == 1 else join_qkv(weights, model.config), rank, scale, start)
+    return dict(zip(places, _split(residual, paths, model.config), strict=True))
+
+
+def _split(tensor: Tensor, paths: list[str], config: ModelConfig) -> list[Tensor]:
+    """A tensor of the file among our layers: one, or queries, keys and values."""
+    return [tensor] if len(paths) == 1 else split_qkv(tensor, config)
+
+
+def _of_base(model: Transformer, file: AdapterFile, place: str) -> nn.Parameter | None:
+    """The base's own value of a parameter; None for a bias that it does not have."""
+    module, kind = place_of(model, place)
+    if kind == "weight" and not hasattr(module, kind):
+        fail(f"{file.folder}: brings a {place} of its own, and this base is quantised there: set quantize=none")
+    return getattr(module, kind)
+
+
+def _residual(weight: Tensor, rank: int, scale: float, start: str) -> Tensor:
+    """W less what A and B began as: the base as PEFT has it under an adapter that began as a part of it.
+
+    PiSSA takes the largest singular directions (Meng et al. 2024, arXiv:2404.02948), OLoRA s times the first columns
+    and rows of W = Q R (Büyükakyüz 2024, arXiv:2406.01775).
+    """
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if start == "pissa":
+        u, s, v = torch.linalg.svd(wide, full_matrices=False)
+        return wide - (u[:, :rank] * s[:rank]) @ v[:rank]
+    q, r = torch.linalg.qr(wide)
+    return wide - scale * q[:, :rank] @ r[:rank]
+
+
+def _shifted_biases(
+    model: Transformer, file: AdapterFile, own: dict[str, Tensor], name: str, module: str, paths: list[str],
+) -> dict[str, Tensor]:
+    """The layer's biases with lora_bias: s times the bias of B is added to the outputs."""
+    parts = [model.get_submodule(path).adapters[name] for path in paths]
+    bias = file.take(f"{module}.lora_B.bias", [sum(len(part.B) for part in parts)])
+    result = {}
+    for path, part, shift in zip(paths, parts, _split(bias, paths, model.config), strict=True):
+        base = own.get(f"{path}.bias", _of_base(model, file, f"{path}.bias"))
+        result[f"{path}.bias"] = part.scale * shift if base is None else base + part.scale * shift.to(base)
+    return result
+
+
+def _others(model: Transformer, file: AdapterFile, targets: list[str]) -> dict[str, Tensor]:
+    """The base's parameters that the file brings, but for embedding and head; learned positions with LoRA on them."""
+    with torch.device("meta"):
+        plain = Transformer(model.config)
+    shapes, own = dict(plain.named_parameters()), {}
+    for tensor, paths in parameters_by_tensor(plain).items():
+        if paths[0].startswith(("embed_tokens", "lm_head", "score_head")):
+            continue
+        module, _, kind = tensor.rpartition(".")
+        shape = [sum(len(shapes[path]) for path in paths), *shapes[paths[0]].shape[1:]]
+        value = file.take(tensor, shape, required=is_saved(file.config, tensor))
+        if value is None:
+            value = file.take(f"{module}.base_layer.{kind}", shape, required=False)
+        if paths[0] == "embed_positions.weight" and is_target(file.config, module):
+            targets.append(module)
+            value = _corrected(model.embed_positions.weight if value is None else value, file, module)
+        if value is not None:
+            own |= zip(paths, _split(value, paths, model.config), strict=True)
+    return own
+
+
+def _corrected(weight: Tensor, file: AdapterFile, module: str, is_head: bool = False) -> Tensor:
+    """An embedding or a head with LoRA or DoRA worked in. An embedding's A and B are those of its transpose."""
+    rank, _, scale = _scale(file.config, module)
+    rows, width = weight.shape
+    if is_head:
+        a = file.take(f"{module}.lora_A.weight", [rank, width])
+        b = file.take(f"{module}.lora_B.weight", [rows, rank])
+    else:
+        b = file.take(f"{module}.lora_embedding_A", [rank, rows]).t()
+        a = file.take(f"{module}.lora_embedding_B", [width, rank]).t()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight = weight.to(wide) + scale * (b.to(weight.device, wide) @ a.to(weight.device, wide))
+    if file.config["use_dora"]:
+        norm = weight.norm(dim=1 if is_head else 0, keepdim=True)
+        magnitude = file.take(f"{module}.lora_magnitude_vector", [norm.numel()])
+        weight = weight * (magnitude.to(weight).view_as(norm) / norm)
+    return weight
+
+
+# ------------------------------------------------------------------------------- embedding and head
+
+def _vocabulary(model: Transformer, file: AdapterFile, targets: list[str]) -> dict[str, Tensor]:
+    """Embedding and head as the adapter has them: others, LoRA on them, or some tokens' rows.
+
+    PEFT parts the two where the base ties them: another embedding, or LoRA on it, leaves the head as it was. What the
+    file holds as the base's own is both's, and so are rows of tokens unless the head lists others.
+    """
+    names = {"embed_tokens": _peft_name("embed_tokens", model)}
+    if not model.config.scored:
+        names["lm_head"] = _head_name(model, file)
+    tied = model.lm_head is None and len(names) == 2
+    base, other = _whole_matrices(model, file, names, tied)
+    _grow(model, file, base, other)
+    values = {}
+    for part, module in names.items():
+        weight = model.head_weight if part == "lm_head" else model.embed_tokens.weight
+        value = weight if base[part] is None else base[part].to(weight)
+        # ensure_weight_tying gives a tied head LoRA without naming it a target
+        follows = file.config["ensure_weight_tying"] and f"{module}.lora_A.weight" in file.tensors
+        if is_target(file.config, module, part == "lm_head") or follows:
+            targets.append(module)
+            value = _corrected(value, file, module, part == "lm_head")
+        values[part] = (value if other[part] is None else other[part]).to(weight)
+    values = _with_token_rows(file, names, values, tied)
+    if not tied or torch.equal(values["embed_tokens"], values["lm_head"]):
+        return {f"{part}.weight": values[part] for part in names if not (tied and part == "lm_head")}
+    untie(model)  # with no adapter on, they are still one
+    return {f"{part}.weight": value for part, value in values.items()}
+
+
+def _head_name(model: Transformer, file: AdapterFile) -> str:
+    """What the file calls the head; under both names it holds it twice."""
+    found = [head for head in _head_names(model) if any(name.startswith(f"{head}.") for name in file.tensors)]
+    if len(found) == 2:
+        first, second = (file.tensors.get(f"{head}.weight") for head in found)
+        if first is not None and second is not None and torch.equal(first, second):
+            del file.tensors[f"{found[1]}.weight"]
+    return (found or _head_names(model))[0]
+
+
+def _whole_matrices(
+    model: Transformer, file: AdapterFile, names: dict[str, str], tied: bool,
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """By part: the base's own matrix, where the file brings it, and the one that the adapter has instead."""
+    base, other = {}, {}
+    for part, module in names.items():
+        saved = is_saved(file.config, f"{module}.weight")
+        forms = ["base_layer.", "original_module.", "token_adapter.base_layer."] + ([] if saved else [""])
+        present = [f"{module}.{form}weight" for form in forms if f"{module}.{form}weight" in file.tensors]
+        shape = [None, model.config.width]
+        base[part] = file.take(present[0], shape) if present else None
+        other[part] = file.take(f"{module}.weight", shape) if saved else None
+        twice = file.tensors.get(f"{module}.modules_to_save.weight")  # PEFT repeats it once the vocabulary has grown
+        if twice is not None and other[part] is not None and torch.equal(twice, other[part]):
+            del file.tensors[f"{module}.modules_to_save.weight"]
+    given = [matrix for matrix in base.values() if matrix is not None]
+    if tied and given:
+        if not torch.equal(given[0], given[-1]):
+            fail(f"{file.file}: {' and '.join(names.values())} differ, and the base ties them: load its own base")
+        base = dict.fromkeys(names, given[0])
+    return base, other
+
+
+def _grow(
+    model: Transformer, file: AdapterFile, base: dict[str, Tensor | None], other: dict[str, Tensor | None],
+) -> None:
+    """Give the base the rows that it lacks for an adapter whose vocabulary had grown; another size is refused."""
+    rows = model.config.vocab_size
+    sizes = {len(matrix) for matrix in (*base.values(), *other.values()) if matrix is not None}
+    if not sizes or sizes == {rows}:
+        return
+    known = {part: other[part] if base[part] is None else base[part] for part in base}
+    if len(sizes) > 1 or max(sizes) < rows or None in known.values():
+        fail(f"{file.file}: its embedding or head has {max(sizes)} rows, the base {rows}: load a base with as many, or "
+             "save both in the file (save_embedding_layers=True)")
+    model.resize(max(sizes))
+    model.new_rows = True
+    for part, matrix in known.items():
+        if getattr(model, part) is not None:
+            getattr(model, part).weight.data[rows:] = matrix[rows:].to(model.embed_tokens.weight)
+
+
+def _with_token_rows(
+    file: AdapterFile, names: dict[str, str], values: dict[str, Tensor], tied: bool,
+) -> dict[str, Tensor]:
+    """The matrices with the rows that trainable_token_indices lists."""
+    listed = file.config["trainable_token_indices"] or {}
+    listed = listed if isinstance(listed, dict) else {names["embed_tokens"]: listed}
+    tokens = {part: indices for part, module in names.items()
+              for layer, indices in listed.items() if module.endswith(layer)}
+    shared = tied and tokens.get("lm_head", tokens.get("embed_tokens")) == tokens.get("embed_tokens")
+    result = dict(values)
+    for part, indices in tokens.items():
+        if max(indices, default=-1) >= len(values[part]):
+            fail(f"{file.folder}: trainable_token_indices holds {max(indices)}, the base has {len(values[part])} rows: "
+                 "load the base that it was made for")
+        if shared and part == "lm_head":
+            continue
+        rows = file.take(f"{names[part]}.token_adapter.trainable_tokens_delta", [len(indices), values[part].shape[1]])
+        for where in names if shared else [part]:
+            index = torch.tensor(indices, dtype=torch.long, device=values[part].device)
+            result[where] = result[where].index_copy(0, index, rows.to(result[where]))
+    return result
+
+
+def _parameters(model: Transformer, file: AdapterFile, own: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Own values that differ from the base's, as parameters that do not train."""
+    found = {}
+    for place, value in own.items():
+        base = _of_base(model, file, place)
+        value = value.to(model.embed_tokens.weight.device if base is None else base)
+        if base is None or not torch.equal(value, base):
+            found[place] = nn.Parameter(value.clone(), requires_grad=False)
+    return found

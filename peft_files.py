@@ -1,0 +1,266 @@
+"""Adapters on disk, as PEFT writes them: adapter_config.json, adapter_model.safetensors, and what they mean.
+
+    name     what PEFT calls a layer: transformers' name of it, here without the prefix "base_model.model."
+    target   target_modules as last names, full names, a regular expression or "all-linear"; less exclude_modules,
+             those in modules_to_save, and the layers that layers_to_transform leaves out
+    pattern  rank_pattern and alpha_pattern: the first key that, as a regular expression, matches the end of the name
+
+An adapter is used whole or refused: each tensor is taken once, and what is left over ends the run with one line. So
+does a setting that changes what is computed and is not in USED. adapters.py puts the tensors on a model.
+"""
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from runtime import fail, writing
+
+PREFIX = "base_model.model."
+MERGE = "merge it with PEFT (merge_and_unload), save the model and load that"
+
+
+# ------------------------------------------------------------------------------- the configuration
+
+class Field(NamedTuple):
+    """A setting that is used: PEFT's default, whether a value is of the right kind, and that kind in words."""
+
+    default: object
+    fits: Callable[[object], bool]
+    expected: str
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_names(value) -> bool:
+    return value is None or isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_pattern(value) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
+
+
+def _is_ranks(value) -> bool:
+    return _is_pattern(value) and all(type(rank) is int and rank > 0 for rank in (value or {}).values())
+
+
+def _is_indices(value) -> bool:
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
+
+
+def _is_rows(value) -> bool:
+    return value is None or _is_indices(value) or (isinstance(value, dict) and all(map(_is_indices, value.values())))
+
+
+NAMES = "names, a regular expression or null"
+FLAG = (lambda value: type(value) is bool, "true or false")
+USED = {
+    "r": Field(8, lambda value: type(value) is int and value > 0, "a whole number from 1"),
+    "lora_alpha": Field(8, _is_number, "a number"),
+    "lora_dropout": Field(0.0, lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
+    "use_rslora": Field(False, *FLAG),
+    "use_dora": Field(False, *FLAG),
+    "lora_bias": Field(False, *FLAG),
+    "ensure_weight_tying": Field(False, *FLAG),
+    "init_lora_weights": Field(True, lambda value: isinstance(value, (bool, str)), "true, false or a name"),
+    "target_modules": Field(None, _is_names, NAMES),
+    "exclude_modules": Field(None, _is_names, NAMES),
+    "modules_to_save": Field(None, lambda value: _is_names(value) and not isinstance(value, str), "a list of names"),
+    "layers_to_transform": Field(
+        None, lambda value: value is None or type(value) is int or _is_indices(value), "numbers of layers or null"),
+    "layers_pattern": Field(None, _is_names, NAMES),
+    "rank_pattern": Field({}, _is_ranks, "whole numbers from 1 by name"),
+    "alpha_pattern": Field({}, _is_pattern, "numbers by name"),
+    "trainable_token_indices": Field(None, _is_rows, "token ids, or token ids by the name of a layer"),
+}
+# Say nothing about what is computed: how training began or was run, where the base lies, what the tensors show.
+HARMLESS = {
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "bias", "fan_in_fan_out", "megatron_core", "runtime_config", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "qalora_group_size"}
+UNMERGEABLE = {  # settings and kinds for which PEFT has no merge_and_unload, or a wrong one
+    "alora_invocation_tokens", "arrow_config", "layer_replication", "prompt_tuning", "multitask_prompt_tuning",
+    "p_tuning", "prefix_tuning", "adaption_prompt", "cpt", "cartridge", "xlora", "poly"}
+# How training began, where the base stays as it is; "pissa" and "olora" take their start out of the base (residual).
+PLAIN_STARTS = {"true", "false", "gaussian", "eva", "orthogonal", "mica", "lora_ga"}
+
+
+def _remedy(kind: str) -> str:
+    return "it cannot be merged either: train a plain LoRA" if kind in UNMERGEABLE else MERGE
+
+
+def read_config(file: Path) -> dict:
+    """adapter_config.json as it stands; one line if it cannot be used whole."""
+    if not file.is_file():
+        fail(f"{file.parent}: holds no adapter_config.json, expected an adapter in PEFT's format")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"{file}: cannot be read ({error}): copy it again")
+    if not isinstance(config, dict):
+        fail(f"{file}: holds a {type(config).__name__}, expected a JSON object: copy it again")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        fail(f"{file}: peft_type is {kind!r}, expected 'LORA': {_remedy(str(kind).lower())}")
+    for name, field in USED.items():
+        if not field.fits(config.get(name, field.default)):
+            fail(f"{file}: {name} is {json.dumps(config[name])}, expected {field.expected}: copy it again")
+    for name in sorted(set(config) - set(USED) - HARMLESS):
+        if config[name] not in (None, False, 0, "", [], {}):
+            fail(f"{file}: {name} is {json.dumps(config[name])[:80]}, which changes what is computed and is not "
+                 f"supported here: {_remedy(name)}")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start not in PLAIN_STARTS | {"pissa", "olora"}:
+        fail(f"{file}: init_lora_weights is {start!r}, which changes the base in a way that cannot be repeated: save "
+             "it where it was trained as a plain LoRA (path_initial_model_for_weight_conversion) or merged")
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern",
+                 "alpha_pattern"):
+        _check_expressions(file, name, config.get(name))
+    return config
+
+
+def _check_expressions(file: Path, name: str, value: str | list[str] | dict | None) -> None:
+    for expression in [value] if isinstance(value, str) else value or []:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            fail(f"{file}: {name} holds {expression!r}, which is no regular expression ({error}): copy it again")
+
+
+def is_target(config: dict, name: str, is_head: bool = False) -> bool:
+    """Whether PEFT gives the layer `name` an adapter."""
+    excluded, targets = config["exclude_modules"], config["target_modules"]
+    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _listed(excluded, name)):
+        return False
+    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config["modules_to_save"] or []):
+        return False
+    if isinstance(targets, str):
+        return not is_head if targets.lower() == "all-linear" else re.fullmatch(targets, name) is not None
+    return _listed(targets or [], name) and (name in targets or _in_layers(config, name))
+
+
+def _listed(names: list[str], name: str) -> bool:
+    return any(name == listed or name.endswith(f".{listed}") for listed in names)
+
+
+def _in_layers(config: dict, name: str) -> bool:
+    """Whether the number of the layer that `name` stands in is one of layers_to_transform."""
+    layers, lists = config["layers_to_transform"], config["layers_pattern"]
+    if layers is None or layers == []:
+        return True
+    lists = [lists] if isinstance(lists, str) else lists or []
+    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in lists] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next(filter(None, (re.match(expression, name) for expression in expressions)), None)
+    return found is not None and int(found[1]) in (layers if isinstance(layers, list) else [layers])
+
+
+def by_pattern(pattern: dict | None, name: str, default: float) -> float:
+    """The value of the first key that matches the end of `name`."""
+    keys = (key for key in pattern or {} if re.match(rf"(.*\.)?({key})$", name))
+    return next((pattern[key] for key in keys), default)
+
+
+def to_pattern(values: dict[str, float], default: float) -> dict[str, float]:
+    """Values by layer as a pattern: by last name where the layers so called agree, or else by full name."""
+    by_last: dict[str, set[float]] = {}
+    for name, value in values.items():
+        by_last.setdefault(name.rpartition(".")[2], set()).add(value)
+    found = {}
+    for name, value in values.items():
+        last = name.rpartition(".")[2]
+        if value != default:
+            found[last if len(by_last[last]) == 1 else name] = value
+    return found
+
+
+def is_saved(config: dict, name: str) -> bool:
+    """Whether a parameter stands in a module that modules_to_save names, by the end of its name as PEFT has it."""
+    parts = name.split(".")[:-1]
+    modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(module.endswith(saved) for module in modules for saved in config["modules_to_save"] or [])
+
+
+# ------------------------------------------------------------------------------------- the tensors
+
+class AdapterFile:
+    """An adapter's folder: its tensors, named without PREFIX and to be taken once each, and what is said of them.
+
+    `config` is adapter_config.json with PEFT's defaults for what it leaves out (`raw`: without), `ours` what we keep
+    beside the tensors.
+    """
+
+    def __init__(self, path: str | Path):
+        self.folder = Path(path)
+        self.file = self.folder / "adapter_model.safetensors"
+        self.raw = read_config(self.folder / "adapter_config.json")
+        self.config = {name: field.default for name, field in USED.items()} | self.raw
+        if not self.file.is_file():
+            pickled = (self.folder / "adapter_model.bin").is_file()
+            fail(f"{self.file}: no such file{' (it holds pickled tensors, which are never opened)' if pickled else ''}"
+                 ": save the adapter as safetensors")
+        try:
+            tensors = load_file(self.file)
+            with safe_open(self.file, framework="pt") as file:
+                self.ours = json.loads((file.metadata() or {}).get("ours", "{}"))
+        except (OSError, ValueError, SafetensorError) as error:
+            fail(f"{self.file}: cannot be read ({error}): copy it again")
+        for key, tensor in tensors.items():
+            if not key.startswith(PREFIX):
+                fail(f"{self.file}: holds {key}, expected names that begin with {PREFIX}: {MERGE}")
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                fail(f"{self.file}: {key} is of type {tensor.dtype}, expected float32, bfloat16 or float16: {MERGE}")
+            if not torch.isfinite(tensor).all():
+                fail(f"{self.file}: {key} holds NaN or infinity: its training diverged, take an earlier checkpoint")
+        self.tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+    def take(self, name: str, shape: list[int | None], required: bool = True) -> Tensor | None:
+        """The tensor of that name, which has this shape (None: any size); None if it is missing and may be."""
+        if name not in self.tensors:
+            if not required:
+                return None
+            fail(f"{self.file}: has no {PREFIX}{name}, which adapter_config.json speaks of: copy both again, or save "
+                 "the adapter again where it was trained")
+        tensor = self.tensors.pop(name)
+        fits = [want in (None, size) for want, size in zip(shape, tensor.shape, strict=False)]
+        if tensor.ndim != len(shape) or not all(fits):
+            fail(f"{self.file}: {PREFIX}{name} has shape {list(tensor.shape)}, expected "
+                 f"{[size or 'any' for size in shape]}: load the base that it was made for")
+        return tensor
+
+    def finish(self) -> None:
+        """Refuse the file by the first tensor that nothing took."""
+        for name in sorted(self.tensors):
+            fail(f"{self.file}: holds {PREFIX}{name}, for which neither this model nor its adapter_config.json has a "
+                 f"place: load the base that it was made for, or {MERGE}")
+
+
+def write_adapter(path: str | Path, config: dict, tensors: dict[str, Tensor], ours: dict, tokenizer) -> None:
+    """The folder, written beside and renamed; with the tokenizer, from which PEFT sees how many rows the base needs.
+
+    What is ours lies beside the tensors, since PEFT warns of keys it does not know; in one entry, since safetensors
+    orders several at random and the same adapter shall be the same bytes.
+    """
+    final = Path(path)
+    beside = final.with_name(f".{final.name}.new")
+    with writing(final, beside):
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        named = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(named, beside / "adapter_model.safetensors", metadata={"ours": json.dumps(ours)})
+        (beside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(beside)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)

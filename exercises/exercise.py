@@ -135,12 +135,14 @@ def practise(exercise: Exercise, anew: bool) -> int:
     """Make the copy if there is none, and run the tests on it: 0 is green, 1 red."""
     module, copy = ROOT / exercise.module, exercise.copy
     where, names = os.path.relpath(copy, ROOT), " and ".join(exercise.functions)
-    if anew or not copy.is_file():
+    fresh = anew or not copy.is_file()
+    if fresh:
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(blank(module.read_text(), [exercise]))
         page = exercise.page.relative_to(ROOT)
         print(f"{where} is a copy of {exercise.module}: write {names} there; {page} derives it")
-    red = subprocess.call(command_of([exercise], {exercise.module: copy}, "--tb=short"), cwd=ROOT)
+    details = "--tb=no" if fresh else "--tb=short"  # of a blank there is nothing to explain
+    red = subprocess.call(command_of([exercise], {exercise.module: copy}, details), cwd=ROOT)
     try:
         changed = rest(copy.read_text(), exercise) != rest(module.read_text(), exercise)
     except (SyntaxError, StopIteration):  # which the tests have said

@@ -24,17 +24,10 @@ import runtime
 import sft
 from data.dry_run import dry_run
 from data.formats import read
-from data.pack import (
-    Batch,
-    Tree,
-    collate,
-    micro_batches,
-    sample_replies,
-    step_trees,
-    steps_per_epoch,
-    tree_from_messages,
-)
+from data.pack import Batch, check_positions, collate, micro_batches, sample_replies, step_trees, steps_per_epoch
+from data.store import Trees, load_trees
 from data.tokenizer import Tokenizer, adopt_template, load_tokenizer
+from data.trees import Tree
 from model import Transformer
 from runtime import distributed, fail
 
@@ -72,39 +65,31 @@ def read_context(path: str) -> list[dict]:
     return context
 
 
-def with_context(path: str, trees: list[Tree], context: list[dict], tokenizer: Tokenizer) -> dict[int, Tree]:
-    """The trees of a file, by record, with the context before them and the same response tokens."""
-    records, report = read(path)
-    records = list(records)
-    if report.format != "messages":
-        fail(f"{path}: holds {report.format}, expected messages: context distillation reads dialogues")
-    given, found = sum(m["role"] == "assistant" for m in context), {}
-    for tree in trees:
-        longer = tree_from_messages([*context, *records[tree.record]["messages"]], tokenizer)
-        pairs = zip(longer.responses[given:], tree.responses, strict=False)  # truncated dialogues have fewer
-        responses = [replace(long, end=long.start + r.end - r.start, pair=r.pair) for long, r in pairs]
-        found[tree.record] = Tree(longer.trunk[: responses[-1].end], [], responses, tree.record)
-    return found
+def with_context(tree: Tree, longer: Tree) -> Tree:
+    """What the teacher reads: the dialogue after the context, whole, with the response tokens that the student has."""
+    pairs = zip(longer.responses, tree.responses, strict=False)  # a truncated dialogue has fewer
+    responses = [replace(long, end=long.start + r.end - r.start, pair=r.pair) for long, r in pairs]
+    return Tree(longer.trunk[: responses[-1].end], [], responses, tree.record)
 
 
 def load_data(
     path: str, context: list[dict], tokenizer: Tokenizer, config: Config, name: str,
-) -> tuple[list[Tree], dict[int, Tree]]:
-    """The student's trees, and the teacher's."""
+) -> tuple[Trees, Trees]:
+    """The student's trees, and the teacher's: the same dialogues, uncut, with the context before them."""
     trees = sft.load_data(path, tokenizer, config, name)
-    return trees, with_context(path, trees, context, tokenizer)
+    return trees, load_trees(path, tokenizer, before=context, cache=config.cache, columns=config.columns)
 
 
 @torch.no_grad()
-def teacher_logits(teacher: Transformer, batch: Batch, longer: dict[int, Tree]) -> Tensor:
-    """The teacher's logits [M, V] for the batch's response tokens, after the context; `longer` is with_context's."""
-    seen = collate([longer[tree.record] for tree in batch.trees]).to(batch.tokens.device)
+def teacher_logits(teacher: Transformer, batch: Batch, longer: Trees) -> Tensor:
+    """The teacher's logits [M, V] for the batch's response tokens, after the context; `longer` are its trees."""
+    seen = collate([with_context(tree, longer.of_record(tree.record)) for tree in batch.trees]).to(batch.tokens.device)
     hidden = teacher.hidden(seen.tokens, seen.positions, seen.layout)
     return teacher.logits(hidden[seen.predictors])
 
 
 def train_step(
-    student: Transformer, teacher: Transformer, batch: Batch, longer: dict[int, Tree], tokens: int,
+    student: Transformer, teacher: Transformer, batch: Batch, longer: Trees, tokens: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A micro-batch's part of the step's loss, a mean over the step's response tokens."""
     hidden = student.hidden(batch.tokens, batch.positions, batch.layout)                              # [N, D]
@@ -114,7 +99,7 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(student: Transformer, teacher: Transformer, trees: list[Tree], longer: dict[int, Tree], config: Config,
+def evaluate(student: Transformer, teacher: Transformer, trees: Trees, longer: Trees, config: Config,
              device: torch.device) -> dict[str, float]:
     """Mean loss per response token over the whole evaluation set."""
     tokens, sums = sum(tree.learnt for tree in trees), runtime.Sums()
@@ -131,8 +116,10 @@ def main(config: Config) -> None:
     student = lora.load_base(config.model, config, device, scored=False)
     print(adopt_template(student, tokenizer, config.template))
     context = read_context(config.context)
+    read_before = len(tokenizer.render(context)[0]) if context else 0
+    check_positions(student.config, "max_length with the context", config.max_length + read_before)
     trees, longer = load_data(config.data, context, tokenizer, config, "data")
-    held_out = load_data(config.eval_data, context, tokenizer, config, "eval_data") if config.eval_data else ([], {})
+    held_out = load_data(config.eval_data, context, tokenizer, config, "eval_data") if config.eval_data else ([], [])
     eval_trees, eval_longer = held_out
     teacher = lora.Role(student, None) if config.lora_rank else copy.deepcopy(student).requires_grad_(False)
     teacher, student = (lora.shard(model, config, device) for model in (teacher, lora.adapt(student, config)))

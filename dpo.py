@@ -5,7 +5,7 @@
 
 log pi(y|x) is the sum over the tokens of the reply, its end-of-sequence token included. The reference is
 the model training starts from; its log-probabilities never change, so they are computed once and cached.
-A dialogue rated at several turns is one tree (`data/pack.py`): all its pairs in one forward pass.
+A dialogue rated at several turns is one tree (`data/trees.py`): all its pairs in one forward pass.
 
     python dpo.py --config configs/tiny/dpo.toml            loss 0.693 at the first step, accuracy 0.8 at the end
 
@@ -14,7 +14,7 @@ Rafailov et al. 2023 (arXiv:2305.18290), Eq. 7; Tunstall et al. 2023 (arXiv:2310
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -27,8 +27,10 @@ from torch import Tensor
 import lora
 import runtime
 from data.dry_run import dry_run
-from data.pack import Batch, Tree, digest, fit, load_trees, micro_batches, sample_replies, step_trees, steps_per_epoch
+from data.pack import Batch, check_positions, micro_batches, sample_replies, step_trees, steps_per_epoch
+from data.store import Trees, fit, load_trees
 from data.tokenizer import OWN, Tokenizer, adopt_template, check_template, load_tokenizer
+from data.trees import Tree
 from kernels.logprobs import linear_logprobs
 from model import Transformer
 from runtime import distributed, fail
@@ -128,14 +130,14 @@ RELATIVES = {"dpo": None, "cdpo": cdpo_loss, "robust": robust_loss, "hinge": hin
 
 # ---------------------------------------------------------------------------------------- the data
 
-def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> list[Tree]:
+def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> Trees:
     """The file as trees; the chosen responses of a dialogue lie in the trunk, each rejected one is a leaf:
 
         BOS <|user|> \\n  Hi  EOS \\n <|assistant|> \\n  Hello !  EOS | leaf: Go away EOS
         trunk        no loss                           |  chosen        | rejected, branches after the prompt
     """
-    trees = load_trees(path, tokenizer)
-    if not any(tree.leaves for tree in trees) or any(tree.ranked for tree in trees):
+    trees = load_trees(path, tokenizer, config.max_length, cache=config.cache, columns=config.columns)
+    if not trees.counts["preferences"] or trees.counts["ranked"]:
         fail(f"{path}: holds no preference pairs, expected records with 'prompt', 'chosen' and 'rejected'")
     return fit(trees, config.max_length, path, name)
 
@@ -155,12 +157,13 @@ def load_reference(policy: Transformer, template: str, config: Config, device: t
         return policy
     whole = replace(config, lora_rank=0, quantize="none")
     ref = lora.load_base(config.ref_model, whole, device, scored=False)
+    check_positions(ref.config, "max_length", config.max_length)
     adopt_template(ref, load_tokenizer(config.ref_model), "" if template == OWN else template)
     return lora.shard(ref, whole, device)
 
 
 @torch.no_grad()
-def compute_reference(ref: Transformer, trees: list[Tree], micro_tokens: int, device: torch.device) -> Tensor:
+def compute_reference(ref: Transformer, trees: Sequence[Tree], micro_tokens: int, device: torch.device) -> Tensor:
     """Log-probability sums of all responses under the reference, [responses of all trees] nats, on the CPU."""
     sums = torch.zeros(sum(len(tree.responses) for tree in trees))
     for batch in micro_batches(trees, micro_tokens):
@@ -168,20 +171,23 @@ def compute_reference(ref: Transformer, trees: list[Tree], micro_tokens: int, de
     return distributed.all_reduce(sums)
 
 
-def set_reference(policy: Transformer, template: str, trees: list[Tree], run: Path, config: Config, device) -> None:
-    """Give every tree the log-probability sums of its responses under the reference; computed once, kept in a file."""
+def set_reference(policy: Transformer, template: str, sets: list[Trees], run: Path, config: Config, device) -> None:
+    """Give all trees the log-probability sums of their responses under the reference; computed once, kept in a file."""
     file = Path(config.ref_cache) if config.ref_cache else run / "ref_logprobs.safetensors"
     made_from = {"reference": runtime.file_hash(config.ref_model or config.model),
-                 "precision": str(policy.compute_dtype), "data, template or max_length": digest(trees)}
+                 "precision": str(policy.compute_dtype),
+                 "quantize": "none" if config.ref_model else config.quantize,  # the policy's own base, or a whole model
+                 "data, template or max_length": " ".join(trees.digest for trees in sets)}
     remedy = "delete it, or set ref_cache= to another file"
     if distributed.any_rank(file.is_file()):
         sums = runtime.read_cache(file, "reference log-probabilities", made_from, remedy)
     else:
-        sums = compute_reference(load_reference(policy, template, config, device), trees, config.micro_tokens, device)
+        ref = load_reference(policy, template, config, device)
+        sums = torch.cat([compute_reference(ref, trees, config.micro_tokens, device) for trees in sets])
         runtime.write_cache(file, sums, made_from)
         print(f"reference log-probabilities of {len(sums)} responses written to {file}")
-    for tree, part in zip(trees, sums.split([len(tree.responses) for tree in trees]), strict=True):
-        tree.ref_sums = part
+    for trees, part in zip(sets, sums.split([len(trees.responses) for trees in sets]), strict=True):
+        trees.ref_sums = part
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -199,7 +205,7 @@ def train_step(policy: Transformer, batch: Batch, config: Config, pairs: int) ->
 
 
 @torch.no_grad()
-def evaluate(policy: Transformer, trees: list[Tree], config: Config, device: torch.device) -> dict[str, float]:
+def evaluate(policy: Transformer, trees: Trees, config: Config, device: torch.device) -> dict[str, float]:
     """Loss, margin and accuracy over held-out pairs."""
     pairs, sums = sum(tree.pairs for tree in trees), runtime.Sums()
     for batch in micro_batches(trees, config.micro_tokens):
@@ -213,13 +219,15 @@ def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     policy = lora.load_base(config.model, config, device, scored=False)
+    check_positions(policy.config, "max_length", config.max_length)
     print(adopt_template(policy, tokenizer, config.template))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
     lora.shard(lora.adapt(policy, config), config, device)
 
     run = runtime.Run(config, {"data": config.data, "model": config.model, "code": __file__})
-    set_reference(policy, config.template or tokenizer.template, trees + eval_trees, run.folder, config, device)
+    sets, template = [trees, eval_trees] if eval_trees else [trees], config.template or tokenizer.template
+    set_reference(policy, template, sets, run.folder, config, device)
     optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(policy, optimizer, steps, shown=("loss", "margin", "accuracy", "pairs_per_s"))

@@ -33,9 +33,11 @@ import lora
 import runtime
 from data.dry_run import dry_run_of_four
 from data.four_models import Models, load_models, make_optimizer, save_snapshot
-from data.pack import Batch, Tree, load_prompts, micro_batches, scored_replies, step_trees, tree_from_replies
+from data.pack import Batch, micro_batches, scored_replies, step_trees
 from data.scores import response_scores
+from data.store import load_prompts
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.trees import Tree, tree_from_replies
 from kernels.logprobs import linear_logprobs
 from model import Transformer, generate
 from runtime import distributed, fail
@@ -313,10 +315,9 @@ def update(
     config: Config, device: torch.device,
 ) -> dict[str, float]:
     """epochs x minibatches updates on one rollout; metrics are means over them, ratio_max the largest."""
-    sums, ratio_max, updates = runtime.Sums(), 0.0, config.epochs * config.minibatches
-    norms = runtime.Sums()
+    sums, norms, ratio_max, updates = runtime.Sums(), runtime.Sums(), 0.0, 0
     for chosen in minibatches(len(rollout.trees), step, config):
-        drawn = [rollout.trees[i] for i in chosen]
+        drawn, updates = [rollout.trees[i] for i in chosen], updates + 1
         replies = torch.from_numpy((chosen[:, None] * config.n + np.arange(config.n)).flatten())  # rows of the rollout
         tokens = sum(tree.learnt for tree in drawn)
         for batch in micro_batches(drawn, config.micro_tokens):
@@ -337,10 +338,13 @@ def update(
 
 
 def minibatches(count: int, step: int, config: Config) -> Iterator[np.ndarray]:
-    """Which of the rollout's prompts each update of the step learns from: every one once an epoch, in a new order."""
+    """Which of the rollout's prompts each update of the step learns from: every one once an epoch, in a new order.
+
+    The last rollout of an epoch may hold fewer prompts than minibatches: then each makes an update of its own.
+    """
     for epoch in range(config.epochs):
         order = np.random.default_rng([config.seed, step, epoch]).permutation(count)
-        yield from np.array_split(order, config.minibatches)
+        yield from np.array_split(order, min(config.minibatches, count))
 
 
 def out_of_bounds(metrics: dict[str, float], config: Config) -> str:
@@ -360,17 +364,29 @@ def out_of_bounds(metrics: dict[str, float], config: Config) -> str:
 def rollout_metrics(rollout: Rollout, rewards: Tensor, returns: Tensor, times: list[float]) -> dict[str, float]:
     """Means over replies; `times` are those before and after sampling, after scoring and after the updates, seconds."""
     mask, lengths, tokens = rollout.mask, rollout.mask.sum(1), int(rollout.mask.sum())
-    missed = (returns - rollout.values)[mask].var() / returns[mask].var()
+    explained = 0.0  # without a value model, and where returns do not vary: of a single token
+    if rollout.values.any() and tokens > 1 and (variance := returns[mask].var()) > 0:
+        explained = 1 - ((returns - rollout.values)[mask].var() / variance).item()
     began, sampled, scored, updated = times
     return {
         "score": rollout.scores.mean().item(), "kl": torch.where(mask, rollout.kl, 0.0).sum(1).mean().item(),
         "reward": rewards.sum(1).mean().item(), "entropy": masked_mean(rollout.entropy, mask).item(),
-        "explained_variance": 1 - missed.item() if rollout.values.any() else 0.0,  # all 0 without a value model
+        "explained_variance": explained,
         "length": lengths.float().mean().item(), "eos_rate": rollout.finished.float().mean().item(),
         "tokens": tokens, "tokens_per_s": tokens / (updated - began),
         "sampling_tokens_per_s": tokens / (sampled - began), "scoring_tokens_per_s": tokens / (scored - sampled),
         "updating_tokens_per_s": tokens / (updated - scored),
     }
+
+
+def room(models: Models, config: Config) -> int:
+    """Tokens that a prompt may have, for a reply of max_tokens to fit behind it: beyond learned positions none can."""
+    others = [model.config for model in (models.reward_model, models.value) if model is not None]
+    positions = min([models.policy.config.max_positions, *(c.max_positions for c in others if not c.rotary)])
+    if positions <= config.max_tokens:
+        fail(f"max_tokens is {config.max_tokens}, the models have {positions} positions, which leaves none for a "
+             "prompt: lower max_tokens")
+    return positions - config.max_tokens
 
 
 def main(config: Config) -> None:
@@ -381,8 +397,8 @@ def main(config: Config) -> None:
     if not tokenizer.template:
         fail(f"{config.model}: carries no chat template, expected the result of sft.py")
     models = load_models(config, tokenizer, device)
-    prompts = load_prompts(config.data, tokenizer, models.policy.config.max_positions - config.max_tokens)
-    print(f"data: {len(prompts)} prompts, at most {max(map(len, prompts))} tokens")
+    prompts = load_prompts(config.data, tokenizer, room(models, config), cache=config.cache, columns=config.columns)
+    print(f"data: {len(prompts)} prompts, at most {prompts.segments['length'].max()} tokens")
 
     run = runtime.Run(config, {"data": config.data, "model": config.model, "reward_model": config.reward_model,
                                "code": __file__})
@@ -395,7 +411,8 @@ def main(config: Config) -> None:
     for step in range(run.done, run.done if reason else config.steps):  # a run out of bounds is not resumed
         times = [time.perf_counter()]
         lr = runtime.set_learning_rate(optimizer, step, config.steps, config)
-        trees = sample(models, step_trees(prompts, config.batch, step, config.seed), tokenizer, step, config)
+        drawn = [tree.trunk.tolist() for tree in step_trees(prompts, config.batch, step, config.seed)]
+        trees = sample(models, drawn, tokenizer, step, config)
         times.append(time.perf_counter())
         rollout = score(trees, models, config, device)
         rewards, advantages, returns = find_advantages(rollout, kl_coef, config)
@@ -421,7 +438,7 @@ def main(config: Config) -> None:
         run.note(f"ended early after step {run.done}: {reason}")
     if run.finished or reason:
         whole = models.policy.base if config.lora_rank else models.policy
-        lora.save_result(whole, run.folder, tokenizer, config, prompts[0], "policy")
+        lora.save_result(whole, run.folder, tokenizer, config, prompts[0].trunk.tolist(), "policy")
     run.close(run.finished or bool(reason))
 
 

@@ -5,7 +5,7 @@
 
 The model is the SFT model with its LM head replaced by a score head, a row of D weights. A reply's score is
 read at its last token, the end of sequence, where the whole reply has been seen; a dialogue rated at several
-turns is one tree (`data/pack.py`) with a score for each reply. Only differences are learnt, so a constant is
+turns is one tree (`data/trees.py`) with a score for each reply. Only differences are learnt, so a constant is
 fixed afterwards: demonstrations score 0 on average.
 
     python reward.py --config configs/tiny/reward.toml      accuracy overall, by margin and by task
@@ -21,6 +21,7 @@ import copy
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -35,9 +36,11 @@ import runtime
 from checkpoints import load_model
 from data.dry_run import dry_run
 from data.formats import read
-from data.pack import CHOSEN, Batch, Tree, fit, load_trees, micro_batches, step_trees, steps_per_epoch, truncate
+from data.pack import Batch, check_positions, micro_batches, step_trees, steps_per_epoch
 from data.scores import all_scores, mean_logprobs, print_report, report, response_scores
+from data.store import Trees, fit, load_trees
 from data.tokenizer import Tokenizer, adopt_template, check_template, load_tokenizer
+from data.trees import CHOSEN, Tree
 from model import Transformer, add_score_head
 from runtime import distributed, fail
 
@@ -111,13 +114,21 @@ def comparisons(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 # ---------------------------------------------------------------------------------------- the data
 
-def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> list[Tree]:
+def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> Trees:
     """The file as trees, whose responses are ranked within groups."""
-    trees = load_trees(path, tokenizer)
-    if not any(r.side != CHOSEN for tree in trees for r in tree.responses):
+    trees = load_trees(path, tokenizer, config.max_length, cache=config.cache, columns=config.columns)
+    if not trees.counts["preferences"]:
         fail(f"{path}: holds no preference, expected records with 'prompt', 'chosen' and 'rejected', "
              "or 'answers' and 'ranks'")
     return fit(trees, config.max_length, path, name)
+
+
+def load_demos(tokenizer: Tokenizer, config: Config) -> Trees:
+    """The demonstrations whose mean score becomes 0."""
+    demos = load_trees(config.demos, tokenizer, config.max_length, cache=config.cache, columns=config.columns)
+    if not demos:
+        fail(f"demos={config.demos}: holds no reply within max_length={config.max_length}: raise max_length")
+    return demos
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -133,7 +144,7 @@ def train_step(model: Transformer, batch: Batch, config: Config, groups: int) ->
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torch.device) -> dict[str, float]:
+def evaluate(model: Transformer, trees: Trees, config: Config, device: torch.device) -> dict[str, float]:
     """Loss and accuracy over held-out pairs."""
     groups, sums = sum(tree.pairs for tree in trees), runtime.Sums()
     for batch in micro_batches(trees, config.micro_tokens):
@@ -141,7 +152,7 @@ def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torc
     return distributed.all_reduce_metrics({f"eval_{name}": sums[name] for name in ("loss", "accuracy")})
 
 
-def language_model_baseline(model: Transformer, trees: list[Tree], config: Config, device: torch.device) -> dict | None:
+def language_model_baseline(model: Transformer, trees: Trees, config: Config, device: torch.device) -> dict | None:
     """The report of the starting model's log-probabilities per token, before its LM head goes."""
     if not trees or model.config.scored:
         return None
@@ -151,11 +162,15 @@ def language_model_baseline(model: Transformer, trees: list[Tree], config: Confi
     return report(trees, all_scores(start, trees, config.micro_tokens, device, mean_logprobs))
 
 
-def center(model: Transformer, demos: list[Tree], config: Config, device: torch.device) -> None:
-    """Fix the constant that differences leave free: demonstrations (of pairs the chosen replies) score 0 on average."""
+def center(model: Transformer, demos: Sequence[Tree], config: Config, device: torch.device) -> None:
+    """Fix the constant that differences leave free: demonstrations (of pairs the chosen replies) score 0 on average.
+
+    One reply has no standard deviation: it stays 1, and scores as they are.
+    """
     chosen = torch.tensor([r.side == CHOSEN for tree in demos for r in tree.responses])
     scores = torch.cat(all_scores(model, demos, config.micro_tokens, device))[chosen] + model.config.score_mean
-    model.config = replace(model.config, score_mean=scores.mean().item(), score_std=max(scores.std().item(), 1e-6))
+    std = max(scores.std().item(), 1e-6) if len(scores) > 1 else 1.0
+    model.config = replace(model.config, score_mean=scores.mean().item(), score_std=std)
     print(f"{'demonstrations' if config.demos else 'chosen replies'} score 0 on average from now on, "
           f"with standard deviation {model.config.score_std:.3f}")
 
@@ -176,10 +191,11 @@ def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     model = lora.load_base(config.model, config, device)
+    check_positions(model.config, "max_length", config.max_length)
     print(adopt_template(model, tokenizer, config.template))
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
-    demos = truncate(load_trees(config.demos, tokenizer)[:1000], config.max_length)[0] if config.demos else trees
+    demos = load_demos(tokenizer, config)[:1000] if config.demos else trees
 
     run = runtime.Run(config, {"data": config.data, "model": config.model, "code": __file__})
     baseline = language_model_baseline(model, eval_trees, config, device)

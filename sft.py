@@ -26,19 +26,10 @@ from torch import Tensor
 import lora
 import runtime
 from data.dry_run import dry_run
-from data.pack import (
-    CHOSEN,
-    Batch,
-    Response,
-    Tree,
-    fit,
-    load_trees,
-    micro_batches,
-    sample_replies,
-    step_trees,
-    steps_per_epoch,
-)
+from data.pack import Batch, check_positions, micro_batches, sample_replies, step_trees, steps_per_epoch
+from data.store import Trees, fit, load_trees
 from data.tokenizer import Tokenizer, adopt_template, check_template, check_vocabulary, load_tokenizer
+from data.trees import CHOSEN, Response, Tree
 from kernels.logprobs import linear_logprobs
 from model import Transformer
 from runtime import distributed, fail
@@ -79,19 +70,26 @@ def sft_loss(logprobs: Tensor, denominator: float) -> tuple[Tensor, dict[str, Te
     return loss, {"loss": loss.detach()}
 
 
-def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> list[Tree]:
+def replies(tree: Tree) -> Tree:
+    """What is learnt of a tree: its replies, of pairs the chosen ones."""
+    return Tree(tree.trunk, [], [r for r in tree.responses if r.side == CHOSEN], tree.record)
+
+
+def every_token(tree: Tree) -> Tree:
+    """What train_on = "all" learns of it: all but the first, which nothing precedes."""
+    return Tree(tree.trunk, [], [Response(0, 1, len(tree.trunk))], tree.record)
+
+
+def load_data(path: str, tokenizer: Tokenizer, config: Config, name: str) -> Trees:
     """The file as trees, one trunk each:
 
         BOS <|user|> \\n  Hi  EOS \\n <|assistant|> \\n  Hello !  EOS \\n <|user|> \\n  Bye ...
         trunk        no loss                           |  response  |     no loss
     """
-    trees = load_trees(path, tokenizer)
-    if any(tree.ranked for tree in trees):
+    keep = every_token if config.train_on == "all" else replies
+    trees = load_trees(path, tokenizer, config.max_length, keep, cache=config.cache, columns=config.columns)
+    if trees.counts["ranked"]:
         fail(f"{path}: holds rankings, expected messages, preferences or text: write the best answers as messages")
-    for tree in trees:
-        tree.leaves, tree.responses = [], [r for r in tree.responses if r.side == CHOSEN]
-        if config.train_on == "all":
-            tree.responses = [Response(0, 1, len(tree.trunk))]
     return fit(trees, config.max_length, path, name)
 
 
@@ -103,7 +101,7 @@ def train_step(model: Transformer, batch: Batch, denominator: float) -> tuple[Te
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, trees: list[Tree], config: Config, device: torch.device) -> dict[str, float]:
+def evaluate(model: Transformer, trees: Trees, config: Config, device: torch.device) -> dict[str, float]:
     """Mean loss per response token over the whole evaluation set."""
     tokens = sum(tree.learnt for tree in trees)
     batches = micro_batches(trees, config.micro_tokens)
@@ -117,6 +115,7 @@ def main(config: Config) -> None:
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     model = lora.load_base(config.model, config, device, scored=False)
+    check_positions(model.config, "max_length", config.max_length)
     if config.train_on == "responses" or config.template:
         print(adopt_template(model, tokenizer, config.template))
     else:

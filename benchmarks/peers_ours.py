@@ -23,7 +23,8 @@ import sft
 from benchmarks import peers_work as work
 from checkpoints import load_model
 from data.four_models import Models
-from data.pack import CHOSEN, REJECTED, Batch, Response, Tree, pack
+from data.pack import Batch, pack
+from data.trees import CHOSEN, REJECTED, Response, Tree
 from model import ModelConfig, Transformer, add_score_head, generate, init_weights
 
 

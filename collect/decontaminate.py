@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import formats
+from data.files import exists, values
 from judging.report import text as report_text
 from runtime import arguments, fail, write_text
 
@@ -70,10 +71,10 @@ class Item(NamedTuple):
 
 def read_benchmark(where: str) -> list[Item]:
     """The items of FILE or FILE:field. One without a name is called by its number in the file, from 1."""
-    path, key = (where, "") if Path(where).is_file() or ":" not in where else where.rsplit(":", 1)
+    path, key = (where, "") if exists(where) or ":" not in where else where.rsplit(":", 1)
     records, report = formats.read(path)
     if key:
-        records = (value for _, value in formats.values(Path(path), report) if isinstance(value, dict))
+        records = (value for _, value in values(path, report) if isinstance(value, dict))
     items = []
     for number, record in enumerate(records, 1):
         ids = (record.get(name) for name in ("question_id", "id", "idx", "index"))

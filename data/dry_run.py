@@ -12,7 +12,8 @@ import torch
 
 import lora
 from checkpoints import check_weights, expect_replies
-from data.pack import steps_per_epoch
+from data.files import exists
+from data.pack import check_positions, steps_per_epoch
 from data.tokenizer import load_tokenizer
 from families import read_config
 from model import Transformer, add_score_head
@@ -82,13 +83,15 @@ def dry_run(config, load_data, scored: bool = False, teacher: bool = False) -> N
     if teacher and not config.lora_rank:  # a copy of the model; with adapters it is the model without them
         found["teacher"] = found["weights"]
     ref_model = getattr(config, "ref_model", "")
+    for path in filter(None, (config.model, ref_model)):
+        check_positions(read_config(path), "max_length", config.max_length)
     reference = plan(ref_model, replace(config, lora_rank=0, quantize="none"), dtype, 0)["weights"] if ref_model else 0
     show_plan(config.model, found, dtype, config.micro_tokens, reference)
     print(f"  needs: {hardware(found, not config.lora_rank, reference)}")
     if ref_model:
         print(f"  weights of {ref_model}: {compare_weights(ref_model)}")
     for name, path in (("data", config.data), ("eval_data", config.eval_data)):
-        if path and Path(path).exists() and any(Path(config.model).glob("tokenizer*")):
+        if path and exists(path) and any(Path(config.model).glob("tokenizer*")):
             tokenizer = load_tokenizer(config.model)
             tokenizer.adopt(config.template)
             trees = load_data(path, tokenizer, config, name)

@@ -1,85 +1,132 @@
 """Data files: any published format in, records in one of five forms out, every record that is left out reported.
 
     messages, preference, ranking, prompt, text        the forms: data/records.py
-    alpaca, hh, oasst, ultrafeedback, shp ...          the formats as published: data/native.py
+    alpaca, sharegpt, hh, oasst, ultrafeedback ...     as published: data/native.py and, of preferences, preferences.py
+    JSON lines, Parquet, folders of shards ...         what a path may name: data/files.py
 
     python -m data.formats FILE                        counts, rejects, and the first record as the model will see it
     python -m data.formats FILE --out good.jsonl       the same, and the good records as JSON lines
     python -m data.formats FILE --format alpaca        for a file whose first record fits several formats
+    python -m data.formats FILE --columns prompt=ask   for a file that calls a format's keys by other names
 
-A file holds JSON lines, one JSON array or object, CSV under a header, or (.txt) one text a line; .gz is read as it is.
 A bare JSON string is a prompt. The first record tells the format.
 """
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
-import io
+import difflib
 import json
-import re
-import zlib
+import os
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
+from types import FunctionType
 
-from data.native import NATIVE
-from data.records import FORMS, Reject, broken, check_record, short
-from data.tokenizer import load_tokenizer
-from runtime import arguments, fail, write_text
+from data.files import shards, values
+from data.native import ANSWERED, ASKED, NATIVE
+from data.preferences import PREFERENCES
+from data.records import (
+    FORMS,
+    REASONING,
+    SYSTEM,
+    Reject,
+    absent,
+    broken,
+    check_columns,
+    check_record,
+    role_of,
+    short,
+)
+from data.tokenizer import TemplateError, load_tokenizer
+from runtime import arguments, fail, writing
 
-FORMATS = FORMS | NATIVE
+PUBLISHED = NATIVE | PREFERENCES
+FORMATS = FORMS | PUBLISHED
 DEEPEST = 200  # levels of nesting; a conversation tree takes two a turn
 
 
 @dataclass
 class Report:
-    """What became of a file's records; complete once they have been read."""
+    """What became of the records of a data set; complete once they have been read."""
 
     path: str
     format: str = ""         # form of the records that come out
     native: str = ""         # format of the file
-    unit: str = "line"       # of the places of rejects: line, from 1, or index in an array, from 0
+    columns: dict[str, str] = field(default_factory=dict)  # keys of the format: what the file calls them
+    unit: str = "line"       # of places: line, from 1; index in an array or row of a table, from 0; shard, line or row
     read: int = 0            # records of the file
     used: int = 0            # of them, those that gave at least one record
     out: int = 0             # records given; a conversation tree gives many
     undesirable: int = 0     # of them, those labelled as replies not to learn
-    rejects: list[tuple[int, str]] = field(default_factory=list)  # (place, reason); also parts of records that are used
+    rejects: list[tuple[int | str, str]] = field(default_factory=list)  # (place, reason); also of parts of used records
     kinds: Counter = field(default_factory=Counter)               # rejects by kind of reason
+    doubts: dict[str, list] = field(default_factory=dict)         # what may be meant otherwise: [first place, count]
 
-    def note(self, place: int, reject: Reject) -> None:
+    def note(self, place: int | str, reject: Reject) -> None:
         self.rejects.append((place, str(reject)))
         self.kinds[reject.kind] += 1
 
-    def refuse(self) -> None:
-        """End the run with the first reject, and how many there are: training takes whole files or none."""
+    @property
+    def command(self) -> str:
+        """How to look at this data set."""
+        columns = [f"{key}={name}" for key, name in self.columns.items()]
+        return shlex.join(["python", "-m", "data.formats", self.path, *(["--columns", *columns] if columns else [])])
+
+    @property
+    def warnings(self) -> list[str]:
+        """One line for every kind of doubt."""
+        return [f"{self.path} {self.unit} {place}: {doubt}" + f" (and {count - 1} more records)" * (count > 1)
+                for doubt, (place, count) in self.doubts.items()]
+
+    def refuse(self, prompts_only: bool = False) -> None:
+        """End the run with the first reject, and how many there are: training takes whole files or none.
+
+        What may be meant otherwise is printed. Where the prompts alone are used, no label stands in the way.
+        """
+        others = f"`{self.command} --out good.jsonl` keeps the others"
         if self.rejects:
             (place, reason), count = self.rejects[0], len(self.rejects)
-            keep = f"`python -m data.formats {self.path} --out good.jsonl` keeps the others"
-            fail(f"{self.path} {self.unit} {place}: {reason}{f' ({count} rejects: {keep})' if count > 1 else ''}")
+            keep = f" ({count} reject{'s' * (count > 1)}: {others})" if self.used else ""
+            fail(f"{self.path} {self.unit} {place}: {reason}{keep}")
         self.check_used()
-        if self.undesirable:
+        if self.undesirable and not prompts_only:
+            keep = f": {others}" if self.undesirable < self.out else ""
             fail(f"{self.path}: {self.undesirable} of its {self.out} dialogues are labelled false, "
-                 "as replies not to learn: drop those")
+                 f"as replies not to learn: drop those{keep}")
+        for warning in self.warnings:
+            print(f"warning: {warning}")
 
     def check_used(self) -> None:
         """End the run if no record could be used; measuring a file can do without its rejects."""
         if not self.used:
-            fail(f"{self.path}: none of its {self.read} records can be used: "
-                 f"run python -m data.formats {self.path} to see why" if self.read else
-                 f"{self.path}: is empty, expected one JSON record a line")
+            fail(f"{self.path}: none of its {self.read} records can be used: run {self.command} to see why" if self.read
+                 else f"{self.path}: is empty, expected one JSON record a line")
 
 
-def read(path: str | Path, format: str | None = None) -> tuple[Iterator[dict], Report]:
-    """The records of a file, one by one, and the report that fills up meanwhile. The first record tells the format."""
-    if not Path(path).is_file():
-        fail(f"{path}: no such file, expected JSON lines")
+def read(path: str | Path, format: str | None = None,
+         columns: dict[str, str] | None = None) -> tuple[Iterator[dict], Report]:
+    """The records of a data set, one by one, and the report that fills up meanwhile. The first record tells the format.
+
+    `columns` names the file's columns by the format's keys: {"prompt": "question"}.
+    """
+    shards(path)
     if format is not None and format not in FORMATS:
         fail(f"{path}: format '{format}' is unknown, expected one of {', '.join(FORMATS)}")
-    report = Report(str(path), FORMATS[format].form if format else "", format or "")
-    return _records(Path(path), report), report
+    for key in columns or ():
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            fail(f"{path}: columns.{key} names no key of a format, "
+                 + (f"did you mean columns.{near[0]}?" if near else "expected e.g. columns.prompt or columns.response"))
+    report = Report(str(path), FORMATS[format].form if format else "", format or "", columns or {})
+    return _records(path, report), report
+
+
+OPTIONAL = (*SYSTEM, *REASONING, "input", "context", "history", "label", "kto_tag", "margin", "category", "id")
+KEYS = sorted({key for format in FORMATS.values() for shape in format.shapes for key in shape} | {*OPTIONAL})
 
 
 def read_all(path: str | Path, format: str | None = None) -> list[dict]:
@@ -90,7 +137,7 @@ def read_all(path: str | Path, format: str | None = None) -> list[dict]:
     return records
 
 
-def _records(path: Path, report: Report) -> Iterator[dict]:
+def _records(path: str | Path, report: Report) -> Iterator[dict]:
     for place, value in values(path, report):
         report.read += 1
         before = report.out
@@ -101,6 +148,9 @@ def _records(path: Path, report: Report) -> Iterator[dict]:
                 report.out += 1
                 report.used += report.out == before + 1
                 report.undesirable += report.format == "messages" and part.get("label") is False
+                if report.out <= LOOKED_AT:
+                    for doubt in doubts(value, part, report.format):
+                        report.doubts.setdefault(doubt, [place, 0])[1] += 1
                 yield part
 
 
@@ -109,35 +159,45 @@ def _parts(value, report: Report) -> Iterator[dict | Reject]:
     try:
         record = _object(value, report)
         if not report.native:
-            report.native = recognise(record, report.path)
+            report.native = recognise(record, report.path, report.columns)
             report.format = FORMATS[report.native].form
-        found = FORMATS[report.native].read(record)
+        shared = check_columns(record, report.format)
+        found = record if report.native in FORMS else PUBLISHED[report.native].read(record)
         for part in [found] if isinstance(found, dict) else found:
             try:
-                yield part if isinstance(part, Reject) else check_record(part, report.format)
+                yield part if isinstance(part, Reject) else check_record(shared | part, report.format)
             except Reject as reject:
                 yield reject
     except Reject as reject:
         yield reject
 
 
-def recognise(record: dict, path: str) -> str:
+# ------------------------------------------------------------------------------------- which format
+
+# What a record holds besides is less than what the first of these ask for, and more than what the last do.
+RANKS = {"ultrafeedback_binarized": 0, "question_answer": 2, "prompt": 3, "text": 3}
+
+
+def recognise(record: dict, path: str, columns: dict[str, str] | None = None) -> str:
     """The one format whose shape the record has. A shape gives way to one that asks for the same keys and more."""
     fitting = [(name, set(shape)) for name, format in FORMATS.items() for shape in format.shapes
                if all(key in record and _fits(record[key], kind) for key, kind in shape.items())]
+    named = max((len(keys & set(columns or ())) for _, keys in fitting), default=0)  # what the user has named decides
+    fitting = [(name, keys) for name, keys in fitting if len(keys & set(columns or ())) == named]
     names = list(dict.fromkeys(name for name, keys in fitting if not any(keys < other for _, other in fitting)))
+    names = [name for name in names if RANKS.get(name, 1) == min(RANKS.get(other, 1) for other in names)]
     if len(names) > 1:
         fail(f"{path}: its first record could be {' or '.join(names)}: name its format, "
              f"`python -m data.formats {path} --format {names[0]} --out named.jsonl`")
     if not names:
-        keys = ", ".join(short(key) for key in list(record)[:6])
-        raise Reject("unknown format", f"has the keys {keys} with values that fit no format, expected 'messages', "
-                                       "'chosen' and 'rejected', or 'text': mend or drop it, or name the format")
+        raise _unknown(record)
     return names[0]
 
 
 def _fits(value, kind) -> bool:
-    """[dict]: a list of objects; [str, str]: of at least two texts; (str,): of exactly one."""
+    """[dict]: a list of objects; [str, str]: of at least two texts; (str,): of exactly one. A function says itself."""
+    if isinstance(kind, FunctionType):
+        return kind(value)
     if not isinstance(kind, list | tuple):
         return isinstance(value, kind)
     if not isinstance(value, list) or len(value) < len(kind) or isinstance(kind, tuple) and len(value) > len(kind):
@@ -145,113 +205,21 @@ def _fits(value, kind) -> bool:
     return all(isinstance(item, kind[0]) for item in value)
 
 
-# --------------------------------------------------------------------------------- from bytes to values
-
-def values(path: Path, report: Report) -> Iterator[tuple[int, object]]:
-    """Place and value of every record; a Reject in place of a value that cannot be read."""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            yield from stream_values(stream, Path(path.name.removesuffix(".gz")).suffix, report)
-    except (OSError, EOFError, zlib.error) as error:
-        fail(f"{path}: cannot be read ({error}): is it whole? copy it again")
-
-
-def stream_values(stream, suffix: str, report: Report) -> Iterator[tuple[int, object]]:
-    """The same of an open file."""
-    if stream.peek(3)[:3] == b"\xef\xbb\xbf":
-        stream.read(3)
-    if suffix == ".csv":
-        yield from _csv_values(stream.read().decode("utf-8", "surrogateescape"))
-    elif suffix == ".txt":
-        lines = (line.decode("utf-8", "surrogateescape").rstrip("\r\n") for line in stream)
-        yield from ((number, _unless_broken({"text": line}, line)) for number, line in enumerate(lines, 1))
-    else:
-        yield from _json_values(stream, suffix, report)
+def _unknown(record: dict) -> Reject:
+    """Why a record fits no format: the value that stands in the way of the format nearest to it, or its keys."""
+    near = [(len(shape), name, key, record[key]) for name, format in FORMATS.items() for shape in format.shapes
+            if shape.keys() <= record.keys() for key, kind in shape.items()
+            if kind is str and not isinstance(record[key], str)]
+    if near:
+        _, name, key, value = max(near, key=lambda found: found[0])
+        return broken("unknown format", f"'{key}' is {short(value)}, expected text as {name} has it")
+    keys = ", ".join(short(key) for key in list(record)[:6])
+    return Reject("unknown format", f"has the keys {keys} with values that fit no format, expected 'messages', "
+                                    "'chosen' and 'rejected', or 'text': mend or drop it, or name its columns, e.g. "
+                                    "columns.prompt=\"ask\"")
 
 
-def _csv_values(text: str) -> Iterator[tuple[int, object]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    while True:
-        line, fault = max(rows.line_num, 1) + 1, ""  # the header is read together with the first row
-        try:
-            if (row := next(rows, None)) is None:
-                return
-            if None in row or None in row.values():
-                fault = f"has another number of fields than the header's {len(rows.fieldnames)}"
-        except csv.Error as error:
-            fault = f"is not CSV ({error})"
-        if fault:
-            yield line, broken("not CSV", fault)
-        else:
-            yield line, _unless_broken(row, "".join(row.values()))
-
-
-def _json_values(stream, suffix: str, report: Report) -> Iterator[tuple[int, object]]:
-    """JSON lines, unless the file is one array, or one object over several lines."""
-    number, first = 1, stream.readline()
-    while first and not first.strip():
-        number, first = number + 1, stream.readline()
-    line_is_whole = not isinstance(_parse(first), Reject)
-    rest = b""
-    if first.lstrip()[:1] == b"[":
-        rest = stream.read()
-        if not line_is_whole or not rest.strip():
-            report.unit = "index"
-            yield from _array((first + rest).decode("utf-8", "surrogateescape"))
-            return
-    elif suffix == ".json" and not line_is_whole:
-        rest = stream.read()
-        whole = _parse(first + rest)
-        if not isinstance(whole, Reject):
-            yield number, whole
-            return
-    for place, line in enumerate(chain([first], io.BytesIO(rest), stream), number):
-        if line.strip():
-            yield place, _parse(line)
-
-
-def _array(text: str) -> Iterator[tuple[int, object]]:
-    """The items of an array one by one; after a broken one it goes on at the next line that opens one at its indent."""
-    index, at = 0, BLANK.match(text, text.index("[") + 1).end()
-    while text[at:at + 1] != "]" or index:  # [] holds nothing
-        try:
-            value, end = DECODER.raw_decode(text, at)
-            yield index, _unless_broken(value, text[at:end])
-            index, end = index + 1, BLANK.match(text, end).end()
-            if text[end:end + 1] == "]":
-                return
-            if text[end:end + 1] == ",":
-                at = BLANK.match(text, end + 1).end()
-                continue
-            error = "a comma is missing before it" if end < len(text) else "the array has no end"
-        except (ValueError, RecursionError) as problem:
-            error = problem
-        indent = text[text.rfind("\n", 0, at) + 1 : at]
-        again = text.find(f"\n{indent}{{", at) if not indent.strip() else -1
-        unread = "" if again >= 0 else f", and the {len(text) - at} characters from it on are unread"
-        yield index, Reject("not JSON", f"is not JSON ({error}){unread}: mend or drop it")
-        if again < 0:
-            return
-        index, at = index + 1, again + 1 + len(indent)
-
-
-def _parse(line: bytes):
-    try:
-        return json.loads(line.decode("utf-8"), parse_int=_integer)
-    except UnicodeDecodeError:
-        return NOT_UTF8
-    except (ValueError, RecursionError) as error:
-        return Reject("not JSON", f"is not JSON ({error}): mend or drop it")
-
-
-def _integer(digits: str) -> int | float:
-    return int(digits) if len(digits) <= 300 else float("inf")  # Python refuses to read thousands of digits
-
-
-def _unless_broken(value, text: str):
-    """The value, if the text it is from, decoded with surrogateescape, was UTF-8."""
-    return value if text.isascii() or not re.search("[\udc80-\udcff]", text) else NOT_UTF8
-
+# ---------------------------------------------------------------------------------- records, and doubts
 
 def _object(value, report: Report) -> dict:
     """A value as a record: an object of finite numbers, not nested without end."""
@@ -268,21 +236,59 @@ def _object(value, report: Report) -> dict:
                                          "write null or drop it")
         level = [w for v in level for w in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
         depth += 1
-    return value
+    return _named({key: v for key, v in value.items() if v is not None}, report.columns)
 
 
-NOT_UTF8 = Reject("not UTF-8", "is not UTF-8 text, mend or drop it: is it another kind of file?")
-DECODER = json.JSONDecoder(parse_int=_integer)
-BLANK = re.compile(r"[ \t\r\n]*")
+def _named(record: dict, columns: dict[str, str]) -> dict:
+    """The record with the columns that the user has named under the format's keys."""
+    if not columns:
+        return record
+    for key, name in columns.items():
+        if name not in record and key not in OPTIONAL:
+            raise broken("missing column", f"has no '{name}', which columns.{key} names, but "
+                                           f"{', '.join(short(other) for other in list(record)[:6])}")
+    # What the user says has one name, and so has the reply: a column that is not the named one is not it.
+    rivals = {name for names in (ASKED, ANSWERED) if columns.keys() & set(names) for name in names}
+    others = {key: value for key, value in record.items() if key not in columns.values() and key not in rivals}
+    return others | {key: record[name] for key, name in columns.items() if name in record}
+
+
+LOOKED_AT = 1000  # records of a data set that are searched for doubts: one that is otherwise meant is so throughout
+MARKUP = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<|assistant|>", "[INST]", "</s>",
+          "<|endoftext|>", "### Human:", "### Assistant:", "### Instruction:", "### Response:", "\n\nHuman:",
+          "\n\nAssistant:")
+
+
+def doubts(value, part: dict, form: str) -> Iterator[str]:
+    """What is used as it stands but may be meant otherwise, of a record and what was made of it."""
+    value = value if isinstance(value, dict) else {}
+    held = part["messages"] if form == "messages" else part["prompt"] if form != "text" else []
+    texts = [m["content"] for m in held] + [part[key] for key in ("text", "chosen", "rejected")
+                                            if form in ("text", "preference") and isinstance(part.get(key), str)]
+    mark = next((mark for mark in MARKUP if any(mark in text for text in texts)), "")
+    if mark:
+        yield (f"holds {mark.strip()!r} as text, which stays letters and never becomes a special token: "
+               + ("all of the text is learnt, the user's words too; " if form == "text" else "")
+               + "if the file is templated already, give it as messages")
+    for turns in value.values():
+        if isinstance(turns, list) and turns and all(isinstance(m, dict) for m in turns):
+            if any(role_of(m) == "system" for m in turns[1:]):
+                yield "has a system text after its first turn, which opens the dialogue here"
+            if role_of(turns[0]) == "system" and absent(turns[0].get("content", turns[0].get("value"))):
+                yield "has an empty system text, which counts as none"
+    if form == "messages" and not any("reasoning_content" in m for m in held):
+        for key in REASONING:
+            if isinstance(value.get(key), str) and not absent(value[key]):
+                yield f"has a column '{key}' that belongs to no reply and is not learnt"
 
 
 # ------------------------------------------------------------------------------------ the command line
 
 def view(record: dict, form: str, tokenizer) -> str:
     """A record token by token as the model will see it; of long runs without or with loss, the two ends."""
-    from data import pack  # here, because pack reads its files with this module
+    from data import pack, trees  # here, because these read their files with this module
 
-    (tree,) = pack.trees_of([record], form, tokenizer)
+    (tree,) = trees.trees_of([record], form, tokenizer)
     lines = []
     for _, run in groupby(pack.show(tree, tokenizer).split("\n"), key=lambda line: line.split()[2:3]):
         run = list(run)
@@ -290,31 +296,65 @@ def view(record: dict, form: str, tokenizer) -> str:
     return "\n".join(lines)
 
 
+def written(records: Iterator[dict], path: Path) -> Iterator[dict]:
+    """The records, each written on its way; the file is there once all of them have passed."""
+    beside = path.with_name(f".{path.name}.new")
+    with writing(path, beside):
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                for record in records:
+                    file.write(json.dumps(record, default=str) + "\n")
+                    yield record
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data.formats", description=__doc__.splitlines()[0])
-    parser.add_argument("file")
+    parser.add_argument("file", help="a file, a folder of shards, or a pattern in quotes")
     parser.add_argument("--format", metavar="NAME",
                         help=f"the file's format: {', '.join(FORMATS)} (default: its first record tells)")
+    parser.add_argument("--columns", metavar="KEY=NAME", nargs="+", default=[],
+                        help="what the file calls the keys of its format, e.g. prompt=question response=reply")
     parser.add_argument("--out", help="write the good records here, as JSON lines")
     parser.add_argument("--tokenizer", default="data/tiny/base",
                         help="checkpoint whose tokenizer and template show the first record")
     words = arguments(parser)
-    records, report = read(words.file, words.format)
-    records = list(records)
+    for word in words.columns:
+        if not all(word.partition("=")):
+            parser.error(f"argument --columns: '{word}' is not KEY=NAME")
+    found, report = read(words.file, words.format, dict(word.split("=", 1) for word in words.columns))
+    records = (record for record in found if report.format != "messages" or record.get("label") is not False)
+    first = None
+    for record in written(records, Path(words.out)) if words.out else records:
+        first = first or record
     for place, reason in report.rejects:
         print(f"{report.unit} {place}: {reason}")
     print(f"{words.file}: format {report.native or 'unknown'}, {report.read} read, {report.used} used, "
           f"{report.read - report.used} rejected; {report.out} {report.format} records")
     for kind, count in report.kinds.most_common():
         print(f"  {count:6d} {kind}")
-    if words.out:
-        write_text(Path(words.out), "".join(json.dumps(r) + "\n" for r in records))
-    if records:
+    if report.undesirable:
+        print(f"  {report.undesirable:6d} labelled false, as replies not to learn: left out")
+    for warning in report.warnings:
+        print(f"warning: {warning}")
+    if first:
         tokenizer = load_tokenizer(words.tokenizer)
         tokenizer.adopt()
         print(f"\nthe first record, {words.tokenizer}, template {tokenizer.template}")
-        print(view(records[0], report.format, tokenizer))
+        try:
+            print(view(first, report.format, tokenizer))
+        except TemplateError as error:
+            print(f"cannot be shown: {error}")
+    sys.stdout.flush()
+    if not report.used:
+        fail(f"{words.file}: none of its {report.read} records can be used" if report.read else
+             f"{words.file}: is empty, expected one JSON record a line")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # `| head` has seen enough; Python would say so again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

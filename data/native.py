@@ -1,21 +1,33 @@
-"""Readers of the formats data sets are published in: one small function each, which names a record's fields.
+"""Readers of the formats that dialogues, prompts and texts are published in: one small function each, which names a
+record's fields. Preferences: data/preferences.py.
 
 A function takes a record as published and returns it in one of the forms of data/records.py, or yields several, and
 for a part that it leaves out the Reject that says so; data/formats.py checks what comes back as it checks a record of
-that form. An input follows its instruction after a blank line; scores, names and categories travel along. How labels
-make pairs is said in each docstring. tests/native.json holds a record of each.
+that form. An input follows its instruction after a blank line; scores, names and categories travel along.
+tests/native.json holds a record of each.
 
-Sources: the cards and repositories of the data sets; for UltraFeedback's tens, OpenBMB/UltraFeedback issue 8.
+Sources: the cards and repositories of the data sets.
 """
 from __future__ import annotations
 
-import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import combinations
 
-from data.records import Format, Reject, broken, check_number, check_object, check_text, expected, short
+from data.records import (
+    REASONING,
+    Format,
+    Reject,
+    absent,
+    broken,
+    check_object,
+    check_prompt,
+    check_text,
+    expected,
+    flag,
+    role_of,
+    short,
+    transcript,
+)
 
 Parts = Iterator[dict | Reject]
 
@@ -45,15 +57,29 @@ def texts_of(record: dict, key: str) -> list[str]:
 
 def ask(record: dict, instruction: str, more: str) -> str:
     """An instruction and, after a blank line, its input if there is one."""
-    extra = record.get(more)
-    none = extra is None or isinstance(extra, str) and not extra.strip()
-    return text_of(record, instruction) if none else f"{text_of(record, instruction)}\n\n{check_text(extra, more)}"
+    told = text_of(record, instruction)
+    return told if absent(record.get(more)) else f"{told}\n\n{check_text(record[more], more)}"
 
 
-def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:
-    """A pair out of the record's texts under three keys."""
-    texts = [text_of(record, key) for key in (prompt, first, second)]
-    return {"prompt": texts[0], "chosen": texts[2 - first_wins], "rejected": texts[1 + first_wins]}
+ASKED = ("prompt", "question", "query", "instruction", "problem")  # names of what the user says
+ANSWERED = ("response", "answer", "completion", "output", "solution")
+
+
+def one_of(names: tuple[str, ...], record: dict) -> str:
+    """The one of several names that the record uses."""
+    found = [name for name in names if not absent(record.get(name))]
+    if len(found) > 1:
+        raise Reject("two names", f"has '{found[0]}' and '{found[1]}', either of which may be its {names[0]}: "
+                                  f'name the one, e.g. columns.{names[0]}="{found[1]}"')
+    return found[0] if found else names[0]
+
+
+def asked(record: dict) -> str:
+    """What the user says, with what it is about."""
+    if all(absent(record.get(name)) for name in ASKED):
+        return ask(record, "input", "context")
+    key = one_of(ASKED, record)
+    return ask(record | {key: ask(record, key, "input")}, key, "context")
 
 
 def alternate(texts: list) -> list[dict]:
@@ -62,7 +88,12 @@ def alternate(texts: list) -> list[dict]:
 
 
 def answer(prompt: str, reply: str) -> dict:
-    return {"messages": alternate([prompt, reply])}
+    return {"messages": [*check_prompt(prompt), {"role": "assistant", "content": reply}]}
+
+
+def thoughts(record: dict) -> dict:
+    """The record's columns of thoughts before its one reply."""
+    return {key: check_text(record[key], key) for key in REASONING if not absent(record.get(key))}
 
 
 def whole_rounds(turns: list[dict], key: str, more: dict) -> Parts:
@@ -88,15 +119,29 @@ def each(record: dict, key: str, read: Callable[[dict], dict]) -> Parts:
 
 # ----------------------------------------------------------------------- an instruction and its answer
 
-def alpaca(record: dict) -> dict:
-    """instruction, input, output; some copies add system and history, [[question, reply], ...]."""
-    turns = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    for pair in list_of(record, "history") if record.get("history") else []:
+def rounds(record: dict) -> list[dict]:
+    """history, the rounds before an instruction: [[question, reply], ...]."""
+    turns = []
+    for pair in list_of(record, "history") if not absent(record.get("history")) else []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise broken("not a list", f"'history' holds {short(pair)}, expected [question, reply]")
         turns += alternate(pair)
-    turns += alternate([ask(record, "instruction", "input"), text_of(record, "output")])
+    return turns
+
+
+def alpaca(record: dict) -> dict:
+    """instruction, input, output; some copies add system and history."""
+    turns = rounds(record) + alternate([ask(record, "instruction", "input"), text_of(record, "output")])
+    turns[-1] |= thoughts(record)
     return {"messages": turns} | carry(record, "id", "category")
+
+
+def question_answer(record: dict) -> dict:
+    """A question and its answer, each under one of several names, and anything else."""
+    turns = answer(asked(record), text_of(record, one_of(ANSWERED, record)).strip())["messages"]
+    turns[-1] |= thoughts(record)
+    used = (*ASKED, *ANSWERED, *REASONING, "input", "context")
+    return {key: value for key, value in record.items() if key not in used} | {"messages": turns}
 
 
 def self_instruct(record: dict) -> Parts:
@@ -114,16 +159,25 @@ def self_instruct(record: dict) -> Parts:
 
 
 def completion(record: dict) -> dict:
-    """prompt, completion, and anything else."""
-    more = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
-    return answer(text_of(record, "prompt"), text_of(record, "completion").strip()) | more
+    """prompt, completion, each a text or messages, and anything else. What stands in the prompt is not learnt."""
+    more = {key: value for key, value in record.items() if key not in ("prompt", "completion", *REASONING)}
+    reply = record.get("completion")
+    if isinstance(reply, dict | list):
+        reply = [reply] if isinstance(reply, dict) else reply
+    else:
+        reply = [{"role": "assistant", "content": text_of(record, "completion").strip()} | thoughts(record)]
+    before = [m | {"loss": False} if m["role"] == "assistant" else m for m in check_prompt(record.get("prompt"))]
+    return {"messages": [*before, *reply]} | more
+
+
+FINAL = re.compile(r"\n#### *(-?[\d,.]*\d)\s*$")
 
 
 def gsm8k(record: dict) -> dict:
     """question, answer. The calculator's marks <<2*600=1200>> are cut out of the answer, which ends with #### 1,200:
     "final" is that number without commas.
     """
-    end = re.search(r"\n#### *(-?[\d,.]*\d)\s*$", text_of(record, "answer"))
+    end = FINAL.search(text_of(record, "answer"))
     if not end:
         raise broken("no final answer", "'answer' does not end with '#### number'")
     worked = re.sub(r"<<[^<>\n]*>>", "", record["answer"])
@@ -132,19 +186,15 @@ def gsm8k(record: dict) -> dict:
 
 # ----------------------------------------------------------------------------------------- dialogues
 
-SPEAKERS = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys(
-    ["gpt", "chatgpt", "bing", "bard", "assistant"], "assistant")
-
-
-def said(turn, key: str) -> dict:
-    """A ShareGPT turn as a message; another speaker (observation, function_call) keeps its name, which is refused."""
-    speaker = check_object(turn, key).get("from")
-    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    return {"role": role, "content": turn.get("value")}
-
-
-def conversation(record: dict) -> list[dict]:
-    return [said(turn, "conversations") for turn in list_of(record, "conversations")]
+def dialogue(record: dict, key: str) -> list[dict]:
+    """Turns {from, value} or {role, content}, or rounds {input, output}; what else they hold stays with them."""
+    turns = []
+    for turn in list_of(record, key):
+        if check_object(turn, key).get("input") is not None:
+            turns += alternate([turn["input"], turn.get("output")])
+        else:
+            turns.append(turn | {"role": role_of(turn)})
+    return turns
 
 
 def lima_test(record: dict) -> dict:
@@ -177,15 +227,6 @@ def camel(record: dict) -> Parts:
     return whole_rounds(turns, "messages", more)
 
 
-def transcript(value, key: str) -> list[dict]:
-    """Turns of an HH transcript: a speaker is named after a blank line; anywhere else "Human:" is part of the text."""
-    pieces = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", check_text(value, key))
-    if pieces[0].strip() or len(pieces) == 1:
-        raise broken("not a transcript", f"'{key}' begins with {short(value)}, expected a blank line and 'Human:'")
-    turns = zip(pieces[1::2], pieces[2::2], strict=True)
-    return [{"role": "user" if name == "Human" else "assistant", "content": text.strip()} for name, text in turns]
-
-
 def red_team(record: dict) -> Parts:
     """transcript, model_type, num_params, min_harmlessness_score_transcript, tags, task_description, red_team_member_id
     and the rating: how far the attack succeeded by its author's opinion, 0 to 4.
@@ -200,222 +241,9 @@ def kto(record: dict) -> dict:
 
     A dialogue keeps its label; scripts refuse to train on what is labelled false.
     """
-    if not isinstance(record.get("label"), bool):
+    if flag(record.get("label")) is None:
         raise expected("true or false", "label", record.get("label"), "bad label")
     return record if "messages" in record else completion(record)
-
-
-# --------------------------------------------------------------------------------------- preferences
-
-def hh(record: dict) -> dict:
-    """chosen and rejected, each a transcript. Both are split into turns first: all but the last must be equal."""
-    chosen, rejected = (transcript(record.get(side), side) for side in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1]:
-        raise Reject("prompts differ", "'chosen' and 'rejected' differ before their last turn, "
-                                       "expected one prompt: drop the pair")
-    return {"chosen": chosen, "rejected": rejected}
-
-
-def ultrafeedback_binarized(record: dict) -> dict:
-    """UltraFeedback after someone made pairs of it: prompt, chosen and rejected [{role, content}], their scores.
-
-    margin = the difference of score_chosen and score_rejected; ties stay in, with margin 0.
-    """
-    scores = {side: check_number(record.get(side), side, 0, 10) for side in ("score_chosen", "score_rejected")}
-    if scores["score_chosen"] < scores["score_rejected"]:
-        raise broken("scores contradict", "'score_chosen' is below 'score_rejected'")
-    pair = carry(record, "prompt", "chosen", "rejected", "source", id="prompt_id")
-    return pair | {"margin": scores["score_chosen"] - scores["score_rejected"]} | scores
-
-
-def overall_score(completion: dict) -> float:
-    """A completion's score, up to 10. In the first release some 1 became 10; the mean of its aspects' ratings (1 to 5)
-    tells which: 2 or less, and the score is 1; above 4, and it stays; in between nobody knows.
-    """
-    score = completion.get("overall_score")
-    if isinstance(score, str) and re.fullmatch(r"\d{1,2}(\.\d+)?", score):
-        score = float(score)
-    if check_number(score, "overall_score", 0, 10) < 10:
-        return float(score)
-    aspects = completion["annotations"].values() if isinstance(completion.get("annotations"), dict) else ()
-    marks = [str(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, dict)]
-    ratings = [int(mark) for mark in marks if re.fullmatch("[1-5]", mark)]  # "N/A" occurs
-    mean = sum(ratings) / len(ratings) if ratings else float("nan")
-    if mean <= 2 or mean > 4:
-        return 1.0 if mean <= 2 else float(score)
-    raise Reject("score in doubt", f"'overall_score' is 10 with aspects rated {mean:.2f}: it may be a 1 that became 10")
-
-
-def ultrafeedback(record: dict) -> Parts:
-    """instruction, source, completions (four) [{response, overall_score, annotations {aspect: {Rating}}, model, ...}].
-
-    The rule: chosen is the completion with the highest overall score, the first of equals; rejected a random one of
-    those that score lower, with the prompt as seed, so that a record gives the same pair wherever it stands. (Zephyr,
-    Tunstall et al. 2023, arXiv:2310.16944, draws among all others, ties too.) margin = the scores' difference.
-    """
-    def read(reply: dict) -> dict:
-        return reply | {"overall_score": overall_score(reply), "response": text_of(reply, "response")}
-
-    prompt, scored = text_of(record, "instruction"), []
-    for part in each(record, "completions", read):
-        if isinstance(part, Reject):
-            yield part
-        else:
-            scored.append(part)
-    best = max(scored, key=lambda reply: reply["overall_score"], default={})
-    lower = [reply for reply in scored if reply["overall_score"] < best["overall_score"]
-             and reply["response"] != best["response"]]
-    if not lower:
-        raise Reject("tie", "no two usable completions differ in score, which prefers nothing: drop the record")
-    worse = random.Random(prompt).choice(lower)
-    pair = {"prompt": prompt, "chosen": best["response"], "rejected": worse["response"]} | carry(record, "source")
-    for side, reply in (("chosen", best), ("rejected", worse)):
-        pair |= carry(reply, **{f"{key}_{side}": key for key in ("model", "principle", "custom_system_prompt")})
-    high, low = best["overall_score"], worse["overall_score"]
-    yield pair | {"score_chosen": high, "score_rejected": low, "margin": high - low}
-
-
-def shp(record: dict) -> dict:
-    """history, human_ref_A, human_ref_B, score_A, score_B, score_ratio, post_id, domain, labels.
-
-    labels 1: A is preferred, 0: B. The advice of its card is to keep score_ratio >= 2 and five pairs a post.
-    """
-    first = _either(record, "labels", 1, 0)
-    a, b = (check_number(record.get(f"score_{side}"), f"score_{side}", -1e9) for side in "AB")
-    if a != b and (a > b) != first:
-        raise broken("scores contradict", f"'labels' prefers the comment with the lower score ({a:g} and {b:g})")
-    pair = prefer(record, "history", "human_ref_A", "human_ref_B", first) | carry(record, "domain", "score_ratio")
-    return pair | carry(record, id="post_id") | {"score_chosen": max(a, b), "score_rejected": min(a, b)}
-
-
-def _either(record: dict, key: str, first: int, second: int) -> bool:
-    """A label that names one of two replies: whether it is the first."""
-    value = record.get(key)
-    if isinstance(value, bool) or value not in (first, second):
-        raise expected(f"{first} or {second}", key, value, "bad label")
-    return value == first
-
-
-def _to_summarize(info) -> str:
-    info = check_object(info, "info")
-    kind = "article" if "article" in info else "post"
-    title = f"{text_of(info, 'title')}\n\n" if info.get("title") else ""
-    return f"Summarize this {kind}.\n\n{title}{text_of(info, kind)}"
-
-
-def summary_pair(record: dict) -> dict:
-    """info {post or (news) article, title, id, subreddit}, two summaries {text, policy}, choice, worker, split, extra.
-
-    Learning to summarize: choice is the better one's index, extra.confidence 1 to 9.
-    """
-    prompt, sides = _to_summarize(record.get("info")), list_of(record, "summaries")
-    if len(sides) != 2:
-        raise broken("not a pair", f"'summaries' holds {len(sides)}, expected 2")
-    first = _either(record, "choice", 0, 1)
-    texts = [text_of(check_object(side, "summaries"), "text").strip() for side in sides]
-    pair = {"prompt": prompt, "chosen": texts[not first], "rejected": texts[first], "category": "summarize"}
-    pair |= carry(record, "split", annotator="worker") | carry(record["info"], "id", "subreddit")
-    pair |= carry(sides[not first], policy_chosen="policy") | carry(sides[first], policy_rejected="policy")
-    return pair | (carry(record["extra"], "confidence") if isinstance(record.get("extra"), dict) else {})
-
-
-def summary_rating(record: dict) -> dict:
-    """info as above, summary {text, policy, axes {overall, accuracy ...: 1 to 7}}, worker, split."""
-    summary = check_object(record.get("summary"), "summary")
-    dialogue = answer(_to_summarize(record.get("info")), text_of(summary, "text").strip()) | {"category": "summarize"}
-    more = carry(summary, "policy", scores="axes") | carry(record, "split", annotator="worker")
-    return dialogue | more | carry(record["info"], "id")
-
-
-def oasst(record: dict) -> Parts:
-    """message_tree_id, tree_state, prompt: a message {text, role, rank, lang, review_result, deleted, replies [...]}.
-
-    Every pair of ranked replies to one user turn, at any depth, the better rank (0 is best) chosen. What is deleted or
-    failed its review is left out with everything below it. A reply without a rank beside others is left out alone.
-    """
-    if record.get("tree_state", "ready_for_export") != "ready_for_export":
-        raise expected("ready_for_export", "tree_state", record["tree_state"], "unfinished tree")
-    found = False
-    below = [([], [record.get("prompt")], "")]  # the dialogue so far, messages that go on from it, where they are
-    while below:
-        history, messages, where = below.pop()
-        ranked, goes_on, role = [], [], ("prompter", "assistant")[len(history) % 2]
-        for i, message in enumerate(messages):
-            place = f"{where}.replies[{i}]" if where else "prompt"
-            try:
-                turn, rank, replies = _oasst_message(message, role)
-                if rank is not None:
-                    ranked.append((rank, i, turn["content"], place))
-                elif role == "assistant" and len(messages) > 1:
-                    yield Reject("unranked", "has no rank beside other replies, makes no pair", place)
-                goes_on.append(([*history, turn], replies, place))
-            except Reject as reason:
-                yield reason.at(place)
-        below += reversed(goes_on)
-        for (rank, _, better, _), (lower, _, worse, place) in combinations(sorted(ranked), 2):
-            if rank == lower or better == worse:
-                fault = "shares its rank" if rank == lower else "is the same text as a better one"
-                yield Reject("tie", f"{fault}, makes no pair", place)
-            else:
-                found = True
-                yield {"prompt": history, "chosen": better, "rejected": worse, "rank_chosen": rank,
-                       "rank_rejected": lower} | carry(record["prompt"], "lang") | carry(record, id="message_tree_id")
-    if not found:
-        yield Reject("no pair", "no user turn has two ranked replies: drop the tree")
-
-
-def _oasst_message(message, role: str) -> tuple[dict, int | None, list]:
-    """A message as a turn, its rank, and the replies to it."""
-    if check_object(message, "message").get("deleted") or message.get("review_result", True) is not True:
-        raise Reject("failed review", "is deleted or failed its review, left out with what follows it")
-    if message.get("role") != role:
-        kind = short(message.get("role"))
-        raise Reject("roles", f"has role {kind} where {role} is due, left out with what follows it")
-    rank, replies = message.get("rank"), message.get("replies") or []
-    if rank is not None:
-        check_number(rank, "rank", 0)
-    if not isinstance(replies, list):
-        raise expected("a list of messages", "replies", replies, "not a list")
-    turn = {"role": "user" if role == "prompter" else "assistant", "content": text_of(message, "text")}
-    return turn, rank if role == "assistant" else None, replies
-
-
-# ------------------------------------------------------------------------ verdicts of raters and judges
-
-def pandalm(record: dict) -> dict:
-    """instruction, input, response1, response2, annotator1 and so on, idx, cmp_key (the models), motivation_app.
-
-    0 tie, 1 first, 2 second. The rule: chosen is the response that most of the annotators prefer; without a majority
-    the record is a tie. Some responses stand there as JSON true, which is the text "True".
-    """
-    votes = [record[key] for key in sorted(record) if key.startswith("annotator")]
-    for vote in votes:
-        if isinstance(vote, bool) or vote not in (0, 1, 2):
-            raise broken("bad label", f"an annotator says {short(vote)}, expected 0, 1 or 2")
-    winner, count = Counter(votes).most_common(1)[0] if votes else (0, 0)
-    if winner == 0 or 2 * count <= len(votes):
-        raise Reject("tie", f"annotators say {short(votes)}, most of them for neither: drop the record")
-    words = {key: str(record[key]) for key in ("response1", "response2") if isinstance(record.get(key), bool)}
-    pair = prefer(record | words, "instruction", "response1", "response2", winner == 1)
-    more = carry(record, "motivation_app", id="idx", models="cmp_key")
-    return pair | {"prompt": ask(record, "instruction", "input"), "votes": votes} | more
-
-
-def alpaca_eval(record: dict) -> dict:
-    """instruction, output_1, output_2, generator_1, generator_2, preference, annotator, dataset.
-
-    preference: 1 or 2, 0 a tie, null where the judge failed; weighted judges give any number from 1 to 2, 1.5 a tie.
-    """
-    verdict = record.get("preference")
-    if verdict is None:
-        raise Reject("no verdict", "'preference' is null, the judge gave no verdict: drop the record")
-    verdict = check_number(verdict, "preference", 0, 2)
-    if 0 < verdict < 1:
-        raise broken("bad number", f"'preference' is {verdict:g}, expected 0 or a number from 1 to 2")
-    if verdict in (0, 1.5):
-        raise Reject("tie", "'preference' is a tie: drop the record")
-    pair = prefer(record, "instruction", "output_1", "output_2", verdict < 1.5)
-    return pair | carry(record, "preference", "annotator", "dataset", "generator_1", "generator_2")
 
 
 # ------------------------------------------------------------------- prompts of benchmarks, never to train on
@@ -457,56 +285,55 @@ def truthfulqa(record: dict) -> dict:
 # ------------------------------------------------------------------------------------- how to recognise them
 
 TEXTS, ONE, OBJECTS = [str, str], (str,), [dict]  # at least two texts, exactly one text, objects
-SCORED = {"chosen": OBJECTS, "rejected": OBJECTS, "score_chosen": object, "score_rejected": object}
 
-# Formats that one expression reads: form of the records that come out, reader, the shape that a record has.
-SIMPLE = {
-    # Marks of references such as [12] stay in the contexts.
-    "dolly": ("messages", lambda r: answer(ask(r, "instruction", "context"), text_of(r, "response")) |
-              carry(r, "category"), {"instruction": str, "context": str, "response": str}),
-    "prediction": ("messages", lambda r: answer(ask(r, "instruction", "input"), text_of(r, "response").strip()) |
-                   carry(r, "target"), {"prompt": str, "instruction": str, "response": str, "target": str}),
-    "tldr_sample": ("messages", lambda r: answer(text_of(r, "context"), text_of(r, "sample").strip()) |
-                    carry(r, "ref_text", model="model_type"), {"context": str, "ref_text": str, "sample": str}),
-    "sharegpt": ("messages", lambda r: whole_rounds(conversation(r), "conversations", carry(r, "id", "category")),
-                 {"conversations": OBJECTS}),
-    "ultrachat": ("messages", lambda r: whole_rounds(alternate(list_of(r, "data")), "data", carry(r, "id")),
-                  {"data": TEXTS}),
-    "lima": ("messages", lambda r: whole_rounds(alternate(list_of(r, "conversations")), "conversations",
-                                                carry(r, "source")), {"conversations": TEXTS}),
-    "sharegpt_preference": ("preference", lambda r: {"prompt": conversation(r)} |
-                            {side: [said(r.get(side), side)] for side in ("chosen", "rejected")} |
-                            carry(r, "id", "category"), {"conversations": OBJECTS, "chosen": dict, "rejected": dict}),
-    "llmbar": ("preference", lambda r: prefer(r, "input", "output_1", "output_2", _either(r, "label", 1, 2)),
-               {"input": str, "output_1": str, "output_2": str, "label": int}),
-    "judge_prompt": ("text", lambda r: {"text": text_of(r, "prompt_template")} |
-                     carry(r, "name", "type", "system_prompt", "category", "output_format"),
-                     {"name": str, "prompt_template": str}),
-    "ultra_eval": ("prompt", lambda r: {"prompt": text_of(r, "data"), "category": text_of(r, "class").strip()},
-                   {"class": str, "data": str}),
-}
-# The others: form, reader, and one or more shapes.
-NATIVE = {read.__name__: Format(form, read, shapes) for form, read, *shapes in (
-    ("messages", alpaca, {"instruction": str, "output": str}, {"instruction": str, "output": str, "text": str}),
+
+def is_flag(value) -> bool:
+    return flag(value) is not None
+
+
+def is_worked(value) -> bool:
+    return isinstance(value, str) and FINAL.search(value) is not None
+
+
+def formats(*rows: tuple) -> dict[str, Format]:
+    """Formats by name: that of the reader, or in front of one that is an expression."""
+    named = [row if isinstance(row[0], str) and callable(row[2]) else (row[1].__name__, *row) for row in rows]
+    return {name: Format(form, read, shapes) for name, form, read, *shapes in named}
+
+
+# Perhaps a name, the form of the records that come out, their reader, and the shapes that a record may have.
+NATIVE = formats(
+    ("messages", alpaca, {"instruction": str, "output": str}),
+    ("messages", question_answer, *({name: str, reply: str} for name in (*ASKED, "input") for reply in ANSWERED)),
     ("messages", self_instruct, {"instruction": str, "instances": OBJECTS}),
-    ("messages", completion, {"prompt": str, "completion": str}),
-    ("messages", gsm8k, {"question": str, "answer": str}),
-    ("prompt", lima_test, {"conversations": ONE}),
+    ("messages", completion, {"prompt": object, "completion": object}),
+    ("messages", gsm8k, {"question": str, "answer": is_worked}),
+    # Marks of references such as [12] stay in the contexts.
+    ("dolly", "messages", lambda r: answer(ask(r, "instruction", "context"), text_of(r, "response")) |
+     carry(r, "category"), {"instruction": str, "context": str, "response": str}),
+    ("prediction", "messages", lambda r: answer(ask(r, "instruction", "input"), text_of(r, "response").strip()) |
+     carry(r, "target"), {"prompt": str, "instruction": str, "response": str, "target": str}),
+    ("tldr_sample", "messages", lambda r: answer(text_of(r, "context"), text_of(r, "sample").strip()) |
+     carry(r, "ref_text", model="model_type"), {"context": str, "ref_text": str, "sample": str}),
+    ("sharegpt", "messages", lambda r: whole_rounds(dialogue(r, "conversations"), "conversations",
+                                                    carry(r, "id", "category")), {"conversations": OBJECTS}),
+    ("capybara", "messages", lambda r: whole_rounds(dialogue(r, "conversation"), "conversation",
+                                                    carry(r, "id", "source", "category")), {"conversation": OBJECTS}),
+    ("ultrachat", "messages", lambda r: whole_rounds(alternate(list_of(r, "data")), "data", carry(r, "id")),
+     {"data": TEXTS}),
+    ("lima", "messages", lambda r: whole_rounds(alternate(list_of(r, "conversations")), "conversations",
+                                                carry(r, "source")), {"conversations": TEXTS}),
     ("messages", camel, {"role_1": str, "role_2": str, "message_1": dict}),
     ("messages", red_team, {"transcript": str, "model_type": str, "rating": object}),
-    ("messages", kto, {"messages": OBJECTS, "label": bool}, {"prompt": str, "completion": str, "label": bool}),
-    ("preference", hh, {"chosen": str, "rejected": str}),
-    ("preference", ultrafeedback, {"instruction": str, "completions": OBJECTS}),
-    ("preference", ultrafeedback_binarized, SCORED, SCORED | {"prompt": str}, SCORED | {"messages": OBJECTS},
-     SCORED | {"prompt": str, "messages": OBJECTS}),
-    ("preference", shp, {"history": str, "human_ref_A": str, "human_ref_B": str, "labels": int}),
-    ("preference", summary_pair, {"info": dict, "summaries": OBJECTS, "choice": int}),
-    ("messages", summary_rating, {"info": dict, "summary": dict}),
-    ("preference", oasst, {"message_tree_id": str, "prompt": dict}),
-    ("preference", pandalm, {"instruction": str, "response1": object, "response2": object, "annotator1": object}),
-    ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str, "preference": object}),
+    ("messages", kto, {"messages": OBJECTS, "label": is_flag},
+     {"prompt": object, "completion": object, "label": is_flag}),
+    ("prompt", lima_test, {"conversations": ONE}),
     ("prompt", mt_bench, {"question_id": object, "turns": [str]}),
-    ("text", reference, {"question_id": object, "choices": OBJECTS}),
+    ("ultra_eval", "prompt", lambda r: {"prompt": text_of(r, "data"), "category": text_of(r, "class").strip()},
+     {"class": str, "data": str}),
     ("prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),
-    ("prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}))}
-NATIVE |= {name: Format(form, read, [shape]) for name, (form, read, shape) in SIMPLE.items()}
+    ("prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}),
+    ("text", reference, {"question_id": object, "choices": OBJECTS}),
+    ("judge_prompt", "text", lambda r: {"text": text_of(r, "prompt_template")} |
+     carry(r, "name", "type", "system_prompt", "category", "output_format"), {"name": str, "prompt_template": str}),
+)

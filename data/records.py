@@ -2,11 +2,13 @@
 
     messages     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     preference   {"prompt": [messages] or "text", "chosen": "text" or [messages], "rejected": ..., "margin": 1-4}
-    ranking      {"prompt": as above, "answers": ["text", ...], "ranks": [0, 2, 1, ...]}   0 is best, equal ranks tie
+    ranking      {"prompt": as above, "answers": ["text", ...], "ranks": [0, 2, 1, ...]}   least is best, equal ones tie
     prompt       {"prompt": as above}                      to sample replies to
     text         {"text": "..."}
 
-Other keys (id, category, annotator, scores ...) travel along.
+A message may also hold "reasoning_content", the thoughts before a reply, and "loss": false, a reply that is context
+and not learnt. A `system` or `system_prompt` column opens the dialogue. null is as if the key were not there. Other
+keys (id, category, annotator, scores ...) travel along.
 """
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ class Format(NamedTuple):
 
 def short(value) -> str:
     """A value as a message can hold it: its JSON up to 40 characters, whatever bytes it is made of."""
-    return json.dumps(value)[:40]
+    return json.dumps(value, default=str)[:40]
 
 
 def broken(kind: str, fault: str) -> Reject:
@@ -72,12 +74,78 @@ def check_object(value, key: str) -> dict:
     return value
 
 
+def absent(value) -> bool:
+    """Is this what a file writes where it has nothing to say?"""
+    return value is None or value in ({}, []) or isinstance(value, str) and value.strip() in ("", "[]", "{}")
+
+
+FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def flag(value) -> bool | None:
+    """true or false as JSON, CSV and data frames write them; None for anything else."""
+    return None if value is None else FLAGS.get(str(value).strip().lower())
+
+
+# ------------------------------------------------------------------------------------------ messages
+
+SPEAKERS = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys(
+    ["gpt", "chatgpt", "bing", "bard", "assistant"], "assistant")
+TOOL_ROLES = ("tool", "function", "ipython", "function_call", "tool_call", "observation")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+NOT_LEARNT = ("weight", "train", "loss", "training_detail")  # keys that may say so, of a reply or of a record
+
+
+def role_of(message: dict):
+    """Who speaks, by this project's names; another speaker keeps the file's."""
+    role = message.get("from") if message.get("role") is None else message["role"]
+    return SPEAKERS.get(role.lower(), role) if isinstance(role, str) else role
+
+
+def check_content(value, key: str) -> str:
+    """A content's text; parts of text are joined, as templates do."""
+    if not isinstance(value, list) or not value:
+        return check_text(value, key)
+    texts = []
+    for part in value:
+        kind = part.get("type") or "text" if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise broken("not text", f"'{key}' holds a part of kind {short(kind)}, expected text alone")
+        texts.append(part["text"])
+    return check_text("".join(texts), key)
+
+
+def check_message(value: dict, key: str) -> dict:
+    """A turn {role, content}, or ShareGPT's {from, value}, with the thoughts before it and whether it is learnt."""
+    role, content = role_of(value), value.get("value") if value.get("content") is None else value["content"]
+    called = [f"'{name}'" for name in ("tool_calls", "function_call") if not absent(value.get(name))]
+    called += [f"role {role!r}"] * (role in TOOL_ROLES)
+    if called:
+        raise Reject("tool call", f"'{key}' has {called[0]}, and tool calls cannot be learnt here: drop the record")
+    if role == "system" and absent(content):
+        return {"role": role, "content": ""}
+    message = {"role": role, "content": check_content(content, f"{key}.content")}
+    for name in REASONING:
+        if absent(value.get(name)):
+            continue
+        thoughts = check_text(value[name], f"{key}.{name}")
+        if role != "assistant" or message.setdefault("reasoning_content", thoughts) != thoughts:
+            raise broken("reasoning", f"'{key}.{name}' differs from other thoughts of its turn, or is not a reply's")
+    for name in NOT_LEARNT:
+        learnt = flag(value.get(name))
+        if learnt is None and value.get(name) is not None:
+            raise expected("true or false, 1 or 0", f"{key}.{name}", value[name], "bad weight")
+        if learnt is False and role == "assistant":
+            message["loss"] = False
+    return message
+
+
 def check_messages(value, key: str) -> list[dict]:
-    """A dialogue: perhaps a system text, then user and assistant in turn."""
+    """A dialogue: perhaps a system text, which is put first, then user and assistant in turn."""
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise expected("a list of messages", key, value, "not messages")
-    messages = [{"role": m.get("role"), "content": check_text(m.get("content"), f"{key}.content")} for m in value]
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    messages = [check_message(m, key) for m in value]
+    turns = [m for m in messages if m["role"] != "system"]
     for i, m in enumerate(turns):
         due = ("user", "assistant")[i % 2]
         if m["role"] != due:
@@ -85,59 +153,142 @@ def check_messages(value, key: str) -> list[dict]:
             raise broken("roles", f"'{key}' has role {said} where {due} is due: roles alternate, user first")
     if not turns:
         raise broken("roles", f"'{key}' has no user turn")
-    return messages
+    return under(messages, {})
+
+
+SYSTEM = ("system", "system_prompt")
+
+
+def under(messages: list[dict], record: dict) -> list[dict]:
+    """The messages under their system text, or the record's column of that name."""
+    texts = [m["content"] for m in messages if m["role"] == "system"]
+    texts += [check_text(record[key], key) for key in SYSTEM if not absent(record.get(key))]
+    texts = list(dict.fromkeys(text for text in texts if text))
+    if len(texts) > 1:
+        raise broken("two system texts", f"has two system texts, {short(texts[0])} and {short(texts[1])}, expected one")
+    return [{"role": "system", "content": text} for text in texts] + [m for m in messages if m["role"] != "system"]
+
+
+# HH's way to write a dialogue in one text; as a prompt it often ends with the name of who is to speak.
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):|Human:.*\n\nAssistant:\s*\Z", re.DOTALL)
+
+
+def transcript(value, key: str) -> list[dict]:
+    """Turns of an HH transcript: a speaker is named after a blank line; anywhere else "Human:" is part of the text."""
+    pieces = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", check_text(value, key))
+    if pieces[0].strip() or len(pieces) == 1:
+        raise broken("not a transcript", f"'{key}' begins with {short(value)}, expected a blank line and 'Human:'")
+    turns = zip(pieces[1::2], pieces[2::2], strict=True)
+    return [{"role": "user" if name == "Human" else "assistant", "content": text.strip()} for name, text in turns]
 
 
 def check_prompt(value, key: str = "prompt") -> list[dict]:
-    """A text is one user turn; messages end with one."""
+    """A text is one user turn, or an HH transcript of several; messages end with one. Nothing of it is learnt."""
+    if isinstance(value, str) and TRANSCRIPT.match(value):
+        value = transcript(value, key)
+        value = value if value[-1]["content"] else value[:-1]
     text = isinstance(value, str)
-    prompt = [{"role": "user", "content": check_text(value, key)}] if text else check_messages(value, key)
+    turns = [value] if isinstance(value, dict) else value
+    prompt = [{"role": "user", "content": check_text(value, key)}] if text else check_messages(turns, key)
     if prompt[-1]["role"] != "user":
         raise broken("roles", f"'{key}' ends with a reply, expected a user turn")
-    return prompt
+    return [{name: m[name] for name in m if name != "loss"} for m in prompt]
+
+
+def without_thoughts(messages: list[dict], key: str) -> list[dict]:
+    """Roles and contents of a preference's messages: it compares replies, not the thoughts before them."""
+    if any("reasoning_content" in m for m in messages):
+        raise broken("reasoning", f"'{key}' holds 'reasoning_content', which a pair cannot: move it into the content")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
 # ------------------------------------------------------------------------------------------- forms
 
+UNREAD = ("tools", "functions", "images", "videos", "audios")
+
+
+def check_columns(record: dict, form: str) -> dict:
+    """Columns that mean the same in every layout: refuses what cannot be learnt, returns those that forms know."""
+    for key in UNREAD if form != "text" else ():
+        if not absent(record.get(key)):
+            raise Reject(key, f"has '{key}', which cannot be learnt here: drop the record, or this key of it")
+    for key in NOT_LEARNT if form != "prompt" else ():
+        learnt = flag(record.get(key))
+        if key == "weight" and learnt is None and not absent(record.get(key)):
+            raise expected("1 or 0", key, record[key], "bad weight")
+        if learnt is False:
+            raise Reject("not learnt", f"'{key}' is {short(record[key])}, so it is not to be learnt: drop the record")
+    known = {"messages": (*SYSTEM, "label", "kto_tag"), "text": ()}.get(form, SYSTEM)
+    return {key: record[key] for key in known if key in record}
+
+
+def strip(record: dict, *keys: str) -> dict:
+    return {key: value for key, value in record.items() if key not in keys}
+
+
 def read_messages(record: dict) -> dict:
-    messages = check_messages(record.get("messages"), "messages")
+    """A label that says true or false becomes one; what is labelled false is not to be learnt."""
+    messages = under(check_messages(record.get("messages"), "messages"), record)
     if messages[-1]["role"] != "assistant":
         raise Reject("no reply", "'messages' ends with a user turn, expected a reply: cut the turn or add the reply")
-    return record | {"messages": messages}
+    if all(m.get("loss") is False for m in messages if m["role"] == "assistant"):
+        raise Reject("not learnt", "'messages' has no reply that is to be learnt: drop the record")
+    label = record.get("label") if absent(record.get("kto_tag")) else record["kto_tag"]
+    if not absent(record.get("kto_tag")) and flag(label) is None:
+        raise expected("true or false", "kto_tag", label, "bad label")
+    record = strip(record, *SYSTEM, "kto_tag") | {"messages": messages}
+    return record if flag(label) is None else record | {"label": flag(label)}
 
 
 def read_preference(record: dict) -> dict:
-    """prompt becomes messages that end with the user; chosen and rejected become the texts of the reply."""
-    sides = {side: _side(record.get(side), side) for side in ("chosen", "rejected")}
-    prompts = [before for before, _ in sides.values() if before]
+    """prompt becomes messages that end with the user; chosen and rejected become the texts of the reply.
+
+    Without a prompt it is what precedes the reply in chosen and rejected, or messages, perhaps up to the chosen reply.
+    """
     prompt = record.get("prompt")
+    marked = isinstance(prompt, str) and TRANSCRIPT.match(prompt)
+    sides = {side: _side(record.get(side), side, marked) for side in ("chosen", "rejected")}
+    chosen, rejected = sides["chosen"][1], sides["rejected"][1]
+    prompts = [before for before, _ in sides.values() if before]
+    if prompt is None and not prompts and record.get("messages") is not None:
+        prompt = check_messages(record["messages"], "messages")
+        ends_with_chosen = prompt[-1]["role"] == "assistant" and prompt[-1]["content"] == chosen
+        prompt = prompt[:-1] if ends_with_chosen else prompt
     if prompt is not None or not prompts:
-        prompts.append(check_prompt(prompt))
+        prompts.append(without_thoughts(check_prompt(prompt), "prompt"))
     # A prompt given as text is only the first user turn of a dialogue given in full.
     if isinstance(prompt, str) and len(prompts) > 1 and prompts[-1][0] in prompts[0]:
         prompts.pop()
     if any(other != prompts[0] for other in prompts):
         raise broken("prompts differ", "'prompt', 'chosen' and 'rejected' disagree on what precedes the reply")
-    chosen, rejected = sides["chosen"][1], sides["rejected"][1]
     if chosen == rejected:
         raise Reject("identical", "'chosen' equals 'rejected', which prefers nothing: drop the pair")
     if record.get("margin") is not None:
         check_number(record["margin"], "margin", 0)
-    return record | {"prompt": check_prompt(prompts[0]), "chosen": chosen, "rejected": rejected}
+    prompt = under(check_prompt(prompts[0]), record)
+    return strip(record, *SYSTEM, "messages") | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _side(value, side: str) -> tuple[list[dict], str]:
+def _side(value, side: str, marked: bool) -> tuple[list[dict], str]:
     """What precedes a reply, and its text: given as text, as one assistant message, or as the whole dialogue."""
+    if marked and isinstance(value, str):
+        whole = transcript(value, side) if TRANSCRIPT.match(value) else []
+        value = whole or value.strip()
+    value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
         return [], check_text(value, side)
-    alone = len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant"
-    messages = value if alone else check_messages(value, side)
+    alone = len(value) == 1 and isinstance(value[0], dict) and role_of(value[0]) == "assistant"
+    messages = [check_message(value[0], side)] if alone else check_messages(value, side)
     if messages[-1]["role"] != "assistant":
         raise broken("no reply", f"'{side}' ends with a user turn, expected a reply")
-    return messages[:-1], check_text(messages[-1].get("content"), side)
+    if messages[-1].get("loss") is False:
+        raise Reject("not learnt", f"'{side}' ends with a reply that is not to be learnt: drop the pair")
+    *before, reply = without_thoughts(messages, side)
+    return before, reply["content"]
 
 
 def read_ranking(record: dict) -> dict:
+    """Ranks are counted from 0, however the file counts them."""
     answers, ranks = record.get("answers"), record.get("ranks")
     if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks):
         raise broken("bad ranks", "'answers' and 'ranks' are not lists of one length, a rank for every answer")
@@ -145,11 +296,14 @@ def read_ranking(record: dict) -> dict:
         raise expected("whole numbers from 0, the best", "ranks", ranks, "bad ranks")
     if len(set(ranks)) < 2:
         raise Reject("tie", "'ranks' are all the same, which prefers nothing: drop the record")
-    return read_prompt(record) | {"answers": [check_text(answer, "answers") for answer in answers]}
+    record = read_prompt(record)
+    without_thoughts(record["prompt"], "prompt")
+    return record | {"answers": [check_text(answer, "answers") for answer in answers],
+                     "ranks": [rank - min(ranks) for rank in ranks]}
 
 
 def read_prompt(record: dict) -> dict:
-    return record | {"prompt": check_prompt(record.get("prompt"))}
+    return strip(record, *SYSTEM) | {"prompt": under(check_prompt(record.get("prompt")), record)}
 
 
 def read_text(record: dict) -> dict:
@@ -157,10 +311,9 @@ def read_text(record: dict) -> dict:
 
 
 FORMS = {form: Format(form, read, shapes) for form, read, *shapes in (
-    ("messages", read_messages, {"messages": list}, {"messages": list, "prompt": object}),
+    ("messages", read_messages, {"messages": list}),
     ("preference", read_preference, {"prompt": object, "chosen": object, "rejected": object},
-     {"chosen": [dict], "rejected": [dict]},
-     {"prompt": object, "chosen": object, "rejected": object, "messages": list}),
+     {"chosen": [dict], "rejected": [dict]}, {"messages": list, "chosen": object, "rejected": object}),
     ("ranking", read_ranking, {"prompt": object, "answers": list, "ranks": list}),
     ("prompt", read_prompt, {"prompt": object}),
     ("text", read_text, {"text": str}))}
@@ -170,6 +323,13 @@ def check_record(record: dict, form: str) -> dict:
     if not isinstance(record.get("category", ""), str):
         raise expected("text", "category", record["category"], "bad category")
     return FORMS[form].read(record)
+
+
+def prompt_of(record: dict, form: str) -> list[dict]:
+    """What to sample replies to: of a dialogue everything before its last reply."""
+    if form == "text":
+        raise Reject("no prompt", "holds text, which has no prompt")
+    return check_prompt(record["messages"][:-1], "messages") if form == "messages" else record["prompt"]
 
 
 def fault(reply) -> str:

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import permutations
 
 import torch
 from torch import Tensor
 
-from data.pack import Batch, Tree, micro_batches
+from data.pack import Batch, micro_batches
+from data.trees import Tree
 from kernels.logprobs import linear_logprobs
 from model import Transformer
 from runtime import distributed
@@ -33,7 +34,7 @@ def response_scores(model: Transformer, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def all_scores(model: Transformer, trees: list[Tree], micro_tokens: int, device: torch.device,
+def all_scores(model: Transformer, trees: Sequence[Tree], micro_tokens: int, device: torch.device,
                score: Callable[[Transformer, Batch], Tensor] = response_scores) -> list[Tensor]:
     """Scores [responses] of every tree, in the order given; each rank scores its batches, all get the table."""
     counts = [len(tree.responses) for tree in trees]
@@ -43,7 +44,7 @@ def all_scores(model: Transformer, trees: list[Tree], micro_tokens: int, device:
     return list(distributed.all_reduce(table).split(counts))
 
 
-def report(trees: list[Tree], scores: list[Tensor], categories: list[str] | None = None) -> dict:
+def report(trees: Sequence[Tree], scores: list[Tensor], categories: list[str] | None = None) -> dict:
     """How well scores agree with held-out preferences.
 
     accuracy        share of pairs whose chosen reply scores higher (ties miss), also by margin and by category

@@ -10,9 +10,9 @@ import torch
 
 from checkpoints import load_model
 from data.llm import Budget, Reply, Request, Sampling, ask
-from data.pack import tree_from_messages
 from data.scores import all_scores
 from data.tokenizer import load_tokenizer
+from data.trees import trees_from_messages
 from judging.prompts import Question, Verdict, ask_pair, ask_score, read_verdict
 from judging.ratings import outcome
 from judging.tables import describe
@@ -129,13 +129,16 @@ def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tup
     """A reward model's score of every reply, by model and seed, question and turn."""
     tokenizer, model, scores = load_tokenizer(path), load_model(path, dtype=torch.float32, device=device), {}
     for key, replies in answers.said.items():
-        trees = []
-        for question, said in zip(answers.questions, replies, strict=True):
+        trees, scores[key] = [], [[0.0] * len(said) for said in replies]
+        for number, (question, said) in enumerate(zip(answers.questions, replies, strict=True)):
             messages = [m for asked, r in zip(question.turns, said, strict=False)
                         for m in ({"role": "user", "content": asked}, {"role": "assistant", "content": r["text"]})]
-            trees += [tree_from_messages(messages, tokenizer)] if said else []
-        found = iter(all_scores(model, trees, 4096, device))
-        scores[key] = [next(found).tolist() if said else [] for said in replies]
+            for tree in trees_from_messages(messages, tokenizer):
+                tree.record = number
+                trees.append(tree)
+        for tree, found in zip(trees, all_scores(model, trees, 4096, device), strict=True):
+            for response, score in zip(tree.responses, found.tolist(), strict=True):
+                scores[key][tree.record][response.turn - 1] = score
     return scores
 
 

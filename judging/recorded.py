@@ -35,7 +35,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data.formats import Report, stream_values
+from data.files import stream_values
+from data.formats import Report
 from data.records import Reject, check_text
 from judging.prompts import read_verdict
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome

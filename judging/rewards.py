@@ -26,9 +26,9 @@ import torch
 
 from checkpoints import load_model
 from data.formats import read
-from data.pack import tree_from_ranking, truncate
 from data.scores import all_scores, mean_logprobs, response_logprob_sums, response_scores
 from data.tokenizer import adopt_template, load_tokenizer
+from data.trees import tree_from_ranking, truncate
 from judging.ratings import mean_interval, wilson
 from judging.tables import bounded, share_cell
 from runtime import fail

@@ -52,7 +52,11 @@ class Settings:
     threads: int = 0                 # CPU threads; 0: PyTorch's choice
     kernels: Literal["auto", "torch", "triton"] = "auto"  # auto: Triton on a GPU, PyTorch elsewhere
 
+    # What the data calls the keys of its format, data/formats.py; columns.prompt="question" names one.
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+
     out: str = "runs/run"            # folder of the run
+    cache: str = "runs/cache"        # folder that keeps large data files tokenized, for all runs; "": none is kept
     save_every: int = 0              # steps between checkpoints; 0: at the end only
     wandb: Literal["off", "offline", "online"] = "off"
     profile: bool = False            # trace a few steps into the run's folder, and print where their time went
@@ -93,9 +97,13 @@ def load_config(cls: type, doc: str, argv: list[str] | None = None):
         key, equals, text = ("dry_run=true" if word == "--dry-run" else word).partition("=")
         if not equals:
             fail(f"command line: '{word}' is not key=value, expected e.g. lr=1e-4 (or --config FILE, --help)")
+        table, dot, name = key.partition(".")
+        if dot and typing.get_origin(types.get(table)) is dict:  # table.name=text
+            values[table] = values.get(table, {}) | _checked(types, table, {name: text.strip("\"'")}, "command line")
+            continue
         values[key] = _checked(types, key, _parse(types, key, text), "command line")
     for field in dataclasses.fields(cls):
-        if field.name not in values and field.default is dataclasses.MISSING:
+        if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
             fail(f"command line: {field.name} is missing, expected {field.name}=... there or in the --config file")
     return cls(**values)
 
@@ -144,6 +152,10 @@ def _checked(types: dict, key: str, value, place: str):
             choices = " or ".join(repr(x) for x in typing.get_args(wanted))
             fail(f"{place}: {key} is {value!r}, expected {choices}")
         return value
+    if typing.get_origin(wanted) is dict:
+        if not isinstance(value, dict) or not all(key and text and type(text) is str for key, text in value.items()):
+            fail(f"{place}: {key} is {value!r}, expected names such as {key}.prompt=\"question\"")
+        return value
     if wanted is float and type(value) is int:
         return float(value)
     inner = typing.get_args(wanted)
@@ -178,4 +190,10 @@ def arguments(parser: argparse.ArgumentParser, argv: typing.Sequence[str] | None
 def config_toml(config) -> str:
     """The resolved config as a TOML file that load_config reads back to the same values."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
+
+
+def _toml(value) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)

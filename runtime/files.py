@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -57,11 +58,20 @@ def write_text(path: Path, text: str) -> None:
         os.replace(beside, path)
 
 
+def files_of(path: Path) -> list[Path]:
+    """A file; the files of a folder, or of a pattern, by name."""
+    if not path.is_dir():
+        return [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    if (path / "config.json").exists():  # a checkpoint: what lies below it is not read, and may be another one
+        return sorted(path.iterdir())
+    return sorted(file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+
+
 def file_hash(*paths: str | Path) -> str:
-    """sha256 over files, or over the files of a directory by name, as 16 hex digits."""
+    """sha256 over files, folders and patterns, as 16 hex digits."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        for file in files_of(path):
             if file.is_file():
                 digest.update(file.name.encode())
                 with file.open("rb") as stream:

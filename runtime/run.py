@@ -146,9 +146,9 @@ def _check_same(run: Path, out: str, config, hashes: dict[str, str]) -> None:
     except (OSError, ValueError) as error:
         fail(f"{out}: its config.toml or depends_on.json is damaged ({error}): {remedy}")
     new = tomllib.loads(config_toml(config))
-    old = {key if key in new else RENAMED.get(key, key): value for key, value in old.items()}
+    old = {"columns": {}} | {key if key in new else RENAMED.get(key, key): value for key, value in old.items()}
     for key in new:
-        if old.get(key) != new[key] and key not in ("overwrite", "shard", "profile"):  # these change no step
+        if old.get(key) != new[key] and key not in ("overwrite", "shard", "profile", "cache"):  # these change no step
             fail(f"{out}: was begun with {key}={json.dumps(old.get(key))}, not {json.dumps(new[key])}: {remedy}")
     for name, digest in depended.items():
         if hashes.get(name) != digest:

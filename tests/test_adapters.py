@@ -16,9 +16,10 @@ import sft
 from checkpoints import load_model, save_model
 from data.dry_run import plan, plan_of_four
 from data.four_models import load_models
-from data.pack import Response, Tree, pack
+from data.pack import pack
 from data.tiny.world import demonstrate, dialogue
 from data.tokenizer import load_tokenizer
+from data.trees import Response, Tree
 from model import ModelConfig, Transformer, generate, init_weights
 from runtime import memory
 

@@ -162,7 +162,7 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("reward --score", "", ["python reward.py: argument --score: expected one argument"]),
     # data
     ("sft", "data={bad}/none.jsonl", ["none.jsonl: no such file"]),
-    ("sft", "data={bad}/folder", ["folder: no such file"]),
+    ("sft", "data={bad}/folder", ["folder: is a folder without data files"]),
     ("sft", "data={bad}/empty.jsonl", ["empty.jsonl: is empty, expected one JSON record a line"]),
     ("dpo", "data={bad}/blank.jsonl", ["blank.jsonl: is empty"]),
     ("reward", "data={bad}/binary.jsonl", ["binary.jsonl line 1: is not UTF-8 text"]),
@@ -190,7 +190,6 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("reward", "demos={bad}/prompts.jsonl", ["prompts.jsonl: holds prompts without replies"]),
     ("reward", "data={bad}/long_prompt.jsonl max_length=64",
      ["long_prompt.jsonl: every prompt is longer than max_length=64"]),
-    ("ppo", "data={bad}/messages.jsonl", ["messages.jsonl: holds messages records, expected records with a 'prompt'"]),
     ("ppo", "data={bad}/long_prompt.jsonl",
      ["long_prompt.jsonl record 1: the prompt has", "drop it or lower max_tokens"]),
     ("ppo", "data={bad}/text.jsonl", ["text.jsonl: holds text records, expected"]),

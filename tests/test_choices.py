@@ -160,7 +160,7 @@ def test_what_the_user_got_wrong_is_one_line(tmp_path, capsys):
     exits(capsys, lambda: read_exam("arc", file), "25 shots need examples", "shots=0")
     exits(capsys, lambda: read_exam("arc", file, file), "holds 3 examples", "shots=25")
     exits(capsys, lambda: read_exam("arc", file, shots=-1), "shots is -1")
-    exits(capsys, lambda: read_exam("arc", tmp_path / "none.jsonl"), "none.jsonl: cannot be read")
+    exits(capsys, lambda: read_exam("arc", tmp_path / "none.jsonl"), "none.jsonl: no such file")
     exits(capsys, lambda: read_exam("mmlu", file), "holds no question of MMLU", "line 1")
     exits(capsys, lambda: read_exam("truthfulqa", write_jsonl(tmp_path / "t.jsonl", [TRUTH]), shots=5), "expected 0")
 

@@ -9,8 +9,9 @@ import distill
 import sft
 from checkpoints import load_model
 from data.pack import pack
+from data.store import load_trees
 from data.tokenizer import adopt_template, load_tokenizer
-from distill import Config, teacher_logits, with_context
+from distill import Config, teacher_logits
 
 
 def test_the_teachers_kl_by_hand():
@@ -34,9 +35,9 @@ def test_the_teacher_reads_the_same_replies_after_the_context(checkpoint, tmp_pa
     (batch,) = pack(trees, 4096)
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
     own = model.logits(model.hidden(batch.tokens, batch.positions, batch.layout)[batch.predictors])
-    without = teacher_logits(model, batch, with_context(str(path), trees, [], tokenizer))
+    without = teacher_logits(model, batch, load_trees(str(path), tokenizer))
     assert torch.allclose(own, without, atol=1e-5)
-    found = teacher_logits(model, batch, with_context(str(path), trees, said, tokenizer))
+    found = teacher_logits(model, batch, load_trees(str(path), tokenizer, before=said))
     at = 0
     for tree in batch.trees:
         messages = json.loads(path.read_text().splitlines()[tree.record])["messages"]

@@ -23,8 +23,9 @@ from torch.distributed import TCPStore
 
 import runtime
 from checkpoints import load_model, save_model
-from data.pack import Response, Tree, micro_batches, pack
+from data.pack import micro_batches, pack
 from data.tokenizer import load_tokenizer
+from data.trees import Response, Tree
 from model import add_score_head
 from runtime import distributed
 
@@ -237,7 +238,7 @@ def test_ranks_share_every_tree_once_in_as_many_batches_each(world, monkeypatch)
         monkeypatch.setattr(distributed, "world_size", lambda: world)
         for rank in range(world):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            shares.append(micro_batches(trees[:count], 100))
+            shares.append(list(micro_batches(trees[:count], 100)))
         assert len({len(batches) for batches in shares}) == 1
         counted = [batch for batches in shares for batch in batches if batch.weight]
         assert sorted(tree.record for batch in counted for tree in batch.trees) == list(range(count))

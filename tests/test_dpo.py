@@ -11,8 +11,9 @@ from test_pack import paths, random_tree
 
 import dpo
 import runtime
-from data.pack import Response, Tree, pack
+from data.pack import pack
 from data.tiny.world import TASKS, dialogue
+from data.trees import Response, Tree
 from dpo import Config, cdpo_loss, compute_reference, dpo_loss, hinge_loss, ipo_loss, robust_loss, train_step
 
 CPU = torch.device("cpu")
@@ -312,3 +313,37 @@ def test_dialogues_without_pairs_are_one_line(checkpoint, tmp_path, capsys):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"messages": messages}])
     exits(capsys, lambda: dpo.main(config(checkpoint, tmp_path, data=str(data))), "holds no preference pairs")
+
+
+def test_a_cache_of_another_quantisation_is_refused(checkpoint, tmp_path, capsys):
+    """The reference is the policy's own frozen base: in four bits it says something else than in sixteen."""
+    def run(name, **changes):
+        dpo.main(config(checkpoint, tmp_path, ref_cache=str(tmp_path / "cache.safetensors"), lora_rank=4,
+                        out=str(tmp_path / name), **changes))
+
+    run("a")
+    capsys.readouterr()
+    exits(capsys, lambda: run("b", quantize="nf4"), "was computed from another quantize")
+    run("c")
+    assert "written to" not in capsys.readouterr().out
+
+
+def test_a_named_reference_is_whole_whatever_the_policy_is(checkpoint, tmp_path, capsys):
+    """ref_model is loaded without adapters and unquantised: its sums serve both."""
+    for name, quantize in (("a", "none"), ("b", "nf4")):
+        dpo.main(config(checkpoint, tmp_path, ref_cache=str(tmp_path / "cache.safetensors"), lora_rank=4,
+                        ref_model=str(checkpoint), quantize=quantize, out=str(tmp_path / name)))
+    assert capsys.readouterr().out.count("written to") == 1
+
+
+def test_pairs_equal_after_rendering_and_cutting_are_dropped_and_counted(checkpoint, tmp_path, capsys):
+    """The first pair differs only behind max_length; under llama-2, which trims, so does none in white space."""
+    same = "one two three four five " * 20
+    cut = {"prompt": "Count on.", "chosen": same + "end", "rejected": same + "stop"}
+    file = write_jsonl(tmp_path / "cut.jsonl", [cut, {"prompt": "Say hi.", "chosen": "Hi!", "rejected": "Go."}])
+    dpo.main(config(checkpoint, tmp_path, data=str(file), max_length=40))
+    assert "1 dialogues, 1 pairs" in (said := capsys.readouterr().out) and "1 pairs of equal replies" in said
+    assert metrics_of(tmp_path / "run")[0]["pairs"] == 1
+    write_jsonl(file, [{"prompt": "Say hi.", "chosen": "Hi there!", "rejected": "Hi there! "}])
+    exits(capsys, lambda: dpo.main(config(checkpoint, tmp_path, data=str(file), template="llama-2",
+                                          out=str(tmp_path / "b"))), "cut.jsonl: the replies of its pairs are equal")

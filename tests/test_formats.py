@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import BASE, exits, write_jsonl
 
-from data.formats import FORMATS, main, read, recognise, view
-from data.native import NATIVE, overall_score
+from data.formats import FORMATS, PUBLISHED, main, read, recognise, view
+from data.preferences import overall_score
 from data.records import FORMS, Reject
 
 HI = {"role": "user", "content": "Hi"}
@@ -200,7 +200,7 @@ def test_a_broken_line_is_reported_with_its_number_wherever_it_stands(name, data
 ])
 def test_a_broken_item_of_an_array_is_reported_with_its_index(data, kept, said, tmp_path, capsys):
     records, report = read(written(tmp_path / "a.json", data))
-    assert list(records) == kept and report.unit == "index"
+    assert list(records) == kept and (report.unit == "index" or not report.read)
     assert [place for place, _ in report.rejects] == [place for place, _ in said]
     assert all(words in reason for (_, reason), (_, words) in zip(report.rejects, said, strict=True))
     assert report.read == report.used + len(said)
@@ -209,11 +209,11 @@ def test_a_broken_item_of_an_array_is_reported_with_its_index(data, kept, said, 
 
 
 def test_rows_of_a_table_with_fields_too_many_or_too_few_are_reported_with_their_line(tmp_path):
-    # csv takes 131,072 characters a field
+    # csv takes 131,072 characters a field if it is not told to take more
     data = b'text,id\n"on\ne",1\ntwo\nthree,3,4\n\xff,5\n' + b"x" * 200_000 + b',6\nseven,7\n'
     records, report = read(written(tmp_path / "t.csv", data))
-    assert [r["text"] for r in records] == ["on\ne", "seven"]
-    assert [place for place, _ in report.rejects] == [4, 5, 6, 7] and report.kinds == {"not CSV": 3, "not UTF-8": 1}
+    assert [r["text"] for r in records] == ["on\ne", "x" * 200_000, "seven"]
+    assert [place for place, _ in report.rejects] == [4, 5, 6] and report.kinds == {"not CSV": 2, "not UTF-8": 1}
     records, report = read(written(tmp_path / "first.csv", b"text,id\none\ntwo,2\n"))
     assert len(list(records)) == 1 and [place for place, _ in report.rejects] == [2]  # below the header
 
@@ -306,19 +306,27 @@ EXPECTED = {  # what these records become
                      "category": "general"},
     "ultra_eval": {"prompt": dialogue("What is 2 + 2?"), "category": "Math-easy"},
     "multiple_choice": {"prompt": dialogue("Question: Which is a sea?"), "choices": ["Mars", "The Baltic"], "gold": 1},
+    "question_answer": {"messages": dialogue("Name a sea.", "The Baltic."), "id": "q1"},
+    "capybara": {"messages": dialogue("Hi", "Hello!", "Bye", "See you."), "source": "demo"},
+    "triple": {"prompt": [{"role": "system", "content": "Be brief."}, *dialogue("Name a noble gas.")],
+               "chosen": "Neon.", "rejected": "Iron."},
+    "openai_preference": pair("Hi", "Hello!", "Go."),
+    "safe_rlhf": pair("Name a sea.", "The Baltic.", "Mars.", safer_response_id=0),
+    "nectar": {"prompt": dialogue("Hi"), "answers": ["Hello!", "Go.", "Hm."], "ranks": [0, 2, 1],
+               "models": ["m1", "m2", "m3"], "source": ["demo"]},
     "truthfulqa": {"prompt": dialogue("Do bulls hate red?"), "correct": ["No", "They cannot see it"],
                    "incorrect": ["Yes", "All of them do"], "category": "Myths", "type": "Adversarial", "best": "No"},
 }
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_record_of_every_published_format_is_recognised_and_read(name, tmp_path):
     records, report = read(write_jsonl(tmp_path / "d.jsonl", [example(name)]))
     records = list(records)
-    assert (records, report.native, report.format, report.rejects) == ([EXPECTED[name]], name, NATIVE[name].form, [])
+    assert (records, report.native, report.format, report.rejects) == ([EXPECTED[name]], name, PUBLISHED[name].form, [])
     # what was written is read in its form, unchanged
     again, report = read(write_jsonl(tmp_path / "again.jsonl", records))
-    assert list(again) == records and report.native == ("kto" if name == "kto" else NATIVE[name].form)
+    assert list(again) == records and report.native == ("kto" if name == "kto" else PUBLISHED[name].form)
 
 
 def one(tmp_path, name: str, *records: dict):
@@ -490,11 +498,12 @@ def test_ultrafeedback_pairs_the_best_with_a_random_lower_one(tmp_path):
 def test_binarised_scores_that_tie_stay_with_margin_0_and_contradictions_go(tmp_path):
     good = example("ultrafeedback_binarized")
     without = {key: value for key, value in good.items() if key != "prompt"}  # then it is the common start
-    bad = [good | {"score_rejected": 9}, good | {"score_chosen": "8"}, good | {"score_chosen": 11},
-           good | {"prompt": "Ho"}]
-    found, _, report = one(tmp_path, "ultrafeedback_binarized", good | {"score_rejected": 8}, without, *bad)
-    assert [(r["margin"], r["prompt"]) for r in found] == [(0, [HI]), (1.5, [HI])]
-    assert report.kinds == {"scores contradict": 1, "bad number": 2, "prompts differ": 1}
+    bad = [good | {"score_rejected": 9}, good | {"score_chosen": "8"}, good | {"prompt": "Ho"}]
+    other_scales = [good | {"score_chosen": 11}, good | {"score_chosen": -1.5, "score_rejected": -3.25}]
+    good = [good | {"score_rejected": 8}, without, *other_scales]
+    found, _, report = one(tmp_path, "ultrafeedback_binarized", *good, *bad)
+    assert [(r["margin"], r["prompt"]) for r in found] == [(m, [HI]) for m in (0, 1.5, 4.5, 1.75)]
+    assert report.kinds == {"scores contradict": 1, "bad number": 1, "prompts differ": 1}
 
 
 def test_votes_and_verdicts_make_pairs_by_their_stated_rules(tmp_path):
@@ -549,7 +558,7 @@ def test_the_command_shows_the_first_record_with_its_loss_and_counts_by_reason(t
 
 # ----------------------------------------------------------------------------------------------- corruptions
 
-GOOD = {name: example(name) for name in NATIVE} | {
+GOOD = {name: example(name) for name in PUBLISHED} | {
     "messages": {"messages": [HI, HELLO], "category": "chat"},
     "preference": {"prompt": [HI], "chosen": [HI, HELLO], "rejected": "Go", "margin": 2},
     "ranking": {"prompt": "Hi", "answers": ["Hello", "Hm"], "ranks": [0, 1]},

@@ -28,7 +28,8 @@ import runtime
 import sft
 from checkpoints import load_model, save_model
 from data.dry_run import plan
-from data.pack import Response, Tree, pack
+from data.pack import pack
+from data.trees import Response, Tree
 from families import read_config
 from model import Linear, ModelConfig, Transformer, init_weights
 

@@ -6,23 +6,15 @@ import pytest
 import torch
 from conftest import BASE, small_model
 
-from data.pack import (
+from data.pack import collate, main, pack, show, shuffled, step_trees
+from data.tokenizer import load_tokenizer
+from data.trees import (
     CHOSEN,
     REJECTED,
     Response,
     Tree,
-    collate,
-    digest,
-    main,
-    pack,
-    show,
-    shuffled,
-    step_trees,
-    tree_from_messages,
     trees_from_preferences,
-    truncate,
 )
-from data.tokenizer import adopt_template, load_tokenizer
 from kernels.logprobs import linear_logprobs
 
 
@@ -57,6 +49,17 @@ def paths(tree: Tree) -> list[tuple[np.ndarray, int, int]]:
     for r in tree.responses:
         prefix, leaf = (0, tree.trunk) if r.segment == 0 else tree.leaves[r.segment - 1]
         yield np.concatenate([tree.trunk[:prefix], leaf[: r.end]]), prefix + r.start, r.side
+
+
+def rated(turns: int) -> list[dict]:
+    """A dialogue rated at every turn, as the records a rating page writes."""
+    history, records = [], []
+    for i in range(turns):
+        history = [*history, {"role": "user", "content": f"Name {i} fruits."}]
+        records.append({"prompt": history, "chosen": f"Good reply {i}.", "rejected": f"Bad reply {i}, sorry.",
+                        "margin": i + 1})
+        history = [*history, {"role": "assistant", "content": records[-1]["chosen"]}]
+    return records
 
 
 def sums_alone(model, tree: Tree) -> torch.Tensor:
@@ -146,93 +149,6 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     seen = [id(t) for step in range(4) for t in step_trees(trees, 3, step, seed=0)]
     assert sorted(seen) == sorted(map(id, trees))
     assert seen != [id(t) for step in range(4, 8) for t in step_trees(trees, 3, step, seed=0)]
-
-
-# ------------------------------------------------------------------------------------- truncation
-
-def test_truncation_cuts_ends_and_counts_what_it_took():
-    """At 8 tokens: w2 = 7..9 keeps one token, l2 after 7 keeps one.
-
-    At 7 the second pair has nothing left; at 2 neither.
-    """
-    (tree,), counts = truncate([drawn_tree()], 8)
-    spans = [(r.start, r.end, r.cut) for r in tree.responses]
-    assert len(tree.trunk) == 8 and spans == [(2, 5, False), (0, 3, False), (7, 8, True), (0, 1, True)]
-    assert counts == {"trees": 1, "responses_cut": 2, "responses_dropped": 0, "trees_dropped": 0}
-    (tree,), counts = truncate([drawn_tree()], 7)
-    assert len(tree.leaves) == 1 and len(tree.trunk) == 5 and tree.pairs == 1 and counts["responses_dropped"] == 2
-    trees, counts = truncate([drawn_tree()], 2)
-    assert trees == [] and counts["trees_dropped"] == 1
-    assert truncate([drawn_tree()], 10)[0][0].trunk.tolist() == list(range(10))
-
-
-def test_truncated_trees_can_be_packed():
-    rng = random.Random(2)
-    for limit in (3, 6, 11, 17):
-        trees, _ = truncate([random_tree(rng, i) for i in range(30)], limit)
-        for batch in pack(trees, 60):
-            assert batch.positions.max() < limit
-            chosen, rejected = (batch.pair[batch.side == side].tolist() for side in (CHOSEN, REJECTED))
-            assert sorted(chosen) == sorted(rejected)
-
-
-def test_a_cut_reply_has_no_end_of_sequence_and_a_whole_one_has():
-    tokenizer = load_tokenizer(BASE)
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "one two three four five"}]
-    tree = tree_from_messages(messages, tokenizer, "zephyr")
-    end = tree.responses[0].end
-    assert tree.trunk[end - 1] == tokenizer.eos_id
-    (cut,), _ = truncate([tree], end - 1)
-    assert cut.responses[0].cut and tokenizer.eos_id not in cut.trunk[cut.responses[0].start :]
-
-
-# -------------------------------------------------------------------------------- records to trees
-
-def rated(turns: int) -> list[dict]:
-    """A dialogue rated at every turn, as the records a rating page writes."""
-    history, records = [], []
-    for i in range(turns):
-        history = [*history, {"role": "user", "content": f"Name {i} fruits."}]
-        records.append({"prompt": history, "chosen": f"Good reply {i}.", "rejected": f"Bad reply {i}, sorry.",
-                        "margin": i + 1})
-        history = [*history, {"role": "assistant", "content": records[-1]["chosen"]}]
-    return records
-
-
-@pytest.mark.parametrize("template", ["zephyr", "llama-2", "mistral", "chatml", "alpaca", "plain"])
-def test_a_rated_dialogue_becomes_one_tree_in_every_template(template):
-    tokenizer = load_tokenizer(BASE)
-    adopt_template(small_model(vocab_size=tokenizer.vocab_size), tokenizer, template)
-    records = rated(3)
-    unrelated = {"prompt": [{"role": "user", "content": "Name 1 fruits."}], "chosen": "x.", "rejected": "y."}
-    tree, other = trees_from_preferences([records[0], unrelated, *records[1:]], tokenizer, template)
-    assert tree.pairs == 3 and other.pairs == 1 and [r.turn for r in tree.responses] == [1, 1, 2, 2, 3, 3]
-    assert [r.margin for r in tree.responses] == [1, 1, 2, 2, 3, 3]
-    for tokens, begin, side in paths(tree):
-        said = tokenizer.decode(tokens[begin:].tolist()).strip()
-        assert said.startswith("Good" if side == CHOSEN else "Bad")
-    separate = [t for record in records for t in trees_from_preferences([record], tokenizer, template)]
-    for (tokens, begin, _), (same, start, _) in zip(paths(tree), [p for t in separate for p in paths(t)], strict=True):
-        assert np.array_equal(tokens, same) and begin == start
-    assert tree.tokens < sum(t.tokens for t in separate)
-
-
-def test_a_turn_without_a_pair_does_not_break_the_tree():
-    """Turn 2 was a tie: turn 3 still goes on from turn 1, in one tree of two pairs, and turn 2 is not trained."""
-    records = rated(3)
-    (tree,) = trees_from_preferences([records[0], records[2]], load_tokenizer(BASE), "zephyr")
-    assert tree.pairs == 2 and [r.turn for r in tree.responses] == [1, 1, 3, 3]
-
-
-def test_the_digest_sees_data_template_and_truncation():
-    tokenizer = load_tokenizer(BASE)
-    records = rated(2)
-    trees = trees_from_preferences(records, tokenizer, "zephyr")
-    assert digest(trees) == digest(trees_from_preferences(records, tokenizer, "zephyr"))
-    assert digest(trees) != digest(trees_from_preferences(records, tokenizer, "plain"))
-    assert digest(trees) != digest(truncate(trees, 20)[0])
-    changed = [records[0], records[1] | {"margin": 4}]
-    assert digest(trees) != digest(trees_from_preferences(changed, tokenizer, "zephyr"))
 
 
 # -------------------------------------------------------------------------------------- the viewer

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import peers_ours, peers_work
 from checkpoints import load_model, save_model
-from data.pack import Response, Tree
+from data.trees import Response, Tree
 
 SHAPE = peers_work.Shape(width=32, layers=2, heads=2, mlp_width=48, vocab=64, longest=48, prompt=8, reply=10, batch=4,
                          micro_tokens=64)

@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,8 @@ from safetensors.torch import load_file
 import ppo
 from checkpoints import load_model, save_model
 from data.four_models import Models
-from data.pack import tree_from_replies
 from data.tokenizer import load_tokenizer
+from data.trees import tree_from_replies
 from data.vocabulary import Added
 from model import Transformer, add_score_head
 from ppo import (
@@ -496,3 +498,42 @@ def test_wrong_roles_and_broken_scores_are_one_line(roles, checkpoint, tmp_path,
     save_model(broken, tmp_path / "nan", load_tokenizer(roles / "reward"))
     exits(capsys, lambda: ppo.main(config(roles, tmp_path, reward_model=str(tmp_path / "nan"))), "not finite")
     assert metrics_of(tmp_path / "run") == []
+
+
+# ----------------------------------------------------------------------------------------- the edges
+
+def test_a_rollout_of_fewer_prompts_than_minibatches_is_not_diluted(roles, tmp_path):
+    """Five prompts, four to a rollout, four minibatches: every second rollout has one prompt and makes one update.
+
+    Divided by four, its ratio was 0.25 and its gradient norm a quarter. With one token to a reply there is nothing
+    whose variance could be explained.
+    """
+    prompts = str(write_jsonl(tmp_path / "p.jsonl", [{"prompt": text} for text in (
+        "Hi", "Bye", "Name a tool.", "Why?", "Sing.")]))
+    for max_tokens in (6, 1):
+        folder = tmp_path / str(max_tokens)
+        ppo.main(config(roles, tmp_path, data=prompts, batch=4, minibatches=4, max_tokens=max_tokens, lr=1e-9,
+                        value_lr=1e-9, out=str(folder)))
+        steps = metrics_of(folder)
+        assert [m["ratio_mean"] for m in steps] == pytest.approx([1.0] * 4, abs=1e-4)
+        assert all(math.isfinite(value) for m in steps for value in m.values())
+        if max_tokens > 1:
+            assert all(m["policy_grad_norm"] > 0.1 * steps[0]["policy_grad_norm"] for m in steps)
+
+
+def test_every_prompt_is_learnt_from_once_an_epoch():
+    for count in (1, 3, 4, 9):
+        parts = list(ppo.minibatches(count, 0, Config(batch=9, minibatches=4, epochs=2)))
+        assert len(parts) == 2 * min(4, count) and all(len(part) for part in parts)
+        half = len(parts) // 2
+        assert all(sorted(np.concatenate(epoch)) == list(range(count)) for epoch in (parts[:half], parts[half:]))
+
+
+def test_replies_that_fill_the_positions_of_any_model_are_one_line(roles, tmp_path, capsys):
+    exits(capsys, lambda: ppo.main(config(roles, tmp_path, max_tokens=256)),
+          "max_tokens is 256, the models have 256 positions")
+    learned = small_model(dtype=torch.float32, rotary=0.0)
+    learned.config = dataclasses.replace(learned.config, max_positions=64)
+    models = Models(small_model(), small_model(), learned, None, small_model())
+    assert ppo.room(models, Config(max_tokens=24)) == 40  # of the reward model's 64
+    assert ppo.room(models._replace(reward_model=small_model()), Config(max_tokens=24)) == 232

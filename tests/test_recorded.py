@@ -388,7 +388,7 @@ def test_rough_csv_files_lose_no_good_row(tmp_path):
     lines = ["1,x,y,model_a", "2,x,y", "3,x,y,tie,more", f"4,{'x' * 200_000},y,tie", '5,"x\n",y,tie', "6,x,y,tie"]
     (tmp_path / "x.csv").write_text(head + "\n".join(lines))
     said = read(tmp_path / "x.csv")
-    assert [g["prompt"] for g in said.games] == ["1", "5", "6"] and [place for place, _ in said.rejects] == [3, 4, 5]
+    assert [g["prompt"] for g in said.games] == ["1", "4", "5", "6"] and [place for place, _ in said.rejects] == [3, 4]
     assert said.read == 6
     (tmp_path / "y.jsonl").write_text("\ufeff" + json.dumps(battle(0, 1)))
     assert len(read(tmp_path / "y.jsonl").games) == 1

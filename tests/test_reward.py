@@ -11,9 +11,10 @@ from test_pack import random_tree
 
 import reward
 from checkpoints import load_model, save_model
-from data.pack import CHOSEN, REJECTED, Response, Tree, collate, pack, tree_from_ranking
+from data.pack import collate, pack
 from data.scores import all_scores
 from data.tokenizer import adopt_template, load_tokenizer
+from data.trees import CHOSEN, REJECTED, Response, Tree, tree_from_ranking
 from model import add_score_head
 from reward import MARGINS, Config, comparisons, pairwise_loss, report, response_scores, train_step
 
@@ -274,3 +275,36 @@ def test_packed_batches_know_where_replies_end():
     assert torch.equal(rows[mask], batch.targets.float()) and torch.equal(mask.sum(1), batch.lengths)
     assert torch.equal(rows[torch.arange(len(mask)), batch.lengths - 1], batch.tokens[batch.ends].float())
     assert torch.equal(response_scores(scored(), batch).isfinite(), torch.ones(len(mask), dtype=torch.bool))
+
+
+# ----------------------------------------------------------------------------------------- the edges
+
+@pytest.mark.parametrize("edge", ["one pair", "one demonstration"])
+def test_one_reply_has_no_standard_deviation_and_leaves_scores_as_they_are(edge, checkpoint, tmp_path):
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    demos = str(write_jsonl(tmp_path / "d.jsonl", [{"messages": said}])) if edge == "one demonstration" else ""
+    data = str(pairs_file(tmp_path / "p.jsonl", 8 if demos else 1))
+    reward.main(config(checkpoint, tmp_path, data=data, demos=demos))
+    told = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert told["score_std"] == 1.0 and math.isfinite(told["score_mean"])
+
+
+def test_demonstrations_that_are_all_too_long_are_one_line_before_the_run(checkpoint, tmp_path, capsys):
+    said = [{"role": "user", "content": "word " * 300}, {"role": "assistant", "content": "Hello!"}]
+    file = write_jsonl(tmp_path / "d.jsonl", [{"messages": said}])
+    exits(capsys, lambda: reward.main(config(checkpoint, tmp_path, demos=str(file), max_length=100)),
+          "d.jsonl: holds no reply within max_length=100")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rankings_that_count_from_1_train_as_those_that_count_from_0(checkpoint, tmp_path):
+    """They were compared the same; the best reply of each, which scores 0 on average, was not found."""
+    found = []
+    for first in (0, 1):
+        made = [{"prompt": f"Name {n} cities.", "answers": ["No.", "Rome.", "Rome and Oslo."],
+                 "ranks": [first + 2, first + 1, first]} for n in range(4)]
+        file, folder = write_jsonl(tmp_path / "r.jsonl", made), tmp_path / str(first)
+        reward.main(config(checkpoint, tmp_path, data=str(file), out=str(folder), epochs=3))
+        told = json.loads((folder / "model" / "config.json").read_text())
+        found.append((metrics_of(folder), told["score_mean"], told["score_std"]))
+    assert found[0] == found[1] and math.isfinite(found[0][1]) and found[0][2] > 0

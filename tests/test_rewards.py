@@ -11,8 +11,8 @@ from conftest import exits, small_model, write_jsonl
 import reward
 from checkpoints import load_model, save_model
 from data.formats import read
-from data.pack import trees_from_preferences
 from data.tokenizer import load_tokenizer
+from data.trees import trees_from_preferences
 from judging import rewards
 from judging.rewards import (
     SECTIONS,

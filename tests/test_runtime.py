@@ -25,6 +25,7 @@ class Config:
     fast: bool = False
     kind: Literal["cosine", "linear"] = "cosine"
     seeds: list[int] = (0,)
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     overwrite: bool = False
 
 
@@ -47,7 +48,23 @@ def test_the_saved_config_reads_back_to_the_same(tmp_path):
     assert load("--config", str(tmp_path / "config.toml")) == config
 
 
+def test_a_table_is_written_in_the_file_or_word_by_word(tmp_path):
+    (tmp_path / "c.toml").write_text('lr = 2\n[columns]\nprompt = "question"\n"a b" = "é"\n')
+    file = ["--config", str(tmp_path / "c.toml")]
+    assert load().columns == {} and load(*file).columns == {"prompt": "question", "a b": "é"}
+    config = load(*file, "columns.prompt=ask", 'columns.system="the system"', "steps=5")
+    assert config == Config(lr=2.0, steps=5, columns={"prompt": "ask", "a b": "é", "system": "the system"})
+    assert load('columns={prompt = "ask"}').columns == {"prompt": "ask"}
+    for again in (dataclasses.replace(config, seeds=[1]), Config(seeds=[1])):
+        (tmp_path / "config.toml").write_text(runtime.config_toml(again))
+        assert load("--config", str(tmp_path / "config.toml")) == again
+
+
 @pytest.mark.parametrize("word, said", [
+    ("columns.prompt=", ["columns is {'prompt': ''}, expected names such as columns.prompt="]),
+    ("columns=[1]", ["columns is [1], expected names"]),
+    ("columns={prompt = 1}", ["columns is {'prompt': 1}, expected names"]),
+    ("column.prompt=a", ["unknown key 'column.prompt'"]),
     ("lrr=1", ["unknown key 'lrr', did you mean 'lr'?"]),
     ("zzz=1", ["unknown key 'zzz', expected one of out, lr"]),
     ("lr=fast", ["lr is 'fast', expected a number such as 0.1"]),
@@ -227,6 +244,18 @@ def test_a_folder_is_continued_with_its_own_config_only(tmp_path, capsys):
     enter(0.2, "b").close()
 
 
+@pytest.mark.parametrize("data", ["data", "data/train-*.jsonl"])
+def test_a_folder_is_continued_with_all_its_shards_only(data, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for i in range(2):
+        (tmp_path / "data" / f"train-{i}.jsonl").write_text(str(i))
+    config = Config(out=str(tmp_path / "run"))
+    for _ in range(2):
+        runtime.open_run(config.out, config, {"data": f"{tmp_path}/{data}"})[1].close()
+    (tmp_path / "data" / "train-1.jsonl").write_text("2")
+    exits(capsys, lambda: runtime.open_run(config.out, config, {"data": f"{tmp_path}/{data}"}), "its data has changed")
+
+
 def test_an_older_name_of_a_key_is_one_line_that_names_the_new_one(tmp_path, capsys):
     """In a config, on the command line; ppo's max_tokens is still a reply's length."""
     import ppo
@@ -250,6 +279,11 @@ def test_a_folder_begun_under_older_names_is_known_again(tmp_path, capsys):
     began.write_text("".join(old.get(line.split(" = ")[0], line.split(" = ")[0]) + " = " + line.split(" = ")[1] + "\n"
                              for line in began.read_text().splitlines()))
     runtime.open_run(config.out, config, {})[1].close()
+    began.write_text(began.read_text().replace("columns = {}\n", ""))  # and before there was this key
+    runtime.open_run(config.out, config, {})[1].close()
+    named = dataclasses.replace(config, columns={"prompt": "ask"})
+    exits(capsys, lambda: runtime.open_run(config.out, named, {}), 'was begun with columns={}, not {"prompt": "ask"}')
+    gc.collect()  # the lock that a refused entry has left open
     other = dataclasses.replace(config, max_grad_norm=2.0)
     exits(capsys, lambda: runtime.open_run(config.out, other, {}), "was begun with max_grad_norm=1.0, not 2.0")
 

@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 import runtime
 import sft
 from checkpoints import load_model
-from data.pack import Response, Tree, pack
+from data.pack import pack
 from data.tiny.world import demonstrate, dialogue
 from data.tokenizer import load_tokenizer
+from data.trees import Response, Tree
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from sft import Config, sft_loss, train_step
+
+STARCODER = FIXTURES / "models" / "gpt_bigcode"
 
 
 def demos(path, count, seed=0):
@@ -245,3 +248,69 @@ def test_a_bad_line_in_the_data_is_one_line(checkpoint, tmp_path, capsys):
     with demos(tmp_path / "sft.jsonl", 5).open("a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")
     exits(capsys, lambda: sft.main(config(checkpoint, tmp_path)), "sft.jsonl line 6: 'messages' ends with a user turn")
+
+
+# ----------------------------------------------------------------------------------------- the edges
+
+def say_it(folder, script):
+    """Eight records whose replies have 1 to 129 words, as pairs with ever shorter rejected ones for dpo.py."""
+    words = [2**k + 1 if k else 1 for k in range(8)]
+    if script == "sft":
+        records = [{"messages": [{"role": "user", "content": f"Say it {n} times"},
+                                 {"role": "assistant", "content": "so " * n}]} for n in words]
+    else:
+        records = [{"prompt": f"Say it {n} times", "chosen": "so " * n, "rejected": "no " * (130 - n)} for n in words]
+    return str(write_jsonl(folder / f"{script}.jsonl", records))
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo"])
+def test_loss_and_gradient_norm_do_not_depend_on_the_micro_batches(script, checkpoint, tmp_path):
+    import dpo
+
+    found, module = [], {"sft": sft, "dpo": dpo}[script]
+    for micro_tokens in (4096, 300, 64, 1):
+        module.main(module.Config(
+            model=str(checkpoint), data=say_it(tmp_path, script), out=str(tmp_path / str(micro_tokens)), batch=8,
+            max_steps=3, warmup_ratio=0.0, lr=1e-3, micro_tokens=micro_tokens, dtype="float32", device="cpu",
+            samples=0))
+        found.append([(m["loss"], m["grad_norm"]) for m in metrics_of(tmp_path / str(micro_tokens))])
+    for other in found[1:]:
+        for (loss, norm), (loss_0, norm_0) in zip(other, found[0], strict=True):
+            assert loss == pytest.approx(loss_0, rel=1e-5) and norm == pytest.approx(norm_0, rel=1e-5)
+
+
+def test_a_prompt_as_long_as_max_length_is_dropped_and_counted(checkpoint, tmp_path, capsys):
+    long = {"messages": [{"role": "user", "content": "word " * 300}, {"role": "assistant", "content": "Hello!"}]}
+    file = demos(tmp_path / "sft.jsonl", 3)
+    with file.open("a") as more:
+        more.write(json.dumps(long) + "\n")
+    sft.main(config(checkpoint, tmp_path, max_length=100))
+    assert "3 dialogues, " in (said := capsys.readouterr().out) and "dropped: 1 responses, 1 dialogues" in said
+    assert all(m["loss"] == m["loss"] for m in metrics_of(tmp_path / "run"))  # no NaN
+    write_jsonl(file, [long])
+    exits(capsys, lambda: sft.main(config(checkpoint, tmp_path, out=str(tmp_path / "b"), max_length=100)),
+          "holds no token to learn within max_length=100")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("script", ["sft", "dpo", "reward", "distill"])
+def test_max_length_beyond_learned_positions_is_one_line(script, dry_run, tmp_path, capsys):
+    """StarCoder's positions are learnt; the small one has 64 of them."""
+    import importlib
+
+    module = importlib.import_module(script)
+    pair = {"prompt": "Hi", "chosen": "Hello! " * 100, "rejected": "No."}
+    file = write_jsonl(tmp_path / "d.jsonl", [pair])
+    for max_length in (65, 2048):
+        exits(capsys, lambda limit=max_length: module.main(module.Config(
+            model=str(STARCODER), data=str(file), out=str(tmp_path / "run"), max_length=limit, device="cpu",
+            dry_run=dry_run)), "max_length", "the model has 64 positions")
+
+
+def test_a_model_of_64_learned_positions_trains_on_all_of_them_and_shows_what_fits(tmp_path, capsys):
+    """Its prompts leave no room for the 64 tokens of a sample: none is shown, and the run ends well."""
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello! " * 100}]
+    file = write_jsonl(tmp_path / "d.jsonl", [{"messages": said}])
+    sft.main(Config(model=str(STARCODER), data=str(file), out=str(tmp_path / "run"), max_length=64, template="plain",
+                    max_steps=1, samples=3, device="cpu", dtype="float32"))
+    assert "1 dialogues, 64 tokens" in capsys.readouterr().out and (tmp_path / "run" / "model").exists()

@@ -198,8 +198,8 @@ def test_collected_pairs_are_readable_preferences_without_grades(checkpoint, tmp
     unrated.
     """
     from data.formats import read
-    from data.pack import trees_from_preferences
     from data.tokenizer import load_tokenizer
+    from data.trees import trees_from_preferences
     from model import Sample
 
     model = shutil.copytree(checkpoint, tmp_path / "model")

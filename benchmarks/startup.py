@@ -1,0 +1,133 @@
+"""How long a run takes to have its data: tokenized at the first start, read from the cache at the next, and its memory.
+
+    python -m benchmarks.startup                                       3,000 and 30,000 dialogues, the tiny vocabulary
+    python -m benchmarks.startup --dialogues 200000 --model MODEL      another size, the tokenizer of any checkpoint
+
+Dialogues are as long as UltraChat's: three or four rounds, about 1,200 tokens. Each measurement is a process of its
+own, so that its memory is that of the data beside what is imported. Resident memory after every tree was read once
+holds the pages of tokens.bin, which ranks share and the system takes back when it needs them.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import sft
+from benchmarks.measure import processor, save
+from data.store import load_trees
+from data.tiny.world import demonstrate, dialogue
+from data.tokenizer import Tokenizer, load_tokenizer
+from runtime import arguments, find_device
+
+OUT = Path(__file__).parent / "results" / "startup.json"
+TOKENS = 1200  # of a dialogue, in the mean
+
+
+def texts(rng: random.Random) -> Iterator[str]:
+    """Sentences of the tiny world, with made-up words between them: real texts hold words no vocabulary has whole."""
+    said = [m["content"] for _ in range(2000) for m in demonstrate(dialogue(rng), rng)]
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er", "in")]
+    while True:
+        yield rng.choice(said)
+        yield " ".join("".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(1)) + "."
+
+
+def messages(parts: Iterator[str], rng: random.Random, characters: float) -> list[dict]:
+    """A dialogue of three or four rounds, each a short question and a long reply, of so many characters in the mean."""
+    made = []
+    for _ in range(rng.choice((3, 4))):
+        for role, share in (("user", 0.2), ("assistant", 0.8)):
+            text, size = next(parts), characters / 3.5 * share * rng.uniform(0.2, 1.8)
+            while len(text) < size:
+                text += " " + next(parts)
+            made.append({"role": role, "content": text})
+    return made
+
+
+def write_dialogues(path: Path, count: int, tokenizer: Tokenizer) -> None:
+    """`count` dialogues that have about TOKENS tokens each under this tokenizer."""
+    rng = random.Random(0)
+    parts, characters = texts(rng), 4.0 * TOKENS
+    for _ in range(3):  # a vocabulary decides how many characters that is
+        found = sum(len(tokenizer.render(messages(parts, rng, characters))[0]) for _ in range(200)) / 200
+        characters *= TOKENS / found
+    with path.open("w") as file:
+        for _ in range(count):
+            file.write(json.dumps({"messages": messages(parts, rng, characters)}) + "\n")
+
+
+def resident() -> dict[str, float]:
+    """MiB of this process: all that is resident, and of it what is not a page of a file."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if "kB" in line)
+    return {name: int(lines[key].split()[0]) / 1024 for name, key in (("all", "VmRSS"), ("anonymous", "RssAnon"))}
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the workers it has waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def start(data: str, model: str, cache: str) -> None:
+    """One start of sft.py up to its data; prints what it took."""
+    tokenizer = load_tokenizer(model)
+    tokenizer.adopt(tokenizer.template or "zephyr")
+    before, used, began = resident(), cpu_seconds(), time.perf_counter()
+    trees = load_trees(data, tokenizer, 2048, sft.replies, cache=cache)
+    seconds, used, after = time.perf_counter() - began, cpu_seconds() - used, resident()
+    for _ in trees:
+        pass
+    end = resident()
+    print(json.dumps({"seconds": seconds, "cpu_seconds": used, "tokens": trees.counts["tokens"],
+                      "resident_mib": after["all"] - before["all"],
+                      "resident_after_an_epoch_mib": end["all"] - before["all"],
+                      "anonymous_after_an_epoch_mib": end["anonymous"] - before["anonymous"]}))
+
+
+def measure(count: int, model: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        data, cache = Path(folder) / "data.jsonl", Path(folder) / "cache"
+        tokenizer = load_tokenizer(model)
+        tokenizer.adopt(tokenizer.template or "zephyr")
+        write_dialogues(data, count, tokenizer)
+        command = [sys.executable, "-m", "benchmarks.startup", "--start", str(data), "--model", model,
+                   "--cache", str(cache)]
+        cold, warm = (json.loads(subprocess.run(command, check=True, capture_output=True, text=True)
+                                 .stdout.splitlines()[-1]) for _ in range(2))
+        megabytes = data.stat().st_size / 1e6
+    row = {"dialogues": count, "tokenizer": Path(model).name, "text_mb": megabytes, "tokens": cold["tokens"],
+           "cold_s": cold["seconds"], "cold_cpu_s": cold["cpu_seconds"], "warm_s": warm["seconds"],
+           "cold_resident_mib": cold["resident_mib"]}
+    row |= {key: warm[key] for key in warm if key.endswith("_mib")}
+    print("{dialogues:8,} dialogues  {tokenizer:<10} {tokens:12,} tokens  cold {cold_s:6.1f} s, {cold_cpu_s:6.1f} s of "
+          "CPUs  warm {warm_s:5.2f} s  resident {resident_mib:5.0f} MiB, {resident_after_an_epoch_mib:5.0f} after an "
+          "epoch".format(**row))
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.splitlines()[0])
+    parser.add_argument("--dialogues", type=int, nargs="+", default=[3000, 30000])
+    parser.add_argument("--model", nargs="+", default=["data/tiny/base"], help="checkpoints whose tokenizers to use")
+    parser.add_argument("--out", default=str(OUT))
+    parser.add_argument("--start", help=argparse.SUPPRESS)
+    parser.add_argument("--cache", help=argparse.SUPPRESS)
+    words = arguments(parser)
+    if words.start:
+        return start(words.start, words.model[0], words.cache)
+    rows = [measure(count, model) for model in words.model for count in words.dialogues]
+    save(words.out, {"command": "python -m benchmarks.startup " + " ".join(sys.argv[1:]),
+                     "processor": processor(find_device("cpu")), "cores": len(os.sched_getaffinity(0)),
+                     "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

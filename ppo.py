@@ -1,21 +1,31 @@
-"""Proximal policy optimization: sample replies, let a reward model score them, learn from the scores.
+"""Proximal policy optimization: sample replies, let a reward model or a rule score them, learn from the scores.
 
     each step   sample      replies y from the policy, temperature as in training, no truncation of the distribution
                 score       r(x, y), one number per reply, given at its last token; a reply without end gets a penalty
                 reward_t  = -kl_coef * (log pi(y_t) - log pi_ref(y_t)),  + r(x, y) at the last token
-                advantage   GAE over rewards and values, whitened over all tokens of the step
+                advantage   GAE over rewards and values, whitened over all tokens of the step; or see below
                 update      some epochs of minibatches, ratio = pi(y_t) / pi_old(y_t):
                             mean of max(-A ratio, -A clip(ratio, 1 - c, 1 + c))  +  value loss, clipped the same way
 
-The reward is sparse: nothing but the KL term until the reply ends. The reference is the policy before its first
-update. The value model starts from the reward model and says after every token what score is still to come;
-advantages = "rloo" does without one and compares replies to the same prompt. With lora_rank the four models are one
+The reward is sparse: nothing but the KL term until the reply ends. r is a reward model, or with `reward` a function of
+yours (rewards/functions.py). The reference is the policy before its first update. With lora_rank the models are one
 frozen base: policy, value and reward model are its adapters, the reference is the base alone.
 
+    advantages   gae         as above, with a value model, which the others do without
+                 reinforce   rewards still to come
+                 rloo        R - mean R of the other replies to the prompt, R the sum of a reply's rewards
+                 grpo        (R - mean R) / standard deviation of R, over the prompt's replies; with kl_in=loss kl=k3
+                 dr_grpo     R - mean R, over the prompt's replies
+
+The last three also divide the loss as their papers do (token_weights). RLOO is its paper's as long as a rollout gives
+one update; in further ones the ratio is clipped token by token.
+
     python ppo.py --config configs/tiny/ppo.toml            score, kl, length and share of ended replies, step by step
+    python ppo.py --config configs/tiny/ppo_rule.toml       the same with a rule in place of the reward model
 
 Schulman et al. 2017 (arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Ouyang et al. 2022
-(arXiv:2203.02155); details after Huang et al. 2024 (arXiv:2403.17031); RLOO: Ahmadian et al. 2024 (arXiv:2402.14740).
+(arXiv:2203.02155); details after Huang et al. 2024 (arXiv:2403.17031). RLOO: Ahmadian et al. 2024 (arXiv:2402.14740);
+GRPO: Shao et al. 2024 (arXiv:2402.03300); Dr. GRPO: Liu et al. 2025 (arXiv:2503.20783).
 """
 from __future__ import annotations
 
@@ -32,44 +42,47 @@ from torch import Tensor, nn
 import lora
 import runtime
 from data.dry_run import dry_run_of_four
-from data.four_models import Models, load_models, make_optimizer, save_snapshot
+from data.four_models import Models, load_models, make_optimizer, room, save_snapshot
 from data.pack import Batch, micro_batches, scored_replies, step_trees
 from data.scores import response_scores
-from data.store import load_prompts
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.trees import Tree, tree_from_replies
 from kernels.logprobs import linear_logprobs
 from model import Transformer, generate
+from rewards.functions import function_scores, load_functions, load_prompts_and_records
 from runtime import distributed, fail
 
 
 @dataclass(frozen=True)
 class Config(runtime.Settings):
     model: str = "runs/tiny/0/sft/model"  # the policy to start from, and the reference; usually the result of sft.py
-    reward_model: str = "runs/tiny/0/reward/model"  # result of reward.py
-    value_model: str = ""            # the value model to start from; "": the reward model
+    reward_model: str = "runs/tiny/0/reward/model"  # result of reward.py; not read if there is a `reward`
+    reward: str = ""                 # in its place "file.py:function", or several: "a.py:f + 0.5 * b.py:g"
+    value_model: str = ""            # to start from, or "policy"; "": the reward model, with a `reward` the policy
     data: str = "runs/tiny/0/pairs.jsonl"  # JSONL of records with a "prompt" (data/formats.py)
     out: str = "runs/ppo"            # folder of the run
 
     steps: int = 40                  # rollouts
     batch: int = 128                 # prompts per rollout
-    n: int = 1                       # replies per prompt; rloo needs at least 2
+    n: int = 1                       # replies per prompt; rloo, grpo and dr_grpo need at least 2
     max_tokens: int = 64             # of a reply
     temperature: float = 1.0         # of sampling, and of every log-probability
     missing_eos: Literal["replace", "subtract"] = "replace"  # a reply without end gets -penalty, or its score - penalty
-    penalty: float = 2.0             # in standard deviations of the score, as scores are
-    score_clip: float = 4.0          # largest absolute score, in standard deviations
+    penalty: float = 2.0             # as scores are: in a reward model's standard deviations, or in points of `reward`
+    score_clip: float = 4.0          # largest absolute score of a reward model, in standard deviations
 
-    kl: Literal["k1", "k2", "k3"] = "k1"  # estimator of the KL term in the reward
+    kl: Literal["k1", "k2", "k3"] = "k1"  # estimator of the KL term, and of the KL in the log
+    kl_in: Literal["reward", "loss"] = "reward"  # right are k1 in the reward and k2 in the loss (kl_k1, kl_k2)
     kl_coef: float = 0.2             # its weight, 0.01-0.5
     kl_target: float = 0.0           # nats per reply: adapt kl_coef to keep it; 0: kl_coef is fixed
     kl_horizon: int = 10000          # replies over which the coefficient adapts
-    advantages: Literal["gae", "rloo"] = "gae"
+    advantages: Literal["gae", "reinforce", "rloo", "grpo", "dr_grpo"] = "gae"
+    whiten: Literal["auto", "on", "off"] = "auto"  # advantages with mean 0 and deviation 1 over the step; auto: of gae
     gamma: float = 1.0               # discount per token
     gae_lambda: float = 0.95         # 1 trusts rewards alone, 0 the value model
     clip_eps: float = 0.2            # c, of the policy's ratio
     value_clip: float = 0.2          # how far a value may move from the old one
-    value_coef: float = 0.1          # weight of the value loss
+    value_coef: float = 0.1          # of the value loss; Adam undoes it, only max_grad_norm feels it: set value_lr
 
     epochs: int = 2                  # passes over a rollout, 1-4
     minibatches: int = 2             # updates per pass
@@ -94,27 +107,40 @@ class Config(runtime.Settings):
             epochs=(1, inf), minibatches=(1, self.batch), value_lr=(1e-12, 1), max_kl=(0, inf), max_ratio=(1, inf),
             min_eos=(0, 1), snapshot_every=(0, inf), show_every=(0, inf),
         )
-        if self.advantages == "rloo" and self.n < 2:
-            fail("n is 1, expected at least 2 with advantages=rloo: a reply is compared with the others to its prompt")
+        if self.advantages in GROUPED and self.n < 2:
+            fail(f"n is 1, expected at least 2 with advantages={self.advantages}: a reply is compared with the others "
+                 "to its prompt")
+        if self.kl_in == "loss" and self.kl == "k1" and self.kl_coef:
+            fail("kl is 'k1' with kl_in='loss', where its gradient is zero in the mean: set kl=k2, or kl_in=reward")
 
 
 # ------------------------------------------------------------------------------------ the equations
 # B replies, padded to T tokens; mask [B, T] is True on real tokens. Log-probabilities are in nats.
 
+# Estimators of KL(pi || pi_ref) from samples of pi (Schulman 2020). What estimates the value may not give its gradient:
+# cosine of the expected gradient with the true one, mean of 50 random pairs of distributions on eight categories.
+#
+#                  k1      k2      k3
+#    in reward   1.00    0.68    0.23
+#    in loss        0    1.00    0.86     k1's there is the gradient of log pi alone: zero in the mean, pure noise
+
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log-ratio d: unbiased, may be negative. The estimators of KL(pi || pi_ref) from samples of pi: Schulman 2020."""
+    """log-ratio d: unbiased, may be negative. As a reward it has the gradient of the KL."""
     return logprobs - ref_logprobs
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """d^2 / 2: biased, never negative; its gradient is that of the KL."""
+    """d^2 / 2: biased, never negative. As a loss it has the gradient of the KL."""
     return (logprobs - ref_logprobs).square() / 2
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(-d) - 1 + d: unbiased and never negative."""
+    """exp(-d) - 1 + d: unbiased and never negative. The loss of GRPO, with the gradient of KL(pi_ref || pi)."""
     d = logprobs - ref_logprobs
     return torch.expm1(-d) + d
+
+
+KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -146,8 +172,34 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
 
 def rloo_advantages(returns: Tensor, n: int) -> Tensor:
     """Each reply's return minus the mean of the n - 1 others to its prompt, [B]; those of a prompt are adjacent."""
+    return dr_grpo_advantages(returns, n) * (n / (n - 1))
+
+
+def grpo_advantages(returns: Tensor, n: int) -> Tensor:
+    """(return - mean) / standard deviation (of n - 1) over the replies to a prompt, [B]; 0 where all are equal."""
+    return dr_grpo_advantages(returns, n) / returns.view(-1, n).std(1).clamp(min=1e-4).repeat_interleave(n)
+
+
+def dr_grpo_advantages(returns: Tensor, n: int) -> Tensor:
+    """return - mean over the replies to a prompt, [B]: a prompt on which replies differ little counts little."""
     groups = returns.view(-1, n)
-    return ((groups - groups.mean(1, keepdim=True)) * (n / (n - 1))).flatten()
+    return (groups - groups.mean(1, keepdim=True)).flatten()
+
+
+GROUPED = {"rloo": rloo_advantages, "grpo": grpo_advantages, "dr_grpo": dr_grpo_advantages}
+
+
+def token_weights(advantages: str, lengths: Tensor, tokens: int, replies: int, max_tokens: int) -> Tensor:
+    """What a token of each reply [B] counts in a loss that is a mean over the minibatch's `tokens`.
+
+        gae, reinforce   mean over tokens                                        1
+        rloo             mean over replies of the sum over their tokens          tokens / replies
+        grpo             mean over replies of the mean over their tokens         tokens / (replies * length)
+        dr_grpo          mean over replies of the sum over tokens / max_tokens   tokens / (replies * max_tokens)
+    """
+    ones = torch.ones_like(lengths, dtype=torch.float32)
+    divisors = {"rloo": ones, "grpo": lengths, "dr_grpo": max_tokens * ones}
+    return tokens / (replies * divisors[advantages]) if advantages in divisors else ones
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -164,17 +216,19 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_eps: float,
-    denominator: float | None = None,
+    denominator: float | None = None, weights: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate (PPO, Eq. 7) over the masked tokens [B, T]: mean, or sum over `denominator`; and metrics.
 
-        ratio = pi / pi_old,    loss = mean of max(-A ratio, -A clip(ratio, 1 - clip_eps, 1 + clip_eps))
+        ratio = pi / pi_old,    loss = mean of weight max(-A ratio, -A clip(ratio, 1 - clip_eps, 1 + clip_eps))
+
+    `weights` [B, 1] are those of token_weights; metrics are means over tokens whatever they are.
     """
     denominator = mask.sum() if denominator is None else denominator
     log_ratio = torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    loss = torch.where(mask.bool(), torch.maximum(free, clipped), 0.0).sum() / denominator
+    loss = (weights * torch.where(mask.bool(), torch.maximum(free, clipped), 0.0)).sum() / denominator
     with torch.no_grad():
         part = mask.sum() / denominator
         metrics = {"policy_loss": loss, "ratio_mean": masked_mean(ratio, mask) * part, "ratio_max": ratio.max(),
@@ -213,10 +267,11 @@ class Rollout(NamedTuple):
     """What a step has sampled and measured: B = prompts x n replies, those to one prompt together."""
 
     trees: list[Tree]      # a prompt each, its replies as leaves; tree.record is its number
-    scores: Tensor         # [B] in standard deviations, penalties included
+    scores: Tensor         # [B] a reward model's in standard deviations, penalties included
     finished: Tensor       # [B] bool, ended by an end-of-sequence token
     mask: Tensor           # [B, T]
     logprobs: Tensor       # [B, T] of the policy as it sampled
+    ref_logprobs: Tensor   # [B, T]
     kl: Tensor             # [B, T] by config.kl
     entropy: Tensor        # [B, T] nats
     values: Tensor         # [B, T] of what is still to come, before each token
@@ -251,15 +306,16 @@ def sample(models: Models, prompts: list[list[int]], tokenizer: Tokenizer, step:
 
 
 @torch.no_grad()
-def score(trees: list[Tree], models: Models, config: Config, device: torch.device) -> Rollout:
-    """Everything about the replies that the updates will need, from the four models."""
+def score(
+    trees: list[Tree], models: Models, config: Config, device: torch.device, given: Tensor | None = None,
+) -> Rollout:
+    """Everything about the replies that the updates will need, from the models; scores are `given`, or the fourth's."""
     finished = torch.tensor([not r.cut for tree in trees for r in tree.responses])
     lengths = torch.tensor([r.end for tree in trees for r in tree.responses])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     tables = torch.zeros(4, *mask.shape)
     logprobs, ref_logprobs, entropy, values = tables
     scores = torch.zeros(len(lengths))
-    std = models.reward_model.config.score_std
     for batch in micro_batches(trees, config.micro_tokens):
         rows, batch = batch.response_ids, batch.to(device)
         found, entropies, _ = response_logprobs(models.policy, batch, config.temperature, entropy=True)
@@ -268,40 +324,51 @@ def score(trees: list[Tree], models: Models, config: Config, device: torch.devic
             parts.append(response_values(models.value, batch))
         for table, part in zip(tables, parts, strict=False):
             table[rows, : part.shape[1]] += batch.weight * part.float().cpu()
-        scores[rows] += batch.weight * (response_scores(models.reward_model, batch) / std).float().cpu()
+        if given is None:
+            found = response_scores(models.reward_model, batch) / models.reward_model.config.score_std
+            scores[rows] += batch.weight * found.float().cpu()
     distributed.all_reduce(tables)
     distributed.all_reduce(scores)
     if not scores.isfinite().all():
         fail(f"reward_model={config.reward_model}: gives scores that are not finite: train it again, or use "
              "dtype=float32")
-    scores = scores.clamp(-config.score_clip, config.score_clip)
+    scores = scores.clamp(-config.score_clip, config.score_clip) if given is None else given.float()
     endless = scores - config.penalty if config.missing_eos == "subtract" else torch.full_like(scores, -config.penalty)
-    kl = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[config.kl](logprobs, ref_logprobs)
-    return Rollout(trees, torch.where(finished, scores, endless), finished, mask, logprobs, kl, entropy, values)
+    kl = KL[config.kl](logprobs, ref_logprobs)
+    scores = torch.where(finished, scores, endless)
+    return Rollout(trees, scores, finished, mask, logprobs, ref_logprobs, kl, entropy, values)
 
 
 def find_advantages(rollout: Rollout, kl_coef: float, config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards, whitened advantages and returns of a rollout, [B, T] each."""
-    rewards = token_rewards(rollout.scores, rollout.kl, rollout.mask, kl_coef)
-    if config.advantages == "gae":
-        advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.gae_lambda)
-    else:
+    """Rewards, advantages and returns of a rollout, [B, T] each."""
+    rewards = token_rewards(rollout.scores, rollout.kl, rollout.mask, kl_coef if config.kl_in == "reward" else 0.0)
+    if config.advantages in GROUPED:
         returns = rewards.sum(1, keepdim=True).expand_as(rewards)
-        advantages = rloo_advantages(returns[:, 0], config.n)[:, None].expand_as(rewards)
-    return rewards, whiten(advantages, rollout.mask), returns
+        advantages = GROUPED[config.advantages](returns[:, 0], config.n)[:, None].expand_as(rewards)
+    else:  # without values and with lambda 1 GAE gives the rewards still to come
+        gae_lambda = config.gae_lambda if config.advantages == "gae" else 1.0
+        advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, gae_lambda)
+    if config.whiten == "on" or (config.whiten == "auto" and config.advantages == "gae"):
+        advantages = whiten(advantages, rollout.mask)
+    return rewards, advantages, returns
 
 
 # ------------------------------------------------------------------------------------------ updating
 
 def train_step(
-    models: Models, batch: Batch, rows: Tensor, rollout: Rollout, advantages: Tensor, returns: Tensor, tokens: int,
-    config: Config,
+    models: Models, batch: Batch, rows: Tensor, rollout: Rollout, advantages: Tensor, returns: Tensor, kl_coef: float,
+    tokens: int, replies: int, config: Config,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's part of an update's loss and metrics, means over the minibatch's `tokens`."""
+    """A micro-batch's part of an update's loss and metrics, means over the minibatch's `tokens` (or `replies`)."""
     logprobs, mask = response_logprobs(models.policy, batch, config.temperature)     # [b, T]
-    old, advantages, old_values, returns = (table[rows, : mask.shape[1]].to(mask.device) for table in (
-        rollout.logprobs, advantages, rollout.values, returns))
-    loss, metrics = policy_loss(logprobs, old, advantages, mask, config.clip_eps, tokens)
+    old, ref_logprobs, advantages, old_values, returns = (table[rows, : mask.shape[1]].to(mask.device) for table in (
+        rollout.logprobs, rollout.ref_logprobs, advantages, rollout.values, returns))
+    weights = token_weights(config.advantages, mask.sum(1), tokens, replies, config.max_tokens)[:, None]  # [b, 1]
+    loss, metrics = policy_loss(logprobs, old, advantages, mask, config.clip_eps, tokens, weights)
+    if config.kl_in == "loss":
+        kl = torch.where(mask, KL[config.kl](logprobs, ref_logprobs), 0.0)
+        kl_loss = kl_coef * (weights * kl).sum() / tokens
+        loss, metrics = loss + kl_loss, metrics | {"kl_loss": kl_loss.detach()}
     if models.value is not None:
         values = response_values(models.value, batch)
         error, value_metrics = value_loss(values, old_values, returns, mask, config.value_clip, tokens)
@@ -311,8 +378,8 @@ def train_step(
 
 
 def update(
-    models: Models, optimizer: runtime.AdamW, rollout: Rollout, advantages: Tensor, returns: Tensor, step: int,
-    config: Config, device: torch.device,
+    models: Models, optimizer: runtime.AdamW, rollout: Rollout, advantages: Tensor, returns: Tensor, kl_coef: float,
+    step: int, config: Config, device: torch.device,
 ) -> dict[str, float]:
     """epochs x minibatches updates on one rollout; metrics are means over them, ratio_max the largest."""
     sums, norms, ratio_max, updates = runtime.Sums(), runtime.Sums(), 0.0, 0
@@ -322,7 +389,7 @@ def update(
         tokens = sum(tree.learnt for tree in drawn)
         for batch in micro_batches(drawn, config.micro_tokens):
             loss, parts = train_step(models, batch.to(device), replies[batch.response_ids], rollout, advantages,
-                                     returns, tokens, config)
+                                     returns, kl_coef, tokens, len(replies), config)
             loss.backward()
             ratio_max = max(ratio_max, parts.pop("ratio_max").item())
             sums.add(parts)
@@ -379,29 +446,23 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, returns: Tensor, times: l
     }
 
 
-def room(models: Models, config: Config) -> int:
-    """Tokens that a prompt may have, for a reply of max_tokens to fit behind it: beyond learned positions none can."""
-    others = [model.config for model in (models.reward_model, models.value) if model is not None]
-    positions = min([models.policy.config.max_positions, *(c.max_positions for c in others if not c.rotary)])
-    if positions <= config.max_tokens:
-        fail(f"max_tokens is {config.max_tokens}, the models have {positions} positions, which leaves none for a "
-             "prompt: lower max_tokens")
-    return positions - config.max_tokens
-
-
 def main(config: Config) -> None:
+    functions = load_functions(config.reward)
     if config.dry_run:
         return dry_run_of_four(config)
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
+    if config.kl_in == "reward" and config.kl != "k1" and config.kl_coef:
+        print(f"warning: the gradient of kl={config.kl} in the reward is not the KL's: set kl=k1, or kl=k2 kl_in=loss")
     tokenizer = load_tokenizer(config.model)
     if not tokenizer.template:
         fail(f"{config.model}: carries no chat template, expected the result of sft.py")
     models = load_models(config, tokenizer, device)
-    prompts = load_prompts(config.data, tokenizer, room(models, config), cache=config.cache, columns=config.columns)
+    prompts, records = load_prompts_and_records(functions, config.data, tokenizer, room(models, config),
+                                                cache=config.cache, columns=config.columns)
     print(f"data: {len(prompts)} prompts, at most {prompts.segments['length'].max()} tokens")
 
-    run = runtime.Run(config, {"data": config.data, "model": config.model, "reward_model": config.reward_model,
-                               "code": __file__})
+    scorers = {f"reward {f.file}": f.file for f in functions} or {"reward_model": config.reward_model}
+    run = runtime.Run(config, {"data": config.data, "model": config.model, **scorers, "code": __file__})
     optimizer = make_optimizer(models, config)
     trained = nn.ModuleDict({name: getattr(models, name) for name in ("policy", "value") if getattr(models, name)})
     run.resume(trained, optimizer, config.steps, ("score", "kl", "length", "eos_rate", "tokens_per_s"), "prompts")
@@ -410,14 +471,19 @@ def main(config: Config) -> None:
 
     for step in range(run.done, run.done if reason else config.steps):  # a run out of bounds is not resumed
         times = [time.perf_counter()]
-        lr = runtime.set_learning_rate(optimizer, step, config.steps, config)
-        drawn = [tree.trunk.tolist() for tree in step_trees(prompts, config.batch, step, config.seed)]
-        trees = sample(models, drawn, tokenizer, step, config)
+        lr = runtime.set_learning_rate(optimizer, step, config.steps, config, first=1)  # at rate 0 a rollout is wasted
+        drawn = step_trees(prompts, config.batch, step, config.seed)
+        trees = sample(models, [tree.trunk.tolist() for tree in drawn], tokenizer, step, config)
         times.append(time.perf_counter())
-        rollout = score(trees, models, config, device)
+        given, fault = function_scores(functions, trees, drawn, records, tokenizer)
+        if fault:
+            run.save(trained, optimizer)
+            save_snapshot(models.policy, run.folder, run.done, tokenizer, config)
+            fail(f"step {step + 1}: reward: {fault}; {run.folder} holds the state and the model of step {run.done}")
+        rollout = score(trees, models, config, device, given)
         rewards, advantages, returns = find_advantages(rollout, kl_coef, config)
         times.append(time.perf_counter())
-        metrics = update(models, optimizer, rollout, advantages, returns, step, config, device)
+        metrics = update(models, optimizer, rollout, advantages, returns, kl_coef, step, config, device)
         times.append(time.perf_counter())
 
         metrics |= rollout_metrics(rollout, rewards, returns, times) | {"lr": lr, "kl_coef": kl_coef}

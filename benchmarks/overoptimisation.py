@@ -21,7 +21,7 @@ import judge
 import runtime
 from benchmarks.measure import save
 from data.llm import Budget
-from judging import gold
+from data.tiny import world
 from judging.entries import decode
 
 
@@ -52,14 +52,21 @@ def curve(folder: Path, start_gold: float, grade) -> list[dict]:
     return points
 
 
-def grade(path: Path | str, data: str, device: torch.device) -> float:
-    """Gold score of a model on the dialogues of a file."""
+def answers(path: Path | str, data: str, device: torch.device) -> tuple[list[dict], list[list[dict]]]:
+    """The dialogues of a file, and a model's replies to them."""
     with tempfile.TemporaryDirectory() as folder:  # for the ledger, which nobody needs again
         questions, dialogues = judge.load_questions(data)
         said = judge.answer(decode("models", f"model={path}"), questions, dialogues, judge.Sampling(64, 0.7), 0,
                             Path(folder) / "answers.jsonl", Budget(), device)
-        (grades,) = gold.grade_all(judge.Answers(questions, {(str(path), 0): said}), dialogues).values()
-    return 100 * mean(g for replies in grades for g in replies)
+    return dialogues, said
+
+
+def grade(path: Path | str, data: str, device: torch.device) -> float:
+    """Gold score of a model on the dialogues of a file."""
+    dialogues, said = answers(path, data, device)
+    return 100 * mean(world.gold(d["category"], turn["item"], r["text"], r["finished"])
+                      for d, replies in zip(dialogues, said, strict=True)
+                      for turn, r in zip(d["turns"], replies, strict=False))
 
 
 def draw(curves: dict[str, list[dict]], file: Path) -> None:

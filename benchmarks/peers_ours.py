@@ -153,7 +153,7 @@ def rloo_step(model, shape: work.Shape, path: str) -> work.Step:
         rollout = ppo.score(trees, models, config, device)
         _, advantages, returns = ppo.find_advantages(rollout, config.kl_coef, config)
         scored = time.perf_counter()
-        ppo.update(models, optimizer, rollout, advantages, returns, number, config, device)
+        ppo.update(models, optimizer, rollout, advantages, returns, config.kl_coef, number, config, device)
         return {"units": len(rollout.scores), "sampling_s": sampled - began, "scoring_s": scored - sampled,
                 "updating_s": time.perf_counter() - scored}
     return step

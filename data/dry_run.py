@@ -109,10 +109,10 @@ def plan_of_four(config, dtype: str) -> dict[str, int]:
     if config.advantages == "gae":
         value = plan(config.model, config, dtype, 0, scored=True)
     if config.lora_rank:
-        one_base = (Path(config.reward_model) / "adapter_config.json").is_file()
+        one_base = config.reward or (Path(config.reward_model) / "adapter_config.json").is_file()
         weights = policy["weights"] * (1 if one_base else 2)
     else:
-        weights = policy["weights"] + value["weights"] + 2 * frozen["weights"]
+        weights = policy["weights"] + value["weights"] + (1 if config.reward else 2) * frozen["weights"]
     found = {part: policy[part] + value[part] for part in policy}
     return found | {"weights": weights, "parameters": policy["parameters"]}
 
@@ -120,7 +120,7 @@ def plan_of_four(config, dtype: str) -> dict[str, int]:
 def dry_run_of_four(config) -> None:
     """As dry_run, for ppo.py, whose data are prompts to sample from."""
     dtype = compute_name(config)
-    if (Path(config.reward_model) / "config.json").is_file():
+    if not config.reward and (Path(config.reward_model) / "config.json").is_file():
         read_config(config.reward_model)
     found = plan_of_four(config, dtype)
     show_plan(config.model, found, dtype, config.micro_tokens)

@@ -1,4 +1,7 @@
-"""The four models of PPO: policy, reference, reward model and value model, whole or as adapters on one base."""
+"""The four models of PPO: policy, reference, reward model and value model, whole or as adapters on one base.
+
+A reward that is a function takes no reward model, and advantages other than GAE's no value model.
+"""
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,7 +13,7 @@ import lora
 import runtime
 from checkpoints import load_model, save_model
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from model import Transformer
+from model import Transformer, add_score_head
 from runtime import distributed, fail
 
 
@@ -19,8 +22,8 @@ class Models(NamedTuple):
 
     policy: Transformer
     reference: Transformer            # the policy before its first update
-    reward_model: Transformer
-    value: Transformer | None         # None for rloo
+    reward_model: Transformer | None  # None if the reward is a function
+    value: Transformer | None         # None if advantages are not GAE's
     sampler: Transformer              # the policy; if that is sharded, a whole copy of it on every rank
 
 
@@ -29,18 +32,27 @@ def load_models(config, tokenizer: Tokenizer, device: torch.device) -> Models:
     return (load_roles if config.lora_rank else load_four)(config, tokenizer, device)
 
 
+def value_source(config) -> str:
+    """The checkpoint that the value model starts from; "policy" is the policy's, with a head of zeros; "" for none."""
+    if config.advantages != "gae":
+        return ""
+    return config.value_model or ("policy" if config.reward else config.reward_model)
+
+
 def load_four(config, tokenizer: Tokenizer, device: torch.device) -> Models:
     """Policy and value model to train, reference and reward model in the dtype of compute."""
-    def load(path: str, scored: bool, trained: bool) -> Transformer:
-        model = lora.load_base(path, config, device, scored=scored, trained=trained)
+    def load(path: str, scored: bool, trained: bool, new_head: bool = False) -> Transformer:
+        model = lora.load_base(path, config, device, scored=scored and not new_head, trained=trained)
         check_tokenizer(model, path, tokenizer)
+        if new_head:
+            add_score_head(model, 0).score_head.weight.data.zero_()
         return lora.shard(model, config, device)
 
-    value = None
-    if config.advantages == "gae":
-        value = load(config.value_model or config.reward_model, scored=True, trained=True)
+    value, source = None, value_source(config)
+    if source:
+        value = load(config.model if source == "policy" else source, True, True, new_head=source == "policy")
     policy, reference = load(config.model, scored=False, trained=True), load(config.model, scored=False, trained=False)
-    reward_model = load(config.reward_model, scored=True, trained=False)
+    reward_model = None if config.reward else load(config.reward_model, scored=True, trained=False)
     return Models(policy, reference, reward_model, value, make_sampler(policy, config.model, device))
 
 
@@ -48,7 +60,7 @@ def load_roles(config, tokenizer: Tokenizer, device: torch.device) -> Models:
     """The policy and value models are adapters, the reference is the base with none on.
 
     The reward model is an adapter too if reward_model is one (runs/reward/adapter). Otherwise it is a second base,
-    quantised like the first, with the value adapter on it.
+    quantised like the first, with the value adapter on it. Dropout is off: the ratio to what was sampled starts at 1.
     """
     bases: dict[str, Transformer] = {}
 
@@ -59,6 +71,9 @@ def load_roles(config, tokenizer: Tokenizer, device: torch.device) -> Models:
         return bases[path]
 
     def scorer(path: str, name: str) -> lora.Role:
+        if path == "policy":
+            lora.adapt(base, config, name)
+            return lora.Role(base, name, torch.zeros(1, base.config.width))
         if (Path(path) / "adapter_config.json").is_file():
             return lora.load_role(base, path, name)
         model = load(path, scored=True)
@@ -67,13 +82,27 @@ def load_roles(config, tokenizer: Tokenizer, device: torch.device) -> Models:
         return lora.Role(model, name, model.score_head.weight, model.config.score_mean, model.config.score_std)
 
     base = lora.adapt(load(config.model, scored=False), config, "policy")
-    reward_model = scorer(config.reward_model, "reward")
-    value = scorer(config.value_model or config.reward_model, "value") if config.advantages == "gae" else None
+    reward_model = None if config.reward else scorer(config.reward_model, "reward")
+    source = value_source(config)
+    value = scorer(source, "value") if source else None
+    for layer in (layer for model in bases.values() for layer in model.lora_layers):
+        for adapter in layer.adapters.values():
+            adapter.dropout = 0.0
     roles = lora.Role(base, "policy"), lora.Role(base, None), reward_model, value
     for role, trained in zip(roles, (True, False, False, True), strict=True):
         if role is not None:
             role.to(device).requires_grad_(trained)
     return Models(*roles, sampler=roles[0])
+
+
+def room(models: Models, config) -> int:
+    """Tokens that a prompt may have, for a reply of max_tokens to fit behind it: beyond learned positions none can."""
+    others = [model.config for model in (models.reward_model, models.value) if model is not None]
+    positions = min([models.policy.config.max_positions, *(c.max_positions for c in others if not c.rotary)])
+    if positions <= config.max_tokens:
+        fail(f"max_tokens is {config.max_tokens}, the models have {positions} positions, which leaves none for a "
+             "prompt: lower max_tokens")
+    return positions - config.max_tokens
 
 
 def check_tokenizer(model: Transformer, path: str, tokenizer: Tokenizer) -> None:

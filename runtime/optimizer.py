@@ -29,21 +29,24 @@ def adamw(
     return AdamW(groups, (0.9, beta2), eps)
 
 
-def set_learning_rate(optimizer: AdamW, step: int, steps: int, config: Settings) -> float:
+def set_learning_rate(optimizer: AdamW, step: int, steps: int, config: Settings, first: int = 0) -> float:
     """Give every group the rate of update `step` (from 0) of `steps`, and return it."""
     warmup_steps = round(config.warmup_ratio * steps)
-    lr = learning_rate(step, steps, config.lr, warmup_steps, config.schedule, config.min_lr_ratio)
+    lr = learning_rate(step, steps, config.lr, warmup_steps, config.schedule, config.min_lr_ratio, first)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
     return lr
 
 
 def learning_rate(
-    step: int, steps: int, peak: float, warmup_steps: int, schedule: str, min_ratio: float = 0.0,
+    step: int, steps: int, peak: float, warmup_steps: int, schedule: str, min_ratio: float = 0.0, first: int = 0,
 ) -> float:
-    """Rate of update `step` (from 0): linear from 0 over the warm-up, then by `schedule` down to min_ratio * peak."""
+    """Rate of update `step` (from 0): linear from 0 over the warm-up, then by `schedule` down to min_ratio * peak.
+
+    first=1 begins the warm-up one stair above 0.
+    """
     if step < warmup_steps:
-        return peak * step / warmup_steps
+        return peak * (step + first) / (warmup_steps + first)
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
     return peak * (min_ratio + (1 - min_ratio) * shape)

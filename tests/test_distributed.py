@@ -40,6 +40,8 @@ RUNS = {
     "distill_copies": ("distill", {"shard": 1, "context": "{folder}/context.jsonl"}),
     "dpo": ("dpo", DPO | {"ref_model": "{folder}/policy"}), "dpo_lora": ("dpo", DPO | LORA),
     "reward": ("reward", {}), "reward_lora": ("reward", LORA), "ppo": ("ppo", {}), "ppo_lora": ("ppo", LORA),
+    "ppo_rule": ("ppo", {"reward": "{folder}/rule.py:f", "advantages": "grpo", "n": 2, "kl_in": "loss", "kl": "k2",
+                         "missing_eos": "subtract"}),
 }
 STOPPED = {"stopped_sft": 4, "stopped_reward_lora": 4, "stopped_ppo": 2}
 
@@ -71,7 +73,9 @@ def files(checkpoint, tmp_path_factory):
     pairs_file(folder / "pairs_eval.jsonl", 3)
     hello = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes."}]
     write_jsonl(folder / "context.jsonl", [{"messages": hello}])
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": f"Name {n} cities."} for n in range(9)])
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": f"Name {n} cities.", "count": n} for n in range(9)])
+    (folder / "rule.py").write_text("def f(records, replies, tokens, finished):\n"
+                                    "    return [len(t) * r['count'] % 7 / 7 for r, t in zip(records, replies)]\n")
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
     tokenizer.adopt("zephyr")
     save_model(model, folder / "policy", tokenizer)

@@ -18,15 +18,19 @@ from data.vocabulary import Added
 from model import Transformer, add_score_head
 from ppo import (
     Config,
+    Rollout,
     adapt_kl_coef,
+    dr_grpo_advantages,
     find_advantages,
     gae,
+    grpo_advantages,
     kl_k1,
     kl_k2,
     kl_k3,
     policy_loss,
     rloo_advantages,
     token_rewards,
+    token_weights,
     value_loss,
     whiten,
 )
@@ -183,6 +187,123 @@ def test_rloo_compares_with_the_others_of_the_same_prompt():
     torch.testing.assert_close(found, torch.tensor([-3.0, -1.5, 4.5, 0, 0, 0]))
 
 
+def test_grpo_and_dr_grpo_by_hand():
+    """Returns 1, 2, 6, mean 3: -2, -1, 3, whose deviation is sqrt((4 + 1 + 9) / 2) = 2.645751.
+
+    A group of equal returns learns nothing, be it of numbers that are rounded.
+    """
+    returns = torch.tensor([1.0, 2, 6, 5, 5, 5, 0.1, 0.1, 0.1])
+    found = dr_grpo_advantages(returns, 3)
+    torch.testing.assert_close(found, torch.tensor([-2.0, -1, 3, 0, 0, 0, 0, 0, 0]))
+    found = grpo_advantages(returns, 3)
+    expected = torch.tensor([-0.755929, -0.377964, 1.133893, 0, 0, 0, 0, 0, 0])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(grpo_advantages(100 * returns[:6], 3), expected[:6], atol=1e-5, rtol=0)  # no scale
+
+
+def rollout_with(scores: list[float], lengths: list[int]) -> Rollout:
+    """Replies of these lengths and scores, from a policy that is still the reference and has no value model."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    zero = torch.zeros(mask.shape)
+    return Rollout([], torch.tensor(scores), torch.ones(len(scores), dtype=torch.bool), mask, zero, zero, zero, zero,
+                   zero)
+
+
+TIES = [1.0, 0.0, 0.5, 0.5], [1, 9, 5, 5]  # two prompts: one reply of one token is better than one of nine; a tie
+
+
+@pytest.mark.parametrize("advantages, expected", [
+    ("rloo", [1, -1, 0, 0]), ("dr_grpo", [0.5, -0.5, 0, 0]), ("grpo", [0.707107, -0.707107, 0, 0]),
+    ("reinforce", [1, 0, 0.5, 0.5]),
+])
+def test_replies_that_tie_are_left_alone(advantages, expected):
+    """rloo: 1 - 0, 0 - 1; dr_grpo: 1 - 0.5; grpo: 0.5 / sqrt(0.5), in reinforce nothing is subtracted.
+
+    Whitened over tokens, as rloo was, a tie got +0.67.
+    """
+    config = Config(advantages=advantages, n=2)
+    _, found, _ = find_advantages(rollout_with(*TIES), 0.2, config)
+    mask = rollout_with(*TIES).mask
+    torch.testing.assert_close(found[mask], torch.tensor(expected)[:, None].expand_as(mask)[mask].float())
+
+
+def test_whitening_is_a_setting_of_its_own():
+    """rloo: 1, nine times -1, ten times 0: mean -0.4, unbiased deviation sqrt((1.96 + 9 * 0.36 + 10 * 0.16) / 19)."""
+    _, found, _ = find_advantages(rollout_with(*TIES), 0.0, Config(advantages="rloo", n=2, whiten="on"))
+    deviation = (6.8 / 19) ** 0.5
+    torch.testing.assert_close(found[:, 0], torch.tensor([1.4, -0.6, 0.4, 0.4]) / deviation)
+    _, found, _ = find_advantages(rollout_with(*TIES), 0.0, Config(whiten="off"))  # gae, with values of 0
+    torch.testing.assert_close(found[:2, 0], torch.tensor([1.0, 0]))
+
+
+def test_reinforce_sums_the_rewards_still_to_come():
+    """Score 1 at the third token, KL 0.5 at the second, coefficient 0.4, gamma 0.5: 1, -0.2 + 0.5, 0.15."""
+    rollout = rollout_with([1.0], [3])._replace(kl=torch.tensor([[0.0, 0.5, 0.0]]))
+    _, found, returns = find_advantages(rollout, 0.4, Config(advantages="reinforce", gamma=0.5))
+    torch.testing.assert_close(found, torch.tensor([[0.15, 0.3, 1.0]]))
+    assert torch.equal(found, returns)
+
+
+@pytest.mark.parametrize("advantages, expected", [
+    ("gae", (1 * 1 - 1 * 3) / 4), ("rloo", (1 * 1 - 1 * 3) / 2), ("grpo", (1 / 1 - 3 / 3) / 2),
+    ("dr_grpo", (1 * 1 - 1 * 3) / (2 * 8)),
+])
+def test_every_loss_divides_as_its_paper_does(advantages, expected):
+    """A = 1 on a reply of one token, -1 on one of three, ratio 1, max_tokens 8: minus the sum of what they weigh."""
+    lengths = torch.tensor([1, 3])
+    mask = torch.arange(3) < lengths[:, None]
+    weights = token_weights(advantages, lengths, 4, 2, 8)[:, None]
+    sides = torch.tensor([[1.0], [-1.0]]).expand(2, 3)
+    loss, metrics = policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), sides, mask, 0.2, 4, weights)
+    assert loss.item() == pytest.approx(-expected, abs=1e-6) and metrics["ratio_mean"] == 1
+
+
+def test_rloo_has_the_gradient_of_its_paper():
+    """Mean over replies of A grad log pi(y): what autograd finds for log-probabilities summed by reply."""
+    logprobs = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    rollout = rollout_with(*TIES)
+    _, advantages, _ = find_advantages(rollout, 0.0, Config(advantages="rloo", n=2))
+    sums = torch.where(rollout.mask, logprobs, 0.0).sum(1)
+    (wanted,) = torch.autograd.grad(-(advantages[:, 0] * sums).mean(), logprobs)
+    weights = token_weights("rloo", rollout.mask.sum(1), 20, 4, 64)[:, None]
+    loss, _ = policy_loss(logprobs, logprobs.detach(), advantages, rollout.mask, 0.2, 20, weights)
+    torch.testing.assert_close(torch.autograd.grad(loss, logprobs)[0], wanted)
+
+
+def test_the_gradients_of_kl_estimators_by_enumeration():
+    """Fifty pairs of distributions on eight categories, every category counted by its probability.
+
+    As a reward: E[kl grad log pi], kl without gradient. As a loss: E[grad kl].
+    """
+    cosines = {}
+    for seed in range(50):
+        made = torch.Generator().manual_seed(seed)
+        logits = torch.randn(8, generator=made, dtype=torch.float64).requires_grad_()
+        ref = torch.randn(8, generator=made, dtype=torch.float64).log_softmax(0)
+        logprobs = logits.log_softmax(0)
+        probability = logprobs.exp().detach()
+
+        def gradient(value, logits=logits):
+            return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+        true = gradient((logprobs.exp() * (logprobs - ref)).sum())
+        for name, estimator in ppo.KL.items():
+            kl = estimator(logprobs, ref)
+            for place, value in (("reward", kl.detach() * logprobs), ("loss", kl)):
+                found = gradient((probability * value).sum())
+                cosines.setdefault((name, place), []).append(F.cosine_similarity(found, true, dim=0).item())
+                if (name, place) == ("k1", "loss"):
+                    assert found.abs().max() < 1e-15
+                if (name, place) in (("k1", "reward"), ("k2", "loss")):
+                    torch.testing.assert_close(found, true)
+                if (name, place) == ("k3", "loss"):
+                    torch.testing.assert_close(found, gradient((ref.exp() * (ref - logprobs)).sum()))  # KL(ref || pi)
+    means = {key: sum(values) / 50 for key, values in cosines.items() if key != ("k1", "loss")}
+    expected = {("k1", "reward"): 1, ("k2", "reward"): 0.68, ("k3", "reward"): 0.23, ("k2", "loss"): 1,
+                ("k3", "loss"): 0.86}  # as ppo.py says
+    assert means == pytest.approx(expected, abs=0.005)
+
+
 # ------------------------------------------------------------------------------- a whole PPO update
 
 def token_values(model: Transformer, ids: torch.Tensor, mask: torch.Tensor, start: int) -> torch.Tensor:
@@ -317,7 +438,7 @@ def test_a_reply_without_end_is_replaced_or_penalised():
     assert (taken.scores[open_ended] != -2).all()
 
 
-@pytest.mark.parametrize("advantages, n", [("gae", 1), ("rloo", 4)])
+@pytest.mark.parametrize("advantages, n", [("gae", 1), ("reinforce", 1), ("rloo", 4), ("grpo", 4), ("dr_grpo", 4)])
 def test_the_first_inner_step_has_ratio_1_and_no_clipping(advantages, n):
     config = Config(advantages=advantages, n=n, epochs=1, minibatches=1, lr=1e-9)
     policy = small_model(seed=9)
@@ -325,9 +446,24 @@ def test_the_first_inner_step_has_ratio_1_and_no_clipping(advantages, n):
     _, white, returns = find_advantages(rollout, 0.1, config)
     optimizer = torch.optim.SGD([*policy.parameters(), *models.value.parameters()], lr=0.0)
     models = models._replace(value=models.value if advantages == "gae" else None)
-    metrics = ppo.update(models, optimizer, rollout, white, returns, 0, config, CPU)
+    metrics = ppo.update(models, optimizer, rollout, white, returns, 0.1, 0, config, CPU)
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-6) and metrics["ratio_mean"] == pytest.approx(1, abs=1e-6)
-    assert metrics["clip_fraction"] == 0 and abs(metrics["policy_loss"]) < 1e-6
+    # A reward's own mean is subtracted, over tokens or over replies, and each counts as it does in the loss.
+    balanced = advantages in ("gae", "grpo")
+    assert metrics["clip_fraction"] == 0 and (abs(metrics["policy_loss"]) < 1e-6 or not balanced)
+
+
+def test_the_kl_in_the_loss_is_the_mean_over_tokens_of_the_update_and_not_in_the_reward():
+    config = Config(kl_in="loss", kl="k2", epochs=1, minibatches=1, advantages="reinforce")
+    policy = small_model(seed=9)
+    rollout, models = rollout_of(config, policy)
+    models = models._replace(value=None)
+    rewards, advantages, returns = find_advantages(rollout, 0.5, config)
+    assert torch.equal(rewards.sum(1), rollout.scores)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    metrics = ppo.update(models, optimizer, rollout, advantages, returns, 0.5, 0, config, CPU)
+    d = (rollout.logprobs - rollout.ref_logprobs)[rollout.mask]
+    assert metrics["kl_loss"] == pytest.approx(0.5 * (d.square() / 2).mean().item(), rel=1e-4)
 
 
 def test_micro_batches_do_not_change_the_update():
@@ -338,7 +474,7 @@ def test_micro_batches_do_not_change_the_update():
         rollout, models = rollout_of(config, policy)
         _, white, returns = find_advantages(rollout, 0.1, config)
         optimizer = torch.optim.SGD([*policy.parameters(), *models.value.parameters()], lr=1.0)
-        metrics = ppo.update(models, optimizer, rollout, white, returns, 0, config, CPU)
+        metrics = ppo.update(models, optimizer, rollout, white, returns, 0.1, 0, config, CPU)
         after.append(([p.detach().clone() for p in policy.parameters()], metrics))
     for one, many in zip(after[0][0], after[1][0], strict=True):
         torch.testing.assert_close(one, many, atol=1e-6, rtol=1e-6)
@@ -348,10 +484,10 @@ def test_micro_batches_do_not_change_the_update():
 # ---------------------------------------------------------------------------------- does it learn?
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("advantages", ["gae", "rloo"])
+@pytest.mark.parametrize("advantages", ["gae", "reinforce", "rloo", "grpo", "dr_grpo"])
 def test_emit_token_7_is_learnt(advantages, seed, monkeypatch):
     """Score: the share of sevens in the reply. It rises from about 1/40 to more than a half."""
-    config = Config(advantages=advantages, n=4 if advantages == "rloo" else 1, batch=32, max_tokens=4, epochs=2,
+    config = Config(advantages=advantages, n=4 if advantages in ppo.GROUPED else 1, batch=32, max_tokens=4, epochs=2,
                     minibatches=1, kl_coef=0.0, lr=1e-2, value_lr=1e-2, min_eos=0.0, seed=seed, penalty=0.0,
                     missing_eos="subtract")
 
@@ -371,7 +507,7 @@ def test_emit_token_7_is_learnt(advantages, seed, monkeypatch):
         trees = ppo.sample(models, [[3 + i % 4] for i in range(config.batch)], tokenizer, step, config)
         rollout = ppo.score(trees, models, config, CPU)
         _, white, returns = find_advantages(rollout, 0.0, config)
-        ppo.update(models, optimizer, rollout, white, returns, step, config, CPU)
+        ppo.update(models, optimizer, rollout, white, returns, 0.0, step, config, CPU)
         means.append(rollout.scores.mean().item())
     assert sum(means[:3]) / 3 < 0.15 < 0.5 < sum(means[-3:]) / 3
 
@@ -434,6 +570,7 @@ def config(roles, folder, **changes):
 
 @pytest.mark.parametrize("changes", [
     {}, {"advantages": "rloo", "n": 2}, {"kl": "k3", "kl_target": 1.0, "missing_eos": "subtract"},
+    {"advantages": "grpo", "n": 2, "kl": "k3", "kl_in": "loss", "kl_target": 1.0}, {"value_model": "policy"},
 ])
 def test_the_script_runs_and_logs_its_names(changes, roles, tmp_path, capsys):
     ppo.main(config(roles, tmp_path, snapshot_every=2, **changes))
@@ -441,7 +578,8 @@ def test_the_script_runs_and_logs_its_names(changes, roles, tmp_path, capsys):
     names = {"score", "kl", "reward", "entropy", "ratio_mean", "ratio_max", "clip_fraction", "explained_variance",
              "length", "eos_rate"}
     assert len(steps) == 4 and names <= set(steps[0]) and abs(steps[0]["kl"]) < 1e-5
-    assert ("value_loss" in steps[0]) == (changes.get("advantages") != "rloo")
+    assert ("value_loss" in steps[0]) == (changes.get("advantages") is None)
+    assert ("kl_loss" in steps[0]) == ("kl_in" in changes)
     assert (tmp_path / "run" / "model_step_2" / "model.safetensors").exists() and (tmp_path / "run" / "model").exists()
     assert "score -2.00" in capsys.readouterr().out or changes.get("missing_eos")
 
@@ -468,7 +606,8 @@ def test_leaving_the_stated_bounds_ends_the_run_and_says_why(roles, tmp_path, ca
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"advantages": "rloo"}, ["n is 1, expected at least 2"]),
+    ({"advantages": "rloo"}, ["n is 1, expected at least 2"]), ({"advantages": "grpo"}, ["with advantages=grpo"]),
+    ({"kl_in": "loss"}, ["kl is 'k1' with kl_in='loss'", "zero in the mean", "set kl=k2"]),
     ({"temperature": 0.0}, ["temperature is 0"]),
     ({"minibatches": 9}, ["minibatches is 9, expected between 1 and 3"]),
     ({"data": "none.jsonl"}, ["none.jsonl: no such file"]),
@@ -498,6 +637,32 @@ def test_wrong_roles_and_broken_scores_are_one_line(roles, checkpoint, tmp_path,
     save_model(broken, tmp_path / "nan", load_tokenizer(roles / "reward"))
     exits(capsys, lambda: ppo.main(config(roles, tmp_path, reward_model=str(tmp_path / "nan"))), "not finite")
     assert metrics_of(tmp_path / "run") == []
+
+
+def test_k2_and_k3_in_the_reward_are_warned_of(roles, tmp_path, capsys):
+    ppo.main(config(roles, tmp_path, kl="k3", steps=1))
+    assert "warning: the gradient of kl=k3 in the reward is not the KL's: set kl=k1" in capsys.readouterr().out
+    ppo.main(config(roles, tmp_path, steps=1, out=str(tmp_path / "k1")))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_warm_up_wastes_no_rollout(roles, tmp_path):
+    """Ten steps, warm-up over 0.2 of them: a third of the rate, two thirds, then the rates of a run from 0."""
+    ppo.main(config(roles, tmp_path, steps=10, warmup_ratio=0.2, lr=3e-4, schedule="constant"))
+    rates = [m["lr"] for m in metrics_of(tmp_path / "run")]
+    assert rates == pytest.approx([1e-4, 2e-4] + [3e-4] * 8)
+
+
+def test_a_value_model_that_starts_from_the_policy_expects_nothing_at_first(roles, tmp_path):
+    """Its head is 0: so is explained variance in the first step, and what it learns shows in the second."""
+    first = ppo.load_models(config(roles, tmp_path, value_model="policy"), load_tokenizer(roles / "sft"), CPU)
+    ids = torch.arange(3, 40)[None]
+    hidden, _ = first.value._hidden_of_rows(ids, None)
+    assert (first.value.scores(hidden) == 0).all()
+    torch.testing.assert_close(hidden, first.policy._hidden_of_rows(ids, None)[0])
+    assert first.value.score_head.weight.requires_grad
+    ppo.main(config(roles, tmp_path, value_model="policy", value_lr=1e-2))
+    assert metrics_of(tmp_path / "run")[0]["value_grad_norm"] > 0
 
 
 # ----------------------------------------------------------------------------------------- the edges

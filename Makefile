@@ -1,5 +1,6 @@
 # make demo      the recipe in the tiny world, ends with its table     make test    the tests
 # make results   the README's table: the recipe for five seeds         make lint    ruff
+# make exercise N=3   write dpo_loss yourself, judged by its tests (HINT=1, SOLUTION=1, ANEW=1); without N all are listed
 # make bench     throughput here, beside the floor its matmuls set     make base    pretrain the tiny base anew
 # make bench-peers   the same work by transformers + TRL + PEFT, in turns
 #
@@ -31,7 +32,7 @@ runs/tiny/99/%: SFT_SIZE = max_steps=8
 runs/tiny/99/%: TRAIN_SIZE = max_steps=8
 runs/tiny/99/%: PPO_SIZE = steps=2 batch=8
 
-.PHONY: demo results test test-portable lint bench bench-peers gpu gpu-tests gpu-kernels gpu-training base
+.PHONY: demo results test test-portable lint exercise bench bench-peers gpu gpu-tests gpu-kernels gpu-training base
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -148,6 +149,9 @@ test-portable: $(TOOLS)
 
 lint: $(TOOLS)
 	$(PYTHON) -m ruff check .
+
+exercise: $(TOOLS)
+	@$(PYTHON) -m exercises.exercise $(N) $(if $(HINT),--hint) $(if $(SOLUTION),--solution) $(if $(ANEW),--anew)
 
 bench: $(ENVIRONMENT)
 	$(PYTHON) -m benchmarks.throughput out=benchmarks/results/throughput.json

@@ -126,7 +126,7 @@ def main(config: Config) -> None:
 
     depends_on = {"data": config.data, "model": config.model, "context": config.context, "code": __file__}
     run = runtime.Run(config, depends_on)
-    optimizer = runtime.adamw(student, config.lr, config.weight_decay, config.beta2, config.lora_plus)
+    optimizer = runtime.adamw(student, config.lr, config.weight_decay, config.beta2, config.lora_plus, config.adam_eps)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(student, optimizer, steps, shown=("loss", "tokens_per_s"))
 

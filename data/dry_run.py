@@ -18,7 +18,7 @@ from data.tokenizer import load_tokenizer
 from families import read_config
 from model import Transformer, add_score_head
 from runtime import Settings
-from runtime.memory import activations, base_bytes
+from runtime.memory import activations, base_bytes, hardware
 
 
 def plan(
@@ -87,6 +87,7 @@ def dry_run(config, load_data, scored: bool = False, teacher: bool = False) -> N
         check_positions(read_config(path), "max_length", config.max_length)
     reference = plan(ref_model, replace(config, lora_rank=0, quantize="none"), dtype, 0)["weights"] if ref_model else 0
     show_plan(config.model, found, dtype, config.micro_tokens, reference)
+    print(f"  needs: {hardware(found, not config.lora_rank, reference)}")
     if ref_model:
         print(f"  weights of {ref_model}: {compare_weights(ref_model)}")
     for name, path in (("data", config.data), ("eval_data", config.eval_data)):
@@ -121,5 +122,7 @@ def dry_run_of_four(config) -> None:
     dtype = compute_name(config)
     if not config.reward and (Path(config.reward_model) / "config.json").is_file():
         read_config(config.reward_model)
-    show_plan(config.model, plan_of_four(config, dtype), dtype, config.micro_tokens)
+    found = plan_of_four(config, dtype)
+    show_plan(config.model, found, dtype, config.micro_tokens)
+    print(f"  needs: {hardware(found, shared=False)}")
     print(f"  {config.steps} steps of {config.batch} prompts")

@@ -125,9 +125,10 @@ def make_sampler(policy: Transformer, path: str, device: torch.device) -> Transf
 
 def make_optimizer(models: Models, config) -> runtime.AdamW:
     """One optimizer of the policy and the value model, each with its own learning rate."""
-    optimizer = runtime.adamw(models.policy, config.lr, config.weight_decay, config.beta2, config.lora_plus)
+    shared = config.weight_decay, config.beta2, config.lora_plus, config.adam_eps
+    optimizer = runtime.adamw(models.policy, config.lr, *shared)
     if models.value is not None:
-        groups = runtime.adamw(models.value, config.value_lr, config.weight_decay, config.beta2, config.lora_plus)
+        groups = runtime.adamw(models.value, config.value_lr, *shared)
         for group in groups.param_groups:
             optimizer.param_groups.append(group | {"scale": group["scale"] * config.value_lr / config.lr})
     return optimizer

@@ -33,6 +33,7 @@ class Settings:
     warmup_ratio: float = 0.1        # share of the steps with a rising learning rate
     weight_decay: float = 0.0        # on matrices, 0-0.1
     beta2: float = 0.98              # of AdamW, 0.95-0.999
+    adam_eps: float = 1e-8           # AdamW's epsilon, 1e-5-1e-8: keeps tiny gradients from taking full-size steps
     max_grad_norm: float = 1.0       # a longer gradient is scaled down to this norm
     micro_tokens: int = 4096         # tokens of a micro-batch: what fits in memory; a larger dialogue is one by itself
 
@@ -65,9 +66,9 @@ class Settings:
     def __post_init__(self):
         check_ranges(
             self, lr=(1e-12, 1), min_lr_ratio=(0, 1), warmup_ratio=(0, 0.99), weight_decay=(0, 1), beta2=(0, 0.99999),
-            max_grad_norm=(1e-6, inf), micro_tokens=(1, inf), lora_rank=(0, 2**16), lora_alpha=(0, inf),
-            lora_dropout=(0, 0.99), lora_plus=(1e-3, inf), shard=(0, inf), seed=(0, 10**9), threads=(0, 1024),
-            save_every=(0, inf),
+            adam_eps=(1e-16, 1), max_grad_norm=(1e-6, inf), micro_tokens=(1, inf), lora_rank=(0, 2**16),
+            lora_alpha=(0, inf), lora_dropout=(0, 0.99), lora_plus=(1e-3, inf), shard=(0, inf), seed=(0, 10**9),
+            threads=(0, 1024), save_every=(0, inf),
         )
         if self.quantize != "none" and not self.lora_rank:
             fail(f"quantize is '{self.quantize}', which cannot be trained: set lora_rank, e.g. lora_rank=16")

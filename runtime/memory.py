@@ -12,6 +12,8 @@
                                                  F: gate, its activation, up, their product; two without a gate
 
     With checkpointing each block keeps its input alone, D, and one block at a time the rest.
+
+    several GPUs       with full fine-tuning they share weights, gradients and moments; activations each has for itself
 """
 from __future__ import annotations
 
@@ -25,6 +27,32 @@ def activations(config, bytes_each: int, rank: int = 0, checkpointing: bool = Fa
     block = 2 * config.width + norms + 2 * heads + 2 * keys + (4 if config.gated else 2) * config.mlp_width
     block += 7 * rank  # what lies between A and B
     return bytes_each * (config.width * config.layers + block if checkpointing else block * config.layers)
+
+
+# Memory of GPUs one can rent, GB. On one GPU 2 GB are left for what is not counted (CUDA's own, the head's pieces);
+# where several share a model a fifth, as each gathers the embedding, the head and the block that runs.
+SIZES, SPARE, SHARED_SIZE, SHARED_PART = (12, 16, 24, 48, 80, 141), 2, 80, 0.8
+
+
+def hardware(plan: dict[str, int], shared: bool, reference: int = 0) -> str:
+    """The GPUs that hold a run, of data/dry_run.py's plan; `shared`: several may share weights (full fine-tuning).
+
+    The bytes of a reference stand beside weights and adapters, and before the first step only.
+    """
+    steps = sum(size for part, size in plan.items() if part not in ("parameters", "trained"))
+    together = max(steps, plan["weights"] + plan["adapters"] + reference) / 1e9
+    one = next((f"one GPU of {size} GB" for size in SIZES if together + SPARE <= size), "")
+    if not shared or together + SPARE <= SHARED_SIZE:
+        return one or f"more than one GPU of {SIZES[-1]} GB has"
+    split = sum(plan.get(part, 0) for part in ("weights", "gradients", "optimizer", "teacher"))
+    count = 2
+    while (split / count + plan["activations"]) / 1e9 > SHARED_PART * SHARED_SIZE:
+        count *= 2
+    nodes = f"--nnodes {count // 8} " if count > 8 else ""
+    loading = plan["weights"] * min(count, 8) / 1e9  # every rank reads all weights before it keeps its part
+    several = (f"{count} GPUs of {SHARED_SIZE} GB (torchrun {nodes}--nproc-per-node {min(count, 8)}) "
+               f"and {loading:,.0f} GB of CPU memory a machine")
+    return f"{one}, or {several}" if one else several
 
 
 def base_bytes(model: nn.Module, stored: int, quantize: str) -> int:

@@ -10,7 +10,9 @@ from runtime.config import Settings, fail
 from runtime.cpu import AdamW
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999, lora_plus: float = 1.0) -> AdamW:
+def adamw(
+    model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999, lora_plus: float = 1.0, eps: float = 1e-8,
+) -> AdamW:
     """An optimizer of the trainable parameters; norms and biases are not decayed.
 
     A group's rate is "scale" times the step's; LoRA's B matrices learn `lora_plus` times as fast (Hayou et al. 2024,
@@ -24,7 +26,7 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float = 0.999
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "scale": 1.0},
               {"params": fast, "weight_decay": weight_decay, "scale": lora_plus}]
     groups = [group | {"lr": lr * group["scale"]} for group in groups if group["params"]]
-    return AdamW(groups, (0.9, beta2))
+    return AdamW(groups, (0.9, beta2), eps)
 
 
 def set_learning_rate(optimizer: AdamW, step: int, steps: int, config: Settings, first: int = 0) -> float:

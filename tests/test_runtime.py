@@ -155,6 +155,17 @@ def test_adamw_is_that_of_torch_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
+def test_epsilon_holds_back_gradients_that_are_smaller():
+    """The first step is lr g / (|g| + eps): at lr 0.1 and g = 3, 0.1 with eps 1e-8 and 0.075 with eps 1."""
+    for eps, moved in ((1e-8, 0.1), (1.0, 0.075)):
+        model = torch.nn.Linear(1, 1, bias=False)
+        optimizer = runtime.adamw(model, 0.1, 0.0, eps=eps)
+        before = model.weight.item()
+        (3 * model.weight).sum().backward()
+        optimizer.step()
+        assert before - model.weight.item() == pytest.approx(moved, abs=1e-6)
+
+
 def test_a_step_on_a_cpu_needs_neither_pytorchs_compiler_nor_triton():
     """They would cost 2 s and 140 MB at every start."""
     code = ("import sys, sft, dpo, ppo, reward, judge, chat, runtime\n"

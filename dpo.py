@@ -310,7 +310,7 @@ def main(config: Config) -> None:
     sets, template = [trees, eval_trees] if eval_trees else [trees], config.template or tokenizer.template
     if RELATIVES[config.loss].reference:
         set_reference(policy, template, sets, run.folder, config, device)
-    optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus)
+    optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus, config.adam_eps)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(policy, optimizer, steps, shown=("loss", "margin", "accuracy", "pairs_per_s"))
 

@@ -206,7 +206,7 @@ def main(config: Config) -> None:
     others, *eval_others = (mismatched(one, config.max_length) for one in given)
     set_reference(policy, config.template or tokenizer.template, [*given, others, *eval_others], run.folder, config,
                   device)
-    optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus)
+    optimizer = runtime.adamw(policy, config.lr, config.weight_decay, config.beta2, config.lora_plus, config.adam_eps)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(policy, optimizer, steps, shown=("loss", "z0", "margin", "accuracy", "replies_per_s"))
 

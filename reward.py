@@ -200,7 +200,7 @@ def main(config: Config) -> None:
     run = runtime.Run(config, {"data": config.data, "model": config.model, "code": __file__})
     baseline = language_model_baseline(model, eval_trees, config, device)
     lora.shard(lora.adapt(model if model.config.scored else add_score_head(model, config.seed), config), config, device)
-    optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2, config.lora_plus)
+    optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2, config.lora_plus, config.adam_eps)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(model, optimizer, steps, shown=("loss", "margin", "accuracy", "pairs_per_s"))
 

@@ -125,7 +125,7 @@ def main(config: Config) -> None:
     lora.shard(lora.adapt(model, config), config, device)
 
     run = runtime.Run(config, {"data": config.data, "model": config.model, "code": __file__})
-    optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2, config.lora_plus)
+    optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2, config.lora_plus, config.adam_eps)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(model, optimizer, steps, shown=("loss", "tokens_per_s"))
 

@@ -57,6 +57,7 @@ TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates")
 # Classes by which one of transformers 4 and 5 reads tokenizer.json otherwise than it is written, or not at all.
 REWRITERS = ("LlamaTokenizer", "LlamaTokenizerFast", "TokenizersBackend")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MORE_NAMES = ("extra_special_tokens", "model_specific_special_tokens")  # tables of others, in transformers 4 and 5
 PROBE = [{"role": role, "content": text} for role, text in (
     ("system", " S "), ("user", " U\n"), ("assistant", " A "), ("user", "V"), ("assistant", "B\n"))]
 OWN = "own"  # the name of a checkpoint's template that is none of ours
@@ -124,9 +125,11 @@ class Tokenizer:
         table = dict(self.settings)
         if "added_tokens_decoder" not in table:
             table |= _read_json(self.path / "special_tokens_map.json")
-        names = {key: table[key]["content"] if isinstance(table[key], dict) else table[key]
-                 for key in NAMES if table.get(key)}
-        return {key: name for key, name in names.items() if isinstance(name, str)}
+        named = {key: table[key] for key in NAMES if key in table}
+        for more in filter(lambda value: isinstance(value, dict), map(table.get, MORE_NAMES)):
+            named = more | named
+        names = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+        return {key: name for key, name in names.items() if name and isinstance(name, str)}
 
     def _id(self, key: str, default: int) -> int:
         return self.added[self.names[key]].id if key in self.names else default
@@ -388,7 +391,8 @@ class Tokenizer:
                                  "single_word": False}
                  for name, token in sorted(self.added.items(), key=lambda item: item[1].id)}
         if table.keys() - {str(token.id) for token in self.vocabulary.added.values()}:  # all of them or none
-            settings |= self.names | {"added_tokens_decoder": table | self.settings.get("added_tokens_decoder", {})}
+            settings |= {key: name for key, name in self.names.items() if key in NAMES}
+            settings |= {"added_tokens_decoder": table | self.settings.get("added_tokens_decoder", {})}
         if (self.path / "tokenizer.json").is_file() and settings.get("tokenizer_class") in REWRITERS:
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")

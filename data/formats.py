@@ -280,7 +280,7 @@ def doubts(value, part: dict, form: str) -> Iterator[str]:
                 yield "has a system text after its first turn, which opens the dialogue here"
             if role_of(turns[0]) == "system" and absent(turns[0].get("content", turns[0].get("value"))):
                 yield "has an empty system text, which counts as none"
-    if isinstance(part.get("label"), str) and form == "messages":
+    if form == "messages" and isinstance(part.get("label"), str | int) and not isinstance(part["label"], bool):
         yield "has a 'label' that is neither true nor false, and is learnt"
     if form == "messages" and not any("reasoning_content" in m for m in held):
         for key in REASONING:

@@ -96,8 +96,10 @@ def flag(value) -> bool | None:
 # ------------------------------------------------------------------------------------------ messages
 
 SPEAKERS = {"human": "user", "user": "user", "prompter": "user", "system": "system", "developer": "system"}
-SPEAKERS |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model"), "assistant")
-TOOL_ROLES = ("tool", "function", "ipython", "function_call", "tool_call", "observation")
+SPEAKERS |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model", "ai"), "assistant")
+TOOL_ROLES = ("tool", "function", "ipython", "function_call", "tool_call", "observation", "environment",
+              "tool_response", "tool_results", "function-response")
+TOOL_KEYS = ("tool_calls", "tool_call", "function_calls", "function_call", "tools", "functions")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Keys that may say so, of a reply or of a record
 NOT_LEARNT = ("weight", "train", "training", "loss", "output_with_loss", "train_detail", "training_detail")
@@ -125,7 +127,7 @@ def check_content(value, key: str) -> str:
 def check_message(value: dict, key: str) -> dict:
     """A turn {role, content}, or ShareGPT's {from, value}, with the thoughts before it and whether it is learnt."""
     role, content = role_of(value), value.get("value") if value.get("content") is None else value["content"]
-    called = [f"'{name}'" for name in ("tool_calls", "function_call") if not absent(value.get(name))]
+    called = [f"'{name}'" for name in TOOL_KEYS if not absent(value.get(name))]
     called += [f"role {role!r}"] * (role in TOOL_ROLES)
     if called:
         raise Reject("tool call", f"'{key}' has {called[0]}, and tool calls cannot be learnt here: drop the record")

@@ -247,7 +247,8 @@ def test_a_label_that_says_yes_is_learnt_and_other_labels_travel_along(yes, tmp_
     assert one(tmp_path, {"messages": [HI, HELLO], "label": yes})[0] == [{"messages": [HI, HELLO], "label": True}]
     assert one(tmp_path, SHAREGPT | {"kto_tag": yes})[0] == [{"messages": [HI, HELLO], "label": True}]
     assert one(tmp_path, {"messages": [HI, HELLO], "label": "greeting"})[0][0]["label"] == "greeting"
-    assert "neither true nor false" in one(tmp_path, {"messages": [HI, HELLO], "label": "bad"})[2].warnings[0]
+    for label in ("bad", -1):
+        assert "neither true nor false" in one(tmp_path, {"messages": [HI, HELLO], "label": label})[2].warnings[0]
     kinds = one(tmp_path, {"prompt": "Hi", "completion": "Hello", "label": yes},
                 {"prompt": "Hi", "completion": "Hello", "label": "maybe"}, )[2].kinds
     assert kinds == {"bad label": 1}
@@ -286,6 +287,9 @@ def test_other_weights_are_refused_by_name(tmp_path):
     ({"messages": [HI, HELLO | {"tool_calls": [{"id": "c1"}]}]}, "'tool_calls'"),
     ({"messages": [HI, HELLO | {"content": None, "tool_calls": [{}]}]}, "'tool_calls'"),
     ({"messages": [HI, HELLO | {"function_call": {"name": "rain"}}]}, "'function_call'"),
+    ({"messages": [HI, HELLO | {"function_calls": "rain()"}]}, "'function_calls'"),
+    ({"messages": [SAILOR | {"tools": [{"name": "rain"}]}, HI, HELLO]}, "'tools'"),
+    ({"messages": [HI, HELLO, {"role": "environment", "content": "2 mm"}, GONE]}, "role 'environment'"),
     ({"messages": [HI, {"role": "tool", "content": "2 mm"}, HELLO]}, "role 'tool'"),
     ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "{}"},
                         {"from": "observation", "value": "2 mm"}, {"from": "gpt", "value": "x"}]},

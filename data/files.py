@@ -210,10 +210,10 @@ def _of_csv(text: io.TextIOBase) -> Values:
         if fault:
             yield "line", line, broken("not CSV", fault)
         else:
-            yield "line", line, _unless_broken(_with_lists(row), "".join(row.values()))
+            yield "line", line, _unless_broken(with_lists(row), "".join(row.values()))
 
 
-def _with_lists(row: dict[str, str]) -> dict | Reject:
+def with_lists(row: dict[str, str]) -> dict | Reject:
     """The row with lists of messages, which a cell holds as JSON; one that Python has written has lost its quotes."""
     for key, cell in row.items():
         if not re.match(r"""\s*\[\s*\{\s*['"](role|content|from|value|input|output)['"]\s*:""", cell):

@@ -26,7 +26,7 @@ from itertools import groupby
 from pathlib import Path
 from types import FunctionType
 
-from data.files import shards, values
+from data.files import shards, values, with_lists
 from data.native import ANSWERED, ASKED, NATIVE
 from data.preferences import PREFERENCES
 from data.records import (
@@ -46,6 +46,7 @@ from runtime import arguments, fail, writing
 
 PUBLISHED = NATIVE | PREFERENCES
 FORMATS = FORMS | PUBLISHED
+LISTS = ("messages", "conversations", "conversation")  # that some files hold as JSON in a text
 DEEPEST = 200  # levels of nesting; a conversation tree takes two a turn
 
 
@@ -238,7 +239,10 @@ def _object(value, report: Report) -> dict:
                                          "write null or drop it")
         level = [w for v in level for w in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
         depth += 1
-    return _named({key: v for key, v in value.items() if v is not None}, report.columns)
+    lists = with_lists({key: value[key] for key in LISTS if isinstance(value.get(key), str)})
+    if isinstance(lists, Reject):
+        raise lists
+    return _named({key: v for key, v in (value | lists).items() if v is not None}, report.columns)
 
 
 def _named(record: dict, columns: dict[str, str]) -> dict:
@@ -278,6 +282,8 @@ def doubts(value, part: dict, form: str) -> Iterator[str]:
                 yield "has a system text after its first turn, which opens the dialogue here"
             if role_of(turns[0]) == "system" and absent(turns[0].get("content", turns[0].get("value"))):
                 yield "has an empty system text, which counts as none"
+    if form == "messages" and isinstance(part.get("label"), str | int) and not isinstance(part["label"], bool):
+        yield "has a 'label' that is neither true nor false, and is learnt"
     if form == "messages" and not any("reasoning_content" in m for m in held):
         for key in REASONING:
             if isinstance(value.get(key), str) and not absent(value[key]):

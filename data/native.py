@@ -138,9 +138,9 @@ def alpaca(record: dict) -> dict:
 
 def question_answer(record: dict) -> dict:
     """A question and its answer, each under one of several names, and anything else."""
-    turns = answer(asked(record), text_of(record, one_of(ANSWERED, record)).strip())["messages"]
+    turns = rounds(record) + answer(asked(record), text_of(record, one_of(ANSWERED, record)).strip())["messages"]
     turns[-1] |= thoughts(record)
-    used = (*ASKED, *ANSWERED, *REASONING, "input", "context")
+    used = (*ASKED, *ANSWERED, *REASONING, "input", "context", "history")
     return {key: value for key, value in record.items() if key not in used} | {"messages": turns}
 
 
@@ -186,14 +186,21 @@ def gsm8k(record: dict) -> dict:
 
 # ----------------------------------------------------------------------------------------- dialogues
 
+ROUND = (("input", "output"), ("human", "assistant"))
+
+
 def dialogue(record: dict, key: str) -> list[dict]:
-    """Turns {from, value} or {role, content}, or rounds {input, output}; what else they hold stays with them."""
+    """Turns {from, value} or {role, content}, or rounds {input, output, system}; what else they hold stays there."""
     turns = []
     for turn in list_of(record, key):
-        if check_object(turn, key).get("input") is not None:
-            turns += alternate([turn["input"], turn.get("output")])
-        else:
+        names = next((names for names in ROUND if check_object(turn, key).get(names[0]) is not None), None)
+        if names is None:
             turns.append(turn | {"role": role_of(turn)})
+            continue
+        if not absent(turn.get("system")):
+            turns.append({"role": "system", "content": turn["system"]})
+        turns += alternate([turn[names[0]], turn.get(names[1])])
+        turns[-1] |= {name: value for name, value in turn.items() if name not in (*names, "system")}
     return turns
 
 

@@ -27,6 +27,7 @@ from data.native import (
 )
 from data.records import (
     Reject,
+    absent,
     broken,
     check_columns,
     check_number,
@@ -67,7 +68,7 @@ def pair(record: dict) -> dict:
         found["prompt"] = [*before, *alternate([asked(record)])] if before else asked(record)
     else:
         found |= carry(record, "prompt")
-    names = next((names for names in SCORES if all(name in record for name in names)), None)
+    names = next((names for names in SCORES if not any(absent(record.get(name)) for name in names)), None)
     if names is None:
         return found
     better, worse = (check_number(record[name], name, -1e300) for name in names)
@@ -240,12 +241,9 @@ def _oasst_message(message, role: str) -> tuple[dict, int | None, list]:
 def nectar(record: dict) -> dict:
     """prompt, an HH transcript that ends with "Assistant:", and answers [{answer, model, rank}], 1 the best."""
     answers = [check_object(reply, "answers") for reply in list_of(record, "answers")]
-    ranks = [check_number(reply.get("rank"), "rank", 0, 1e6) for reply in answers]
-    if any(rank % 1 for rank in ranks):
-        raise expected("whole numbers", "rank", ranks, "bad ranks")
     texts = [text_of(reply, "answer").strip() for reply in answers]
     more = carry(record, "prompt", "source") | {"models": [reply.get("model") for reply in answers]}
-    return {"answers": texts, "ranks": [int(rank) for rank in ranks]} | more
+    return {"answers": texts, "ranks": [reply.get("rank") for reply in answers]} | more
 
 
 def pandalm(record: dict) -> dict:

@@ -7,9 +7,9 @@
     text         {"text": "..."}
 
 A message may also hold "reasoning_content", the thoughts before a reply, and "loss": false, a reply that is context
-and not learnt. A dialogue's "label" says whether its last reply is a good one (true) or not (kto.py). A `system` or
-`system_prompt` column opens the dialogue. null is as if the key were not there. Other keys (id, category, annotator,
-scores ...) travel along.
+and not learnt. A dialogue's "label" says whether its last reply is a good one (true) or not (kto.py). A `system` column
+(SYSTEM) opens the dialogue. null is as if the key were not there. Other keys (id, category, annotator, scores ...)
+travel along.
 """
 from __future__ import annotations
 
@@ -63,10 +63,15 @@ def check_text(value, key: str) -> str:
 
 
 def check_number(value, key: str, low: float, high: float = 1e300) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        wanted = f"of at least {low:g}" if high == 1e300 else f"from {low:g} to {high:g}"
-        raise expected(f"a number {wanted}", key, value, "bad number")
-    return float(value)
+    """A number, which CSV writes as text."""
+    try:
+        number = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        number = float("nan")
+    if not low <= number <= high:
+        wanted = (f" from {low:g} to {high:g}" if high < 1e300 else f" of at least {low:g}" if low > -1e300 else "")
+        raise expected(f"a number{wanted}", key, value, "bad number")
+    return number
 
 
 def check_object(value, key: str) -> dict:
@@ -80,7 +85,8 @@ def absent(value) -> bool:
     return value is None or value in ({}, []) or isinstance(value, str) and value.strip() in ("", "[]", "{}")
 
 
-FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+FLAGS = dict.fromkeys(("true", "1", "1.0", "desirable"), True) | dict.fromkeys(
+    ("false", "0", "0.0", "undesirable"), False)
 
 
 def flag(value) -> bool | None:
@@ -90,11 +96,14 @@ def flag(value) -> bool | None:
 
 # ------------------------------------------------------------------------------------------ messages
 
-SPEAKERS = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys(
-    ["gpt", "chatgpt", "bing", "bard", "assistant"], "assistant")
-TOOL_ROLES = ("tool", "function", "ipython", "function_call", "tool_call", "observation")
+SPEAKERS = {"human": "user", "user": "user", "prompter": "user", "system": "system", "developer": "system"}
+SPEAKERS |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model", "ai"), "assistant")
+TOOL_ROLES = ("tool", "function", "ipython", "function_call", "tool_call", "observation", "environment",
+              "tool_response", "tool_results", "function-response")
+TOOL_KEYS = ("tool_calls", "tool_call", "function_calls", "function_call", "tools", "functions")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-NOT_LEARNT = ("weight", "train", "loss", "training_detail")  # keys that may say so, of a reply or of a record
+# Keys that may say so, of a reply or of a record
+NOT_LEARNT = ("weight", "train", "training", "loss", "output_with_loss", "train_detail", "training_detail")
 
 
 def role_of(message: dict):
@@ -119,7 +128,7 @@ def check_content(value, key: str) -> str:
 def check_message(value: dict, key: str) -> dict:
     """A turn {role, content}, or ShareGPT's {from, value}, with the thoughts before it and whether it is learnt."""
     role, content = role_of(value), value.get("value") if value.get("content") is None else value["content"]
-    called = [f"'{name}'" for name in ("tool_calls", "function_call") if not absent(value.get(name))]
+    called = [f"'{name}'" for name in TOOL_KEYS if not absent(value.get(name))]
     called += [f"role {role!r}"] * (role in TOOL_ROLES)
     if called:
         raise Reject("tool call", f"'{key}' has {called[0]}, and tool calls cannot be learnt here: drop the record")
@@ -134,7 +143,7 @@ def check_message(value: dict, key: str) -> dict:
             raise broken("reasoning", f"'{key}.{name}' differs from other thoughts of its turn, or is not a reply's")
     for name in NOT_LEARNT:
         learnt = flag(value.get(name))
-        if learnt is None and value.get(name) is not None:
+        if learnt is None and not absent(value.get(name)):
             raise expected("true or false, 1 or 0", f"{key}.{name}", value[name], "bad weight")
         if learnt is False and role == "assistant":
             message["loss"] = False
@@ -157,7 +166,7 @@ def check_messages(value, key: str) -> list[dict]:
     return under(messages, {})
 
 
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 
 
 def under(messages: list[dict], record: dict) -> list[dict]:
@@ -205,13 +214,14 @@ def without_thoughts(messages: list[dict], key: str) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------- forms
 
-UNREAD = ("tools", "functions", "images", "videos", "audios")
+UNREAD = ("tools", "functions", "images", "videos", "audios", "chat_template_kwargs")
 
 
 def check_columns(record: dict, form: str) -> dict:
     """Columns that mean the same in every layout: refuses what cannot be learnt, returns those that forms know."""
     for key in UNREAD if form != "text" else ():
-        if not absent(record.get(key)):
+        held = record.get(key)
+        if not all(part is False or absent(part) for part in (held.values() if isinstance(held, dict) else [held])):
             raise Reject(key, f"has '{key}', which cannot be learnt here: drop the record, or this key of it")
     for key in NOT_LEARNT if form != "prompt" else ():
         learnt = flag(record.get(key))
@@ -264,10 +274,10 @@ def read_preference(record: dict) -> dict:
         raise broken("prompts differ", "'prompt', 'chosen' and 'rejected' disagree on what precedes the reply")
     if chosen == rejected:
         raise Reject("identical", "'chosen' equals 'rejected', which prefers nothing: drop the pair")
-    if record.get("margin") is not None:
-        check_number(record["margin"], "margin", 0)
+    margin = {} if absent(record.get("margin")) else {"margin": check_number(record["margin"], "margin", 0)}
     prompt = under(check_prompt(prompts[0]), record)
-    return strip(record, *SYSTEM, "messages") | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return strip(record, *SYSTEM, "messages", "margin") | pair | margin
 
 
 def _side(value, side: str, marked: bool) -> tuple[list[dict], str]:
@@ -293,14 +303,15 @@ def read_ranking(record: dict) -> dict:
     answers, ranks = record.get("answers"), record.get("ranks")
     if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks):
         raise broken("bad ranks", "'answers' and 'ranks' are not lists of one length, a rank for every answer")
-    if not all(isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank < 2**31 for rank in ranks):
+    if any(isinstance(rank, bool) or not isinstance(rank, int | float) or rank % 1 or not 0 <= rank < 2**31
+           for rank in ranks):
         raise expected("whole numbers from 0, the best", "ranks", ranks, "bad ranks")
     if len(set(ranks)) < 2:
         raise Reject("tie", "'ranks' are all the same, which prefers nothing: drop the record")
     record = read_prompt(record)
     without_thoughts(record["prompt"], "prompt")
     return record | {"answers": [check_text(answer, "answers") for answer in answers],
-                     "ranks": [rank - min(ranks) for rank in ranks]}
+                     "ranks": [int(rank - min(ranks)) for rank in ranks]}
 
 
 def read_prompt(record: dict) -> dict:
@@ -322,7 +333,7 @@ FORMS = {form: Format(form, read, shapes) for form, read, *shapes in (
 
 def check_record(record: dict, form: str) -> dict:
     if not isinstance(record.get("category", ""), str):
-        raise expected("text", "category", record["category"], "bad category")
+        raise Reject("bad category", f"'category' is {short(record['category'])}, expected text: rename that column")
     return FORMS[form].read(record)
 
 

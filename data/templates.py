@@ -157,8 +157,8 @@ class ChatTemplate:
         if begin is None:
             raise TemplateError("the chat template asks for a reply in another way than it writes one "
                                 f"(...{_join(prompt)[-30:]!r}): set template=")
-        if self._unseen(messages, len(messages) - 1):
-            raise TemplateError("the chat template leaves its reasoning_content out: drop it, or set template=")
+        if lost := self._left_out(messages, pieces, begin):
+            raise TemplateError(f"the chat template leaves {lost} out: drop it, or set template=")
         parts = _cut(pieces, {len(messages) - 1: (_spot(pieces, begin), _spot(pieces, end))})
         while parts and parts[-1].reply is None:  # what the template writes behind a reply belongs to the next turn
             parts.pop()
@@ -168,15 +168,24 @@ class ChatTemplate:
         """Where in `whole` each reply stands as `path` has it."""
         places, text = {}, _join(whole)
         for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
-            own = self._pieces(messages[: i + 1], False)[0]
-            begin, end, finished = self._find_reply(own, self._pieces(messages[:i], True)[0], i)
-            if begin is not None and finished and text.startswith(_join(own)[:end]) and not self._unseen(messages, i):
+            upto = messages[: i + 1]
+            try:
+                own = self._pieces(upto, False)[0]
+                begin, end, finished = self._find_reply(own, self._pieces(messages[:i], True)[0], i)
+            except TemplateError:  # it can write this reply in a longer dialogue alone, as a part of a prompt
+                continue
+            stays = begin is not None and finished and text.startswith(_join(own)[:end])
+            if stays and not self._left_out(upto, own, begin):
                 places[i] = (_spot(whole, begin), _spot(whole, end))
         return places
 
-    def _unseen(self, messages: list[dict], reply: int) -> bool:
-        """Whether the template leaves out the thoughts of a reply that has just been made."""
-        return "reasoning_content" in messages[reply] and 2 * reply not in self._outline(messages[: reply + 1], False)
+    def _left_out(self, messages: list[dict], own: Pieces, begin: int) -> str:
+        """What the template leaves out of the last message, a reply that has just been made; "" for nothing."""
+        reply = len(messages) - 1
+        if "reasoning_content" in messages[reply] and 2 * reply not in self._outline(messages, False):
+            return "its reasoning_content"
+        said = "".join(_join(own)[begin : self._said(own, reply)].split())
+        return "a part of its reply" if len(said) < len("".join(messages[reply]["content"].split())) else ""
 
     def _find_reply(self, own: Pieces, prompt: Pieces, reply: int) -> tuple[int | None, int, bool]:
         """First and last character of the reply that ends `own`, and whether a token of markup ends it.
@@ -184,10 +193,15 @@ class ChatTemplate:
         It begins where its prompt ends; None if `own` does not begin with the prompt.
         """
         text, before = _join(own), _join(prompt)
-        last = max((k for k, (_, message) in enumerate(own) if message == reply), default=-1)
-        said = sum(len(piece) for piece, _ in own[: last + 1])
+        said = self._said(own, reply)
         found = self.tokens.search(text, said)
         return len(before) if text.startswith(before) else None, found.end() if found else said, bool(found)
+
+    @staticmethod
+    def _said(own: Pieces, reply: int) -> int:
+        """The character at which the words of the reply end."""
+        last = max((k for k, (_, message) in enumerate(own) if message == reply), default=-1)
+        return sum(len(piece) for piece, _ in own[: last + 1])
 
     def _pieces(self, messages: list[dict], add_generation_prompt: bool) -> tuple[Pieces, bool]:
         """The rendered text, taken apart, and whether its markup is that of all messages of these roles."""

@@ -57,6 +57,7 @@ TEMPLATE_FILES = ("chat_template.jinja", "additional_chat_templates")
 # Classes by which one of transformers 4 and 5 reads tokenizer.json otherwise than it is written, or not at all.
 REWRITERS = ("LlamaTokenizer", "LlamaTokenizerFast", "TokenizersBackend")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MORE_NAMES = ("extra_special_tokens", "model_specific_special_tokens")  # tables of others, in transformers 4 and 5
 PROBE = [{"role": role, "content": text} for role, text in (
     ("system", " S "), ("user", " U\n"), ("assistant", " A "), ("user", "V"), ("assistant", "B\n"))]
 OWN = "own"  # the name of a checkpoint's template that is none of ours
@@ -79,6 +80,10 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if not self.path.is_dir():
+            hub = len(self.path.parts) == 2 and not self.path.parent.exists()
+            fail(f"{self.path}: no such folder, expected a checkpoint's" + hub * (
+                f"; one of the Hugging Face hub is fetched first: `hf download {path} --local-dir {self.path.name}`"))
         pieces, fast = self.path / "tokenizer.model", self.path / "tokenizer.json"
         if not pieces.is_file() and not fast.is_file():
             fail(f"{pieces}: no such file, nor tokenizer.json, expected the checkpoint's tokenizer: "
@@ -124,9 +129,11 @@ class Tokenizer:
         table = dict(self.settings)
         if "added_tokens_decoder" not in table:
             table |= _read_json(self.path / "special_tokens_map.json")
-        names = {key: table[key]["content"] if isinstance(table[key], dict) else table[key]
-                 for key in NAMES if table.get(key)}
-        return {key: name for key, name in names.items() if isinstance(name, str)}
+        named = {key: table[key] for key in NAMES if key in table}
+        for more in filter(lambda value: isinstance(value, dict), map(table.get, MORE_NAMES)):
+            named = more | named
+        names = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+        return {key: name for key, name in names.items() if name and isinstance(name, str)}
 
     def _id(self, key: str, default: int) -> int:
         return self.added[self.names[key]].id if key in self.names else default
@@ -388,7 +395,8 @@ class Tokenizer:
                                  "single_word": False}
                  for name, token in sorted(self.added.items(), key=lambda item: item[1].id)}
         if table.keys() - {str(token.id) for token in self.vocabulary.added.values()}:  # all of them or none
-            settings |= self.names | {"added_tokens_decoder": table | self.settings.get("added_tokens_decoder", {})}
+            settings |= {key: name for key, name in self.names.items() if key in NAMES}
+            settings |= {"added_tokens_decoder": table | self.settings.get("added_tokens_decoder", {})}
         if (self.path / "tokenizer.json").is_file() and settings.get("tokenizer_class") in REWRITERS:
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -229,7 +229,7 @@ CASES = [  # command, what is added to its usual words, what the line has to say
     ("judge", 'judges=["recorded:{bad}/strange.jsonl"]', ["strange.jsonl"]),
     ("reward --score", "{bad}/text.jsonl --model {bad}/reward", ["text.jsonl line 1: 'messages' is null"]),
     # checkpoints
-    ("sft", "model={bad}/nowhere", ["nowhere/tokenizer.model: no such file"]),
+    ("sft", "model={bad}/nowhere", ["nowhere: no such folder"]),
     ("sft", "model={bad}/no_config", ["no_config: holds no config.json"]),
     ("sft", "model={bad}/config_cut", ["config.json: is not JSON", "copy it again"]),
     ("dpo", "model={bad}/cut", ["model.safetensors: cannot be read as safetensors", "copy it again"]),

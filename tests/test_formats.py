@@ -498,7 +498,7 @@ def test_ultrafeedback_pairs_the_best_with_a_random_lower_one(tmp_path):
 def test_binarised_scores_that_tie_stay_with_margin_0_and_contradictions_go(tmp_path):
     good = example("ultrafeedback_binarized")
     without = {key: value for key, value in good.items() if key != "prompt"}  # then it is the common start
-    bad = [good | {"score_rejected": 9}, good | {"score_chosen": "8"}, good | {"prompt": "Ho"}]
+    bad = [good | {"score_rejected": 9}, good | {"score_chosen": "high"}, good | {"prompt": "Ho"}]
     other_scales = [good | {"score_chosen": 11}, good | {"score_chosen": -1.5, "score_rejected": -3.25}]
     good = [good | {"score_rejected": 8}, without, *other_scales]
     found, _, report = one(tmp_path, "ultrafeedback_binarized", *good, *bad)
@@ -518,7 +518,7 @@ def test_votes_and_verdicts_make_pairs_by_their_stated_rules(tmp_path):
                                  votes(1, 1, 1, response2=True))
     assert [(r["chosen"], r["rejected"]) for r in found] == [("Mars.", "The Baltic."), ("The Baltic.", "True")]
     assert report.kinds == {"tie": 2, "bad label": 2}
-    judged = [example("alpaca_eval") | {"preference": p} for p in (1, 2, 1.2, 1.8, 1.5, 0, None, 0.5, "1")]
+    judged = [example("alpaca_eval") | {"preference": p} for p in (1, 2, 1.2, 1.8, 1.5, 0, None, 0.5, "first")]
     found, _, report = one(tmp_path, "alpaca_eval", *judged)
     assert [r["chosen"] for r in found] == ["Mars.", "The Baltic.", "Mars.", "The Baltic."]
     assert report.kinds == {"tie": 2, "no verdict": 1, "bad number": 2}

@@ -1,4 +1,5 @@
 """What people's data means: who says what, what is learnt of it, and what is refused by name."""
+import json
 import os
 from pathlib import Path
 
@@ -96,6 +97,14 @@ def test_scores_of_any_scale_give_their_difference_as_margin(names, high, low, m
         "scores contradict": 1}
 
 
+def test_numbers_of_a_table_are_text_and_empty_cells_none(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected,score_chosen,score_rejected,margin\n"
+                                    "Hi,Hello,Go,8.5,-7,\nHi,Hello,Go,,,\nHi,Hello,Go,,,2\nHi,Hello,Go,high,1,\n")
+    found, report = read(tmp_path / "x.csv")
+    assert [record.get("margin") for record in found] == [15.5, None, 2.0]
+    assert report.rejects == [(5, "'score_chosen' is \"high\", expected a number: mend or drop the record")]
+
+
 def test_ranks_count_from_0_however_the_file_counts_them(tmp_path):
     """Nectar's ranks 2, 1, 3 are 1, 0, 2."""
     prompt = "\n\nHuman: Hi\n\nAssistant: "
@@ -104,7 +113,8 @@ def test_ranks_count_from_0_however_the_file_counts_them(tmp_path):
     (found,), _, report = one(tmp_path, nectar)
     assert (found["prompt"], found["answers"], found["ranks"]) == ([HI], ["b", "a", "c"], [1, 0, 2])
     ranked = {"prompt": "Hi", "answers": ["b", "a", "c"]}
-    assert one(tmp_path, ranked | {"ranks": [2, 1, 3]})[0][0]["ranks"] == [1, 0, 2]
+    for ranks in ([2, 1, 3], [2.0, 1.0, 3.0]):
+        assert one(tmp_path, ranked | {"ranks": ranks})[0][0]["ranks"] == [1, 0, 2]
     nectar["answers"][0]["rank"] = 1.5
     assert one(tmp_path, nectar)[2].kinds == {"bad ranks": 1}
 
@@ -129,8 +139,25 @@ def test_of_a_prompt_and_its_completion_the_completion_is_learnt(tmp_path):
 def test_turns_of_every_spelling_are_messages(tmp_path):
     for record in (SHAREGPT, {"conversations": [HI, HELLO]}, {"conversation": [HI, HELLO]},
                    {"conversation": [{"input": "Hi", "output": "Hello"}]}, {"messages": SHAREGPT["conversations"]},
-                   {"messages": [HI | {"role": "User"}, HELLO | {"role": "gpt"}]}):
+                   {"conversation": [{"human": "Hi", "assistant": "Hello"}]}, {"messages": json.dumps([HI, HELLO])},
+                   {"messages": [HI | {"role": "User"}, HELLO | {"role": "gpt"}]},
+                   {"messages": [HI, HELLO | {"role": "model"}]}):
         assert one(tmp_path, record)[0] == [{"messages": [HI, HELLO]}], record
+    assert "a list as Python prints it" in one(tmp_path, {"messages": str([HI, HELLO])})[1][0]
+
+
+def test_rounds_keep_their_system_text_and_say_what_is_not_learnt(tmp_path):
+    rounds = [{"system": "Talk like a sailor.", "input": "Hi", "output": "Hello", "output_with_loss": False},
+              {"input": "Bye", "output": "Gone", "output_with_loss": True}]
+    assert one(tmp_path, {"conversation": rounds})[0] == [
+        {"messages": [SAILOR, HI, HELLO | {"loss": False}, BYE, GONE]}]
+    assert one(tmp_path, {"conversation": [rounds[1] | {"tool_calls": [{}]}]})[2].kinds == {"tool call": 1}
+
+
+def test_earlier_rounds_precede_a_question_under_whichever_name(tmp_path):
+    record = {"query": "Bye", "response": "Gone", "history": [["Hi", "Hello"]], "system": "Talk like a sailor."}
+    assert one(tmp_path, record)[0] == [{"messages": [SAILOR, HI, HELLO, BYE, GONE]}]
+    assert one(tmp_path, {"query": "Hi", "response": "Hello", "history": []})[0] == [{"messages": [HI, HELLO]}]
 
 
 def test_parts_of_text_are_joined_and_others_refused_with_their_kind(tmp_path):
@@ -147,6 +174,8 @@ def test_parts_of_text_are_joined_and_others_refused_with_their_kind(tmp_path):
 @pytest.mark.parametrize("record", [
     {"messages": [SAILOR, HI, HELLO]},
     {"messages": [HI, HELLO], "system": "Talk like a sailor."},
+    {"messages": [SAILOR | {"role": "developer"}, HI, HELLO]},
+    {"prompt": "Hi", "response": "Hello", "system_message": "Talk like a sailor."},
     {"messages": [SAILOR, HI, HELLO], "system_prompt": "Talk like a sailor."},  # the same twice
     {"messages": [HI, SAILOR, HELLO]},
     SHAREGPT | {"system": "Talk like a sailor.", "tools": ""},
@@ -160,7 +189,7 @@ def test_parts_of_text_are_joined_and_others_refused_with_their_kind(tmp_path):
 ])
 def test_a_system_text_opens_the_dialogue_wherever_it_stands(record, tmp_path):
     (found,), _, _ = one(tmp_path, record)
-    assert found["messages"] == [SAILOR, HI, HELLO] and "system" not in found and "system_prompt" not in found
+    assert found["messages"] == [SAILOR, HI, HELLO] and not any(key.startswith("system") for key in found)
 
 
 def test_prompts_and_rankings_have_system_texts_too(tmp_path):
@@ -181,12 +210,12 @@ def test_two_different_system_texts_are_refused_and_empty_ones_are_none(tmp_path
 
 # -------------------------------------------------------------------------------------- what is learnt
 
-NO = [False, 0, 0.0, "False", "false", "0"]
-YES = [True, 1, 1.0, "True", "true", "1"]
+NO = [False, 0, 0.0, "False", "false", "0", "undesirable"]
+YES = [True, 1, 1.0, "True", "true", "1", "desirable"]
 
 
 def test_true_and_false_are_known_in_all_their_spellings():
-    assert [flag(value) for value in NO + YES] == [False] * 6 + [True] * 6
+    assert [flag(value) for value in NO + YES] == [False] * 7 + [True] * 7
     assert all(flag(value) is None for value in (None, "", "yes", 2, -1, [], {}, "positive"))
 
 
@@ -218,6 +247,8 @@ def test_a_label_that_says_yes_is_learnt_and_other_labels_travel_along(yes, tmp_
     assert one(tmp_path, {"messages": [HI, HELLO], "label": yes})[0] == [{"messages": [HI, HELLO], "label": True}]
     assert one(tmp_path, SHAREGPT | {"kto_tag": yes})[0] == [{"messages": [HI, HELLO], "label": True}]
     assert one(tmp_path, {"messages": [HI, HELLO], "label": "greeting"})[0][0]["label"] == "greeting"
+    for label in ("bad", -1):
+        assert "neither true nor false" in one(tmp_path, {"messages": [HI, HELLO], "label": label})[2].warnings[0]
     kinds = one(tmp_path, {"prompt": "Hi", "completion": "Hello", "label": yes},
                 {"prompt": "Hi", "completion": "Hello", "label": "maybe"}, )[2].kinds
     assert kinds == {"bad label": 1}
@@ -244,6 +275,7 @@ def test_other_weights_are_refused_by_name(tmp_path):
     for record, name in (({"messages": [HI, HELLO | {"weight": 0.5}]}, "'messages.weight' is 0.5"),
                          ({"messages": [HI, HELLO | {"train": "perhaps"}]}, "'messages.train' is \"perhaps\""),
                          ({"messages": [HI, HELLO | {"training_detail": [{"end_offset": 0}]}]}, "training_detail' is"),
+                         ({"messages": [HI, HELLO | {"train_detail": [{"train": False}]}]}, "train_detail' is"),
                          ({"messages": [HI, HELLO], "weight": 2}, "'weight' is 2, expected 1 or 0")):
         assert name in one(tmp_path, record)[1][0]
     assert one(tmp_path, {"messages": [HI, HELLO], "loss": 2.3, "train": "split a"})[0][0]["loss"] == 2.3
@@ -255,6 +287,9 @@ def test_other_weights_are_refused_by_name(tmp_path):
     ({"messages": [HI, HELLO | {"tool_calls": [{"id": "c1"}]}]}, "'tool_calls'"),
     ({"messages": [HI, HELLO | {"content": None, "tool_calls": [{}]}]}, "'tool_calls'"),
     ({"messages": [HI, HELLO | {"function_call": {"name": "rain"}}]}, "'function_call'"),
+    ({"messages": [HI, HELLO | {"function_calls": "rain()"}]}, "'function_calls'"),
+    ({"messages": [SAILOR | {"tools": [{"name": "rain"}]}, HI, HELLO]}, "'tools'"),
+    ({"messages": [HI, HELLO, {"role": "environment", "content": "2 mm"}, GONE]}, "role 'environment'"),
     ({"messages": [HI, {"role": "tool", "content": "2 mm"}, HELLO]}, "role 'tool'"),
     ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "{}"},
                         {"from": "observation", "value": "2 mm"}, {"from": "gpt", "value": "x"}]},
@@ -263,6 +298,7 @@ def test_other_weights_are_refused_by_name(tmp_path):
     (SHAREGPT | {"tools": "[{\"name\": \"rain\"}]"}, "'tools'"),
     ({"messages": [HI, HELLO], "functions": [{}]}, "'functions'"),
     ({"messages": [HI, HELLO], "images": ["a.png"]}, "'images'"),
+    ({"messages": [HI, HELLO], "chat_template_kwargs": {"python_tools": ["f"]}}, "'chat_template_kwargs'"),
     (PAIR | {"tools": [{}]}, "'tools'"),
     ({"input": {"messages": [HI], "tools": [{}]}, "preferred_output": [HELLO], "non_preferred_output": [GONE]},
      "'tools'"),

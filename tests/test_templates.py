@@ -141,9 +141,36 @@ def test_what_a_template_does_not_write_is_refused_and_never_dropped(recorded, t
     deaf = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     with pytest.raises(TemplateError, match="leaves out the system text of turn 1"):
         load_tokenizer(checkpoint(tmp_path / "deaf", "qwen2", deaf)).render([system("s"), user("x")])
+    short = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(TemplateError, match="leaves a part of its reply out"):
+        load_tokenizer(checkpoint(tmp_path / "short", "qwen2", short)).paths([user("x"), assistant("a</think>b")])
     broken = load_tokenizer(checkpoint(tmp_path / "broken", "qwen2", "{% for m in %}"))
     with pytest.raises(TemplateError, match="is not jinja"):
         broken.render([user("x")])
+
+
+def test_a_system_text_in_the_last_turn_of_the_user_can_be_asked_under(tmp_path):
+    """Mistral v0.3 writes none where a reply ends the dialogue: such a reply is refused, a prompt is not."""
+    late = ("{% set told = messages[0].content %}{% for m in messages[1:] %}{% if m.role == 'user' %}"
+            "[INST] {% if loop.last %}{{ told + '\n\n' }}{% endif %}{{ m.content }}[/INST]{% else %}"
+            " {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+    tokenizer = load_tokenizer(checkpoint(tmp_path / "late", "qwen2", late))
+    ids, _ = tokenizer.render([system("s"), user("x"), assistant("b"), user("y")], add_generation_prompt=True)
+    assert text(tokenizer, ids) == "[INST] x[/INST] b<|im_end|>[INST] s\n\ny[/INST]"
+    with pytest.raises(TemplateError, match="leaves out the system text"):
+        tokenizer.paths([system("s"), user("x"), assistant("b")])
+
+
+@pytest.mark.parametrize("key", ["extra_special_tokens", "model_specific_special_tokens"])
+def test_a_template_names_a_models_own_tokens(key, tmp_path):
+    """The first key is transformers 4's, the second 5's."""
+    folder = checkpoint(tmp_path / "own", "qwen3", "{{ turn_token }}{{ messages[0].content }}{{ eos_token }}",
+                        **{key: {"turn_token": "<turn>"}})
+    tokenizer = load_tokenizer(add_tokens(folder, {"<turn>": 360}, special=True))
+    assert tokenizer.render([user("x")])[0][0] == 360
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").render([user("x")])[0][0] == 360
 
 
 def test_a_reply_not_to_learn_is_part_of_the_next_prompt():

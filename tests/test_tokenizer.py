@@ -188,3 +188,8 @@ def test_settings_that_make_no_sense_are_one_line(settings, said, tmp_path, caps
 
 def test_a_checkpoint_without_template_asks_for_one(capsys):
     exits(capsys, lambda: load_tokenizer(BASE).render(THREE_TURNS), "has no chat template of its own", "set template=")
+
+
+def test_a_name_of_the_hub_says_how_it_is_fetched(capsys):
+    exits(capsys, lambda: load_tokenizer("Qwen/Qwen2.5-0.5B"), "no such folder",
+          "`hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B`")

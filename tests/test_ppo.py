@@ -483,8 +483,8 @@ def test_micro_batches_do_not_change_the_update():
 
 # ---------------------------------------------------------------------------------- does it learn?
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("advantages", ["gae", "reinforce", "rloo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("advantages, seed", [(name, seed) for name in ("gae", "rloo") for seed in range(3)]
+                         + [("reinforce", 0), ("grpo", 0), ("dr_grpo", 0)])
 def test_emit_token_7_is_learnt(advantages, seed, monkeypatch):
     """Score: the share of sevens in the reply. It rises from about 1/40 to more than a half."""
     config = Config(advantages=advantages, n=4 if advantages in ppo.GROUPED else 1, batch=32, max_tokens=4, epochs=2,

@@ -248,6 +248,7 @@ def _radar(figure: dict):
     axes.set_theta_direction(-1)
     axes.set_xticks(angles, list(map(_short, columns)), color=LIGHT["ink"])
     axes.set_ylim(figure["low"], figure["high"])
+    axes.tick_params(axis="x", pad=14)
     axes.set_rlabel_position(180 / len(columns))
     axes.spines["polar"].set_color(LIGHT["line"])
     axes.set_xlabel(figure["label"])

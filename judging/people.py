@@ -124,9 +124,9 @@ def label_rows(votes: Iterable[dict], most: int = 4_000_000) -> list[dict]:
 # ---------------------------------------------------------------------------------- Elo from ratings
 
 def rated(rows: Iterable[dict]) -> list[dict]:
-    """The rows that carry a rating, turned so that a < b and the rating is a's."""
+    """The rows that carry a rating, turned so that a < b and the rating is a's, whoever was shown first."""
     found = (row if row["a"] < row["b"] else turned(row) for row in rows if row.get("rating"))
-    return [row | {"rating": _rating(row)} for row in found]
+    return [row | {"rating": _rating(row), "a_first": None} for row in found]
 
 
 def elo_tables(rows: Iterable[dict]) -> tuple[dict[str, dict], str]:

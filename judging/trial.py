@@ -80,7 +80,8 @@ def position_section(runs: Mapping[str, Sequence[dict]], judge: str) -> dict | N
             missing, count, _ = tables.unparsed(rows)
             cells = share_cell(first, "first_slot_share"), share_cell(both, "consistency")
             games = sum(first[key] for key in ("first", "second", "ties", "missing"))
-            lines.append([name, games, *cells, both["always_first"], both["always_second"], 100 * missing / count])
+            lines.append([name, games, *cells, both["always_first"], both["always_second"],
+                          100 * missing / max(count, 1)])
             bars[name] = [cell and cell["value"] for cell in cells]
     if not lines:
         return None
@@ -243,7 +244,8 @@ def screen_section(by_judge: Mapping[str, Sequence[dict]], truth: str) -> dict:
         first, both = position(rows)
         missing, count, _ = tables.unparsed(rows)
         merged = [r for r in merge_orders(rows)[0] if r["preference"] is not None]
-        column = [count, 100 * missing / count, share_cell(first, "first_slot_share"), share_cell(both, "consistency")]
+        column = [count, 100 * missing / max(count, 1), share_cell(first, "first_slot_share"),
+                  share_cell(both, "consistency")]
         for name, threshold in TASTES.values():
             known = [(r["preference"], r[f"{name}_a"], r[f"{name}_b"]) for r in merged
                      if {f"{name}_a", f"{name}_b"} <= r.keys()]

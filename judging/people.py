@@ -29,11 +29,11 @@ def by_unit(votes: Iterable[dict]) -> dict[Unit, list[dict]]:
 # ------------------------------------------------------------------------------------- one by one
 
 def votes_section(votes: Sequence[dict], name: str) -> dict | None:
-    """Votes, majorities and mean rating of every pair of models; None for one rater."""
-    if len({row["judge"] for row in votes}) < 2:
+    """Votes, majorities and mean rating of every pair of models; None where no item has two raters."""
+    pairs, units = defaultdict(list), by_unit(votes)
+    if max(map(len, units.values()), default=0) < 2:
         return None
-    pairs = defaultdict(list)
-    for unit, rows in sorted(by_unit(votes).items()):
+    for unit, rows in sorted(units.items()):
         pairs[unit[-2:]].append(rows)
     lines = []
     for (a, b), items in sorted(pairs.items()):
@@ -63,14 +63,13 @@ def _mean(values: np.ndarray, prompts: Sequence | None = None) -> dict | float |
 
 
 def agreement_section(votes: Sequence[dict], name: str) -> dict | None:
-    """Whether several judges of the same games, such as people, agree among themselves; None for one judge.
+    """Whether several judges of the same games, such as people, agree among themselves; None where no two judged one.
 
     A unit's labels stand in any order, for no statistic here asks whose they are: thousands of raters take no room.
     """
-    raters = sorted({row["judge"] for row in votes})
-    if len(raters) < 2:
+    raters, units = sorted({row["judge"] for row in votes}), dict(sorted(by_unit(votes).items()))
+    if max(map(len, units.values()), default=0) < 2:
         return None
-    units = dict(sorted(by_unit(votes).items()))
     sides, prompts = _table([[decided(r["preference"]) for r in rows] for rows in units.values()], units)
     strengths, _ = _table([[_rating(r) for r in rows] for rows in units.values()], units)
     raw = agreement.raw_agreement(sides, tie=0.5)

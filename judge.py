@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 
 import runtime
-from data.llm import Budget, Request, Sampling, ask, open_model
+from data.llm import Budget, Request, Sampling, ask, open_model, split_thoughts
 from data.tiny.world import TASKS
 from judging import boards, gold, recorded, report, tables, trial
 from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
@@ -165,8 +165,9 @@ def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None
         replies = ask(opened, requests, sampling, ledger, budget, f"{progress}, turn {turn + 1}")
         for i, reply in zip(going, replies, strict=True):
             if reply is not None:
-                said[i].append({"text": reply.text.strip(), "finished": reply.finished})
-                histories[i] = [*histories[i], {"role": "assistant", "content": reply.text.strip()}]
+                text = split_thoughts(reply.text)[0]  # thoughts are no part of the reply; the ledger has them
+                said[i].append({"text": text, "finished": reply.finished})
+                histories[i] = [*histories[i], {"role": "assistant", "content": text}]
     return said
 
 

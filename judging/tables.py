@@ -1,11 +1,13 @@
 """From rows of verdicts to the sections of a report (their form: judging/report.py).
 
     a game    {"judge", "prompt", "turn", "repeat", "category", "a", "b", "a_first", "preference", "rating", "why",
-               "length_a", ...}
-    a score   {"judge", "prompt", "turn", "repeat", "category", "model", "score", "why"}
+               "key", "length_a", ...}
+    a score   {"judge", "prompt", "turn", "repeat", "category", "model", "score", "why", "key"}
 
-preference is a's, from 0 to 1, None where no verdict could be read; a_first is None where the judge saw no order. Two
-games that differ in a_first alone are the two orders of one comparison, and count once: a win needs both.
+preference is a's, from 0 to 1, None where no verdict could be read: "why" is the reason, and "key" finds the judge's
+words in the ledger, calls.jsonl. rating is 1 to 8, 1 where the reply shown first is much better. a_first is None where
+the judge saw no order. Two games that differ in a_first alone are the two orders of one comparison, and count once: a
+win needs both.
 """
 from __future__ import annotations
 

@@ -61,11 +61,16 @@ class Match(NamedTuple):
     b: str
 
 
-def matches(answers: Answers, baseline: str, all_pairs: bool) -> list[Match]:
-    """Every pair of replies to compare: each model with the baseline, or all with all, where both have a reply."""
+def pairs_of(answers: Answers, baseline: str, all_pairs: bool) -> list[tuple[int, int, tuple[str, str]]]:
+    """(question, seed, two models): each model with the baseline, or all with all."""
     pairs = [(a, b) for a, b in combinations(answers.names, 2) if all_pairs or baseline in (a, b)]
-    seeds, found = sorted({seed for _, seed in answers.said}), []
-    for q, seed, (a, b) in product(range(len(answers.questions)), seeds, pairs):
+    return list(product(range(len(answers.questions)), sorted({seed for _, seed in answers.said}), pairs))
+
+
+def matches(answers: Answers, baseline: str, all_pairs: bool) -> list[Match]:
+    """Every pair of replies to compare, where both models have a reply."""
+    found = []
+    for q, seed, (a, b) in pairs_of(answers, baseline, all_pairs):
         turns = min(len(answers.said[a, seed][q]), len(answers.said[b, seed][q]))
         found += [Match(q, turn + 1, seed, a, b) for turn in range(turns)]
     return found
@@ -97,7 +102,7 @@ def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, 
     requests, asked, same = [], [], {}
     for m, a_first in games:
         a, b = ([r["text"] for r in answers.said[name, m.seed][m.question][:m.turn]] for name in (m.a, m.b))
-        row = _row(judge.name, m, answers)
+        row = game_row(judge.name, m, answers)
         if a == b and not identical:
             same[m] = row | {"a_first": None, "preference": 0.5, "rating": None, "why": "identical replies"}
             continue
@@ -107,7 +112,7 @@ def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, 
         asked.append(row | {"a_first": a_first})
     for row, (key, verdict) in zip(asked, judge.ask(requests, judge.form, progress or judge.name), strict=True):
         p, rating = verdict.value, verdict.rating
-        if judge.form == "margin" and rating:  # on the scale of eight
+        if judge.form == "margin" and rating:  # a choice and a margin, on the scale of eight
             rating = 5 - rating if p == 1 else 4 + rating
         row |= {"preference": p if p is None or row["a_first"] else 1 - p, "rating": rating, "why": verdict.why,
                 "key": key}
@@ -134,7 +139,7 @@ def games_from_scores(name: str, found: list[Match], scores: dict[tuple[str, int
     def preference(m: Match) -> float:
         return outcome(*(scores[model, m.seed][m.question][m.turn - 1] for model in (m.a, m.b)))
 
-    return [_row(name, m, answers) | {"a_first": None, "preference": preference(m)} for m in found]
+    return [game_row(name, m, answers) | {"a_first": None, "preference": preference(m)} for m in found]
 
 
 def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tuple[str, int], list[list[float]]]:
@@ -151,10 +156,11 @@ def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tup
     return scores
 
 
-
-def _row(name: str, m: Match, answers: Answers) -> dict:
-    q = answers.questions[m.question]
-    about = {f"{key}_{side}": value for side, model in (("a", m.a), ("b", m.b))
-             for key, value in describe(answers.said[model, m.seed][m.question][m.turn - 1]["text"]).items()}
+def game_row(name: str, m: Match, answers: Answers) -> dict:
+    """What a game is about, before its verdict; a reply that is missing has no length."""
+    q, about = answers.questions[m.question], {}
+    for side, model in (("a", m.a), ("b", m.b)):
+        text = "".join(r["text"] for r in answers.said[model, m.seed][m.question][m.turn - 1:m.turn])
+        about |= {f"{key}_{side}": value for key, value in describe(text).items()}
     return {"judge": name, "prompt": q.id, "category": q.category, "turn": m.turn, "repeat": m.seed, "a": m.a, "b": m.b,
             **about}

@@ -29,6 +29,7 @@ class Question(NamedTuple):
     category: str
     turns: list[str]                    # what the user says
     references: list[str | None] = []   # correct replies by turn, where there are any
+    key: str = "id"                     # what its file calls the id; "": it has none, and `id` is made from the text
 
 
 class Verdict(NamedTuple):

@@ -7,6 +7,7 @@
               {"kind": "matrix", "names", "columns", "grid", "label", "low", "high"}               tinted cells
               {"kind": "points", "x", "y", "x_label", "y_label"}
               {"kind": "bars", "names", "groups": {series: values}, "label"}
+              {"kind": "radar", "names", "columns", "grid", "label", "low", "high"}                a line around
 
 Numbers are in the unit that the column's name states. What is not a finite number is None, printed as "-".
 """

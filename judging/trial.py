@@ -192,23 +192,6 @@ def beside(first: dict[tuple, float], second: dict[tuple, float]) -> tuple[list[
     return both, np.array([[first[k] for k in both], [second[k] for k in both]]).reshape(2, -1)
 
 
-def people_section(rows: Sequence[dict], name: str) -> dict | None:
-    """Whether several judges of the same games, such as people, agree among themselves; None for one judge."""
-    judges = sorted({r["judge"] for r in rows})
-    if len(judges) < 2:
-        return None
-    said = [labels([r for r in rows if r["judge"] == judge]) for judge in judges]
-    units = sorted({unit for found in said for unit in found})
-    table = np.array([[found.get(unit, math.nan) for unit in units] for found in said])
-    raw = agreement.raw_agreement(table, tie=0.5)
-    return {"title": f"{name}: agreement among {len(judges)}",
-            "columns": ["pairs of verdicts", "agree, %", "without ties, %", "Krippendorff", "AC1"],
-            "rows": [[raw["n"], percent(raw["agreement"]), percent(raw["agreement_without_ties"]),
-                      agreement.krippendorff_alpha(table), agreement.gwet_ac1(table)]],
-            "text": f"{', '.join(judges[:8])}{' ...' if len(judges) > 8 else ''} on {len(units)} comparisons; below, "
-                    "their majority."}
-
-
 def agreement_section(by_judge: Mapping[str, Sequence[dict]], truth: str) -> dict | None:
     """Every judge against `truth` (people, or what is known to be right), on the comparisons both decided."""
     right, lines = labels(by_judge[truth]), []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.llm import Reply
-from judging import tables, trial
+from judging import people, tables, trial
 from judging.games import Answers, Judge, Match, compare, games_from_scores, in_orders, mark, matches
 from judging.prompts import COMPARE, ENDINGS, MARK, Question, ask_pair, ask_score, read_verdict
 
@@ -366,9 +366,9 @@ def test_several_people_are_heard_as_their_majority():
             for who, said in votes.items() for i, p in enumerate(said)]
     assert [r["preference"] for r in tables.majority(rows, "people")] == [1, 0.5]
     assert {r["judge"] for r in tables.majority(rows, "people")} == {"people"}
-    section = trial.people_section(rows, "people")
-    assert section["rows"][0][:2] == [6, pytest.approx(100 / 6)]
-    assert trial.people_section(rows[:2], "people") is None
+    section = people.agreement_section(rows, "people")
+    assert section["rows"][0][0] == 6 and section["rows"][0][1]["value"] == pytest.approx(100 / 6)
+    assert people.agreement_section(rows[:2], "people") is None
 
 
 def test_equal_replies_tie_without_being_asked_and_tell_nothing_of_the_judge(tmp_path):

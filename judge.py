@@ -25,7 +25,7 @@ import torch
 
 import runtime
 from collect.raters import collect_labels, rater_section
-from data.llm import Budget, Request, Sampling, ask, open_model
+from data.llm import Budget, Request, Sampling, ask, open_model, split_thoughts
 from judging import boards, gold, missing, people, recorded, report, tables, trial
 from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
 from judging.entries import Entry, check_checkpoint, decode_all
@@ -141,8 +141,9 @@ def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None
         replies = ask(opened, requests, sampling, ledger, budget, f"{progress}, turn {turn + 1}")
         for i, reply in zip(going, replies, strict=True):
             if reply is not None:
-                said[i].append({"text": reply.text.strip(), "finished": reply.finished})
-                histories[i] = [*histories[i], {"role": "assistant", "content": reply.text.strip()}]
+                text = split_thoughts(reply.text)[0]  # thoughts are no part of the reply; the ledger has them
+                said[i].append({"text": text, "finished": reply.finished})
+                histories[i] = [*histories[i], {"role": "assistant", "content": text}]
     return said
 
 
@@ -176,7 +177,7 @@ def read_recorded(path: str, baseline: str) -> recorded.Recorded:
 
 
 def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Question], baseline: str,
-                      data: str) -> Verdicts:
+                      data: str, force: bool = False) -> Verdicts:
     """Of people or judges whose verdicts were recorded: their majority, under `name`."""
     print(said)
     if questions and (why := name_prompts(said, questions, data)):
@@ -187,8 +188,8 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
     baseline = next((x for x in (baseline, "baseline", *(r["b"] for r in games[:1])) if x in names), "")
     merged, forward, _ = tables.merge_orders(games)
     several = people.votes_section(votes, name)
-    sections = [trial.position_section({"as recorded": votes}, name), trial.length_section(merged, name),
-                trial.right_section(games, name)] if games else []
+    sections = [trial.position_section({"as recorded": votes}, name, force), trial.length_section(merged, name, force),
+                trial.right_section(games, name, force)] if games else []
     raters = collect_labels(people.label_rows(votes)) if several else None
     about = [several, people.agreement_section(votes, name)]
     about += [rater_section(raters, f"{name}: raters")] if raters and raters.raters else []
@@ -207,7 +208,7 @@ def verdict_sections(judge: str, said: Verdicts, form: str, force: bool, difficu
             sections.append(tables.win_rate_section(merged, said.baseline, judge, ORDERS[said.orders], force, known))
         if len(names) > 2:
             sections += tables.ratings_sections(merged, judge, force=force)
-        sections.append(tables.category_section(merged, said.baseline, judge))
+        sections.append(tables.category_section(merged, said.baseline, judge, force))
         votes = said.votes or said.games
         if said.orders and (form in ("likert", "margin") or people.rated(votes)) and not tables.refused(votes, force):
             sections += people.likert_sections(judge, votes + said.lost)
@@ -241,13 +242,14 @@ def judge_sections(verdicts: dict[str, Verdicts], truth: str, sources: list[str]
                    difficulty: str, subsets: list[str]) -> list[dict]:
     """All judges on one screen, what each says of the models and what its trial says of it, and whether they agree."""
     games = {name: said.games for name, said in verdicts.items() if said.games}
-    sections = [trial.screen_section(games, truth), leaderboard(verdicts, subsets)] if games else []
+    sections = [trial.screen_section(games, truth, force), leaderboard(verdicts, subsets)] if games else []
     for name, said in verdicts.items():
         sections += [*said.people, *verdict_sections(name, said, form, force, difficulty), *said.sections]
     if truth in games:
-        sections += [trial.agreement_section(games, truth), trial.category_agreement_section(games, truth)]
+        sections += [trial.agreement_section(games, truth, force),
+                     trial.category_agreement_section(games, truth, force)]
     taught = {source.name: source.where for source in decode_all("sources", sources)}
-    return [s for s in [*sections, trial.self_preference_section(games, taught, truth)] if s]
+    return [s for s in [*sections, trial.self_preference_section(games, taught, truth, force)] if s]
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -302,7 +304,7 @@ def main(config: Config) -> None:
     for name, kind, where, _ in judges:
         if kind == "recorded":
             named = load_questions(config.data)[0] if questions and config.questions else questions
-            verdicts[name] = recorded_verdicts(name, elsewhere[name], named, baseline, config.data)
+            verdicts[name] = recorded_verdicts(name, elsewhere[name], named, baseline, config.data, config.force)
         elif said and kind in ("gold", "reward"):
             scores = grades if kind == "gold" else reward_scores(where, answers, device)
             verdicts[name] = Verdicts(games_from_scores(name, compared, scores, answers), [], baseline, "", [])
@@ -311,7 +313,8 @@ def main(config: Config) -> None:
                           out / "calls.jsonl", budget if kind == "endpoint" else None)
             rows = compare(judge, in_orders(compared, config.orders, answers.names), answers)
             marks = mark(judge, answers) if config.marks else []
-            probed = trial.cross_examine(judge, rows, marks, answers, baseline, config.all_pairs, config.trial)
+            probed = trial.cross_examine(judge, rows, marks, answers, baseline, config.all_pairs, config.trial,
+                                         config.force)
             marks += missing.lost_marks(name, answers) if marks and lost else []
             verdicts[name] = Verdicts(rows, marks, baseline, config.orders, probed)
         if lost and said and kind != "recorded":

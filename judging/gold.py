@@ -16,20 +16,16 @@ from checkpoints import load_model
 from data.tiny.world import demonstrate, dialogue, gold, words
 from data.tokenizer import load_tokenizer
 from judging.games import Answers
+from judging.ratings import end_interval, t975
 from judging.tables import bounded, dots, grid_section
 from model import generate
-
-# Student's t, 97.5 % quantile, by degrees of freedom 1..30.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of the 95 % t-interval of independent values; half-width NaN for a single one."""
     if len(values) < 2:
         return mean(values), math.nan
-    t = T975[len(values) - 2] if len(values) <= 31 else 1.96
-    return mean(values), t * stdev(values) / math.sqrt(len(values))
+    return mean(values), t975(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
@@ -48,7 +44,7 @@ def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
     by_task: dict[str, list[float]] = {d["category"]: [] for d in dialogues}
     for d, replies in zip(dialogues * len(scores), said, strict=True):
         by_task[d["category"]] += [r["gold"] for r in replies]
-    return {"gold": mean(by_seed.values()), "gold_interval": half, "gold_by_seed": by_seed,
+    return {"gold": mean(by_seed.values()), "gold_interval": half, "dialogues": len(dialogues), "gold_by_seed": by_seed,
             "gain": mean(gains.values()),
             "gain_interval": interval(list(gains.values()))[1] if len(gains) > 1 else None, "gain_by_seed": gains,
             "win_rate": 50 * (1 + (wins - losses) / len(pairs)), "n": len(pairs),
@@ -62,8 +58,12 @@ def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
 
 def sections(models: dict[str, dict], baseline: str, seeds: int) -> list[dict]:
     """The tables and figures of summaries by model."""
-    cells = {name: bounded(m["gold"], m["gold"] - m["gold_interval"], m["gold"] + m["gold_interval"])
-             for name, m in models.items()}
+    cells = {}
+    for name, m in models.items():
+        low, high = m["gold"] - m["gold_interval"], m["gold"] + m["gold_interval"]
+        if low == high:  # all alike
+            low, high = end_interval(m["gold"], seeds if seeds > 1 else m["dialogues"], 0, 100)
+        cells[name] = bounded(m["gold"], max(low, 0), min(high, 100))
     rows = [[name, cells[name], *(m[key] for key in ("win_rate", "first_turn", "follow_up", "ended", "words"))]
             for name, m in models.items()]
     tasks = list(next(iter(models.values()))["category"])

@@ -45,7 +45,7 @@ def votes_section(votes: Sequence[dict], name: str) -> dict | None:
         rated = np.array([np.nan if r.get("rating") is None else r["rating"] for r in merged], dtype=float)
         lines.append([f"{a} against {b}", len(items), len(given), count[1.0], count[0.5], count[0.0],
                       sum(map(abstained, (r for rows in items for r in rows))), int((most == 0.5).sum()),
-                      _mean(100 * most, prompts), _mean(100 * np.array(given)), _mean(rated, prompts)])
+                      _mean(100 * most, prompts, 0, 100), _mean(100 * np.array(given)), _mean(rated, prompts, 1, 8)])
     return {"title": f"{name}: votes", "rows": lines,
             "columns": ["pair", "items", "votes", "for the first", "ties", "for the second", "abstained",
                         "no majority", "majority for the first, %", "of all votes, %", "mean rating"],
@@ -55,11 +55,11 @@ def votes_section(votes: Sequence[dict], name: str) -> dict | None:
                     "first is much better, to 8; 4.5 is even. Intervals resample prompts."}
 
 
-def _mean(values: np.ndarray, prompts: Sequence | None = None) -> dict | float | None:
+def _mean(values: np.ndarray, prompts: Sequence | None = None, low: float = 0, high: float = 1) -> dict | float | None:
     if not len(values) or np.isnan(values).all():
         return None
     mean = float(np.nanmean(values))
-    return mean if prompts is None else bounded(mean, *ratings.mean_interval(values, prompts))
+    return mean if prompts is None else bounded(mean, *ratings.mean_interval(values, prompts, low=low, high=high))
 
 
 def agreement_section(votes: Sequence[dict], name: str) -> dict | None:
@@ -73,7 +73,7 @@ def agreement_section(votes: Sequence[dict], name: str) -> dict | None:
     sides, prompts = _table([[decided(r["preference"]) for r in rows] for rows in units.values()], units)
     strengths, _ = _table([[_rating(r) for r in rows] for rows in units.values()], units)
     raw = agreement.raw_agreement(sides, tie=0.5)
-    found = agreement.bootstrap(lambda x: agreement.raw_agreement(x)["agreement"], sides, prompts, rounds=300)
+    found = agreement.bootstrap(lambda x: agreement.raw_agreement(x)["agreement"], sides, prompts, 300, lowest=0)
     alone = len(units) - len(prompts)
     return {"title": f"{name}: agreement among {len(raters)}",
             "columns": ["pairs of verdicts", "agree, %", "without ties, %", "Krippendorff", "AC1",
@@ -138,7 +138,7 @@ def elo_tables(rows: Iterable[dict]) -> tuple[dict[str, dict], str]:
         games = collect(Game(r["a"], r["b"], likert_outcome(round(r["rating"]), ties), r["prompt"]) for r in rows)
         if apart := ratings.not_connected(games):
             return {}, f"No rating is given: {apart}."
-        lines = ratings.rating_table(games.models, ratings.bootstrap_elo(games))
+        lines = ratings.rating_table(games.models, ratings.bootstrap_elo(games, ends=True))
         found[name] = {x["model"]: x for x in lines}
     return found, ""
 

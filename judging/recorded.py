@@ -37,10 +37,11 @@ from pathlib import Path
 
 from data.files import stream_values
 from data.formats import Report
+from data.llm import split_thoughts
 from data.native import ask
 from data.records import Reject, check_text
 from judging.entries import digest
-from judging.prompts import read_verdict
+from judging.prompts import Verdict, verdicts
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
 from runtime import arguments, fail, load_config, write_text
 
@@ -271,14 +272,21 @@ def _of_a(reader: Callable, a_first: bool) -> Callable:
 
 def read_winner(words: str) -> float | None:
     """MT-Bench's [[A]], [[B]] or [[C]] as the preference for the reply shown first; None if it says two of them."""
-    return read_verdict(words, "pair").value
+    return _only(verdicts(split_thoughts(words)[0], "pair"))
 
 
 def read_rating(words: str) -> float | None:
     """MT-Bench's [[x]], or else [x], from 1 to 10; None if it says two."""
-    said = read_verdict(words, "score")
-    single = {float(x) for x in re.findall(rf"\[\s*{NUMBER}\s*\]", words)} if said.why == "no verdict" else ()
-    return next(iter(single)) if len(single) == 1 and 1 <= max(single) <= 10 else said.value
+    words = split_thoughts(words)[0]
+    said = verdicts(words, "score")
+    single = () if said else {float(x) for x in re.findall(rf"\[\s*{NUMBER}\s*\]", words)}
+    return next(iter(single)) if len(single) == 1 and 1 <= max(single) <= 10 else _only(said)
+
+
+def _only(said: list[Verdict]) -> float | None:
+    """What all of them say; None if they differ."""
+    values = {verdict.value for verdict in said}
+    return values.pop() if len(values) == 1 else None
 
 
 def read_two_scores(words: str) -> tuple[float, float] | None:

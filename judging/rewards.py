@@ -29,7 +29,7 @@ from data.formats import read
 from data.scores import all_scores, mean_logprobs, response_logprob_sums, response_scores
 from data.tokenizer import adopt_template, load_tokenizer
 from data.trees import tree_from_ranking, truncate
-from judging.ratings import mean_interval, wilson
+from judging.ratings import mean_interval
 from judging.tables import bounded, share_cell
 from runtime import fail
 
@@ -105,14 +105,10 @@ def ask(scorer: Scorer, questions: list[dict]) -> dict[str, list[float]]:
 
 def accuracy(hits: Sequence[bool], prompts: Sequence[str]) -> dict[str, float]:
     """The share of hits and its 95 % interval: from resampled prompts where several pairs share one, else Wilson's."""
-    n, different = len(hits), len(set(prompts))
-    if n == 0:
+    if not hits:
         raise ValueError("no pair to average")
-    if different == n or sum(hits) in (0, n):  # all alike: resampling would be certain
-        low, high = wilson(sum(hits) / n * different, different)
-    else:
-        low, high = mean_interval(hits, prompts)
-    return bounded(sum(hits) / n, low, high) | {"n": n, "prompts": different}
+    found = bounded(sum(hits) / len(hits), *mean_interval(hits, prompts))
+    return found | {"n": len(hits), "prompts": len(set(prompts))}
 
 
 def weighted_mean(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:

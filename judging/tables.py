@@ -1,12 +1,13 @@
 """From rows of verdicts to the sections of a report (their form: judging/report.py).
 
     a game    {"judge", "prompt", "turn", "repeat", "category", "a", "b", "a_first", "preference", "rating", "why",
-               "length_a", ...}
-    a score   {"judge", "prompt", "turn", "repeat", "category", "model", "score", "why"}
+               "key", "length_a", ...}
+    a score   {"judge", "prompt", "turn", "repeat", "category", "model", "score", "why", "key"}
 
-preference is a's, from 0 to 1, None where no verdict could be read; a_first is None where the judge saw no order. Two
-games that differ in a_first alone are the two orders of one comparison, and count once: a win needs both. rating is 1,
-the reply shown first is much better, to 8; where there is no order, a is the first.
+preference is a's, from 0 to 1, None where no verdict could be read: "why" is the reason, and "key" finds the judge's
+words in the ledger, calls.jsonl. a_first is None where the judge saw no order. Two games that differ in a_first alone
+are the two orders of one comparison, and count once: a win needs both. rating is 1, the reply shown first is much
+better, to 8; where there is no order, a is the first.
 """
 from __future__ import annotations
 
@@ -45,6 +46,11 @@ def share_cell(found: Mapping | None, key: str = "value") -> dict | None:
 def count_cell(wins: float, n: int) -> dict | None:
     """wins / n in percent with Wilson's interval."""
     return percent(wins / n, *ratings.wilson(wins, n)) if n else None
+
+
+def mean_cell(values: Sequence[float], prompts: Sequence) -> dict | None:
+    """The mean of preferences in percent, with its interval from resampled prompts; None for none."""
+    return percent(float(np.mean(values)), *ratings.mean_interval(values, prompts)) if len(values) else None
 
 
 def dots(cells: Mapping[str, dict], label: str, **more) -> dict:
@@ -102,8 +108,9 @@ def merge_orders(rows: Iterable[dict]) -> tuple[list[dict], np.ndarray, np.ndarr
             forward.append(decided(games[True]["preference"]))
             backward.append(decided(games[False]["preference"]))
             both = float(ratings.both_orders([forward[-1]], [backward[-1]])[0])
-            merged.append(games[True] | {"a_first": None, "preference": None if math.isnan(both) else both}
-                          | mean_rating(games.values()))
+            unread = next((r for r in games.values() if r["preference"] is None), games[True])
+            merged.append(games[True] | {"a_first": None, "preference": None if math.isnan(both) else both, "orders": 2,
+                                         "why": unread.get("why", "")} | mean_rating(games.values()))
         else:
             merged.append(next(iter(games.values())))
     return merged, np.array(forward), np.array(backward)
@@ -226,7 +233,8 @@ def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, force: bo
             if all("length_a" in r for r in mine):
                 length, other = (np.array([r[f"length_{side}"] for r in mine], dtype=float) for side in "ab")
                 names, owner = np.unique(prompts, return_inverse=True)
-                fit = ratings.lc2(p, other, length, ratings.resample(len(names), min(rounds, 200), 0)[:, owner])
+                drawn = ratings.resample(len(names), min(rounds, 200), 0)[:, owner]
+                fit = ratings.lc2(p, other, length, drawn, len(names))
                 line |= {"lc2": bounded(fit["lc2"], fit["low"], fit["high"]), "length": float(length.mean())}
                 if difficulty:
                     line["lc"] = ratings.fit_lc(p, other, length, [difficulty[x] for x in prompts])["lc_win_rate"]
@@ -263,10 +271,11 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
     if why:
         return [{"title": f"{judge}: ratings", "text": why, "columns": ["model"], "rows": []}]
     # A draw of each model against an average one keeps the rating of a model that never lost finite.
-    half = ratings.bootstrap_bradley_terry(games, rounds=rounds)
-    found = ratings.rating_table(games.models, half, ratings.bradley_terry(games, prior=1)["ratings"])
+    half = ratings.bootstrap_bradley_terry(games, rounds=rounds, prior=1, ends=True)
+    point = ratings.bradley_terry(games, prior=1)["ratings"]
+    found = ratings.rating_table(games.models, half, point, games.prompts)
     table, elo = ({x["model"]: bounded(x["rating"], x["low"], x["high"]) for x in lines} for lines in (
-        found, ratings.rating_table(games.models, ratings.bootstrap_elo(games, rounds))))
+        found, ratings.rating_table(games.models, ratings.bootstrap_elo(games, rounds, ends=True))))
     tied, clear = (games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any()
     davidson = ratings.bradley_terry(games, "davidson", prior=1)["ratings"] if tied and clear else {}
     record = ratings.records(games)
@@ -279,28 +288,34 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
                          "Davidson.".strip(),
                  "columns": ["model", "rank", "Bradley-Terry", "Elo", "ties modelled", "wins + ties/2, %", "games"]}]
     if len(table) > 2:
-        grid = [[_win_share(against(rows, a, b)) if a != b else None for b in table] for a in table]
+        grid = [[_mean(against(rows, a, b), "preference", force, 100) if a != b else None for b in table]
+                for a in table]
         text = "Wins of the row's model against the column's in percent, ties half."
         sections.append(grid_section(f"{judge}: who beats whom", text, list(table), list(table), grid, "win rate, %"))
     return sections
 
 
-def _win_share(rows: Sequence[dict]) -> float | None:
-    p = [r["preference"] for r in rows if r["preference"] is not None]
-    return 100 * float(np.mean(p)) if p else None
+def _mean(rows: Sequence[dict], key: str, force: bool, scale: float = 1) -> float | None:
+    """None where there is nothing to average, or too much is unread."""
+    if refused(rows, force, key):
+        return None
+    return scale * float(np.mean([r[key] for r in rows if r[key] is not None]))
 
 
 def category_of(row: dict) -> str:
     return row.get("category") or ""
 
 
-def category_section(rows: Sequence[dict], baseline: str, judge: str) -> dict | None:
-    """Win rate against the baseline by category; None if there is but one."""
+def category_section(rows: Sequence[dict], baseline: str, judge: str, force: bool = False) -> dict | None:
+    """Win rate against the baseline by category; None if there is but one, or no model has a mean."""
     categories, models = sorted(set(map(category_of, rows))), opponents(rows, baseline)
     if len(categories) < 2:
         return None
-    grid = [[_win_share([r for r in against(rows, m, baseline) if category_of(r) == c]) for c in categories]
-            for m in models]
+    models = [m for m in models if not refused(against(rows, m, baseline), force)]
+    if not models:
+        return None
+    grid = [[_mean([r for r in against(rows, m, baseline) if category_of(r) == c], "preference", force, 100)
+             for c in categories] for m in models]
     prompts = Counter(category for _, category in {(r["prompt"], category_of(r)) for r in rows})
     counts = ", ".join(f"{c or '-'} {prompts[c]}" for c in categories)
     return grid_section(f"{judge}: wins against {baseline} by category", f"Percent; prompts: {counts}.", models,
@@ -318,14 +333,16 @@ def score_sections(rows: Sequence[dict], judge: str, force: bool = False) -> lis
     rows = _common(rows)
     turns, categories = sorted({r.get("turn", 1) for r in rows}), sorted(set(map(category_of, rows)))
     lines, cells, why = [], {}, {}
+    scale = [r["score"] for r in rows if r["score"] is not None]
     for model in models:
         mine = [r for r in rows if r["model"] == model]
         why[model] = refused(mine, force, "score")
         means: list = [None] * len(turns)
         if not why[model]:
             score = preferences(mine, "score")
-            cells[model] = bounded(float(np.nanmean(score)), *ratings.mean_interval(score, [r["prompt"] for r in mine]))
-            means = [_mean(r for r in mine if r.get("turn", 1) == t) for t in turns]
+            ends = ratings.mean_interval(score, [r["prompt"] for r in mine], low=min(1, *scale), high=max(10, *scale))
+            cells[model] = bounded(float(np.nanmean(score)), *ends)
+            means = [_mean([r for r in mine if r.get("turn", 1) == t], "score", force) for t in turns]
         unread = sum(r["score"] is None for r in mine)
         lines.append([model, cells.get(model), *means, len(mine) - unread, unread,
                       sum(r["model"] == model for r in given) - len(mine)])
@@ -337,23 +354,28 @@ def score_sections(rows: Sequence[dict], judge: str, force: bool = False) -> lis
                  "rows": lines, "text": f"{text} {' '.join(dict.fromkeys(why.values()))}".strip()}]
     named = [line[0] for line in lines if line[1]]
     sections[0] |= {"figure": dots({m: cells[m] for m in named}, "mean score")} if named else {}
-    return sections + ([domain_section(rows, judge, named, categories)] if named and len(categories) > 1 else [])
+    parts = domain_section(rows, judge, named, categories, force) if named and len(categories) > 1 else None
+    return sections + [parts] * bool(parts)
 
 
 # The talk's figure goes round MT-Bench's domains in this order.
 DOMAINS = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 
-def domain_section(rows: Sequence[dict], judge: str, models: Sequence[str], categories: Sequence[str]) -> dict:
+def domain_section(rows: Sequence[dict], judge: str, models: Sequence[str], categories: Sequence[str],
+                   force: bool = False) -> dict | None:
     """Mean score by category; a radar with the models overlaid if both are few enough to tell apart."""
     categories = DOMAINS if set(categories) == set(DOMAINS) else categories
-    grid = [[_mean(r for r in rows if r["model"] == m and category_of(r) == c) for c in categories] for m in models]
+    grid = [[_mean([r for r in rows if r["model"] == m and category_of(r) == c], "score", force) for c in categories]
+            for m in models]
     values = [x for line in grid for x in line if x is not None]
+    if not values:
+        return None
     counts = Counter(map(category_of, rows))
     counted = ", ".join(f"{c or '-'} {counts[c] // len(models)}" for c in categories)
     section = grid_section(f"{judge}: scores by category", f"Scores of each model: {counted}.", models, categories,
                            grid, "mean score", min(values), max(values))
-    if 3 <= len(categories) <= 12 and len(models) <= 6:
+    if 3 <= len(categories) <= 12 and len(models) <= 6 and len(values) == len(models) * len(categories):
         section["figure"] |= {"kind": "radar", "low": 0, "high": max(10, max(values))}
     return section
 
@@ -368,8 +390,3 @@ def _common(rows: Sequence[dict]) -> list[dict]:
         models.setdefault(of(row), set()).add(row["model"])
     every = {row["model"] for row in rows}
     return [row for row in rows if models[of(row)] == every]
-
-
-def _mean(rows: Iterable[dict]) -> float | None:
-    score = [r["score"] for r in rows if r["score"] is not None]
-    return float(np.mean(score)) if score else None

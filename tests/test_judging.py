@@ -52,11 +52,11 @@ def judged(verdict, answers, tmp_path, baseline, orders="both", all_pairs=False,
                           ("pair", "[[tie]]", 0.5), ("pair", "[[C]]", 0.5), ("pair", "[[a]]", 1),
                           ("pair", "**[[ Assistant B ]]**", 0), ("pair", "［［Ｂ］］", 0),
                           ("pair", "[[1, 2]] is the matrix. [[A]]", 1),
-                          ("pair", "If it were shorter, [[A]], but [[B]]", None), ("pair", "A is better", None),
+                          ("pair", "If it were shorter, [[A]], but [[B]]", 0), ("pair", "A is better", None),
                           ("pair", "", None), ("pair", "[[7]]", None), ("score", "[[7]]", 7), ("score", "[[10]]", 10),
                           ("score", "[[8.5]]", 8.5), ("score", "[[7/10]]", 7), ("score", "[[Rating: 7]]", 7),
                           ("score", "[[７]]", 7), ("score", "[[11]]", None), ("score", "[[0]]", None),
-                          ("score", "[[A]]", None), ("score", "[[5]] or [[6]]", None), ("likert", "[[1]]", 1),
+                          ("score", "[[A]]", None), ("score", "[[5]] or [[6]]", 6), ("likert", "[[1]]", 1),
                           ("likert", "[[4]]", 1), ("likert", "[[5]]", 0), ("likert", "[[8]]", 0),
                           ("likert", "[[9]]", None), ("likert", "[[4.5]]", None), ("margin", "[[A 3]]", 1),
                           ("margin", "[[B, 1]]", 0), ("margin", "[[A]]", None), ("margin", "[[A 5]]", None),
@@ -64,6 +64,62 @@ def judged(verdict, answers, tmp_path, baseline, orders="both", all_pairs=False,
 def test_a_verdict_is_read(form, text, value):
     assert read_verdict(text, form).value == value
     assert (read_verdict(text, form).why == "") == (value is not None)
+
+
+@pytest.mark.parametrize("form, text, value, why", [
+    ("pair", "<think>\nIf A were better I would end with [[A]]. It is not.\n</think>\n\nB is right. [[B]]", 0, ""),
+    ("score", "<think>\nA scale from [[1]] to [[10]] ...\n</think>\n[[8]]", 8, ""),
+    ("pair", "<think>\nIf A were better I would end with [[A]]. Let me look at", None, "cut in its thoughts"),
+    ("pair", "Perhaps [[A]]? No.\n</think>\n[[B]]", 0, ""),  # the template opened the thoughts
+    ("likert", "<think>[[8]]</think>First [[2]], on reflection [[3]]", 1, ""),
+    ("margin", "<think>[[A 4]]</think>[[B 1]], on a scale to [[4]]", 0, ""),  # the last verdict of this form
+    ("label", "<think>A or B?</think>\nB", 0, ""),
+    ("pair", "<think>[[A]]</think>", None, "no word after its thoughts"),
+    ("pair", "", None, "an empty answer"),
+    ("pair", "<think>x</think> A, I think.", None, "no verdict"),
+    ("pair", "[[7]]", None, "a verdict of another kind: 7"),
+])
+def test_thoughts_are_no_verdict_and_the_last_verdict_after_them_counts(form, text, value, why):
+    verdict = read_verdict(text, form)
+    assert verdict.value == value and verdict.why == why
+
+
+@pytest.mark.parametrize("text", ["[[A]]", "<think>x</think> It seems [[A]] is", "The first"])
+def test_an_answer_that_was_cut_holds_no_verdict(text):
+    verdict = read_verdict(text, "pair", finished=False)
+    assert verdict.value is None and verdict.why == "cut at the limit of tokens"
+
+
+def test_a_label_with_its_log_probability_is_whole_however_short_the_answer():
+    assert read_verdict("A", "label", {"A": -0.1, "B": -3.0}, finished=False).value > 0.9
+
+
+def test_every_verdict_points_to_the_judges_words(tmp_path):
+    """An answer that cannot be read says why, and its key finds it in the ledger, a failed one among the failures."""
+    class Thinking(Stub):
+        def replies(self, requests, sampling):
+            said = [Reply("[[A]]", True, 1, 1, 0.0), Reply("[[A]]", False, 1, 1, 0.0), "400: policy",
+                    Reply("", False, 1, 1, 0.0, thoughts="[[A]]? [[B]]?")]
+            yield from enumerate(said)
+
+    answers = answers_of(4, ours=lambda i: f"ours {i}", theirs=lambda i: f"theirs {i}")
+    judge = Judge("stub", Thinking(None), "pair", "plain", 100, tmp_path / "calls.jsonl")
+    rows = compare(judge, in_orders(matches(answers, "theirs", False), "one", answers.names), answers)
+    assert [r["preference"] is None for r in rows] == [False, True, True, True]
+    assert [r["why"] for r in rows] == ["", "cut at the limit of tokens", "no reply: 400: policy",
+                                        "cut in its thoughts"]
+    kept, failed = ({line["key"]: line for line in map(json.loads, (tmp_path / name).open())}
+                    for name in ("calls.jsonl", "calls.failures.jsonl"))
+    assert [r["key"] in kept for r in rows] == [True, True, False, True] and rows[2]["key"] in failed
+    assert kept[rows[3]["key"]]["thoughts"] == "[[A]]? [[B]]?"
+
+
+def test_a_margin_becomes_a_rating_of_eight(tmp_path):
+    """A clearly (4) is 1, B hardly (1) is 5, as on the rating page."""
+    answers = answers_of(2, ours=lambda i: "x" * (i + 1), theirs=lambda i: "y")
+    said = iter(("[[A 4]]", "[[B 1]]"))
+    rows, _ = judged(lambda a, b: next(said), answers, tmp_path, "theirs", "balanced", form="margin")
+    assert [r["rating"] for r in rows] == [1, 5]
 
 
 def test_ratings_keep_their_number():

@@ -220,6 +220,8 @@ def test_a_reply_cannot_give_the_verdict_itself(tmp_path):
 def test_verdicts_of_another_kind_are_none():
     assert read_verdict("[[safe]]", "refusal") is None and read_verdict("safe", "harm") is None
     assert read_verdict("[[safe]] yes, [[safe]]", "harm") == "safe"
+    assert read_verdict("<think>[[unsafe]]?</think>[[safe]]", "harm") == "safe"
+    assert read_verdict("<think>[[unsafe]]? Let me", "harm") is None
 
 
 # ------------------------------------------------------------------------------------------- leaks

@@ -6,11 +6,13 @@ import pytest
 from conftest import write_jsonl
 from scripted import Scripted
 from test_annotate import SHARED, rate, serving
+from test_judging import answers_of, judged
 
 import judge
+from collect.annotate import load_shared
 from collect.raters import collect_labels, rater_table
 from judge import Config
-from judging import people, tables
+from judging import people, tables, trial
 from judging.recorded import read
 
 
@@ -217,3 +219,63 @@ def test_from_the_page_to_the_report_three_people_are_heard(tmp_path, scale):
     assert mine["majority for the first, %"]["value"] == 100 and mine["mean rating"]["value"] == pytest.approx(3)
     assert [row[0] for row in found["people: raters"]["rows"]] == ["Ann", "Bob", "Cy"]
     assert line(found["people: raters"], "Ann")["with majority"] == 0.5  # Bob and Cy are split: half of a tie
+
+
+def test_shared_replies_may_say_who_wrote_them(tmp_path):
+    """Then the page's votes are votes on models, and three people a board of them."""
+    items = [item | {"models": ["old", "new"]} for item in SHARED]
+    shared = write_jsonl(tmp_path / "shared.jsonl", items)
+    with serving(tmp_path / "votes.jsonl", models=[("s", Scripted(lambda *_: "x"))], shared=str(shared)) as server:
+        for name in ("Ann", "Bob"):
+            texts = [r["text"] for r in server.seen(name)["item"]["replies"]]
+            rate(server, ("left", "right")[texts.index("good 0")], 2, name=name)
+    games = read(tmp_path / "votes.ratings.jsonl").games
+    assert [(g["a"], g["b"], g["preference"]) for g in tables.majority(games, "people")] == [("new", "old", 0)]
+    for wrong in (["old"], ["old", "old"], ["old", 3], "old"):
+        with pytest.raises(SystemExit):
+            load_shared(str(write_jsonl(tmp_path / "bad.jsonl", [SHARED[0] | {"models": wrong}])))
+
+
+@pytest.mark.parametrize("form", ["pair", "label", "likert", "margin"])
+def test_swapping_the_models_swaps_every_result_of_every_form(form, tmp_path):
+    """A judge with a bias to the left and one for length, asked about x against y and about y against x."""
+    def verdict(a, b):
+        gap = len(a) - len(b) + 3
+        side, size = "AB"[gap < 0], min(4, 1 + abs(gap) // 4)
+        eight = 5 - size if side == "A" else 4 + size
+        return {"pair": f"[[{side}]]", "label": side, "likert": f"[[{eight}]]", "margin": f"[[{side} {size}]]"}[form]
+
+    rng = random.Random(form)
+    said = {name: [f"reply {i} " + "w" * rng.randrange(20) for i in range(60)] for name in "xy"}
+    found = {}
+    for first, second in (("x", "y"), ("y", "x")):
+        answers = answers_of(60, x=said[first].__getitem__, y=said[second].__getitem__)
+        rows, _ = judged(verdict, answers, tmp_path / first, "y", form=form)
+        found[first] = rows
+    rates = [tables.win_rates(tables.merge_orders(rows)[0], "y")[0] for rows in found.values()]
+    assert rates[0]["win_rate"] == pytest.approx(100 - rates[1]["win_rate"]) and rates[0]["draws"] == rates[1]["draws"]
+    firsts = [trial.position(rows)[0]["first_slot_share"] for rows in found.values()]
+    assert firsts[0] == firsts[1] > 0.5
+    if form in ("likert", "margin"):
+        strengths = [sum(r["rating"] for r in people.rated(rows)) for rows in found.values()]
+        assert strengths[0] + strengths[1] == 9 * len(people.rated(found["x"]))
+        boards = [people.elo_tables(rows)[0] for rows in found.values()]
+        for ties in ("no ties", "ties allowed"):
+            x, y = (board[ties][m]["rating"] for board, m in zip(boards, "xy", strict=True))
+            assert x == pytest.approx(y, abs=5)  # the random orders differ
+    # Both orders named the same way round: a's rating by its own words, whoever was shown first.
+    for row in found["x"]:
+        if row["rating"]:
+            assert (row["rating"] <= 4) == (row["preference"] == (1 if row["a_first"] else 0))
+
+
+def test_a_new_judges_marks_are_held_against_recorded_ones():
+    """Four replies: 8 6 4 2 and one more each time: order 1, higher by 1."""
+    def marks(judge, scores):
+        return [{"judge": judge, "prompt": i, "turn": 1, "model": "m", "score": s} for i, s in enumerate(scores)]
+
+    section = trial.marks_agreement_section({"GPT-4": marks("GPT-4", (8, 6, 4, 2)), "new": marks("new", (9, 7, 5, 3))},
+                                            "GPT-4")
+    assert section["rows"][0][0] == "new" and section["rows"][0][3:] == [4, 4]
+    assert section["rows"][0][1]["value"] == pytest.approx(1) and section["rows"][0][2]["value"] == 1
+    assert trial.marks_agreement_section({"GPT-4": marks("GPT-4", (8,)), "new": []}, "GPT-4") is None

@@ -48,7 +48,7 @@ def votes_section(votes: Sequence[dict], name: str) -> dict | None:
                       _mean(100 * most, prompts, 0, 100), _mean(100 * np.array(given)), _mean(rated, prompts, 1, 8)])
     return {"title": f"{name}: votes", "rows": lines,
             "columns": ["pair", "items", "votes", "for the first", "ties", "for the second", "abstained",
-                        "no majority", "majority for the first, %", "of all votes, %", "mean rating"],
+                        "tied items", "majority for the first, %", "of all votes, %", "mean rating"],
             "text": "The first is the model named first, whichever side a rater saw it on. The majority of an item is "
                     "the verdict most of its raters gave; where two are as frequent there is none, which counts as "
                     "half a win, as a tie does. Who cannot tell or finds both bad abstains. Ratings go from 1, the "

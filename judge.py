@@ -299,8 +299,8 @@ def main(config: Config) -> None:
                             "seeds": " ".join(map(str, config.seeds))}
     if graded:
         grades = gold.grade_all(answers, dialogues)
-        result["gold"] = gold.summaries(answers, dialogues, grades, baseline)
-        sections = gold.sections(result["gold"], baseline, len(config.seeds))
+        result["gold"] = gold.summaries(answers, dialogues, grades, baseline, config.missing)
+        sections = gold.sections(result["gold"], baseline, len(config.seeds)) if result["gold"] else []
 
     # Every judge compares the answers.
     compared, verdicts = matches(answers, baseline, config.all_pairs), {}

@@ -10,6 +10,10 @@ A run writes report.html, report.json and judgments.jsonl. Every model answers t
 its own earlier replies. A judge sees two replies to a question, in both orders by default; a win needs both (Zheng et
 al. 2023, arXiv:2306.05685). What models and judges said is kept in ledgers (data/llm.py): a killed run resumes, and a
 report can be made again without asking anyone. Where more than one verdict in twenty cannot be read, no mean is given.
+
+What was answered or judged elsewhere is joined to the questions by the ids of both, or else by what was asked, never by
+its place (judging/questions.py). What is missing is said first (judging/missing.py). Of several people the majority
+counts, whatever side each of them saw (judging/people.py).
 """
 from __future__ import annotations
 

@@ -250,6 +250,22 @@ def open_model(where: str, device: str = "auto", template: str = "", threads: in
     return Checkpoint(where, device, template)
 
 
+class Opener(NamedTuple):
+    """open_model with a run's settings, each endpoint once: what one part has found out of it, the next one knows."""
+
+    device: str
+    threads: int
+    timeout_s: float
+    endpoints: dict[str, Endpoint]
+
+    def open(self, where: str) -> Checkpoint | Endpoint:
+        if "://" not in where:
+            return open_model(where, self.device)
+        if where not in self.endpoints:
+            self.endpoints[where] = open_model(where, self.device, "", self.threads, self.timeout_s)
+        return self.endpoints[where]
+
+
 class Checkpoint:
     """A model directory on this machine."""
 

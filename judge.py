@@ -281,6 +281,9 @@ def judge_sections(verdicts: dict[str, Verdicts], truth: str, sources: list[str]
     if truth in games:
         sections += [trial.agreement_section(games, truth, force),
                      trial.category_agreement_section(games, truth, force)]
+    marks = {name: said.marks for name, said in verdicts.items() if said.marks}
+    if truth in marks:
+        sections.append(trial.marks_agreement_section(marks, truth, force))
     taught = {source.name: source.where for source in decode_all("sources", sources)}
     return [s for s in [*sections, trial.self_preference_section(games, taught, truth, force)] if s]
 

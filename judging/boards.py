@@ -53,8 +53,8 @@ def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench
         if not pairs[name] or "chosen" not in pairs[name][0]:
             fail(f"preferences: {path} holds no preferences, expected records with 'chosen' and 'rejected'")
     found, bench = {}, {}
-    for name, kind, path, ref in scorers:
-        scorer = rewards.load_scorer(kind, path, ref, device=str(device))
+    for name, kind, path, ref in [*scorers, Entry(rewards.LENGTH_ALONE, "", "")]:
+        scorer = rewards.load_scorer(kind, path, ref, device=str(device)) if path else rewards.by_length
         found[name] = {label: rewards.preference_accuracy(records, scorer) for label, records in pairs.items()}
         if questions:
             bench[name] = rewards.rewardbench(questions, scorer, found[name])

@@ -238,7 +238,8 @@ def _radar(figure: dict):
         raise ValueError(f"the grid is not {len(names)} rows of {len(columns)}, or has more than {len(STROKES)} rows")
     if all(x is None for row in grid for x in row):
         return None
-    drawn, axes = _axes(720, 500, subplot_kw={"projection": "polar"})
+    drawn, axes = _axes(720, 460 + 20 * -(-len(names) // 2), subplot_kw={"projection": "polar"})
+    drawn.get_layout_engine().set(w_pad=1.3)  # room for the names at the sides, which the layout does not count
     angles = [2 * math.pi * i / len(columns) for i in range(len(columns))]
     for (color, opacity, dashes), name, row in zip(STROKES, names, grid, strict=False):
         values = [math.nan if x is None else x for x in row]
@@ -248,8 +249,11 @@ def _radar(figure: dict):
     axes.set_theta_direction(-1)
     axes.set_xticks(angles, list(map(_short, columns)), color=LIGHT["ink"])
     axes.set_ylim(figure["low"], figure["high"])
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        side = round(math.sin(angle), 6)
+        label.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
     axes.set_rlabel_position(180 / len(columns))
     axes.spines["polar"].set_color(LIGHT["line"])
     axes.set_xlabel(figure["label"])
-    drawn.legend(loc="outside right upper")
+    drawn.legend(loc="outside upper left", ncols=2)
     return drawn

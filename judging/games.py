@@ -102,7 +102,7 @@ def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, 
     requests, asked, same = [], [], {}
     for m, a_first in games:
         a, b = ([r["text"] for r in answers.said[name, m.seed][m.question][:m.turn]] for name in (m.a, m.b))
-        row = game_row(judge.name, m, answers)
+        row = _row(judge.name, m, answers)
         if a == b and not identical:
             same[m] = row | {"a_first": None, "preference": 0.5, "rating": None, "why": "identical replies"}
             continue
@@ -139,7 +139,7 @@ def games_from_scores(name: str, found: list[Match], scores: dict[tuple[str, int
     def preference(m: Match) -> float:
         return outcome(*(scores[model, m.seed][m.question][m.turn - 1] for model in (m.a, m.b)))
 
-    return [game_row(name, m, answers) | {"a_first": None, "preference": preference(m)} for m in found]
+    return [_row(name, m, answers) | {"a_first": None, "preference": preference(m)} for m in found]
 
 
 def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tuple[str, int], list[list[float]]]:
@@ -156,11 +156,9 @@ def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tup
     return scores
 
 
-def game_row(name: str, m: Match, answers: Answers) -> dict:
-    """What a game is about, before its verdict; a reply that is missing has no length."""
-    q, about = answers.questions[m.question], {}
-    for side, model in (("a", m.a), ("b", m.b)):
-        text = "".join(r["text"] for r in answers.said[model, m.seed][m.question][m.turn - 1:m.turn])
-        about |= {f"{key}_{side}": value for key, value in describe(text).items()}
+def _row(name: str, m: Match, answers: Answers) -> dict:
+    q = answers.questions[m.question]
+    about = {f"{key}_{side}": value for side, model in (("a", m.a), ("b", m.b))
+             for key, value in describe(answers.said[model, m.seed][m.question][m.turn - 1]["text"]).items()}
     return {"judge": name, "prompt": q.id, "category": q.category, "turn": m.turn, "repeat": m.seed, "a": m.a, "b": m.b,
             **about}

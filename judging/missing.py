@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from judging.games import Answers, Match, game_row, pairs_of
+from judging.games import Answers, pairs_of
 from judging.tables import abstained
 
 LOWEST = 1.0  # mark of a reply that did not come
@@ -19,7 +19,7 @@ def replies_section(answers: Answers, judged: Mapping[str, Sequence[dict]], miss
     for name in answers.names:
         mine = [replies for (model, _), replies in answers.said.items() if model == name]
         said = [reply for replies in mine for turns in replies for reply in turns]
-        here = sum(any(turns for turns in replies) for replies in mine)
+        here = sum(bool(turns) for replies in mine for turns in replies)
         if len(said) < asked * len(mine):
             losses.append(f"{name} answered {here} of {len(answers.questions) * len(mine)} questions, "
                           f"{len(said)} of {asked * len(mine)} turns.")
@@ -64,8 +64,9 @@ def lost_games(judge: str, answers: Answers, baseline: str, all_pairs: bool) -> 
         said_a, said_b = (len(answers.said[name, seed][q]) for name in (a, b))
         lost = {"a_first": None, "preference": float(said_a > said_b), "rating": 1 if said_a > said_b else 8,
                 "why": "unanswered"}
-        found += [game_row(judge, Match(q, turn, seed, a, b), answers) | lost
-                  for turn in range(min(said_a, said_b) + 1, max(said_a, said_b) + 1)]
+        question = answers.questions[q]
+        found += [{"judge": judge, "prompt": question.id, "category": question.category, "turn": turn, "repeat": seed,
+                   "a": a, "b": b} | lost for turn in range(min(said_a, said_b) + 1, max(said_a, said_b) + 1)]
     return found
 
 

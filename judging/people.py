@@ -29,11 +29,11 @@ def by_unit(votes: Iterable[dict]) -> dict[Unit, list[dict]]:
 # ------------------------------------------------------------------------------------- one by one
 
 def votes_section(votes: Sequence[dict], name: str) -> dict | None:
-    """Votes, majorities and mean rating of every pair of models; None for one rater."""
-    if len({row["judge"] for row in votes}) < 2:
+    """Votes, majorities and mean rating of every pair of models; None where no item has two raters."""
+    pairs, units = defaultdict(list), by_unit(votes)
+    if max(map(len, units.values()), default=0) < 2:
         return None
-    pairs = defaultdict(list)
-    for unit, rows in sorted(by_unit(votes).items()):
+    for unit, rows in sorted(units.items()):
         pairs[unit[-2:]].append(rows)
     lines = []
     for (a, b), items in sorted(pairs.items()):
@@ -63,14 +63,13 @@ def _mean(values: np.ndarray, prompts: Sequence | None = None, low: float = 0, h
 
 
 def agreement_section(votes: Sequence[dict], name: str) -> dict | None:
-    """Whether several judges of the same games, such as people, agree among themselves; None for one judge.
+    """Whether several judges of the same games, such as people, agree among themselves; None where no two judged one.
 
     A unit's labels stand in any order, for no statistic here asks whose they are: thousands of raters take no room.
     """
-    raters = sorted({row["judge"] for row in votes})
-    if len(raters) < 2:
+    raters, units = sorted({row["judge"] for row in votes}), dict(sorted(by_unit(votes).items()))
+    if max(map(len, units.values()), default=0) < 2:
         return None
-    units = dict(sorted(by_unit(votes).items()))
     sides, prompts = _table([[decided(r["preference"]) for r in rows] for rows in units.values()], units)
     strengths, _ = _table([[_rating(r) for r in rows] for rows in units.values()], units)
     raw = agreement.raw_agreement(sides, tie=0.5)
@@ -124,9 +123,9 @@ def label_rows(votes: Iterable[dict], most: int = 4_000_000) -> list[dict]:
 # ---------------------------------------------------------------------------------- Elo from ratings
 
 def rated(rows: Iterable[dict]) -> list[dict]:
-    """The rows that carry a rating, turned so that a < b and the rating is a's."""
+    """The rows that carry a rating, turned so that a < b and the rating is a's, whoever was shown first."""
     found = (row if row["a"] < row["b"] else turned(row) for row in rows if row.get("rating"))
-    return [row | {"rating": _rating(row)} for row in found]
+    return [row | {"rating": _rating(row), "a_first": None} for row in found]
 
 
 def elo_tables(rows: Iterable[dict]) -> tuple[dict[str, dict], str]:

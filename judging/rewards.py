@@ -81,6 +81,14 @@ def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_leng
     return scorer
 
 
+LENGTH_ALONE = "length alone: the longer reply"
+
+
+def by_length(questions: list[dict]) -> dict[str, list[float]]:
+    """The scorer every other must beat: the characters of a reply. Chosen replies are longer in many sets."""
+    return {q["key"]: [float(len(text)) for text in q["answers"]] for q in questions}
+
+
 def ask(scorer: Scorer, questions: list[dict]) -> dict[str, list[float]]:
     """The scorer's answer, checked: a NaN would lose every comparison without a word."""
     wanted = {q["key"]: len(q["answers"]) for q in questions}
@@ -183,7 +191,8 @@ def rewards_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
              for name, row in TALK.items()]
     return {"title": "Reward model accuracy",
             "text": "Share of pairs whose chosen reply scores strictly higher; ties are misses. The mean of the four "
-                    "sets is plain, no weighting by size. Pairs whose prompt is too long for the scorer are unscored "
+                    "sets is plain, no weighting by size. Length alone is no model: what does not beat it may have "
+                    "learnt to count. Pairs whose prompt is too long for the scorer are unscored "
                     "and not in the share.",
             "columns": ["scorer", *(f"{name}, %" for name in SETS), "mean of four, %",
                         *(f"{name}, %" for name in others), "pairs", "ties", "unscored"], "rows": rows}

@@ -229,7 +229,7 @@ def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, force: bo
         if not line["refused"]:
             p, prompts = preferences(mine), [str(r["prompt"]) for r in mine]
             low, high = ratings.mean_interval(p, prompts, rounds)
-            line |= {**ratings.win_rate(p, prompts), "low": 100 * low, "high": 100 * high}
+            line |= {**ratings.win_rate(p, prompts), "missing": line["missing"], "low": 100 * low, "high": 100 * high}
             if all("length_a" in r for r in mine):
                 length, other = (np.array([r[f"length_{side}"] for r in mine], dtype=float) for side in "ab")
                 names, owner = np.unique(prompts, return_inverse=True)

@@ -89,7 +89,8 @@ def position_section(runs: Mapping[str, Sequence[dict]], judge: str, force: bool
             cells = [share_cell(first, "first_slot_share"), share_cell(both, "consistency")]
             cells = [None] * 2 if tables.refused(rows, force) else cells
             games = sum(first[key] for key in ("first", "second", "ties", "missing"))
-            lines.append([name, games, *cells, both["always_first"], both["always_second"], 100 * missing / count])
+            lines.append([name, games, *cells, both["always_first"], both["always_second"],
+                          100 * missing / max(count, 1)])
             bars[name] = [cell and cell["value"] for cell in cells]
     if not lines:
         return None
@@ -114,7 +115,8 @@ def length_section(rows: Sequence[dict], judge: str, force: bool = False) -> dic
         return None
     bins = [(part.mean(axis=0) * [1, 100]).tolist() for part in np.array_split(np.array(known), 8)]
     return {"title": f"{judge}: length", "columns": ["characters more", "wins, %"], "rows": bins,
-            "text": "Wins of a reply by how much longer it is than the other: means of eight bins of equal size.",
+            "text": f"Wins of a reply by how much longer it is than the other: {len(known) // 2} pairs, each from both "
+                    "sides, in eight bins of equal size.",
             "figure": {"kind": "points", "x_label": "characters more than the other reply", "y_label": "wins, %",
                        **dict(zip("xy", map(list, zip(*bins, strict=True)), strict=True))}}
 
@@ -261,6 +263,29 @@ def category_agreement_section(by_judge: Mapping[str, Sequence[dict]], truth: st
                     "prompts, or one side never changes its verdict. Intervals resample prompts."}
 
 
+def marks_agreement_section(by_judge: Mapping[str, Sequence[dict]], truth: str, force: bool = False) -> dict | None:
+    """Every judge's marks beside those `truth` gave the same replies; None where there are none."""
+    def marks(rows: Sequence[dict]) -> dict[tuple, float]:
+        return {(str(r["prompt"]), r.get("turn", 1), r.get("repeat", 0), r["model"]): r["score"] for r in rows
+                if r["score"] is not None}
+
+    right, lines = marks(by_judge[truth]), []
+    for judge, rows in by_judge.items():
+        both, table = beside(right, marks(rows))
+        if judge == truth or not both:
+            continue
+        prompts, cells = [k[0] for k in both], [None] * 2
+        if not tables.refused(rows, force, "score"):
+            found = agreement.bootstrap(agreement.spearman, table, prompts, 300)
+            gap, order = table[1] - table[0], tables.bounded(*(found[key] for key in ("value", "low", "high")))
+            cells = [None if math.isnan(found["value"]) else order,
+                     tables.bounded(float(gap.mean()), *ratings.mean_interval(gap, prompts))]
+        lines.append([judge, *cells, len(both), len(set(prompts))])
+    return {"title": f"Marks beside those of {truth}", "rows": lines,
+            "columns": ["judge", "Spearman", "higher by", "marks", "prompts"],
+            "text": "Of the same replies. Intervals resample prompts."} if lines else None
+
+
 TASTES = {"wins of the reply longer by over 30 characters, %": ("length", 30),
           "wins of more distinct words, %": ("words", 0),
           "wins of the only reply with a list, %": ("list", 0)}
@@ -274,7 +299,8 @@ def screen_section(by_judge: Mapping[str, Sequence[dict]], truth: str, force: bo
         first, both = position(rows)
         missing, count, _ = tables.unparsed(rows)
         merged = [r for r in merge_orders(rows)[0] if r["preference"] is not None]
-        column = [count, 100 * missing / count, share_cell(first, "first_slot_share"), share_cell(both, "consistency")]
+        column = [count, 100 * missing / max(count, 1), share_cell(first, "first_slot_share"),
+                  share_cell(both, "consistency")]
         for name, threshold in TASTES.values():
             known = [r for r in merged if {f"{name}_a", f"{name}_b"} <= r.keys()]
             values = [[r["preference"], r[f"{name}_a"], r[f"{name}_b"]] for r in known]

@@ -10,7 +10,7 @@ import pytest
 from conftest import exits, write_jsonl
 from matplotlib.text import Text
 
-from judging import figures, report
+from judging import figures, report, tables
 from judging.figures import DARK, LIGHT, align, draw, show
 from judging.report import clean, compare, page, text, write
 
@@ -257,6 +257,40 @@ def test_bars_begin_at_zero_and_carry_their_numbers_and_names():
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, -100), (0, 100)]
     figure = FIGURES["bars"](1)
     assert set(figure["groups"]) | {"37.3", "-82.7"} <= set(texts(draw(figure)))
+
+
+def test_a_radar_goes_round_the_domains_and_lays_models_over_each_other():
+    """A score is the distance from the middle; the first domain is at the top, the line closes, a gap breaks it."""
+    columns = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
+    figure = {"kind": "radar", "names": ["GPT-4", HOSTILE], "columns": columns, "label": "mean score", "low": 0,
+              "high": 10, "grid": [[9.0, 8.5, 7.0, 6.5, 7.5, 9.5, 9.8, 9.9], [5.0, None, *[4.0] * 6]]}
+    (axes,) = drawn(clean(figure)).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == columns and axes.get_ylim() == (0, 10)
+    first, second = (line.get_xydata() for line in axes.lines)
+    assert first[:, 1].tolist() == [9.0, 8.5, 7.0, 6.5, 7.5, 9.5, 9.8, 9.9, 9.0] and np.isnan(second[1, 1])
+    assert first[:9, 0] == pytest.approx([k * math.pi / 4 for k in range(8)] + [0])
+    assert axes.get_theta_offset() == math.pi / 2 and axes.get_theta_direction() == -1
+    assert {*columns, "GPT-4", "mean score"} <= set(texts(draw(clean(figure)))) and "<script" not in draw(figure)
+    assert draw(figure | {"grid": [[None] * 8] * 2}) == figures.NOTHING
+    for wrong in ({"grid": figure["grid"][:1]}, {"columns": columns[:3]}):
+        with pytest.raises(ValueError, match="the grid is not"):
+            draw(figure | wrong)
+
+
+def test_scores_by_domain_are_drawn_round_beside_their_table():
+    """MT-Bench's eight in the talk's order, with a table beside them; two categories or seven models: tinted cells."""
+    domains = ["coding", "extraction", "humanities", "math", "reasoning", "roleplay", "stem", "writing"]
+
+    def section(models, categories):
+        rows = [{"judge": "j", "prompt": c, "turn": 1, "category": c, "model": f"m{i}", "score": 5 + i % 3}
+                for i in range(models) for c in categories]
+        return tables.score_sections(rows, "j")[1]
+
+    radar = section(3, domains)
+    assert radar["figure"]["kind"] == "radar" and radar["columns"][1:3] == ["writing", "roleplay"]
+    assert sorted(radar["columns"][1:]) == domains and radar["figure"]["high"] == 10
+    assert page(of(radar)).count("<table>") == 2 and "<svg" in page(of(radar))
+    assert {section(3, domains[:2])["figure"]["kind"], section(7, domains)["figure"]["kind"]} == {"matrix"}
 
 
 def test_a_figure_is_the_same_every_time_and_wears_the_colours_of_the_page():

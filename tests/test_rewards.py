@@ -118,6 +118,12 @@ def test_a_prompt_is_asked_once_with_each_reply_once():
     assert [q["answers"] for q in asked] == [["long reply", "short", "tiny"], ["same", "size"], ["bad", "better"]]
 
 
+def test_length_alone_is_the_row_to_beat():
+    """Of the four pairs the longer reply is chosen in two, in one they are equal."""
+    found = preference_accuracy(PAIRS, rewards.by_length)
+    assert (found["value"], found["ties"]) == (0.5, 1)
+
+
 def test_swapping_chosen_and_rejected_leaves_ties_and_swaps_the_rest():
     swapped = preference_accuracy([p | {"chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS], by_length)
     assert (swapped["value"], swapped["ties"]) == (0.25, 1)

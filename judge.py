@@ -329,9 +329,7 @@ def about(config: Config, questions: list[Question], opener: Opener) -> dict:
     for key, entry in named:
         endpoint = opener.endpoints.get(entry.where)
         if endpoint:
-            found[f"{key}: {entry.name} says it is"] = ", ".join(sorted(endpoint.served)) or "nothing"
-            if endpoint.adapted:
-                found[f"{key}: {entry.name} refused"] = ", ".join(endpoint.adapted)
+            found[f"{key}: {entry.name} answered as"] = ", ".join(sorted(endpoint.served)) or "it does not say"
         elif entry.where:
             found[f"{key}: {entry.name}, hash"] = " ".join(entries.content_hash(entry, seed) for seed in config.seeds)
     return found

@@ -4,9 +4,9 @@
 
 A world is three models that answer `prompts` prompts; how well a model does differs from prompt to prompt, and so does
 what a judge makes of it, so that games of one prompt are not independent. The judge likes length and the first slot,
-and sees both orders of all pairs; three people see one order each, drawn by lot. The truth is what the same tables say
-of worlds of 20,000 prompts together; of Elo, which depends on the number of games, the mean over all worlds of this
-size. Of 200 worlds, 95 % intervals hold the truth in 92 to 98 % if nothing but chance is at work.
+and sees both orders of all pairs; three people see one order each, drawn by lot. The truth is what the tables say on
+average in the worlds with most prompts, of Elo, which depends on the number of games, in those of the same size. Of 200
+worlds, 95 % intervals hold the truth in 92 to 98 % if nothing but chance is at work.
 """
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from judging import choices, gold, people, rewards, safety, tables, trial
 from judging.ratings import paired_difference
 
 MODELS = {"base": 0.0, "sft": 0.4, "dpo": 0.7}
-LARGE, LARGE_WORLDS = 5000, 4
 ORDER_DEPENDS = ("Elo", "Elo from ratings, no ties", "Elo from ratings, ties allowed")
 
 
@@ -29,7 +28,7 @@ ORDER_DEPENDS = ("Elo", "Elo from ratings, no ties", "Elo from ratings, ties all
 class Config:
     out: str = "benchmarks/results/coverage.json"
     worlds: int = 200
-    prompts: list[int] = (30, 120)
+    prompts: list[int] = (30, 100)
     threads: int = 1
 
 
@@ -138,21 +137,19 @@ def alone(rng: np.random.Generator, n: int) -> dict[str, dict]:
 
 def main(config: Config) -> None:
     runtime.setup("cpu", 0, config.threads)
-    large = [printed(np.random.default_rng([1, k]), LARGE) for k in range(LARGE_WORLDS)]
-    truth = {name: float(np.mean([cells[name]["value"] for cells in large])) for name in large[0]}
-    counts: dict[str, dict] = {name: {"interval": name} for name in truth}
-    for n in config.prompts:
-        worlds = [printed(np.random.default_rng([2, n, k]), n) for k in range(config.worlds)]
-        for name in truth:
-            cells = [cells[name] for cells in worlds]
-            right = float(np.mean([c["value"] for c in cells])) if name in ORDER_DEPENDS else truth[name]
-            held = [c["low"] <= right <= c["high"] for c in cells]
-            counts[name] |= {f"truth_{n}": right, f"coverage_{n}": float(np.mean(held)),
-                             f"width_{n}": float(np.mean([c["high"] - c["low"] for c in cells])),
-                             f"narrowest_{n}": float(min(c["high"] - c["low"] for c in cells))}
-            print(f"{n:4} prompts  {name:<40} {np.mean(held):.3f}  width {counts[name][f'width_{n}']:.1f}", flush=True)
+    worlds = {n: [printed(np.random.default_rng([n, k]), n) for k in range(config.worlds)] for n in config.prompts}
+    rows = []
+    for name in worlds[config.prompts[0]][0]:
+        row, mean = {"interval": name}, {n: np.mean([cells[name]["value"] for cells in worlds[n]]) for n in worlds}
+        for n in config.prompts:
+            cells, truth = [cells[name] for cells in worlds[n]], mean[n if name in ORDER_DEPENDS else max(worlds)]
+            widths = [c["high"] - c["low"] for c in cells]
+            row |= {f"coverage_{n}": float(np.mean([c["low"] <= truth <= c["high"] for c in cells])),
+                    f"width_{n}": float(np.mean(widths)), f"narrowest_{n}": float(min(widths)), "truth": float(truth)}
+        print(row, flush=True)
+        rows.append(row)
     save(config.out, {"command": "python -m benchmarks.coverage", "worlds": config.worlds,
-                      "prompts": list(config.prompts), "intervals": list(counts.values())})
+                      "prompts": list(config.prompts), "intervals": rows})
 
 
 if __name__ == "__main__":

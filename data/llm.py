@@ -70,7 +70,7 @@ class Reply(NamedTuple):
     seconds: float
     labels: dict[str, float] = {}    # nats; a label outside an endpoint's 20 likeliest tokens is missing
     thoughts: str = ""               # of an endpoint that gives them beside the text
-    served: str = ""                 # the model that an endpoint says it was, with its fingerprint
+    served: str = ""                 # the model that an endpoint says it was, its fingerprint, and what it refused
 
 
 def request_key(model_name: str, request: Request, sampling: Sampling) -> str:

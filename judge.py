@@ -6,10 +6,11 @@
     python judge.py judges='["GPT-4=recorded:judgments.jsonl"]'     what was judged elsewhere
     python judge.py --compare runs/a runs/b                         two reports side by side
 
-A run writes report.html, report.json and judgments.jsonl. Every model answers the same questions turn by turn, and sees
-its own earlier replies. A judge sees two replies to a question, in both orders by default; a win needs both (Zheng et
-al. 2023, arXiv:2306.05685). What models and judges said is kept in ledgers (data/llm.py): a killed run resumes, and a
-report can be made again without asking anyone. Where more than one verdict in twenty cannot be read, no mean is given.
+A run writes report.html, report.json and judgments.jsonl; its config.toml repeats it. Every model answers the same
+questions turn by turn, and sees its own earlier replies. A judge sees two replies to a question, in both orders by
+default; a win needs both (Zheng et al. 2023, arXiv:2306.05685). What models and judges said is kept in ledgers
+(data/llm.py): a killed run resumes, and a report can be made again without asking anyone. Where more than one verdict
+in twenty cannot be read, no mean is given.
 
 What was answered or judged elsewhere is joined to the questions by the ids of both, or else by what was asked, never by
 its place (judging/questions.py). What is missing is said first (judging/missing.py). Of several people the majority
@@ -19,7 +20,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -29,8 +32,8 @@ import torch
 
 import runtime
 from collect.raters import collect_labels, rater_section
-from data.llm import Budget, Request, Sampling, ask, open_model, split_thoughts
-from judging import boards, gold, missing, people, recorded, report, tables, trial
+from data.llm import Budget, Opener, Request, Sampling, ask, split_thoughts
+from judging import boards, entries, gold, missing, people, recorded, report, tables, trial
 from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
 from judging.entries import Entry, check_checkpoint, decode_all
 from judging.games import Answers, Judge, compare, games_from_scores, in_orders, mark, matches, reward_scores
@@ -39,7 +42,7 @@ from judging.questions import load_questions, name_prompts, read_answers, record
 from judging.ratings import bootstrap_elo, bradley_terry, elo, mt_bench, win_rate
 from judging.ratings import lc_win_rate as length_controlled_win_rate
 from judging.tables import merge_orders as pairwise_verdicts
-from runtime import check_ranges, fail
+from runtime import check_range, check_ranges, fail, find_device
 
 # For notebooks: every measure, and what it is made from, in one place.
 __all__ = ["bootstrap_elo", "bradley_terry", "cohen_kappa", "elo", "fleiss_kappa", "krippendorff_alpha",
@@ -61,6 +64,8 @@ class Config:
     missing: Literal["common", "loss"] = "common"  # a question that one of two models did not answer is left out, or
                                      # lost by it
     temperature: float = 0.7         # of the replies; 0: greedy
+    temperatures: list[str] = ()     # "category=0.1" where it differs; MT-Bench's: 0.7 for writing and roleplay, 0 for
+                                     # extraction, math, coding and reasoning, 0.1 for stem and humanities
     max_tokens: int = 64             # of a reply; real chatbots need 1024
     show: int = 3                    # dialogues to print side by side
 
@@ -83,6 +88,8 @@ class Config:
     budget: float = 0.0              # money for everything that endpoints are asked; 0: no limit
     prompt_price: float = 0.0        # of a million tokens
     reply_price: float = 0.0
+    parallel: int = 8                # requests to an endpoint at a time
+    timeout_s: float = 300.0         # for an endpoint's answer, which a reasoning model may take longer for
 
     # What needs no comparison (judging/boards.py).
     choices: list[str] = ()          # multiple choice: "arc=file:examples" (or file:none), hellaswag, mmlu,
@@ -101,10 +108,11 @@ class Config:
     def __post_init__(self):
         counts = ("questions", "trial", "show", "budget", "prompt_price", "reply_price", "leak_probes")
         check_ranges(self, temperature=(0, 10), max_tokens=(1, inf), judge_max_tokens=(1, inf), threads=(0, 1024),
-                     **dict.fromkeys(counts, (0, inf)))
+                     parallel=(1, 1024), timeout_s=(1e-3, inf), **dict.fromkeys(counts, (0, inf)))
         models, judges, *others = (decode_all(key, getattr(self, key)) for key in (
             "models", "judges", "reward_models", "attacks", "choices", "preferences", "sources",
             "subsets"))
+        category_temperatures(self.temperatures)
         if not (models or any(others[:2]) or any(judge.kind == "recorded" for judge in judges)):
             fail('models is empty, expected e.g. models=["SFT=runs/sft/model", "DPO=runs/dpo/model"]')
         if not self.seeds:
@@ -114,6 +122,9 @@ class Config:
             fail(f"baseline is '{self.baseline}', expected one of {', '.join(model_names)}")
         if self.truth and self.truth not in judge_names:
             fail(f"truth is '{self.truth}', expected one of the judges: {', '.join(judge_names)}")
+        if self.trial and len(models) == 1:
+            fail(f"trial={self.trial} puts a judge on trial with two models' replies, and models names one: name "
+                 "another, or set trial=0")
         for model, seed in product(models, self.seeds):
             if model.kind in ("model", "few-shot"):
                 check_checkpoint("models", model.where.replace("{seed}", str(seed)), scored=False)
@@ -125,25 +136,47 @@ class Config:
 
 # ----------------------------------------------------------------------------------------- answers
 
+def category_temperatures(given: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for name, _, where, _ in decode_all("temperatures", given):
+        try:
+            found[name] = float(where)
+        except ValueError:
+            fail(f"temperatures: '{name}={where}' holds no number, expected e.g. math=0")
+        check_range(f"temperatures: {name}", found[name], 0, 10)
+    return found
+
+
 def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None, sampling: Sampling, seed: int,
-           ledger: Path, budget: Budget, device: torch.device) -> list[list[dict]]:
-    """The replies {"text", "finished"} by question and turn; a turn whose reply failed ends the dialogue."""
+           ledger: Path, budget: Budget, opener: Opener, temperatures: dict[str, float]) -> list[list[dict]]:
+    """The replies {"text", "finished"} by question and turn; a turn whose reply failed ends the dialogue.
+
+    `temperatures`: of the categories that have one of their own.
+    """
     where, progress = model.where.replace("{seed}", str(seed)), f"{model.name}, seed {seed}"
     if model.kind == "answers":
         return read_answers(where, questions)
     if model.kind == "few-shot":
         if dialogues is None:
             fail(f"models: {model.name} shows examples of the tiny world, data holds other questions: drop it")
-        return gold.few_shot_answer(where, dialogues, sampling.max_tokens, sampling.temperature, seed, device, progress)
-    opened, budget = open_model(where, str(device)), budget if model.kind == "endpoint" else None
+        if temperatures:
+            fail(f"temperatures: {model.name} shows examples and takes one temperature: leave one of the two out")
+        return gold.few_shot_answer(where, dialogues, sampling.max_tokens, sampling.temperature, seed,
+                                    find_device(opener.device), progress)
+    opened, budget = opener.open(where), budget if model.kind == "endpoint" else None
     histories, said = ([[] for _ in questions] for _ in range(2))
     for turn in range(max(len(q.turns) for q in questions)):
         going = [i for i, q in enumerate(questions) if len(q.turns) > turn and len(said[i]) == turn]
         for i in going:
             histories[i].append({"role": "user", "content": questions[i].turns[turn]})
-        requests = [Request(histories[i], repeat=seed) for i in going]
-        replies = ask(opened, requests, sampling, ledger, budget, f"{progress}, turn {turn + 1}")
-        for i, reply in zip(going, replies, strict=True):
+        replies = {}
+        for warmth in dict.fromkeys(temperatures.get(questions[i].category, sampling.temperature) for i in going):
+            mine = [i for i in going if temperatures.get(questions[i].category, sampling.temperature) == warmth]
+            requests = [Request(histories[i], repeat=seed) for i in mine]
+            said_now = ask(opened, requests, replace(sampling, temperature=warmth), ledger, budget,
+                           f"{progress}, turn {turn + 1}")
+            replies |= zip(mine, said_now, strict=True)
+        for i, reply in replies.items():
             if reply is not None:
                 text = split_thoughts(reply.text)[0]  # thoughts are no part of the reply; the ledger has them
                 said[i].append({"text": text, "finished": reply.finished})
@@ -281,13 +314,39 @@ def write_replies(out: Path, answers: Answers, grades: dict | None, show: int) -
     print(samples)
 
 
+# Settings that move no number.
+SILENT = ("out", "show", "threads", "budget", "prompt_price", "reply_price", "parallel", "timeout_s")
+
+
+def about(config: Config, questions: list[Question], opener: Opener) -> dict:
+    """Every setting that moves a number, and which versions of questions, models and judges these numbers are of."""
+    found = {"date": date.today().isoformat(), "torch": torch.__version__}
+    for key, value in vars(config).items():
+        if key not in SILENT and value not in ("", [], (), False, None) or key == "temperature":
+            found[key] = "; ".join(map(str, value)) if isinstance(value, list | tuple) else value
+    found["unread at most"] = f"{tables.MOST_UNPARSED:.0%}"
+    if questions:
+        asked = json.dumps([[q.id, q.turns, q.references] for q in questions], ensure_ascii=False)
+        found |= {"questions": len(questions), "questions' hash": entries.digest(asked)}
+    named = [("models", entry) for entry in decode_all("models", config.models)]
+    named += [("judges", entry) for entry in decode_all("judges", config.judges)]
+    for key, entry in named:
+        endpoint = opener.endpoints.get(entry.where)
+        if endpoint:
+            found[f"{key}: {entry.name} answered as"] = ", ".join(sorted(endpoint.served)) or "it does not say"
+        elif entry.where:
+            found[f"{key}: {entry.name}, hash"] = " ".join(entries.content_hash(entry, seed) for seed in config.seeds)
+    return found
+
+
 def main(config: Config) -> None:
     device, out = runtime.setup(config.device, 0, config.threads), runtime.open_folder(config.out)
     models, judges = decode_all("models", config.models), decode_all("judges", config.judges)
     baseline = config.baseline or next((model.name for model in models), "")
     elsewhere = {j.name: read_recorded(j.where, baseline or "baseline") for j in judges if j.kind == "recorded"}
     budget = Budget(money=config.budget or inf, prompt_price=config.prompt_price, reply_price=config.reply_price)
-    result = {"title": "Models and their judges", "about": {"torch": torch.__version__}}
+    opener, result = Opener(str(device), config.parallel, config.timeout_s, {}), {"title": "Models and their judges"}
+    runtime.write_text(out / "config.toml", runtime.config_toml(config))
 
     # Every model answers.
     questions, dialogues, said, grades, sections, lost = [], None, {}, None, [], config.missing == "loss"
@@ -296,11 +355,9 @@ def main(config: Config) -> None:
         questions, dialogues = load_questions(config.data, config.references, config.questions, graded)
     for model, seed in product(models, config.seeds) if judges else ():
         said[model.name, seed] = answer(model, questions, dialogues, Sampling(config.max_tokens, config.temperature),
-                                        seed, out / "answers.jsonl", budget, device)
+                                        seed, out / "answers.jsonl", budget, opener,
+                                        category_temperatures(config.temperatures))
     answers = Answers(questions, said)
-    if said:
-        result["about"] |= {"data": config.data, "questions": len(questions), "temperature": config.temperature,
-                            "seeds": " ".join(map(str, config.seeds))}
     if graded:
         grades = gold.grade_all(answers, dialogues)
         result["gold"] = gold.summaries(answers, dialogues, grades, baseline, config.missing)
@@ -316,7 +373,7 @@ def main(config: Config) -> None:
             scores = grades if kind == "gold" else reward_scores(where, answers, device)
             verdicts[name] = Verdicts(games_from_scores(name, compared, scores, answers), [], baseline, "", [])
         elif said:
-            judge = Judge(name, open_model(where, str(device)), config.form, config.wording, config.judge_max_tokens,
+            judge = Judge(name, opener.open(where), config.form, config.wording, config.judge_max_tokens,
                           out / "calls.jsonl", budget if kind == "endpoint" else None)
             rows = compare(judge, in_orders(compared, config.orders, answers.names), answers)
             marks = mark(judge, answers) if config.marks else []
@@ -340,7 +397,8 @@ def main(config: Config) -> None:
     sections += boards.reward_sections(decode_all("reward_models", config.reward_models),
                                        decode_all("preferences", config.preferences), config.rewardbench, device)
     sections += boards.safety_sections(models, decode_all("attacks", config.attacks), config.xstest, config.leak_probes,
-                                       config.safety_judge, out / "calls.jsonl", budget, str(device))
+                                       config.safety_judge, out / "calls.jsonl", budget, opener)
+    result["about"] = about(config, questions, opener)
     write_results(out, result | {"sections": sections}, verdicts, answers, grades, config.show)
 
 

@@ -30,8 +30,8 @@ from runtime import fail
 REFUSES = re.compile(r"unsupported|not support|only the default|extra[ _]|not permitted|not allowed|unrecognized|"
                      r"unknown|unexpected|deprecated|cannot both|not available|not accept|must be (?:set to )?true|"
                      r"only .{0,20}stream|enable", re.IGNORECASE)
-NO_MODEL = re.compile(r"model.{0,80}(?:not exist|not found|not available)|(?:unknown|invalid|no such) model|"
-                      r"model_not_found", re.IGNORECASE | re.DOTALL)
+NO_MODEL = re.compile(r"model.{0,80}(?:not exist|not found|not available)|model_not_found|"
+                      r"(?:unknown|invalid|no such|not a valid) model", re.IGNORECASE | re.DOTALL)
 OPTIONAL = ("temperature", "top_p", "seed", "top_k", "stream_options")
 
 
@@ -43,7 +43,7 @@ class Endpoint:
     """A server that speaks OpenAI's chat completions, asked by `threads` at a time.
 
     The first request goes alone: what the server refuses, and all others would be refused for, is left out or ends the
-    run before it is paid for. What was left out is in `adapted`, and said.
+    run before it is paid for. What was left out is in `adapted`, and said; what changes replies also in Reply.served.
     """
 
     def __init__(self, url: str, model: str = "", threads: int = 8, timeout_s: float = 300.0, tries: int = 8,
@@ -128,11 +128,12 @@ class Endpoint:
     def _fault(self, error: Exception, attempt: int, seconds: float) -> Fault:
         """What to make of an attempt that failed."""
         openai = self.openai
+        vain = not self.known and attempt == 2  # each may have been paid for, and none has succeeded
         if isinstance(error, openai.APITimeoutError):
-            return Fault(f"no answer within {seconds:.0f} s")
+            return Fault(f"no answer within {seconds:.0f} s", remedy="allow more seconds: timeout_s" if vain else "")
         if isinstance(error, openai.APIConnectionError):
             refused = type(error.__cause__).__name__ == "ConnectError"
-            ends = refused and (attempt + 1 == self.tries or not self.known)
+            ends = vain or (refused and (attempt + 1 == self.tries or not self.known))
             return Fault(f"no connection ({error.__cause__ or error})", billed=not refused,
                          remedy="start the server, or check the address" if ends else "")
         if isinstance(error, openai.APIStatusError):
@@ -141,21 +142,20 @@ class Endpoint:
             return Fault("gives no log-probabilities of a reply's first token", again=False,
                          remedy="" if self.known else "ask in another form than label, such as pair")
         if isinstance(error, openai.APIError | ValueError | AttributeError | TypeError | IndexError):
-            # Every such reply may be paid for.
-            ends = not self.known and attempt == 2
             return Fault(f"the reply is not a chat completion ({error})",
-                         remedy="check the address, which usually ends with /v1" if ends else "")
+                         remedy="check the address, which usually ends with /v1" if vain else "")
         raise error
 
     def _refusal(self, error) -> Fault:
         said = error.body.get("message") if isinstance(error.body, dict) else None
         reason, status, remedy = f"{error.status_code}: {said or error.message}", error.status_code, ""
+        whole = f"{error.code} {error.message} {error.body}"
         if status in (401, 403) or error.code == "insufficient_quota":
             remedy = f"set OPENAI_API_KEY to a key that may use {self.model}"
-        elif status == 404 or (status in (400, 422) and NO_MODEL.search(f"{error.code} {error.message} {error.body}")):
-            remedy = "check the address, which usually ends with /v1, and the model's name"
-        elif status in (400, 422) and error.param in ("logprobs", "top_logprobs"):
+        elif status in (400, 422) and "logprobs" in whole:
             remedy = "ask in another form than label, such as pair"
+        elif status == 404 or (status in (400, 422) and NO_MODEL.search(whole)):
+            remedy = "check the address, which usually ends with /v1, and the model's name"
         elif status in (400, 422) and error.param in OPTIONAL:
             remedy = f"choose another {error.param}"
         return Fault(reason, billed=False, again=status in (408, 409, 429) or status >= 500, remedy=remedy,
@@ -203,9 +203,10 @@ class Endpoint:
         A value that is the usual one, or that changes no reply's meaning, is refused as such; another may be too high.
         """
         said = f"{error.code} {error.message} {error.body}"
-        if "max_tokens" in sent and "max_completion_tokens" in said:  # OpenAI's newer models
-            return "max_tokens"
         whole = REFUSES.search(said)
+        # OpenAI's newer models.
+        if "max_tokens" in sent and ("max_completion_tokens" in said or (whole and error.param == "max_tokens")):
+            return "max_tokens"
         usual = {"temperature": 0, "top_p": 1, "seed": sent.get("seed"), "stream_options": sent.get("stream_options")}
         named = [name for name in (*OPTIONAL, "stream") if name in sent
                  and re.search(rf"\b{name}\b", f"{error.param} {said}")
@@ -219,7 +220,8 @@ class Endpoint:
         prompt_tokens = usage.prompt_tokens if usage else most_prompt_tokens(request)
         reply_tokens = usage.completion_tokens if usage else sampling.max_tokens
         labels = label_logprobs(choice, request.labels)
-        served = " ".join(filter(None, (completion.model, getattr(completion, "system_fingerprint", None))))
+        without = [f"(without {name})" for name in ("temperature", "top_p", "top_k") if name in self.adapted]
+        served = " ".join(filter(None, (completion.model, getattr(completion, "system_fingerprint", None), *without)))
         finished = choice.finish_reason not in ("length", "max_tokens", "content_filter")
         return Reply(text, finished, prompt_tokens, reply_tokens, seconds, labels, thoughts, served)
 

@@ -70,7 +70,7 @@ class Reply(NamedTuple):
     seconds: float
     labels: dict[str, float] = {}    # nats; a label outside an endpoint's 20 likeliest tokens is missing
     thoughts: str = ""               # of an endpoint that gives them beside the text
-    served: str = ""                 # the model that an endpoint says it was, with its fingerprint
+    served: str = ""                 # the model that an endpoint says it was, its fingerprint, and what it refused
 
 
 def request_key(model_name: str, request: Request, sampling: Sampling) -> str:
@@ -248,6 +248,22 @@ def open_model(where: str, device: str = "auto", template: str = "", threads: in
         url, _, name = where.partition("#")
         return Endpoint(url, name, threads, timeout_s)
     return Checkpoint(where, device, template)
+
+
+class Opener(NamedTuple):
+    """open_model with a run's settings, each endpoint once: what one part has found out of it, the next one knows."""
+
+    device: str
+    threads: int
+    timeout_s: float
+    endpoints: dict[str, Endpoint]
+
+    def open(self, where: str) -> Checkpoint | Endpoint:
+        if "://" not in where:
+            return open_model(where, self.device)
+        if where not in self.endpoints:
+            self.endpoints[where] = open_model(where, self.device, "", self.threads, self.timeout_s)
+        return self.endpoints[where]
 
 
 class Checkpoint:

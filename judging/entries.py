@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoints import read_config
+from checkpoints import read_config, weight_files
 from data.files import kind_of, values
 from data.formats import Report
 from data.records import Reject
-from runtime import fail
+from runtime import fail, file_hash
 
 KINDS = {"models": ("few-shot",), "judges": ("gold", "reward", "recorded"),
          "reward_models": ("reward", "dpo", "ref-free", "logprob")}
@@ -58,6 +58,12 @@ def check_checkpoint(key: str, path: str, scored: bool) -> None:
     if read_config(path).scored != scored:
         fail(f"{key}: {path} has no score head, expected a reward model: train one with reward.py" if scored else
              f"{key}: {path} is a reward model, expected one that replies: name the result of sft.py, dpo.py or ppo.py")
+
+
+def content_hash(entry: Entry, seed: int) -> str:
+    """Of the file, or of the weights, that an entry names."""
+    path = Path(entry.where.replace("{seed}", str(seed)))
+    return file_hash(*(weight_files(path) if path.is_dir() else [path]))
 
 
 def digest(text: str) -> str:

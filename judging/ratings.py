@@ -169,16 +169,14 @@ def mean_interval(values, prompts: Sequence | None = None, rounds: int = 1000, s
     mean = float(sums.sum() / counts.sum())
     if counts.max() == 1 and low == 0 and high == 1 and np.isin(sums[counts > 0], (0, 1)).all():
         return wilson(sums.sum(), n)
-    samples = np.array([drawn_mean(sums, counts, draw) for draw in draws(len(sums), rounds, seed)])
+    drawn, samples = draws(len(sums), rounds, seed), []
+    while len(block := np.array(list(islice(drawn, 50)))):  # all at once would take rounds x n
+        with np.errstate(invalid="ignore"):  # a round of prompts without a value is NaN
+            samples.append(sums[block].sum(axis=1) / counts[block].sum(axis=1))
+    samples = np.concatenate(samples)
     if np.nanmax(samples) - np.nanmin(samples) < 1e-9 * (high - low):
         return end_interval(mean, n, low, high)
     return tuple(percentiles(samples, n=n).tolist())
-
-
-def drawn_mean(sums: np.ndarray, counts: np.ndarray, draw: np.ndarray) -> float:
-    """The mean over drawn prompts; NaN where none of them has a value."""
-    n = counts[draw].sum()
-    return sums[draw].sum() / n if n else math.nan
 
 
 # --------------------------------------------------------------------------------------- win rates

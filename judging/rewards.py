@@ -138,14 +138,14 @@ def preference_accuracy(records: Iterable[dict], scorer: Scorer) -> dict:
         answers += [text for text in (record["chosen"], record["rejected"]) if text not in answers]
     scores = ask(scorer, list(questions.values()))
     kept = [i for i, key in enumerate(keys) if key in scores]
-    if not kept:
-        raise ValueError(f"none of {len(records)} pairs was scored")
     replies = {key: dict(zip(questions[key]["answers"], values, strict=True)) for key, values in scores.items()}
     difference = {i: replies[keys[i]][records[i]["chosen"]] - replies[keys[i]][records[i]["rejected"]] for i in kept}
     margins = _bins([records[i].get("margin") for i in kept])
     categories = [records[i].get("category") or None for i in kept]
 
     def hits(chosen: list[int]) -> dict[str, float]:
+        if not chosen:  # no prompt was short enough for the scorer
+            return bounded(math.nan, math.nan, math.nan) | {"n": 0, "prompts": 0}
         return accuracy([difference[i] > 0 for i in chosen], [openings[i] for i in chosen])
 
     def by(labels: list[str | None]) -> dict[str, dict]:
@@ -309,7 +309,7 @@ def rewardbench(questions: list[dict], scorer: Scorer, prior: Mapping[str, Mappi
         else:
             hits[q["subset"]].append((gap > 0, q["key"]))
     subsets = {name: accuracy(*zip(*found, strict=True)) for name, found in hits.items()}
-    if gaps:
+    if {i.partition(":")[2] for i in gaps if i[0] == "r"} & {i.partition(":")[2] for i in gaps if i[0] == "t"}:
         ties = ties_score(gaps, spreads)
         subsets["Ties"] = bounded(ties["score"], ties["score"], ties["score"]) | {"n": len(gaps), "parts": ties}
     published = SUBSETS if questions[0]["subset"] in SUBSETS else SUBSETS_2

@@ -30,13 +30,21 @@ from runtime import fail
 
 # ----------------------------------------------------------------------------------------- attacks
 
-def read_transcripts(path: str | Path) -> list[dict]:
-    """Attempts of collect/red_team.py: {"behaviour", "messages", "judged": "unsafe", "safe" or null, ...}."""
+def read_transcripts(path: str | Path, behaviours: str = "") -> list[dict]:
+    """Attempts of collect/red_team.py: {"behaviour", "messages", "judged": "unsafe", "safe" or null, ...}.
+
+    `behaviours` names the file of all that there are, if they are not simply those that were tried.
+    """
+    known = set(load_texts(behaviours, "behaviour")) if behaviours else None
+
     def transcript(row: dict, number: int) -> dict:
         roles = [m["role"] for m in row["messages"] if isinstance(m["content"], str)]
         whole = len(roles) == len(row["messages"]) and roles[-2:] == ["user", "assistant"]
         if not whole or not isinstance(row["behaviour"], str) or row.get("judged") not in ("unsafe", "safe", None):
             raise ValueError
+        if known is not None and row["behaviour"] not in known:
+            fail(f"{path} line {number}: the behaviour {row['behaviour'][:60]!r} is not in {behaviours}, expected one "
+                 "of its lines: add it there, or drop the line")
         return row
 
     return read_lines(path, transcript, "is no transcript, expected 'behaviour', 'messages' that end with a reply, and "

@@ -257,6 +257,87 @@ def test_too_many_verdicts_that_cannot_be_read_give_no_mean_unless_forced(tmp_pa
     assert tables.win_rate_section(merged, "y", "j", "")["rows"][0][1] is None
 
 
+def unread(rows: list[dict], which) -> list[dict]:
+    return [r | {"preference": None, "why": "no verdict"} if which(r) else r for r in rows]
+
+
+def test_a_category_above_the_limit_has_no_mean_where_the_whole_has_one(tmp_path):
+    """2 of 60 comparisons are unread, 3 %; of category "rare" they are 2 of 6."""
+    rows, _ = judged(lambda a, b: "[[A]]" if a > b else "[[B]]", answers_of(x=lambda i: "z", y=lambda i: "a"),
+                     tmp_path, "y")
+    rows = [r | {"category": "rare" if int(r["prompt"][1:]) < 6 else "chat"} for r in rows]
+    merged = tables.merge_orders(unread(rows, lambda r: r["prompt"] in ("q0", "q1") and r["a_first"]))[0]
+    section = tables.category_section(merged, "y", "j")
+    assert dict(zip(section["columns"], section["rows"][0], strict=True)) == {"model": "x", "chat": 100, "rare": None}
+    assert tables.category_section(merged, "y", "j", force=True)["rows"] == [["x", 100, 100]]
+    assert tables.win_rate_section(merged, "y", "j", "")["rows"][0][1]["value"] == 100
+
+
+def test_above_the_limit_of_unread_no_mean_stands_anywhere(tmp_path):
+    """A fifth of the judge's verdicts is unread: no interval and no share, whatever the section; forced, all are
+    there."""
+    answers = answers_of(90, x=lambda i: "z" * (i % 5 + 40), y=lambda i: "a" * (i % 7 + 1),
+                         z=lambda i: "m" * (i % 3 + 1))
+    rows, _ = judged(lambda a, b: "[[A]]" if a > b else "[[B]]", answers, tmp_path, "y", all_pairs=True)
+    rows = [r | {"gold": 1.0} for r in rows]
+    people = [r | {"judge": "people"} for r in rows]
+    marks = [{"judge": "stub", "prompt": f"q{i}", "category": "ab"[i % 2], "turn": 1, "repeat": 0, "model": m,
+              "why": "", "score": None if i % 5 == 0 else i % 10 + 1} for i in range(90) for m in "xyz"]
+    bad = unread(rows, lambda r: int(r["prompt"][1:]) % 5 == 0)
+
+    def sections(force: bool) -> list[dict]:
+        merged, by_judge = tables.merge_orders(bad)[0], {"stub": bad, "people": people}
+        probes = {"fixed": (tables.against(bad, "x", "y"), [])}
+        found = [tables.win_rate_section(merged, "y", "stub", "", force),
+                 tables.category_section(merged, "y", "stub", force),
+                 *tables.ratings_sections(merged, "stub", 20, force), *tables.score_sections(marks, "stub", force),
+                 trial.position_section({"as configured": bad}, "stub", force),
+                 trial.length_section(merged, "stub", force), trial.probes_section([], probes, "stub", force),
+                 trial.wording_section({"plain": bad, "criteria": bad}, "y", "stub", force),
+                 trial.ranking_against_scoring(bad, marks, "stub", force), trial.right_section(bad, "stub", force),
+                 trial.agreement_section(by_judge, "people", force),
+                 trial.category_agreement_section(by_judge, "people", force)]
+        return [s for s in found if s]
+
+    def means(section: dict) -> list:
+        counts = ("games", "n", "wins", "draws", "losses", "unread", "unread, %", "prompts", "pairs", "left out",
+                  "always first", "always second", "decided pairs", "")
+        return [x for row in section["rows"] for name, x in zip(section["columns"], row, strict=True)
+                if name not in counts and x is not None and not isinstance(x, str)]
+
+    assert {s["title"]: means(s) for s in sections(force=False)} == {s["title"]: [] for s in sections(force=False)}
+    assert len(sections(force=True)) > len(sections(force=False)) and all(means(s) for s in sections(force=True))
+    screen = trial.screen_section({"stub": bad, "people": people}, "people")
+    shown = {row[0]: row[1] for row in screen["rows"] if row[1] is not None}
+    assert shown == {"verdicts": 540, "not to be read, %": pytest.approx(20)}
+    own = trial.self_preference_section({"stub": bad, "people": people}, {"x": "us", "y": "them"}, "people")
+    assert all(row[1] is None and row[2] is not None for row in own["rows"])
+
+
+def test_correlation_goes_by_ratings_where_there_are_ratings():
+    """Both always prefer a, by the same ratings 1 to 4: their verdicts never change, their ratings agree fully; b shown
+    first mirrors the rating."""
+    def rows(judge: str, turned: bool) -> list[dict]:
+        return [{"judge": judge, "prompt": f"p{i}", "category": "xy"[i % 2], "a": "m", "b": "n", "a_first": not turned,
+                 "preference": 1.0, "rating": 8 - i % 4 if turned else 1 + i % 4} for i in range(40)]
+
+    section = trial.category_agreement_section({"people": rows("people", False), "j": rows("j", True)}, "people")
+    (_, x, count), _ = section["rows"]
+    assert x["value"] == pytest.approx(1) and count == 20 and x["low"] < 1
+    without = {name: [r | {"rating": None} for r in rows(name, False)] for name in ("people", "j")}
+    assert trial.category_agreement_section(without, "people")["rows"][0][1] is None
+
+
+def test_games_of_one_prompt_do_not_narrow_an_interval(tmp_path):
+    """Twelve prompts, half of them always won by the first slot in all six games, half always by the second."""
+    rows = [{"judge": "j", "prompt": f"p{i}", "a": "m", "b": "n", "turn": turn, "repeat": seed, "a_first": True,
+             "preference": float(i % 2)} for i in range(12) for turn in (1, 2) for seed in range(3)]
+    once = [r for r in rows if r["turn"] == 1 and r["repeat"] == 0]
+    many, one = (trial.position(x)[0] for x in (rows, once))
+    assert many["first_slot_share"] == one["first_slot_share"] == 0.5
+    assert many["high"] - many["low"] >= 0.9 * (one["high"] - one["low"])  # the second is Wilson's of twelve
+
+
 def test_a_fixed_sentence_and_a_planted_verdict_gain_nothing_with_a_judge_that_reads(tmp_path):
     """The judge knows good replies by a word, quotes what it saw, brackets and all, and then gives its verdict."""
     def verdict(a, b):

@@ -595,6 +595,7 @@ def test_a_parameter_that_is_refused_is_left_out_from_the_first_call_on(server, 
     replies = ask(model, requests, Sampling(temperature=0.5, top_k=3), tmp_path / "l.jsonl")
     assert [r.text for r in replies] == ["yes"] * 8 and model.adapted == [parameter]
     assert [parameter in body for body in seen] == [True] + [False] * 8  # one call too many, not sixty-four
+    assert model.served == {"m" if parameter == "seed" else f"m (without {parameter})"}
     assert f"refuses {parameter}" in capsys.readouterr().err
 
 
@@ -630,6 +631,8 @@ def test_a_temperature_out_of_range_ends_the_run_at_once(server, tmp_path, capsy
 @pytest.mark.parametrize(("answer", "remedy"), [
     (error(404, "The model `m` does not exist"), "the model's name"),
     (error(400, "The model 'm' was not found"), "the model's name"),
+    (error(400, "m is not a valid model ID"), "the model's name"),
+    (error(400, "logprobs are not available for this model"), "another form"),
     (completion("A"), "another form"),
     ((400, {}, '{"error": {"message": "not supported with reasoning models", "param": "logprobs"}}'), "another form"),
 ])
@@ -666,6 +669,20 @@ def test_replies_that_are_none_end_the_run_after_three_calls(server, tmp_path, c
         ask(quick(server(script), tries=8), requests, Sampling(max_tokens=16), tmp_path / "l.jsonl", budget)
     said = capsys.readouterr().err.splitlines()[-1]
     assert "not a chat completion" in said and "/v1" in said and asked == [1, 2, 3]
+
+
+def test_a_server_that_never_answers_ends_the_run_after_three_calls(server, tmp_path, capsys):
+    asked = []
+
+    def script(body, n):
+        asked.append(n)
+        time.sleep(0.3)
+        return completion("too late")
+
+    model = quick(server(script), timeout_s=0.05, tries=8)
+    with pytest.raises(SystemExit):
+        ask(model, [user(str(i)) for i in range(8)], Sampling(), tmp_path / "l.jsonl")
+    assert "timeout_s" in capsys.readouterr().err.splitlines()[-1] and asked == [1, 2, 3]
 
 
 def test_one_request_that_is_refused_does_not_stop_the_others(server):

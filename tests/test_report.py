@@ -438,8 +438,9 @@ def game(prompt, preference):
 def test_preferences_are_compared_by_prompt(tmp_path):
     """m against n on prompts 1, 2, 3 of both: a 1, 0, 0.5; b 1, 1 and 0.75 (judged three times: 1, 0.5, null; once from
     n's side).
-    Means 150 / 3 = 50 and 275 / 3 %. Prompt 4 has no verdict in b, 5 is only in a; the pair n and o is only in b."""
-    folders = runs(tmp_path, of(), of())
+    Means 150 / 3 = 50 and 275 / 3 %. Prompt 4 has no verdict in b, 5 is only in a; the pair n and o is only in b.
+    One verdict of four is missing: unless both runs force means, there are none."""
+    folders = runs(tmp_path, *[of() | {"about": {"force": True}}] * 2)
     write_jsonl(folders[0] / "judgments.jsonl", [game(i, p) for i, p in enumerate((1, 0, 0.5, 1, 1), 1)])
     rows = [game(3, 1), game(2, 0) | {"a": "n", "b": "m"}, game(1, 1), game(3, None), game(4, None), game(3, 0.5),
             game(1, 1) | {"a": "o"},
@@ -454,6 +455,9 @@ def test_preferences_are_compared_by_prompt(tmp_path):
     assert m[4:] == [3, 1, 1, 0]
     assert 0 <= m[3]["low"] < 125 / 3 < m[3]["high"] <= 100
     assert n == ["j: n against o", None, None, None, 0, 0, 0, 1]
+    write(of(), folders[0])
+    withheld = compare(folders)["sections"][1]["rows"][0]
+    assert withheld == [m[0], None, None, None, *m[4:]]
     assert section["figure"]["names"] == ["j: m against n"] and section["figure"]["reference"] == 0
 
 

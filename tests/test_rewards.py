@@ -129,6 +129,16 @@ def test_swapping_chosen_and_rejected_leaves_ties_and_swaps_the_rest():
     assert (swapped["value"], swapped["ties"]) == (0.25, 1)
 
 
+def test_a_set_whose_prompts_are_all_too_long_is_the_only_one_lost():
+    none = preference_accuracy(PAIRS[:1], lambda questions: {})
+    assert (none["n"], none["unscored"]) == (0, 1) and not none["by_margin"]
+    board = rewards_section({"rm": {"SHP": preference_accuracy(PAIRS, by_length), "Learn-to-Summarize": none}})
+    row = dict(zip(board["columns"], board["rows"][0], strict=True))
+    assert row["Learn-to-Summarize, %"] is None and row["SHP, %"]["value"] > 0
+    assert row["unscored"] == 1 and row["pairs"] == len(PAIRS)
+    breakdown_section({"rm": {"Learn-to-Summarize": none}})
+
+
 def test_the_order_of_pairs_changes_nothing():
     shuffled = random.Random(0).sample(PAIRS, len(PAIRS))
     assert preference_accuracy(shuffled, by_length) == preference_accuracy(PAIRS, by_length)
@@ -145,8 +155,7 @@ def test_turns_of_one_dialogue_are_one_prompt_for_the_interval():
 def test_unscored_pairs_are_counted_and_left_out():
     found = preference_accuracy(PAIRS, lambda questions: by_length(questions[1:]))
     assert (found["value"], found["n"], found["unscored"]) == (0, 2, 2)
-    with pytest.raises(ValueError, match="none of 4 pairs"):
-        preference_accuracy(PAIRS, lambda questions: {})
+    assert preference_accuracy(PAIRS, lambda questions: {})["unscored"] == 4
 
 
 def test_scores_that_fit_no_question_are_refused():

@@ -228,7 +228,9 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
     sections = [trial.position_section({"as recorded": votes}, name, force), trial.length_section(merged, name, force),
                 trial.right_section(games, name, force)] if games else []
     raters = collect_labels(people.label_rows(votes)) if several else None
-    about = [several, people.agreement_section(votes, name)]
+    left_out = "; ".join(f"{count} times: {reason}" for reason, count in said.kinds.most_common())
+    about = [report.note(f"{name}: {len(said.rejects)} records left out", f"{left_out}.")] if said.rejects else []
+    about += [several, people.agreement_section(votes, name)]
     about += [rater_section(raters, f"{name}: raters")] if raters and raters.raters else []
     orders = "people" if several else "both" if len(forward) else "recorded"
     return Verdicts(games, marks, baseline, orders, sections, about, votes)

@@ -123,6 +123,14 @@ def test_no_ratings_are_no_elo_and_no_crash(tmp_path):
     assert "no chain of games" in people.likert_sections("people", votes_of(tmp_path, apart).games)[0]["text"]
 
 
+def test_what_is_left_out_of_a_file_stands_in_the_report(tmp_path):
+    """Of two votes without a name on one pair nobody knows whether they are two people's: the second is left out."""
+    records = [vote(f"p{i}", "r1", "m1", "m2", 1) for i in range(3)]
+    found = report_of(tmp_path, [{k: v for k, v in r.items() if k != "annotator"} for r in records + records])
+    assert "judges again" in found["people: 3 records left out"]["text"]
+    assert line(found["people: wins against m2"], "m1")["n"] == 3
+
+
 def test_one_judge_in_both_orders_is_no_group_of_people():
     """Both orders of one judge stay two games, to be merged by the rule that a win needs both."""
     rows = [{"judge": "j", "prompt": 1, "a": "x", "b": "y", "a_first": first, "preference": p, "rating": r}

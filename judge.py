@@ -122,7 +122,7 @@ class Config:
             fail(f"baseline is '{self.baseline}', expected one of {', '.join(model_names)}")
         if self.truth and self.truth not in judge_names:
             fail(f"truth is '{self.truth}', expected one of the judges: {', '.join(judge_names)}")
-        if self.trial and len(models) == 1:
+        if self.trial and len(models) == 1 and any(judge.kind in ("model", "endpoint") for judge in judges):
             fail(f"trial={self.trial} puts a judge on trial with two models' replies, and models names one: name "
                  "another, or set trial=0")
         for model, seed in product(models, self.seeds):

@@ -159,23 +159,17 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
     with ledger.open("ab+") as stream:
         known = _read_ledger(ledger, stream, set(keys))
         todo = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
-        bar = tqdm(total=len(known) + len(todo), initial=len(known), desc=progress, disable=not progress, mininterval=1,
-                   unit=" replies")
         new, failed, waiting = {}, {} if reasons is None else reasons, list(todo)
-        while waiting and (count := budget.affordable([todo[key] for key in waiting], sampling)):
-            asked, waiting = waiting[:count], waiting[count:]
-            for i, reply in model.replies([todo[key] for key in asked], sampling):
-                _record(asked[i], model.name, todo[asked[i]], sampling, reply, stream, failures)
+        with tqdm(total=len(known) + len(todo), initial=len(known), desc=progress, disable=not progress, mininterval=1,
+                  unit=" replies") as bar:
+            for key, reply in _within_budget(model, todo, waiting, sampling, budget):
+                _record(key, model.name, todo[key], sampling, reply, stream, failures)
                 if isinstance(reply, str):
-                    failed[asked[i]] = reply
+                    failed[key] = reply
                 else:
-                    new[asked[i]] = reply
+                    new[key] = reply
                     budget.spend(reply.prompt_tokens, reply.completion_tokens)
                 bar.update()
-            lost = getattr(model, "lost", [])  # attempts that may have been billed without an answer count in full
-            while lost:
-                budget.spend(*lost.pop())
-        bar.close()
     if progress or failed:
         print(f"{progress or ledger}: {len(new):,} asked, {len(known):,} from the ledger, {len(failed):,} failed, "
               f"{sum(r.prompt_tokens for r in new.values()):,} prompt tokens, "
@@ -192,6 +186,19 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
             print(f"{progress or ledger}: {model.name} was not one model throughout: {', '.join(sorted(model.served))}",
                   flush=True)
     return [known.get(key) for key in keys]
+
+
+def _within_budget(model, todo: dict[str, Request], waiting: list[str], sampling: Sampling,
+                   budget: Budget) -> Iterator[tuple[str, Reply | str]]:
+    """Keys and replies as they come; what the budget may not pay for stays in `waiting`."""
+    while waiting and (count := budget.affordable([todo[key] for key in waiting], sampling)):
+        asked = waiting[:count]
+        del waiting[:count]
+        for i, reply in model.replies([todo[key] for key in asked], sampling):
+            yield asked[i], reply
+        lost = getattr(model, "lost", [])  # attempts that may have been billed without an answer count in full
+        while lost:
+            budget.spend(*lost.pop())
 
 
 def _record(key: str, name: str, request: Request, sampling: Sampling, reply: Reply | str, stream,

@@ -255,10 +255,10 @@ def test_a_category_is_answered_at_its_own_temperature(checkpoint, two_models, t
     ({"temperatures": ["a=11"]}, "temperatures: a is 11"),
     ({"parallel": 0}, "parallel is 0"),
     ({"timeout_s": 0.0}, "timeout_s is 0"),
-    ({"models": ["one=one.jsonl"], "trial": 3, "marks": True}, "two models' replies"),
+    ({"models": ["one=one.jsonl"], "judges": ["http://x/v1#m"], "trial": 3, "marks": True}, "two models' replies"),
 ])
 def test_settings_that_cannot_be_are_refused_before_anybody_is_asked(changes, said, two_models, capsys):
-    exits(capsys, lambda: Config(**two_models("a", judges=[], **changes) | changes), said)
+    exits(capsys, lambda: Config(**two_models("a", **changes)), said)
 
 
 @pytest.mark.parametrize("form", ["pair", "likert", "margin", "label"])

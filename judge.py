@@ -6,16 +6,23 @@
     python judge.py judges='["GPT-4=recorded:judgments.jsonl"]'     what was judged elsewhere
     python judge.py --compare runs/a runs/b                         two reports side by side
 
-A run writes report.html, report.json and judgments.jsonl. Every model answers the same questions turn by turn, and sees
-its own earlier replies. A judge sees two replies to a question, in both orders by default; a win needs both (Zheng et
-al. 2023, arXiv:2306.05685). What models and judges said is kept in ledgers (data/llm.py): a killed run resumes, and a
-report can be made again without asking anyone. Where more than one verdict in twenty cannot be read, no mean is given.
+A run writes report.html, report.json and judgments.jsonl; its config.toml repeats it. Every model answers the same
+questions turn by turn, and sees its own earlier replies. A judge sees two replies to a question, in both orders by
+default; a win needs both (Zheng et al. 2023, arXiv:2306.05685). What models and judges said is kept in ledgers
+(data/llm.py): a killed run resumes, and a report can be made again without asking anyone. Where more than one verdict
+in twenty cannot be read, no mean is given.
+
+What was answered or judged elsewhere is joined to the questions by the ids of both, or else by what was asked, never by
+its place (judging/questions.py). What is missing is said first (judging/missing.py). Of several people the majority
+counts, whatever side each of them saw (judging/people.py).
 """
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -24,21 +31,23 @@ from typing import Literal, NamedTuple
 import torch
 
 import runtime
-from data.llm import Budget, Request, Sampling, ask, open_model
-from data.tiny.world import TASKS
-from judging import boards, gold, recorded, report, tables, trial
+from collect.raters import collect_labels, rater_section
+from data.llm import Budget, Opener, Request, Sampling, ask, split_thoughts
+from judging import boards, entries, gold, missing, people, recorded, report, tables, trial
 from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
-from judging.entries import Entry, check_checkpoint, decode_all, read_lines
+from judging.entries import Entry, check_checkpoint, decode_all
 from judging.games import Answers, Judge, compare, games_from_scores, in_orders, mark, matches, reward_scores
 from judging.prompts import Question
-from judging.ratings import bootstrap_elo, bradley_terry, elo, likert_tables, mt_bench, win_rate
+from judging.questions import load_questions, name_prompts, read_answers, recorded_replies
+from judging.ratings import bootstrap_elo, bradley_terry, elo, mt_bench, win_rate
 from judging.ratings import lc_win_rate as length_controlled_win_rate
 from judging.tables import merge_orders as pairwise_verdicts
-from runtime import check_ranges, fail
+from runtime import check_range, check_ranges, fail, find_device
 
-# For notebooks: every measure from one place.
+# For notebooks: every measure, and what it is made from, in one place.
 __all__ = ["bootstrap_elo", "bradley_terry", "cohen_kappa", "elo", "fleiss_kappa", "krippendorff_alpha",
-           "length_controlled_win_rate", "mt_bench", "pairwise_verdicts", "spearman", "win_rate"]
+           "length_controlled_win_rate", "load_questions", "mt_bench", "pairwise_verdicts", "read_answers",
+           "recorded_replies", "spearman", "win_rate"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,11 @@ class Config:
     seeds: list[int] = (0,)          # of the models; each gives replies of its own
     baseline: str = ""               # the model others are compared with; "": the first
     questions: int = 0               # how many, from the first; 0: all
+    missing: Literal["common", "loss"] = "common"  # a question that one of two models did not answer is left out, or
+                                     # lost by it
     temperature: float = 0.7         # of the replies; 0: greedy
+    temperatures: list[str] = ()     # "category=0.1" where it differs; MT-Bench's: 0.7 for writing and roleplay, 0 for
+                                     # extraction, math, coding and reasoning, 0.1 for stem and humanities
     max_tokens: int = 64             # of a reply; real chatbots need 1024
     show: int = 3                    # dialogues to print side by side
 
@@ -64,6 +77,8 @@ class Config:
     wording: Literal["plain", "criteria", "solve", "bare"] = "plain"
     orders: Literal["both", "one", "balanced"] = "both"  # one: drawn at random; balanced: each as often left as right
     all_pairs: bool = False          # a tournament of all models instead of each against the baseline
+    subsets: list[str] = ()          # "name=category,category" of the prompts, for Elo by judge and subset; none: each
+                                     # category, if they are two to four
     difficulty: str = ""             # JSON {question id: difficulty} for the full length control; "": two terms alone
     marks: bool = False              # judges also mark every reply alone, 1 to 10
     trial: int = 0                   # questions for the probes of the judge itself; 0: none
@@ -73,6 +88,8 @@ class Config:
     budget: float = 0.0              # money for everything that endpoints are asked; 0: no limit
     prompt_price: float = 0.0        # of a million tokens
     reply_price: float = 0.0
+    parallel: int = 8                # requests to an endpoint at a time
+    timeout_s: float = 300.0         # for an endpoint's answer, which a reasoning model may take longer for
 
     # What needs no comparison (judging/boards.py).
     choices: list[str] = ()          # multiple choice: "arc=file:examples" (or file:none), hellaswag, mmlu,
@@ -91,9 +108,11 @@ class Config:
     def __post_init__(self):
         counts = ("questions", "trial", "show", "budget", "prompt_price", "reply_price", "leak_probes")
         check_ranges(self, temperature=(0, 10), max_tokens=(1, inf), judge_max_tokens=(1, inf), threads=(0, 1024),
-                     **dict.fromkeys(counts, (0, inf)))
+                     parallel=(1, 1024), timeout_s=(1e-3, inf), **dict.fromkeys(counts, (0, inf)))
         models, judges, *others = (decode_all(key, getattr(self, key)) for key in (
-            "models", "judges", "reward_models", "attacks", "choices", "preferences", "sources"))
+            "models", "judges", "reward_models", "attacks", "choices", "preferences", "sources",
+            "subsets"))
+        category_temperatures(self.temperatures)
         if not (models or any(others[:2]) or any(judge.kind == "recorded" for judge in judges)):
             fail('models is empty, expected e.g. models=["SFT=runs/sft/model", "DPO=runs/dpo/model"]')
         if not self.seeds:
@@ -103,6 +122,9 @@ class Config:
             fail(f"baseline is '{self.baseline}', expected one of {', '.join(model_names)}")
         if self.truth and self.truth not in judge_names:
             fail(f"truth is '{self.truth}', expected one of the judges: {', '.join(judge_names)}")
+        if self.trial and len(models) == 1 and any(judge.kind in ("model", "endpoint") for judge in judges):
+            fail(f"trial={self.trial} puts a judge on trial with two models' replies, and models names one: name "
+                 "another, or set trial=0")
         for model, seed in product(models, self.seeds):
             if model.kind in ("model", "few-shot"):
                 check_checkpoint("models", model.where.replace("{seed}", str(seed)), scored=False)
@@ -114,83 +136,52 @@ class Config:
 
 # ----------------------------------------------------------------------------------------- answers
 
-def load_questions(data: str, references: str = "", limit: int = 0,
-                   graded: bool = False) -> tuple[list[Question], list[dict] | None]:
-    """The questions, and the tiny world's dialogues if that is what they are, as `graded` ones must be."""
-    if not Path(data).is_file():
-        fail(f"data={data}: no such file, expected JSON lines of questions, such as test.jsonl of data/tiny/build.py")
-    right = recorded_replies(references)[0] if references else {}
-
-    def question(record: dict, number: int) -> tuple[Question, dict | None]:
-        turns = record.get("turns") or record.get("prompt") or record["instruction"]
-        turns = [turns] if isinstance(turns, str) else turns
-        if isinstance(turns[0], dict) and "role" in turns[0]:
-            if len(turns) > 1:
-                fail(f"data={data} line {number}: holds a dialogue, expected the user's turns alone, named 'turns'")
-            turns = [turns[0]["content"]]
-        texts = [turn["user"] if isinstance(turn, dict) else turn for turn in turns]
-        if not all(isinstance(text, str) and text for text in texts):
-            raise ValueError
-        name = str(record.get("id", record.get("question_id", number)))
-        category = record.get("category", record.get("dataset", ""))
-        asked = Question(name, category, texts, right.get(name, record.get("reference") or []))
-        return asked, record if isinstance(turns[0], dict) else None
-
-    found = read_lines(data, question, "is no question, expected 'turns', 'prompt' or 'instruction'")[:limit or None]
-    asked, dialogues = [q for q, _ in found], [record for _, record in found]
-    if any(record and record.get("category") not in TASKS for record in dialogues):
-        fail(f"data={data}: holds dialogues not made by data/tiny/build.py, expected their 'turns' as texts")
-    if graded and not all(dialogues):
-        fail(f"judges: gold grades the tiny world's dialogues, data={data} holds others: name another judge")
-    return asked, dialogues if all(dialogues) else None
+def category_temperatures(given: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for name, _, where, _ in decode_all("temperatures", given):
+        try:
+            found[name] = float(where)
+        except ValueError:
+            fail(f"temperatures: '{name}={where}' holds no number, expected e.g. math=0")
+        check_range(f"temperatures: {name}", found[name], 0, 10)
+    return found
 
 
 def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None, sampling: Sampling, seed: int,
-           ledger: Path, budget: Budget, device: torch.device) -> list[list[dict]]:
-    """The replies {"text", "finished"} by question and turn; a turn whose reply failed ends the dialogue."""
+           ledger: Path, budget: Budget, opener: Opener, temperatures: dict[str, float]) -> list[list[dict]]:
+    """The replies {"text", "finished"} by question and turn; a turn whose reply failed ends the dialogue.
+
+    `temperatures`: of the categories that have one of their own.
+    """
     where, progress = model.where.replace("{seed}", str(seed)), f"{model.name}, seed {seed}"
     if model.kind == "answers":
         return read_answers(where, questions)
     if model.kind == "few-shot":
         if dialogues is None:
             fail(f"models: {model.name} shows examples of the tiny world, data holds other questions: drop it")
-        return gold.few_shot_answer(where, dialogues, sampling.max_tokens, sampling.temperature, seed, device, progress)
-    opened, budget = open_model(where, str(device)), budget if model.kind == "endpoint" else None
+        if temperatures:
+            fail(f"temperatures: {model.name} shows examples and takes one temperature: leave one of the two out")
+        return gold.few_shot_answer(where, dialogues, sampling.max_tokens, sampling.temperature, seed,
+                                    find_device(opener.device), progress)
+    opened, budget = opener.open(where), budget if model.kind == "endpoint" else None
     histories, said = ([[] for _ in questions] for _ in range(2))
     for turn in range(max(len(q.turns) for q in questions)):
         going = [i for i, q in enumerate(questions) if len(q.turns) > turn and len(said[i]) == turn]
         for i in going:
             histories[i].append({"role": "user", "content": questions[i].turns[turn]})
-        requests = [Request(histories[i], repeat=seed) for i in going]
-        replies = ask(opened, requests, sampling, ledger, budget, f"{progress}, turn {turn + 1}")
-        for i, reply in zip(going, replies, strict=True):
+        replies = {}
+        for warmth in dict.fromkeys(temperatures.get(questions[i].category, sampling.temperature) for i in going):
+            mine = [i for i in going if temperatures.get(questions[i].category, sampling.temperature) == warmth]
+            requests = [Request(histories[i], repeat=seed) for i in mine]
+            said_now = ask(opened, requests, replace(sampling, temperature=warmth), ledger, budget,
+                           f"{progress}, turn {turn + 1}")
+            replies |= zip(mine, said_now, strict=True)
+        for i, reply in replies.items():
             if reply is not None:
-                said[i].append({"text": reply.text.strip(), "finished": reply.finished})
-                histories[i] = [*histories[i], {"role": "assistant", "content": reply.text.strip()}]
+                text = split_thoughts(reply.text)[0]  # thoughts are no part of the reply; the ledger has them
+                said[i].append({"text": text, "finished": reply.finished})
+                histories[i] = [*histories[i], {"role": "assistant", "content": text}]
     return said
-
-
-def recorded_replies(path: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Replies by id and by instruction, from {"id", "replies"}, MT-Bench's "choices" or AlpacaEval's "output"."""
-    def replies(record: dict, number: int) -> tuple[str, str | None, list[str]]:
-        said = record.get("replies") or (record["choices"][0]["turns"] if "choices" in record else [record["output"]])
-        texts = [r["text"] if isinstance(r, dict) else r for r in said]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError
-        return str(record.get("id", record.get("question_id", ""))), record.get("instruction"), texts
-
-    found = read_lines(path, replies, "is no answer, expected 'id' and 'replies', or 'instruction' and 'output'")
-    return {name: texts for name, _, texts in found}, {text: texts for _, text, texts in found}
-
-
-def read_answers(path: str, questions: list[Question]) -> list[list[dict]]:
-    """A file's replies to the questions; a question it does not answer gets none, and takes part in no game."""
-    by_id, by_text = recorded_replies(path)
-    found = [by_id.get(q.id, by_text.get(q.turns[0], [])) for q in questions]
-    if not any(found):
-        fail(f"{path}: answers none of the questions, expected the ids of data or its instructions")
-    return [[{"text": text, "finished": True} for text in texts[:len(q.turns)]]
-            for q, texts in zip(questions, found, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------ judges
@@ -198,7 +189,8 @@ def read_answers(path: str, questions: list[Question]) -> list[list[dict]]:
 ORDERS = {"both": "Both orders: a win needs both, else it is a tie.", "one": "One order only, drawn by lot.",
           "balanced": "One order only, each model as often first as second.",
           "": "No order: every reply has a score of its own.",
-          "recorded": "One order of each comparison was recorded."}
+          "recorded": "One order of each comparison was recorded.",
+          "people": "Each rater saw one order; an item is what most of its raters say, whatever side each saw."}
 
 
 class Verdicts(NamedTuple):
@@ -209,7 +201,9 @@ class Verdicts(NamedTuple):
     baseline: str
     orders: str
     sections: list[dict | None]
-    people: dict | None = None   # a section: how far several people agreed whose majority this is
+    people: list[dict | None] = []   # sections about several people whose majority this is
+    votes: list[dict] = []           # all games, of each of these people
+    lost: list[dict] = []            # games that were not judged, for one model did not answer
 
 
 def read_recorded(path: str, baseline: str) -> recorded.Recorded:
@@ -219,36 +213,44 @@ def read_recorded(path: str, baseline: str) -> recorded.Recorded:
     return said
 
 
-def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Question], baseline: str) -> Verdicts:
+def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Question], baseline: str,
+                      data: str, force: bool = False) -> Verdicts:
     """Of people or judges whose verdicts were recorded: their majority, under `name`."""
-    category = {q.id: {"category": q.category} for q in questions}  # a file of scores may not name them
-    marks = [category.get(str(row["prompt"]), {}) | row | {"judge": name} for row in said.scores]
-    games = [category.get(str(row["prompt"]), {}) | row for row in tables.majority(said.games, name)]
+    print(said)
+    if questions and (why := name_prompts(said, questions, data)):
+        print(why)
+    marks, votes = [row | {"judge": name} for row in said.scores], said.games
+    games = tables.majority(votes, name)
     names = {x for r in games for x in (r["a"], r["b"])}
     baseline = next((x for x in (baseline, "baseline", *(r["b"] for r in games[:1])) if x in names), "")
     merged, forward, _ = tables.merge_orders(games)
-    print(said)
-    sections = [trial.position_section({"as recorded": games}, name), trial.length_section(merged, name),
-                trial.right_section(games, name)] if games else []
-    return Verdicts(games, marks, baseline, "both" if len(forward) else "recorded", sections,
-                    trial.people_section(said.games, name))
-
+    several = people.votes_section(votes, name)
+    sections = [trial.position_section({"as recorded": votes}, name, force), trial.length_section(merged, name, force),
+                trial.right_section(games, name, force)] if games else []
+    raters = collect_labels(people.label_rows(votes)) if several else None
+    left_out = "; ".join(f"{count} times: {reason}" for reason, count in said.kinds.most_common())
+    about = [report.note(f"{name}: {len(said.rejects)} records left out", f"{left_out}.")] if said.rejects else []
+    about += [several, people.agreement_section(votes, name)]
+    about += [rater_section(raters, f"{name}: raters")] if raters and raters.raters else []
+    orders = "people" if several else "both" if len(forward) else "recorded"
+    return Verdicts(games, marks, baseline, orders, sections, about, votes)
 
 
 def verdict_sections(judge: str, said: Verdicts, form: str, force: bool, difficulty: str) -> list[dict]:
     """What a judge says of the models."""
     sections: list[dict | None] = []
     if said.games:
-        merged = tables.merge_orders(said.games)[0]
+        merged = tables.merge_orders(said.games)[0] + said.lost
         names = {x for r in merged for x in (r["a"], r["b"])}
         if said.baseline in names:
             known = load_difficulty(difficulty, merged) if difficulty else {}
             sections.append(tables.win_rate_section(merged, said.baseline, judge, ORDERS[said.orders], force, known))
         if len(names) > 2:
             sections += tables.ratings_sections(merged, judge, force=force)
-        sections.append(tables.category_section(merged, said.baseline, judge))
-        if form == "likert" and said.orders and not tables.refused(said.games, force):
-            sections += likert_sections(judge, said.games)
+        sections.append(tables.category_section(merged, said.baseline, judge, force))
+        votes = said.votes or said.games
+        if said.orders and (form in ("likert", "margin") or people.rated(votes)) and not tables.refused(votes, force):
+            sections += people.likert_sections(judge, votes + said.lost)
     if said.marks:
         sections += tables.score_sections(said.marks, judge, force=force)
     return [s for s in sections if s]
@@ -265,26 +267,31 @@ def load_difficulty(path: str, rows: list[dict]) -> dict[str, float]:
     return found
 
 
-def likert_sections(judge: str, rows: list[dict]) -> list[dict]:
-    """The talk's board: Elo from ratings 1 to 8, the slight ones read as ties, and not."""
-    games = [(*((r["a"], r["b"]) if r["a_first"] else (r["b"], r["a"])), r["rating"], r["prompt"]) for r in rows
-             if r.get("rating")]
-    return [{"title": f"{judge}: Elo, {name}", "columns": ["model", "Elo", "rank"],
-             "rows": [[x["model"], tables.bounded(x["rating"], x["low"], x["high"]), x["rank"]] for x in lines]}
-            for name, lines in likert_tables(games).items()]
+def leaderboard(verdicts: dict[str, Verdicts], subsets: list[str]) -> dict | None:
+    """Elo of the judges who rate, by subset of the prompts."""
+    rows = {name: (said.votes or said.games) + said.lost for name, said in verdicts.items() if said.orders}
+    named = {name: set(where.split(",")) for name, _, where, _ in decode_all("subsets", subsets)}
+    if not named:
+        found = {tables.category_of(r) for of in rows.values() for r in people.rated(of)} - {""}
+        named = {category: {category} for category in sorted(found)} if 2 <= len(found) <= 4 else {}
+    return people.leaderboard_section(rows, named)
 
 
 def judge_sections(verdicts: dict[str, Verdicts], truth: str, sources: list[str], form: str, force: bool,
-                   difficulty: str) -> list[dict]:
+                   difficulty: str, subsets: list[str]) -> list[dict]:
     """All judges on one screen, what each says of the models and what its trial says of it, and whether they agree."""
     games = {name: said.games for name, said in verdicts.items() if said.games}
-    sections = [trial.screen_section(games, truth)] if games else []
+    sections = [trial.screen_section(games, truth, force), leaderboard(verdicts, subsets)] if games else []
     for name, said in verdicts.items():
-        sections += [said.people, *verdict_sections(name, said, form, force, difficulty), *said.sections]
+        sections += [*said.people, *verdict_sections(name, said, form, force, difficulty), *said.sections]
     if truth in games:
-        sections += [trial.agreement_section(games, truth), trial.category_agreement_section(games, truth)]
+        sections += [trial.agreement_section(games, truth, force),
+                     trial.category_agreement_section(games, truth, force)]
+    marks = {name: said.marks for name, said in verdicts.items() if said.marks}
+    if truth in marks:
+        sections.append(trial.marks_agreement_section(marks, truth, force))
     taught = {source.name: source.where for source in decode_all("sources", sources)}
-    return [s for s in [*sections, trial.self_preference_section(games, taught, truth)] if s]
+    return [s for s in [*sections, trial.self_preference_section(games, taught, truth, force)] if s]
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -309,47 +316,82 @@ def write_replies(out: Path, answers: Answers, grades: dict | None, show: int) -
     print(samples)
 
 
+# Settings that move no number.
+SILENT = ("out", "show", "threads", "budget", "prompt_price", "reply_price", "parallel", "timeout_s")
+
+
+def about(config: Config, questions: list[Question], opener: Opener) -> dict:
+    """Every setting that moves a number, and which versions of questions, models and judges these numbers are of."""
+    found = {"date": date.today().isoformat(), "torch": torch.__version__}
+    for key, value in vars(config).items():
+        if key not in SILENT and value not in ("", [], (), False, None) or key == "temperature":
+            found[key] = "; ".join(map(str, value)) if isinstance(value, list | tuple) else value
+    found["unread at most"] = f"{tables.MOST_UNPARSED:.0%}"
+    if questions:
+        asked = json.dumps([[q.id, q.turns, q.references] for q in questions], ensure_ascii=False)
+        found |= {"questions": len(questions), "questions' hash": entries.digest(asked)}
+    named = [("models", entry) for entry in decode_all("models", config.models)]
+    named += [("judges", entry) for entry in decode_all("judges", config.judges)]
+    for key, entry in named:
+        endpoint = opener.endpoints.get(entry.where)
+        if endpoint:
+            found[f"{key}: {entry.name} answered as"] = ", ".join(sorted(endpoint.served)) or "it does not say"
+        elif entry.where:
+            found[f"{key}: {entry.name}, hash"] = " ".join(entries.content_hash(entry, seed) for seed in config.seeds)
+    return found
+
+
 def main(config: Config) -> None:
     device, out = runtime.setup(config.device, 0, config.threads), runtime.open_folder(config.out)
     models, judges = decode_all("models", config.models), decode_all("judges", config.judges)
     baseline = config.baseline or next((model.name for model in models), "")
     elsewhere = {j.name: read_recorded(j.where, baseline or "baseline") for j in judges if j.kind == "recorded"}
     budget = Budget(money=config.budget or inf, prompt_price=config.prompt_price, reply_price=config.reply_price)
-    result = {"title": "Models and their judges", "about": {"torch": torch.__version__}}
+    opener, result = Opener(str(device), config.parallel, config.timeout_s, {}), {"title": "Models and their judges"}
+    runtime.write_text(out / "config.toml", runtime.config_toml(config))
 
     # Every model answers.
-    questions, dialogues, said, grades, sections = [], None, {}, None, []
+    questions, dialogues, said, grades, sections, lost = [], None, {}, None, [], config.missing == "loss"
     graded = bool(models) and any(judge.kind == "gold" for judge in judges)
     if judges and (models or (elsewhere and Path(config.data).is_file())):
         questions, dialogues = load_questions(config.data, config.references, config.questions, graded)
     for model, seed in product(models, config.seeds) if judges else ():
         said[model.name, seed] = answer(model, questions, dialogues, Sampling(config.max_tokens, config.temperature),
-                                        seed, out / "answers.jsonl", budget, device)
+                                        seed, out / "answers.jsonl", budget, opener,
+                                        category_temperatures(config.temperatures))
     answers = Answers(questions, said)
-    if said:
-        result["about"] |= {"data": config.data, "questions": len(questions), "temperature": config.temperature,
-                            "seeds": " ".join(map(str, config.seeds))}
     if graded:
         grades = gold.grade_all(answers, dialogues)
-        result["gold"] = gold.summaries(answers, dialogues, grades, baseline)
-        sections = gold.sections(result["gold"], baseline, len(config.seeds))
+        result["gold"] = gold.summaries(answers, dialogues, grades, baseline, config.missing)
+        sections = gold.sections(result["gold"], baseline, len(config.seeds)) if result["gold"] else []
 
     # Every judge compares the answers.
     compared, verdicts = matches(answers, baseline, config.all_pairs), {}
     for name, kind, where, _ in judges:
         if kind == "recorded":
-            verdicts[name] = recorded_verdicts(name, elsewhere[name], questions, baseline)
+            named = load_questions(config.data)[0] if questions and config.questions else questions
+            verdicts[name] = recorded_verdicts(name, elsewhere[name], named, baseline, config.data, config.force)
         elif said and kind in ("gold", "reward"):
             scores = grades if kind == "gold" else reward_scores(where, answers, device)
             verdicts[name] = Verdicts(games_from_scores(name, compared, scores, answers), [], baseline, "", [])
         elif said:
-            judge = Judge(name, open_model(where, str(device)), config.form, config.wording, config.judge_max_tokens,
+            judge = Judge(name, opener.open(where), config.form, config.wording, config.judge_max_tokens,
                           out / "calls.jsonl", budget if kind == "endpoint" else None)
             rows = compare(judge, in_orders(compared, config.orders, answers.names), answers)
             marks = mark(judge, answers) if config.marks else []
-            probed = trial.cross_examine(judge, rows, marks, answers, baseline, config.all_pairs, config.trial)
+            probed = trial.cross_examine(judge, rows, marks, answers, baseline, config.all_pairs, config.trial,
+                                         config.force)
+            marks += missing.lost_marks(name, answers) if marks and lost else []
             verdicts[name] = Verdicts(rows, marks, baseline, config.orders, probed)
-    sections += judge_sections(verdicts, config.truth, config.sources, config.form, config.force, config.difficulty)
+        if lost and said and kind != "recorded":
+            unanswered = missing.lost_games(name, answers, baseline, config.all_pairs)
+            verdicts[name] = verdicts[name]._replace(lost=unanswered)
+    if said:
+        asked = {judge.name: verdicts[judge.name] for judge in judges if judge.kind != "recorded"}
+        judged = {name: found.games + found.marks for name, found in asked.items()}
+        sections = [missing.replies_section(answers, judged, config.missing), *sections]
+    sections += judge_sections(verdicts, config.truth, config.sources, config.form, config.force, config.difficulty,
+                               config.subsets)
 
     # What needs no comparison, of the models of the first seed.
     models = [model._replace(where=model.where.replace("{seed}", str(config.seeds[0]))) for model in models]
@@ -357,13 +399,14 @@ def main(config: Config) -> None:
     sections += boards.reward_sections(decode_all("reward_models", config.reward_models),
                                        decode_all("preferences", config.preferences), config.rewardbench, device)
     sections += boards.safety_sections(models, decode_all("attacks", config.attacks), config.xstest, config.leak_probes,
-                                       config.safety_judge, out / "calls.jsonl", budget, str(device))
+                                       config.safety_judge, out / "calls.jsonl", budget, opener)
+    result["about"] = about(config, questions, opener)
     write_results(out, result | {"sections": sections}, verdicts, answers, grades, config.show)
 
 
 def write_results(out: Path, result: dict, verdicts: dict[str, Verdicts], answers: Answers, grades: dict | None,
                   show: int) -> None:
-    lines = (json.dumps(row) + "\n" for found in verdicts.values() for row in [*found.games, *found.marks])
+    lines = (json.dumps(row) + "\n" for found in verdicts.values() for row in [*found.games, *found.lost, *found.marks])
     runtime.write_text(out / "judgments.jsonl", "".join(lines))
     if answers.said:
         write_replies(out, answers, grades, show)

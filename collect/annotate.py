@@ -68,7 +68,8 @@ class Config:
     out: str = "votes.jsonl"         # preferences; the other files lie beside it
     scale: Literal["choice", "likert"] = "choice"  # choice: the better one and a margin, 1-4; likert: 1 (left) to 8
     prompts: str = ""                # JSONL of {"prompt"} to begin dialogues with, which may be changed; "": none
-    shared: str = ""                 # JSONL of {"id", "prompt", "replies": [two]}, which everybody rates; "": none
+    shared: str = ""                 # JSONL of {"id", "prompt", "replies": [two]}, which everybody rates; "": none.
+                                     # With "models": [two], who wrote the replies, they are votes on these models
     shared_every: int = 4            # ratings of new replies between two shared items
     guidelines: str = ""             # Markdown file shown beside the replies, read anew each time; "": guidelines.md
     top_p: list[float] = (0.8, 1.0)  # of the two replies; 1: all
@@ -115,7 +116,11 @@ def load_shared(path: str) -> dict[str, dict]:
         if texts != replies or len(texts) != 2 or texts[0] == texts[1] or name in items:
             fault = "its id occurs twice" if name in items else "'replies' are not two texts, or they are the same"
             fail(f"{path} record {number}: {fault}: mend or drop it")
-        items[name] = record
+        models = record.get("models", ["reply 1", "reply 2"])
+        named = [m for m in models if isinstance(m, str) and m] if isinstance(models, list) else []
+        if named != models or len(named) != 2 or named[0] == named[1]:
+            fail(f"{path} record {number}: 'models' are not two names, expected who wrote the replies: mend or drop it")
+        items[name] = record | {"models": models}
     return items
 
 
@@ -442,7 +447,7 @@ class Server:
     def show_shared(self, name: str, shared: str) -> None:
         """A shared item too comes in random order, another for each annotator."""
         given, item = self.shared[shared], f"{name}/shared/{shared}"
-        replies = [whole_reply(text, i) for i, text in enumerate(given["replies"], 1)]
+        replies = [whole_reply(*reply) for reply in zip(given["replies"], given["models"], strict=True)]
         self.votes.write({"event": "item", "id": item, "annotator": name, "dialogue": f"shared:{shared}", "turn": 1,
                           "shared": shared, "category": given.get("category", "none"), "messages": given["prompt"],
                           "replies": random.Random(item).sample(replies, 2), "at": time.time()})
@@ -459,9 +464,9 @@ class Server:
         return {"text": opening["prompt"][-1]["content"], "category": opening.get("category", "none")}
 
 
-def whole_reply(text: str, number: int) -> dict:
+def whole_reply(text: str, model: str) -> dict:
     """A reply of an item that no model of the page wrote: a shared one's, or a simulated round's."""
-    return {"text": text, "finished": True, "model": f"reply {number}"}
+    return {"text": text, "finished": True, "model": model}
 
 
 async def read_body(call: Call, most: int = 200_000) -> dict:

@@ -224,7 +224,7 @@ def find_faults(labels: Labels) -> dict[str, list[str]]:
 
 def rater_sections(labels: Labels, rounds: int = 200) -> list[dict]:
     """Agreement among all, by vendor, by group of pairs, by rater, and whose fault disagreement is."""
-    vendors, raters, faults = vendor_table(labels, rounds), rater_table(labels), find_faults(labels)
+    vendors, faults = vendor_table(labels, rounds), find_faults(labels)
     among = np.array(labels.vendors) != "gold"
     several = labels.strength[among][:, (~np.isnan(labels.strength[among])).sum(axis=0) > 1]
     reference = "others" if among.all() else "gold"
@@ -232,23 +232,30 @@ def rater_sections(labels: Labels, rounds: int = 200) -> list[dict]:
             "vendors": "Near chance where others agree", "undecided": "Undecided"}
     verdict = " ".join(f"{said[kind]}: {', '.join(names)}." for kind, names in faults.items() if names)
 
-    def cell(x: Mapping | None) -> dict | None:
-        return x and {key: x[key] for key in ("value", "low", "high")}
-
     return [
         {"title": "Agreement among raters", "columns": ["statistic", "value", "undefined rounds"],
          "text": f"{len(several)} raters, {several.shape[1]} pairs that two or more of them rated. "
                  f"{verdict or 'No vendor is near chance.'}",
-         "rows": [[name, cell(x), x["undefined"]] for name, x in agreement(several, rounds).items()]},
+         "rows": [[name, _cell(x), x["undefined"]] for name, x in agreement(several, rounds).items()]},
         {"title": "Vendors", "text": "With others: accuracy, where a tie against a choice counts one half.",
          "columns": ["vendor", "raters", "labels", "alpha within", "with other vendors", "with gold"],
-         "rows": [[name, x["raters"], x["labels"], cell(x["alpha"]), cell(x["others"]), cell(x["gold"])]
+         "rows": [[name, x["raters"], x["labels"], _cell(x["alpha"]), _cell(x["others"]), _cell(x["gold"])]
                   for name, x in vendors.items()]},
         {"title": f"The same with {reference}, by group of pairs", "columns": ["group", *vendors],
-         "rows": [[group, *(cell(x[f"{reference} by group"].get(group)) for x in vendors.values())]
+         "rows": [[group, *(_cell(x[f"{reference} by group"].get(group)) for x in vendors.values())]
                   for group in sorted(set(labels.groups))]},
-        {"title": "Raters", "text": "Of decided labels: shares for the reply shown first, and for the longer one.",
-         "columns": ["rater", "vendor", "labels", "ties", "with majority", "with gold", "shown first", "longer",
-                     "seconds"],
-         "rows": [[name, x["vendor"], x["labels"], x["ties"], x["majority"], x["gold"], cell(x["position"]),
-                   cell(x["length"]), x["seconds"]] for name, x in raters.items()]}]
+        rater_section(labels)]
+
+
+def rater_section(labels: Labels, title: str = "Raters") -> dict:
+    """How reliable each rater is, and two biases."""
+    return {"title": title, "columns": ["rater", "vendor", "labels", "ties", "with majority", "with gold",
+                                        "shown first", "longer", "seconds"],
+            "text": "With the majority of the others: a tie against a choice counts one half. Of decided labels: "
+                    "shares for the reply shown first, and for the longer one.",
+            "rows": [[name, x["vendor"], x["labels"], x["ties"], x["majority"], x["gold"], _cell(x["position"]),
+                      _cell(x["length"]), x["seconds"]] for name, x in rater_table(labels).items()]}
+
+
+def _cell(x: Mapping | None) -> dict | None:
+    return x and {key: x[key] for key in ("value", "low", "high")}

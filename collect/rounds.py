@@ -133,7 +133,8 @@ def simulate(policy: str, dialogues: list[dict], folder: Path, number: int, conf
                 continue
             messages, category = asked[d["id"]], d["category"]
             item = {"id": f"{d['id']}-{turn + 1}", "dialogue": d["id"], "turn": turn + 1, "category": category,
-                    "messages": messages, "replies": [whole_reply(text, i) for i, text in enumerate(texts, 1)]}
+                    "messages": messages,
+                    "replies": [whole_reply(text, f"reply {i}") for i, text in enumerate(texts, 1)]}
             verdicts = {} if texts[0] == texts[1] else {
                 name: pairs.annotate(category, d["turns"][turn]["item"], texts, rng, settings)
                 for name, rng in chance.items()}

@@ -6,6 +6,7 @@
     python -m collect.spec FILE --unit bytes              lengths in words (default), bytes, or a tokenizer's tokens
     python -m collect.spec FILE --target surge --figure f.png      bars of lengths and of task shares
     python -m collect.spec FILE --target surge --subset 1000 --out sub.jsonl    draw records in the target's task mix
+    python -m collect.spec --pilots                       the talk's pilots, and which table cannot be true
 
 Targets are those of the talk "Recipe for Training Helpful Chatbots": the use cases of InstructGPT (Ouyang et al. 2022,
 arXiv:2203.02155), what was ordered from Surge after their model, and the mix of the preference collection.
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from collect.plausible import COLUMNS, QUANTILES, pilot_section
 from collect.raters import collect_labels, label_rows, rater_sections, task_of
 from data.formats import read
 from data.tiny.world import SHARES
@@ -40,8 +42,6 @@ PREFERENCE = {"generation": .15, "rewrite": .15, "coding": .15, "brainstorm": .1
               "extract": .1, "open_qa": .05, "math": .05, "closed_qa": .05}
 TARGETS = {"instructgpt": INSTRUCTGPT, "surge": SURGE, "preference": PREFERENCE}
 
-COLUMNS = ("count", "mean", "std", "min", "25%", "50%", "75%", "max")
-QUANTILES = COLUMNS[3:]
 # Of InstructGPT's training prompts, as its paper prints them. The cut at 2048 says that these are tokens.
 TARGET_LENGTHS = {"instructgpt": dict(zip(COLUMNS, (12725, 408, 433, 1, 37, 283, 632, 2048), strict=True))}
 
@@ -236,6 +236,17 @@ def length_section(sets: Mapping[str, Sequence[float] | Mapping[str, float]], un
     return {"title": f"Length, {unit}", "columns": ["", *COLUMNS, "of them 0"], "rows": rows}
 
 
+def length_sections(sets: Mapping[str, Sequence[float]], unit: str, target: str) -> list[dict]:
+    """The sets' lengths, and the target's beside them if both are in tokens, else in a table of its own."""
+    row = {f"{target}, prompt": TARGET_LENGTHS[target]} if target in TARGET_LENGTHS else {}
+    if unit in UNITS and row:
+        apart = length_section(row, "tokens")
+        apart["text"] = (f"In tokens, and not to be compared with {unit}: --unit DIRECTORY of a tokenizer measures "
+                         "the file in tokens too.")
+        return [length_section(sets, unit), apart]
+    return [length_section({**sets, **row}, unit)]
+
+
 def task_section(table: Mapping[str, Mapping[str, float]], others: Mapping[str, Mapping[str, float]], unit: str,
                  means: Mapping[str, float] | None = None) -> dict:
     """Count, share and mean prompt length of every task; shares (and mean lengths) of what it is compared with."""
@@ -246,7 +257,8 @@ def task_section(table: Mapping[str, Mapping[str, float]], others: Mapping[str, 
         rows.append([task, x["count"], 100 * x["share"], *(percent.get(task, 0.0) for percent in percents.values()),
                      None if math.isnan(x["mean"]) else x["mean"], *([means.get(task)] if means else [])])
     columns = ["task", "count", "share, %", *(f"{name}, %" for name in others), f"mean prompt, {unit}"]
-    return {"title": "Tasks", "columns": columns + ["target mean"] * bool(means), "rows": rows}
+    return {"title": "Tasks", "columns": columns + ["target mean"] * bool(means), "rows": rows,
+            "text": "The target's means are in a unit that its slide does not name." if means else ""}
 
 
 def comparison_section(tasks: Mapping[str, Mapping], lengths: Mapping[str, Mapping]) -> dict:
@@ -309,7 +321,8 @@ class Dataset:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m collect.spec", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file")
+    parser.add_argument("file", nargs="?")
+    parser.add_argument("--pilots", action="store_true", help="the talk's pilots alone")
     parser.add_argument("--target", choices=TARGETS)
     parser.add_argument("--compare", metavar="OTHER", help="another data file")
     parser.add_argument("--unit", default="words", help="words, bytes, or a directory that holds a tokenizer")
@@ -320,17 +333,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--out", help="write the subset here")
     words = arguments(parser, argv)
+    if (words.file is None) != words.pilots:
+        fail("names no file and not --pilots, or both: expected one of them, e.g. python -m collect.spec data.jsonl")
     if words.unit not in UNITS and not Path(words.unit).is_dir():
         fail(f"--unit {words.unit}: no such directory, expected words, bytes, or a directory that holds a tokenizer")
     if (words.subset is None) != (words.out is None) or words.out and (not words.target or words.subset < 1):
         fail("--subset, --out and --target go together, expected e.g. --target surge --subset 1000 --out subset.jsonl")
     if words.by == "lengths" and words.target not in TARGET_LENGTHS:
         fail(f"--by lengths: target {words.target} has no table of lengths, expected {', '.join(TARGET_LENGTHS)}")
+    if words.by == "lengths" and words.unit in UNITS:
+        fail(f"--by lengths: {words.target}'s quartiles are in tokens, not in {words.unit}: name a tokenizer's "
+             "directory, e.g. --unit data/tiny/base")
     return words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = parse(argv)
+    if words.pilots:
+        print(report_text({"title": "Pilots", "about": {}, "sections": [pilot_section()]}))
+        return
     target, row = TARGETS.get(words.target), TARGET_LENGTHS.get(words.target)
     unit = words.unit if words.unit in UNITS else f"tokens of {words.unit}"
     about = {"lengths": f"{unit}, turns added up; prompt: all before the last reply; "
@@ -349,7 +370,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     named = {name: x for name, x in others.items() if mine.has_tasks and set(x) != {"none"}}
 
     rows = {f"{x.name}, {field}": lengths for x in sets for field, lengths in x.lengths.items()}
-    sections = [length_section(rows | ({f"{words.target}, prompt, in tokens": row} if row else {}), unit),
+    row = row if words.unit not in UNITS else None  # a table in tokens says nothing of words
+    sections = [*length_sections(rows, unit, words.target),
                 task_section(mine.table, named, unit, SURGE_MEAN_LENGTHS if target is SURGE else None)]
     if others:
         compared = ({words.target: row} if row else {}) | {x.name: x.prompts for x in other}

@@ -10,26 +10,18 @@ whatever else is asked, and in which order. Failures go to a file of their own a
 """
 from __future__ import annotations
 
-import email.utils
 import fcntl
 import hashlib
 import json
-import os
-import random
-import sys
-import threading
+import re
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -37,6 +29,9 @@ from checkpoints import expect_replies, load_model, weight_files
 from data.tokenizer import TemplateError, adopt_template, check_template, load_tokenizer
 from model import Decoder, ReplyState, Transformer
 from runtime import check_ranges, fail, file_hash, find_device, open_folder
+
+if TYPE_CHECKING:
+    from data.endpoint import Endpoint
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,8 @@ class Reply(NamedTuple):
     completion_tokens: int
     seconds: float
     labels: dict[str, float] = {}    # nats; a label outside an endpoint's 20 likeliest tokens is missing
+    thoughts: str = ""               # of an endpoint that gives them beside the text
+    served: str = ""                 # the model that an endpoint says it was, its fingerprint, and what it refused
 
 
 def request_key(model_name: str, request: Request, sampling: Sampling) -> str:
@@ -82,6 +79,23 @@ def request_key(model_name: str, request: Request, sampling: Sampling) -> str:
     settings |= {key: float(settings[key]) for key in ("temperature", "top_p")}  # 1 is 1.0
     parts = [model_name, request.messages, settings, request.repeat, request.tag, request.labels]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# Thoughts within a text: between tags or gpt-oss's channels, or before an end whose beginning stood in the prompt.
+BEGIN = r"<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷|<\|channel\|>analysis<\|message\|>"
+END = r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>"
+THOUGHT, OPEN_THOUGHT, UNOPENED = (re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in (
+    rf"(?:{BEGIN}).*?(?:{END})", rf"(?:{BEGIN}).*", rf"\A.*(?:{END})"))
+
+
+def split_thoughts(text: str) -> tuple[str, str, bool]:
+    """What a reply says, what it thought before, and whether the thoughts came to an end."""
+    said, thoughts, ended = text, "", True
+    for pattern in (THOUGHT, UNOPENED, OPEN_THOUGHT):
+        thoughts += "".join(found := pattern.findall(said))
+        said = pattern.sub("", said)
+        ended = not (pattern is OPEN_THOUGHT and found)
+    return said.strip(), thoughts, ended
 
 
 # ------------------------------------------------------------------------------- budget and ledger
@@ -130,10 +144,11 @@ def most_prompt_tokens(request: Request) -> int:
 
 
 def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget: Budget | None = None,
-        progress: str = "") -> list[Reply | None]:
+        progress: str = "", reasons: dict[str, str] | None = None) -> list[Reply | None]:
     """A reply to every request, from the ledger or from the model; None where it failed. Equal requests share one.
 
-    When the budget cannot pay for the next request, the run ends; all replies so far are in the ledger.
+    When the budget cannot pay for the next request, the run ends; all replies so far are in the ledger. `reasons` is
+    filled with why a request failed, by its key.
     """
     for request in requests:
         if not request.messages or request.messages[-1]["role"] != "user":
@@ -144,25 +159,19 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
     with ledger.open("ab+") as stream:
         known = _read_ledger(ledger, stream, set(keys))
         todo = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
-        bar = tqdm(total=len(known) + len(todo), initial=len(known), desc=progress, disable=not progress, mininterval=1,
-                   unit=" replies")
-        new, failed, waiting = {}, 0, list(todo)
-        while waiting and (count := budget.affordable([todo[key] for key in waiting], sampling)):
-            asked, waiting = waiting[:count], waiting[count:]
-            for i, reply in model.replies([todo[key] for key in asked], sampling):
-                _record(asked[i], model.name, todo[asked[i]], sampling, reply, stream, failures)
+        new, failed, waiting = {}, {} if reasons is None else reasons, list(todo)
+        with tqdm(total=len(known) + len(todo), initial=len(known), desc=progress, disable=not progress, mininterval=1,
+                  unit=" replies") as bar:
+            for key, reply in _within_budget(model, todo, waiting, sampling, budget):
+                _record(key, model.name, todo[key], sampling, reply, stream, failures)
                 if isinstance(reply, str):
-                    failed += 1
+                    failed[key] = reply
                 else:
-                    new[asked[i]] = reply
+                    new[key] = reply
                     budget.spend(reply.prompt_tokens, reply.completion_tokens)
                 bar.update()
-            lost = getattr(model, "lost", [])  # attempts that may have been billed without an answer count in full
-            while lost:
-                budget.spend(*lost.pop())
-        bar.close()
     if progress or failed:
-        print(f"{progress or ledger}: {len(new):,} asked, {len(known):,} from the ledger, {failed:,} failed, "
+        print(f"{progress or ledger}: {len(new):,} asked, {len(known):,} from the ledger, {len(failed):,} failed, "
               f"{sum(r.prompt_tokens for r in new.values()):,} prompt tokens, "
               f"{sum(r.completion_tokens for r in new.values()):,} reply tokens"
               + (f", cost {budget.spent_money:.4f}" if budget.spent_money else "")
@@ -171,7 +180,25 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
         fail(f"{ledger}: the budget is used up ({budget.spent()} spent, the next request might take more than is "
              f"left), {len(waiting)} requests not asked: run again with more; what was answered is kept")
     known |= new
+    if served := {reply.served for reply in known.values()} - {""}:
+        model.served |= served
+        if len(model.served) > 1:
+            print(f"{progress or ledger}: {model.name} was not one model throughout: {', '.join(sorted(model.served))}",
+                  flush=True)
     return [known.get(key) for key in keys]
+
+
+def _within_budget(model, todo: dict[str, Request], waiting: list[str], sampling: Sampling,
+                   budget: Budget) -> Iterator[tuple[str, Reply | str]]:
+    """Keys and replies as they come; what the budget may not pay for stays in `waiting`."""
+    while waiting and (count := budget.affordable([todo[key] for key in waiting], sampling)):
+        asked = waiting[:count]
+        del waiting[:count]
+        for i, reply in model.replies([todo[key] for key in asked], sampling):
+            yield asked[i], reply
+        lost = getattr(model, "lost", [])  # attempts that may have been billed without an answer count in full
+        while lost:
+            budget.spend(*lost.pop())
 
 
 def _record(key: str, name: str, request: Request, sampling: Sampling, reply: Reply | str, stream,
@@ -205,8 +232,8 @@ def _read_ledger(ledger: Path, stream, wanted: set[str]) -> dict[str, Reply]:
         if key in wanted:
             try:
                 record = json.loads(line)
-                known[key] = Reply(*(record[field] for field in Reply._fields))
-            except (ValueError, KeyError):
+                known[key] = Reply(**{field: record[field] for field in Reply._fields if field in record})
+            except (ValueError, TypeError):
                 fail(f"{ledger} line {number}: is damaged: delete the line, and it is asked again")
     stream.truncate(whole)
     return known
@@ -217,14 +244,33 @@ def _read_ledger(ledger: Path, stream, wanted: set[str]) -> dict[str, Reply]:
 EXPECTED = "expected a model directory, or an endpoint such as http://127.0.0.1:8000/v1#name"
 
 
-def open_model(where: str, device: str = "auto", template: str = "") -> Checkpoint | Endpoint:
+def open_model(where: str, device: str = "auto", template: str = "", threads: int = 8,
+               timeout_s: float = 300.0) -> Checkpoint | Endpoint:
     """A Hugging Face directory, or an endpoint. `template`: the checkpoint's own, or zephyr."""
     if not where:
         fail(f"a model is needed and its name is empty, {EXPECTED}")
     if where.startswith(("http://", "https://")):
+        from data.endpoint import Endpoint  # which needs this module
+
         url, _, name = where.partition("#")
-        return Endpoint(url, name)
+        return Endpoint(url, name, threads, timeout_s)
     return Checkpoint(where, device, template)
+
+
+class Opener(NamedTuple):
+    """open_model with a run's settings, each endpoint once: what one part has found out of it, the next one knows."""
+
+    device: str
+    threads: int
+    timeout_s: float
+    endpoints: dict[str, Endpoint]
+
+    def open(self, where: str) -> Checkpoint | Endpoint:
+        if "://" not in where:
+            return open_model(where, self.device)
+        if where not in self.endpoints:
+            self.endpoints[where] = open_model(where, self.device, "", self.threads, self.timeout_s)
+        return self.endpoints[where]
 
 
 class Checkpoint:
@@ -309,146 +355,3 @@ def slots_that_fit(model: Transformer, length: int) -> int:
     c, weight = model.config, model.embed_tokens.weight
     free = torch.cuda.mem_get_info(weight.device)[0] // 2 if weight.is_cuda else 4 * 2**30
     return max(1, min(128, free // (2 * c.layers * c.kv_heads * c.head_dim * length * weight.element_size())))
-
-
-class Endpoint:
-    """A server that speaks OpenAI's chat completions, asked by `threads` at a time."""
-
-    def __init__(self, url: str, model: str = "", threads: int = 8, timeout_s: float = 300.0, tries: int = 8,
-                 wait_s: float = 1.0):
-        import openai  # only now: it takes a second to import
-
-        self.openai, self.url = openai, url.rstrip("/")
-        self.threads, self.tries, self.wait_s = threads, tries, wait_s
-        local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if local else "")
-        if not key:
-            fail(f"{url}: needs a key: set the environment variable OPENAI_API_KEY")
-        # No retries by the client: ours are shown, and charged to the budget.
-        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=0)
-        self.lost: list[tuple[int, int]] = []  # most prompt and reply tokens of attempts that may be billed in vain
-        self.limit_name = "max_tokens"
-        self.noticed = -inf                    # when the user was last told of a retry
-        self.model = model or self._only_model()
-        self.name = f"{self.url}#{self.model}"
-
-    def _only_model(self) -> str:
-        try:
-            names = [m.id for m in self.client.models.list()]
-        except self.openai.OpenAIError as error:
-            fail(f"{self.url}: does not list its models ({error}): start it, or name one, as in {self.url}#name")
-        if len(names) != 1:
-            fail(f"{self.url}: has {len(names)} models: name one, as in {self.url}#{min(names, default='name')}")
-        return names[0]
-
-    def replies(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Reply | str]]:
-        """Replies in the order they come. An error that no retry can mend ends the run, after the replies under way."""
-        stopping, hopeless = threading.Event(), []
-        pool = ThreadPoolExecutor(self.threads)
-        try:
-            futures = {pool.submit(self._reply, request, sampling, stopping, hopeless): i
-                       for i, request in enumerate(requests)}
-            for future in as_completed(futures):
-                if future.result() is not None:
-                    yield futures[future], future.result()
-        finally:
-            stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-        if hopeless:
-            fail(f"{self.url}: {hopeless[0]}; what was answered is kept")
-
-    def _reply(self, request: Request, sampling: Sampling, stopping: threading.Event,
-               hopeless: list[str]) -> Reply | str | None:
-        """One reply, after as many tries as it takes, or why there is none; None once the run is stopping."""
-        openai, reason, wait = self.openai, "", self.wait_s
-        for attempt in range(self.tries):
-            if stopping.is_set():
-                return None
-            began, billed, remedy = time.perf_counter(), True, ""
-            pause = wait * random.uniform(0.5, 1.5)  # threads that failed together do not try again together
-            try:
-                return self._read(self._create(request, sampling), request, sampling, time.perf_counter() - began)
-            except openai.APITimeoutError:
-                reason = f"no answer within {time.perf_counter() - began:.0f} s"
-            except openai.APIConnectionError as error:
-                reason = f"no connection ({error.__cause__ or error})"
-                billed = type(error.__cause__).__name__ != "ConnectError"
-                if attempt + 1 == self.tries and not billed:
-                    remedy = "start the server, or check the address"
-            except openai.APIStatusError as error:
-                billed, said = False, error.body.get("message") if isinstance(error.body, dict) else None
-                reason = f"{error.status_code}: {said or error.message}"
-                if error.status_code in (401, 403) or error.code == "insufficient_quota":
-                    remedy = f"set OPENAI_API_KEY to a key that may use {self.model}"
-                elif error.status_code == 404:
-                    remedy = "check the address, which usually ends with /v1, and the model's name"
-                elif error.status_code not in (408, 409, 429) and error.status_code < 500:
-                    return reason
-                pause = max(pause, retry_after(error.response.headers.get("retry-after", "")))
-            except (openai.APIError, ValueError, AttributeError, TypeError, IndexError) as error:
-                reason = f"the reply is not a chat completion ({error})"
-            if remedy:
-                hopeless.append(f"{reason}: {remedy}")
-                stopping.set()
-            if billed:
-                self.lost.append((most_prompt_tokens(request), sampling.max_tokens))
-            if attempt + 1 < self.tries and not stopping.is_set():
-                if time.monotonic() > self.noticed + 30:  # all threads that wait would say the same
-                    self.noticed = time.monotonic()
-                    tqdm.write(f"{self.url}: {reason}: trying again in {pause:.0f} s", file=sys.stderr)
-                stopping.wait(pause)
-                wait = min(2 * wait, 60.0)
-        return None if stopping.is_set() else f"{reason}, after {self.tries} tries"
-
-    def _create(self, request: Request, sampling: Sampling):
-        limit_name = self.limit_name
-        options: dict = {"temperature": sampling.temperature, "top_p": sampling.top_p, limit_name: sampling.max_tokens}
-        if sampling.temperature > 0:  # where the server honours it, repeats differ and reruns do not
-            options["seed"] = int(request_key(self.name, request, sampling), 16) % 2**31
-        if sampling.top_k:
-            options["extra_body"] = {"top_k": sampling.top_k}
-        if sampling.stop:
-            options["stop"] = list(sampling.stop)
-        if request.labels:
-            options |= {"logprobs": True, "top_logprobs": 20}
-        try:
-            return self.client.chat.completions.create(model=self.model, messages=request.messages, **options)
-        except self.openai.BadRequestError as error:
-            if limit_name == "max_tokens" and "max_completion_tokens" in error.message:  # OpenAI's newer models
-                self.limit_name = "max_completion_tokens"
-                return self._create(request, sampling)
-            raise
-
-    def _read(self, completion, request: Request, sampling: Sampling, seconds: float) -> Reply:
-        choice, usage = completion.choices[0], completion.usage
-        text = choice.message.content or choice.message.refusal or ""
-        # A server that does not count is charged for as many as there may have been.
-        prompt_tokens = usage.prompt_tokens if usage else most_prompt_tokens(request)
-        reply_tokens = usage.completion_tokens if usage else sampling.max_tokens
-        labels = label_logprobs(choice, request.labels)
-        return Reply(text, choice.finish_reason == "stop", prompt_tokens, reply_tokens, seconds, labels)
-
-
-def label_logprobs(choice, labels: tuple[str, ...]) -> dict[str, float]:
-    """Log-probability that the reply begins with each label: the sum over the likeliest tokens that begin it."""
-    found: dict[str, float] = {}
-    if not labels:
-        return found
-    if not (choice.logprobs and choice.logprobs.content):
-        raise ValueError("it holds no log-probabilities")
-    for token in choice.logprobs.content[0].top_logprobs:
-        start = token.token.strip()
-        begun = [label for label in labels if start and label.startswith(start)]
-        if len(begun) > 1:
-            raise ValueError(f"token {token.token!r} begins labels {' and '.join(begun)}: choose other words")
-        for label in begun:
-            found[label] = float(np.logaddexp(found.get(label, -inf), token.logprob))
-    return found
-
-
-def retry_after(header: str) -> float:
-    """Seconds that a Retry-After header asks for, a number or a date; from none to ten minutes."""
-    for parse in (float, lambda date: email.utils.parsedate_to_datetime(date).timestamp() - time.time()):
-        with suppress(ValueError):
-            return min(max(parse(header), 0.0), 600.0)
-    return 0.0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from judging.ratings import draws, percentiles
+from judging.ratings import draws, end_interval, percentiles
 
 
 def code(labels: Sequence[Sequence[Hashable]]) -> tuple[np.ndarray, list]:
@@ -169,9 +169,10 @@ def spearman(ratings) -> float:
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], ratings, groups: Sequence[Hashable] | None = None,
-              rounds: int = 1000, seed: int = 0) -> dict[str, float]:
+              rounds: int = 1000, seed: int = 0, lowest: float = -1) -> dict[str, float]:
     """A statistic of ratings [raters, units], its 95 % interval from resampled units, and how often it was undefined.
 
+    It goes from `lowest` to 1; where every round gives the same value, what a few more units might do is the interval.
     `groups` [units] names the prompt a unit belongs to: then prompts are resampled, with all their units, for
     units of one prompt are not independent. Neither the order of units nor of groups matters.
     """
@@ -187,20 +188,25 @@ def bootstrap(statistic: Callable[[np.ndarray], float], ratings, groups: Sequenc
     drawn = draws(len(members), rounds, seed) if members else ()
     samples = np.array([statistic(ratings[:, np.concatenate([members[i] for i in draw])]) for draw in drawn])
     defined = samples[~np.isnan(samples)]
-    low, high = percentiles(defined).tolist()
-    return {"value": statistic(ratings), "low": low, "high": high, "n": ratings.shape[1],
+    value, (low, high) = statistic(ratings), percentiles(defined, n=len(members)).tolist()
+    if len(defined) and np.ptp(defined) < 1e-9:
+        low, high = end_interval(value, len(members), lowest, 1)
+    return {"value": value, "low": low, "high": high, "n": ratings.shape[1], "groups": len(members),
             "undefined": len(samples) - len(defined)}
 
 
 def by_category(statistic: Callable[[np.ndarray], float], ratings, categories: Sequence[Hashable],
-                rounds: int = 1000) -> dict[Hashable, dict[str, float]]:
-    """The statistic with n and interval for each category of units [units]; NaN where a category has fewer than eight.
+                groups: Sequence[Hashable] | None = None, rounds: int = 1000) -> dict[Hashable, dict[str, float]]:
+    """The statistic with n and interval for each category of units [units]; NaN where a category has fewer than eight
+    units, or `groups` [units] of them: the prompts they belong to.
 
     Ten prompts a category establish nothing about their order: read the intervals before the values.
     """
     ratings, result = _table(ratings), {}
     for category in sorted(set(categories), key=str):
-        part = ratings[:, np.array([c == category for c in categories])]
-        few = dict.fromkeys(("value", "low", "high"), np.nan) | {"n": part.shape[1], "undefined": 0}
-        result[category] = few if part.shape[1] < 8 else bootstrap(statistic, part, rounds=rounds)
+        mine = np.flatnonzero([c == category for c in categories])
+        part, of = ratings[:, mine], None if groups is None else [groups[u] for u in mine]
+        count = len(mine) if of is None else len({str(g) for g in of})
+        few = dict.fromkeys(("value", "low", "high"), np.nan) | {"n": len(mine), "groups": count, "undefined": 0}
+        result[category] = few if count < 8 else bootstrap(statistic, part, of, rounds)
     return result

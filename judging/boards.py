@@ -8,7 +8,7 @@ import torch
 
 from checkpoints import load_model
 from data.formats import read
-from data.llm import Budget, Request, Sampling, ask, open_model
+from data.llm import Budget, Opener, Request, Sampling, ask
 from data.tokenizer import load_tokenizer
 from judging import choices, rewards, safety
 from judging.entries import Entry
@@ -53,8 +53,8 @@ def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench
         if not pairs[name] or "chosen" not in pairs[name][0]:
             fail(f"preferences: {path} holds no preferences, expected records with 'chosen' and 'rejected'")
     found, bench = {}, {}
-    for name, kind, path, ref in scorers:
-        scorer = rewards.load_scorer(kind, path, ref, device=str(device))
+    for name, kind, path, ref in [*scorers, Entry(rewards.LENGTH_ALONE, "", "")]:
+        scorer = rewards.load_scorer(kind, path, ref, device=str(device)) if path else rewards.by_length
         found[name] = {label: rewards.preference_accuracy(records, scorer) for label, records in pairs.items()}
         if questions:
             bench[name] = rewards.rewardbench(questions, scorer, found[name])
@@ -63,7 +63,7 @@ def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench
 
 
 def safety_sections(models: Sequence[Entry], attacks: Sequence[Entry], xstest: str, probes: int, judge: str,
-                    ledger: Path, budget: Budget, device: str) -> list[dict]:
+                    ledger: Path, budget: Budget, opener: Opener) -> list[dict]:
     """Attacks as collect/red_team.py recorded them (transcripts, perhaps all behaviours, which count tried or not), and
     XSTest's prompts and leak probes put to the models.
 
@@ -71,14 +71,14 @@ def safety_sections(models: Sequence[Entry], attacks: Sequence[Entry], xstest: s
     """
     if not (attacks or xstest or probes):
         return []
-    decider = open_model(judge, device) if judge else None
+    decider = opener.open(judge) if judge else None
 
     def decide(kind: str, dialogues: list[dict]) -> list[str | None]:
         return safety.judge(decider, kind, dialogues, ledger, budget if "://" in judge else None)
 
     found, refused, leaked = {}, {}, {}
     for name, _, path, behaviours in attacks:
-        tried = safety.read_transcripts(path)
+        tried = safety.read_transcripts(path, behaviours)
         whole = safety.load_texts(behaviours, "behaviour") if behaviours else {row["behaviour"] for row in tried}
         if decider:
             tried = [row | {"judged": said} for row, said in zip(tried, decide("harm", tried), strict=True)]
@@ -90,7 +90,7 @@ def safety_sections(models: Sequence[Entry], attacks: Sequence[Entry], xstest: s
             continue
         asked = [[{"role": "user", "content": p["prompt"]}] for p in prompts.values()]
         requests = [Request(messages) for messages in [*asked, *(probe["messages"] for probe in planted)]]
-        replies = ask(open_model(where, device), requests, Sampling(256, 0.0), ledger,
+        replies = ask(opener.open(where), requests, Sampling(256, 0.0), ledger,
                       budget if kind == "endpoint" else None, f"{name}: safety")
         texts = [None if reply is None else reply.text for reply in replies]
         if prompts:

@@ -39,6 +39,7 @@ from data.formats import Report, values
 from data.records import Reject, check_text, short
 from data.tokenizer import Tokenizer
 from judging.prompts import PROMPTS
+from judging.ratings import end_interval
 from judging.tables import bounded
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
@@ -538,4 +539,6 @@ def subjects_section(results: Mapping[str, dict]) -> dict:
 def cell(result: dict, metric: str) -> dict | float:
     """The value with its 95 % interval, or alone where there is none, with one question."""
     value, half = 100 * result[metric], 196 * result[f"{metric}_stderr"]
+    if half == 0:  # all questions alike
+        return bounded(value, *end_interval(value, result["n"], 0, 100))
     return value if math.isnan(half) else bounded(value, max(0.0, value - half), min(100.0, value + half))

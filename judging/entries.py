@@ -1,13 +1,16 @@
 """What a setting names: "name=kind:where" as a name, a kind and a place; and files of JSON lines, read whole."""
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoints import read_config
-from runtime import fail
+from checkpoints import read_config, weight_files
+from data.files import kind_of, values
+from data.formats import Report
+from data.records import Reject
+from runtime import fail, file_hash
 
 KINDS = {"models": ("few-shot",), "judges": ("gold", "reward", "recorded"),
          "reward_models": ("reward", "dpo", "ref-free", "logprob")}
@@ -16,7 +19,7 @@ PAIRS = ("choices", "reward_models", "attacks")  # whose place may be followed b
 
 class Entry(NamedTuple):
     name: str
-    kind: str        # of KINDS, or endpoint (http://host/v1#name), answers (a .jsonl file), model (a directory)
+    kind: str        # of KINDS, or endpoint (http://host/v1#name), answers (a file), model (a directory)
     where: str
     more: str = ""   # the second place: examples, reference, behaviours
 
@@ -30,9 +33,14 @@ def decode(key: str, entry: str) -> Entry:
         place = name
     kind, _, where = place.partition(":")
     if kind not in KINDS.get(key, ()):
-        kind, where = "endpoint" if "://" in place else "answers" if place.endswith(".jsonl") else "model", place
+        kind, where = "endpoint" if "://" in place else "answers" if is_file(place) else "model", place
     where, _, more = where.partition(":") if key in PAIRS else (where, "", "")
     return Entry(name, kind, where, more)
+
+
+def is_file(place: str) -> bool:
+    """Whether a place is a file of records (data/files.py), not a directory."""
+    return kind_of(Path(place)) in (".jsonl", ".json", ".csv", ".parquet", ".arrow") and not Path(place).is_dir()
 
 
 def decode_all(key: str, entries: Sequence[str]) -> list[Entry]:
@@ -52,20 +60,34 @@ def check_checkpoint(key: str, path: str, scored: bool) -> None:
              f"{key}: {path} is a reward model, expected one that replies: name the result of sft.py, dpo.py or ppo.py")
 
 
-def read_lines(path: str | Path, make: Callable[[dict, int], object], fault: str) -> list:
-    """make(record, line) of every line of a file of JSON lines; the first it fails on ends the run with `fault`."""
+def content_hash(entry: Entry, seed: int) -> str:
+    """Of the file, or of the weights, that an entry names."""
+    path = Path(entry.where.replace("{seed}", str(seed)))
+    return file_hash(*(weight_files(path) if path.is_dir() else [path]))
+
+
+def digest(text: str) -> str:
+    """Ten hex digits of a text, whatever white space is in it."""
+    return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).hexdigest()[:10]
+
+
+def read_lines(path: str | Path, make: Callable[[dict, int | str], object], fault: str) -> list:
+    """make(record, place) of every record of a file (data/files.py); the first it fails on ends the run with `fault`.
+
+    The place is a line, or the index in an array; "line 3" or "index 2" in messages.
+    """
     if not Path(path).is_file():
         fail(f"{path}: no such file, expected JSON lines")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: cannot be read ({error}), expected JSON lines: check the path")
-    if lines == [""]:
-        fail(f"{path}: is empty, expected JSON lines: check the path")
-    found = []
-    for number, line in enumerate(lines, 1):
+    found, report = [], Report(str(path))
+    for place, record in values(path, report):
+        if isinstance(record, Reject) and record.kind == "not UTF-8":
+            fail(f"{path}: cannot be read ({report.unit} {place} is not UTF-8 text), expected records: check the path")
         try:
-            found.append(make(json.loads(line), number))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            fail(f"{path} line {number}: {fault}: mend or drop the line")
+            if isinstance(record, Reject):
+                raise ValueError
+            found.append(make(record, place))
+        except (Reject, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            fail(f"{path} {report.unit} {place}: {fault}: mend or drop it")
+    if not found:
+        fail(f"{path}: is empty, expected JSON lines: check the path")
     return found

@@ -107,19 +107,20 @@ def draw(figure: dict) -> str:
 
 def plot(figure: dict):
     """The figure as a matplotlib one, 720 points wide where it can be; None where there is no number to draw."""
-    kinds = {"ratings": _ratings, "matrix": _matrix, "points": _points, "bars": _bars}
+    kinds = {"ratings": _ratings, "matrix": _matrix, "points": _points, "bars": _bars,
+             "radar": _radar}
     if figure["kind"] not in kinds:
         raise ValueError(f"figure kind is {figure['kind']!r}, expected {', '.join(kinds)}")
     return kinds[figure["kind"]](figure)
 
 
-def _axes(width: float, height: float):
+def _axes(width: float, height: float, **more):
     """A figure of that many points and its axes, which make room for their labels."""
     from matplotlib.figure import Figure
 
     drawn = Figure((width / 72, height / 72), layout="constrained")
     drawn.get_layout_engine().set(w_pad=0.12)
-    return drawn, drawn.subplots()
+    return drawn, drawn.subplots(**more)
 
 
 def _short(name: str) -> str:
@@ -222,4 +223,37 @@ def _bars(figure: dict):
     axes.set_xlabel(figure["label"])
     if len(groups) > 1:
         drawn.legend(loc="outside upper left", ncols=3)
+    return drawn
+
+
+# Of models laid over each other: shades and dashes, for colours are those of the page.
+STROKES = [(LIGHT[color], opacity, dashes) for dashes in ("-", (0, (5, 3)), (0, (1, 2)))
+           for color, opacity in (("accent", 1.0), ("muted", 0.9))]
+
+
+def _radar(figure: dict):
+    """A line a model round the columns, from `low` in the middle to `high`; a missing number breaks the line."""
+    names, columns, grid = figure["names"], figure["columns"], figure["grid"]
+    if len(grid) != len(names) or any(len(row) != len(columns) for row in grid) or len(names) > len(STROKES):
+        raise ValueError(f"the grid is not {len(names)} rows of {len(columns)}, or has more than {len(STROKES)} rows")
+    if all(x is None for row in grid for x in row):
+        return None
+    drawn, axes = _axes(720, 460 + 20 * -(-len(names) // 2), subplot_kw={"projection": "polar"})
+    drawn.get_layout_engine().set(w_pad=1.3)  # room for the names at the sides, which the layout does not count
+    angles = [2 * math.pi * i / len(columns) for i in range(len(columns))]
+    for (color, opacity, dashes), name, row in zip(STROKES, names, grid, strict=False):
+        values = [math.nan if x is None else x for x in row]
+        axes.plot([*angles, angles[0]], [*values, values[0]], color=color, alpha=opacity, linestyle=dashes, linewidth=2,
+                  marker="o", markersize=4, label=_short(name))
+    axes.set_theta_zero_location("N")
+    axes.set_theta_direction(-1)
+    axes.set_xticks(angles, list(map(_short, columns)), color=LIGHT["ink"])
+    axes.set_ylim(figure["low"], figure["high"])
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        side = round(math.sin(angle), 6)
+        label.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
+    axes.set_rlabel_position(180 / len(columns))
+    axes.spines["polar"].set_color(LIGHT["line"])
+    axes.set_xlabel(figure["label"])
+    drawn.legend(loc="outside upper left", ncols=2)
     return drawn

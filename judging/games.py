@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoints import load_model
-from data.llm import Budget, Reply, Request, Sampling, ask
+from data.llm import Budget, Reply, Request, Sampling, ask, request_key
 from data.scores import all_scores
 from data.tokenizer import load_tokenizer
 from data.trees import trees_from_messages
@@ -36,8 +36,19 @@ class Judge(NamedTuple):
     ledger: Path                  # of every answer as it was
     budget: Budget | None = None
 
-    def ask(self, requests: list[Request], progress: str) -> list[Reply | None]:
-        return ask(self.model, requests, Sampling(self.max_tokens, 0.0), self.ledger, self.budget, progress)
+    def ask(self, requests: list[Request], form: str, progress: str) -> list[tuple[str, Verdict]]:
+        """Of each request the key that its answer, or failure, has in the ledger, and the verdict."""
+        sampling, reasons = Sampling(self.max_tokens, 0.0), {}
+        replies = ask(self.model, requests, sampling, self.ledger, self.budget, progress, reasons)
+        keys = [request_key(self.model.name, request, sampling) for request in requests]
+        return [(key, Verdict(None, f"no reply: {reasons.get(key, '')}") if reply is None else _read(reply, form))
+                for key, reply in zip(keys, replies, strict=True)]
+
+
+def _read(reply: Reply, form: str) -> Verdict:
+    verdict = read_verdict(reply.text, form, reply.labels, reply.finished)
+    thinking = reply.thoughts and not reply.text.strip() and not reply.finished
+    return verdict._replace(why="cut in its thoughts") if thinking else verdict
 
 
 class Match(NamedTuple):
@@ -50,11 +61,16 @@ class Match(NamedTuple):
     b: str
 
 
-def matches(answers: Answers, baseline: str, all_pairs: bool) -> list[Match]:
-    """Every pair of replies to compare: each model with the baseline, or all with all, where both have a reply."""
+def pairs_of(answers: Answers, baseline: str, all_pairs: bool) -> list[tuple[int, int, tuple[str, str]]]:
+    """(question, seed, two models): each model with the baseline, or all with all."""
     pairs = [(a, b) for a, b in combinations(answers.names, 2) if all_pairs or baseline in (a, b)]
-    seeds, found = sorted({seed for _, seed in answers.said}), []
-    for q, seed, (a, b) in product(range(len(answers.questions)), seeds, pairs):
+    return list(product(range(len(answers.questions)), sorted({seed for _, seed in answers.said}), pairs))
+
+
+def matches(answers: Answers, baseline: str, all_pairs: bool) -> list[Match]:
+    """Every pair of replies to compare, where both models have a reply."""
+    found = []
+    for q, seed, (a, b) in pairs_of(answers, baseline, all_pairs):
         turns = min(len(answers.said[a, seed][q]), len(answers.said[b, seed][q]))
         found += [Match(q, turn + 1, seed, a, b) for turn in range(turns)]
     return found
@@ -94,10 +110,12 @@ def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, 
         messages = ask_pair(answers.questions[m.question], a, b, judge.form, judge.wording, unbiased)
         requests.append(Request(messages, labels=("A", "B") if judge.form == "label" else ()))
         asked.append(row | {"a_first": a_first})
-    for row, reply in zip(asked, judge.ask(requests, progress or judge.name), strict=True):
-        verdict = Verdict(None, "no reply") if reply is None else read_verdict(reply.text, judge.form, reply.labels)
-        p = verdict.value
-        row |= {"preference": p if p is None or row["a_first"] else 1 - p, "rating": verdict.rating, "why": verdict.why}
+    for row, (key, verdict) in zip(asked, judge.ask(requests, judge.form, progress or judge.name), strict=True):
+        p, rating = verdict.value, verdict.rating
+        if judge.form == "margin" and rating:  # a choice and a margin, on the scale of eight
+            rating = 5 - rating if p == 1 else 4 + rating
+        row |= {"preference": p if p is None or row["a_first"] else 1 - p, "rating": rating, "why": verdict.why,
+                "key": key}
     return asked + list(same.values())
 
 
@@ -110,9 +128,8 @@ def mark(judge: Judge, answers: Answers) -> list[dict]:
                 requests.append(Request(ask_score(q, [r["text"] for r in said[:turn]], judge.wording)))
                 rows.append({"judge": judge.name, "prompt": q.id, "category": q.category, "turn": turn, "repeat": seed,
                              "model": name})
-    for row, reply in zip(rows, judge.ask(requests, f"{judge.name}: marks"), strict=True):
-        verdict = Verdict(None, "no reply") if reply is None else read_verdict(reply.text, "score")
-        row |= {"score": verdict.value, "why": verdict.why}
+    for row, (key, verdict) in zip(rows, judge.ask(requests, "score", f"{judge.name}: marks"), strict=True):
+        row |= {"score": verdict.value, "why": verdict.why, "key": key}
     return rows
 
 
@@ -140,7 +157,6 @@ def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tup
             for response, score in zip(tree.responses, found.tolist(), strict=True):
                 scores[key][tree.record][response.turn - 1] = score
     return scores
-
 
 
 def _row(name: str, m: Match, answers: Answers) -> dict:

@@ -16,20 +16,16 @@ from checkpoints import load_model
 from data.tiny.world import demonstrate, dialogue, gold, words
 from data.tokenizer import load_tokenizer
 from judging.games import Answers
+from judging.ratings import end_interval, t975
 from judging.tables import bounded, dots, grid_section
 from model import generate
-
-# Student's t, 97.5 % quantile, by degrees of freedom 1..30.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of the 95 % t-interval of independent values; half-width NaN for a single one."""
     if len(values) < 2:
         return mean(values), math.nan
-    t = T975[len(values) - 2] if len(values) <= 31 else 1.96
-    return mean(values), t * stdev(values) / math.sqrt(len(values))
+    return mean(values), t975(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
@@ -48,7 +44,7 @@ def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
     by_task: dict[str, list[float]] = {d["category"]: [] for d in dialogues}
     for d, replies in zip(dialogues * len(scores), said, strict=True):
         by_task[d["category"]] += [r["gold"] for r in replies]
-    return {"gold": mean(by_seed.values()), "gold_interval": half, "gold_by_seed": by_seed,
+    return {"gold": mean(by_seed.values()), "gold_interval": half, "dialogues": len(dialogues), "gold_by_seed": by_seed,
             "gain": mean(gains.values()),
             "gain_interval": interval(list(gains.values()))[1] if len(gains) > 1 else None, "gain_by_seed": gains,
             "win_rate": 50 * (1 + (wins - losses) / len(pairs)), "n": len(pairs),
@@ -62,14 +58,19 @@ def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
 
 def sections(models: dict[str, dict], baseline: str, seeds: int) -> list[dict]:
     """The tables and figures of summaries by model."""
-    cells = {name: bounded(m["gold"], m["gold"] - m["gold_interval"], m["gold"] + m["gold_interval"])
-             for name, m in models.items()}
-    rows = [[name, cells[name], *(m[key] for key in ("win_rate", "first_turn", "follow_up", "ended", "words"))]
+    cells = {}
+    for name, m in models.items():
+        low, high = m["gold"] - m["gold_interval"], m["gold"] + m["gold_interval"]
+        if low == high:  # all alike
+            low, high = end_interval(m["gold"], seeds if seeds > 1 else m["dialogues"], 0, 100)
+        cells[name] = bounded(m["gold"], max(low, 0), min(high, 100))
+    rows = [[name, cells[name], *(m[key] for key in ("win_rate", "first_turn", "follow_up", "ended", "words", "n"))]
             for name, m in models.items()]
     tasks = list(next(iter(models.values()))["category"])
     grid = [[m["category"][task] for task in tasks] for m in models.values()]
     over = f"{seeds} seeds" if seeds > 1 else "dialogues: another training run would differ by more"
-    columns = ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups", "ended, %", "words"]
+    columns = ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups", "ended, %", "words",
+               "replies"]
     named = [task.replace("_", " ") for task in tasks]
     return [{"title": "Gold score", "text": f"Mean grade of a reply, 0 to 100; 95 % intervals over {over}.",
              "rows": rows, "columns": columns, "figure": dots(cells, "gold score")},
@@ -112,9 +113,21 @@ def grade_all(answers: Answers, dialogues: list[dict]) -> dict[tuple[str, int], 
 
 
 def summaries(answers: Answers, dialogues: list[dict], grades: dict[tuple[str, int], list[list[float]]],
-              baseline: str) -> dict[str, dict]:
+              baseline: str, missing: str) -> dict[str, dict]:
+    """summarize's numbers by model, over the turns that all models answered, or ("loss") where none came a grade of 0.
+
+    Empty if there is no turn that all answered.
+    """
     graded: dict[str, dict[int, list]] = {}
     for (name, seed), replies in answers.said.items():
         pairs = zip(replies, grades[name, seed], strict=True)
         graded.setdefault(name, {})[seed] = [[r | {"gold": g} for r, g in zip(*both, strict=True)] for both in pairs]
-    return {name: summarize(x, dialogues, graded[baseline]) for name, x in graded.items()}
+    runs = [said for by_seed in graded.values() for said in by_seed.values()]
+    counts = [min(len(said[i]) for said in runs) for i in range(len(dialogues))]
+    if missing == "loss":
+        counts = [len(d["turns"]) for d in dialogues]
+    none = {"text": "", "finished": False, "gold": 0.0}
+    graded = {name: {seed: [[*d, *[none] * n][:n] for d, n in zip(said, counts, strict=True) if n]
+                     for seed, said in by_seed.items()} for name, by_seed in graded.items()}
+    dialogues = [d for d, n in zip(dialogues, counts, strict=True) if n]
+    return {name: summarize(x, dialogues, graded[baseline]) for name, x in graded.items()} if dialogues else {}

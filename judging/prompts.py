@@ -8,7 +8,8 @@
 
 What models wrote stands between markers that carry a code made from the texts themselves, so that no reply can hold
 the marker that ends it; a verdict in brackets inside a reply is spread out before it is shown. What a judge says in
-brackets is then its own: two different verdicts in one answer are an error, never the one that is easier to find.
+brackets is then its own. Its thoughts are set aside, the last verdict after them counts, and an answer that was cut
+holds none.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
+from data.llm import split_thoughts
 from judging.ratings import label_preference, likert_outcome
 
 
@@ -27,12 +29,16 @@ class Question(NamedTuple):
     category: str
     turns: list[str]                    # what the user says
     references: list[str | None] = []   # correct replies by turn, where there are any
+    key: str = "id"                     # what its file calls the id; "": it has none, and `id` is made from the text
 
 
 class Verdict(NamedTuple):
     value: float | None        # preference for the reply shown first, or the score; None: none could be read
     why: str = ""              # why there is none
     rating: int | None = None  # of likert 1-8; of margin 1-4
+
+
+UNREAD = "no verdict"
 
 
 # A ranking of models that changes with the wording says more about the judge than about the models. A further
@@ -109,19 +115,29 @@ def _verdict_of(inside: str) -> tuple[str, float | None] | None:
     return None
 
 
-def read_verdict(text: str, form: str, labels: dict[str, float] | None = None) -> Verdict:
-    """The verdict in a judge's answer; of label, from the log-probabilities of "A" and "B" if there are any."""
-    if form == "label":
-        if labels:
-            return Verdict(label_preference(labels.get("A"), labels.get("B"), model_first=True))
-        letter = text.strip().strip("[]*.\"' ").upper()
-        return Verdict({"A": 1.0, "B": 0.0}[letter]) if letter in ("A", "B") else Verdict(None, "no verdict")
-    said = {v for inside in BRACKETED.findall(text) if (v := _verdict_of(inside)) is not None}
+def read_verdict(text: str, form: str, labels: dict[str, float] | None = None, finished: bool = True) -> Verdict:
+    """The verdict of a judge's answer, the last after its thoughts; of label, from the log-probabilities of "A" and "B"
+    if there are any. None in an answer that was cut, as `finished` tells, or in thoughts without an end."""
+    if form == "label" and labels:
+        return Verdict(label_preference(labels.get("A"), labels.get("B"), model_first=True))
+    said, thoughts, ended = split_thoughts(text)
+    if not ended or not finished:
+        return Verdict(None, "cut in its thoughts" if not ended else "cut at the limit of tokens")
     if not said:
-        return Verdict(None, "no verdict")
-    if len(said) > 1:
-        return Verdict(None, "different verdicts: " + ", ".join(sorted(_name(*v) for v in said)))
-    ((letter, number),) = said
+        return Verdict(None, "no word after its thoughts" if thoughts else "an empty answer")
+    if form == "label":
+        letter = said.strip("[]*.\"' ").upper()
+        return Verdict({"A": 1.0, "B": 0.0}[letter]) if letter in ("A", "B") else Verdict(None, UNREAD)
+    found = verdicts(said, form)
+    return next((v for v in reversed(found) if v.value is not None), found[-1] if found else Verdict(None, UNREAD))
+
+
+def verdicts(said: str, form: str) -> list[Verdict]:
+    """All that an answer says in brackets and that looks like a verdict, in order; of another form, without a value."""
+    return [_as(form, *v) for inside in BRACKETED.findall(said) if (v := _verdict_of(inside)) is not None]
+
+
+def _as(form: str, letter: str, number: float | None) -> Verdict:
     match form:
         case "pair" if number is None:
             return Verdict({"A": 1.0, "B": 0.0, "tie": 0.5}[letter])
@@ -131,8 +147,5 @@ def read_verdict(text: str, form: str, labels: dict[str, float] | None = None) -
             return Verdict(float(letter == "A"), rating=int(number))
         case "score" if not letter and 1 <= number <= 10:
             return Verdict(number)
-    return Verdict(None, f"a verdict of another kind: {_name(letter, number)}")
-
-
-def _name(letter: str, number: float | None) -> str:
-    return f"{letter} {'' if number is None else f'{number:g}'}".strip()
+    said = " ".join(filter(None, (letter, "" if number is None else f"{number:g}")))
+    return Verdict(None, f"a verdict of another kind: {said}")

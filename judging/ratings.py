@@ -4,6 +4,9 @@ A preference is a number in [0, 1]: 1 the model won, 0 the baseline, 1/2 a draw,
 verdict, and never counts. A game is two models, an outcome on that scale for `a`, the prompt, and who was shown first.
 Intervals resample prompts, never games: two orders and two turns of one prompt are not independent. Every
 function that resamples n prompts with one seed draws the same ones, so differences between models are paired.
+Where all prompts say the same, resampling would be certain: there Wilson's interval stands, and in ratings Jeffreys'
+half a win and half a loss, so that no interval has width zero. benchmarks/coverage.py measures how often intervals hold
+the truth.
 Models and prompts are sorted by name first: the order of rows changes nothing but online Elo.
 """
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -91,21 +95,47 @@ def resample(n: int, rounds: int, seed: int) -> np.ndarray:
     return np.array([np.bincount(draw, minlength=n) for draw in draws(n, rounds, seed)], dtype=float).reshape(rounds, n)
 
 
-def percentiles(samples: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """Lower and upper end [2, ...] of the percentile interval of bootstrap samples [rounds, ...]; NaN without any."""
+def percentiles(samples: np.ndarray, level: float = 0.95, n: int = 0) -> np.ndarray:
+    """Lower and upper end [2, ...] of the percentile interval of bootstrap samples [rounds, ...]; NaN without any.
+
+    Of few prompts it is too narrow: with `n`, at level 95 %, it is taken as much further out as Student's interval is
+    wider than the normal one (Hesterberg 2015, arXiv:1411.5279, "expanded percentile").
+    """
     if not len(samples):
         return np.full((2, *samples.shape[1:]), np.nan)
+    if n:
+        level = 2 * NormalDist().cdf(t975(n - 1) * math.sqrt(n / (n - 1))) - 1 if n > 1 else 1
     low_high = [(1 - level) / 2, (1 + level) / 2]
     return (np.nanquantile if np.isnan(samples).any() else np.quantile)(samples, low_high, axis=0)
+
+
+# Student's t, 97.5 % quantile, by degrees of freedom 1..30.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+Z975 = 1.959964  # the normal distribution's
+
+
+def t975(freedom: int) -> float:
+    """Student's 97.5 % quantile; above 30 degrees of freedom the first two terms of its expansion, right to 0.001."""
+    return T975[freedom - 1] if freedom <= 30 else Z975 + (Z975**3 + Z975) / (4 * freedom)
 
 
 def wilson(wins: float, n: int) -> tuple[float, float]:
     """95 % interval of a share wins / n (Wilson 1927); NaN for n = 0."""
     if n == 0:
         return math.nan, math.nan
-    z, p = 1.959964, wins / n
+    z, p = Z975, wins / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def end_interval(value: float, n: int, low: float = 0, high: float = 1) -> tuple[float, float]:
+    """95 % interval of the mean of n prompts that all have the same `value`, on a scale from low to high.
+
+    As many as Wilson allows for may be others, and lie at either end; for a share of 0 or 1 it is his interval.
+    """
+    others = wilson(0, n)[1]
+    return value - others * (value - low), value + others * (high - value)
 
 
 def by_prompt(values, prompts: Sequence | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -126,12 +156,27 @@ def bootstrap_means(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray) -
     return np.divide(weights @ sums, n, out=np.full(n.shape, np.nan), where=n > 0)
 
 
-def mean_interval(values, prompts: Sequence | None = None, rounds: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of the valid values [n], from resampled prompts."""
+def mean_interval(values, prompts: Sequence | None = None, rounds: int = 1000, seed: int = 0, low: float = 0,
+                  high: float = 1) -> tuple[float, float]:
+    """95 % interval of the mean of the valid values [n], on a scale from low to high, from resampled prompts.
+
+    For shares, with one yes or no a prompt, Wilson's.
+    """
     sums, counts = by_prompt(values, prompts)
-    samples = bootstrap_means(sums[:, None], counts[:, None], resample(len(sums), rounds, seed))
-    low, high = percentiles(samples[:, 0]).tolist()
-    return low, high
+    n = int((counts > 0).sum())
+    if n == 0:
+        return math.nan, math.nan
+    mean = float(sums.sum() / counts.sum())
+    if counts.max() == 1 and low == 0 and high == 1 and np.isin(sums[counts > 0], (0, 1)).all():
+        return wilson(sums.sum(), n)
+    drawn, samples = draws(len(sums), rounds, seed), []
+    while len(block := np.array(list(islice(drawn, 50)))):  # all at once would take rounds x n
+        with np.errstate(invalid="ignore"):  # a round of prompts without a value is NaN
+            samples.append(sums[block].sum(axis=1) / counts[block].sum(axis=1))
+    samples = np.concatenate(samples)
+    if np.nanmax(samples) - np.nanmin(samples) < 1e-9 * (high - low):
+        return end_interval(mean, n, low, high)
+    return tuple(percentiles(samples, n=n).tolist())
 
 
 # --------------------------------------------------------------------------------------- win rates
@@ -195,17 +240,18 @@ def paired_difference(
     )  # sorted: nameless prompts have no order
     if not counts.sum():
         raise ValueError("no row has a verdict for both models")
-    samples = 100 * bootstrap_means(sums[:, None], counts[:, None], resample(len(sums), rounds, seed))
-    low, high = percentiles(samples[:, 0])
+    by_name = None if prompts is None else prompts
+    low, high = mean_interval(np.sort(gap) if prompts is None else gap, by_name, rounds, seed, -1, 1)
     return {
         "difference": 100 * sums.sum() / counts.sum(),
-        "low": float(low),
-        "high": float(high),
+        "low": 100 * low,
+        "high": 100 * high,
         "n": int(counts.sum()),
     }
 
 
-def feature_preference(preferences, model_value, baseline_value, threshold: float = 0) -> dict[str, float]:
+def feature_preference(preferences, model_value, baseline_value, threshold: float = 0,
+                       prompts: Sequence | None = None) -> dict[str, float]:
     """Share of decided pairs, with |difference| > threshold in some property, where the answer with more of it won.
 
     Lengths in characters with threshold 30 (AlpacaEval's verbosity), `distinct_words`, or 0/1 for "has a list".
@@ -214,9 +260,9 @@ def feature_preference(preferences, model_value, baseline_value, threshold: floa
     p, model, baseline = (np.asarray(x, dtype=float) for x in (preferences, model_value, baseline_value))
     difference = model - baseline
     used = (np.abs(difference) > threshold) & ((p > 0.5) | (p < 0.5))
-    won = int(((p > 0.5) == (difference > 0))[used].sum())
-    low, high = wilson(won, int(used.sum()))
-    return {"share": won / used.sum() if used.any() else math.nan, "low": low, "high": high, "n": int(used.sum())}
+    won = np.where(used, (p > 0.5) == (difference > 0), np.nan)
+    low, high = mean_interval(won, prompts)
+    return {"share": float(np.nanmean(won)) if used.any() else math.nan, "low": low, "high": high, "n": int(used.sum())}
 
 
 def distinct_words(text: str) -> int:
@@ -257,11 +303,13 @@ def fit_lc(preferences, baseline_length, model_length, difficulty) -> dict[str, 
     return {"lc_win_rate": lc_win_rate(theta, psi, gamma[~np.isnan(p)]), "theta": theta, "phi": phi, "psi": psi}
 
 
-def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None = None) -> dict[str, float]:
+def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None = None,
+        prompts: int = 0) -> dict[str, float]:
     """The two-term model: logit P(model wins on i) = theta + phi tanh(delta_i); lc2 = 100 sigmoid(theta).
 
     Never to be read as AlpacaEval's LC: without the difficulty term weak models come out up to 23 points apart.
     `weights` [rounds, n], from `resample`, add an interval; every round scales lengths by the sd of the full set.
+    `prompts` says how many were resampled, for the small ones' correction.
     """
     p = np.asarray(preferences, dtype=float)
     features = np.stack([np.ones(len(p)), length_feature(baseline_length, model_length)], axis=1)
@@ -271,7 +319,9 @@ def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None =
     if weights is not None:
         # 50 rounds fit the cache
         samples = [_logistic(features, p, weights[i:i + 50], start)[:, 0] for i in range(0, len(weights), 50)]
-        low, high = percentiles(100 * sigmoid(np.concatenate(samples)))
+        low, high = percentiles(100 * sigmoid(np.concatenate(samples)), n=prompts)
+        if prompts and np.ptp(p[~np.isnan(p)]) == 0:
+            low, high = end_interval(result["lc2"], prompts, 0, 100)
         result |= {"low": float(low), "high": float(high)}
     return result
 
@@ -348,18 +398,18 @@ def collect(rows: Iterable[Game]) -> Games:
 
 
 def position(games: Games) -> dict[str, float]:
-    """The share of decided games won by the answer shown first, with Wilson's interval, and counts.
+    """The share of decided games won by the answer shown first, with its interval, and counts.
 
-    0.5 is no bias if every pair is shown in both orders, or in a random one. The interval takes games as independent.
+    0.5 is no bias if every pair is shown in both orders, or in a random one.
     """
     outcome = np.where(games.a_first, games.outcome, 1 - games.outcome)
     first, second, ties = (int((outcome == x).sum()) for x in (1, 0, 0.5))
-    low, high = wilson(first, first + second)
+    low, high = mean_interval(np.where(outcome == 0.5, np.nan, outcome), games.prompt)
     return {"first_slot_share": first / (first + second) if first + second else math.nan, "low": low, "high": high,
             "first": first, "second": second, "ties": ties, "missing": int(np.isnan(outcome).sum())}
 
 
-def consistency(forward, backward) -> dict[str, float]:
+def consistency(forward, backward, prompts: Sequence | None = None) -> dict[str, float]:
     """How many pairs got one verdict twice, from outcomes for a [n] with a first and with b first.
 
     always_first counts pairs whose two games both named the first slot. Consistent is not correct: give accuracy too.
@@ -367,7 +417,7 @@ def consistency(forward, backward) -> dict[str, float]:
     f, b = np.asarray(forward, dtype=float), np.asarray(backward, dtype=float)
     valid = ~(np.isnan(f) | np.isnan(b))
     n, same = int(valid.sum()), int((f == b)[valid].sum())
-    low, high = wilson(same, n)
+    low, high = mean_interval(np.where(valid, f == b, np.nan), prompts)
     first, second = (int(((f == x) & (b == 1 - x)).sum()) for x in (1, 0))
     return {"consistency": same / n if n else math.nan, "low": low, "high": high, "n": n, "consistent": same,
             "always_first": first, "always_second": second, "missing": len(f) - n}
@@ -537,18 +587,25 @@ def bootstrap_elo(
     scale: float = 400,
     base: float = 10,
     init: float = 1000,
+    ends: bool = False,
 ) -> np.ndarray:
-    """Online Elo [rounds, M] of resampled prompts, games in random order: the order given does not matter."""
+    """Online Elo [rounds, M] of resampled prompts, games in random order: the order given does not matter.
+
+    `ends` adds the games of `imagined`.
+    """
     valid = ~np.isnan(games.outcome)
     columns = [x[valid] for x in (games.prompt, games.a, games.b, games.outcome, games.a_first)]
     prompt, a, b, outcome, _ = (x[np.lexsort(columns[::-1])] for x in columns)
     rng = np.random.default_rng([seed, 1])
+    more, extra = imagined(games, rounds, seed) if ends else (np.empty((0, 3)), np.empty((rounds, 0), dtype=int))
+    a, b, outcome = (np.concatenate([own, added]) for own, added in zip((a, b, outcome), more.T, strict=True))
+    a, b, numbers = a.astype(int), b.astype(int), np.arange(len(outcome), dtype=np.int32)
     orders = []
-    for draw in draws(games.prompts, rounds, seed):
-        times = np.bincount(draw, minlength=games.prompts)[prompt]
-        orders.append(rng.permutation(np.repeat(np.arange(len(prompt), dtype=np.int32), times)))
+    for draw, added in zip(draws(games.prompts, rounds, seed), extra, strict=True):
+        times = np.concatenate([np.bincount(draw, minlength=games.prompts)[prompt], added])
+        orders.append(rng.permutation(np.repeat(numbers, times)))
     # All rounds play their t-th game at once. A round that is over plays one more that counts for nothing.
-    over = len(prompt)
+    over = len(outcome)
     a, b, outcome, stakes = (np.append(x, 0) for x in (a, b, outcome, np.full(over, float(k))))
     games_at = np.full((max((len(order) for order in orders), default=0), rounds), over, dtype=np.int32)
     for r, order in enumerate(orders):
@@ -564,14 +621,38 @@ def bootstrap_elo(
     return rating.reshape(rounds, -1)
 
 
+def imagined(games: Games, rounds: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Games to add to a tournament's resampled prompts for pairs whose games all ended alike, lest these seem certain.
+
+    Jeffreys' prior of a share is half a win and half a loss. What other prompts may hold is drawn here: each round has
+    as many more wins, and losses, as the negative binomial distribution of mean 1/2 says, which for pairs that n
+    prompts decide alike leaves about 3 / n of doubt. Returns the games (a, b, outcome) [K, 3], and how often each is
+    played in each round [rounds, K].
+    """
+    valid = ~np.isnan(games.outcome)
+    pairs, index = np.unique(games.a[valid] * len(games.models) + games.b[valid], return_inverse=True)
+    outcome, prompt = games.outcome[valid], games.prompt[valid]
+    rng, added, times = np.random.default_rng([seed, 2]), [], []
+    for k in range(len(pairs)):
+        mine = index == k
+        if np.ptp(outcome[mine]) > 0:
+            continue
+        a, b = divmod(int(pairs[k]), len(games.models))
+        each = round(mine.sum() / len(np.unique(prompt[mine])))  # games of a prompt
+        added += [(a, b, 1.0), (a, b, 0.0)]
+        times += list(each * rng.negative_binomial(0.5, 0.5, (2, rounds)))
+    return np.array(added).reshape(-1, 3), np.array(times, dtype=int).reshape(-1, rounds).T
+
+
 def ranks(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Ranks [M]: 1 + the number of models whose lower end is above one's upper end; overlapping models share one."""
     return 1 + (np.asarray(low)[None, :] > np.asarray(high)[:, None]).sum(axis=1)
 
 
-def rating_table(models: Sequence[str], samples: np.ndarray, point: Mapping[str, float] | None = None) -> list[dict]:
+def rating_table(models: Sequence[str], samples: np.ndarray, point: Mapping[str, float] | None = None,
+                 prompts: int = 0) -> list[dict]:
     """Median (or `point`), 95 % interval and rank of each model from bootstrap ratings [rounds, M], best first."""
-    low, high = percentiles(samples)
+    low, high = percentiles(samples, n=prompts)
     middle = np.median(samples, axis=0) if point is None else [point[m] for m in models]
     lines = [{"model": m, "rating": float(r), "low": float(x), "high": float(y), "rank": int(rank)}
              for m, r, x, y, rank in zip(models, middle, low, high, ranks(low, high), strict=True)]
@@ -583,14 +664,16 @@ def likert_tables(
 ) -> dict[str, list[dict]]:
     """The talk's two tables from the same ratings 1-8: median bootstrapped Elo where 4 and 5 are ties, and where not.
 
-    rows: (A, B, rating, prompt), A shown left. Resampling prompts keeps the six games of one prompt together.
+    rows: (A, B, rating, prompt), A shown left. Resampling prompts keeps the six games of one prompt together. A mean
+    rating will do; 4.5 is a tie in both.
     """
     rows = list(rows)
     result = {}
-    for name, ties in (("ties allowed", True), ("no ties", False)):
-        games = collect(Game(a, b, likert_outcome(rating, ties), prompt) for a, b, rating, prompt in rows)
+    for name, ties in (("no ties", False), ("ties allowed", True)):
+        games = collect(Game(a, b, 0.5 if ties and 4 <= rating <= 5 else outcome(4.5, rating), prompt)
+                        for a, b, rating, prompt in rows)
         check_connected(games)
-        result[name] = rating_table(games.models, bootstrap_elo(games, rounds, seed, k))
+        result[name] = rating_table(games.models, bootstrap_elo(games, rounds, seed, k, ends=True))
     return result
 
 
@@ -699,10 +782,12 @@ def bootstrap_bradley_terry(
     base: float = 10,
     init: float = 1000,
     anchor: tuple[str, float] | None = None,
+    ends: bool = False,
 ) -> np.ndarray:
     """Ratings [rounds, M] of resampled prompts. An anchor's own interval is 0 by construction.
 
-    A round may leave a model unbeaten: the small prior makes its rating very high instead of infinite.
+    `ends` adds the games of `imagined`. A round may leave a model unbeaten: the small prior makes its rating very high
+    instead of infinite.
     """
     if prior <= 0:
         raise ValueError(f"prior is {prior}, expected above 0: a resampled tournament may have an unbeaten model")
@@ -710,10 +795,15 @@ def bootstrap_bradley_terry(
     check_connected(games, ties)
     pairs, codes = _cells(games)
     prompt = games.prompt[~np.isnan(games.outcome)]
-    drawn, chunks = draws(games.prompts, rounds, seed), []
+    more, extra = imagined(games, rounds, seed) if ends else (np.empty((0, 3)), np.empty((rounds, 0), dtype=int))
+    own = {tuple(pair): k for k, pair in enumerate(pairs.tolist())}
+    more = np.array([3 * own[int(a), int(b)] + (outcome == 0) for a, b, outcome in more], dtype=int)
+    drawn, chunks = zip(draws(games.prompts, rounds, seed), extra, strict=True), []
     for _ in range(0, rounds, 50):  # 50 tournaments fit the cache
-        times = (np.bincount(draw, minlength=games.prompts) for draw in islice(drawn, 50))
-        counts = np.array([np.bincount(codes, t[prompt], minlength=3 * len(pairs)).reshape(-1, 3) for t in times])
+        counts = np.array([
+            np.bincount(codes, np.bincount(draw, minlength=games.prompts)[prompt], minlength=3 * len(pairs))
+            + np.bincount(more, added, minlength=3 * len(pairs)) for draw, added in islice(drawn, 50)])
+        counts = counts.reshape(-1, len(pairs), 3)
         chunks.append(_strengths(pairs, counts, len(games.models), ties, prior)[0])
     return _rescale(
         np.concatenate(chunks) if chunks else np.empty((0, len(games.models))), games.models, scale, base, init, anchor

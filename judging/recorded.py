@@ -37,8 +37,11 @@ from pathlib import Path
 
 from data.files import stream_values
 from data.formats import Report
+from data.llm import split_thoughts
+from data.native import ask
 from data.records import Reject, check_text
-from judging.prompts import read_verdict
+from judging.entries import digest
+from judging.prompts import Verdict, verdicts
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
 from runtime import arguments, fail, load_config, write_text
 
@@ -65,6 +68,7 @@ class Recorded(Report):
     unparsed: int = 0                                             # rows without a verdict
     differs: list[tuple[int, str]] = field(default_factory=list)  # stored verdicts that are not what the judge said
     digest: str = ""                                              # of the unpacked file
+    numbered: bool = False                                        # prompts are places in the file, not ids
 
     @property
     def rows(self) -> list[dict]:
@@ -105,7 +109,7 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
                 raise rejected("holds no judgment: mend or drop it")
             for row in rows:
                 if row.get("prompt", "") is None:
-                    row["prompt"] = place  # a prompt of its own
+                    row["prompt"], said.numbered = place, True  # a prompt of its own
             keys = [_key(row, said.format) for row in rows]
             for row, before in zip(rows, map(places.get, keys), strict=True):
                 if before and not options.keep_repeats:
@@ -268,14 +272,21 @@ def _of_a(reader: Callable, a_first: bool) -> Callable:
 
 def read_winner(words: str) -> float | None:
     """MT-Bench's [[A]], [[B]] or [[C]] as the preference for the reply shown first; None if it says two of them."""
-    return read_verdict(words, "pair").value
+    return _only(verdicts(split_thoughts(words)[0], "pair"))
 
 
 def read_rating(words: str) -> float | None:
     """MT-Bench's [[x]], or else [x], from 1 to 10; None if it says two."""
-    said = read_verdict(words, "score")
-    single = {float(x) for x in re.findall(rf"\[\s*{NUMBER}\s*\]", words)} if said.why == "no verdict" else ()
-    return next(iter(single)) if len(single) == 1 and 1 <= max(single) <= 10 else said.value
+    words = split_thoughts(words)[0]
+    said = verdicts(words, "score")
+    single = () if said else {float(x) for x in re.findall(rf"\[\s*{NUMBER}\s*\]", words)}
+    return next(iter(single)) if len(single) == 1 and 1 <= max(single) <= 10 else _only(said)
+
+
+def _only(said: list[Verdict]) -> float | None:
+    """What all of them say; None if they differ."""
+    values = {verdict.value for verdict in said}
+    return values.pop() if len(values) == 1 else None
 
 
 def read_two_scores(words: str) -> tuple[float, float] | None:
@@ -322,6 +333,8 @@ def read_alpaca_eval(record: dict, options: Options) -> list[dict]:
                 preference=None if math.isnan(p) else p)
     if record.get("dataset") is not None:
         row["category"] = _text(record, "dataset")
+    if "index" in record and isinstance(record.get("instruction"), str):
+        row["asked"] = digest(ask(record, "instruction", "input"))
     for side, n in (("a", 2), ("b", 1)):
         reply = record.get(f"output_{n}")
         for name, key, measure in (("length", f"len_{n}", len), ("words", f"uniq_{n}", distinct_words)):
@@ -437,7 +450,10 @@ def read_battles(record: dict, options: Options) -> list[dict]:
 
 
 def read_likert(record: dict, options: Options) -> list[dict]:
-    """A is shown left. Labels rate the pair in the order of its names, whoever saw it swapped."""
+    """A is shown left. Labels rate the pair in the order of its names, whoever saw it swapped.
+
+    No choice is an abstention: the rater cannot tell, or both are bad, as the record's flag may say.
+    """
     prompt, a, b = _prompt(record, "prompt"), _text(record, "a"), _text(record, "b")
     rater, rating = _text(record, "annotator", "anonymous"), record.get("rating")
     if rating is not None:
@@ -446,10 +462,21 @@ def read_likert(record: dict, options: Options) -> list[dict]:
         a_better = _one_of(record, "choice", {"a": True, "b": False, None: None})
         margin = 0 if a_better is None else _number(record.get("margin"), "margin", 1, 4, whole=True)
         rating = None if a_better is None else 5 - margin if a_better else 4 + margin
-    game = _game(record, prompt, a, b, True, judge=rater, rating=rating,
-                 preference=None if rating is None else likert_outcome(rating, options.slight_is_tie))
+    flag = {"skip": ": cannot tell", "bad": ": both are bad"}.get(record.get("flag"), "")
+    game = _game(record, prompt, a, b, True, judge=rater, rating=rating, **_also(record, "seconds"),
+                 preference=None if rating is None else likert_outcome(rating, options.slight_is_tie),
+                 **({"why": f"abstained{flag}"} if rating is None else {}), **_lengths(record.get("replies")))
     return [game, {"unit": json.dumps([prompt, game.get("turn"), *sorted((a, b))]), "rater": rater,
                    "label": 9 - rating if rating and a > b else rating}]
+
+
+def _lengths(replies) -> dict:
+    """The lengths of a vote's two replies, a's first, where it keeps them."""
+    texts = [r.get("text") if isinstance(r, dict) else r for r in replies] if isinstance(replies, list) else []
+    if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+        return {}
+    return {f"{name}_{side}": of(text) for side, text in zip("ab", texts, strict=True)
+            for name, of in (("length", len), ("words", distinct_words))}
 
 
 def read_arena_hard(record: dict, options: Options) -> list[dict]:

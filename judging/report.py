@@ -7,6 +7,7 @@
               {"kind": "matrix", "names", "columns", "grid", "label", "low", "high"}               tinted cells
               {"kind": "points", "x", "y", "x_label", "y_label"}
               {"kind": "bars", "names", "groups": {series: values}, "label"}
+              {"kind": "radar", "names", "columns", "grid", "label", "low", "high"}                a line around
 
 Numbers are in the unit that the column's name states. What is not a finite number is None, printed as "-".
 """
@@ -25,7 +26,7 @@ from string import Template
 from judging.entries import read_lines
 from judging.figures import DARK, LIGHT, align, draw, is_number, is_numeric, plain, show
 from judging.ratings import paired_difference
-from judging.tables import bounded, dots
+from judging.tables import MOST_UNPARSED, bounded, dots
 from runtime import fail, write_text
 
 WIDTH = 120  # of the terminal
@@ -187,7 +188,8 @@ def compare(folders: list[str | Path]) -> dict:
              for title in mine if title not in other]
     if alone:
         sections.append({"title": "Sections of one run only", "columns": ["section", "run", "rows"], "rows": alone})
-    sections += _compare_preferences([Path(folder) / "judgments.jsonl" for folder in folders], runs)
+    forced = all(report["about"].get("force") for report in reports)
+    sections += _compare_preferences([Path(folder) / "judgments.jsonl" for folder in folders], runs, forced)
     for title, section in found[0].items():
         sections += _compare_section(title, section, found[1][title], runs) if title in found[1] else []
     return clean({"title": f"{runs[1]} against {runs[0]}", "about": dict(zip(runs, map(str, folders), strict=True)),
@@ -263,7 +265,7 @@ def _compare_section(title: str, first: dict, second: dict, runs: list[str]) -> 
     return [note(title, " ".join(notes).strip() or "The same in both."), *sections]
 
 
-def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
+def _compare_preferences(files: list[Path], runs: list[str], force: bool) -> list[dict]:
     """The difference in mean preference of each model, paired by prompt, where both runs kept their judgments."""
     title = "Mean preference, paired by prompt"
     missing = [str(file) for file in files if not file.is_file()]
@@ -276,7 +278,7 @@ def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
         common = sorted(set(x) & set(y))
         pairs = [(p, x[p], y[p]) for p in common if x[p] is not None and y[p] is not None]
         means = [None] * 3
-        if pairs:
+        if pairs and (force or len(common) - len(pairs) <= MOST_UNPARSED * len(common)):
             prompts, before, after = zip(*pairs, strict=True)
             gap = paired_difference(after, before, prompts)
             cells[model] = bounded(gap["difference"], gap["low"], gap["high"])
@@ -285,7 +287,8 @@ def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
     columns = ["judge and pair", *(f"{run}, %" for run in runs), "difference, points", "prompts", "no verdict",
                *(f"only in {run}" for run in runs)]
     return [{"title": title, "columns": columns, "rows": rows,
-             "text": "Over the prompts for which both runs have a verdict; the interval resamples these prompts.",
+             "text": "Over the prompts for which both runs have a verdict, unless more than "
+                     f"{MOST_UNPARSED:.0%} have none; the interval resamples these prompts.",
              "figure": dots(cells, "difference, points", reference=0)}]
 
 

@@ -29,7 +29,7 @@ from data.formats import read
 from data.scores import all_scores, mean_logprobs, response_logprob_sums, response_scores
 from data.tokenizer import adopt_template, load_tokenizer
 from data.trees import tree_from_ranking, truncate
-from judging.ratings import mean_interval, wilson
+from judging.ratings import mean_interval
 from judging.tables import bounded, share_cell
 from runtime import fail
 
@@ -81,6 +81,14 @@ def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_leng
     return scorer
 
 
+LENGTH_ALONE = "length alone: the longer reply"
+
+
+def by_length(questions: list[dict]) -> dict[str, list[float]]:
+    """The scorer every other must beat: the characters of a reply. Chosen replies are longer in many sets."""
+    return {q["key"]: [float(len(text)) for text in q["answers"]] for q in questions}
+
+
 def ask(scorer: Scorer, questions: list[dict]) -> dict[str, list[float]]:
     """The scorer's answer, checked: a NaN would lose every comparison without a word."""
     wanted = {q["key"]: len(q["answers"]) for q in questions}
@@ -97,14 +105,10 @@ def ask(scorer: Scorer, questions: list[dict]) -> dict[str, list[float]]:
 
 def accuracy(hits: Sequence[bool], prompts: Sequence[str]) -> dict[str, float]:
     """The share of hits and its 95 % interval: from resampled prompts where several pairs share one, else Wilson's."""
-    n, different = len(hits), len(set(prompts))
-    if n == 0:
+    if not hits:
         raise ValueError("no pair to average")
-    if different == n or sum(hits) in (0, n):  # all alike: resampling would be certain
-        low, high = wilson(sum(hits) / n * different, different)
-    else:
-        low, high = mean_interval(hits, prompts)
-    return bounded(sum(hits) / n, low, high) | {"n": n, "prompts": different}
+    found = bounded(sum(hits) / len(hits), *mean_interval(hits, prompts))
+    return found | {"n": len(hits), "prompts": len(set(prompts))}
 
 
 def weighted_mean(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
@@ -134,14 +138,14 @@ def preference_accuracy(records: Iterable[dict], scorer: Scorer) -> dict:
         answers += [text for text in (record["chosen"], record["rejected"]) if text not in answers]
     scores = ask(scorer, list(questions.values()))
     kept = [i for i, key in enumerate(keys) if key in scores]
-    if not kept:
-        raise ValueError(f"none of {len(records)} pairs was scored")
     replies = {key: dict(zip(questions[key]["answers"], values, strict=True)) for key, values in scores.items()}
     difference = {i: replies[keys[i]][records[i]["chosen"]] - replies[keys[i]][records[i]["rejected"]] for i in kept}
     margins = _bins([records[i].get("margin") for i in kept])
     categories = [records[i].get("category") or None for i in kept]
 
     def hits(chosen: list[int]) -> dict[str, float]:
+        if not chosen:  # no prompt was short enough for the scorer
+            return bounded(math.nan, math.nan, math.nan) | {"n": 0, "prompts": 0}
         return accuracy([difference[i] > 0 for i in chosen], [openings[i] for i in chosen])
 
     def by(labels: list[str | None]) -> dict[str, dict]:
@@ -187,7 +191,8 @@ def rewards_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
              for name, row in TALK.items()]
     return {"title": "Reward model accuracy",
             "text": "Share of pairs whose chosen reply scores strictly higher; ties are misses. The mean of the four "
-                    "sets is plain, no weighting by size. Pairs whose prompt is too long for the scorer are unscored "
+                    "sets is plain, no weighting by size. Length alone is no model: what does not beat it may have "
+                    "learnt to count. Pairs whose prompt is too long for the scorer are unscored "
                     "and not in the share.",
             "columns": ["scorer", *(f"{name}, %" for name in SETS), "mean of four, %",
                         *(f"{name}, %" for name in others), "pairs", "ties", "unscored"], "rows": rows}
@@ -304,7 +309,7 @@ def rewardbench(questions: list[dict], scorer: Scorer, prior: Mapping[str, Mappi
         else:
             hits[q["subset"]].append((gap > 0, q["key"]))
     subsets = {name: accuracy(*zip(*found, strict=True)) for name, found in hits.items()}
-    if gaps:
+    if {i.partition(":")[2] for i in gaps if i[0] == "r"} & {i.partition(":")[2] for i in gaps if i[0] == "t"}:
         ties = ties_score(gaps, spreads)
         subsets["Ties"] = bounded(ties["score"], ties["score"], ties["score"]) | {"n": len(gaps), "parts": ties}
     published = SUBSETS if questions[0]["subset"] in SUBSETS else SUBSETS_2

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from data.llm import Budget, Request, Sampling, ask
+from data.llm import Budget, Request, Sampling, ask, split_thoughts
 from judging.entries import read_lines
 from judging.prompts import PROMPTS
 from judging.rewards import Scorer
@@ -30,13 +30,21 @@ from runtime import fail
 
 # ----------------------------------------------------------------------------------------- attacks
 
-def read_transcripts(path: str | Path) -> list[dict]:
-    """Attempts of collect/red_team.py: {"behaviour", "messages", "judged": "unsafe", "safe" or null, ...}."""
+def read_transcripts(path: str | Path, behaviours: str = "") -> list[dict]:
+    """Attempts of collect/red_team.py: {"behaviour", "messages", "judged": "unsafe", "safe" or null, ...}.
+
+    `behaviours` names the file of all that there are, if they are not simply those that were tried.
+    """
+    known = set(load_texts(behaviours, "behaviour")) if behaviours else None
+
     def transcript(row: dict, number: int) -> dict:
         roles = [m["role"] for m in row["messages"] if isinstance(m["content"], str)]
         whole = len(roles) == len(row["messages"]) and roles[-2:] == ["user", "assistant"]
         if not whole or not isinstance(row["behaviour"], str) or row.get("judged") not in ("unsafe", "safe", None):
             raise ValueError
+        if known is not None and row["behaviour"] not in known:
+            fail(f"{path} line {number}: the behaviour {row['behaviour'][:60]!r} is not in {behaviours}, expected one "
+                 "of its lines: add it there, or drop the line")
         return row
 
     return read_lines(path, transcript, "is no transcript, expected 'behaviour', 'messages' that end with a reply, and "
@@ -133,12 +141,14 @@ def judge(model, kind: str, dialogues: Sequence[dict], ledger: Path, budget: Bud
         text = text.replace("[[", "[ [")  # a reply that speaks of verdicts gives none
         requests.append(Request([{"role": "user", "content": f"{PROMPTS['safety'][kind]}\n\n{text}"}]))
     replies = ask(model, requests, Sampling(max_tokens=200, temperature=0), ledger, budget, progress=f"judge {kind}")
-    return [None if reply is None else read_verdict(reply.text, kind) for reply in replies]
+    return [read_verdict(reply.text, kind) if reply and reply.finished else None for reply in replies]
 
 
 def read_verdict(text: str, kind: str) -> str | None:
+    """The one of VERDICTS[kind] that is said after the thoughts; None for two, and in thoughts without an end."""
+    text, _, ended = split_thoughts(text)
     said = {word.strip().lower() for word in re.findall(r"\[\[([^\[\]]*)\]\]", text)}
-    return said.pop() if len(said) == 1 and said <= set(VERDICTS[kind]) else None
+    return said.pop() if ended and len(said) == 1 and said <= set(VERDICTS[kind]) else None
 
 
 # ------------------------------------------------------------------------------------------- leaks

@@ -1,11 +1,13 @@
 """From rows of verdicts to the sections of a report (their form: judging/report.py).
 
     a game    {"judge", "prompt", "turn", "repeat", "category", "a", "b", "a_first", "preference", "rating", "why",
-               "length_a", ...}
-    a score   {"judge", "prompt", "turn", "repeat", "category", "model", "score", "why"}
+               "key", "length_a", ...}
+    a score   {"judge", "prompt", "turn", "repeat", "category", "model", "score", "why", "key"}
 
-preference is a's, from 0 to 1, None where no verdict could be read; a_first is None where the judge saw no order. Two
-games that differ in a_first alone are the two orders of one comparison, and count once: a win needs both.
+preference is a's, from 0 to 1, None where no verdict could be read: "why" is the reason, and "key" finds the judge's
+words in the ledger, calls.jsonl. a_first is None where the judge saw no order. Two games that differ in a_first alone
+are the two orders of one comparison, and count once: a win needs both. rating is 1, the reply shown first is much
+better, to 8; where there is no order, a is the first.
 """
 from __future__ import annotations
 
@@ -46,6 +48,11 @@ def count_cell(wins: float, n: int) -> dict | None:
     return percent(wins / n, *ratings.wilson(wins, n)) if n else None
 
 
+def mean_cell(values: Sequence[float], prompts: Sequence) -> dict | None:
+    """The mean of preferences in percent, with its interval from resampled prompts; None for none."""
+    return percent(float(np.mean(values)), *ratings.mean_interval(values, prompts)) if len(values) else None
+
+
 def dots(cells: Mapping[str, dict], label: str, **more) -> dict:
     """The figure of cells with intervals by name."""
     value, low, high = ([x[key] for x in cells.values()] for key in ("value", "low", "high"))
@@ -79,7 +86,9 @@ def turned(row: dict) -> dict:
     """The same game with a and b exchanged."""
     known = [name for name in ("length", "words", "list") if f"{name}_a" in row and f"{name}_b" in row]
     other = {f"{name}_{side}": row[f"{name}_{'ba'['ab'.index(side)]}"] for name in known for side in "ab"}
-    p, first = row["preference"], row.get("a_first")
+    p, first, rating = row["preference"], row.get("a_first"), row.get("rating")
+    if rating is not None and first is None:
+        other["rating"] = 9 - rating
     return row | other | {"a": row["b"], "b": row["a"], "preference": None if p is None else 1 - p,
                           "a_first": None if first is None else not first}
 
@@ -99,23 +108,40 @@ def merge_orders(rows: Iterable[dict]) -> tuple[list[dict], np.ndarray, np.ndarr
             forward.append(decided(games[True]["preference"]))
             backward.append(decided(games[False]["preference"]))
             both = float(ratings.both_orders([forward[-1]], [backward[-1]])[0])
-            merged.append(games[True] | {"a_first": None, "preference": None if math.isnan(both) else both})
+            unread = next((r for r in games.values() if r["preference"] is None), games[True])
+            merged.append(games[True] | {"a_first": None, "preference": None if math.isnan(both) else both, "orders": 2,
+                                         "why": unread.get("why", "")} | mean_rating(games.values()))
         else:
             merged.append(next(iter(games.values())))
     return merged, np.array(forward), np.array(backward)
 
 
+def mean_rating(rows: Iterable[dict]) -> dict[str, float]:
+    """{"rating": a's mean rating}, 1 a is much better to 8 b is; {} where there is none."""
+    known = [r["rating"] if r.get("a_first") is not False else 9 - r["rating"] for r in rows if r.get("rating")]
+    return {"rating": sum(known) / len(known)} if known else {}
+
+
 def majority(rows: Sequence[dict], name: str) -> list[dict]:
-    """Games of several judges, such as people, as those of one: the verdict most of them gave, else a tie."""
+    """Games of several judges, such as people, as those of one, whichever side each of them saw.
+
+    A comparison with several judges becomes one game without an order: the verdict most of them gave, else a tie, and
+    their mean rating. Who gave none abstains; if all do, so does the majority.
+    """
     votes: dict[tuple, list[dict]] = {}
     for row in rows:
         row = row if row["a"] < row["b"] else turned(row)
-        votes.setdefault((*comparison(row)[1:], row.get("a_first")), []).append(row)
+        votes.setdefault(comparison(row)[1:], []).append(row)
     found = []
     for of in votes.values():
-        given = multimode(decided(r["preference"]) for r in of if r["preference"] is not None)
-        p = of[0]["preference"] if len(of) == 1 else None if not given else given[0] if len(given) == 1 else 0.5
-        found.append(of[0] | {"judge": name, "preference": p})
+        if len({row["judge"] for row in of}) == 1:
+            found += [row | {"judge": name} for row in of]
+            continue
+        each = merge_orders(of)[0]
+        given = multimode(decided(r["preference"]) for r in each if r["preference"] is not None)
+        p = None if not given else given[0] if len(given) == 1 else 0.5
+        found.append(each[0] | {"judge": name, "a_first": None, "preference": p, "rating": None,
+                                "why": "" if given else "abstained"} | mean_rating(each))
     return found
 
 
@@ -128,12 +154,23 @@ def games_of(rows: Iterable[dict]) -> Games:
     return collect(Game(r["a"], r["b"], decided(r["preference"]), r["prompt"], bool(r.get("a_first"))) for r in rows)
 
 
+def abstained(row: dict) -> bool:
+    """Whether people saw the pair and did not choose, which is no failure to read them."""
+    return (row.get("why") or "").startswith("abstained")
+
+
 def unparsed(rows: Sequence[dict], key: str = "preference") -> tuple[int, int, str]:
-    """How many rows have no verdict, of how many, and a sentence that says so, with the reasons."""
-    reasons = Counter((row.get("why") or "no verdict").split(":")[0] for row in rows if row[key] is None)
+    """How many rows have no verdict, of how many, and a sentence that says so, with the reasons.
+
+    Abstentions are counted apart and are in neither number.
+    """
+    asked = [row for row in rows if not abstained(row)]
+    reasons = Counter((row.get("why") or "no verdict").split(":")[0] for row in asked if row[key] is None)
     named = ", ".join(f"{n} {why}" for why, n in reasons.most_common())
-    said = f"{reasons.total()} of {len(rows)} verdicts could not be read" + (f" ({named})." if reasons else ".")
-    return reasons.total(), len(rows), said
+    said = f"{reasons.total()} of {len(asked)} verdicts could not be read" + (f" ({named})." if reasons else ".")
+    if abstentions := len(rows) - len(asked):
+        said += f" {abstentions} more are abstentions, and in no mean."
+    return reasons.total(), len(asked), said
 
 
 def refused(rows: Sequence[dict], force: bool, key: str = "preference") -> str:
@@ -145,6 +182,20 @@ def refused(rows: Sequence[dict], force: bool, key: str = "preference") -> str:
         said += f" Above {MOST_UNPARSED:.0%} no mean is given: read the failures in judgments.jsonl, or set force=true."
         return said
     return ""
+
+
+def unequal_sets(rows: Iterable[dict]) -> str:
+    """Which models met on how many prompts, if they did not all meet on the same; "" if they did."""
+    met: dict[str, set] = {}
+    for row in rows:
+        for side in ("ab" if "a" in row else ("model",)):
+            met.setdefault(row[side], set()).add((str(row["prompt"]), row.get("turn", 1), row.get("repeat", 0)))
+    every = len(set().union(*met.values()))
+    if all(len(mine) == every for mine in met.values()):
+        return ""
+    named = [f"{model} {len(mine)}" for model, mine in sorted(met.items())]
+    return (f"The models did not meet on the same questions. Of {every}, turns counted apart: "
+            f"{', '.join(named[:12])}{' ...' if len(named) > 12 else ''}.")
 
 
 # ------------------------------------------------------------------------------------------- games
@@ -178,11 +229,12 @@ def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, force: bo
         if not line["refused"]:
             p, prompts = preferences(mine), [str(r["prompt"]) for r in mine]
             low, high = ratings.mean_interval(p, prompts, rounds)
-            line |= {**ratings.win_rate(p, prompts), "low": 100 * low, "high": 100 * high}
+            line |= {**ratings.win_rate(p, prompts), "missing": line["missing"], "low": 100 * low, "high": 100 * high}
             if all("length_a" in r for r in mine):
                 length, other = (np.array([r[f"length_{side}"] for r in mine], dtype=float) for side in "ab")
                 names, owner = np.unique(prompts, return_inverse=True)
-                fit = ratings.lc2(p, other, length, ratings.resample(len(names), min(rounds, 200), 0)[:, owner])
+                drawn = ratings.resample(len(names), min(rounds, 200), 0)[:, owner]
+                fit = ratings.lc2(p, other, length, drawn, len(names))
                 line |= {"lc2": bounded(fit["lc2"], fit["low"], fit["high"]), "length": float(length.mean())}
                 if difficulty:
                     line["lc"] = ratings.fit_lc(p, other, length, [difficulty[x] for x in prompts])["lc_win_rate"]
@@ -193,15 +245,15 @@ def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, force: bo
 def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: str, force: bool = False,
                      difficulty: Mapping[str, float] | None = None) -> dict:
     """`rows` after merge_orders."""
-    keys = ("wins", "draws", "losses", "missing", "lc2", "length", *["lc"] * bool(difficulty))
+    keys = ("wins", "draws", "losses", "n", "missing", "lc2", "length", *["lc"] * bool(difficulty))
     lines = win_rates(rows, baseline, force=force, difficulty=difficulty)
     cells = {x["model"]: bounded(x["win_rate"], x["low"], x["high"]) for x in lines if not x["refused"]}
     table = [[x["model"], cells.get(x["model"]), *(x.get(key) for key in keys)] for x in lines]
-    text = f"{unparsed(rows)[2]} {orders} A draw is half a win; intervals resample prompts."
+    text = f"{unequal_sets(rows)} {unparsed(rows)[2]} {orders} A draw is half a win; intervals resample prompts."
     if any("lc2" in x for x in lines):
         text += " lc2 is the win rate at equal length from a fit of two terms, not AlpacaEval's LC."
     text = f"{text} {' '.join(dict.fromkeys(x['refused'] for x in lines if x['refused']))}".strip()
-    columns = ["model", "win rate, %", "wins", "draws", "losses", "unread", "lc2, %", "characters"]
+    columns = ["model", "win rate, %", "wins", "draws", "losses", "n", "unread", "lc2, %", "characters"]
     if difficulty:
         columns.append("LC, %")
         text += (" LC has the third term, each prompt's difficulty; unlike AlpacaEval's its fit has no penalty and no "
@@ -219,43 +271,53 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
     if why:
         return [{"title": f"{judge}: ratings", "text": why, "columns": ["model"], "rows": []}]
     # A draw of each model against an average one keeps the rating of a model that never lost finite.
-    half = ratings.bootstrap_bradley_terry(games, rounds=rounds)
-    found = ratings.rating_table(games.models, half, ratings.bradley_terry(games, prior=1)["ratings"])
+    half = ratings.bootstrap_bradley_terry(games, rounds=rounds, prior=1, ends=True)
+    point = ratings.bradley_terry(games, prior=1)["ratings"]
+    found = ratings.rating_table(games.models, half, point, games.prompts)
     table, elo = ({x["model"]: bounded(x["rating"], x["low"], x["high"]) for x in lines} for lines in (
-        found, ratings.rating_table(games.models, ratings.bootstrap_elo(games, rounds))))
+        found, ratings.rating_table(games.models, ratings.bootstrap_elo(games, rounds, ends=True))))
     tied, clear = (games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any()
     davidson = ratings.bradley_terry(games, "davidson", prior=1)["ratings"] if tied and clear else {}
     record = ratings.records(games)
     lines = [[m, x["rank"], table[m], elo[m], davidson.get(m), record[m]["win_rate"], record[m]["n"]]
              for m, x in zip(table, found, strict=True)]
     sections = [{"title": f"{judge}: ratings", "rows": lines, "figure": dots(table, "Bradley-Terry"),
-                 "text": "Bradley-Terry with a tie as half a win, centred on 1000, 400 points for odds of ten to one. "
-                         "Elo is the median over resampled prompts in random order, K 32. A rank is one more than the "
-                         "models whose interval lies wholly above. Modelled ties: Davidson.",
+                 "text": f"{unequal_sets(rows)} Bradley-Terry with a tie as half a win, centred on 1000, 400 points "
+                         "for odds of ten to one. Elo is the median over resampled prompts in random order, K 32. A "
+                         "rank is one more than the models whose interval lies wholly above. Modelled ties: "
+                         "Davidson.".strip(),
                  "columns": ["model", "rank", "Bradley-Terry", "Elo", "ties modelled", "wins + ties/2, %", "games"]}]
     if len(table) > 2:
-        grid = [[_win_share(against(rows, a, b)) if a != b else None for b in table] for a in table]
-        text = "Wins of the row's model against the column's in percent, ties half."
+        grid = [[_mean(against(rows, a, b), "preference", force, 100) if a != b else None for b in table]
+                for a in table]
+        met = Counter(frozenset((r["a"], r["b"])) for r in rows if r["preference"] is not None).values()
+        text = (f"Wins of the row's model against the column's in percent, ties half; {min(met)} to {max(met)} games a "
+                "pair.")
         sections.append(grid_section(f"{judge}: who beats whom", text, list(table), list(table), grid, "win rate, %"))
     return sections
 
 
-def _win_share(rows: Sequence[dict]) -> float | None:
-    p = [r["preference"] for r in rows if r["preference"] is not None]
-    return 100 * float(np.mean(p)) if p else None
+def _mean(rows: Sequence[dict], key: str, force: bool, scale: float = 1) -> float | None:
+    """None where there is nothing to average, or too much is unread."""
+    if refused(rows, force, key):
+        return None
+    return scale * float(np.mean([r[key] for r in rows if r[key] is not None]))
 
 
 def category_of(row: dict) -> str:
     return row.get("category") or ""
 
 
-def category_section(rows: Sequence[dict], baseline: str, judge: str) -> dict | None:
-    """Win rate against the baseline by category; None if there is but one."""
+def category_section(rows: Sequence[dict], baseline: str, judge: str, force: bool = False) -> dict | None:
+    """Win rate against the baseline by category; None if there is but one, or no model has a mean."""
     categories, models = sorted(set(map(category_of, rows))), opponents(rows, baseline)
     if len(categories) < 2:
         return None
-    grid = [[_win_share([r for r in against(rows, m, baseline) if category_of(r) == c]) for c in categories]
-            for m in models]
+    models = [m for m in models if not refused(against(rows, m, baseline), force)]
+    if not models:
+        return None
+    grid = [[_mean([r for r in against(rows, m, baseline) if category_of(r) == c], "preference", force, 100)
+             for c in categories] for m in models]
     prompts = Counter(category for _, category in {(r["prompt"], category_of(r)) for r in rows})
     counts = ", ".join(f"{c or '-'} {prompts[c]}" for c in categories)
     return grid_section(f"{judge}: wins against {baseline} by category", f"Percent; prompts: {counts}.", models,
@@ -265,32 +327,68 @@ def category_section(rows: Sequence[dict], baseline: str, judge: str) -> dict | 
 # ------------------------------------------------------------------------------------------ scores
 
 def score_sections(rows: Sequence[dict], judge: str, force: bool = False) -> list[dict]:
-    """Mean score by model, turn and category; of two turns MT-Bench's average over all valid rows of both."""
+    """Mean score by model, turn and category; of two turns MT-Bench's average over all valid rows of both.
+
+    Only what all models answered counts: a mean over easier questions is higher.
+    """
+    given, models = rows, sorted({r["model"] for r in rows})
+    rows = _common(rows)
     turns, categories = sorted({r.get("turn", 1) for r in rows}), sorted(set(map(category_of, rows)))
     lines, cells, why = [], {}, {}
-    for model in sorted({r["model"] for r in rows}):
+    scale = [r["score"] for r in rows if r["score"] is not None]
+    for model in models:
         mine = [r for r in rows if r["model"] == model]
         why[model] = refused(mine, force, "score")
         means: list = [None] * len(turns)
         if not why[model]:
             score = preferences(mine, "score")
-            cells[model] = bounded(float(np.nanmean(score)), *ratings.mean_interval(score, [r["prompt"] for r in mine]))
-            means = [_mean(r for r in mine if r.get("turn", 1) == t) for t in turns]
-        lines.append([model, cells.get(model), *means, sum(r["score"] is None for r in mine)])
+            ends = ratings.mean_interval(score, [r["prompt"] for r in mine], low=min(1, *scale), high=max(10, *scale))
+            cells[model] = bounded(float(np.nanmean(score)), *ends)
+            means = [_mean([r for r in mine if r.get("turn", 1) == t], "score", force) for t in turns]
+        unread = sum(r["score"] is None for r in mine)
+        lines.append([model, cells.get(model), *means, len(mine) - unread, unread,
+                      sum(r["model"] == model for r in given) - len(mine)])
     lines.sort(key=lambda x: -(x[1]["value"] if x[1] else -math.inf))
-    text = f"{unparsed(rows, 'score')[2]} The mean is over all scores of all turns; intervals resample prompts."
-    sections = [{"title": f"{judge}: scores", "columns": ["model", "mean", *(f"turn {t}" for t in turns), "unread"],
+    text = (f"{unequal_sets(given)} {unparsed(rows, 'score')[2]} The mean is over the scores n of all turns that all "
+            "models answered; intervals resample prompts.")
+    columns = ["model", "mean", *(f"turn {t}" for t in turns), "n", "unread", "left out"]
+    sections = [{"title": f"{judge}: scores", "columns": columns,
                  "rows": lines, "text": f"{text} {' '.join(dict.fromkeys(why.values()))}".strip()}]
-    given = [line[0] for line in lines if line[1]]
-    sections[0] |= {"figure": dots({m: cells[m] for m in given}, "mean score")} if given else {}
-    if given and len(categories) > 1:
-        grid = [[_mean(r for r in rows if r["model"] == m and category_of(r) == c) for c in categories] for m in given]
-        values = [x for line in grid for x in line if x is not None]
-        sections.append(grid_section(f"{judge}: scores by category", "", given, categories, grid, "mean score",
-                                     min(values), max(values)))
-    return sections
+    named = [line[0] for line in lines if line[1]]
+    sections[0] |= {"figure": dots({m: cells[m] for m in named}, "mean score")} if named else {}
+    parts = domain_section(rows, judge, named, categories, force) if named and len(categories) > 1 else None
+    return sections + [parts] * bool(parts)
 
 
-def _mean(rows: Iterable[dict]) -> float | None:
-    score = [r["score"] for r in rows if r["score"] is not None]
-    return float(np.mean(score)) if score else None
+# The talk's figure goes round MT-Bench's domains in this order.
+DOMAINS = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+
+
+def domain_section(rows: Sequence[dict], judge: str, models: Sequence[str], categories: Sequence[str],
+                   force: bool = False) -> dict | None:
+    """Mean score by category; a radar with the models overlaid if both are few enough to tell apart."""
+    categories = DOMAINS if set(categories) == set(DOMAINS) else categories
+    grid = [[_mean([r for r in rows if r["model"] == m and category_of(r) == c], "score", force) for c in categories]
+            for m in models]
+    values = [x for line in grid for x in line if x is not None]
+    if not values:
+        return None
+    counts = Counter(map(category_of, rows))
+    counted = ", ".join(f"{c or '-'} {counts[c] // len(models)}" for c in categories)
+    section = grid_section(f"{judge}: scores by category", f"Scores of each model: {counted}.", models, categories,
+                           grid, "mean score", min(values), max(values))
+    if 3 <= len(categories) <= 12 and len(models) <= 6 and len(values) == len(models) * len(categories):
+        section["figure"] |= {"kind": "radar", "low": 0, "high": max(10, max(values))}
+    return section
+
+
+def _common(rows: Sequence[dict]) -> list[dict]:
+    """The rows of what every model has a row of."""
+    def of(row: dict) -> tuple:
+        return str(row["prompt"]), row.get("turn", 1), row.get("repeat", 0)
+
+    models: dict[tuple, set[str]] = {}
+    for row in rows:
+        models.setdefault(of(row), set()).add(row["model"])
+    every = {row["model"] for row in rows}
+    return [row for row in rows if models[of(row)] == every]

@@ -207,6 +207,22 @@ def test_small_categories_are_not_given_a_number():
     assert said["poems"]["n"] == 5 and np.isnan(said["poems"]["value"])
 
 
+def test_a_category_needs_eight_prompts_not_eight_pairs():
+    ratings = random_ratings(np.random.default_rng(4), raters=2)[:, :24]
+    one, eight, own = (by_category(spearman, ratings, ["x"] * 24, groups, rounds=20)["x"] for groups in (
+        ["p"] * 24, [f"p{i // 3}" for i in range(24)], None))
+    assert (one["n"], one["groups"]) == (24, 1) and np.isnan(one["value"])
+    assert eight["groups"] == 8 and eight["value"] == own["value"] == spearman(ratings)
+
+
+def test_perfect_agreement_is_not_certain():
+    """Ten units alike: Wilson leaves 3.8415 / 13.8415 = 0.2775 open, over a share's length 1 or a correlation's 2."""
+    same = np.array([[0, 1] * 5, [0, 1] * 5], dtype=float)
+    shares = bootstrap(lambda x: raw_agreement(x)["agreement"], same, rounds=50, lowest=0)
+    assert (shares["low"], shares["high"]) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert bootstrap(spearman, same, rounds=50)["low"] == pytest.approx(1 - 2 * 0.2775, abs=1e-4)
+
+
 @real
 def test_krippendorff_reproduces_the_published_example():
     with open(Path(os.environ["REAL_DATA"]) / "judge" / "agreement" / "codings.csv") as file:

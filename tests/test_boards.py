@@ -33,6 +33,8 @@ def test_boards_of_a_checkpoint_stand_in_one_report(checkpoint, tmp_path):
     # A policy that is its own reference prefers nothing: all ties, and a tie is a miss.
     assert board["implicit"]["pairs, %"]["value"] == 0 and board["implicit"]["ties"] == 8
     assert board["baseline"]["ties"] == 0
+    # "1." against "No." and so on: the longer reply is never the chosen one.
+    assert board["length alone: the longer reply"]["pairs, %"]["value"] == 0
     safety = {row[1]: row for row in sections["Safety"]["rows"]}
     assert safety["attack success, of all behaviours"][3:5] == [1, 2]
     assert "fallback" in sections["Safety"]["text"]

@@ -191,3 +191,82 @@ def test_a_reference_answer_reaches_the_question(checkpoint, tmp_path):
     config = load_config(Config, "", [f"models=[\"m={checkpoint}\"]", f"data={tmp_path / 'q.jsonl'}",
                                       f"references={tmp_path / 'r.jsonl'}"])
     assert judge.load_questions(config.data, config.references)[0][0].references == ["2", "4"]
+
+
+# -------------------------------------------------------------------- what a report says of its own making
+
+@pytest.fixture
+def two_models(tmp_path):
+    """Four questions of two categories, and a settings function for two files of answers to them."""
+    data = write_jsonl(tmp_path / "q.jsonl", [{"id": str(i), "category": "ab"[i % 2], "prompt": f"Q{i}?"}
+                                              for i in range(4)])
+    for name in ("one", "two"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"id": str(i), "replies": [f"{name} {i}"]} for i in range(4)])
+
+    def settings(out: str, **changes) -> dict:
+        return {"models": [f"{name}={tmp_path / name}.jsonl" for name in ("one", "two")], "data": str(data), "show": 0,
+                "out": str(tmp_path / out), "device": "cpu", "threads": 1, "judge_max_tokens": 4, "force": True,
+                **changes}
+    return settings
+
+
+def test_every_setting_that_moves_a_number_is_in_the_report_and_compared(checkpoint, two_models, tmp_path):
+    judges = [f"j={checkpoint}"]
+    judge.main(Config(**two_models("a", judges=judges)))
+    judge.main(Config(**two_models("b", judges=judges, wording="criteria", orders="one", form="label",
+                                   judge_max_tokens=3, force=False)))
+    about = json.loads((tmp_path / "a" / "report.json").read_text())["about"]
+    assert {"judges", "form", "wording", "orders", "judge_max_tokens", "max_tokens", "temperature", "date", "force",
+            "questions", "questions' hash", "unread at most", "judges: j, hash", "models: one, hash"} <= about.keys()
+    assert about["questions"] == 4 and not {"out", "show", "threads", "parallel"} & about.keys()
+    differ = judge.report.compare([tmp_path / "a", tmp_path / "b"])["sections"][0]
+    assert {row[0]: row[1:] for row in differ["rows"]} == {
+        "form": ["pair", "label"], "wording": ["plain", "criteria"], "orders": ["both", "one"],
+        "judge_max_tokens": ["4", "3"], "force": ["true", None]}
+
+
+def test_other_questions_and_other_answers_under_the_same_name_differ(two_models, tmp_path, checkpoint):
+    judge.main(Config(**two_models("a", judges=[f"j={checkpoint}"])))
+    write_jsonl(tmp_path / "q.jsonl", [{"id": str(i), "prompt": f"Q{i}!"} for i in range(4)])
+    write_jsonl(tmp_path / "one.jsonl", [{"id": str(i), "replies": [f"won {i}"]} for i in range(4)])
+    judge.main(Config(**two_models("b", judges=[f"j={checkpoint}"])))
+    differ = judge.report.compare([tmp_path / "a", tmp_path / "b"])["sections"][0]
+    assert [row[0] for row in differ["rows"]] == ["questions' hash", "models: one, hash"]
+
+
+def test_the_config_of_a_run_repeats_it(checkpoint, two_models, tmp_path):
+    config = Config(**two_models("a", judges=[f"j={checkpoint}"], temperatures=["a=0.1"]))
+    judge.main(config)
+    again = load_config(Config, "", ["--config", str(tmp_path / "a" / "config.toml")])
+    assert {key: list(x) if isinstance(x, tuple) else x for key, x in vars(config).items()} == vars(again)
+
+
+def test_a_category_is_answered_at_its_own_temperature(checkpoint, two_models, tmp_path):
+    judge.main(Config(**two_models("a", models=[f"m={checkpoint}"], judges=["r=recorded:" + str(write_jsonl(
+        tmp_path / "r.jsonl", [{"prompt": "0", "model": "m", "score": 5, "judge": "x"}]))], max_tokens=2,
+        temperatures=["a=0", "c=0.5"])))
+    lines = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").open()]
+    assert {line["messages"][0]["content"]: line["sampling"]["temperature"] for line in lines} == {
+        "Q0?": 0, "Q1?": 0.7, "Q2?": 0, "Q3?": 0.7}
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"temperatures": ["a=warm"]}, "holds no number"),
+    ({"temperatures": ["a=11"]}, "temperatures: a is 11"),
+    ({"parallel": 0}, "parallel is 0"),
+    ({"timeout_s": 0.0}, "timeout_s is 0"),
+    ({"models": ["one=one.jsonl"], "judges": ["http://x/v1#m"], "trial": 3, "marks": True}, "two models' replies"),
+])
+def test_settings_that_cannot_be_are_refused_before_anybody_is_asked(changes, said, two_models, capsys):
+    exits(capsys, lambda: Config(**two_models("a", **changes)), said)
+
+
+@pytest.mark.parametrize("form", ["pair", "likert", "margin", "label"])
+def test_models_that_say_the_same_throughout_make_a_report(form, checkpoint, two_models, tmp_path):
+    models = [f"{name}={tmp_path}/one.jsonl" for name in ("one", "two")]
+    judge.main(Config(**two_models("a", models=models, judges=[f"j={checkpoint}"], form=form)))
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    section = next(s for s in report["sections"] if s["title"] == "j: wins against one")
+    cell = section["rows"][0][1]
+    # Four draws: 0.5 -+ 0.5 x 3.8415 / 7.8415.
+    assert cell["value"] == 50 and cell["low"] == pytest.approx(25.51, abs=0.01)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.llm import Reply
-from judging import tables, trial
+from judging import people, tables, trial
 from judging.games import Answers, Judge, Match, compare, games_from_scores, in_orders, mark, matches
 from judging.prompts import COMPARE, ENDINGS, MARK, Question, ask_pair, ask_score, read_verdict
 
@@ -52,11 +52,11 @@ def judged(verdict, answers, tmp_path, baseline, orders="both", all_pairs=False,
                           ("pair", "[[tie]]", 0.5), ("pair", "[[C]]", 0.5), ("pair", "[[a]]", 1),
                           ("pair", "**[[ Assistant B ]]**", 0), ("pair", "［［Ｂ］］", 0),
                           ("pair", "[[1, 2]] is the matrix. [[A]]", 1),
-                          ("pair", "If it were shorter, [[A]], but [[B]]", None), ("pair", "A is better", None),
+                          ("pair", "If it were shorter, [[A]], but [[B]]", 0), ("pair", "A is better", None),
                           ("pair", "", None), ("pair", "[[7]]", None), ("score", "[[7]]", 7), ("score", "[[10]]", 10),
                           ("score", "[[8.5]]", 8.5), ("score", "[[7/10]]", 7), ("score", "[[Rating: 7]]", 7),
                           ("score", "[[７]]", 7), ("score", "[[11]]", None), ("score", "[[0]]", None),
-                          ("score", "[[A]]", None), ("score", "[[5]] or [[6]]", None), ("likert", "[[1]]", 1),
+                          ("score", "[[A]]", None), ("score", "[[5]] or [[6]]", 6), ("likert", "[[1]]", 1),
                           ("likert", "[[4]]", 1), ("likert", "[[5]]", 0), ("likert", "[[8]]", 0),
                           ("likert", "[[9]]", None), ("likert", "[[4.5]]", None), ("margin", "[[A 3]]", 1),
                           ("margin", "[[B, 1]]", 0), ("margin", "[[A]]", None), ("margin", "[[A 5]]", None),
@@ -64,6 +64,62 @@ def judged(verdict, answers, tmp_path, baseline, orders="both", all_pairs=False,
 def test_a_verdict_is_read(form, text, value):
     assert read_verdict(text, form).value == value
     assert (read_verdict(text, form).why == "") == (value is not None)
+
+
+@pytest.mark.parametrize("form, text, value, why", [
+    ("pair", "<think>\nIf A were better I would end with [[A]]. It is not.\n</think>\n\nB is right. [[B]]", 0, ""),
+    ("score", "<think>\nA scale from [[1]] to [[10]] ...\n</think>\n[[8]]", 8, ""),
+    ("pair", "<think>\nIf A were better I would end with [[A]]. Let me look at", None, "cut in its thoughts"),
+    ("pair", "Perhaps [[A]]? No.\n</think>\n[[B]]", 0, ""),  # the template opened the thoughts
+    ("likert", "<think>[[8]]</think>First [[2]], on reflection [[3]]", 1, ""),
+    ("margin", "<think>[[A 4]]</think>[[B 1]], on a scale to [[4]]", 0, ""),  # the last verdict of this form
+    ("label", "<think>A or B?</think>\nB", 0, ""),
+    ("pair", "<think>[[A]]</think>", None, "no word after its thoughts"),
+    ("pair", "", None, "an empty answer"),
+    ("pair", "<think>x</think> A, I think.", None, "no verdict"),
+    ("pair", "[[7]]", None, "a verdict of another kind: 7"),
+])
+def test_thoughts_are_no_verdict_and_the_last_verdict_after_them_counts(form, text, value, why):
+    verdict = read_verdict(text, form)
+    assert verdict.value == value and verdict.why == why
+
+
+@pytest.mark.parametrize("text", ["[[A]]", "<think>x</think> It seems [[A]] is", "The first"])
+def test_an_answer_that_was_cut_holds_no_verdict(text):
+    verdict = read_verdict(text, "pair", finished=False)
+    assert verdict.value is None and verdict.why == "cut at the limit of tokens"
+
+
+def test_a_label_with_its_log_probability_is_whole_however_short_the_answer():
+    assert read_verdict("A", "label", {"A": -0.1, "B": -3.0}, finished=False).value > 0.9
+
+
+def test_every_verdict_points_to_the_judges_words(tmp_path):
+    """An answer that cannot be read says why, and its key finds it in the ledger, a failed one among the failures."""
+    class Thinking(Stub):
+        def replies(self, requests, sampling):
+            said = [Reply("[[A]]", True, 1, 1, 0.0), Reply("[[A]]", False, 1, 1, 0.0), "400: policy",
+                    Reply("", False, 1, 1, 0.0, thoughts="[[A]]? [[B]]?")]
+            yield from enumerate(said)
+
+    answers = answers_of(4, ours=lambda i: f"ours {i}", theirs=lambda i: f"theirs {i}")
+    judge = Judge("stub", Thinking(None), "pair", "plain", 100, tmp_path / "calls.jsonl")
+    rows = compare(judge, in_orders(matches(answers, "theirs", False), "one", answers.names), answers)
+    assert [r["preference"] is None for r in rows] == [False, True, True, True]
+    assert [r["why"] for r in rows] == ["", "cut at the limit of tokens", "no reply: 400: policy",
+                                        "cut in its thoughts"]
+    kept, failed = ({line["key"]: line for line in map(json.loads, (tmp_path / name).open())}
+                    for name in ("calls.jsonl", "calls.failures.jsonl"))
+    assert [r["key"] in kept for r in rows] == [True, True, False, True] and rows[2]["key"] in failed
+    assert kept[rows[3]["key"]]["thoughts"] == "[[A]]? [[B]]?"
+
+
+def test_a_margin_becomes_a_rating_of_eight(tmp_path):
+    """A clearly (4) is 1, B hardly (1) is 5, as on the rating page."""
+    answers = answers_of(2, ours=lambda i: "x" * (i + 1), theirs=lambda i: "y")
+    said = iter(("[[A 4]]", "[[B 1]]"))
+    rows, _ = judged(lambda a, b: next(said), answers, tmp_path, "theirs", "balanced", form="margin")
+    assert [r["rating"] for r in rows] == [1, 5]
 
 
 def test_ratings_keep_their_number():
@@ -201,6 +257,87 @@ def test_too_many_verdicts_that_cannot_be_read_give_no_mean_unless_forced(tmp_pa
     assert tables.win_rate_section(merged, "y", "j", "")["rows"][0][1] is None
 
 
+def unread(rows: list[dict], which) -> list[dict]:
+    return [r | {"preference": None, "why": "no verdict"} if which(r) else r for r in rows]
+
+
+def test_a_category_above_the_limit_has_no_mean_where_the_whole_has_one(tmp_path):
+    """2 of 60 comparisons are unread, 3 %; of category "rare" they are 2 of 6."""
+    rows, _ = judged(lambda a, b: "[[A]]" if a > b else "[[B]]", answers_of(x=lambda i: "z", y=lambda i: "a"),
+                     tmp_path, "y")
+    rows = [r | {"category": "rare" if int(r["prompt"][1:]) < 6 else "chat"} for r in rows]
+    merged = tables.merge_orders(unread(rows, lambda r: r["prompt"] in ("q0", "q1") and r["a_first"]))[0]
+    section = tables.category_section(merged, "y", "j")
+    assert dict(zip(section["columns"], section["rows"][0], strict=True)) == {"model": "x", "chat": 100, "rare": None}
+    assert tables.category_section(merged, "y", "j", force=True)["rows"] == [["x", 100, 100]]
+    assert tables.win_rate_section(merged, "y", "j", "")["rows"][0][1]["value"] == 100
+
+
+def test_above_the_limit_of_unread_no_mean_stands_anywhere(tmp_path):
+    """A fifth of the judge's verdicts is unread: no interval and no share, whatever the section; forced, all are
+    there."""
+    answers = answers_of(90, x=lambda i: "z" * (i % 5 + 40), y=lambda i: "a" * (i % 7 + 1),
+                         z=lambda i: "m" * (i % 3 + 1))
+    rows, _ = judged(lambda a, b: "[[A]]" if a > b else "[[B]]", answers, tmp_path, "y", all_pairs=True)
+    rows = [r | {"gold": 1.0} for r in rows]
+    people = [r | {"judge": "people"} for r in rows]
+    marks = [{"judge": "stub", "prompt": f"q{i}", "category": "ab"[i % 2], "turn": 1, "repeat": 0, "model": m,
+              "why": "", "score": None if i % 5 == 0 else i % 10 + 1} for i in range(90) for m in "xyz"]
+    bad = unread(rows, lambda r: int(r["prompt"][1:]) % 5 == 0)
+
+    def sections(force: bool) -> list[dict]:
+        merged, by_judge = tables.merge_orders(bad)[0], {"stub": bad, "people": people}
+        probes = {"fixed": (tables.against(bad, "x", "y"), [])}
+        found = [tables.win_rate_section(merged, "y", "stub", "", force),
+                 tables.category_section(merged, "y", "stub", force),
+                 *tables.ratings_sections(merged, "stub", 20, force), *tables.score_sections(marks, "stub", force),
+                 trial.position_section({"as configured": bad}, "stub", force),
+                 trial.length_section(merged, "stub", force), trial.probes_section([], probes, "stub", force),
+                 trial.wording_section({"plain": bad, "criteria": bad}, "y", "stub", force),
+                 trial.ranking_against_scoring(bad, marks, "stub", force), trial.right_section(bad, "stub", force),
+                 trial.agreement_section(by_judge, "people", force),
+                 trial.category_agreement_section(by_judge, "people", force)]
+        return [s for s in found if s]
+
+    def means(section: dict) -> list:
+        counts = ("games", "n", "wins", "draws", "losses", "unread", "unread, %", "prompts", "pairs", "left out",
+                  "always first", "always second", "decided pairs", "")
+        return [x for row in section["rows"] for name, x in zip(section["columns"], row, strict=True)
+                if name not in counts and x is not None and not isinstance(x, str)]
+
+    assert {s["title"]: means(s) for s in sections(force=False)} == {s["title"]: [] for s in sections(force=False)}
+    assert len(sections(force=True)) > len(sections(force=False)) and all(means(s) for s in sections(force=True))
+    screen = trial.screen_section({"stub": bad, "people": people}, "people")
+    shown = {row[0]: row[1] for row in screen["rows"] if row[1] is not None}
+    assert shown == {"verdicts": 540, "not to be read, %": pytest.approx(20)}
+    own = trial.self_preference_section({"stub": bad, "people": people}, {"x": "us", "y": "them"}, "people")
+    assert all(row[1] is None and row[2] is not None for row in own["rows"])
+
+
+def test_correlation_goes_by_ratings_where_there_are_ratings():
+    """Both always prefer a, by the same ratings 1 to 4: their verdicts never change, their ratings agree fully; b shown
+    first mirrors the rating."""
+    def rows(judge: str, turned: bool) -> list[dict]:
+        return [{"judge": judge, "prompt": f"p{i}", "category": "xy"[i % 2], "a": "m", "b": "n", "a_first": not turned,
+                 "preference": 1.0, "rating": 8 - i % 4 if turned else 1 + i % 4} for i in range(40)]
+
+    section = trial.category_agreement_section({"people": rows("people", False), "j": rows("j", True)}, "people")
+    (_, x, count), _ = section["rows"]
+    assert x["value"] == pytest.approx(1) and count == 20 and x["low"] < 1
+    without = {name: [r | {"rating": None} for r in rows(name, False)] for name in ("people", "j")}
+    assert trial.category_agreement_section(without, "people")["rows"][0][1] is None
+
+
+def test_games_of_one_prompt_do_not_narrow_an_interval(tmp_path):
+    """Twelve prompts, half of them always won by the first slot in all six games, half always by the second."""
+    rows = [{"judge": "j", "prompt": f"p{i}", "a": "m", "b": "n", "turn": turn, "repeat": seed, "a_first": True,
+             "preference": float(i % 2)} for i in range(12) for turn in (1, 2) for seed in range(3)]
+    once = [r for r in rows if r["turn"] == 1 and r["repeat"] == 0]
+    many, one = (trial.position(x)[0] for x in (rows, once))
+    assert many["first_slot_share"] == one["first_slot_share"] == 0.5
+    assert many["high"] - many["low"] >= 0.9 * (one["high"] - one["low"])  # the second is Wilson's of twelve
+
+
 def test_a_fixed_sentence_and_a_planted_verdict_gain_nothing_with_a_judge_that_reads(tmp_path):
     """The judge knows good replies by a word, quotes what it saw, brackets and all, and then gives its verdict."""
     def verdict(a, b):
@@ -310,9 +447,9 @@ def test_several_people_are_heard_as_their_majority():
             for who, said in votes.items() for i, p in enumerate(said)]
     assert [r["preference"] for r in tables.majority(rows, "people")] == [1, 0.5]
     assert {r["judge"] for r in tables.majority(rows, "people")} == {"people"}
-    section = trial.people_section(rows, "people")
-    assert section["rows"][0][:2] == [6, pytest.approx(100 / 6)]
-    assert trial.people_section(rows[:2], "people") is None
+    section = people.agreement_section(rows, "people")
+    assert section["rows"][0][0] == 6 and section["rows"][0][1]["value"] == pytest.approx(100 / 6)
+    assert people.agreement_section(rows[:2], "people") is None
 
 
 def test_equal_replies_tie_without_being_asked_and_tell_nothing_of_the_judge(tmp_path):

@@ -13,19 +13,18 @@ import torch
 from conftest import ROOT, exits, kill_after
 from scripted import small_checkpoint
 
+from data.endpoint import Endpoint, label_logprobs, retry_after
 from data.llm import (
     Budget,
     Checkpoint,
-    Endpoint,
     Reply,
     Request,
     Sampling,
     ask,
     before_stop,
-    label_logprobs,
     open_model,
     request_key,
-    retry_after,
+    split_thoughts,
 )
 from model import Decoder, ReplyState, generate
 
@@ -133,7 +132,8 @@ def test_a_ledger_line_holds_the_question_and_the_raw_reply(tmp_path):
         "key": request_key("echo", request, sampling), "model": "echo", "messages": [{"role": "user", "content": "a"}],
         "sampling": {"max_tokens": 7, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "stop": ["x"]}, "repeat": 2,
         "tag": "t",
-        "text": "a", "finished": True, "prompt_tokens": 5, "completion_tokens": 5, "seconds": 0.0, "labels": {}}]
+        "text": "a", "finished": True, "prompt_tokens": 5, "completion_tokens": 5, "seconds": 0.0, "labels": {},
+        "thoughts": "", "served": ""}]
 
 
 def test_everything_a_reply_depends_on_is_in_its_key():
@@ -369,7 +369,8 @@ def test_what_can_never_pass_ends_the_run_after_replies_under_way(server, tmp_pa
     model = quick(server(script), threads=3)
     requests = [user("a"), user("b"), user("bad"), *(user(str(i)) for i in range(20))]
     exits(capsys, lambda: ask(model, requests, Sampling(), tmp_path / "l.jsonl"), "not you", remedy, "kept")
-    assert {line["messages"][0]["content"] for line in lines(tmp_path / "l.jsonl")} == {"a", "b"}
+    kept = {line["messages"][0]["content"] for line in lines(tmp_path / "l.jsonl")}
+    assert {"a", "b"} <= kept <= {"a", "b", "0"}  # a goes alone, then three at a time, unless the bad one is back first
 
 
 def test_a_server_that_is_not_there_ends_the_run(capsys):
@@ -567,3 +568,221 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(checkpoint, model, 
     killed, whole = ([line | {"seconds": 0} for line in lines(file)] for file in (ledger, tmp_path / "whole.jsonl"))
     assert len(killed) == len(MANY)
     assert sorted(killed, key=lambda line: line["key"]) == sorted(whole, key=lambda line: line["key"])
+
+
+# ------------------------------------------------------------------- what servers refuse, and how they differ
+
+def refuse(parameter: str, message: str = "Unsupported parameter: '{}' is not supported with this model.", status=400):
+    """A script: an error naming the parameter while it is sent, else a reply; and what was sent."""
+    seen = []
+
+    def script(body, n):
+        seen.append(body)
+        if parameter in body:
+            said = {"error": {"message": message.format(parameter), "type": "invalid_request_error",
+                              "param": parameter, "code": None}}
+            return status, {}, json.dumps(said)
+        return completion("yes")
+
+    return script, seen
+
+
+@pytest.mark.parametrize("parameter", ["temperature", "top_p", "seed", "top_k"])
+def test_a_parameter_that_is_refused_is_left_out_from_the_first_call_on(server, tmp_path, parameter, capsys):
+    script, seen = refuse(parameter)
+    model = quick(server(script), threads=4)
+    requests = [user(str(i)) for i in range(8)]
+    replies = ask(model, requests, Sampling(temperature=0.5, top_k=3), tmp_path / "l.jsonl")
+    assert [r.text for r in replies] == ["yes"] * 8 and model.adapted == [parameter]
+    assert [parameter in body for body in seen] == [True] + [False] * 8  # one call too many, not sixty-four
+    assert model.served == {"m" if parameter == "seed" else f"m (without {parameter})"}
+    assert f"refuses {parameter}" in capsys.readouterr().err
+
+
+def test_a_reasoning_model_refuses_temperature_and_max_tokens_together(server):
+    def script(body, n):
+        if body.get("temperature", 1) != 1:
+            return error(400, "Unsupported value: 'temperature' does not support 0.0 with this model.")
+        if "max_tokens" in body:
+            return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        return completion("yes")
+
+    model = quick(server(script))
+    assert [r.text for r in replies_of(model, [user("a"), user("b")], Sampling(temperature=0))] == ["yes", "yes"]
+    assert sorted(model.adapted) == ["max_tokens", "temperature"]
+
+
+def test_a_parameter_refused_in_a_list_of_faults_is_found(server):
+    def script(body, n):
+        fault = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs"}]}
+        return (422, {}, json.dumps({"message": fault})) if "seed" in body else completion("yes")
+
+    assert replies_of(quick(server(script)), [user("a")])[0].text == "yes"
+
+
+def test_a_temperature_out_of_range_ends_the_run_at_once(server, tmp_path, capsys):
+    """It is not left out: the user chose it."""
+    script, seen = refuse("temperature", "Invalid '{}': expected a value below 2.")
+    exits(capsys, lambda: ask(quick(server(script)), [user(str(i)) for i in range(8)], Sampling(temperature=3),
+                              tmp_path / "l.jsonl"), "below 2", "choose another temperature")
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(("answer", "remedy"), [
+    (error(404, "The model `m` does not exist"), "the model's name"),
+    (error(400, "The model 'm' was not found"), "the model's name"),
+    (error(400, "m is not a valid model ID"), "the model's name"),
+    (error(400, "logprobs are not available for this model"), "another form"),
+    (completion("A"), "another form"),
+    ((400, {}, '{"error": {"message": "not supported with reasoning models", "param": "logprobs"}}'), "another form"),
+])
+def test_what_every_request_would_meet_ends_the_run_on_the_first_call(server, tmp_path, capsys, answer, remedy):
+    asked = []
+
+    def script(body, n):
+        asked.append(body)
+        return answer
+
+    requests = [user(str(i), labels=("A", "B")) for i in range(8)]
+    exits(capsys, lambda: ask(quick(server(script)), requests, Sampling(), tmp_path / "l.jsonl"), remedy)
+    assert len(asked) == 1
+
+
+def test_a_server_that_is_not_there_is_found_at_once(tmp_path, capsys):
+    began = time.monotonic()
+    model = Endpoint("http://127.0.0.1:9/v1", "m")  # eight tries, with waits of a second and more
+    exits(capsys, lambda: ask(model, [user(str(i)) for i in range(8)], Sampling(), tmp_path / "l.jsonl"),
+          "start the server")
+    assert time.monotonic() - began < 1 and not model.lost
+
+
+def test_replies_that_are_none_end_the_run_after_three_calls(server, tmp_path, capsys):
+    asked = []
+
+    def script(body, n):
+        asked.append(n)
+        return 200, {}, "<html>welcome</html>"
+
+    budget = Budget(tokens=100_000)
+    requests = [user(str(i)) for i in range(8)]
+    with pytest.raises(SystemExit):
+        ask(quick(server(script), tries=8), requests, Sampling(max_tokens=16), tmp_path / "l.jsonl", budget)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "not a chat completion" in said and "/v1" in said and asked == [1, 2, 3]
+
+
+def test_a_server_that_never_answers_ends_the_run_after_three_calls(server, tmp_path, capsys):
+    asked = []
+
+    def script(body, n):
+        asked.append(n)
+        time.sleep(0.3)
+        return completion("too late")
+
+    model = quick(server(script), timeout_s=0.05, tries=8)
+    with pytest.raises(SystemExit):
+        ask(model, [user(str(i)) for i in range(8)], Sampling(), tmp_path / "l.jsonl")
+    assert "timeout_s" in capsys.readouterr().err.splitlines()[-1] and asked == [1, 2, 3]
+
+
+def test_one_request_that_is_refused_does_not_stop_the_others(server):
+    def script(body, n):
+        text = body["messages"][0]["content"]
+        return error(400, "content policy") if text == "a" else completion(text)
+
+    a, b = replies_of(quick(server(script)), [user("a"), user("b")])
+    assert a == "400: content policy" and b.text == "b"
+
+
+def stream(*parts: dict, end: str | None = "stop") -> tuple[int, dict, str]:
+    chunks = [{"index": 0, "delta": part, "finish_reason": None} for part in parts]
+    chunks += [{"index": 0, "delta": {}, "finish_reason": end}]
+    common = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m-2"}
+    text = "".join(f"data: {json.dumps(common | {'choices': [c]})}\n\n" for c in chunks) + "data: [DONE]\n\n"
+    return 200, {"content-type": "text/event-stream"}, text
+
+
+@pytest.mark.parametrize("refusal", [None, error(400, "This model only supports stream mode, enable the stream "
+                                                      "parameter to access it.")])
+def test_a_server_that_only_streams_is_asked_for_a_stream(server, refusal):
+    seen = []
+
+    def script(body, n):
+        seen.append(body.get("stream", False))
+        said = stream({"reasoning_content": "hm "}, {"reasoning_content": "so"}, {"content": "[["}, {"content": "A]]"})
+        return said if body.get("stream") or refusal is None else refusal
+
+    a, b = replies_of(quick(server(script)), [user("a"), user("b")])
+    assert (a.text, a.thoughts, a.finished, a.served) == ("[[A]]", "hm so", True, "m-2") and b.text == "[[A]]"
+    assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize(("end", "finished"), [("length", False), ("stop", True), (None, True)])
+def test_a_stream_that_is_cut_is_not_finished(server, end, finished):
+    """A server that only says it is done has finished."""
+    url = server(lambda body, n: stream({"content": "x"}, end=end))
+    assert replies_of(quick(url), [user("a")])[0].finished == finished
+
+
+@pytest.mark.parametrize("message", [
+    {"content": "[[B]]", "reasoning_content": "Maybe [[A]]?"}, {"content": "[[B]]", "reasoning": "Maybe [[A]]?"}])
+def test_thoughts_in_a_field_of_their_own_are_kept_apart(server, tmp_path, message):
+    def script(body, n):
+        status, headers, text = completion("")
+        answer = json.loads(text)
+        answer["choices"][0]["message"] |= message
+        return status, headers, json.dumps(answer)
+
+    (reply,) = ask(quick(server(script)), [user("a")], Sampling(), tmp_path / "l.jsonl")
+    assert (reply.text, reply.thoughts) == ("[[B]]", "Maybe [[A]]?")
+    assert lines(tmp_path / "l.jsonl")[0]["thoughts"] == "Maybe [[A]]?"
+
+
+def test_another_model_behind_the_same_name_is_noticed(server, tmp_path, capsys):
+    """By what the server says in each reply; across runs too, for the ledger keeps it."""
+    def says(model, fingerprint):
+        def script(body, n):
+            status, headers, text = completion("x")
+            return status, headers, json.dumps(json.loads(text) | {"model": model, "system_fingerprint": fingerprint})
+        return script
+
+    first, second = quick(server(says("m-1", "fp_a"))), quick(server(says("m-2", "fp_b")))
+    second.name = first.name  # the same address
+    ask(first, [user("a")], Sampling(), tmp_path / "l.jsonl")
+    assert first.served == {"m-1 fp_a"} and "throughout" not in capsys.readouterr().out
+    ask(second, [user("a"), user("b")], Sampling(), tmp_path / "l.jsonl")
+    assert second.served == {"m-1 fp_a", "m-2 fp_b"}
+    assert "was not one model throughout: m-1 fp_a, m-2 fp_b" in capsys.readouterr().out
+
+
+def test_a_ledger_of_before_thoughts_were_kept_is_read(tmp_path):
+    ask(Echo(), [user("a")], Sampling(), tmp_path / "l.jsonl")
+    old = [{key: value for key, value in line.items() if key not in ("thoughts", "served")}
+           for line in lines(tmp_path / "l.jsonl")]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    model = Echo()
+    assert ask(model, [user("a")], Sampling(), tmp_path / "l.jsonl")[0].text == "a" and not model.asked
+
+
+def test_the_reason_of_a_failure_is_handed_on(tmp_path):
+    reasons = {}
+    assert ask(Echo(), [user("fail"), user("a")], Sampling(), tmp_path / "l.jsonl", reasons=reasons)[0] is None
+    assert reasons == {request_key("echo", user("fail"), Sampling()): "it would not"}
+
+
+@pytest.mark.parametrize(("text", "said", "ended"), [
+    ("[[A]]", "[[A]]", True),
+    ("<think>\n[[A]]?\n</think>\n\n[[B]]", "[[B]]", True),
+    ("[[A]]? No.</think>[[B]]", "[[B]]", True),                      # the template opened the thoughts
+    ("<think>[[A]]? Let me", "", False),
+    ("<think>x</think>So: <thinking>[[A]]</thinking>[[B]]", "So: [[B]]", True),
+    ("<think>x</think>[[A]]<think>no,", "[[A]]", False),
+    ("[THINK][[A]][/THINK][[B]]", "[[B]]", True),
+    ("<|channel|>analysis<|message|>[[A]]<|end|><|start|>assistant<|channel|>final<|message|>[[B]]", "[[B]]", True),
+    ("◁think▷[[A]]◁/think▷[[B]]", "[[B]]", True),
+    ("<think></think>", "", True),
+])
+def test_thoughts_in_the_text_are_set_aside(text, said, ended):
+    found = split_thoughts(text)
+    assert (found[0], found[2]) == (said, ended)
+    assert "[[A]]" not in text or said.count("[[A]]") + found[1].count("[[A]]") == 1  # nothing is lost

@@ -143,15 +143,71 @@ def test_bootstrap_interval_is_two_standard_errors_wide():
 
 
 def test_one_seed_draws_the_same_prompts_for_every_model():
-    """0.3 better on each of 50 prompts that differ wildly: separate intervals overlap, the paired one has no width."""
+    """0.3 better on each of 50 prompts that differ wildly: the paired interval knows only what 50 equal prompts leave
+    open, 3.8415 / 53.8415 = 0.07135 of them elsewhere between -100 and 100: 30 - 130 x 0.07135, 30 + 70 x 0.07135."""
     p = np.random.default_rng(0).random(50) * 0.7
     said = ratings.paired_difference(p + 0.3, p)
-    assert [said["difference"], said["low"], said["high"]] == pytest.approx([30, 30, 30])
+    assert [said["difference"], said["low"], said["high"]] == pytest.approx([30, 20.725, 34.994], abs=1e-3)
     noisy = ratings.paired_difference([1, 0, 1, NAN, 1], [0, 0, 1, 1, 0.5])
     assert noisy["n"] == 4 and noisy["difference"] == pytest.approx(37.5) and noisy["low"] < 37.5 < noisy["high"]
     assert ratings.paired_difference([0, 0, 1, 1, 0.5], [1, 0, 1, NAN, 1])["difference"] == -noisy["difference"]
     assert ratings.paired_difference([1, NAN, 1, 1, 0], [0.5, 1, 1, 0, 0], rounds=50) == ratings.paired_difference(
         [1, 1, NAN, 0, 1], [0, 1, 1, 0, 0.5], rounds=50)  # the same rows in another order
+
+
+@pytest.mark.parametrize("values, prompts, expected", [
+    ([1] * 10, None, (0.7225, 1)),                      # Wilson: 10 / (10 + 3.8415)
+    ([0] * 10, None, (0, 0.2775)),
+    ([1] * 20, [i // 2 for i in range(20)], (0.7225, 1)),   # both orders: ten prompts, not twenty
+    ([1, 0] * 10, [i // 2 for i in range(20)], (0.3612, 0.6388)),  # each prompt one half: 0.5 -+ 0.5 x 0.2775
+    ([0.5] * 10, None, (0.3612, 0.6388)),
+])
+def test_no_interval_has_width_zero(values, prompts, expected):
+    assert ratings.mean_interval(values, prompts) == pytest.approx(expected, abs=1e-4)
+
+
+def test_equal_marks_leave_the_ends_of_the_scale_open():
+    """Ten marks of 7 on a scale of 1 to 10: 7 - 6 x 0.2775, 7 + 3 x 0.2775."""
+    assert ratings.mean_interval([7] * 10, low=1, high=10) == pytest.approx((5.335, 7.833), abs=1e-3)
+
+
+def test_swapping_sides_mirrors_the_interval():
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        p, prompts = rng.choice([0, 0.5, 1], 40), rng.integers(0, 25, 40)
+        low, high = ratings.mean_interval(p, prompts)
+        mirrored = ratings.mean_interval(1 - p, prompts)
+        assert mirrored == pytest.approx((1 - high, 1 - low)) and low < np.mean(p) < high
+
+
+def test_students_t_by_table():
+    """Of 1, 10, 40, 120 degrees of freedom."""
+    assert [ratings.t975(n) for n in (1, 10, 40, 120)] == pytest.approx([12.706, 2.228, 2.021, 1.980], abs=2e-3)
+
+
+def test_few_prompts_have_a_wider_interval():
+    """Ten prompts: 2.262 sqrt(10 / 9) = 2.384 standard normal units, 99.14 % of the samples."""
+    samples = np.linspace(0, 1, 10_001)
+    assert ratings.percentiles(samples, n=10) == pytest.approx([0.0086, 0.9914], abs=2e-4)
+    assert ratings.percentiles(samples) == pytest.approx([0.025, 0.975], abs=2e-4)
+
+
+def test_a_pair_that_always_ends_alike_is_not_certain():
+    """x beats y on all of 20 prompts: resampling alone gives ratings of width zero."""
+    games = collect([("x", "y", 1, i) for i in range(20)])
+    for bootstrap, more in ((ratings.bootstrap_bradley_terry, {"prior": 1}), (ratings.bootstrap_elo, {})):
+        alone, with_ends = (bootstrap(games, ends=ends, **more) for ends in (False, True))
+        assert np.ptp(alone, axis=0).max() < 1e-9
+        (x_low, y_low), (x_high, y_high) = ratings.percentiles(with_ends)
+        assert x_high - x_low > 20 and x_low > y_high and y_high - y_low == pytest.approx(x_high - x_low)
+
+
+def test_imagined_games_are_of_pairs_that_always_end_alike_in_step_with_the_games_of_a_prompt():
+    """x against y varies, x against z does not, and has two games a prompt (both orders)."""
+    rows = [("x", "y", i % 2, i) for i in range(10)] + [("x", "z", 1, i // 2) for i in range(20)]
+    more, times = ratings.imagined(collect(rows), 4000, 0)
+    assert more.tolist() == [[0, 2, 1], [0, 2, 0]] and (times % 2 == 0).all()
+    assert times.mean() == pytest.approx(1, abs=0.1)  # half a prompt of two games
 
 
 def test_wilson_by_hand():

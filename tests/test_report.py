@@ -10,7 +10,7 @@ import pytest
 from conftest import exits, write_jsonl
 from matplotlib.text import Text
 
-from judging import figures, report
+from judging import figures, report, tables
 from judging.figures import DARK, LIGHT, align, draw, show
 from judging.report import clean, compare, page, text, write
 
@@ -259,6 +259,40 @@ def test_bars_begin_at_zero_and_carry_their_numbers_and_names():
     assert set(figure["groups"]) | {"37.3", "-82.7"} <= set(texts(draw(figure)))
 
 
+def test_a_radar_goes_round_the_domains_and_lays_models_over_each_other():
+    """A score is the distance from the middle; the first domain is at the top, the line closes, a gap breaks it."""
+    columns = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
+    figure = {"kind": "radar", "names": ["GPT-4", HOSTILE], "columns": columns, "label": "mean score", "low": 0,
+              "high": 10, "grid": [[9.0, 8.5, 7.0, 6.5, 7.5, 9.5, 9.8, 9.9], [5.0, None, *[4.0] * 6]]}
+    (axes,) = drawn(clean(figure)).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == columns and axes.get_ylim() == (0, 10)
+    first, second = (line.get_xydata() for line in axes.lines)
+    assert first[:, 1].tolist() == [9.0, 8.5, 7.0, 6.5, 7.5, 9.5, 9.8, 9.9, 9.0] and np.isnan(second[1, 1])
+    assert first[:9, 0] == pytest.approx([k * math.pi / 4 for k in range(8)] + [0])
+    assert axes.get_theta_offset() == math.pi / 2 and axes.get_theta_direction() == -1
+    assert {*columns, "GPT-4", "mean score"} <= set(texts(draw(clean(figure)))) and "<script" not in draw(figure)
+    assert draw(figure | {"grid": [[None] * 8] * 2}) == figures.NOTHING
+    for wrong in ({"grid": figure["grid"][:1]}, {"columns": columns[:3]}):
+        with pytest.raises(ValueError, match="the grid is not"):
+            draw(figure | wrong)
+
+
+def test_scores_by_domain_are_drawn_round_beside_their_table():
+    """MT-Bench's eight in the talk's order, with a table beside them; two categories or seven models: tinted cells."""
+    domains = ["coding", "extraction", "humanities", "math", "reasoning", "roleplay", "stem", "writing"]
+
+    def section(models, categories):
+        rows = [{"judge": "j", "prompt": c, "turn": 1, "category": c, "model": f"m{i}", "score": 5 + i % 3}
+                for i in range(models) for c in categories]
+        return tables.score_sections(rows, "j")[1]
+
+    radar = section(3, domains)
+    assert radar["figure"]["kind"] == "radar" and radar["columns"][1:3] == ["writing", "roleplay"]
+    assert sorted(radar["columns"][1:]) == domains and radar["figure"]["high"] == 10
+    assert page(of(radar)).count("<table>") == 2 and "<svg" in page(of(radar))
+    assert {section(3, domains[:2])["figure"]["kind"], section(7, domains)["figure"]["kind"]} == {"matrix"}
+
+
 def test_a_figure_is_the_same_every_time_and_wears_the_colours_of_the_page():
     svg = draw(FIGURES["ratings"](2))
     assert svg == draw(FIGURES["ratings"](2)) and "var(--accent)" in svg and not re.search("#[0-9a-f]{6}", svg)
@@ -404,8 +438,9 @@ def game(prompt, preference):
 def test_preferences_are_compared_by_prompt(tmp_path):
     """m against n on prompts 1, 2, 3 of both: a 1, 0, 0.5; b 1, 1 and 0.75 (judged three times: 1, 0.5, null; once from
     n's side).
-    Means 150 / 3 = 50 and 275 / 3 %. Prompt 4 has no verdict in b, 5 is only in a; the pair n and o is only in b."""
-    folders = runs(tmp_path, of(), of())
+    Means 150 / 3 = 50 and 275 / 3 %. Prompt 4 has no verdict in b, 5 is only in a; the pair n and o is only in b.
+    One verdict of four is missing: unless both runs force means, there are none."""
+    folders = runs(tmp_path, *[of() | {"about": {"force": True}}] * 2)
     write_jsonl(folders[0] / "judgments.jsonl", [game(i, p) for i, p in enumerate((1, 0, 0.5, 1, 1), 1)])
     rows = [game(3, 1), game(2, 0) | {"a": "n", "b": "m"}, game(1, 1), game(3, None), game(4, None), game(3, 0.5),
             game(1, 1) | {"a": "o"},
@@ -420,17 +455,20 @@ def test_preferences_are_compared_by_prompt(tmp_path):
     assert m[4:] == [3, 1, 1, 0]
     assert 0 <= m[3]["low"] < 125 / 3 < m[3]["high"] <= 100
     assert n == ["j: n against o", None, None, None, 0, 0, 0, 1]
+    write(of(), folders[0])
+    withheld = compare(folders)["sections"][1]["rows"][0]
+    assert withheld == [m[0], None, None, None, *m[4:]]
     assert section["figure"]["names"] == ["j: m against n"] and section["figure"]["reference"] == 0
 
 
-def test_a_shift_common_to_all_prompts_has_no_interval(tmp_path):
-    """b is 0.25 above a on every prompt: resampling prompts changes both means alike, so the paired interval is [25,
-    25]."""
+def test_a_shift_common_to_all_prompts_leaves_open_what_40_prompts_do(tmp_path):
+    """b is 0.25 above a on every prompt: 3.8415 / 43.8415 = 0.08762 of the prompts may be elsewhere between -100 and
+    100: 25 - 125 x 0.08762, 25 + 75 x 0.08762."""
     folders = runs(tmp_path, of(), of())
     for folder, shift in zip(folders, (0, 0.25), strict=True):
         write_jsonl(folder / "judgments.jsonl", [game(i, i % 4 / 4 + shift) for i in range(40)])
     gap = compare(folders)["sections"][1]["rows"][0][3]
-    assert [gap["low"], gap["value"], gap["high"]] == pytest.approx([25, 25, 25])
+    assert [gap["low"], gap["value"], gap["high"]] == pytest.approx([14.047, 25, 31.572], abs=1e-3)
 
 
 def test_judgments_of_one_run_only_are_mentioned(tmp_path):

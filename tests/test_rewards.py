@@ -118,9 +118,25 @@ def test_a_prompt_is_asked_once_with_each_reply_once():
     assert [q["answers"] for q in asked] == [["long reply", "short", "tiny"], ["same", "size"], ["bad", "better"]]
 
 
+def test_length_alone_is_the_row_to_beat():
+    """Of the four pairs the longer reply is chosen in two, in one they are equal."""
+    found = preference_accuracy(PAIRS, rewards.by_length)
+    assert (found["value"], found["ties"]) == (0.5, 1)
+
+
 def test_swapping_chosen_and_rejected_leaves_ties_and_swaps_the_rest():
     swapped = preference_accuracy([p | {"chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS], by_length)
     assert (swapped["value"], swapped["ties"]) == (0.25, 1)
+
+
+def test_a_set_whose_prompts_are_all_too_long_is_the_only_one_lost():
+    none = preference_accuracy(PAIRS[:1], lambda questions: {})
+    assert (none["n"], none["unscored"]) == (0, 1) and not none["by_margin"]
+    board = rewards_section({"rm": {"SHP": preference_accuracy(PAIRS, by_length), "Learn-to-Summarize": none}})
+    row = dict(zip(board["columns"], board["rows"][0], strict=True))
+    assert row["Learn-to-Summarize, %"] is None and row["SHP, %"]["value"] > 0
+    assert row["unscored"] == 1 and row["pairs"] == len(PAIRS)
+    breakdown_section({"rm": {"Learn-to-Summarize": none}})
 
 
 def test_the_order_of_pairs_changes_nothing():
@@ -131,14 +147,15 @@ def test_the_order_of_pairs_changes_nothing():
 def test_turns_of_one_dialogue_are_one_prompt_for_the_interval():
     later = [*said("x"), {"role": "assistant", "content": "short"}, *said("more")]
     found = preference_accuracy([PAIRS[0], {"prompt": later, "chosen": "a", "rejected": "bb"}], by_length)
-    assert (found["n"], found["prompts"], found["low"], found["high"]) == (2, 1, 0.5, 0.5)
+    assert (found["n"], found["prompts"]) == (2, 1)
+    # Of one prompt: 3.8415 / 4.8415 = 0.7935 of others may be at either end, 0.5 -+ 0.5 x 0.7935.
+    assert (found["low"], found["high"]) == pytest.approx((0.1033, 0.8967), abs=1e-4)
 
 
 def test_unscored_pairs_are_counted_and_left_out():
     found = preference_accuracy(PAIRS, lambda questions: by_length(questions[1:]))
     assert (found["value"], found["n"], found["unscored"]) == (0, 2, 2)
-    with pytest.raises(ValueError, match="none of 4 pairs"):
-        preference_accuracy(PAIRS, lambda questions: {})
+    assert preference_accuracy(PAIRS, lambda questions: {})["unscored"] == 4
 
 
 def test_scores_that_fit_no_question_are_refused():

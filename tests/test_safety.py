@@ -217,9 +217,18 @@ def test_a_reply_cannot_give_the_verdict_itself(tmp_path):
     assert "[[" not in shown and json.loads(shown)["dialogue"][-1]["content"].endswith("[ [safe]]")
 
 
+def test_an_attack_off_the_list_is_one_line(tmp_path, capsys):
+    write_jsonl(tmp_path / "tr.jsonl", [attempt("b", "safe"), attempt("a", "safe")])
+    write_jsonl(tmp_path / "all.jsonl", [{"behaviour": "b"}, {"behaviour": "c"}])
+    exits(capsys, lambda: safety.read_transcripts(tmp_path / "tr.jsonl", str(tmp_path / "all.jsonl")),
+          "tr.jsonl line 2", "'a' is not in", "all.jsonl")
+
+
 def test_verdicts_of_another_kind_are_none():
     assert read_verdict("[[safe]]", "refusal") is None and read_verdict("safe", "harm") is None
     assert read_verdict("[[safe]] yes, [[safe]]", "harm") == "safe"
+    assert read_verdict("<think>[[unsafe]]?</think>[[safe]]", "harm") == "safe"
+    assert read_verdict("<think>[[unsafe]]? Let me", "harm") is None
 
 
 # ------------------------------------------------------------------------------------------- leaks

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import BASE, exits
-from plausible import SLIDES, implausible
 
 from collect import raters, spec
+from collect.plausible import SLIDES, implausible
 from data.formats import read
 from data.tokenizer import load_tokenizer
 from judging.agreement import gwet_ac1
@@ -430,7 +430,8 @@ def test_who_always_says_the_same_agrees_with_nobody():
 def test_every_statistic_of_perfect_raters_is_one_with_its_interval():
     strength = np.tile(np.array([-3.5, -1.5, 0.5, 2.5, 3.5] * 8), (3, 1))
     for name, x in raters.agreement(strength, rounds=20).items():
-        assert x["value"] == pytest.approx(1) and x["low"] == pytest.approx(1) and x["n"] == 40, name
+        assert x["value"] == pytest.approx(1) and x["high"] == pytest.approx(1) and x["n"] == 40, name
+        assert 0.5 < x["low"] < 1, name  # 40 pairs do not prove perfection
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -460,6 +461,25 @@ def test_the_command_prints_the_tables_draws_and_takes_a_subset(tmp_path, capsys
     assert Path("f.png").read_bytes()[:4] == b"\x89PNG"
     kept = list(read("drawn.jsonl")[0])
     assert {t: sum(r["category"] == t for r in kept) for t in spec.SURGE} == spec.largest_remainder(spec.SURGE, 50)
+
+
+def test_tables_in_other_units_are_not_compared(tmp_path, capsys):
+    """InstructGPT's lengths are in tokens: words and bytes get no distance from them, a tokenizer's tokens do."""
+    one = write(tmp_path / "one.jsonl", [{"messages": said("word " * (i + 1), "yes"), "category": "chat"}
+                                         for i in range(20)])
+    for unit, compared in (("words", False), ("bytes", False), (str(BASE), True)):
+        spec.main([one, "--target", "instructgpt", "--unit", unit])
+        out = capsys.readouterr().out
+        assert (">= " in out[out.index("Distance"):]) == compared == ("not to be compared" not in out)
+    exits(capsys, lambda: spec.main([one, "--target", "instructgpt", "--by", "lengths", "--subset", "4", "--out",
+                                     str(tmp_path / "x")]), "quartiles are in tokens, not in words")
+
+
+def test_the_command_prints_the_pilots_with_their_flags(capsys):
+    spec.main(["--pilots"])
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "allow 100.8 to 201.5" in rows["sagemaker_pilot"] and rows["surge_pilot"].endswith("possible")
+    exits(capsys, lambda: spec.main([]), "names no file")
 
 
 def test_the_command_prints_agreement_where_records_have_raters(tmp_path, capsys):

@@ -1,10 +1,13 @@
 """The slides' tables of lengths, and whether a table of eight numbers can be true of any set of lengths."""
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from collect.spec import COLUMNS, QUANTILES
+COLUMNS = ("count", "mean", "std", "min", "25%", "50%", "75%", "max")
+QUANTILES = COLUMNS[3:]
 
 # Prompt lengths as the slides print them: InstructGPT's sets, and three vendors' pilots.
 SLIDES = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in {
@@ -57,3 +60,12 @@ def implausible(table: Mapping[str, float], rounding: float = 0.5) -> list[str]:
     if not least - rounding <= std <= greatest + rounding:
         return [f"std {std:g}: quantiles and mean allow {least:.1f} to {greatest:.1f}"]
     return []
+
+
+def pilot_section(tables: Mapping[str, Mapping[str, float]] = SLIDES) -> dict:
+    """The vendors' pilots beside the sets they were ordered to match, with what flags a table as impossible."""
+    rows = [[name, *(table[column] for column in COLUMNS), "; ".join(implausible(table)) or "possible"]
+            for name, table in tables.items()]
+    return {"title": "Pilots, prompt length in tokens", "columns": ["", *COLUMNS, "flag"], "rows": rows,
+            "text": "As the talk prints them. A flag says that no set of lengths has these eight numbers: ask the "
+                    "vendor how they were counted before buying."}

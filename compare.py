@@ -1,17 +1,17 @@
-"""Is my loss better? Train two variants over several seeds, judge all results, and say the difference with its interval.
+"""Is my loss better? Train two variants over several seeds, judge the results, say the difference and its interval.
 
     python compare.py "dpo.py --config configs/tiny/dpo.toml" "beta=0.9"             another setting
     python compare.py "dpo.py --config configs/tiny/dpo.toml" "my_dpo.py" seeds=5    an edited copy of the script
 
-Each text is what would follow `python`; the second, unless it names a --config, goes on from the first: another script,
-further settings. Both train with seeds 0, 1, ..., two runs at a time; a seed orders the data in both alike. {seed} in a
-text stands for the seed, for another start or other data each time:
-model=runs/results/{seed}/sft/model. Without it start and data are the same in all runs, and the verdict holds for these.
+Each text is what would follow `python`. The second goes on from the first unless it names a --config: another script,
+further settings. Both train with seeds 0, 1, ..., two runs at a time; a seed orders the data in both alike. {seed} in
+a text stands for the seed, for another start or other data each time: model=runs/results/{seed}/sft/model. Without it
+start and data are the same in all runs, and the verdict holds for these.
 
-All models answer the dev dialogues. The verdict is about scores paired by seed and dialogue; its interval covers both
-(judging/paired.py; how often it is wrong about two equal things: RESULTS.md). A killed comparison goes on by the same
-command. Runs are kept in out/trained by what they were told to do, so that comparisons with the same out= share them, and
-DPO's runs their reference log-probabilities; the report is that of the last comparison.
+All models answer the dev dialogues, several times. The verdict is about scores paired by seed and dialogue; its
+interval covers both (judging/paired.py; how often it is wrong about two equal things: RESULTS.md). A killed comparison
+goes on by the same command. Runs are kept in out/trained by what they were told to do: comparisons with the same out=
+share them, and DPO's runs share reference log-probabilities. The report is that of the last comparison.
 """
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ EXPECTED = 'expected two texts, e.g. python compare.py "dpo.py --config configs/
 class Config:
     seeds: int = 3                   # training runs of each; 3 to 5 show large differences, more show smaller ones
     data: str = "runs/tiny/0/data/dev.jsonl"  # JSONL of dialogues to judge on
-    judge: str = "gold"              # gold, reward:directory, or a model that compares (directory, http://host/v1#name)
+    judge: str = "gold"              # gold, reward:directory, or who compares: model directory, http://host/v1#name
     questions: int = 0               # how many dialogues, from the first; 0: all
     replies: int = 4                 # of each model to each dialogue, averaged: sampling noise would hide differences
     temperature: float = 0.7         # of the replies; 0: greedy
@@ -64,8 +64,8 @@ class Config:
     out: str = "runs/compare"        # folder for the report and the runs
 
     def __post_init__(self):
-        check_ranges(self, seeds=(1, SEEDS), questions=(0, inf), replies=(1, inf), temperature=(0, 10), max_tokens=(1, inf),
-                     jobs=(1, 64), threads=(1, 64))
+        check_ranges(self, seeds=(1, SEEDS), questions=(0, inf), replies=(1, inf), temperature=(0, 10),
+                     max_tokens=(1, inf), jobs=(1, 64), threads=(1, 64))
 
 
 # --------------------------------------------------------------------------------- what is compared
@@ -187,7 +187,7 @@ def jobs_of(variants: list[Variant], seeds: int, out: Path) -> list[Job]:
 
 
 def train(jobs: list[Job], at_once: int, threads: int) -> int:
-    """Run what is not trained yet, and say how many that were. Of runs that share a reference the first computes it."""
+    """Run what is not trained yet; returns how many. Of runs that share a reference the first computes it."""
     waiting, running = [job for job in jobs if not job.trained()], {}
     new, done = len(waiting), len(jobs) - len(waiting)
 
@@ -227,7 +227,8 @@ def score(config: Config, jobs: list[Job], out: Path) -> tuple[dict[str, paired.
         model, began = Entry(job.variant.name, "model", str(job.model)), time.monotonic()
         for repeat in range(job.seed, job.seed + SEEDS * config.replies, SEEDS):
             with redirect_stdout(io.StringIO()):  # a line for every turn
-                said[model.name, repeat] = answer(model, questions, dialogues, sampling, repeat, ledger, Budget(), device)
+                said[model.name, repeat] = answer(model, questions, dialogues, sampling, repeat, ledger, Budget(),
+                                                  device)
         print(f"{model.name}, seed {job.seed}: replied to {len(questions)} dialogues, {config.replies} times, in "
               f"{time.monotonic() - began:.0f} s", flush=True)
     answers = games.Answers(questions, said)
@@ -241,7 +242,7 @@ def score(config: Config, jobs: list[Job], out: Path) -> tuple[dict[str, paired.
         by_run = compared(judge, answers, out / "calls.jsonl", str(device))
     scores: dict[str, dict[int, dict[str, float]]] = {}
     for job in jobs:
-        several = [of for (name, repeat), of in by_run.items() if (name, repeat % SEEDS) == (job.variant.name, job.seed)]
+        several = [by_run[job.variant.name, job.seed + SEEDS * k] for k in range(config.replies)]
         means = map(mean, zip(*several, strict=True))
         scores.setdefault(job.variant.name, {})[job.seed] = {q.id: x for q, x in zip(questions, means, strict=True)}
     return scores, questions
@@ -255,8 +256,9 @@ def compared(judge: Entry, answers: games.Answers, ledger: Path, device: str) ->
     if lacking := tables.refused(rows, False):
         fail(f"judge {judge.name}: {lacking}")
     wins: dict[tuple[int, str], list[float]] = {}
-    for row in rows:
-        wins.setdefault((row["repeat"], row["prompt"]), []).append(0.5 if row["preference"] is None else row["preference"])
+    for row in rows:  # a verdict that could not be read, one in twenty at most, counts as a tie
+        won = 0.5 if row["preference"] is None else row["preference"]
+        wins.setdefault((row["repeat"], row["prompt"]), []).append(won)
     found = {}
     for name, seed in answers.said:
         a = [100 * mean(wins.get((seed, q.id), [math.nan])) for q in answers.questions]
@@ -286,13 +288,13 @@ def compare(first: str, second: str, config: Config) -> dict:
         d = paired.differences(scores["A"], scores["B"])
     except ValueError as error:
         fail(f"{config.out}: {error}: the two cannot be paired")
-    tasks = {q.id: q.category for q in questions}
-    order = [tasks[name] for name in sorted(tasks)]
-    by_task = {task: d[:, [i for i, x in enumerate(order) if x == task]] for task in sorted(set(order))}
-    found, unit = paired.difference(d), "points" if judge.kind != "reward" else "of the reward model's score"
+    tasks = [category for _, category in sorted((q.id, q.category) for q in questions)]  # of the columns of d
+    by_task = {task: d[:, [x == task for x in tasks]] for task in sorted(set(tasks)) if tasks.count(task) > 1}
+    found, unit = paired.estimate(d), "of the reward model's score" if judge.kind == "reward" else "points"
     about = {v.name: shlex.join([v.script, *v.words]) for v in (a, b)} | {
-        "judge": config.judge, "dialogues": config.data, "seeds": config.seeds, "replies": config.replies, "temperature": config.temperature,
-        "runs trained now": new, "minutes": round((time.monotonic() - began) / 60, 1)}
+        "judge": config.judge, "dialogues": config.data, "seeds": config.seeds, "replies": config.replies,
+        "temperature": config.temperature, "runs trained now": new,
+        "minutes": round((time.monotonic() - began) / 60, 1)}
     result = {"title": "B against A", "about": about, "verdict": paired.verdict(found, unit),
               "difference": found._asdict(), "seeds_needed": paired.seeds_needed(found), "scores": scores,
               "sections": paired.sections(found, scores["A"], scores["B"], unit, by_task)}

@@ -2,14 +2,14 @@
 
     python -m benchmarks.calibration
 
-After `make demo`. One DPO configuration of the tiny world is trained with `seeds` seeds, from one SFT model on the same
+After `make demo`. README's edit of the loss is compared first, from nothing, and timed. Then one DPO configuration of the tiny world is trained with `seeds` seeds, from one SFT model on the same
 preferences; every result is judged once. Then
 
-    null      groups of 3 (or 5) of these runs are compared with as many others. Nothing differs but the seeds, so 5 % of
-              the intervals may exclude zero. A partition shuffles the pool and cuts it into disjoint groups, so that
-              comparisons of one partition share no run; those of other partitions do.
-    planted   the same with a change that is known to matter, trained with the same seeds. Its true size is the mean over
-              all seeds; found: the interval lies on that side of zero. Runs are paired by seed, as compare.py does.
+    null      groups of 3 (or 5) of these runs are compared with as many others. Nothing differs but the seeds, so 5 %
+              of the intervals may exclude zero. A partition shuffles the pool and cuts it into disjoint groups: its
+              comparisons share no run; those of different partitions do.
+    planted   the same with a change that is known to matter, trained with the same seeds. Its true size is the mean
+              over all seeds; found: the interval lies on that side of zero. Paired by seed, as compare.py does.
 
 Beside the interval of judging/paired.py stands the one over dialogues alone, as judge.py gave it before. Comparisons
 that share runs are no independent trials: the exact (Clopper-Pearson) interval of a share takes them as if they were,
@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import json
 import random
-import shlex
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import comb
@@ -91,7 +89,7 @@ def share(count: int, n: int) -> dict:
 
 def null(pool: np.ndarray, size: int, partitions: int) -> dict:
     """Comparisons of the pool [seeds, dialogues] with itself."""
-    found = [paired.difference(pool[b] - pool[a]) for a, b in null_groups(len(pool), size, partitions)]
+    found = [paired.estimate(pool[b] - pool[a]) for a, b in null_groups(len(pool), size, partitions)]
     wrong = sum(f.excludes_zero for f in found)
     alone = sum(abs(f.mean) > f.dialogues_half for f in found)
     return {"seeds": size, "comparisons": len(found), "excluded_zero": wrong, "share": share(wrong, len(found)),
@@ -116,8 +114,8 @@ def expected(pool: np.ndarray, size: int, partitions: int, pools: int = 400) -> 
 
 def planted(name: str, base: np.ndarray, changed: np.ndarray, size: int, partitions: int) -> dict:
     d = changed - base
-    true = paired.difference(d)
-    found = [paired.difference(d[group]) for group in paired_groups(len(d), size, partitions)]
+    true = paired.estimate(d)
+    found = [paired.estimate(d[group]) for group in paired_groups(len(d), size, partitions)]
     right = sum(f.excludes_zero and f.mean * true.mean > 0 for f in found)
     wrong = sum(f.excludes_zero and f.mean * true.mean < 0 for f in found)
     return {"change": name, "seeds": size, "true": {"value": true.mean, "low": true.mean - true.half,
@@ -137,25 +135,30 @@ def pools(config: Config) -> dict[str, np.ndarray]:
     runtime.write_text(Path(HALF), "".join(lines[: len(lines) // 2]))
     base = compare.variant("base", BASE)
     variants = [base, *(compare.variant(name, text, base) for name, text in PLANTED.items())]
-    settings, out = compare.Config(seeds=config.seeds, jobs=config.jobs, out=config.out), runtime.open_folder(config.out)
+    settings = compare.Config(seeds=config.seeds, jobs=config.jobs, out=config.out)
+    out = runtime.open_folder(config.out)
     jobs = compare.jobs_of(variants, config.seeds, out)
     compare.train(jobs, config.jobs, settings.threads)
     scores, _ = compare.score(settings, jobs, out)
-    return {name: np.array([[of[seed][i] for i in sorted(of[seed])] for seed in sorted(of)])
-            for name, of in scores.items()}
+    return {name: paired.matrix(of, name) for name, of in scores.items()}
 
 
 def one_comparison(config: Config) -> dict:
-    """Minutes of a comparison of two variants with three seeds from nothing, all its steps included."""
-    began, out = time.monotonic(), Path(config.out) / "timed"
-    settings = compare.Config(seeds=3, jobs=config.jobs, out=str(out))
-    report = compare.compare(BASE, PLANTED["learning rate / 4"], settings)
+    """README's edit, compared from nothing with three seeds: the verdict, and the minutes it took."""
+    out, source = Path(config.out) / "edit", Path("dpo.py").read_text()
+    runtime.open_folder(str(out))
+    edited = source.replace("F.logsigmoid(margins).mean()", "F.logsigmoid(margins - 0.5).mean()")
+    if edited == source:
+        raise ValueError("dpo.py: the loss that README.md edits is not there")
+    runtime.write_text(out / "my_dpo.py", edited)
+    report = compare.compare(BASE, str(out / "my_dpo.py"), compare.Config(jobs=config.jobs, out=str(out)))
     if report["about"]["runs trained now"] < 6:  # resumed: no time to report
         return {}
-    return {"minutes": (time.monotonic() - began) / 60, "command": f"python compare.py {shlex.quote(BASE)} lr=5e-5"}
+    return {"minutes": report["about"]["minutes"], "verdict": report["verdict"]}
 
 
 def main(config: Config) -> None:
+    timed = one_comparison(config)
     by_variant = pools(config)
     base = by_variant.pop("base")
     rows = [null(base, size, config.partitions) | {"expected": expected(base, size, config.partitions)}
@@ -169,7 +172,7 @@ def main(config: Config) -> None:
               "scores_by_seed": base.mean(axis=1).tolist(),
               "comparisons": rows[0]["comparisons"], "excluded_zero": rows[0]["excluded_zero"], "null": rows,
               "found": {f"{row['change']}, {row['seeds']} seeds": row["share"]["value"] for row in finds},
-              "planted": finds, "one_comparison": one_comparison(config) or before.get("one_comparison")}
+              "planted": finds, "one_comparison": timed or before.get("one_comparison")}
     save(file, report)
 
 

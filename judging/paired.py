@@ -28,8 +28,7 @@ import numpy as np
 from judging.gold import T975
 from judging.tables import bounded, dots
 
-POWER = 0.8
-Z_POWER = 0.8416  # normal quantile of the power
+Z_POWER = 0.8416  # normal quantile of a power of 80 %
 Scores = Mapping[int, Mapping[str, float]]  # by seed and dialogue
 
 
@@ -41,7 +40,7 @@ def t975(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-class Difference(NamedTuple):
+class Estimate(NamedTuple):
     mean: float
     half: float            # half-width of the 95 % interval over seeds and dialogues; NaN where seeds give none
     dialogues_half: float  # the same over dialogues alone: the seeds as they are
@@ -56,24 +55,32 @@ class Difference(NamedTuple):
         return abs(self.mean) > self.half
 
 
+def matrix(scores: Scores, name: str = "A") -> np.ndarray:
+    """Scores as [seeds, dialogues]; ValueError where a dialogue is missing at a seed or has no finite score."""
+    dialogues = sorted(next(iter(scores.values()), {}))
+    for seed, of in scores.items():
+        if odd := sorted(set(dialogues) ^ of.keys()):
+            raise ValueError(f"{name}, seed {seed}: other dialogues have a score than at the first seed, e.g. {odd[0]}")
+        if wrong := [i for i in dialogues if not math.isfinite(of[i])]:
+            raise ValueError(f"{name}, seed {seed}: the score of dialogue {wrong[0]} is {of[wrong[0]]}, "
+                             "expected a number (a turn without a reply has none)")
+    if len(dialogues) < 2:
+        raise ValueError(f"{name}: {len(dialogues)} dialogues have a score, at least 2 are needed")
+    return np.array([[scores[seed][i] for i in dialogues] for seed in sorted(scores)])
+
+
 def differences(a: Scores, b: Scores) -> np.ndarray:
-    """d [seeds, dialogues]; ValueError says what keeps the two from being paired."""
+    """d [seeds, dialogues] of B less A; ValueError says what keeps the two from being paired."""
+    first, second = matrix(a, "A"), matrix(b, "B")
     if a.keys() != b.keys():
         raise ValueError(f"A has seeds {sorted(a)}, B has {sorted(b)}")
-    dialogues = sorted(next(iter(a.values()), {}))
-    for name, side in (("A", a), ("B", b)):
-        for seed, of in side.items():
-            if odd := sorted(set(dialogues) ^ of.keys()):
-                raise ValueError(f"{name}, seed {seed}: other dialogues were scored than for A's first seed, e.g. {odd[0]}")
-            if wrong := [name for name, value in of.items() if not math.isfinite(value)]:
-                raise ValueError(f"{name}, seed {seed}: the score of dialogue {wrong[0]} is {of[wrong[0]]}")
-    if len(dialogues) < 2:
-        raise ValueError(f"{len(dialogues)} dialogues were scored, at least 2 are needed")
-    return np.array([[b[seed][i] - a[seed][i] for i in dialogues] for seed in sorted(a)])
+    if odd := sorted(next(iter(a.values())).keys() ^ next(iter(b.values())).keys()):
+        raise ValueError(f"A and B have scores of different dialogues, e.g. {odd[0]}")
+    return second - first
 
 
-def difference(d: np.ndarray) -> Difference:
-    """The mean of d [seeds, dialogues] and its intervals.
+def estimate(d: np.ndarray) -> Estimate:
+    """The mean of d [seeds, dialogues] (differences, or one model's scores) and its intervals.
 
     One seed, or seeds that all gave the same, leave the seeds' part unknown: `half` is NaN.
     """
@@ -84,17 +91,17 @@ def difference(d: np.ndarray) -> Difference:
     by_seed = [bounded(float(m), float(m - h), float(m + h)) for m, h in zip(rows, over_dialogues, strict=True)]
     dialogues_half = t * columns.std(ddof=1) / math.sqrt(dialogues)
     if seeds == 1 or (d == d[0]).all():
-        return Difference(float(mean), math.nan, float(dialogues_half), math.nan, math.nan, seeds, dialogues, by_seed)
+        return Estimate(float(mean), math.nan, float(dialogues_half), math.nan, math.nan, seeds, dialogues, by_seed)
     v_seeds = rows.var(ddof=1) / seeds
     rest = d - rows[:, None] - columns + mean
     ms_rest = (rest**2).sum() / ((seeds - 1) * (dialogues - 1))
     v_dialogues = max(0.0, columns.var(ddof=1) - ms_rest / seeds) / dialogues
     half = math.sqrt(t975(seeds - 1) ** 2 * v_seeds + t**2 * v_dialogues)
-    return Difference(float(mean), half, float(dialogues_half), float(v_seeds), float(v_dialogues), seeds, dialogues,
+    return Estimate(float(mean), half, float(dialogues_half), float(v_seeds), float(v_dialogues), seeds, dialogues,
                       by_seed)
 
 
-def seeds_needed(found: Difference, most: int = 1000) -> int | None:
+def seeds_needed(found: Estimate, most: int = 1000) -> int | None:
     """How many seeds would show a difference of this size, with these variances, in 80 % of comparisons.
 
     None where no number up to `most` does: then the dialogues are too few.
@@ -111,8 +118,10 @@ def seeds_needed(found: Difference, most: int = 1000) -> int | None:
 
 # ---------------------------------------------------------------------------------------- in words
 
-def verdict(found: Difference, unit: str = "points") -> str:
+def verdict(found: Estimate, unit: str = "points") -> str:
     """Better, worse, or not to be told apart, in a few sentences."""
+    if all(cell["low"] == cell["high"] == 0 for cell in found.by_seed) and found.by_seed:
+        return "B scores what A scores on every dialogue of every seed: nothing that is judged has changed."
     shown, dialogues = f"{found.mean:+.1f} {unit}", f"{found.dialogues} dialogues"
     if math.isnan(found.half):
         low, high = found.mean - found.dialogues_half, found.mean + found.dialogues_half
@@ -120,8 +129,6 @@ def verdict(found: Difference, unit: str = "points") -> str:
         return (f"No verdict: {why}, which gives no interval over training runs. B - A is {shown}; "
                 f"[{low:+.1f}, {high:+.1f}] covers other dialogues, but not another run of the same two.")
     low, high = found.mean - found.half, found.mean + found.half
-    if found.mean == found.half == found.dialogues_half == 0:
-        return "B scores what A scores on every dialogue of every seed: nothing that is judged has changed."
     needed = seeds_needed(found)
     word = "B cannot be told apart from A with what was run" if not found.excludes_zero else (
         "B is better than A" if found.mean > 0 else "B is worse than A")
@@ -130,11 +137,11 @@ def verdict(found: Difference, unit: str = "points") -> str:
         return said
     if needed is None:
         return f"{said} No number of seeds would show a difference of this size on so few dialogues: take more of both."
-    return (f"{said} To see a difference of this size in {POWER:.0%} of comparisons takes about {needed} seeds"
+    return (f"{said} To see a difference of this size in 80 % of comparisons takes about {needed} seeds"
             + (", by this estimate from few." if found.seeds < 5 else "."))
 
 
-def sections(found: Difference, a: Scores, b: Scores, unit: str, by_task: Mapping[str, np.ndarray]) -> list[dict]:
+def sections(found: Estimate, a: Scores, b: Scores, unit: str, by_task: Mapping[str, np.ndarray]) -> list[dict]:
     """The tables and the figure of a comparison; `by_task`: the columns of d that belong to each task."""
     whole = bounded(found.mean, found.mean - found.half, found.mean + found.half)
     if math.isnan(found.half):
@@ -159,7 +166,7 @@ def sections(found: Difference, a: Scores, b: Scores, unit: str, by_task: Mappin
     if len(by_task) > 1:
         lines = []
         for task, d in by_task.items():
-            part = difference(d)
+            part = estimate(d)
             low, high = part.mean - part.half, part.mean + part.half
             lines.append([task, part.dialogues, part.mean if math.isnan(part.half) else bounded(part.mean, low, high)])
         result.append({"title": "B - A by task", "columns": ["task", "dialogues", "B - A"], "rows": lines,

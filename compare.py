@@ -84,9 +84,12 @@ class Variant(NamedTuple):
         values = read_toml(words[words.index("--config") + 1]) if "--config" in words[:-1] else {}
         return values | dict(word.split("=", 1) for word in words if "=" in word)
 
+    def told(self) -> tuple:
+        """All that decides what is trained but the seed: the script's text, its words, what the config file holds."""
+        return Path(self.script).read_text(), self.words, self.settings(0)
+
     def key(self) -> str:
-        """A hash of the script and everything it is told but seed and place."""
-        return _digest(Path(self.script).read_text(), self.words, self.settings(0))
+        return _digest(Path(self.script).name, *self.told())
 
 
 def _digest(*parts) -> str:
@@ -272,7 +275,7 @@ def compare(first: str, second: str, config: Config) -> dict:
     """Train, judge, and write the report."""
     a = variant("A", first)
     b = variant("B", second, a)
-    if a.key() == b.key():
+    if a.told() == b.told():
         fail("A and B are the same: with the same seeds they train the same models: change something in one of them")
     judge = decode("judges", config.judge)
     if judge.kind in ("model", "reward"):

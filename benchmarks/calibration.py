@@ -2,8 +2,8 @@
 
     python -m benchmarks.calibration
 
-After `make demo`. README's edit of the loss is compared first, from nothing, and timed. Then one DPO configuration of the tiny world is trained with `seeds` seeds, from one SFT model on the same
-preferences; every result is judged once. Then
+After `make demo`. README's edit of a loss is compared first, from nothing, and timed. Then one DPO configuration of the
+tiny world is trained with `seeds` seeds, from one SFT model on the same preferences, and every result is judged once:
 
     null      groups of 3 (or 5) of these runs are compared with as many others. Nothing differs but the seeds, so 5 %
               of the intervals may exclude zero. A partition shuffles the pool and cuts it into disjoint groups: its
@@ -165,12 +165,14 @@ def main(config: Config) -> None:
             for size in (3, 5)]
     finds = [planted(name, base, changed, size, config.partitions) for name, changed in by_variant.items()
              for size in (3, 5)]
+    one = null(base, 1, config.partitions)  # a run against a run: there is no interval but that over dialogues
+    single = {key: one[key] for key in ("comparisons", "dialogues_only_excluded_zero", "dialogues_only_share")}
     file = Path(config.results)
     before = json.loads(file.read_text()) if file.is_file() else {}
     report = {"command": "python -m benchmarks.calibration", **machine(torch.device("cpu")), "seeds": len(base),
               "dialogues": base.shape[1], "partitions": config.partitions, "configuration": BASE,
               "scores_by_seed": base.mean(axis=1).tolist(),
-              "comparisons": rows[0]["comparisons"], "excluded_zero": rows[0]["excluded_zero"], "null": rows,
+              "comparisons": rows[0]["comparisons"], "excluded_zero": rows[0]["excluded_zero"], "null": rows, "single_runs": single,
               "found": {f"{row['change']}, {row['seeds']} seeds": row["share"]["value"] for row in finds},
               "planted": finds, "one_comparison": timed or before.get("one_comparison")}
     save(file, report)

@@ -307,6 +307,11 @@ def test_texts_that_name_no_two_variants_are_one_line(first, second, said, world
     exits(capsys, lambda: compare.compare(first, second, settings()), said)
 
 
+def test_a_copy_that_was_not_edited_is_the_same(world, capsys):
+    Path("mine.py").write_text(Path("train.py").read_text())
+    exits(capsys, lambda: compare.compare("train.py", "mine.py", settings()), "A and B are the same", "change something")
+
+
 def test_a_wrong_judge_or_missing_data_is_one_line_before_anything_is_trained(world, capsys):
     for changes, said in (({"judge": "recorded:x.jsonl"}, "compares nothing anew"),
                           ({"judge": "reward:nowhere"}, "judge: nowhere holds no config.json"),

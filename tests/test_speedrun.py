@@ -1,6 +1,7 @@
 """The speedrun: what a recipe is given, what makes it void, and what comes onto the board."""
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,18 @@ def test_a_used_folder_or_a_command_that_is_not_there_is_one_line(recipe, capsys
     Path("used").mkdir()
     Path("used/file").touch()
     exits(capsys, lambda: speedrun.main(settings(out="used")), "used: is not empty")
+
+
+def test_make_hands_the_recipe_on(tmp_path):
+    command = ["make", "-n", "-f", str(ROOT / "Makefile"), "PYTHON=python", "speedrun"]
+
+    def says(*words: str) -> str:
+        return subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert "recipe='sh benchmarks/speedrun.sh' what='' \\\n\tdev=false" in says()
+    assert "recipe='python my.py' what='' \\\n\tdev=true" in says("RECIPE=python my.py", "DEV=1")
+    board = says("RECIPE=python my.py", "WHAT=PPO, longer")
+    assert "what='PPO, longer'" in board and board.rstrip().endswith("python -m benchmarks.results")
 
 
 def test_the_shipped_recipe_passes_the_check_and_leads_the_board():

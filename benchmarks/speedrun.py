@@ -97,6 +97,7 @@ def train(config: Config, seed: int, folder: Path) -> float:
     if code or not (out / "model" / "config.json").is_file():
         fail(f"seed {seed}: void, the recipe ended with code {code} and "
              f"{'a' if (out / 'model').exists() else 'no'} model in {out}: mend it")
+    print(f"seed {seed}: trained in {used:.0f} of {config.seconds} CPU seconds", flush=True)
     return used
 
 
@@ -125,8 +126,7 @@ def main(config: Config) -> None:
            "by_seed": [cell["value"] for cell in found.by_seed], "cpu_seconds": used, "budget": config.seconds,
            "dialogues": found.dialogues, **machine(torch.device("cpu"))}
     print("gold score on the {} dialogues: {value:.1f} [{low:.1f}, {high:.1f}]".format(split, **row["score"])
-          + f", 95 % over {config.seeds} seeds and {found.dialogues} dialogues; CPU seconds "
-          f"{', '.join(f'{x:.0f}' for x in used)} of {config.seconds}")
+          + f", 95 % over {config.seeds} seeds and {found.dialogues} dialogues")
     if config.what:
         file = Path(config.board)
         rows = json.loads(file.read_text())["rows"] if file.is_file() else []

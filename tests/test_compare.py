@@ -87,6 +87,37 @@ def test_the_interval_covers_what_it_says_whatever_varies(seeds):
             assert alone < 0.9
 
 
+def satterthwaite(d) -> float:
+    """The half-width with one t for the sum of the mean squares, at the degrees of freedom of Satterthwaite 1946."""
+    seeds, dialogues = d.shape
+    rows, columns = d.mean(axis=1), d.mean(axis=0)
+    squares = np.array([dialogues * rows.var(ddof=1), seeds * columns.var(ddof=1),
+                        ((d - rows[:, None] - columns + d.mean()) ** 2).sum() / (seeds - 1) / (dialogues - 1)])
+    freedom = np.array([seeds - 1, dialogues - 1, (seeds - 1) * (dialogues - 1)])
+    total = squares @ [1, 1, -1]
+    if squares[1] < squares[2]:
+        return T975[seeds - 2] * math.sqrt(squares[0] / d.size)
+    return paired.t975(max(1, int(total**2 / (squares**2 / freedom).sum()))) * math.sqrt(total / d.size)
+
+
+def two_level_bootstrap_covers_zero(d, rng, rounds=200) -> bool:
+    seeds, dialogues = (rng.integers(0, n, (rounds, n)) for n in d.shape)
+    means = [d[s][:, i].mean() for s, i in zip(seeds, dialogues, strict=True)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return low <= 0 <= high
+
+
+def test_other_intervals_promise_too_much_where_seeds_are_few_and_matter():
+    """Three seeds that weigh as much as all else: ours 95 % at least, one t for the sum less, others far less."""
+    rng = np.random.default_rng(5)
+    drawn = [simulated(rng, 3, 60, 0.5, 1.0) for _ in range(3000)]
+    ours = np.mean([not paired.estimate(d).excludes_zero for d in drawn])
+    one_t = np.mean([abs(d.mean()) <= satterthwaite(d) for d in drawn])
+    bootstrap = np.mean([two_level_bootstrap_covers_zero(d, rng) for d in drawn[:300]])
+    alone = np.mean([abs((e := paired.estimate(d)).mean) <= e.dialogues_half for d in drawn])
+    assert ours > 0.942 and one_t < 0.942 and bootstrap < 0.9 and alone < 0.7
+
+
 def test_the_seeds_needed_have_the_power_they_promise():
     """With the true variances known, about 80 % of comparisons with that many seeds find the difference."""
     rng = np.random.default_rng(2)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.calibration
 
-After `make demo`. README's edit of a loss is compared first, from nothing, and timed. Then one DPO configuration of the
-tiny world is trained with `seeds` seeds, from one SFT model on the same preferences, and every result is judged once:
+After `make demo`. One DPO configuration of the tiny world is trained with `seeds` seeds, from one SFT model on the same
+preferences, and every result is judged once:
 
     null      groups of 3 (or 5) of these runs are compared with as many others. Nothing differs but the seeds, so 5 %
               of the intervals may exclude zero. A partition shuffles the pool and cuts it into disjoint groups: its
@@ -14,7 +14,7 @@ tiny world is trained with `seeds` seeds, from one SFT model on the same prefere
 Beside the interval of judging/paired.py stands the one over dialogues alone, as judge.py gave it before. Comparisons
 that share runs are no independent trials: the exact (Clopper-Pearson) interval of a share takes them as if they were,
 so `expected`, the range of the share over simulated pools of this size whose comparisons are cut the same way and
-whose intervals are right, stands beside it.
+whose intervals are right, stands beside it. At the end README's edit of a loss is compared from nothing, and timed.
 """
 from __future__ import annotations
 
@@ -158,8 +158,7 @@ def one_comparison(config: Config) -> dict:
 
 
 def main(config: Config) -> None:
-    timed = one_comparison(config)
-    by_variant = pools(config)
+    by_variant, timed = pools(config), one_comparison(config)
     base = by_variant.pop("base")
     rows = [null(base, size, config.partitions) | {"expected": expected(base, size, config.partitions)}
             for size in (3, 5)]

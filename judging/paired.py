@@ -11,11 +11,12 @@ Mean squares of seeds (S-1 degrees of freedom), dialogues (I-1) and rest estimat
     v_dialogues = max(0, MS_dialogues - MS_rest) / (S I)    what the same dialogues add, whatever the seed
 
 and the interval is  mean ± sqrt(t(S-1)^2 v_seeds + t(I-1)^2 v_dialogues),  t the 97.5 % quantile of Student's t: each
-part keeps its own quantile (Banerjee 1960, Sankhya 22, 357-358), and coverage is at least 95 % whatever their ratio.
-Simulated with three seeds and 60 dialogues, the seeds' standard deviation half of the rest's (tests/test_compare.py),
-it is 96 %. There one t for the sum, with Satterthwaite's (1946) degrees of freedom, covers 92 %: a v_seeds that came
-out small by chance claims many degrees. Resampling the seeds and the dialogues (a two-level bootstrap) covers 83 %: three
-numbers resampled vary by 2/3 of what they should. An interval over dialogues alone covers 63 %.
+part keeps its own quantile, which covers at least 95 % for two independent chi-squares in any ratio (Banerjee 1960,
+Sankhya 22, 357-358). v_dialogues, a difference, is nearly one. Simulated with three seeds and 60 dialogues, the seeds'
+standard deviation half of the rest's (tests/test_compare.py), the interval covers 96 %. There one t for the sum, with
+Satterthwaite's (1946) degrees of freedom, covers 92 %: a v_seeds that came out small by chance claims many degrees.
+Resampling the seeds and the dialogues (a two-level bootstrap) covers 83 %: three numbers resampled vary by 2/3 of what
+they should. An interval over dialogues alone covers 63 %.
 """
 from __future__ import annotations
 

@@ -35,19 +35,21 @@ from judging import paired
 
 BASE = "dpo.py --config configs/tiny/dpo.toml"
 HALF = "runs/tiny/0/pairs_half.jsonl"
-PLANTED = {"beta x 3": "beta=0.9", "half the data": f"data={HALF}", "learning rate / 4": "lr=5e-5"}
+PLANTED = {"beta x 3": "beta=0.9", "half the data": f"data={HALF}"}
 
 
 @dataclass(frozen=True)
 class Config:
     seeds: int = 24                  # of the pool
+    planted_seeds: int = 12          # of each planted change
     partitions: int = 25             # of the pool into groups
     jobs: int = 2
     out: str = "runs/calibration"    # folder of the runs
     results: str = "benchmarks/results/calibration.json"
 
     def __post_init__(self):
-        runtime.check_ranges(self, seeds=(10, compare.SEEDS), partitions=(1, 10**6), jobs=(1, 64))
+        runtime.check_ranges(self, seeds=(10, compare.SEEDS), planted_seeds=(5, self.seeds), partitions=(1, 10**6),
+                             jobs=(1, 64))
 
 
 # ----------------------------------------------------------------------------------- the comparisons
@@ -113,7 +115,7 @@ def expected(pool: np.ndarray, size: int, partitions: int, pools: int = 400) -> 
 
 
 def planted(name: str, base: np.ndarray, changed: np.ndarray, size: int, partitions: int) -> dict:
-    d = changed - base
+    d = changed - base[: len(changed)]
     true = paired.estimate(d)
     found = [paired.estimate(d[group]) for group in paired_groups(len(d), size, partitions)]
     right = sum(f.excludes_zero and f.mean * true.mean > 0 for f in found)
@@ -134,10 +136,10 @@ def pools(config: Config) -> dict[str, np.ndarray]:
     lines = pairs.read_text().splitlines(keepends=True)
     runtime.write_text(Path(HALF), "".join(lines[: len(lines) // 2]))
     base = compare.variant("base", BASE)
-    variants = [base, *(compare.variant(name, text, base) for name, text in PLANTED.items())]
-    settings = compare.Config(seeds=config.seeds, jobs=config.jobs, out=config.out)
+    changed = [compare.variant(name, text, base) for name, text in PLANTED.items()]
+    settings = compare.Config(jobs=config.jobs, out=config.out)
     out = runtime.open_folder(config.out)
-    jobs = compare.jobs_of(variants, config.seeds, out)
+    jobs = compare.jobs_of([base], config.seeds, out) + compare.jobs_of(changed, config.planted_seeds, out)
     compare.train(jobs, config.jobs, settings.threads)
     scores, _ = compare.score(settings, jobs, out)
     return {name: paired.matrix(of, name) for name, of in scores.items()}
@@ -169,6 +171,7 @@ def main(config: Config) -> None:
     file = Path(config.results)
     before = json.loads(file.read_text()) if file.is_file() else {}
     report = {"command": "python -m benchmarks.calibration", **machine(torch.device("cpu")), "seeds": len(base),
+              "planted_seeds": config.planted_seeds,
               "dialogues": base.shape[1], "partitions": config.partitions, "configuration": BASE,
               "scores_by_seed": base.mean(axis=1).tolist(),
               "comparisons": rows[0]["comparisons"], "excluded_zero": rows[0]["excluded_zero"], "null": rows,

@@ -3,6 +3,7 @@
 # make exercise N=3   write dpo_loss yourself, judged by its tests (HINT=1, SOLUTION=1, ANEW=1); without N all are listed
 # make bench     throughput here, beside the floor its matmuls set     make base    pretrain the tiny base anew
 # make bench-peers   the same work by transformers + TRL + PEFT, in turns
+# make speedrun  the best chatbot of 300 CPU seconds: SPEEDRUN.md      make calibration   how often compare.py errs
 #
 # Each makes the environment first if there is none, and goes on from where an earlier run stopped.
 #
@@ -32,7 +33,7 @@ runs/tiny/99/%: SFT_SIZE = max_steps=8
 runs/tiny/99/%: TRAIN_SIZE = max_steps=8
 runs/tiny/99/%: PPO_SIZE = steps=2 batch=8
 
-.PHONY: demo results test test-portable lint exercise bench bench-peers gpu gpu-tests gpu-kernels gpu-training base
+.PHONY: demo results test test-portable lint exercise bench bench-peers calibration speedrun gpu gpu-tests gpu-kernels gpu-training base
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -163,6 +164,18 @@ bench-peers: $(ENVIRONMENT) .venv-peers/installed
 	$(PYTHON) -m benchmarks.peers shapes='["15 M", "110 M"]' rounds=4
 	$(PYTHON) -m benchmarks.peers shapes='["2 M"]' rounds=6
 	$(PYTHON) -m benchmarks.results
+
+# Two equal things, and things known to differ, compared over and over; after `make demo`, half an hour.
+calibration: $(ENVIRONMENT)
+	$(PYTHON) -m benchmarks.calibration
+	$(PYTHON) -m benchmarks.results
+
+# RECIPE="python my_recipe.py" DEV=1 to try it; WHAT="what changed" to put it on the board.
+speedrun: $(ENVIRONMENT)
+	@rm -rf runs/speedrun
+	$(PYTHON) -m benchmarks.speedrun recipe='$(or $(RECIPE),sh benchmarks/speedrun.sh)' what='$(WHAT)' \
+		dev=$(if $(DEV),true,false)
+	$(if $(WHAT),$(PYTHON) -m benchmarks.results)
 
 # Everything that waits for a GPU, in ten minutes; PYTHON=python3 where one with torch is installed. What fails does not stop the rest.
 gpu: $(TOOLS)

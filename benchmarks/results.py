@@ -1,6 +1,6 @@
-"""Fill in what was measured in README.md and RESULTS.md, from the committed files: `python -m benchmarks.results`.
+"""Fill in what was measured, in README, RESULTS and SPEEDRUN, from the committed files: `python -m benchmarks.results`.
 
-Both are written by hand but for places between two comments, `<!-- WHAT -->` and `<!-- / -->`. WHAT is one of
+They are written by hand but for places between two comments, `<!-- WHAT -->` and `<!-- / -->`. WHAT is one of
 
     throughput.json {device}, {threads} threads    a format string over a file of benchmarks/results
     sampling.json rows                             a table of its "rows"; the comment's next lines are columns, heading
@@ -175,6 +175,6 @@ def fill(place: re.Match) -> str:
 
 
 if __name__ == "__main__":
-    for file in (ROOT / "README.md", ROOT / "RESULTS.md"):
+    for file in (ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "SPEEDRUN.md"):
         file.write_text(PLACE.sub(fill, file.read_text()))
         print(f"filled in {file.name}")

@@ -92,7 +92,7 @@ def load_config(cls: type, doc: str, argv: list[str] | None = None):
             fail("--config: names no file, expected e.g. --config configs/tiny/sft.toml")
         file = rest[at + 1]
         del rest[at : at + 2]
-        values = {key: _checked(types, key, value, file) for key, value in _read_toml(file).items()}
+        values = {key: _checked(types, key, value, file) for key, value in read_toml(file).items()}
     for word in rest:
         key, equals, text = ("dry_run=true" if word == "--dry-run" else word).partition("=")
         if not equals:
@@ -119,7 +119,7 @@ def print_help(cls: type, doc: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def _read_toml(file: str) -> dict:
+def read_toml(file: str) -> dict:
     try:
         return tomllib.loads(Path(file).read_text())
     except OSError as error:

@@ -6,18 +6,18 @@ from conftest import ROOT
 
 from benchmarks.results import PLACE, cells, fill, gpu_hours, peers_gpu, table
 
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "RESULTS.md", "CONTRIBUTING.md")}
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "RESULTS.md", "SPEEDRUN.md", "CONTRIBUTING.md")}
 README, RESULTS = PAGES["README.md"], PAGES["RESULTS.md"]
 # Places that stay empty until somebody measures.
 WAITING = {"demo.json", "relatives.json", "peers_gpu", "gpu_hours", "kernels_gpu"}
 
 
-@pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "SPEEDRUN.md"])
 def test_the_measured_parts_are_those_of_the_committed_results(name):
     assert PLACE.sub(fill, PAGES[name]) == PAGES[name], "python -m benchmarks.results makes them anew"
 
 
-@pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "SPEEDRUN.md"])
 def test_every_place_is_closed_and_filled(name):
     places = list(PLACE.finditer(PAGES[name]))
     assert len(places) == PAGES[name].count("<!-- / -->") == PAGES[name].count("<!-- ") / 2
@@ -25,7 +25,7 @@ def test_every_place_is_closed_and_filled(name):
     assert empty <= WAITING
 
 
-@pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "SPEEDRUN.md"])
 def test_no_place_within_a_sentence_begins_a_line(name):
     """There Markdown takes the whole line for HTML and shows it as it is."""
     assert not re.search(r"^<!-- [^\n]+ -->[^\n<]", PAGES[name], re.MULTILINE)

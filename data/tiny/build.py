@@ -180,19 +180,20 @@ def ngrams(text: str) -> set[tuple[str, ...]]:
     return {tuple(said[i : i + NGRAM]) for i in range(len(said) - NGRAM + 1)}
 
 
+def draw(split: str, rng: random.Random, evals: int) -> list[dict]:
+    """Different dialogues of a split, `evals` of each task."""
+    records: dict[str, list[dict]] = {task: [] for task in TASKS}
+    while any(len(x) < evals for x in records.values()):
+        record = dialogue(rng, split)
+        known = records[record["category"]]
+        if len(known) < evals and record["turns"][0] not in [r["turns"][0] for r in known]:
+            known.append(record)
+    return [{"id": f"{split}-{task}-{i}"} | r for task, x in records.items() for i, r in enumerate(x)]
+
+
 def held_out(evals: int) -> dict[str, list[dict]]:
     """The dev and test dialogues, `evals` of each task: the same for every seed."""
-    sets = {}
-    for name in ("dev", "test"):
-        rng = random.Random(f"{name} set of the tiny world")
-        records: dict[str, list[dict]] = {task: [] for task in TASKS}
-        while any(len(x) < evals for x in records.values()):
-            record = dialogue(rng, name)
-            known = records[record["category"]]
-            if len(known) < evals and record["turns"][0] not in [r["turns"][0] for r in known]:
-                known.append(record)
-        sets[name] = [{"id": f"{name}-{task}-{i}"} | r for task, x in records.items() for i, r in enumerate(x)]
-    return sets
+    return {name: draw(name, random.Random(f"{name} set of the tiny world"), evals) for name in ("dev", "test")}
 
 
 def demo(rng: random.Random, wanted: str) -> tuple[dict, str]:

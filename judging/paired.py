@@ -26,19 +26,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from judging.gold import T975
+from judging.ratings import t975
 from judging.tables import bounded, dots
 
 Z_POWER = 0.8416  # normal quantile of a power of 80 %
 Scores = Mapping[int, Mapping[str, float]]  # by seed and dialogue
-
-
-def t975(freedom: int) -> float:
-    """97.5 % quantile of Student's t; above 30 degrees of freedom by its expansion about the normal's, to 1e-4."""
-    if freedom <= len(T975):
-        return T975[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 class Estimate(NamedTuple):

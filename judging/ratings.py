@@ -116,8 +116,11 @@ Z975 = 1.959964  # the normal distribution's
 
 
 def t975(freedom: int) -> float:
-    """Student's 97.5 % quantile; above 30 degrees of freedom the first two terms of its expansion, right to 0.001."""
-    return T975[freedom - 1] if freedom <= 30 else Z975 + (Z975**3 + Z975) / (4 * freedom)
+    """Student's 97.5 % quantile; above 30 degrees of freedom by its expansion about the normal's, to 1e-4."""
+    if freedom <= len(T975):
+        return T975[freedom - 1]
+    z = Z975
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def wilson(wins: float, n: int) -> tuple[float, float]:

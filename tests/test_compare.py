@@ -15,7 +15,7 @@ import compare
 from benchmarks import calibration
 from data.tiny.build import held_out
 from judging import paired
-from judging.gold import T975
+from judging.ratings import T975, t975
 
 # A trainer: copies the base, so that replies are real; says what it was told; obeys a few keys.
 TRAINER = """import json, pathlib, shutil, signal, sys, time
@@ -97,7 +97,7 @@ def satterthwaite(d) -> float:
     total = squares @ [1, 1, -1]
     if squares[1] < squares[2]:
         return T975[seeds - 2] * math.sqrt(squares[0] / d.size)
-    return paired.t975(max(1, int(total**2 / (squares**2 / freedom).sum()))) * math.sqrt(total / d.size)
+    return t975(max(1, int(total**2 / (squares**2 / freedom).sum()))) * math.sqrt(total / d.size)
 
 
 def two_level_bootstrap_covers_zero(d, rng, rounds=200) -> bool:
@@ -133,14 +133,14 @@ def test_the_seeds_needed_have_the_power_they_promise():
 
 def test_quantiles_go_on_where_the_table_ends():
     """Published: t(31) = 2.0395, t(40) = 2.0211, t(120) = 1.9799, t(1000) = 1.9623."""
-    assert [paired.t975(n) for n in (1, 30)] == [T975[0], T975[29]]
-    assert [paired.t975(n) for n in (31, 40, 120, 1000)] == pytest.approx([2.0395, 2.0211, 1.9799, 1.9623], abs=1e-4)
+    assert [t975(n) for n in (1, 30)] == [T975[0], T975[29]]
+    assert [t975(n) for n in (31, 40, 120, 1000)] == pytest.approx([2.0395, 2.0211, 1.9799, 1.9623], abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------ the verdict
 
 def estimate_of(mean, v_seeds, v_dialogues=0.0, seeds=3):
-    half = math.sqrt(paired.t975(seeds - 1) ** 2 * v_seeds + paired.t975(199) ** 2 * v_dialogues)
+    half = math.sqrt(t975(seeds - 1) ** 2 * v_seeds + t975(199) ** 2 * v_dialogues)
     return paired.Estimate(mean, half, half, v_seeds, v_dialogues, seeds, 200, [])
 
 

@@ -11,6 +11,10 @@ questions turn by turn, and sees its own earlier replies. A judge sees two repli
 default; a win needs both (Zheng et al. 2023, arXiv:2306.05685). What models and judges said is kept in ledgers
 (data/llm.py): a killed run resumes, and a report can be made again without asking anyone. Where more than one verdict
 in twenty cannot be read, no mean is given.
+
+What was answered or judged elsewhere is joined to the questions by the ids of both, or else by what was asked, never by
+its place (judging/questions.py). What is missing is said first (judging/missing.py). Of several people the majority
+counts, whatever side each of them saw (judging/people.py).
 """
 from __future__ import annotations
 
@@ -224,7 +228,9 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
     sections = [trial.position_section({"as recorded": votes}, name, force), trial.length_section(merged, name, force),
                 trial.right_section(games, name, force)] if games else []
     raters = collect_labels(people.label_rows(votes)) if several else None
-    about = [several, people.agreement_section(votes, name)]
+    left_out = "; ".join(f"{count} times: {reason}" for reason, count in said.kinds.most_common())
+    about = [report.note(f"{name}: {len(said.rejects)} records left out", f"{left_out}.")] if said.rejects else []
+    about += [several, people.agreement_section(votes, name)]
     about += [rater_section(raters, f"{name}: raters")] if raters and raters.raters else []
     orders = "people" if several else "both" if len(forward) else "recorded"
     return Verdicts(games, marks, baseline, orders, sections, about, votes)
@@ -356,8 +362,8 @@ def main(config: Config) -> None:
     answers = Answers(questions, said)
     if graded:
         grades = gold.grade_all(answers, dialogues)
-        result["gold"] = gold.summaries(answers, dialogues, grades, baseline)
-        sections = gold.sections(result["gold"], baseline, len(config.seeds))
+        result["gold"] = gold.summaries(answers, dialogues, grades, baseline, config.missing)
+        sections = gold.sections(result["gold"], baseline, len(config.seeds)) if result["gold"] else []
 
     # Every judge compares the answers.
     compared, verdicts = matches(answers, baseline, config.all_pairs), {}

@@ -80,6 +80,8 @@ def read_lines(path: str | Path, make: Callable[[dict, int | str], object], faul
         fail(f"{path}: no such file, expected JSON lines")
     found, report = [], Report(str(path))
     for place, record in values(path, report):
+        if isinstance(record, Reject) and record.kind == "not UTF-8":
+            fail(f"{path}: cannot be read ({report.unit} {place} is not UTF-8 text), expected records: check the path")
         try:
             if isinstance(record, Reject):
                 raise ValueError

@@ -64,12 +64,13 @@ def sections(models: dict[str, dict], baseline: str, seeds: int) -> list[dict]:
         if low == high:  # all alike
             low, high = end_interval(m["gold"], seeds if seeds > 1 else m["dialogues"], 0, 100)
         cells[name] = bounded(m["gold"], max(low, 0), min(high, 100))
-    rows = [[name, cells[name], *(m[key] for key in ("win_rate", "first_turn", "follow_up", "ended", "words"))]
+    rows = [[name, cells[name], *(m[key] for key in ("win_rate", "first_turn", "follow_up", "ended", "words", "n"))]
             for name, m in models.items()]
     tasks = list(next(iter(models.values()))["category"])
     grid = [[m["category"][task] for task in tasks] for m in models.values()]
     over = f"{seeds} seeds" if seeds > 1 else "dialogues: another training run would differ by more"
-    columns = ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups", "ended, %", "words"]
+    columns = ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups", "ended, %", "words",
+               "replies"]
     named = [task.replace("_", " ") for task in tasks]
     return [{"title": "Gold score", "text": f"Mean grade of a reply, 0 to 100; 95 % intervals over {over}.",
              "rows": rows, "columns": columns, "figure": dots(cells, "gold score")},
@@ -112,9 +113,21 @@ def grade_all(answers: Answers, dialogues: list[dict]) -> dict[tuple[str, int], 
 
 
 def summaries(answers: Answers, dialogues: list[dict], grades: dict[tuple[str, int], list[list[float]]],
-              baseline: str) -> dict[str, dict]:
+              baseline: str, missing: str) -> dict[str, dict]:
+    """summarize's numbers by model, over the turns that all models answered, or ("loss") where none came a grade of 0.
+
+    Empty if there is no turn that all answered.
+    """
     graded: dict[str, dict[int, list]] = {}
     for (name, seed), replies in answers.said.items():
         pairs = zip(replies, grades[name, seed], strict=True)
         graded.setdefault(name, {})[seed] = [[r | {"gold": g} for r, g in zip(*both, strict=True)] for both in pairs]
-    return {name: summarize(x, dialogues, graded[baseline]) for name, x in graded.items()}
+    runs = [said for by_seed in graded.values() for said in by_seed.values()]
+    counts = [min(len(said[i]) for said in runs) for i in range(len(dialogues))]
+    if missing == "loss":
+        counts = [len(d["turns"]) for d in dialogues]
+    none = {"text": "", "finished": False, "gold": 0.0}
+    graded = {name: {seed: [[*d, *[none] * n][:n] for d, n in zip(said, counts, strict=True) if n]
+                     for seed, said in by_seed.items()} for name, by_seed in graded.items()}
+    dialogues = [d for d, n in zip(dialogues, counts, strict=True) if n]
+    return {name: summarize(x, dialogues, graded[baseline]) for name, x in graded.items()} if dialogues else {}

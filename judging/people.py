@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from judging import agreement, ratings, tables
-from judging.ratings import Game, collect, likert_outcome
+from judging.ratings import Game, collect
 from judging.tables import abstained, bounded, comparison, decided, merge_orders, percent, share_cell, turned
 
 Unit = tuple  # a comparison without the judge's name: prompt, turn, repeat, a, b
@@ -48,7 +48,7 @@ def votes_section(votes: Sequence[dict], name: str) -> dict | None:
                       _mean(100 * most, prompts, 0, 100), _mean(100 * np.array(given)), _mean(rated, prompts, 1, 8)])
     return {"title": f"{name}: votes", "rows": lines,
             "columns": ["pair", "items", "votes", "for the first", "ties", "for the second", "abstained",
-                        "no majority", "majority for the first, %", "of all votes, %", "mean rating"],
+                        "tied items", "majority for the first, %", "of all votes, %", "mean rating"],
             "text": "The first is the model named first, whichever side a rater saw it on. The majority of an item is "
                     "the verdict most of its raters gave; where two are as frequent there is none, which counts as "
                     "half a win, as a tie does. Who cannot tell or finds both bad abstains. Ratings go from 1, the "
@@ -133,14 +133,10 @@ def elo_tables(rows: Iterable[dict]) -> tuple[dict[str, dict], str]:
     rows = rated(rows)
     if not rows:
         return {}, "There are no ratings to rate."
-    found = {}
-    for name, ties in (("no ties", False), ("ties allowed", True)):
-        games = collect(Game(r["a"], r["b"], likert_outcome(round(r["rating"]), ties), r["prompt"]) for r in rows)
-        if apart := ratings.not_connected(games):
-            return {}, f"No rating is given: {apart}."
-        lines = ratings.rating_table(games.models, ratings.bootstrap_elo(games, ends=True))
-        found[name] = {x["model"]: x for x in lines}
-    return found, ""
+    if apart := ratings.not_connected(collect(Game(r["a"], r["b"], 0.5, r["prompt"]) for r in rows)):
+        return {}, f"No rating is given: {apart}."
+    found = ratings.likert_tables((r["a"], r["b"], r["rating"], r["prompt"]) for r in rows)
+    return {name: {x["model"]: x for x in lines} for name, lines in found.items()}, ""
 
 
 def likert_sections(judge: str, rows: Sequence[dict]) -> list[dict]:

@@ -19,7 +19,8 @@ from judging.prompts import Question
 from judging.recorded import Recorded
 from runtime import fail
 
-IDS = ("id", "question_id", "uid", "index")  # what files call a question's id; the first that a record has counts
+IDS = ("id", "question_id", "uid", "index", "idx")  # what files call a question's id; the first a record has counts
+COUNTS = ("index", "idx")                           # those that count a file's records, where others are names
 
 
 class Said(NamedTuple):
@@ -40,8 +41,8 @@ def own_id(record: dict) -> tuple[str, str]:
 
 
 def same_ids(one: str, other: str) -> bool:
-    """Whether ids under two keys may mean the same: an index counts a file's records, other ids are names."""
-    return one == other or "id" in (one, other) or "index" not in (one, other)
+    """Whether ids under two keys may mean the same: a count does not mean a name."""
+    return one == other or "id" in (one, other) or (one in COUNTS) == (other in COUNTS)
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -208,13 +209,14 @@ def read_answers(path: str, questions: list[Question]) -> list[list[dict]]:
 # ---------------------------------------------------------------------------------------- judgments
 
 KEY_OF = {"alpaca_eval": "index", "mt_bench_single": "question_id", "mt_bench_pair": "question_id",
-          "vicuna": "question_id", "arena_hard": "uid", "battles": "question_id"}  # and "id" of the others
+          "vicuna": "question_id", "arena_hard": "uid", "battles": "question_id", "pandalm": "idx"}  # others: "id"
 
 
 def name_prompts(said: Recorded, questions: Sequence[Question], data: str) -> str:
     """Give recorded judgments the questions' ids and categories, if every item they judge is among the questions.
 
-    Otherwise the questions are not theirs, and nothing is taken from them; why is returned, "" if all is well.
+    Part of the items will do where the judgments hold what was asked. Otherwise the questions are not theirs: nothing
+    is taken from them, an id that both use is not the same prompt, and why is returned; "" if all is well.
     """
     if said.numbered:
         return f"{said.path} names no prompts: nothing is taken from data={data}."
@@ -223,19 +225,19 @@ def name_prompts(said: Recorded, questions: Sequence[Question], data: str) -> st
     by_text = {digest(q.turns[0]): q for q in questions}
     found: dict[str, Question | None] = {}
     for row in rows:
-        name = str(row["prompt"])
-        if name in found:
-            continue
-        asked_for = row.get("asked")
-        found[name] = by_id.get(name) or by_text.get(asked_for or digest(name))
-        if found[name] and asked_for and digest(found[name].turns[0]) != asked_for:
+        name, text = str(row["prompt"]), row.get("asked")
+        found[name] = q = by_id.get(name) or by_text.get(text or digest(name))
+        if q and text and digest(q.turns[0]) != text:
             fail(f"{said.path}: judges '{name}' with another instruction than data={data} has under this id: "
                  "expected both to name the same: name the questions that were judged")
     missing = sum(q is None for q in found.values())
-    if missing:
+    if missing and not (missing < len(found) and all(row.get("asked") for row in rows)):
+        for row in rows:
+            if found[str(row["prompt"])]:
+                row["prompt"] = f"{row['prompt']} (not of data)"
         return (f"data={data} names {len(found) - missing} of the {len(found)} prompts judged in {said.path}: it is "
                 "not taken for their questions, and gives them no categories.")
     for row in rows:
-        q = found[str(row["prompt"])]
-        row["prompt"], row["category"] = q.id, row.get("category") or q.category
-    return ""
+        if q := found[str(row["prompt"])]:
+            row["prompt"], row["category"] = q.id, row.get("category") or q.category
+    return f"data={data} lacks {missing} of the {len(found)} prompts judged in {said.path}." if missing else ""

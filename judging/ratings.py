@@ -679,14 +679,16 @@ def likert_tables(
 ) -> dict[str, list[dict]]:
     """The talk's two tables from the same ratings 1-8: median bootstrapped Elo where 4 and 5 are ties, and where not.
 
-    rows: (A, B, rating, prompt), A shown left. Resampling prompts keeps the six games of one prompt together.
+    rows: (A, B, rating, prompt), A shown left. Resampling prompts keeps the six games of one prompt together. A mean
+    rating will do; 4.5 is a tie in both.
     """
     rows = list(rows)
     result = {}
-    for name, ties in (("ties allowed", True), ("no ties", False)):
-        games = collect(Game(a, b, likert_outcome(rating, ties), prompt) for a, b, rating, prompt in rows)
+    for name, ties in (("no ties", False), ("ties allowed", True)):
+        games = collect(Game(a, b, 0.5 if ties and 4 <= rating <= 5 else outcome(4.5, rating), prompt)
+                        for a, b, rating, prompt in rows)
         check_connected(games)
-        result[name] = rating_table(games.models, bootstrap_elo(games, rounds, seed, k))
+        result[name] = rating_table(games.models, bootstrap_elo(games, rounds, seed, k, ends=True))
     return result
 
 

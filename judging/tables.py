@@ -290,7 +290,9 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
     if len(table) > 2:
         grid = [[_mean(against(rows, a, b), "preference", force, 100) if a != b else None for b in table]
                 for a in table]
-        text = "Wins of the row's model against the column's in percent, ties half."
+        met = Counter(frozenset((r["a"], r["b"])) for r in rows if r["preference"] is not None).values()
+        text = (f"Wins of the row's model against the column's in percent, ties half; {min(met)} to {max(met)} games a "
+                "pair.")
         sections.append(grid_section(f"{judge}: who beats whom", text, list(table), list(table), grid, "win rate, %"))
     return sections
 

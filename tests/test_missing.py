@@ -9,7 +9,8 @@ import judge
 from checkpoints import load_model, save_model
 from data.tokenizer import adopt_template, load_tokenizer
 from judge import Config
-from judging import missing, tables
+from judging import gold, missing, tables
+from judging.games import Answers
 from model import add_score_head
 
 QUESTIONS = [{"id": str(i), "prompt": f"Question {i}?"} for i in range(30)]
@@ -112,3 +113,20 @@ def test_marks_are_averaged_over_what_all_models_answered():
     assert "x 2, y 1" in board["text"]
     apart = tables.score_sections(rows[::2], "j")[0]
     assert [row[1] for row in apart["rows"]] == [None, None] and "nothing to average" in apart["text"]
+
+
+def test_gold_grades_follow_the_rule_too():
+    """Grades of x 1 1 | 1, of y 1 | nothing: in common is one turn, 100 and 100; lost, y has 1 of 3 and wins none."""
+    dialogues = [{"category": "a", "turns": [1, 2]}, {"category": "b", "turns": [1]}]
+
+    def run(*counts):
+        return [[{"text": "ok", "finished": True} for _ in range(n)] for n in counts]
+
+    answers = Answers([], {("x", 0): run(2, 1), ("y", 0): run(1, 0)})
+    grades = {key: [[1.0] * len(d) for d in said] for key, said in answers.said.items()}
+    common, loss = (gold.summaries(answers, dialogues, grades, "x", rule) for rule in ("common", "loss"))
+    assert [common[m]["gold"] for m in "xy"] == [100, 100] and common["y"]["n"] == 1
+    assert [loss[m]["gold"] for m in "xy"] == pytest.approx([100, 100 / 3]) and loss["y"]["n"] == 3
+    assert (loss["y"]["losses"], loss["y"]["draws"]) == (2, 1)
+    answers.said["y", 0] = grades["y", 0] = [[], []]
+    assert gold.summaries(answers, dialogues, grades, "x", "common") == {}

@@ -70,7 +70,7 @@ def test_ties_and_abstentions_are_stated_and_no_failure_to_read(tmp_path):
     found = report_of(tmp_path, records)
     mine = line(found["people: votes"], "m1 against m2")
     counted = [mine[key] for key in ("items", "votes", "for the first", "ties", "for the second", "abstained",
-                                     "no majority")]
+                                     "tied items")]
     assert counted == [14, 27, 3, 0, 24, 4, 1]
     wins = found["people: wins against m2"]
     assert line(wins, "m1")["win rate, %"]["value"] == pytest.approx(100 * 1.5 / 13)
@@ -121,6 +121,14 @@ def test_no_ratings_are_no_elo_and_no_crash(tmp_path):
     assert [s["title"] for s in sections] == ["people: Elo"] and "no ratings" in sections[0]["text"]
     apart = [vote("p", "r1", "m1", "m2", 1), vote("p", "r1", "m3", "m4", 1)]
     assert "no chain of games" in people.likert_sections("people", votes_of(tmp_path, apart).games)[0]["text"]
+
+
+def test_what_is_left_out_of_a_file_stands_in_the_report(tmp_path):
+    """Of two votes without a name on one pair nobody knows whether they are two people's: the second is left out."""
+    records = [vote(f"p{i}", "r1", "m1", "m2", 1) for i in range(3)]
+    found = report_of(tmp_path, [{k: v for k, v in r.items() if k != "annotator"} for r in records + records])
+    assert "judges again" in found["people: 3 records left out"]["text"]
+    assert line(found["people: wins against m2"], "m1")["n"] == 3
 
 
 def test_one_judge_in_both_orders_is_no_group_of_people():

@@ -198,6 +198,10 @@ def test_questions_belong_to_the_judge_whose_items_they_name(tmp_path):
     more = judged(tmp_path, [{"question_id": i, "model": "m", "judge": ["g", "s"], "turn": 1, "score": 5}
                              for i in (81, 82)])
     assert "names 1 of the 2" in name_prompts(more, few, "q")
+    assert not {str(s["prompt"]) for s in more.scores} & {q.id for q in few}  # or they would meet models' games on 81
+    part = judged(tmp_path, [annotation(i, instruction=f"P{i}") for i in range(98, 104)])  # says what was asked
+    assert "lacks 4 of the 6" in name_prompts(part, questions, "q")
+    assert [g.get("category") for g in part.games] == ["koala"] * 2 + [None] * 4
     votes = judged(tmp_path, [{"model_a": "x", "model_b": "y", "winner": "model_a"}] * 3)
     numbered = asked(tmp_path, [{"id": i, "prompt": f"P{i}"} for i in range(9)])
     assert "names no prompts" in name_prompts(votes, numbered, "q")

@@ -623,13 +623,13 @@ def bootstrap_elo(
     return rating.reshape(rounds, -1)
 
 
-def elo_table(games: Games, rounds: int = 1000) -> list[dict]:
-    """rating_table of Elo: the median over resampled prompts and random orders, and how far other prompts would move it.
+def elo_table(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32) -> list[dict]:
+    """rating_table of Elo: the median over resampled prompts and random orders, and how far other prompts may move it.
 
     The spread over rounds is of prompts and of orders, but the median over orders has none of the second: a share of
     the variance, measured by orders alone, is taken out, or intervals would hold the truth in 99 to 100 % of cases.
     """
-    samples, orders = (bootstrap_elo(games, rounds, ends=own, resampled=own) for own in (True, False))
+    samples, orders = (bootstrap_elo(games, rounds, seed, k, ends=own, resampled=own) for own in (True, False))
     middle, spread = np.median(samples, axis=0), samples.var(axis=0)
     share = 1 - np.divide(orders.var(axis=0), spread, out=np.zeros_like(spread), where=spread > 0)
     samples = middle + (samples - middle) * np.sqrt(np.maximum(share, 1 / games.prompts))
@@ -688,7 +688,7 @@ def likert_tables(
         games = collect(Game(a, b, 0.5 if ties and 4 <= rating <= 5 else outcome(4.5, rating), prompt)
                         for a, b, rating, prompt in rows)
         check_connected(games)
-        result[name] = rating_table(games.models, bootstrap_elo(games, rounds, seed, k, ends=True))
+        result[name] = elo_table(games, rounds, seed, k)
     return result
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import multimode
 
@@ -289,8 +289,11 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
                          "Davidson.".strip(),
                  "columns": ["model", "rank", "Bradley-Terry", "Elo", "ties modelled", "wins + ties/2, %", "games"]}]
     if len(table) > 2:
-        grid = [[_mean(against(rows, a, b), "preference", force, 100) if a != b else None for b in table]
-                for a in table]
+        met: dict[frozenset, list[dict]] = defaultdict(list)
+        for r in rows:
+            met[frozenset((r["a"], r["b"]))].append(r)
+        grid = [[_mean(against(met[frozenset((a, b))], a, b), "preference", force, 100) if a != b else None
+                 for b in table] for a in table]
         met = Counter(frozenset((r["a"], r["b"])) for r in rows if r["preference"] is not None).values()
         text = (f"Wins of the row's model against the column's in percent, ties half; {min(met)} to {max(met)} games a "
                 "pair.")

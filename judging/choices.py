@@ -39,8 +39,8 @@ from data.formats import Report, values
 from data.records import Reject, check_text, short
 from data.tokenizer import Tokenizer
 from judging.prompts import PROMPTS
-from judging.ratings import end_interval
-from judging.tables import bounded
+from judging.ratings import end_interval, wilson
+from judging.tables import percent
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from model import Transformer
@@ -537,8 +537,15 @@ def subjects_section(results: Mapping[str, dict]) -> dict:
 
 
 def cell(result: dict, metric: str) -> dict | float:
-    """The value with its 95 % interval, or alone where there is none, with one question."""
-    value, half = 100 * result[metric], 196 * result[f"{metric}_stderr"]
-    if half == 0:  # all questions alike
-        return bounded(value, *end_interval(value, result["n"], 0, 100))
-    return value if math.isnan(half) else bounded(value, max(0.0, value - half), min(100.0, value + half))
+    """The value with its 95 % interval, or alone where there is none, with one question.
+
+    Wilson's, of as many questions as right and wrong ones would have to be for this standard error; where all are alike
+    of as many as there are.
+    """
+    value, error = result[metric], result[f"{metric}_stderr"]
+    if math.isnan(error):
+        return 100 * value
+    if error == 0:
+        return percent(value, *end_interval(value, result["n"]))
+    n = value * (1 - value) / error**2
+    return percent(value, *wilson(value * n, n))

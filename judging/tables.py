@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import multimode
 
@@ -275,7 +275,7 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
     point = ratings.bradley_terry(games, prior=1)["ratings"]
     found = ratings.rating_table(games.models, half, point, games.prompts)
     table, elo = ({x["model"]: bounded(x["rating"], x["low"], x["high"]) for x in lines} for lines in (
-        found, ratings.rating_table(games.models, ratings.bootstrap_elo(games, rounds, ends=True))))
+        found, ratings.elo_table(games, rounds)))
     tied, clear = (games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any()
     davidson = ratings.bradley_terry(games, "davidson", prior=1)["ratings"] if tied and clear else {}
     record = ratings.records(games)
@@ -283,13 +283,17 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
              for m, x in zip(table, found, strict=True)]
     sections = [{"title": f"{judge}: ratings", "rows": lines, "figure": dots(table, "Bradley-Terry"),
                  "text": f"{unequal_sets(rows)} Bradley-Terry with a tie as half a win, centred on 1000, 400 points "
-                         "for odds of ten to one. Elo is the median over resampled prompts in random order, K 32. A "
+                         "for odds of ten to one. Elo is the median over resampled prompts in random order, K 32; its "
+                         "interval is of the prompts alone. A "
                          "rank is one more than the models whose interval lies wholly above. Modelled ties: "
                          "Davidson.".strip(),
                  "columns": ["model", "rank", "Bradley-Terry", "Elo", "ties modelled", "wins + ties/2, %", "games"]}]
     if len(table) > 2:
-        grid = [[_mean(against(rows, a, b), "preference", force, 100) if a != b else None for b in table]
-                for a in table]
+        met: dict[frozenset, list[dict]] = defaultdict(list)
+        for r in rows:
+            met[frozenset((r["a"], r["b"]))].append(r)
+        grid = [[_mean(against(met[frozenset((a, b))], a, b), "preference", force, 100) if a != b else None
+                 for b in table] for a in table]
         met = Counter(frozenset((r["a"], r["b"])) for r in rows if r["preference"] is not None).values()
         text = (f"Wins of the row's model against the column's in percent, ties half; {min(met)} to {max(met)} games a "
                 "pair.")

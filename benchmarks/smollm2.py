@@ -19,6 +19,7 @@ measure, value, 95 % interval (Wilson's for shares, else bootstrap over prompts)
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -201,7 +202,14 @@ def chosen_pairs(config: Config, path: str, limit: int) -> list[dict]:
                  for side in ("chosen", "rejected")]
         return not config.length or max(map(len, paths)) <= config.length
 
-    return list(islice(filter(fits, records), limit))
+    return [record | {"margin": margin_of(record)} for record in islice(filter(fits, records), limit)]
+
+
+def margin_of(record: dict) -> float:
+    """By how much the annotator's score of the chosen reply is higher, in whole steps up to 3; 0: as high."""
+    scores = record.get("metadata") or record
+    difference = scores.get("score_chosen", 0) - scores.get("score_rejected", 0)
+    return float(min(3, math.ceil(difference)))
 
 
 def ruled_pairs(config: Config, name: str, limit: int) -> list[dict]:
@@ -210,7 +218,7 @@ def ruled_pairs(config: Config, name: str, limit: int) -> list[dict]:
     print(f"no real preferences are named (data=, or pairs= and held_out=): the model answers {len(asked)} prompts "
           "with constraints four times, and a rule prefers what keeps them", flush=True)
     found = []
-    for prompt, samples in zip(asked, sampled(config, asked, 1.0, n=4), strict=True):
+    for prompt, samples in zip(asked, sampled(config, asked, 0.7, n=4), strict=True):
         kept = {ended and constraints.rule(prompt, text) == 1.0: text for text, _, ended in reversed(samples) if text}
         if len(kept) == 2:
             found.append({"prompt": prompt, "chosen": kept[True], "rejected": kept[False]})

@@ -56,6 +56,12 @@ def test_rows_of_a_model_replace_those_of_the_same_measures(tmp_path):
         ("real/dpo-lora-100", 2, "length", 3.0), ("real/dpo-lora-100", 2, "accuracy", 0.5)]
 
 
+@pytest.mark.parametrize("chosen, rejected, margin", [(9, 9, 0), (8, 7.5, 1), (8, 7, 1), (9, 7.5, 2), (9, 1, 3)])
+def test_margins_are_steps_of_the_scores(chosen, rejected, margin):
+    scores = {"score_chosen": chosen, "score_rejected": rejected}
+    assert smollm2.margin_of({"metadata": scores}) == smollm2.margin_of(scores) == margin
+
+
 def test_without_data_a_piece_that_needs_it_says_how_to_get_it(tmp_path, capsys):
     exits(capsys, lambda: smollm2.place(Config(), "arc"), "arc: no data set named", "hf download")
     exits(capsys, lambda: smollm2.chosen_pairs(Config(), str(tmp_path / "none.jsonl"), 3), "none.jsonl: no such file")

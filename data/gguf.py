@@ -14,12 +14,11 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 import runtime
 from checkpoints import save_model
+from data.gguf_file import AGAIN, Header, package
 from data.tokenizer import check_vocabulary, load_tokenizer
 from families import LARGEST, read_config
 from model import Transformer
@@ -42,147 +42,6 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: loses nothing
 
 
-# --------------------------------------------------------------------------------- the file's header
-
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-AGAIN = "download it again"
-
-
-class Entry(NamedTuple):
-    """A tensor of the file, its shape in PyTorch's order, and the bytes that hold it."""
-
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-
-class Header:
-    """What stands before the weights: `keys` and `tensors`. Every count is held against the bytes that are left before
-    anything of that size is made."""
-
-    def __init__(self, file: Path, data: mmap.mmap):
-        self.file, self.data, self.at = file, data, 4
-        if data[:4] != b"GGUF":
-            self.refuse("does not begin with GGUF, expected a .gguf file")
-        version, tensors, keys = self._numbers("I")[0], *self._numbers("Q", 2)
-        if version not in (2, 3):
-            self.refuse(f"is version {version} of GGUF, expected 2 or 3 in little-endian order: convert it anew")
-        self.keys: dict = {}
-        for _ in range(keys):
-            name = self._text()
-            if name in self.keys:
-                self.refuse(f"names {name} twice: {AGAIN}")
-            self.keys[name] = self._value(name, self._numbers("I")[0])
-        found = [self._tensor() for _ in range(tensors)]
-        self.tensors = self._place(found)
-
-    def refuse(self, message: str) -> NoReturn:
-        """One line, whatever the names in the file are made of."""
-        fail("".join(c if c.isprintable() else " " for c in f"{self.file}: {message}"))
-
-    def _take(self, size: int) -> int:
-        """Where the next `size` bytes begin."""
-        if size > len(self.data) - self.at:
-            self.refuse(f"asks for {size:,} bytes from byte {self.at:,} on, but ends at {len(self.data):,}: {AGAIN}")
-        self.at += size
-        return self.at - size
-
-    def _numbers(self, form: str, count: int = 1) -> tuple:
-        return struct.unpack_from(f"<{count}{form}", self.data, self._take(count * struct.calcsize(form)))
-
-    def _text(self) -> str:
-        size = self._numbers("Q")[0]
-        begin = self._take(size)
-        try:
-            return self.data[begin : begin + size].decode()
-        except UnicodeDecodeError as error:
-            self.refuse(f"the text at byte {begin:,} is not UTF-8 ({error.reason}): {AGAIN}")
-
-    def _value(self, name: str, kind: int):
-        if kind == STRING:
-            return self._text()
-        if kind in NUMBERS:
-            return self._single(NUMBERS[kind], self._numbers(NUMBERS[kind]))[0]
-        inner, count = self._numbers("I")[0], self._numbers("Q")[0] if kind == ARRAY else 0
-        if count > LARGEST["vocab_size"]:
-            self.refuse(f"{name} is a list of {count:,}, expected at most {LARGEST['vocab_size']:,}: {AGAIN}")
-        if kind == ARRAY and inner in NUMBERS:
-            return self._single(NUMBERS[inner], self._numbers(NUMBERS[inner], count))
-        if kind == ARRAY and inner == STRING:
-            return [self._text() for _ in range(count)]
-        self.refuse(f"{name} is of kind {inner if kind == ARRAY else kind}, which GGUF does not have: {AGAIN}")
-
-    @staticmethod
-    def _single(form: str, values: tuple) -> list:
-        """Floats of 32 bits as the shortest decimal that means the same: 1e-05, not 9.999999747378752e-06."""
-        return [float(str(np.float32(value))) for value in values] if form == "f" else list(values)
-
-    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, (dimensions,) = self._text(), self._numbers("I")
-        if not 1 <= dimensions <= 4:
-            self.refuse(f"tensor {name} has {dimensions} dimensions, expected 1 to 4: {AGAIN}")
-        shape = self._numbers("Q", dimensions)[::-1]
-        return name, shape, *self._numbers("I"), *self._numbers("Q")
-
-    def _place(self, found: list[tuple[str, tuple[int, ...], int, int]]) -> dict[str, Entry]:
-        """The tensors by name, each within the file, and together no larger than it."""
-        gguf = package()
-        alignment = self.keys.get("general.alignment", 32)
-        if type(alignment) is not int or not 0 < alignment <= 2**16:
-            self.refuse(f"general.alignment is {alignment!r}, expected a small power of two: {AGAIN}")
-        begin = -(-self.at // alignment) * alignment
-        tensors: dict[str, Entry] = {}
-        for name, shape, number, offset in found:
-            if name in tensors:
-                self.refuse(f"holds tensor {name} twice: {AGAIN}")
-            try:
-                kind = gguf.GGMLQuantizationType(number)
-            except ValueError:
-                self.refuse(f"tensor {name} is of kind {number}, which this version of the gguf package does not "
-                            "know: pip install --upgrade gguf")
-            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-            size = math.prod(shape) // block * block_bytes
-            if 0 in shape or shape[-1] % block or offset + size > len(self.data) - begin:
-                self.refuse(f"tensor {name} of shape {list(shape)} as {kind.name} does not fit into the file, "
-                            f"which ends {len(self.data) - begin - offset:,} bytes behind its beginning: {AGAIN}")
-            tensors[name] = Entry(kind.name, shape, begin + offset, size)
-        if sum(entry.size for entry in tensors.values()) > len(self.data) - begin:
-            self.refuse(f"its tensors overlap: {AGAIN}")
-        return tensors
-
-    # ------------------------------------------------------------------------------- keys, checked
-
-    def get(self, name: str, kind: type, default=None):
-        """The value of a key, `default` without it; of another type than `kind` it is refused."""
-        value = self.keys.get(name, default)
-        if value is not None and type(value) is not kind:
-            self.refuse(f"{name} is a {type(value).__name__}, expected a {kind.__name__}: {AGAIN}")
-        return value
-
-    def whole(self, name: str, largest: int, default: int | None = None) -> int:
-        value = self.get(name, int, default)
-        if value is None or not 0 < value <= largest:
-            self.refuse(f"{name} is {value}, expected a whole number from 1 to {largest:,}: {AGAIN}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.get(name, float, default)
-        if value is None or not 0 < value < math.inf:
-            self.refuse(f"{name} is {value}, expected a number above 0: {AGAIN}")
-        return value
-
-
-def package():
-    """The gguf package, which knows every kind of quantisation: asked for where it is needed."""
-    try:
-        import gguf
-    except ImportError:
-        fail("a GGUF file needs the gguf package to be read: pip install gguf")
-    return gguf
-
-
 # --------------------------------------------------------------------------------------- config.json
 
 # Keys of llama.cpp that say nothing about what is computed, or that are held against the tensors or the vocabulary.
@@ -190,6 +49,7 @@ KNOWN = ("block_count", "context_length", "embedding_length", "feed_forward_leng
          "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count",
          "rope.freq_base", "attention.layer_norm_rms_epsilon", "vocab_size", "rope.scaling.type", "rope.scaling.factor",
          "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scale_linear", "tensor_data_layout")
+SCALES = ("rope.scaling.attn_factor", "logit_scale", "embedding_scale", "residual_scale")  # 1 changes nothing
 
 
 def config_json(header: Header) -> dict:
@@ -202,7 +62,8 @@ def config_json(header: Header) -> dict:
     if header.get("split.count", int, 1) > 1:
         header.refuse(f"is one of {keys['split.count']} parts: join them first (llama-gguf-split --merge)")
     for name in keys:
-        if name.startswith("llama.") and name.removeprefix("llama.") not in KNOWN and keys[name]:
+        neutral = (0, 1.0) if name.removeprefix("llama.") in SCALES else (0,)
+        if name.startswith("llama.") and name.removeprefix("llama.") not in KNOWN and keys[name] not in neutral:
             header.refuse(f"{name} is {str(keys[name])[:40]}, which is not supported: the model would compute "
                           "something else")
     sizes = {key: header.whole(f"llama.{name}", LARGEST[field]) for key, name, field in (
@@ -356,24 +217,30 @@ def byte_level(header: Header, ids: dict[str, int], types: list[int]) -> Tokeniz
 
 
 def sentencepiece(header: Header, ids: dict[str, int], types: list[int]) -> Tokenizer:
-    """The pair that makes the token of the highest score merges first, of equal ones the pair with the longer left."""
-    scores = list_of(header, "scores", float, len(ids))
-    unmade = {token for token, i in ids.items() if types[i] in (UNKNOWN, CONTROL, BYTE, UNUSED)}  # never made of text
-    merges = []
-    for token, i in ids.items():
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))] if token not in unmade else []
-        merges += [(scores[i], len(left), left, right) for left, right in pairs
-                   if left in ids and right in ids and not unmade & {left, right}]
-    merges.sort(key=lambda merge: merge[:2], reverse=True)
-    unknown = special_ids(header).get("unk", next((i for i, kind in enumerate(types) if kind == UNKNOWN), None))
+    if "tokenizer.ggml.merges" in header.keys:
+        merges = [tuple(merge.split(" ")) for merge in list_of(header, "merges", str)]
+    else:
+        merges = scored_merges(list_of(header, "scores", float, len(ids)), ids, types)
     names = list(ids)
-    tokenizer = Tokenizer(models.BPE(ids, [merge[2:] for merge in merges], fuse_unk=True, byte_fallback=True,
+    unknown = special_ids(header).get("unk", next((i for i, kind in enumerate(types) if kind == UNKNOWN), None))
+    tokenizer = Tokenizer(models.BPE(ids, merges, fuse_unk=True, byte_fallback=True,
                                      unk_token=None if unknown is None else names[unknown]))
     space = header.get("tokenizer.ggml.add_space_prefix", bool, True)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if space else "never", split=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                            *([decoders.Strip(" ", 1, 0)] if space else [])])
     return tokenizer
+
+
+def scored_merges(scores: list[float], ids: dict[str, int], types: list[int]) -> list[tuple[str, str]]:
+    """The pair that makes the token of the highest score merges first, of equal ones the pair with the longer left."""
+    unmade = {token for token, i in ids.items() if types[i] in (UNKNOWN, CONTROL, BYTE, UNUSED)}  # never made of text
+    merges = []
+    for token, i in ids.items():
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))] if token not in unmade else []
+        merges += [(scores[i], len(left), left, right) for left, right in pairs
+                   if left in ids and right in ids and not unmade & {left, right}]
+    return [merge[2:] for merge in sorted(merges, key=lambda merge: merge[:2], reverse=True)]
 
 
 def write_tokenizer(header: Header, folder: Path) -> None:

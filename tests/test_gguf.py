@@ -1,4 +1,4 @@
-"""data/gguf.py against what transformers 5.23 reads out of the same tiny files (fixtures/gguf/make.py)."""
+"""data/gguf.py and gguf_file.py against what transformers 5.23 reads out of the same tiny files (fixtures/gguf/make.py)."""
 import json
 import mmap
 import struct
@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 import dpo
 from checkpoints import load_model
-from data import gguf
-from data.gguf import Config, Header, convert, llama3_divisors, undo_permutation
+from data import gguf_file
+from data.gguf import Config, convert, llama3_divisors, undo_permutation
+from data.gguf_file import Header
 from data.tokenizer import load_tokenizer
 from families import read_config
 from model import rotary_frequencies
@@ -106,7 +107,7 @@ def rewrite(path: Path, name: str = "byte_level", tensors: dict | None = None, h
             **changes) -> Path:
     """One of the files with other keys (None: without; "llama__x" is llama.x) and other tensors, in fp32 or, of
     matrices, bfloat16 (None: without)."""
-    header, package, tensors = read(name), gguf.package(), tensors or {}
+    header, package, tensors = read(name), gguf_file.package(), tensors or {}
     keys = header.keys | {key.replace("__", "."): held for key, held in changes.items()}
     keys = {key: held for key, held in keys.items() if held is not None}
     table, weights, count = b"", b"", 0
@@ -193,6 +194,27 @@ def test_a_text_without_a_space_in_front(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "a")
     assert tokenizer.vocabulary.decode(tokenizer.encode("hi")) == "hi"
     assert tokenizer.vocabulary.names[tokenizer.encode("hi")[0]][0] == "h"
+
+
+def test_merges_of_the_file_come_before_those_of_the_scores(tmp_path):
+    """"▁t" alone is merged, so "the" stays letters."""
+    file = rewrite(tmp_path / "a.gguf", "sentencepiece", tokenizer__ggml__merges=["▁ t"], tokenizer__ggml__scores=None)
+    convert(Config(str(file), str(tmp_path / "a")))
+    tokenizer = load_tokenizer(tmp_path / "a")
+    assert [tokenizer.vocabulary.names[i] for i in tokenizer.encode("the")] == ["▁t", "h", "e"]
+
+
+def test_a_scale_of_one_changes_nothing_and_another_is_refused(tmp_path, capsys):
+    file = rewrite(tmp_path / "a.gguf", llama__logit_scale=1.0, llama__expert_count=0)
+    convert(Config(str(file), str(tmp_path / "a")))
+    file = rewrite(tmp_path / "b.gguf", llama__logit_scale=0.5)
+    exits(capsys, lambda: convert(Config(str(file), str(tmp_path / "b"))), "llama.logit_scale is 0.5")
+
+
+def test_a_gguf_file_in_place_of_a_model_says_what_to_do(capsys):
+    file = FILES / "byte_level.gguf"
+    for read_it in (load_tokenizer, load_model):
+        exits(capsys, lambda read_it=read_it: read_it(file), f"{file}: is a GGUF file: python -m data.gguf {file}")
 
 
 def test_the_spelling_of_a_control_token_is_letters(converted):

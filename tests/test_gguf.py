@@ -1,4 +1,4 @@
-"""data/gguf.py and gguf_file.py against what transformers 5.23 reads out of the same tiny files (fixtures/gguf/make.py)."""
+"""data/gguf.py and gguf_file.py against what transformers 5.23 reads out of the same tiny files (fixtures/gguf)."""
 import json
 import mmap
 import struct

@@ -162,8 +162,7 @@ def check(config: Config) -> None:
     """The answer and the template that tell whether the conversion is right."""
     (((text, _, finished),),) = sampled(config, ["What is the capital of France?"], 0.0)
     tokenizer = load_tokenizer(config.model)
-    ids, _ = tokenizer.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
-    shown = "".join(tokenizer.name(i) for i in ids)
+    shown = tokenizer.chat.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     print(f"> What is the capital of France?\n{text}\n\ntemplate {tokenizer.template}: {shown!r}")
     if "Paris" not in text or not finished:
         fail(f"{config.model}: said {text!r}, expected Paris: convert the model again")

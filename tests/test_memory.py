@@ -53,6 +53,9 @@ SHAPES = {  # from each model's config.json on its hub page
                             "num_kv_heads": 8, "new_decoder_architecture": True},
     "starcoder-15b": {"model_type": "gpt_bigcode", "vocab_size": 49152, "n_embd": 6144, "n_layer": 40, "n_head": 48,
                       "n_inner": 24576, "n_positions": 8192, "multi_query": True, "torch_dtype": "float32"},
+    "smollm2-135m": LLAMA | {"vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
+                             "num_key_value_heads": 3, "intermediate_size": 1536, "max_position_embeddings": 8192,
+                             "tie_word_embeddings": True, "torch_dtype": "float32"},
 }
 WAYS = {"full": {}, "LoRA": {"lora_rank": 64}, "8-bit LoRA": {"lora_rank": 64, "quantize": "int8"},
         "QLoRA": {"lora_rank": 64, "quantize": "nf4"}}

@@ -1,0 +1,365 @@
+"""A real model through the recipe: SmolLM2-135M-Instruct, piece by piece, into benchmarks/results/smollm2.json.
+
+    make smollm2                                               the model, its check, a short DPO and a table
+
+    python -m benchmarks.smollm2 check                         it says Paris, and its template is its own
+    python -m benchmarks.smollm2 replies                       five dialogues, greedy
+    python -m benchmarks.smollm2 pairs                         preferences: UltraFeedback's, or made by a rule
+    python -m benchmarks.smollm2 dpo kind=lora count=300 seed=1    train, then compare held-out pairs and replies
+    python -m benchmarks.smollm2 sft count=300                 the control: more SFT, on the chosen replies
+    python -m benchmarks.smollm2 reward count=300              a reward model, its accuracy beside two baselines
+    python -m benchmarks.smollm2 choices model=runs/smollm2-135m/dpo-lora-300-0/model    ARC, PIQA, TruthfulQA
+    python -m benchmarks.smollm2 rule model=...                share of held-out constraints kept (constraints.py)
+    python -m benchmarks.smollm2 table                         what has been measured so far
+    python -m benchmarks.smollm2 prompts                       prompts with constraints for ppo.py, beside the pairs
+    python judge.py --config configs/smollm2-135m/judge.toml data=question.jsonl     MT-Bench's questions, both turns
+
+Each piece trains in a folder of its own, resumes there, and replaces its rows of the results alone. `data` is a folder
+of real data sets (see PLACES); `pairs` and `held_out` name other files of preferences. Every row has its stage, seed,
+measure, value, 95 % interval (Wilson's for shares, else bootstrap over prompts), number of cases and command.
+"""
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import dpo
+import reward
+import runtime
+import sft
+from benchmarks import constraints
+from benchmarks.measure import machine, save
+from checkpoints import load_model
+from data.formats import read
+from data.pack import Batch
+from data.scores import all_scores, mean_logprobs, report, response_logprob_sums, response_scores
+from data.tokenizer import adopt_template, load_tokenizer
+from data.trees import CHOSEN, REJECTED
+from judging import choices as exams
+from judging.ratings import mean_interval, wilson
+from model import Transformer, generate
+from runtime import fail
+
+PLACES = {  # in the folder `data`
+    "pairs": "real/ultrafeedback_train_1000.jsonl.gz", "held_out": "real/ultrafeedback_eval_200.jsonl.gz",
+    "arc": "judge/multiple_choice/arc_challenge_dev.jsonl", "piqa": "datasets/multiple_choice/piqa_100.jsonl",
+    "truthfulqa": "judge/multiple_choice/truthfulqa_mc_task_v0.json.gz"}
+CONFIGS = Path("configs/smollm2-135m")
+REPLIES = 32  # sampled to held-out prompts, for their length
+QUESTIONS = ("What is the capital of France?", "Write a haiku about the sea.", "Give me three tips for sleeping well.",
+             "Explain to a child why the sky is blue.", "I have 3 apples and eat one. How many are left?")
+
+
+@dataclass(frozen=True)
+class Config:
+    piece: str = "table"             # which piece; the word `piece=` may be left out
+    model: str = "models/smollm2-135m"  # what is measured, or trained from
+    base: str = "models/smollm2-135m"   # what DPO's implicit reward compares it with
+    data: str = ""                   # folder of real data sets; "": preferences are made by a rule
+    pairs: str = ""                  # a file of preferences to train on; "": data's
+    held_out: str = ""               # a file of preferences to evaluate on; "": data's
+    runs: str = "runs/smollm2-135m"  # folder of the runs
+    out: str = "benchmarks/results/smollm2.json"
+    kind: Literal["lora", "qlora", "full"] = "lora"
+    count: int = 100                 # pairs to train on, at most
+    held: int = 100                  # pairs, prompts or questions to evaluate on, at most
+    length: int = 320                # tokens of a path: pairs with a longer one are left out; 0: they are cut at 512
+    max_tokens: int = 64             # of a sampled reply
+    seed: int = 0
+    threads: int = 0
+
+    def __post_init__(self):
+        if self.piece not in PIECES:
+            fail(f"piece is '{self.piece}', expected one of {', '.join(PIECES)}")
+        runtime.check_ranges(self, count=(1, 10**6), held=(1, 10**6), length=(0, 8192), max_tokens=(1, 4096),
+                             seed=(0, 10**9), threads=(0, 1024))
+
+    @property
+    def folder(self) -> Path:
+        """Of the runs on real preferences, or on those of the rule."""
+        return Path(self.runs) / ("real" if self.data or self.pairs else "rule")
+
+    def file(self, name: str) -> Path:
+        return self.folder / (f"pairs-{self.count}.jsonl" if name == "pairs" else "held_out.jsonl")
+
+
+def place(config: Config, name: str) -> str:
+    """Where a data set lies, or one line on how to get it."""
+    named = getattr(config, name, "") or (f"{config.data}/{PLACES[name]}" if config.data else "")
+    if not named:
+        fail(f"{name}: no data set named: data= names a folder of them. For preferences of people online: "
+             "hf download HuggingFaceH4/ultrafeedback_binarized --repo-type dataset --local-dir downloads/uf, then "
+             "pairs=downloads/uf/data/train_prefs*.parquet held_out=downloads/uf/data/test_prefs*.parquet")
+    return named
+
+
+# ----------------------------------------------------------------------------------------- results
+
+def add_rows(config: Config, rows: list[dict]) -> None:
+    """Put the rows of a model into the results, in place of those of the same measures."""
+    file, (stage, seed) = Path(config.out), stage_of(config)
+    found = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+    words = [word for word in sys.argv[1:] if not word.startswith(("out=", "runs=", "data="))]
+    told = {"command": " ".join(["python -m benchmarks.smollm2", *words]), "threads": torch.get_num_threads()}
+    new = [{"stage": stage, "seed": seed} | row | told for row in rows]
+    keys = {(row["stage"], row["seed"], row["measure"]) for row in new}
+    old = [row for row in found["rows"] if (row["stage"], row["seed"], row["measure"]) not in keys]
+    save(file, machine(torch.device("cpu")) | {"rows": old + new})
+    for row in new:
+        print(line_of(row))
+
+
+def line_of(row: dict) -> str:
+    interval = f"[{row['low']:.3f}, {row['high']:.3f}]" if row["low"] is not None else ""
+    return f"{row['measure']:<44} {row['stage']:<18} {row['seed']:>4} {row['value']:>10.3f} {interval:<20} n={row['n']}"
+
+
+def share(measure: str, hits: list[bool]) -> dict:
+    low, high = wilson(sum(hits), len(hits))
+    return {"measure": measure, "value": sum(hits) / len(hits), "low": low, "high": high, "n": len(hits)}
+
+
+def mean(measure: str, values: list[float]) -> dict:
+    low, high = mean_interval(values) if len(values) > 1 else (None, None)
+    return {"measure": measure, "value": sum(values) / len(values), "low": low, "high": high, "n": len(values)}
+
+
+def stage_of(config: Config) -> tuple[str, int]:
+    """The name and the seed under which a model's rows stand, from the folder of its run: real/dpo-lora-100, 0."""
+    path = Path(config.model)
+    if path.name != "model":
+        return "base" if path == Path(config.base) else path.name, config.seed
+    name, _, seed = path.parent.name.rpartition("-")
+    return f"{path.parent.parent.name}/{name}", int(seed) if seed.isdigit() else config.seed
+
+
+# ------------------------------------------------------------------------------------------- pieces
+
+def opened(path: str) -> tuple[Transformer, object]:
+    if not Path(path).is_dir():
+        fail(f"{path}: no such model: make smollm2 fetches it, and each piece names the run it makes")
+    model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
+    adopt_template(model, tokenizer)
+    return model, tokenizer
+
+
+def sampled(config: Config, asked: list[str], temperature: float, n: int = 1) -> list[list]:
+    """n replies (texts, tokens, whether they ended) to every question."""
+    model, tokenizer = opened(config.model)
+    prompts = [tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True)[0] for text in asked]
+    found = generate(model, prompts, config.max_tokens, temperature=temperature, n=n, stop_ids=tokenizer.stop_ids(),
+                     seed=config.seed, progress=f"replies of {config.model}")
+    return [[(tokenizer.decode(s.tokens).strip(), len(s.tokens), s.finished) for s in samples] for samples in found]
+
+
+def check(config: Config) -> None:
+    """The answer and the template that tell whether the conversion is right."""
+    (((text, _, finished),),) = sampled(config, ["What is the capital of France?"], 0.0)
+    tokenizer = load_tokenizer(config.model)
+    shown = tokenizer.chat.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    print(f"> What is the capital of France?\n{text}\n\ntemplate {tokenizer.template}: {shown!r}")
+    if "Paris" not in text or not finished:
+        fail(f"{config.model}: said {text!r}, expected Paris: convert the model again")
+    if tokenizer.template != "own" or tokenizer.end != "<|im_end|>" or "SmolLM" not in shown:
+        fail(f"{config.model}: its template is {tokenizer.template!r} with end {tokenizer.end!r}, expected its own, "
+             "<|im_end|> and a default system turn: convert the model again")
+
+
+def replies(config: Config) -> None:
+    for question, ((text, _, finished),) in zip(QUESTIONS, sampled(config, list(QUESTIONS), 0.0), strict=True):
+        print(f"\n> {question}\n{text}{'' if finished else ' ...'}")
+
+
+def pairs(config: Config) -> None:
+    """What to train and evaluate on, unless it is there: of a data set the pairs that fit, else made by the rule."""
+    runtime.open_folder(str(config.folder))
+    for name, limit in (("pairs", config.count), ("held_out", config.held)):
+        if config.file(name).is_file():
+            continue
+        real = config.folder.name == "real"
+        found = chosen_pairs(config, place(config, name), limit) if real else ruled_pairs(config, name, limit)
+        runtime.write_text(config.file(name), "".join(json.dumps(pair) + "\n" for pair in found))
+        print(f"wrote {len(found)} pairs to {config.file(name)}", flush=True)
+
+
+def chosen_pairs(config: Config, path: str, limit: int) -> list[dict]:
+    """The first pairs whose paths have at most `length` tokens; short ones are cheaper, and no reply is cut."""
+    if not Path(path).is_file():
+        fail(f"{path}: no such file: pairs= and held_out= name other preferences")
+    records, tokenizer = read(path)[0], load_tokenizer(config.model)
+
+    def fits(record: dict) -> bool:
+        asked = record["prompt"]
+        asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        paths = [tokenizer.render([*asked, {"role": "assistant", "content": record[side]}])[0]
+                 for side in ("chosen", "rejected")]
+        return not config.length or max(map(len, paths)) <= config.length
+
+    return [record | {"margin": margin_of(record)} for record in islice(filter(fits, records), limit)]
+
+
+def margin_of(record: dict) -> float:
+    """By how much the annotator's score of the chosen reply is higher, in whole steps up to 3; 0: as high."""
+    scores = record.get("metadata") or record
+    difference = scores.get("score_chosen", 0) - scores.get("score_rejected", 0)
+    return float(min(3, math.ceil(difference)))
+
+
+def ruled_pairs(config: Config, name: str, limit: int) -> list[dict]:
+    """Four replies of the model to every prompt with a constraint; the first that keeps it against the first not."""
+    asked = constraints.prompts(held_out=name == "held_out")[: 2 * limit]
+    print(f"no real preferences are named (data=, or pairs= and held_out=): the model answers {len(asked)} prompts "
+          "with constraints four times, and a rule prefers what keeps them", flush=True)
+    found = []
+    for prompt, samples in zip(asked, sampled(config, asked, 0.7, n=4), strict=True):
+        kept = {ended and constraints.rule(prompt, text) == 1.0: text for text, _, ended in reversed(samples) if text}
+        if len(kept) == 2:
+            found.append({"prompt": prompt, "chosen": kept[True], "rejected": kept[False]})
+    return found[:limit]
+
+
+def trained(config: Config, script, name: str, **changes) -> str:
+    """Run a script on the pairs with its config of configs/smollm2-135m; returns the folder of the model."""
+    out = config.folder / f"{name}-{config.count}-{config.seed}"
+    pairs(config)
+    settings = runtime.load_config(script.Config, "", ["--config", str(CONFIGS / f"{name.partition('-')[0]}.toml")])
+    script.main(replace(settings, model=config.base, data=str(config.file("pairs")), out=str(out), seed=config.seed,
+                        threads=config.threads, max_length=config.length or 512, eval_data="", cache="", **changes))
+    if not (out / "model" / "config.json").is_file():
+        fail(f"{out}: was stopped before its end: the same command goes on from there")
+    return f"{out}/model"
+
+
+def dpo_piece(config: Config) -> None:
+    kinds = {"lora": {}, "qlora": {"quantize": "nf4"}, "full": {"lora_rank": 0, "lr": 1e-5}}
+    compare(replace(config, model=trained(config, dpo, f"dpo-{config.kind}", **kinds[config.kind])))
+
+
+def sft_piece(config: Config) -> None:
+    compare(replace(config, model=trained(config, sft, "sft")))
+
+
+def margins(config: Config, beta: float = 0.1) -> list[dict]:
+    """What the model and the base make of every held-out pair: log-probabilities and lengths of both replies."""
+    settings = dpo.Config(max_length=config.length or 512, cache="", threads=config.threads)
+    trees = dpo.load_data(str(config.file("held_out")), load_tokenizer(config.base), settings, "held out")
+    device, sums = torch.device("cpu"), []
+    for path in (config.model, config.base):
+        sums.append(all_scores(opened(path)[0], trees, 2048, device, response_logprob_sums))
+    rows = []
+    for tree, policy, ref in zip(trees, *sums, strict=True):
+        sides = {response.side: (response.end - response.start, p, r)
+                 for response, p, r in zip(tree.responses, policy.tolist(), ref.tolist(), strict=True)}
+        (length_w, policy_w, ref_w), (length_l, policy_l, ref_l) = sides[CHOSEN], sides[REJECTED]
+        rows.append({"margin": beta * (policy_w - ref_w - policy_l + ref_l), "chosen": policy_w, "rejected": policy_l,
+                     "longer": length_w > length_l, "likelier": policy_w / length_w > policy_l / length_l})
+    return rows
+
+
+def compare(config: Config) -> None:
+    """The implicit reward on held-out pairs, and the replies to their prompts; of the base what it can have of it."""
+    pairs(config)
+    rows, found = margins(config), []
+    if config.model != config.base:
+        found = [share("held-out accuracy, implicit reward", [row["margin"] > 0 for row in rows]),
+                 mean("held-out margin, nats", [row["margin"] for row in rows])]
+    asked = [json.loads(line)["prompt"] for line in config.file("held_out").read_text().splitlines()]
+    asked = [text if isinstance(text, str) else text[-1]["content"] for text in asked][:REPLIES]
+    said = [samples[0] for samples in sampled(config, asked, 0.7)]
+    add_rows(config, [
+        *found, share("held-out accuracy, log p per token", [row["likelier"] for row in rows]),
+        share("held-out pairs whose chosen is longer", [row["longer"] for row in rows]),
+        mean("log p of held-out chosen, nats", [row["chosen"] for row in rows]),
+        mean("log p of held-out rejected, nats", [row["rejected"] for row in rows]),
+        mean(f"tokens of a reply, at most {config.max_tokens}", [float(tokens) for _, tokens, _ in said]),
+        share(f"replies that end within {config.max_tokens} tokens", [ended for _, _, ended in said])])
+    if config.folder.name == "rule":
+        rule_piece(config)
+
+
+def prompts(config: Config) -> None:
+    """The prompts that are not held out, for PPO with benchmarks/constraints.py's `rule` as its reward."""
+    runtime.open_folder(config.runs)
+    file = Path(config.runs) / "constraints.jsonl"
+    runtime.write_text(file, "".join(json.dumps({"prompt": text}) + "\n" for text in constraints.prompts(False)))
+    print(f"wrote {file}")
+
+
+def rule_piece(config: Config) -> None:
+    """Share of held-out constraints kept, over all prompts and by kind, at temperature 0.7."""
+    asked = constraints.prompts(held_out=True)[: config.held]
+    said = [samples[0] for samples in sampled(config, asked, 0.7)]
+    hits = [constraints.rule(prompt, text) == 1.0 for prompt, (text, _, _) in zip(asked, said, strict=True)]
+    kinds = [constraints.kind(prompt) for prompt in asked]
+    add_rows(config, [
+        share("constraints kept", hits),
+        *(share(f"constraints kept, {name}", [hit for hit, of in zip(hits, kinds, strict=True) if of == name])
+          for name in dict.fromkeys(kinds)),
+        mean(f"tokens under a constraint, at most {config.max_tokens}", [float(tokens) for _, tokens, _ in said])])
+
+
+def choices_piece(config: Config) -> None:
+    """ARC-Challenge, PIQA and TruthfulQA without examples (TruthfulQA has six of its own)."""
+    model, tokenizer = opened(config.model)
+    found = []
+    for task in ("arc", "piqa", "truthfulqa"):
+        exam = exams.read_exam(task, place(config, task), shots=0, limit=config.held)
+        result = exams.evaluate(model, tokenizer, exam, micro_tokens=2048, progress=task)
+        for measure in ("acc", "acc_norm") if task != "truthfulqa" else ("mc1", "mc2"):
+            value, half = result[measure], 1.96 * result[f"{measure}_stderr"]
+            found.append({"measure": f"{result['name']}, {measure}", "value": value, "low": max(0.0, value - half),
+                          "high": min(1.0, value + half), "n": result["n"]})
+    add_rows(config, found)
+
+
+def reward_piece(config: Config) -> None:
+    """Accuracy on held-out pairs, over all and by the margin of the annotators' scores, beside two baselines."""
+    path = trained(config, reward, "reward")
+    model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
+    settings = reward.Config(max_length=config.length or 512, cache="", threads=config.threads)
+    trees = reward.load_data(str(config.file("held_out")), tokenizer, settings, "held out")
+    scorers: dict[str, tuple[Transformer, Callable]] = {
+        "reward model": (model, response_scores), "log p per token": (opened(config.base)[0], mean_logprobs),
+        "length": (model, lengths)}
+    found = []
+    for name, (scorer, score) in scorers.items():
+        result = report(trees, all_scores(scorer, trees, 2048, torch.device("cpu"), score))
+        parts = {"": (result["accuracy"], result["pairs"])}
+        parts |= {f", margin {margin}": part for margin, part in result["by_margin"].items()}
+        found += [share(f"accuracy, {name}{part}", [i < round(accuracy * n) for i in range(n)])
+                  for part, (accuracy, n) in parts.items()]
+    add_rows(replace(config, model=path), found)
+
+
+def lengths(_: Transformer, batch: Batch) -> torch.Tensor:
+    return batch.lengths.float()
+
+
+def table(config: Config) -> None:
+    """Before and after: each measure in a line, the stages and seeds under each other."""
+    if not Path(config.out).is_file():
+        fail(f"{config.out}: nothing has been measured yet: python -m benchmarks.smollm2 dpo")
+    rows = json.loads(Path(config.out).read_text())["rows"]
+    order = list(dict.fromkeys(row["measure"] for row in rows))
+    print("\n".join(line_of(row) for row in sorted(rows, key=lambda row: order.index(row["measure"]))))
+
+
+PIECES: dict[str, Callable[[Config], None]] = {
+    "check": check, "replies": replies, "pairs": pairs, "dpo": dpo_piece, "sft": sft_piece, "reward": reward_piece,
+    "compare": compare, "choices": choices_piece, "prompts": prompts, "rule": rule_piece, "table": table}
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        words[0] = f"piece={words[0]}"
+    settings = runtime.load_config(Config, __doc__, words)
+    runtime.setup("cpu", settings.seed, settings.threads)
+    PIECES[settings.piece](settings)

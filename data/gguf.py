@@ -1,0 +1,383 @@
+"""A GGUF file of the Llama family (Llama 1-3, Mistral, Yi, TinyLlama, SmolLM) as a Hugging Face directory.
+
+    python -m data.gguf SmolLM2-135M-Instruct.Q4_1.gguf out=models/smollm2-135m
+
+GGUF is llama.cpp's format: configuration, tokenizer, chat template and weights in one file. The weights are
+dequantised by the gguf package and stay as exact as the file has them. What the format leaves open is taken as
+transformers takes it: a sentencepiece text gets a space in front, the text behind a special token none. A key,
+a tensor or a tokenizer that is not understood is refused in one line, never dropped.
+
+It lies in data/, not in checkpoints.py, because most of it is about the tokenizer (Vocabulary: data/vocabulary.py).
+"""
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import runtime
+from checkpoints import save_model
+from data.gguf_file import AGAIN, Header, package
+from data.tokenizer import check_vocabulary, load_tokenizer
+from families import LARGEST, read_config
+from model import Transformer
+from runtime import fail
+
+
+@dataclass(frozen=True)
+class Config:
+    file: str                        # the .gguf file; the word `file=` may be left out
+    out: str                         # folder for the Hugging Face directory, such as models/smollm2-135m
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: loses nothing
+
+
+# --------------------------------------------------------------------------------------- config.json
+
+# Keys of llama.cpp that say nothing about what is computed, or that are held against the tensors or the vocabulary.
+KNOWN = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+         "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count",
+         "rope.freq_base", "attention.layer_norm_rms_epsilon", "vocab_size", "rope.scaling.type", "rope.scaling.factor",
+         "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scale_linear", "tensor_data_layout")
+SCALES = ("rope.scaling.attn_factor", "logit_scale", "embedding_scale", "residual_scale")  # 1 changes nothing
+
+
+def config_json(header: Header) -> dict:
+    """The keys of transformers' LlamaConfig."""
+    keys = header.keys
+    architecture = header.get("general.architecture", str, "")
+    if architecture != "llama":
+        header.refuse(f"general.architecture is {architecture!r}, expected 'llama': take the model's Hugging Face "
+                      "directory (hf download)")
+    if header.get("split.count", int, 1) > 1:
+        header.refuse(f"is one of {keys['split.count']} parts: join them first (llama-gguf-split --merge)")
+    for name in keys:
+        neutral = (0, 1.0) if name.removeprefix("llama.") in SCALES else (0,)
+        if name.startswith("llama.") and name.removeprefix("llama.") not in KNOWN and keys[name] not in neutral:
+            header.refuse(f"{name} is {str(keys[name])[:40]}, which is not supported: the model would compute "
+                          "something else")
+    sizes = {key: header.whole(f"llama.{name}", LARGEST[field]) for key, name, field in (
+        ("hidden_size", "embedding_length", "width"), ("num_hidden_layers", "block_count", "layers"),
+        ("intermediate_size", "feed_forward_length", "mlp_width"),
+        ("num_attention_heads", "attention.head_count", "heads"),
+        ("max_position_embeddings", "context_length", "max_positions"))}
+    heads = sizes["num_attention_heads"]
+    kv_heads = header.whole("llama.attention.head_count_kv", heads, heads)
+    head_dim = header.whole("llama.attention.key_length", LARGEST["head_dim"], sizes["hidden_size"] // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if (found := header.get(f"llama.{name}", int, head_dim)) != head_dim:
+            header.refuse(f"llama.{name} is {found}, but heads have {head_dim} dimensions, all of which rotate: "
+                          "not supported")
+    rows = header.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in header.tensors else None
+    if rows is None or header.get("llama.vocab_size", int, rows) != rows or rows > LARGEST["vocab_size"]:
+        header.refuse(f"llama.vocab_size is {keys.get('llama.vocab_size')}, but token_embd.weight has {rows} rows: "
+                      f"{AGAIN}")
+    biased = {name: any(tensor.endswith(f"{part}.bias") for tensor in header.tensors)
+              for name, part in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_up"))}
+    return sizes | biased | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": kv_heads,
+        "head_dim": head_dim, "vocab_size": rows, "hidden_act": "silu",
+        "rms_norm_eps": header.number("llama.attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "rope_theta": header.number("llama.rope.freq_base", 10000.0),
+        "rope_scaling": rope_scaling(header, head_dim, header.number("llama.rope.freq_base", 10000.0)),
+        **{f"{key}_token_id": i for key, i in special_ids(header).items() if key in ("bos", "eos", "pad")}}
+
+
+def rope_scaling(header: Header, head_dim: int, theta: float) -> dict | None:
+    """Llama 3's scaling is kept as a tensor of divisors, the others as keys."""
+    kind = header.get("llama.rope.scaling.type", str, "none")
+    old = header.get("llama.rope.scale_linear", float, 1.0)
+    kind = "linear" if kind == "none" and old != 1.0 else kind
+    trained = "original_max_position_embeddings"
+    if "rope_freqs.weight" in header.tensors:
+        divisors = read_tensor(header, "rope_freqs.weight", (head_dim // 2,))
+        found = {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0,
+                 "high_freq_factor": 4.0, trained: 8192}  # as in all of Llama 3.1 to 3.3, whose factors alone differ
+        right = torch.allclose(llama3_divisors(found, head_dim, theta), divisors, rtol=1e-4)
+        if kind not in ("none", "llama3") or not right:
+            header.refuse("rope_freqs.weight is not the scaling of Llama 3.1 to 3.3, which alone is kept as a tensor: "
+                          "take the model's Hugging Face directory")
+        return found
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        header.refuse(f"llama.rope.scaling.type is {kind!r}, expected none, linear or yarn: not supported")
+    found = {"rope_type": kind, "factor": header.number("llama.rope.scaling.factor", old if kind == "linear" else None)}
+    if kind == "yarn":
+        found[trained] = header.whole("llama.rope.scaling.original_context_length", LARGEST["max_positions"])
+    return found
+
+
+def llama3_divisors(scaling: dict, head_dim: int, theta: float) -> Tensor:
+    """What Llama 3 divides its rotary frequencies by [E / 2]: short waves by 1, long ones by the factor."""
+    waves = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2).double() / head_dim)  # in tokens
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = ((scaling["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).float()
+
+
+# ------------------------------------------------------------------------------------- the tokenizer
+
+LONGEST = 4096  # letters of a token
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
+# How byte-level vocabularies cut text into words before merging, by tokenizer.ggml.pre; None: GPT-2's pattern.
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PATTERNS = {"llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "smaug-bpe": LLAMA3, "tekken": TEKKEN,
+            "gpt-2": None, "default": None, "smollm": None}
+DIGITS = ("smollm",)  # each digit is a word
+
+
+def special_ids(header: Header) -> dict[str, int]:
+    """BOS, EOS and so on; each an id of the vocabulary."""
+    tokens, found = list_of(header, "tokens", str), {}
+    for key in ("bos", "eos", "unk", "pad", "eot", "eom"):
+        name = {"unk": "unknown", "pad": "padding"}.get(key, key)
+        i = header.get(f"tokenizer.ggml.{name}_token_id", int)
+        if i is not None and not 0 <= i < len(tokens):
+            header.refuse(f"tokenizer.ggml.{name}_token_id is {i}, but the vocabulary has {len(tokens)} tokens: "
+                          f"{AGAIN}")
+        if i is not None:
+            found[key] = i
+    return found
+
+
+def list_of(header: Header, name: str, kind: type, length: int | None = None) -> list:
+    """A list among the keys, of `kind` throughout and of the vocabulary's length."""
+    values = header.get(f"tokenizer.ggml.{name}", list)
+    if not values or type(values[0]) is not kind or length not in (None, len(values)):
+        held = "nothing" if not values else f"{len(values):,} of {type(values[0]).__name__}"
+        header.refuse(f"tokenizer.ggml.{name} holds {held}, expected "
+                      f"{'one' if length is None else f'{length:,}'} of {kind.__name__} or more: {AGAIN}")
+    return values
+
+
+def build_tokenizer(header: Header) -> Tokenizer:
+    """tokenizer.json: byte-level BPE ("gpt2") or sentencepiece's BPE ("llama")."""
+    model = header.get("tokenizer.ggml.model", str, "")
+    if model not in ("gpt2", "llama"):
+        header.refuse(f"tokenizer.ggml.model is {model!r}, expected 'gpt2' (byte-level BPE) or 'llama' "
+                      "(sentencepiece): take the model's Hugging Face directory")
+    tokens = list_of(header, "tokens", str)
+    ids = {token: i for i, token in enumerate(tokens)}
+    if max(map(len, tokens)) > LONGEST:
+        header.refuse(f"the vocabulary holds a token of {max(map(len, tokens)):,} letters, expected {LONGEST}: {AGAIN}")
+    if len(ids) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
+        header.refuse(f"the vocabulary holds {twice!r} twice: {AGAIN}")
+    types = (list_of(header, "token_type", int, len(tokens)) if "tokenizer.ggml.token_type" in header.keys
+             else [NORMAL] * len(tokens))
+    try:
+        build = byte_level if model == "gpt2" else sentencepiece
+        tokenizer = build(header, ids, types)
+        named = {i for key, i in special_ids(header).items()}
+        for special in (True, False):
+            kinds = (CONTROL, UNKNOWN) if special else (USER,)
+            chosen = [AddedToken(token, special=special, normalized=False) for i, token in enumerate(tokens)
+                      if token and (types[i] in kinds or special and i in named)]
+            tokenizer.add_special_tokens(chosen) if special else tokenizer.add_tokens(chosen)
+    except Exception as error:  # the library raises nothing narrower
+        header.refuse(f"its vocabulary and merges are no tokenizer ({error}): {AGAIN}")
+    if tokenizer.get_vocab_size() != len(tokens):
+        header.refuse(f"its vocabulary and its added tokens do not go together: {AGAIN}")
+    return tokenizer
+
+
+def byte_level(header: Header, ids: dict[str, int], types: list[int]) -> Tokenizer:
+    pre = header.get("tokenizer.ggml.pre", str, "default")
+    if pre not in PATTERNS:
+        header.refuse(f"tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(PATTERNS)}: take the model's "
+                      "Hugging Face directory")
+    if pre == "default":
+        print(f"{header.file}: does not say how its tokenizer cuts text into words (tokenizer.ggml.pre): as GPT-2's")
+    merges = [tuple(merge.split(" ")) for merge in list_of(header, "merges", str)]
+    # Llama 3's and Mistral's later vocabularies take a word that they hold whole as it is, whatever the merges make.
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=PATTERNS[pre] is not None))
+    plain = PATTERNS[pre] is None
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if pre in DIGITS else []
+    steps += [] if plain else [pre_tokenizers.Split(Regex(PATTERNS[pre]), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=plain)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece(header: Header, ids: dict[str, int], types: list[int]) -> Tokenizer:
+    if "tokenizer.ggml.merges" in header.keys:
+        merges = [tuple(merge.split(" ")) for merge in list_of(header, "merges", str)]
+    else:
+        merges = scored_merges(list_of(header, "scores", float, len(ids)), ids, types)
+    names = list(ids)
+    unknown = special_ids(header).get("unk", next((i for i, kind in enumerate(types) if kind == UNKNOWN), None))
+    tokenizer = Tokenizer(models.BPE(ids, merges, fuse_unk=True, byte_fallback=True,
+                                     unk_token=None if unknown is None else names[unknown]))
+    space = header.get("tokenizer.ggml.add_space_prefix", bool, True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if space else "never", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           *([decoders.Strip(" ", 1, 0)] if space else [])])
+    return tokenizer
+
+
+def scored_merges(scores: list[float], ids: dict[str, int], types: list[int]) -> list[tuple[str, str]]:
+    """The pair that makes the token of the highest score merges first, of equal ones the pair with the longer left."""
+    unmade = {token for token, i in ids.items() if types[i] in (UNKNOWN, CONTROL, BYTE, UNUSED)}  # never made of text
+    merges = []
+    for token, i in ids.items():
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))] if token not in unmade else []
+        merges += [(scores[i], len(left), left, right) for left, right in pairs
+                   if left in ids and right in ids and not unmade & {left, right}]
+    return [merge[2:] for merge in sorted(merges, key=lambda merge: merge[:2], reverse=True)]
+
+
+def write_tokenizer(header: Header, folder: Path) -> None:
+    """tokenizer.json, tokenizer_config.json and generation_config.json."""
+    tokenizer, ids = build_tokenizer(header), special_ids(header)
+    tokens = header.keys["tokenizer.ggml.tokens"]
+    if "eos" not in ids:
+        header.refuse("names no tokenizer.ggml.eos_token_id, expected the token that ends a reply: "
+                      "take the model's Hugging Face directory")
+    # llama.cpp begins texts with BOS where the file does not say, if the vocabulary is sentencepiece's or Llama 3's.
+    begins = (header.keys["tokenizer.ggml.model"] == "llama"
+              or PATTERNS.get(header.keys.get("tokenizer.ggml.pre")) == LLAMA3)
+    adds = {key: header.get(f"tokenizer.ggml.add_{key}_token", bool, key == "bos" and begins) and key in ids
+            for key in ("bos", "eos")}
+    if any(adds.values()):
+        bos, eos = ([tokens[ids[key]]] * adds[key] for key in ("bos", "eos"))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*bos, "$A", *eos], pair=[*bos, "$A", *eos, *(f"{token}:1" for token in bos), "$B:1", *eos],
+            special_tokens=[(tokens[ids[key]], ids[key]) for key in adds if adds[key]])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                **{f"{key}_token": tokens[ids[key]] for key in ("bos", "eos", "unk", "pad") if key in ids},
+                **{f"add_{key}_token": value for key, value in adds.items()}}
+    prefix = "tokenizer.chat_template"
+    named = {name.removeprefix(f"{prefix}.") if name != prefix else "default": header.get(name, str)
+             for name in header.keys if name == prefix or name.startswith(f"{prefix}.")}
+    if named:
+        settings["chat_template"] = (named["default"] if list(named) == ["default"] else
+                                     [{"name": name, "template": text} for name, text in named.items()])
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    ends = list(dict.fromkeys(ids[key] for key in ("eos", "eot", "eom") if key in ids))
+    (folder / "generation_config.json").write_text(json.dumps(
+        {"eos_token_id": ends} | {f"{key}_token_id": ids[key] for key in ("bos", "pad") if key in ids}, indent=1))
+
+
+# --------------------------------------------------------------------------------------- the weights
+
+NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
+         "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+         "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+
+
+def tensor_name(name: str) -> str:
+    """llama.cpp's name of one of our parameters."""
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("layers."):
+        return f"{NAMES[module]}.{kind}"
+    _, layer, part = module.split(".", 2)
+    return f"blk.{layer}.{NAMES[part]}.{kind}"
+
+
+def read_tensor(header: Header, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor in fp32."""
+    entry, gguf = header.tensors[name], package()
+    if entry.shape != shape:
+        header.refuse(f"tensor {name} has shape {list(entry.shape)}, its keys say {list(shape)}: {AGAIN}")
+    kind = gguf.GGMLQuantizationType[entry.kind]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    stored = np.frombuffer(header.data, np.uint8, entry.size, entry.start)
+    try:
+        values = gguf.dequantize(stored.reshape(*shape[:-1], shape[-1] // block * block_bytes), kind)
+    except NotImplementedError:
+        header.refuse(f"tensor {name} is stored as {entry.kind}, which the gguf package does not dequantise: "
+                      "take another file of the model, such as Q8_0")
+    tensor = torch.tensor(values, dtype=torch.float32)
+    if not tensor.isfinite().all():
+        header.refuse(f"tensor {name} holds values that are not finite: {AGAIN}")
+    return tensor
+
+
+def undo_permutation(weight: Tensor, heads: int) -> Tensor:
+    """Queries or keys with the two halves of each head's rotary pairs apart, as Hugging Face has them; GGUF has them
+    next to each other. [H E, ...]"""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+
+
+def read_weights(header: Header, model: Transformer, dtype: str) -> torch.dtype:
+    """Fill the model, tensor by tensor; returns the weights' type: the one asked for, else one that loses nothing."""
+    expected = {tensor_name(name): name for name, _ in model.named_parameters()}
+    left = header.tensors.keys() - expected.keys() - {"rope_freqs.weight"}
+    for name, why in ((min(expected.keys() - header.tensors.keys(), default=""), "lacks"),
+                      (min(left, default=""), "holds")):
+        if name:
+            header.refuse(f"{why} tensor {name}, unlike a Llama of {model.config.layers} layers: {AGAIN}, or take "
+                          "the model's Hugging Face directory")
+    kinds = {header.tensors[name].kind for name in expected}
+    small = next((getattr(torch, name) for kind, name in (("BF16", "bfloat16"), ("F16", "float16"))
+                  if kind in kinds <= {kind, "F32"}), torch.float32)
+    chosen = small if dtype == "auto" else getattr(torch, dtype)
+    exact = dtype != "auto" or small == torch.float32
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for source, name in tqdm(expected.items(), desc="tensors", leave=False, disable=None):
+        tensor = read_tensor(header, source, shapes[name])
+        for part, heads in (("q_proj", model.config.heads), ("k_proj", model.config.kv_heads)):
+            tensor = undo_permutation(tensor, heads) if part in name else tensor
+        if not exact and not torch.equal(tensor.to(chosen).float(), tensor):
+            return read_weights(header, model, "float32")  # norms are kept in fp32, and these need it
+        where, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(where), kind, nn.Parameter(tensor.to(chosen), requires_grad=False))
+    return chosen
+
+
+def convert(config: Config) -> None:
+    file, out = Path(config.file), Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"{out}: is there already: choose another out=, or delete it")
+    package()
+    try:
+        with file.open("rb") as stream:
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        fail(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error}): check the path")
+    header = Header(file, data)
+    described = config_json(header)
+    with TemporaryDirectory() as folder:  # the parts that are small, read back as any checkpoint's are
+        (Path(folder) / "config.json").write_text(json.dumps(described))
+        write_tokenizer(header, Path(folder))
+        tokenizer, read = load_tokenizer(folder), read_config(folder)
+        with torch.device("meta"):
+            model = Transformer(read)
+        if tokenizer.vocabulary.size > read.vocab_size:
+            header.refuse(f"the vocabulary has {tokenizer.vocabulary.size} tokens, the embedding {read.vocab_size} "
+                          f"rows: {AGAIN}")
+        dtype = read_weights(header, model, config.dtype)
+        check_vocabulary(model, tokenizer)
+        runtime.open_folder(str(out.parent))
+        save_model(model, out, tokenizer, dtype=dtype)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    kinds = " ".join(sorted({entry.kind for entry in header.tensors.values()}))
+    licence = f", licence {header.keys['general.license']}" if "general.license" in header.keys else ""
+    print(f"{out}: {count / 1e6:.1f} M parameters from {kinds} as {str(dtype).removeprefix('torch.')}, "
+          f"template {tokenizer.template or 'none'}{licence}")
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        words[0] = f"file={words[0]}"
+    convert(runtime.load_config(Config, __doc__, words))

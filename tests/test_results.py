@@ -52,7 +52,7 @@ def test_the_readme_is_short():
 def test_every_file_a_page_names_exists(name):
     text = PLACE.sub("", PAGES[name])
     named = re.findall(r"`((?:configs|data|kernels|benchmarks|tests|runtime|collect|judging)/[\w./-]+|\w+\.py)`", text)
-    named += re.findall(r"\]\(([^#)]+)\)", text) + re.findall(r"--config (\S+?)[` \n"]", text)
+    named += re.findall(r"\]\(([^#)]+)\)", text) + re.findall(r'--config (\S+?)[` \n"]', text)
     modules = set(re.findall(r"python -m ([\w.]+)", text)) - {"pytest"}
     named += [module.replace(".", "/") for module in modules]
     beside = (".", "configs/zephyr-7b", "configs/tiny")

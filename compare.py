@@ -37,7 +37,7 @@ from statistics import mean
 from typing import NamedTuple, NoReturn
 
 import runtime
-from data.llm import Budget, Sampling, open_model
+from data.llm import Budget, Opener, Sampling, open_model
 from judge import answer, load_questions
 from judging import games, gold, paired, report, tables
 from judging.entries import Entry, check_checkpoint, decode
@@ -231,7 +231,7 @@ def score(config: Config, jobs: list[Job], out: Path) -> tuple[dict[str, paired.
         for repeat in range(job.seed, job.seed + SEEDS * config.replies, SEEDS):
             with redirect_stdout(io.StringIO()):  # a line for every turn
                 said[model.name, repeat] = answer(model, questions, dialogues, sampling, repeat, ledger, Budget(),
-                                                  device)
+                                                  Opener(str(device)))
         print(f"{model.name}, seed {job.seed}: replied to {len(questions)} dialogues, {config.replies} times, in "
               f"{time.monotonic() - began:.0f} s", flush=True)
     answers = games.Answers(questions, said)

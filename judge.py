@@ -148,12 +148,14 @@ def category_temperatures(given: Sequence[str]) -> dict[str, float]:
 
 
 def answer(model: Entry, questions: list[Question], dialogues: list[dict] | None, sampling: Sampling, seed: int,
-           ledger: Path, budget: Budget, opener: Opener, temperatures: dict[str, float]) -> list[list[dict]]:
+           ledger: Path, budget: Budget, opener: Opener,
+           temperatures: dict[str, float] | None = None) -> list[list[dict]]:
     """The replies {"text", "finished"} by question and turn; a turn whose reply failed ends the dialogue.
 
     `temperatures`: of the categories that have one of their own.
     """
     where, progress = model.where.replace("{seed}", str(seed)), f"{model.name}, seed {seed}"
+    temperatures = temperatures or {}
     if model.kind == "answers":
         return read_answers(where, questions)
     if model.kind == "few-shot":
@@ -347,7 +349,7 @@ def main(config: Config) -> None:
     baseline = config.baseline or next((model.name for model in models), "")
     elsewhere = {j.name: read_recorded(j.where, baseline or "baseline") for j in judges if j.kind == "recorded"}
     budget = Budget(money=config.budget or inf, prompt_price=config.prompt_price, reply_price=config.reply_price)
-    opener, result = Opener(str(device), config.parallel, config.timeout_s, {}), {"title": "Models and their judges"}
+    opener, result = Opener(str(device), config.parallel, config.timeout_s), {"title": "Models and their judges"}
     runtime.write_text(out / "config.toml", runtime.config_toml(config))
 
     # Every model answers.

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import judge
 import runtime
 from benchmarks.measure import save
-from data.llm import Budget
+from data.llm import Budget, Opener
 from data.tiny import world
 from judging.entries import decode
 
@@ -57,7 +57,7 @@ def answers(path: Path | str, data: str, device: torch.device) -> tuple[list[dic
     with tempfile.TemporaryDirectory() as folder:  # for the ledger, which nobody needs again
         questions, dialogues = judge.load_questions(data)
         said = judge.answer(decode("models", f"model={path}"), questions, dialogues, judge.Sampling(64, 0.7), 0,
-                            Path(folder) / "answers.jsonl", Budget(), device)
+                            Path(folder) / "answers.jsonl", Budget(), Opener(str(device)))
     return dialogues, said
 
 

@@ -16,7 +16,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import inf
 from pathlib import Path
@@ -257,13 +257,14 @@ def open_model(where: str, device: str = "auto", template: str = "", threads: in
     return Checkpoint(where, device, template)
 
 
-class Opener(NamedTuple):
+@dataclass(frozen=True)
+class Opener:
     """open_model with a run's settings, each endpoint once: what one part has found out of it, the next one knows."""
 
     device: str
-    threads: int
-    timeout_s: float
-    endpoints: dict[str, Endpoint]
+    threads: int = 8
+    timeout_s: float = 300.0
+    endpoints: dict[str, Endpoint] = field(default_factory=dict)
 
     def open(self, where: str) -> Checkpoint | Endpoint:
         if "://" not in where:

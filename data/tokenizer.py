@@ -80,13 +80,13 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        if self.path.suffix == ".gguf":
+            fail(f"{path}: is a GGUF file: python -m data.gguf {path} out=FOLDER makes a model of it")
         if not self.path.is_dir():
             hub = len(self.path.parts) == 2 and not self.path.parent.exists()
             fail(f"{self.path}: no such folder, expected a checkpoint's" + hub * (
                 f"; one of the Hugging Face hub is fetched first: `hf download {path} --local-dir {self.path.name}`"))
         pieces, fast = self.path / "tokenizer.model", self.path / "tokenizer.json"
-        if self.path.suffix == ".gguf":
-            fail(f"{path}: is a GGUF file: python -m data.gguf {path} out=FOLDER makes a model of it")
         if not pieces.is_file() and not fast.is_file():
             fail(f"{pieces}: no such file, nor tokenizer.json, expected the checkpoint's tokenizer: "
                  "copy it beside the weights")

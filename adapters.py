@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from checkpoints import file_name, join_qkv, parameters_by_tensor, split_qkv
 from lora import Adapter, LoraLinear, Role, adapter, attach, linear_paths, place_of, register, switch, untie
 from model import ModelConfig, Transformer
-from peft_files import AdapterFile, by_pattern, is_saved, is_target, to_pattern, write_adapter
+from peft_files import DEFAULTS, AdapterFile, by_pattern, is_saved, is_target, write_adapter
 from runtime import distributed, fail
 
 
@@ -46,6 +46,13 @@ def _layers(model: Transformer) -> dict[str, list[str]]:
     return found
 
 
+def _scale(config: dict, module: str) -> tuple[int, float, float]:
+    """Rank, alpha and scale of one layer's adapter."""
+    rank = by_pattern(config["rank_pattern"], module, config["r"])
+    alpha = by_pattern(config["alpha_pattern"], module, config["lora_alpha"])
+    return rank, alpha, alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+
+
 # ----------------------------------------------------------------------------------------- writing
 
 def save_adapter(model: Transformer, path: str | Path, name: str = "default", tokenizer=None) -> None:
@@ -54,7 +61,7 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default", to
     `tokenizer` goes beside it: PEFT's Auto classes give the base as many rows as that has tokens.
     """
     settings, layers = model.adapters[name], _layers(model)
-    tensors, ranks, alphas = (dict(settings.get(key, {})) for key in ("kept", "ranks", "alphas"))
+    tensors, scales = dict(settings.get("kept", {})), {}
     for module, paths in layers.items():
         parts = [layer.adapters[name] for layer in map(model.get_submodule, paths)
                  if isinstance(layer, LoraLinear) and name in layer.adapters]
@@ -66,8 +73,7 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default", to
         tensors |= {f"{module}.lora_A.weight": a.detach(), f"{module}.lora_B.weight": b.detach()}
         if magnitude is not None:
             tensors[f"{module}.lora_magnitude_vector"] = magnitude.detach()
-        alpha = parts[0].scale * (math.sqrt(len(a)) if settings["rslora"] else len(a))
-        ranks[module], alphas[module] = len(a), float(f"{alpha:.12g}")
+        scales[module] = len(a), parts[0].scale
     embedding = _peft_name("embed_tokens", model)
     if model.new_rows and not any(key.startswith(f"{embedding}.") for key in tensors):  # of a template's tokens
         with adapter(model, name):
@@ -76,14 +82,10 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default", to
                 tensors |= {f"{head}.weight": model.lm_head.weight.detach().clone() for head in _head_names(model)}
     if model.score_head is not None:
         tensors["score.weight"] = model.score_head.weight.detach()
-    config = settings.get("config") or _new_config(model, settings, set(ranks), set(layers))
-    config = config | {
-        "rank_pattern": to_pattern(ranks, settings["rank"]), "alpha_pattern": to_pattern(alphas, settings["alpha"]),
-        "base_model_name_or_path": model.source or config.get("base_model_name_or_path"), "inference_mode": True}
     ours = {"base_model_hash": model.source_hash, "score_mean": model.config.score_mean,
             "score_std": model.config.score_std}
     if not distributed.rank():
-        write_adapter(path, config, tensors, ours, tokenizer)
+        write_adapter(path, _config(model, settings["config"], scales, set(layers)), tensors, ours, tokenizer)
 
 
 def _joined(parts: list[Adapter], config: ModelConfig) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -92,8 +94,6 @@ def _joined(parts: list[Adapter], config: ModelConfig) -> tuple[Tensor, Tensor, 
     Three that share their A, as those that PEFT has trained do, stay so; others become one adapter of three times the
     rank: A stacked, B in blocks. DoRA's norms are those of rows, so they are the same in one matrix as in three.
     """
-    if len(parts) == 1:
-        return parts[0].A, parts[0].B, parts[0].magnitude
     a, rank, blocks = parts[0].A, len(parts[0].A), [part.B.detach() for part in parts]
     if not all(torch.equal(part.A, a) for part in parts):
         a = torch.cat([part.A for part in parts])
@@ -102,17 +102,30 @@ def _joined(parts: list[Adapter], config: ModelConfig) -> tuple[Tensor, Tensor, 
     return a, join_qkv(blocks, config), magnitude
 
 
-def _new_config(model: Transformer, settings: dict, adapted: set[str], layers: set[str]) -> dict:
-    """adapter_config.json; targets by last name, or by full name where other layers are called the same."""
-    last = {module.rpartition(".")[2] for module in adapted}
+def _config(model: Transformer, known: dict, scales: dict[str, tuple[int, float]], layers: set[str]) -> dict:
+    """adapter_config.json: what is `known` of it, and rank and scale of each layer where patterns say something else.
+
+    A new adapter's targets stand by last name, or by full name where other layers are called the same.
+    """
+    last = {module.rpartition(".")[2] for module in scales}
     alike = {module for module in layers if module.rpartition(".")[2] in last}
     scored = model.score_head is not None
-    return {
-        "peft_type": "LORA", "task_type": "SEQ_CLS" if scored else "CAUSAL_LM", "r": settings["rank"],
-        "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"], "use_rslora": settings["rslora"],
-        "use_dora": settings["dora"], "target_modules": sorted(last if alike == adapted else adapted), "bias": "none",
-        "fan_in_fan_out": False, "modules_to_save": ["score"] if scored else None, "init_lora_weights": True,
-    }
+    config = {
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if scored else "CAUSAL_LM", "bias": "none", "fan_in_fan_out": False,
+        "target_modules": sorted(last if alike == set(scales) else scales), "init_lora_weights": True,
+        "modules_to_save": ["score"] if scored else None} | known
+    ranks, alphas = {}, {}
+    for module, (rank, scale) in scales.items():
+        alpha = scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
+        said_rank, said_alpha, _ = _scale(DEFAULTS | config, module)
+        if rank != said_rank:
+            ranks[module] = rank
+        if not math.isclose(alpha, said_alpha):
+            alphas[module] = alpha
+    return config | {
+        "rank_pattern": ranks | (known.get("rank_pattern") or {}) | ranks,
+        "alpha_pattern": alphas | (known.get("alpha_pattern") or {}) | alphas,
+        "base_model_name_or_path": model.source or known.get("base_model_name_or_path"), "inference_mode": True}
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -123,13 +136,12 @@ def load_adapter(model: Transformer, path: str | Path, name: str = "default") ->
     A reward model's adapter brings its head: give a model that has one (`add_score_head`), or ask for a Role.
     """
     file, head = _load(model, path, name)
-    if head is not None or "score" in (file.config["modules_to_save"] or []) or model.score_head is not None:
-        if head is None or model.score_head is None:
-            fail(f"{path}: {'holds no score head' if head is None else 'holds a score head for a model without one'}: "
-                 "a reward model's adapter file holds its head")
+    if (head is None) != (model.score_head is None):
+        fail(f"{path}: {'holds no score head' if head is None else 'holds a score head for a model without one'}: "
+             "a reward model's adapter file holds its head")
+    if head is not None:
         model.score_head.weight.data.copy_(head)
-        mean, std = file.ours.get("score_mean", 0.0), file.ours.get("score_std", 1.0)
-        model.config = replace(model.config, score_mean=mean, score_std=std)
+        model.config = replace(model.config, **file.scores)
     return model
 
 
@@ -138,8 +150,7 @@ def load_role(base: Transformer, path: str | Path, name: str) -> Role:
     file, head = _load(base, path, name)
     if head is None:
         fail(f"{path}: holds no score head: a reward model's adapter file holds its head")
-    mean, std = file.ours.get("score_mean", 0.0), file.ours.get("score_std", 1.0)
-    return Role(base, name, head.to(base.embed_tokens.weight.device), mean, std)
+    return Role(base, name, head.to(base.embed_tokens.weight.device), **file.scores)
 
 
 def _load(model: Transformer, path: str | Path, name: str) -> tuple[AdapterFile, Tensor | None]:
@@ -148,38 +159,25 @@ def _load(model: Transformer, path: str | Path, name: str) -> tuple[AdapterFile,
     config = file.config
     if file.ours.get("base_model_hash") and model.source_hash and file.ours["base_model_hash"] != model.source_hash:
         fail(f"{path}: was trained on another base ({config.get('base_model_name_or_path')}): load that one")
+    vocabulary = [_peft_name(part, model) for part in ("embed_tokens", "embed_positions")] + _head_names(model)
+    if not any(is_target(config, module) for module in [*_layers(model), *vocabulary]):
+        fail(f"{path}: adapts {config['target_modules']}, which this model does not have: is it for another family?")
     switch(model, None)
     with torch.no_grad():
-        head = file.take("score.weight", [1, model.config.width], required=False)
+        head = file.take("score.weight", [1, model.config.width], "score" in (config["modules_to_save"] or []))
         layers = {module: paths for module, paths in _layers(model).items() if is_target(config, module)}
         own: dict[str, Tensor] = {}
         for module, paths in layers.items():
             own |= _load_layer(model, file, name, module, paths)
-        kept, targets = dict(file.tensors), []  # the targets among embeddings and head
-        own |= _vocabulary(model, file, targets) | _others(model, file, targets)
-        if not layers and not targets:
-            fail(f"{path}: adapts {config['target_modules']}, which this model does not have: "
-                 "is it for another family?")
+        kept = dict(file.tensors)
+        own |= _vocabulary(model, file) | _others(model, file)
         if config["lora_bias"]:
             for module, paths in layers.items():
                 own |= _shifted_biases(model, file, own, name, module, paths)
         file.finish()
         own = _parameters(model, file, own)
-    scales = {module: _scale(config, module) for module in targets}
-    settings = {
-        "rank": config["r"], "alpha": config["lora_alpha"], "dropout": config["lora_dropout"],
-        "rslora": config["use_rslora"], "dora": config["use_dora"], "config": file.raw, "kept": kept, "own": own,
-        "ranks": {module: rank for module, (rank, _, _) in scales.items()},
-        "alphas": {module: alpha for module, (_, alpha, _) in scales.items()}}
-    register(model, name, settings)
+    register(model, name, {"config": file.raw, "kept": kept, "own": own})
     return file, head
-
-
-def _scale(config: dict, module: str) -> tuple[int, float, float]:
-    """Rank, alpha and scale of one layer's adapter."""
-    rank = by_pattern(config["rank_pattern"], module, config["r"])
-    alpha = by_pattern(config["alpha_pattern"], module, config["lora_alpha"])
-    return rank, alpha, alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
 
 
 def _load_layer(model: Transformer, file: AdapterFile, name: str, module: str, paths: list[str]) -> dict[str, Tensor]:
@@ -189,9 +187,9 @@ def _load_layer(model: Transformer, file: AdapterFile, name: str, module: str, p
     parts = [attach(model, path, name, rank, scale, 0.0, torch.Generator()) for path in paths]
     rows = sum(len(part.B) for part in parts)
     a = file.take(f"{module}.lora_A.weight", [rank, parts[0].A.shape[1]])
-    b = _split(file.take(f"{module}.lora_B.weight", [rows, rank]), paths, model.config)
+    b = split_qkv(file.take(f"{module}.lora_B.weight", [rows, rank]), model.config, len(paths))
     if file.config["use_dora"]:
-        magnitudes = _split(file.take(f"{module}.lora_magnitude_vector", [rows]), paths, model.config)
+        magnitudes = split_qkv(file.take(f"{module}.lora_magnitude_vector", [rows]), model.config, len(paths))
     for i, part in enumerate(parts):
         part.A, part.B = (nn.Parameter(tensor.to(part.A, copy=True)) for tensor in (a, b[i]))
         if file.config["use_dora"]:
@@ -201,13 +199,8 @@ def _load_layer(model: Transformer, file: AdapterFile, name: str, module: str, p
         return {}
     places = [f"{path}.weight" for path in paths]
     weights = [_of_base(model, file, place) for place in places]
-    residual = _residual(weights[0] if len(paths) == 1 else join_qkv(weights, model.config), rank, scale, start)
-    return dict(zip(places, _split(residual, paths, model.config), strict=True))
-
-
-def _split(tensor: Tensor, paths: list[str], config: ModelConfig) -> list[Tensor]:
-    """A tensor of the file among our layers: one, or queries, keys and values."""
-    return [tensor] if len(paths) == 1 else split_qkv(tensor, config)
+    residual = _residual(join_qkv(weights, model.config), rank, scale, start)
+    return dict(zip(places, split_qkv(residual, model.config, len(paths)), strict=True))
 
 
 def _of_base(model: Transformer, file: AdapterFile, place: str) -> nn.Parameter | None:
@@ -239,13 +232,13 @@ def _shifted_biases(
     parts = [model.get_submodule(path).adapters[name] for path in paths]
     bias = file.take(f"{module}.lora_B.bias", [sum(len(part.B) for part in parts)])
     result = {}
-    for path, part, shift in zip(paths, parts, _split(bias, paths, model.config), strict=True):
+    for path, part, shift in zip(paths, parts, split_qkv(bias, model.config, len(paths)), strict=True):
         base = own.get(f"{path}.bias", _of_base(model, file, f"{path}.bias"))
         result[f"{path}.bias"] = part.scale * shift if base is None else base + part.scale * shift.to(base)
     return result
 
 
-def _others(model: Transformer, file: AdapterFile, targets: list[str]) -> dict[str, Tensor]:
+def _others(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
     """The base's parameters that the file brings, but for embedding and head; learned positions with LoRA on them."""
     with torch.device("meta"):
         plain = Transformer(model.config)
@@ -255,14 +248,11 @@ def _others(model: Transformer, file: AdapterFile, targets: list[str]) -> dict[s
             continue
         module, _, kind = tensor.rpartition(".")
         shape = [sum(len(shapes[path]) for path in paths), *shapes[paths[0]].shape[1:]]
-        value = file.take(tensor, shape, required=is_saved(file.config, tensor))
-        if value is None:
-            value = file.take(f"{module}.base_layer.{kind}", shape, required=False)
+        value = file.take([tensor, f"{module}.base_layer.{kind}"], shape, is_saved(file.config, tensor))
         if paths[0] == "embed_positions.weight" and is_target(file.config, module):
-            targets.append(module)
             value = _corrected(model.embed_positions.weight if value is None else value, file, module)
         if value is not None:
-            own |= zip(paths, _split(value, paths, model.config), strict=True)
+            own |= zip(paths, split_qkv(value, model.config, len(paths)), strict=True)
     return own
 
 
@@ -287,17 +277,19 @@ def _corrected(weight: Tensor, file: AdapterFile, module: str, is_head: bool = F
 
 # ------------------------------------------------------------------------------- embedding and head
 
-def _vocabulary(model: Transformer, file: AdapterFile, targets: list[str]) -> dict[str, Tensor]:
+def _vocabulary(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
     """Embedding and head as the adapter has them: others, LoRA on them, or some tokens' rows.
 
     PEFT parts the two where the base ties them: another embedding, or LoRA on it, leaves the head as it was. What the
     file holds as the base's own is both's, and so are rows of tokens unless the head lists others.
     """
-    names = {"embed_tokens": _peft_name("embed_tokens", model)}
+    named = {"embed_tokens": [_peft_name("embed_tokens", model)]}
     if not model.config.scored:
-        names["lm_head"] = _head_name(model, file)
+        named["lm_head"] = _head_names(model)
+    names = {part: next((module for module in modules if any(key.startswith(f"{module}.") for key in file.tensors)),
+                        modules[0]) for part, modules in named.items()}
     tied = model.lm_head is None and len(names) == 2
-    base, other = _whole_matrices(model, file, names, tied)
+    base, other = _whole_matrices(model, file, named, tied)
     _grow(model, file, base, other)
     values = {}
     for part, module in names.items():
@@ -306,47 +298,31 @@ def _vocabulary(model: Transformer, file: AdapterFile, targets: list[str]) -> di
         # ensure_weight_tying gives a tied head LoRA without naming it a target
         follows = file.config["ensure_weight_tying"] and f"{module}.lora_A.weight" in file.tensors
         if is_target(file.config, module, part == "lm_head") or follows:
-            targets.append(module)
             value = _corrected(value, file, module, part == "lm_head")
         values[part] = (value if other[part] is None else other[part]).to(weight)
     values = _with_token_rows(file, names, values, tied)
-    if not tied or torch.equal(values["embed_tokens"], values["lm_head"]):
-        return {f"{part}.weight": values[part] for part in names if not (tied and part == "lm_head")}
-    untie(model)  # with no adapter on, they are still one
+    if tied and torch.equal(values["embed_tokens"], values["lm_head"]):
+        del values["lm_head"]
+    elif tied:
+        untie(model)  # with no adapter on, they are still one
     return {f"{part}.weight": value for part, value in values.items()}
 
 
-def _head_name(model: Transformer, file: AdapterFile) -> str:
-    """What the file calls the head; under both names it holds it twice."""
-    found = [head for head in _head_names(model) if any(name.startswith(f"{head}.") for name in file.tensors)]
-    if len(found) == 2:
-        first, second = (file.tensors.get(f"{head}.weight") for head in found)
-        if first is not None and second is not None and torch.equal(first, second):
-            del file.tensors[f"{found[1]}.weight"]
-    return (found or _head_names(model))[0]
-
-
 def _whole_matrices(
-    model: Transformer, file: AdapterFile, names: dict[str, str], tied: bool,
+    model: Transformer, file: AdapterFile, named: dict[str, list[str]], tied: bool,
 ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     """By part: the base's own matrix, where the file brings it, and the one that the adapter has instead."""
-    base, other = {}, {}
-    for part, module in names.items():
-        saved = is_saved(file.config, f"{module}.weight")
-        forms = ["base_layer.", "original_module.", "token_adapter.base_layer."] + ([] if saved else [""])
-        present = [f"{module}.{form}weight" for form in forms if f"{module}.{form}weight" in file.tensors]
-        shape = [None, model.config.width]
-        base[part] = file.take(present[0], shape) if present else None
-        other[part] = file.take(f"{module}.weight", shape) if saved else None
-        twice = file.tensors.get(f"{module}.modules_to_save.weight")  # PEFT repeats it once the vocabulary has grown
-        if twice is not None and other[part] is not None and torch.equal(twice, other[part]):
-            del file.tensors[f"{module}.modules_to_save.weight"]
-    given = [matrix for matrix in base.values() if matrix is not None]
-    if tied and given:
-        if not torch.equal(given[0], given[-1]):
-            fail(f"{file.file}: {' and '.join(names.values())} differ, and the base ties them: load its own base")
-        base = dict.fromkeys(names, given[0])
-    return base, other
+    shape, base, other = [None, model.config.width], {}, {}
+    for part, modules in named.items():
+        saved = any(is_saved(file.config, f"{module}.weight") for module in modules)
+        forms = ("base_layer.", "original_module.", "token_adapter.base_layer.", *([] if saved else [""]))
+        base[part] = [f"{module}.{form}weight" for module in modules for form in forms]
+        # PEFT repeats a saved one once the vocabulary has grown
+        copies = [f"{module}.{form}weight" for module in modules for form in ("", "modules_to_save.")]
+        other[part] = file.take(copies, shape) if saved else None
+    if tied:
+        return dict.fromkeys(named, file.take(sum(base.values(), []), shape, required=False)), other
+    return {part: file.take(copies, shape, required=False) for part, copies in base.items()}, other
 
 
 def _grow(
@@ -376,14 +352,14 @@ def _with_token_rows(
     listed = listed if isinstance(listed, dict) else {names["embed_tokens"]: listed}
     tokens = {part: indices for part, module in names.items()
               for layer, indices in listed.items() if module.endswith(layer)}
-    shared = tied and tokens.get("lm_head", tokens.get("embed_tokens")) == tokens.get("embed_tokens")
+    if tied and tokens.get("lm_head") == tokens.get("embed_tokens"):
+        tokens.pop("lm_head", None)
+    shared = tied and "lm_head" not in tokens
     result = dict(values)
     for part, indices in tokens.items():
         if max(indices, default=-1) >= len(values[part]):
             fail(f"{file.folder}: trainable_token_indices holds {max(indices)}, the base has {len(values[part])} rows: "
                  "load the base that it was made for")
-        if shared and part == "lm_head":
-            continue
         rows = file.take(f"{names[part]}.token_adapter.trainable_tokens_delta", [len(indices), values[part].shape[1]])
         for where in names if shared else [part]:
             index = torch.tensor(indices, dtype=torch.long, device=values[part].device)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,30 +25,29 @@ from runtime import distributed, fail, writing
 
 # What transformers calls our modules. "self_attn.qkv" is q_proj, k_proj and v_proj in one matrix.
 LLAMA_MODULES = {
-    "embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "score_head": "score"}
-MODULES = {  # of the other families
+    "embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm"}
+MODULES = {  # of the other families; all call our score_head "score"
     "falcon": {
         "embed_tokens": "transformer.word_embeddings", "layers": "transformer.h", "norm": "transformer.ln_f",
         "self_attn.qkv": "self_attention.query_key_value", "self_attn.o_proj": "self_attention.dense",
-        "mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h", "score_head": "score"},
+        "mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"},
     "gpt_bigcode": {
         "embed_tokens": "transformer.wte", "embed_positions": "transformer.wpe", "layers": "transformer.h",
         "norm": "transformer.ln_f", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
         "self_attn.qkv": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
-        "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj", "score_head": "score"},
+        "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
     "starcoder2": LLAMA_MODULES | {"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
     "gpt_neox": {
         "embed_tokens": "gpt_neox.embed_in", "layers": "gpt_neox.layers", "norm": "gpt_neox.final_layer_norm",
         "self_attn.qkv": "attention.query_key_value", "self_attn.o_proj": "attention.dense",
-        "mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h", "lm_head": "embed_out",
-        "score_head": "score"},
+        "mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h", "lm_head": "embed_out"},
 }
 FALCON_TWO_NORMS = {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}  # the 40B
 
 
 def file_name(name: str, config: ModelConfig) -> str:
     """What transformers calls one of our parameters. Where a family fuses them, queries, keys and values share it."""
-    modules = MODULES.get(config.family, LLAMA_MODULES)
+    modules = {"score_head": "score"} | MODULES.get(config.family, LLAMA_MODULES)
     if config.family == "falcon" and config.parallel and config.norms == 2:
         modules = modules | FALCON_TWO_NORMS
     module, _, kind = name.rpartition(".")
@@ -69,14 +69,18 @@ def parameters_by_tensor(model: Transformer) -> dict[str, list[str]]:
 
 # Falcon, StarCoder and GPT-NeoX fuse queries, keys and values into K groups: H / K queries, their key, their value.
 
-def split_qkv(fused: Tensor, config: ModelConfig) -> list[Tensor]:
-    """[(H + 2 K) E, ...] -> queries [H E, ...], keys [K E, ...], values [K E, ...]."""
+def split_qkv(fused: Tensor, config: ModelConfig, parts: int = 3) -> list[Tensor]:
+    """[(H + 2 K) E, ...] -> queries [H E, ...], keys [K E, ...], values [K E, ...]. One part is the tensor itself."""
+    if parts < 3:
+        return [fused] * parts
     groups = fused.unflatten(0, (config.kv_heads, -1, config.head_dim))
     return [part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])]
 
 
 def join_qkv(parts: list[Tensor], config: ModelConfig) -> Tensor:
     """The inverse of split_qkv."""
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat([part.unflatten(0, (config.kv_heads, -1, config.head_dim)) for part in parts], 1).flatten(0, 2)
 
 
@@ -103,11 +107,11 @@ def load_model(
         print(f"{path}: names code of its own (auto_map), which is not run: computed as transformers' {config.family}")
     model.frequencies = model.frequencies.to(device)
     for file, key, names in check_weights(path, model):
-        tensor = _read_tensor(file, key, device)
+        with safe_open(file, framework="pt", device=str(device)) as tensors:  # closing it frees the pages read so far
+            tensor = tensors.get_tensor(key)
         if not names and not torch.equal(tensor.to(model.embed_tokens.weight.dtype), model.embed_tokens.weight):
             fail(f"{file}: {key} is not the embedding, but tie_word_embeddings is true in config.json: set it to false")
-        parts = split_qkv(tensor, config) if len(names) == 3 else [tensor] * len(names)
-        for name, part in zip(names, parts, strict=True):
+        for name, part in zip(names, split_qkv(tensor, config, len(names)), strict=True):
             where, _, kind = name.rpartition(".")
             module = model.get_submodule(where)
             setattr(module, kind, nn.Parameter(part.to(dtype or part.dtype, copy=True)))
@@ -160,12 +164,6 @@ def check_weights(path: Path, model: Transformer) -> list[tuple[Path, str, list[
     return sorted(found, key=lambda part: not part[2])
 
 
-def _read_tensor(file: Path, key: str, device: str | torch.device) -> Tensor:
-    """One tensor of a memory-mapped file, opened again for each: closing it frees the pages read so far."""
-    with safe_open(file, framework="pt", device=str(device)) as tensors:
-        return tensors.get_tensor(key)
-
-
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory: the shards that an index names, or model.safetensors."""
     index = path / "model.safetensors.index.json"
@@ -198,15 +196,23 @@ def save_model(
     shards = _shards(model, dtype, shard_bytes)
     if distributed.rank():
         return
-    path = Path(path)
-    beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     saved = next(iter(shards[0].values())).dtype
     config = replace(model.config, dtype=str(saved).removeprefix("torch."))
-    with writing(path, beside):
+    with new_folder(Path(path)) as beside:
         _write_shards(beside, shards)
         (beside / "config.json").write_text(json.dumps(config_json(config), indent=1) + "\n")
         if tokenizer is not None:
             tokenizer.save(beside)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of `path`."""
+    beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    with writing(path, beside):
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
@@ -224,7 +230,7 @@ def _shards(model: Transformer, dtype: torch.dtype | None, shard_bytes: int) -> 
                  for name in names]
         if distributed.rank():
             continue
-        tensor = (join_qkv(parts, model.config) if len(parts) == 3 else parts[0]).contiguous()
+        tensor = join_qkv(parts, model.config).contiguous()
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = shard_bytes
@@ -234,9 +240,7 @@ def _shards(model: Transformer, dtype: torch.dtype | None, shard_bytes: int) -> 
 
 
 def _write_shards(path: Path, shards: list[dict[str, Tensor]]) -> None:
-    """The weights of a checkpoint in a fresh folder, with an index if there are several files."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
+    """The weights of a checkpoint, with an index if there are several files."""
     if len(shards) == 1:
         save_file(shards[0], path / "model.safetensors", metadata={"format": "pt"})
         return

@@ -202,7 +202,8 @@ def add_lora(
         added = attach(model, path, name, rank, scale, dropout, generator)
         if use_dora:
             added.magnitude = nn.Parameter(model.get_submodule(path).weight().float().norm(dim=1))
-    return register(model, name, {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora, "dora": use_dora})
+    return register(model, name, {"config": {
+        "r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora, "use_dora": use_dora}})
 
 
 def linear_paths(model: Transformer) -> list[str]:

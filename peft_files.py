@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runtime import fail, writing
+from checkpoints import new_folder
+from runtime import fail
 
 PREFIX = "base_model.model."
 MERGE = "merge it with PEFT (merge_and_unload), save the model and load that"
@@ -43,31 +43,30 @@ def _is_number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _is_rank(value) -> bool:
+    return type(value) is int and value > 0
+
+
 def _is_names(value) -> bool:
-    return value is None or isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(name, str) for name in value))
+    """Names of modules, which may be regular expressions."""
+    try:
+        return not isinstance(value, dict) and all(map(re.compile, [value] if isinstance(value, str) else value or []))
+    except (re.error, TypeError):
+        return False
 
 
-def _is_pattern(value) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
-
-
-def _is_ranks(value) -> bool:
-    return _is_pattern(value) and all(type(rank) is int and rank > 0 for rank in (value or {}).values())
+def _is_pattern(value, is_value: Callable[[object], bool] = _is_number) -> bool:
+    return value is None or (isinstance(value, dict) and _is_names(list(value)) and all(map(is_value, value.values())))
 
 
 def _is_indices(value) -> bool:
     return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
 
 
-def _is_rows(value) -> bool:
-    return value is None or _is_indices(value) or (isinstance(value, dict) and all(map(_is_indices, value.values())))
-
-
 NAMES = "names, a regular expression or null"
 FLAG = (lambda value: type(value) is bool, "true or false")
 USED = {
-    "r": Field(8, lambda value: type(value) is int and value > 0, "a whole number from 1"),
+    "r": Field(8, _is_rank, "a whole number from 1"),
     "lora_alpha": Field(8, _is_number, "a number"),
     "lora_dropout": Field(0.0, lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
     "use_rslora": Field(False, *FLAG),
@@ -81,10 +80,12 @@ USED = {
     "layers_to_transform": Field(
         None, lambda value: value is None or type(value) is int or _is_indices(value), "numbers of layers or null"),
     "layers_pattern": Field(None, _is_names, NAMES),
-    "rank_pattern": Field({}, _is_ranks, "whole numbers from 1 by name"),
+    "rank_pattern": Field({}, lambda value: _is_pattern(value, _is_rank), "whole numbers from 1 by name"),
     "alpha_pattern": Field({}, _is_pattern, "numbers by name"),
-    "trainable_token_indices": Field(None, _is_rows, "token ids, or token ids by the name of a layer"),
+    "trainable_token_indices": Field(
+        None, lambda value: _is_indices(value) or _is_pattern(value, _is_indices), "token ids, or token ids by layer"),
 }
+DEFAULTS = {name: field.default for name, field in USED.items()}
 # Say nothing about what is computed: how training began or was run, where the base lies, what the tensors show.
 HARMLESS = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
@@ -125,18 +126,7 @@ def read_config(file: Path) -> dict:
     if start not in PLAIN_STARTS | {"pissa", "olora"}:
         fail(f"{file}: init_lora_weights is {start!r}, which changes the base in a way that cannot be repeated: save "
              "it where it was trained as a plain LoRA (path_initial_model_for_weight_conversion) or merged")
-    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern",
-                 "alpha_pattern"):
-        _check_expressions(file, name, config.get(name))
     return config
-
-
-def _check_expressions(file: Path, name: str, value: str | list[str] | dict | None) -> None:
-    for expression in [value] if isinstance(value, str) else value or []:
-        try:
-            re.compile(expression)
-        except re.error as error:
-            fail(f"{file}: {name} holds {expression!r}, which is no regular expression ({error}): copy it again")
 
 
 def is_target(config: dict, name: str, is_head: bool = False) -> bool:
@@ -172,19 +162,6 @@ def by_pattern(pattern: dict | None, name: str, default: float) -> float:
     return next((pattern[key] for key in keys), default)
 
 
-def to_pattern(values: dict[str, float], default: float) -> dict[str, float]:
-    """Values by layer as a pattern: by last name where the layers so called agree, or else by full name."""
-    by_last: dict[str, set[float]] = {}
-    for name, value in values.items():
-        by_last.setdefault(name.rpartition(".")[2], set()).add(value)
-    found = {}
-    for name, value in values.items():
-        last = name.rpartition(".")[2]
-        if value != default:
-            found[last if len(by_last[last]) == 1 else name] = value
-    return found
-
-
 def is_saved(config: dict, name: str) -> bool:
     """Whether a parameter stands in a module that modules_to_save names, by the end of its name as PEFT has it."""
     parts = name.split(".")[:-1]
@@ -197,15 +174,15 @@ def is_saved(config: dict, name: str) -> bool:
 class AdapterFile:
     """An adapter's folder: its tensors, named without PREFIX and to be taken once each, and what is said of them.
 
-    `config` is adapter_config.json with PEFT's defaults for what it leaves out (`raw`: without), `ours` what we keep
-    beside the tensors.
+    `config` is adapter_config.json with PEFT's defaults for what it leaves out (`raw`: without), `ours`
+    what we keep beside the tensors, `scores` of it a reward model's scaling.
     """
 
     def __init__(self, path: str | Path):
         self.folder = Path(path)
         self.file = self.folder / "adapter_model.safetensors"
         self.raw = read_config(self.folder / "adapter_config.json")
-        self.config = {name: field.default for name, field in USED.items()} | self.raw
+        self.config = DEFAULTS | self.raw
         if not self.file.is_file():
             pickled = (self.folder / "adapter_model.bin").is_file()
             fail(f"{self.file}: no such file{' (it holds pickled tensors, which are never opened)' if pickled else ''}"
@@ -216,6 +193,7 @@ class AdapterFile:
                 self.ours = json.loads((file.metadata() or {}).get("ours", "{}"))
         except (OSError, ValueError, SafetensorError) as error:
             fail(f"{self.file}: cannot be read ({error}): copy it again")
+        self.scores = {key: self.ours.get(key, usual) for key, usual in (("score_mean", 0.0), ("score_std", 1.0))}
         for key, tensor in tensors.items():
             if not key.startswith(PREFIX):
                 fail(f"{self.file}: holds {key}, expected names that begin with {PREFIX}: {MERGE}")
@@ -225,14 +203,22 @@ class AdapterFile:
                 fail(f"{self.file}: {key} holds NaN or infinity: its training diverged, take an earlier checkpoint")
         self.tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
-    def take(self, name: str, shape: list[int | None], required: bool = True) -> Tensor | None:
-        """The tensor of that name, which has this shape (None: any size); None if it is missing and may be."""
+    def take(self, names: str | list[str], shape: list[int | None], required: bool = True) -> Tensor | None:
+        """The tensor of that name, which has this shape (None: any size); None if it is missing and may be.
+
+        Of several names it has any; what stands there twice is equal.
+        """
+        names = [names] if isinstance(names, str) else names
+        name, *others = [name for name in names if name in self.tensors] or [names[0]]
         if name not in self.tensors:
             if not required:
                 return None
             fail(f"{self.file}: has no {PREFIX}{name}, which adapter_config.json speaks of: copy both again, or save "
                  "the adapter again where it was trained")
         tensor = self.tensors.pop(name)
+        for other in others:
+            if not torch.equal(self.tensors.pop(other), tensor):
+                fail(f"{self.file}: {name} and {other} differ, expected two copies: load the base that it was made for")
         fits = [want in (None, size) for want, size in zip(shape, tensor.shape, strict=False)]
         if tensor.ndim != len(shape) or not all(fits):
             fail(f"{self.file}: {PREFIX}{name} has shape {list(tensor.shape)}, expected "
@@ -247,20 +233,14 @@ class AdapterFile:
 
 
 def write_adapter(path: str | Path, config: dict, tensors: dict[str, Tensor], ours: dict, tokenizer) -> None:
-    """The folder, written beside and renamed; with the tokenizer, from which PEFT sees how many rows the base needs.
+    """The folder; with the tokenizer, from which PEFT sees how many rows the base needs.
 
     What is ours lies beside the tensors, since PEFT warns of keys it does not know; in one entry, since safetensors
     orders several at random and the same adapter shall be the same bytes.
     """
-    final = Path(path)
-    beside = final.with_name(f".{final.name}.new")
-    with writing(final, beside):
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+    with new_folder(Path(path)) as beside:
         named = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(named, beside / "adapter_model.safetensors", metadata={"ours": json.dumps(ours)})
         (beside / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(beside)
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)

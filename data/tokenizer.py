@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -63,6 +64,12 @@ PROBE = [{"role": role, "content": text} for role, text in (
 OWN = "own"  # the name of a checkpoint's template that is none of ours
 
 
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    """Finds any of the tokens, the longest first; with none it finds nothing."""
+    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return re.compile(f"({pattern})" if pattern else "(?!)")
+
+
 class Reply(NamedTuple):
     """A reply, ids[start:end], behind what it replies to. Several paths of a dialogue may share one list of ids."""
 
@@ -75,7 +82,10 @@ class Reply(NamedTuple):
 class Tokenizer:
     """A vocabulary, the tokens added to it, and the chat template that belongs to the checkpoint.
 
-    `special` are the tokens that text never becomes; `added` are those and others, such as <think>, that it may.
+    added      all tokens outside the text vocabulary, by name
+    special    of them, with their ids, those that text never becomes; the others, such as <think>, it may become
+    markup     of them, those that the template writes; `end` is the one it ends a reply with
+    names      of them, what bos_token, eos_token and so on are called here
     """
 
     def __init__(self, path: str | Path):
@@ -177,33 +187,30 @@ class Tokenizer:
 
     def _use(self, name: str | None) -> None:
         """Make `name` the template, and find out which tokens its markup has and which of them ends a reply."""
-        pattern = "|".join(re.escape(token) for token in sorted(self.added, key=len, reverse=True) if token.strip())
-        self._tokens = re.compile(f"({pattern})" if pattern else "(?!)")
+        self._tokens = _any_of(token for token in self.added if token.strip())
         self.template, self.chat = name, None if name is None else self._chat(name)
-        self.markup, self.end, structure = [], None, set()
-        for messages in (PROBE, PROBE[1:]) if name else ():
+        self.markup, self.end, structure = self._probe() if self.chat else ([], None, set())
+        self.special = {token: found.id for token, found in self.added.items() if found.special or token in structure}
+        unknown = self.names.get("unk_token")
+        self._guarded = {i for token, i in self.special.items() if token != unknown}  # text must not become these
+        # Tokens that text may become and that the vocabulary itself does not look for
+        sought = [token for token in self.added.keys() - self.special.keys() - self.vocabulary.added.keys()
+                  if token.strip()]
+        self._in_text = _any_of(sought) if sought else None
+
+    def _probe(self) -> tuple[list[str], str | None, set[str]]:
+        """What a dialogue shows: tokens of the markup; the one that ends a reply; it and those outside replies."""
+        for messages in (PROBE, PROBE[1:]):  # some templates take no system text
             try:
                 parts, finished = self.chat.path(messages)
             except TemplateError:
                 continue
-            self.markup = list(dict.fromkeys(token for part in parts if part.message is None
-                                             for token in self._tokens.findall(part.text)))
-            structure = {token for part in parts if part.message is None and part.reply is None
-                         for token in self._tokens.findall(part.text)}
-            if finished:
-                self.end = self._tokens.findall(parts[-1].text)[-1]
-                structure.add(self.end)
-            break
-        self.special = {token: found.id for token, found in self.added.items() if found.special or token in structure}
-        unknown = self.names.get("unk_token")
-        self._guarded = {i for token, i in self.special.items() if token != unknown}
-        self._in_text = self._pattern_in_text()
-
-    def _pattern_in_text(self) -> re.Pattern | None:
-        """Tokens that text may become and that the vocabulary itself does not look for."""
-        names = [token for token in self.added if token.strip() and token not in self.special
-                 and token not in self.vocabulary.added]
-        return re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+            written = [(token, part.reply) for part in parts if part.message is None
+                       for token in self._tokens.findall(part.text)]
+            end = written[-1][0] if finished else None
+            structure = {token for token, reply in written if reply is None or token == end}
+            return list(dict.fromkeys(token for token, _ in written)), end, structure
+        return [], None, set()
 
     def _same(self, name: str) -> bool:
         """Whether the checkpoint's own template is one of ours."""
@@ -219,8 +226,8 @@ class Tokenizer:
     def adopt(self, name: str = "") -> list[str]:
         """Make `name` the chat template, and add the tokens it needs. "": the checkpoint's own, or zephyr without one.
 
-        Returns the tokens that the model has not been trained on: the added ones; of a base model, which had no
-        template, all that the template uses.
+        Returns the tokens that the model has not been trained on. A chat model knows those of its own template, so it
+        is the added ones; a base model, which had none, has learnt BOS and EOS alone of those that the template writes.
         """
         before = self.template
         name = name or before or "zephyr"
@@ -252,7 +259,8 @@ class Tokenizer:
         ids = self._find_added(text, after) if self._in_text else self.vocabulary.encode(text, after)
         if self._guarded.isdisjoint(ids):
             return ids
-        # Some vocabularies match special tokens in text: cut their names in two.
+        # Some vocabularies match special tokens in text: cut their names in two, behind the first letter. It ends, for
+        # each piece is shorter than the text.
         found = self._guarded.intersection(ids)
         names = "|".join(re.escape(name) for name, i in self.special.items() if i in found and name in text)
         cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)] if names else []
@@ -341,31 +349,33 @@ class Tokenizer:
 
     def _spans(self, parts: list[Part]) -> list[tuple[list[int], int | None]]:
         """Ids of the parts, run by run: outside replies, or one reply's (the number of its message)."""
-        spans: list[tuple[list[int], int | None]] = []
-        text, after, strip = "", START, False  # text not yet tokenized; what stands before it; whether its blanks go
-
-        def flush(right: bool = False):
-            nonlocal text, after
-            text = text.lstrip() if strip else text
-            text = text.rstrip() if right else text
-            if text:
-                spans[-1][0].extend(self._encode(text, after))
-                text, after = "", TEXT
-
-        for part in parts:
-            if not spans or spans[-1][1] != part.reply:
-                flush()
-                spans.append(([], part.reply))
-            for piece in [part.text] if part.message is not None else self._tokens.split(part.text):
-                token = self.added.get(piece) if part.message is None else None
-                if token is None:
-                    text += piece
-                    continue
-                flush(token.lstrip)
-                spans[-1][0].append(token.id)
-                after, strip = TOKEN, token.rstrip
-        flush()
+        spans = []
+        after, strip = START, False  # what stands before the next text; whether it loses the blanks it begins with
+        for reply, run in groupby(parts, key=lambda part: part.reply):
+            ids: list[int] = []
+            for text, token in self._texts_and_tokens(run):
+                text = text.lstrip() if strip else text
+                text = text.rstrip() if token and token.lstrip else text
+                if text:
+                    ids += self._encode(text, after)
+                    after = TEXT
+                if token:
+                    ids.append(token.id)
+                    after, strip = TOKEN, token.rstrip
+            spans.append((ids, reply))
         return spans
+
+    def _texts_and_tokens(self, parts: Iterable[Part]) -> Iterator[tuple[str, Added | None]]:
+        """Every token of the markup behind the text before it, which may be empty; last a text behind which is none."""
+        text = ""
+        for part in parts:
+            for piece in [part.text] if part.message is not None else self._tokens.split(part.text):
+                if part.message is None and piece in self.added:
+                    yield text, self.added[piece]
+                    text = ""
+                else:
+                    text += piece
+        yield text, None
 
     # -------------------------------------------------------------------------------------------- files
 

@@ -13,9 +13,10 @@ trained is what is asked for at inference, and ends with the first token of mark
 from __future__ import annotations
 
 import json
+import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from functools import cached_property
 from itertools import accumulate
@@ -72,24 +73,27 @@ ENVIRONMENT.globals |= {"raise_exception": _raise_exception,
 
 
 # ------------------------------------------------------------------------------------------ rendering
+#
+# slot     where a text of a message goes: (the message, its field)
+# outline  the markup of a template and the slots between: one more markup than slots
+# pieces   the same with the texts in the slots, and with each the message whose words it is; None: markup
+# spot     a place in pieces: (which piece, the character in it)
+# part     a piece, cut in two where a reply begins or ends within it
 
 # Where a message keeps its words, and the names under which templates ask for them.
 FIELDS = {"reasoning_content": ("reasoning_content", "reasoning", "thinking"), "content": ("content",)}
-MARK = re.compile("\U000f0000([0-9]+)\U000f0001")  # private characters, which no text uses
+MARK = re.compile("\U000f0000([0-9]+) ([a-z_]+)\U000f0001")  # private characters, which no text uses
+
+Slot = tuple[int, str]
+Outline = tuple[list[str], list[Slot]]
+Pieces = list[tuple[str, int | None]]
+Spot = tuple[int, int]
 
 
-def _words(messages: list[dict]) -> dict[int, str]:
-    """The words of the messages by number: 2 i is the reasoning of message i, 2 i + 1 its content."""
-    return {2 * i + k: m[field] for i, m in enumerate(messages) for k, field in enumerate(FIELDS) if field in m}
-
-
-def _replace_words(messages: list[dict], words: Callable[[int, str], str]) -> list[dict]:
-    return [{"role": m["role"]} | {field: words(2 * i + k, m[field]) for k, field in enumerate(FIELDS) if field in m}
-            for i, m in enumerate(messages)]
-
-
-def _mark(number: int, words: str) -> str:
-    return f"\U000f0000{number}\U000f0001"
+def _marked(messages: list[dict], shown: Slot | None = None) -> list[dict]:
+    """The messages with a mark in place of every text, but for the one of slot `shown`."""
+    return [{"role": m["role"]} | {field: m[field] if (i, field) == shown else f"\U000f0000{i} {field}\U000f0001"
+                                   for field in FIELDS if field in m} for i, m in enumerate(messages)]
 
 
 def _changes(words: str) -> Iterator[str]:
@@ -100,17 +104,13 @@ def _changes(words: str) -> Iterator[str]:
         yield trim(words, "\n")
 
 
-Pieces = list[tuple[str, int | None]]  # text, and the message whose words it is
-Spot = tuple[int, int]                 # a place in pieces: which one, and the character in it
-
-
 class ChatTemplate:
     """A template and the special tokens it may name. `tokens` finds tokens in its markup: one of them ends a reply."""
 
     def __init__(self, text: str, names: dict[str, str], tokens: re.Pattern):
         self.text, self.names, self.tokens = text, names, tokens
-        self._outlines: dict[tuple, list] = {}
-        self._places: dict[tuple, dict[int, tuple[Spot, Spot]]] = {}
+        self._outlines: dict[tuple, Outline] = {}
+        self._replies: dict[tuple, dict[int, tuple[Spot, Spot]]] = {}
 
     def __reduce__(self):
         return ChatTemplate, (self.text, self.names, self.tokens)
@@ -136,66 +136,64 @@ class ChatTemplate:
                 f"the chat template cannot render it ({error}): mend or drop it, or set template=") from None
 
     def parts(self, messages: list[dict], add_generation_prompt: bool = False) -> list[Part]:
-        """The rendered messages. A reply is marked as one if it stands there as it does when it has just been made."""
+        """The rendered messages. A reply is marked as one if it stands there as it does when it has just been made.
+
+        Where replies begin and end is found once, with marks as texts: texts in the same outline make the same pieces,
+        number by number, and a spot counts from the start of its piece.
+        """
         pieces, regular = self._pieces(messages, add_generation_prompt)
         if not regular:
             return _cut(pieces, self._find_replies(messages, pieces))
         key = _kinds(messages, add_generation_prompt)
-        if key not in self._places:
-            marked = _replace_words(messages, _mark)
-            self._places[key] = self._find_replies(marked, self._pieces(marked, add_generation_prompt)[0])
-        return _cut(pieces, self._places[key])
+        if key not in self._replies:
+            marked = _marked(messages)
+            self._replies[key] = self._find_replies(marked, self._pieces(marked, add_generation_prompt)[0])
+        return _cut(pieces, self._replies[key])
 
     def path(self, messages: list[dict]) -> tuple[list[Part], bool]:
         """A dialogue up to the end of its last message, a reply that has just been made; whether markup ends it.
 
         Where it does not, EOS has to be added. Some templates write a reply in another way once the dialogue goes on.
         """
-        pieces, _ = self._pieces(messages, False)
-        prompt, _ = self._pieces(messages[:-1], True)
-        begin, end, finished = self._find_reply(pieces, prompt, len(messages) - 1)
-        if begin is None:
-            raise TemplateError("the chat template asks for a reply in another way than it writes one "
-                                f"(...{_join(prompt)[-30:]!r}): set template=")
-        if lost := self._left_out(messages, pieces, begin):
-            raise TemplateError(f"the chat template leaves {lost} out: drop it, or set template=")
+        pieces, begin, end, finished = self._last_reply(messages)
         parts = _cut(pieces, {len(messages) - 1: (_spot(pieces, begin), _spot(pieces, end))})
         while parts and parts[-1].reply is None:  # what the template writes behind a reply belongs to the next turn
             parts.pop()
         return parts, finished
 
     def _find_replies(self, messages: list[dict], whole: Pieces) -> dict[int, tuple[Spot, Spot]]:
-        """Where in `whole` each reply stands as `path` has it."""
-        places, text = {}, _join(whole)
+        """First and last spot in `whole` of each reply that stands there as `path` has it."""
+        replies, text = {}, _join(whole)
         for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
-            upto = messages[: i + 1]
             try:
-                own = self._pieces(upto, False)[0]
-                begin, end, finished = self._find_reply(own, self._pieces(messages[:i], True)[0], i)
+                own, begin, end, finished = self._last_reply(messages[: i + 1])
             except TemplateError:  # it can write this reply in a longer dialogue alone, as a part of a prompt
                 continue
-            stays = begin is not None and finished and text.startswith(_join(own)[:end])
-            if stays and not self._left_out(upto, own, begin):
-                places[i] = (_spot(whole, begin), _spot(whole, end))
-        return places
+            if finished and text.startswith(_join(own)[:end]):
+                replies[i] = (_spot(whole, begin), _spot(whole, end))
+        return replies
 
-    def _left_out(self, messages: list[dict], own: Pieces, begin: int) -> str:
-        """What the template leaves out of the last message, a reply that has just been made; "" for nothing."""
-        reply = len(messages) - 1
-        if "reasoning_content" in messages[reply] and 2 * reply not in self._outline(messages, False):
-            return "its reasoning_content"
-        said = "".join(_join(own)[begin : self._said(own, reply)].split())
-        return "a part of its reply" if len(said) < len("".join(messages[reply]["content"].split())) else ""
+    def _last_reply(self, messages: list[dict]) -> tuple[Pieces, int, int, bool]:
+        """The pieces, first and last character of the reply that ends them, and whether a token of markup ends it.
 
-    def _find_reply(self, own: Pieces, prompt: Pieces, reply: int) -> tuple[int | None, int, bool]:
-        """First and last character of the reply that ends `own`, and whether a token of markup ends it.
-
-        It begins where its prompt ends; None if `own` does not begin with the prompt.
+        It begins where the prompt that asks for it ends.
         """
-        text, before = _join(own), _join(prompt)
-        said = self._said(own, reply)
+        reply = len(messages) - 1
+        pieces, prompt = self._pieces(messages, False)[0], _join(self._pieces(messages[:-1], True)[0])
+        text, begin, said = _join(pieces), len(prompt), self._said(pieces, reply)
+        if not text.startswith(prompt):
+            raise TemplateError("the chat template asks for a reply in another way than it writes one "
+                                f"(...{prompt[-30:]!r}): set template=")
+        lost = ""
+        if len("".join(text[begin:said].split())) < len("".join(messages[reply]["content"].split())):
+            lost = "a part of its reply"
+        if "reasoning_content" in messages[reply] and \
+                (reply, "reasoning_content") not in self._outline(messages, False)[1]:
+            lost = "its reasoning_content"
+        if lost:
+            raise TemplateError(f"the chat template leaves {lost} out: drop it, or set template=")
         found = self.tokens.search(text, said)
-        return len(before) if text.startswith(before) else None, found.end() if found else said, bool(found)
+        return pieces, begin, found.end() if found else said, bool(found)
 
     @staticmethod
     def _said(own: Pieces, reply: int) -> int:
@@ -205,9 +203,9 @@ class ChatTemplate:
 
     def _pieces(self, messages: list[dict], add_generation_prompt: bool) -> tuple[Pieces, bool]:
         """The rendered text, taken apart, and whether its markup is that of all messages of these roles."""
-        outline, words = self._outline(messages, add_generation_prompt), _words(messages)
+        outline = self._outline(messages, add_generation_prompt)
         text = self.render(messages, add_generation_prompt)
-        pieces = _fill(outline, words, text)
+        pieces = _fill(outline, messages, text)
         if pieces is not None:
             return pieces, True
         pieces = self._follow(messages, add_generation_prompt, outline)
@@ -216,41 +214,50 @@ class ChatTemplate:
                                 "or set template=")
         return pieces, False
 
-    def _outline(self, messages: list[dict], add_generation_prompt: bool) -> list:
-        """Markup and, between, the numbers of the words: [markup, number, markup, ..., markup]."""
+    def _outline(self, messages: list[dict], add_generation_prompt: bool) -> Outline:
         key = _kinds(messages, add_generation_prompt)
         if key not in self._outlines:
-            found = MARK.split(self.render(_replace_words(messages, _mark), add_generation_prompt))
-            found[1::2] = map(int, found[1::2])
-            if any("\U000f0000" in markup for markup in found[::2]):
+            markup, slots = self._render_marked(messages, add_generation_prompt)
+            if any("\U000f0000" in text for text in markup):
                 raise TemplateError("the chat template rewrites texts: set template=")
             for i, m in enumerate(messages):
-                if 2 * i + 1 not in found[1::2]:
+                if (i, "content") not in slots:
                     raise TemplateError(f"the chat template leaves out the {m['role']} text of turn {i + 1}: "
                                         "drop that turn, or set template=")
-            self._outlines[key] = found
+            self._outlines[key] = markup, slots
         return self._outlines[key]
 
-    def _follow(self, messages: list[dict], add_generation_prompt: bool, outline: list) -> Pieces | None:
-        """What became of each text, found by rendering it alone among stand-ins; None if the markup changes too.
+    def _render_marked(self, messages: list[dict], add_generation_prompt: bool, shown: Slot | None = None) -> Outline:
+        found = MARK.split(self.render(_marked(messages, shown), add_generation_prompt))
+        return found[::3], [(int(i), field) for i, field in zip(found[1::3], found[2::3], strict=True)]
 
-        Templates take thoughts out of replies, for one. A part of the markup before a reply may be the reply's own.
+    def _follow(self, messages: list[dict], add_generation_prompt: bool, outline: Outline) -> Pieces | None:
+        """What became of each text, found by rendering it alone among marks; None if the markup changes too.
+
+        A template that takes thoughts out of replies, for one, makes of "<think>Hm.</think>Hello!" in slot ⟨1⟩
+
+            outline    ⟨0⟩ </s>\\n<|assistant|>\\n   ⟨1⟩   </s>
+            rendered   ⟨0⟩ </s>\\n<|assistant|>\\n Hello! </s>     between the same markup stands what became of it
+
+        A part of the markup before a reply may be the reply's own: it is taken as far as both have it.
         """
-        filled = list(outline)
-        for k in range(1, len(outline), 2):
-            number = outline[k]
-            alone = _replace_words(messages, lambda n, w, number=number: w if n == number else _mark(n, w))
-            found = MARK.split(self.render(alone, add_generation_prompt))
-            between, rest = found[k - 1], found[: k - 1] + found[k:]
-            if rest != [str(x) for x in outline[: k - 1] + outline[k + 2 :]] or not between.endswith(outline[k + 1]):
+        markup, slots = outline
+        before, texts = list(markup), []
+        for k, slot in enumerate(slots):
+            found, others = self._render_marked(messages, add_generation_prompt, shown=slot)
+            if others != slots[:k] + slots[k + 1 :] or not found[k].endswith(markup[k + 1]) or \
+                    found[:k] + found[k + 1 :] != markup[:k] + markup[k + 2 :]:
                 return None
-            between = between.removesuffix(outline[k + 1])
-            shared = next((i for i, (a, b) in enumerate(zip(between, outline[k - 1], strict=False)) if a != b),
-                          min(len(between), len(outline[k - 1])))
-            if shared < len(outline[k - 1]) and messages[number // 2]["role"] != "assistant":
+            between = found[k].removesuffix(markup[k + 1])
+            shared = len(os.path.commonprefix([between, markup[k]]))
+            if shared < len(markup[k]) and messages[slot[0]]["role"] != "assistant":
                 return None
-            filled[k - 1], filled[k] = between[:shared], between[shared:]
-        return [(x, outline[k] // 2 if k % 2 else None) for k, x in enumerate(filled)]
+            before[k] = between[:shared]
+            texts.append(between[shared:])
+        pieces: Pieces = [(before[0], None)]
+        for (message, _), text, behind in zip(slots, texts, before[1:], strict=True):
+            pieces += [(text, message), (behind, None)]
+        return pieces
 
 
 def _kinds(messages: list[dict], add_generation_prompt: bool) -> tuple:
@@ -258,18 +265,20 @@ def _kinds(messages: list[dict], add_generation_prompt: bool) -> tuple:
     return add_generation_prompt, *((m["role"], "reasoning_content" in m) for m in messages)
 
 
-def _fill(outline: list, words: dict[int, str], text: str) -> Pieces | None:
+def _fill(outline: Outline, messages: list[dict], text: str) -> Pieces | None:
     """The text as the outline's markup with the words between, which may be trimmed; None if it is not that."""
-    if not text.startswith(outline[0]):
+    markup, slots = outline
+    if not text.startswith(markup[0]):
         return None
-    pieces: Pieces = [(outline[0], None)]
-    at = len(outline[0])
-    for number, markup in zip(outline[1::2], outline[2::2], strict=True):
-        said = next((w for w in _changes(words[number]) if text.startswith(w + markup, at)), None)
+    pieces: Pieces = [(markup[0], None)]
+    at = len(markup[0])
+    for (message, field), behind in zip(slots, markup[1:], strict=True):
+        words = messages[message][field]
+        said = next((w for w in _changes(words) if text.startswith(w + behind, at)), None)
         if said is None:
             return None
-        pieces += [(said, number // 2), (markup, None)]
-        at += len(said) + len(markup)
+        pieces += [(said, message), (behind, None)]
+        at += len(said) + len(behind)
     return pieces if at == len(text) else None
 
 
@@ -278,15 +287,15 @@ def _join(pieces: Pieces) -> str:
 
 
 def _spot(pieces: Pieces, at: int) -> Spot:
-    """The place of character `at` of the joined pieces."""
+    """The spot of character `at` of the joined pieces."""
     starts = [0, *accumulate(len(text) for text, _ in pieces)]
     k = bisect_right(starts, at) - 1
     return k, at - starts[k]
 
 
-def _cut(pieces: Pieces, places: dict[int, tuple[Spot, Spot]]) -> list[Part]:
+def _cut(pieces: Pieces, replies: dict[int, tuple[Spot, Spot]]) -> list[Part]:
     """The pieces, cut where replies begin and end."""
-    bounds = [bound for reply, (begin, end) in places.items() for bound in ((begin, reply), (end, None))]
+    bounds = [bound for reply, (begin, end) in replies.items() for bound in ((begin, reply), (end, None))]
     parts, reply = [], None
     for k, (text, message) in enumerate(pieces):
         at = 0

@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +27,6 @@ import torch
 
 from data.templates import NAMED, TOKENS, ChatTemplate, Part, TemplateError
 from data.vocabulary import START, TEXT, TOKEN, Added, Fast, SentencePiece
-from model import generate
 from runtime import fail, file_hash
 
 
@@ -63,6 +63,12 @@ PROBE = [{"role": role, "content": text} for role, text in (
 OWN = "own"  # the name of a checkpoint's template that is none of ours
 
 
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    """Finds any of the tokens, the longest first; with none it finds nothing."""
+    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return re.compile(f"({pattern})" if pattern else "(?!)")
+
+
 class Reply(NamedTuple):
     """A reply, ids[start:end], behind what it replies to. Several paths of a dialogue may share one list of ids."""
 
@@ -75,7 +81,10 @@ class Reply(NamedTuple):
 class Tokenizer:
     """A vocabulary, the tokens added to it, and the chat template that belongs to the checkpoint.
 
-    `special` are the tokens that text never becomes; `added` are those and others, such as <think>, that it may.
+    added      all tokens outside the text vocabulary, by name
+    special    of them, with their ids, those that text never becomes; the others, such as <think>, it may become
+    markup     of them, those that the template writes; `end` is the one it ends a reply with
+    names      of them, what bos_token, eos_token and so on are called here
     """
 
     def __init__(self, path: str | Path):
@@ -160,10 +169,8 @@ class Tokenizer:
 
     # ------------------------------------------------------------------------------------ the template
 
-    def _chat(self, name: str | None) -> ChatTemplate:
+    def _chat(self, name: str) -> ChatTemplate:
         """A template by name: one of ours, the checkpoint's own, or a .jinja file's."""
-        if name is None:
-            fail(f"{self.path}: has no chat template of its own: set template= to one of {', '.join(NAMED)}")
         if name == OWN:
             return ChatTemplate(self.own, self.names, self._tokens)
         missing = [token for token in TOKENS.get(name, ()) if token not in self.added]
@@ -179,33 +186,30 @@ class Tokenizer:
 
     def _use(self, name: str | None) -> None:
         """Make `name` the template, and find out which tokens its markup has and which of them ends a reply."""
-        pattern = "|".join(re.escape(token) for token in sorted(self.added, key=len, reverse=True) if token.strip())
-        self._tokens = re.compile(f"({pattern})" if pattern else "(?!)")
+        self._tokens = _any_of(token for token in self.added if token.strip())
         self.template, self.chat = name, None if name is None else self._chat(name)
-        self.markup, self.end, structure = [], None, set()
-        for messages in (PROBE, PROBE[1:]) if name else ():
+        self.markup, self.end, structure = self._probe() if self.chat else ([], None, set())
+        self.special = {token: found.id for token, found in self.added.items() if found.special or token in structure}
+        unknown = self.names.get("unk_token")
+        self._guarded = {i for token, i in self.special.items() if token != unknown}  # text must not become these
+        # Tokens that text may become and that the vocabulary itself does not look for
+        sought = [token for token in self.added.keys() - self.special.keys() - self.vocabulary.added.keys()
+                  if token.strip()]
+        self._in_text = _any_of(sought) if sought else None
+
+    def _probe(self) -> tuple[list[str], str | None, set[str]]:
+        """What a dialogue shows: tokens of the markup; the one that ends a reply; it and those outside replies."""
+        for messages in (PROBE, PROBE[1:]):  # some templates take no system text
             try:
                 parts, finished = self.chat.path(messages)
             except TemplateError:
                 continue
-            self.markup = list(dict.fromkeys(token for part in parts if part.message is None
-                                             for token in self._tokens.findall(part.text)))
-            structure = {token for part in parts if part.message is None and part.reply is None
-                         for token in self._tokens.findall(part.text)}
-            if finished:
-                self.end = self._tokens.findall(parts[-1].text)[-1]
-                structure.add(self.end)
-            break
-        self.special = {token: found.id for token, found in self.added.items() if found.special or token in structure}
-        unknown = self.names.get("unk_token")
-        self._guarded = {i for token, i in self.special.items() if token != unknown}
-        self._in_text = self._pattern_in_text()
-
-    def _pattern_in_text(self) -> re.Pattern | None:
-        """Tokens that text may become and that the vocabulary itself does not look for."""
-        names = [token for token in self.added if token.strip() and token not in self.special
-                 and token not in self.vocabulary.added]
-        return re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+            written = [(token, part.reply) for part in parts if part.message is None
+                       for token in self._tokens.findall(part.text)]
+            end = written[-1][0] if finished else None
+            structure = {token for token, reply in written if reply is None or token == end}
+            return list(dict.fromkeys(token for token, _ in written)), end, structure
+        return [], None, set()
 
     def _same(self, name: str) -> bool:
         """Whether the checkpoint's own template is one of ours."""
@@ -221,15 +225,15 @@ class Tokenizer:
     def adopt(self, name: str = "") -> list[str]:
         """Make `name` the chat template, and add the tokens it needs. "": the checkpoint's own, or zephyr without one.
 
-        Returns the tokens that the model has not been trained on: the added ones; of a base model, which had no
-        template, all that the template uses.
+        Returns the tokens that the model has not been trained on. A chat model knows those of its own template, so it
+        is the added ones; a base model, which had none, has learnt BOS and EOS alone of those that the template writes.
         """
         before = self.template
         name = name or before or "zephyr"
         if name == before:
             return []
         if name == OWN and self.own is None:
-            self._chat(None)
+            self._adopted()
         added = [token for token in TOKENS.get(name, ()) if token not in self.added]
         for token in added:
             self.added[token] = Added(self.vocab_size, True)
@@ -254,7 +258,8 @@ class Tokenizer:
         ids = self._find_added(text, after) if self._in_text else self.vocabulary.encode(text, after)
         if self._guarded.isdisjoint(ids):
             return ids
-        # Some vocabularies match special tokens in text: cut their names in two.
+        # Some vocabularies match special tokens in text: cut their names in two, behind the first letter. It ends, for
+        # each piece is shorter than the text.
         found = self._guarded.intersection(ids)
         names = "|".join(re.escape(name) for name, i in self.special.items() if i in found and name in text)
         cuts = [0, *(match.start() + 1 for match in re.finditer(names, text)), len(text)] if names else []
@@ -288,15 +293,13 @@ class Tokenizer:
 
     # ------------------------------------------------------------------------------------------ dialogues
 
-    def spans(
-        self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
-    ) -> list[tuple[list[int], bool]]:
+    def spans(self, messages: list[dict], add_generation_prompt: bool = False) -> list[tuple[list[int], bool]]:
         """The rendered messages as spans of ids, each wholly in the loss or wholly outside it: prompt, reply, ...
 
         A message with "loss": False is no reply but part of what the next one replies to.
         """
         spans: list[tuple[list[int], bool]] = []
-        for ids, reply in self._spans(self._template(template).parts(messages, add_generation_prompt)):
+        for ids, reply in self._spans(self._adopted().parts(messages, add_generation_prompt)):
             loss = reply is not None and messages[reply].get("loss", True)
             if spans and not loss and not spans[-1][1]:
                 spans[-1][0].extend(ids)
@@ -304,21 +307,19 @@ class Tokenizer:
                 spans.append((ids, loss))
         return spans
 
-    def render(
-        self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
-    ) -> tuple[list[int], list[bool]]:
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a dialogue and, for each, whether it is in the loss."""
-        spans = self.spans(messages, template, add_generation_prompt)
+        spans = self.spans(messages, add_generation_prompt)
         return [i for ids, _ in spans for i in ids], [loss for ids, loss in spans for _ in ids]
 
-    def paths(self, messages: list[dict], template: str | None = None) -> list[Reply]:
+    def paths(self, messages: list[dict]) -> list[Reply]:
         """Every reply to be learnt, behind the tokens that precede it when it is made.
 
         By most templates all of them are stretches of one list of ids. Some write a reply in another way once the
         dialogue goes on (Qwen3 drops its thoughts), or end it with no token: such a reply has ids of its own, ended
         with EOS if need be.
         """
-        chat = self._template(template)
+        chat = self._adopted()
         placed, ids = {}, []
         for span, reply in self._spans(chat.parts(messages)):
             placed[reply] = len(ids), len(ids) + len(span)
@@ -338,36 +339,40 @@ class Tokenizer:
             paths.append(Reply(own, start, len(own), turn))
         return paths
 
-    def _template(self, name: str | None) -> ChatTemplate:
-        return self.chat if name in (None, self.template) and self.chat else self._chat(name)
+    def _adopted(self) -> ChatTemplate:
+        if self.chat is None:
+            fail(f"{self.path}: has no chat template of its own: set template= to one of {', '.join(NAMED)}")
+        return self.chat
 
     def _spans(self, parts: list[Part]) -> list[tuple[list[int], int | None]]:
         """Ids of the parts, run by run: outside replies, or one reply's (the number of its message)."""
-        spans: list[tuple[list[int], int | None]] = []
-        text, after, strip = "", START, False  # text not yet tokenized; what stands before it; whether its blanks go
-
-        def flush(right: bool = False):
-            nonlocal text, after
-            text = text.lstrip() if strip else text
-            text = text.rstrip() if right else text
-            if text:
-                spans[-1][0].extend(self._encode(text, after))
-                text, after = "", TEXT
-
-        for part in parts:
-            if not spans or spans[-1][1] != part.reply:
-                flush()
-                spans.append(([], part.reply))
-            for piece in [part.text] if part.message is not None else self._tokens.split(part.text):
-                token = self.added.get(piece) if part.message is None else None
-                if token is None:
-                    text += piece
-                    continue
-                flush(token.lstrip)
-                spans[-1][0].append(token.id)
-                after, strip = TOKEN, token.rstrip
-        flush()
+        spans = []
+        after, strip = START, False  # what stands before the next text; whether it loses the blanks it begins with
+        for reply, run in groupby(parts, key=lambda part: part.reply):
+            ids: list[int] = []
+            for text, token in self._texts_and_tokens(run):
+                text = text.lstrip() if strip else text
+                text = text.rstrip() if token and token.lstrip else text
+                if text:
+                    ids += self._encode(text, after)
+                    after = TEXT
+                if token:
+                    ids.append(token.id)
+                    after, strip = TOKEN, token.rstrip
+            spans.append((ids, reply))
         return spans
+
+    def _texts_and_tokens(self, parts: Iterable[Part]) -> Iterator[tuple[str, Added | None]]:
+        """Every token of the markup behind the text before it, which may be empty; last a text behind which is none."""
+        text = ""
+        for part in parts:
+            for piece in [part.text] if part.message is not None else self._tokens.split(part.text):
+                if part.message is None and piece in self.added:
+                    yield text, self.added[piece]
+                    text = ""
+                else:
+                    text += piece
+        yield text, None
 
     # -------------------------------------------------------------------------------------------- files
 
@@ -472,13 +477,3 @@ def adopt_template(model, tokenizer: Tokenizer, name: str = "") -> str:
            ", for the checkpoint has none of its own")
     started = f"; {' '.join(unseen)} start from the embeddings of seen tokens" if unseen else ""
     return f"template {known.get(tokenizer.template, tokenizer.template)}{why}{started}"
-
-
-def sample_texts(model, tokenizer: Tokenizer, prompts: list[list[int]], seed: int) -> list[str]:
-    """The model's replies to some prompts at temperature 0.7, as lines to print."""
-    lines = []
-    samples = generate(model, prompts, 64, temperature=0.7, stop_ids=tokenizer.stop_ids(), seed=seed)
-    for prompt, (sample,) in zip(prompts, samples, strict=True):
-        reply = f"{tokenizer.decode(sample.tokens)!r}{'' if sample.finished else ' ...'}"
-        lines += [f"  {tokenizer.decode(prompt).strip()!r}", f"    {reply}"]
-    return lines

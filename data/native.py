@@ -26,7 +26,6 @@ from data.records import (
     flag,
     role_of,
     short,
-    strip,
     transcript,
 )
 
@@ -142,7 +141,7 @@ def question_answer(record: dict) -> dict:
     turns = rounds(record) + answer(asked(record), text_of(record, one_of(ANSWERED, record)).strip())["messages"]
     turns[-1] |= thoughts(record)
     used = (*ASKED, *ANSWERED, *REASONING, "input", "context", "history")
-    return strip(record, *used) | {"messages": turns}
+    return {key: value for key, value in record.items() if key not in used} | {"messages": turns}
 
 
 def self_instruct(record: dict) -> Parts:
@@ -161,13 +160,14 @@ def self_instruct(record: dict) -> Parts:
 
 def completion(record: dict) -> dict:
     """prompt, completion, each a text or messages, and anything else. What stands in the prompt is not learnt."""
+    more = {key: value for key, value in record.items() if key not in ("prompt", "completion", *REASONING)}
     reply = record.get("completion")
     if isinstance(reply, dict | list):
         reply = [reply] if isinstance(reply, dict) else reply
     else:
         reply = [{"role": "assistant", "content": text_of(record, "completion").strip()} | thoughts(record)]
     before = [m | {"loss": False} if m["role"] == "assistant" else m for m in check_prompt(record.get("prompt"))]
-    return strip(record, "prompt", "completion", *REASONING) | {"messages": [*before, *reply]}
+    return {"messages": [*before, *reply]} | more
 
 
 FINAL = re.compile(r"\n#### *(-?[\d,.]*\d)\s*$")

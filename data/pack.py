@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from data.store import load_trees
-from data.tokenizer import Tokenizer, check_template, load_tokenizer
+from data.tokenizer import Tokenizer, check_template, load_tokenizer, sample_texts
 from data.trees import CHOSEN, REJECTED, Tree
 from kernels.layout import Layout
-from model import ModelConfig, Transformer, generate
+from model import ModelConfig, Transformer
 from runtime import arguments, check_range, distributed, fail
 
-SAMPLED = 64  # tokens of a reply of sample_replies
+SAMPLED = 64  # tokens of a reply of sample_texts
 
 
 # ------------------------------------------------------------------------------------------- order
@@ -182,25 +182,29 @@ def _even_plan(tokens: list[int], micro_tokens: int, world_size: int) -> list[li
 
 def collate(trees: list[Tree], first_ids: Iterable[int] | None = None) -> Batch:
     """Lay trees end to end. first_ids: the numbers of their first responses (None: they count on from 0)."""
-    segments, trunks, prefixes, index, responses, ids = [], [], [], [], [], []
+    segments, lengths, trunks, prefixes = [], [], [], []
+    index, owner, pair, side, turn, margin, ids = [], [], [], [], [], [], []
     first_ids = _sizes(trees)[1][:-1] if first_ids is None else first_ids
     at = pairs = 0
     for tree, first in zip(trees, first_ids, strict=True):
         trunk, starts = len(segments), [at]
         for prefix, tokens in [(0, tree.trunk), *tree.leaves]:
             segments.append(tokens)
+            lengths.append(len(tokens))
             trunks.append(trunk)
             prefixes.append(prefix)
             at += len(tokens)
             starts.append(at)
         for r in tree.responses:
-            index.append(np.arange(r.start, r.end) + starts[r.segment])
-            responses.append((pairs + r.pair, r.side, r.turn, r.margin))
+            begin = starts[r.segment]
+            index.append(np.arange(begin + r.start, begin + r.end))
+            owner.append(np.full(r.end - r.start, len(pair)))
+            pair.append(pairs + r.pair)
+            side.append(r.side)
+            turn.append(r.turn)
+            margin.append(r.margin)
         ids.append(np.arange(first, first + len(tree.responses)))
         pairs += tree.pairs
-    owner = np.repeat(np.arange(len(index)), [len(tokens) for tokens in index])
-    pair, side, turn, margin = map(torch.tensor, zip(*responses, strict=True))
-    lengths = [len(tokens) for tokens in segments]
     layout = Layout.build(lengths, trunks, prefixes)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), layout.length)
     place = torch.arange(at) - layout.start[segment]
@@ -209,8 +213,9 @@ def collate(trees: list[Tree], first_ids: Iterable[int] | None = None) -> Batch:
     previous[layout.start] = torch.where(layout.prefix > 0, layout.trunk_start + layout.prefix - 1, -1)
     return Batch(
         torch.from_numpy(np.concatenate(segments).astype(np.int64)), layout.prefix[segment] + place, previous, layout,
-        torch.from_numpy(np.concatenate(index)), torch.from_numpy(owner), pair, side, turn, margin,
-        torch.from_numpy(np.concatenate(ids)), trees,
+        torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(owner)), torch.tensor(pair),
+        torch.tensor(side), torch.tensor(turn), torch.tensor(margin), torch.from_numpy(np.concatenate(ids)),
+        trees,
     )
 
 
@@ -258,20 +263,14 @@ def check_positions(config: ModelConfig, key: str, length: int) -> None:
 
 
 def sample_replies(model: Transformer, tokenizer: Tokenizer, trees: Sequence[Tree], count: int, seed: int) -> str:
-    """The model's answers to the prompts of the first trees at temperature 0.7, as lines; plain text is continued.
+    """The model's answers to the prompts of the first trees, as lines to print; plain text is continued.
 
     Prompts that leave no room for a reply before learned positions end are left out.
     """
     begins = [(tree, tree.responses[0].start) for tree in trees[:count]]
     prompts = [tree.trunk[: begin if begin > 1 else 8].tolist() for tree, begin in begins]
     room = inf if model.config.rotary else model.config.max_positions - SAMPLED
-    prompts = [prompt for prompt in prompts if len(prompt) <= room]
-    samples = generate(model, prompts, SAMPLED, temperature=0.7, stop_ids=tokenizer.stop_ids(), seed=seed)
-    lines = []
-    for prompt, (sample,) in zip(prompts, samples, strict=True):
-        lines.append(f"  {tokenizer.decode(prompt).strip()!r}")
-        lines.append(f"    {tokenizer.decode(sample.tokens)!r}{'' if sample.finished else ' ...'}")
-    return "\n".join(lines)
+    return "\n".join(sample_texts(model, tokenizer, [prompt for prompt in prompts if len(prompt) <= room], seed))
 
 
 def main() -> None:

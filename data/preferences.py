@@ -9,8 +9,33 @@ import re
 from collections import Counter
 from itertools import combinations
 
-from data.native import ASKED, Parts, answer, ask, asked, carry, dialogue, each, formats, list_of, rounds, text_of
-from data.records import Reject, absent, broken, check_columns, check_number, check_object, expected, short, transcript
+from data.native import (
+    ASKED,
+    OBJECTS,
+    Parts,
+    alternate,
+    answer,
+    ask,
+    asked,
+    carry,
+    dialogue,
+    each,
+    formats,
+    list_of,
+    rounds,
+    text_of,
+)
+from data.records import (
+    Reject,
+    absent,
+    broken,
+    check_columns,
+    check_number,
+    check_object,
+    expected,
+    short,
+    transcript,
+)
 
 
 def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:
@@ -40,7 +65,7 @@ def pair(record: dict) -> dict:
     found = carry(record, "chosen", "rejected", "messages", "source", "category", "margin", "id", id="prompt_id")
     if isinstance(record.get("prompt"), str) or any(key in record for key in (*ASKED[1:], "input")):
         before = rounds(record)
-        found["prompt"] = [*before, {"role": "user", "content": asked(record)}] if before else asked(record)
+        found["prompt"] = [*before, *alternate([asked(record)])] if before else asked(record)
     else:
         found |= carry(record, "prompt")
     names = next((names for names in SCORES if not any(absent(record.get(name)) for name in names)), None)
@@ -262,25 +287,25 @@ def alpaca_eval(record: dict) -> dict:
 PREFERENCES = formats(
     ("preference", hh, {"chosen": str, "rejected": str}),
     ("ultrafeedback_binarized", "preference", pair,
-     *(sides | {better: object, worse: object} for better, worse in SCORES
-       for sides in ({"chosen": [dict], "rejected": [dict]}, {"prompt": str, "chosen": str, "rejected": str}))),
+     *({"chosen": OBJECTS, "rejected": OBJECTS, better: object, worse: object} for better, worse in SCORES),
+     *({"prompt": str, "chosen": str, "rejected": str, better: object, worse: object} for better, worse in SCORES)),
     # Orca's triples, LLaMA-Factory's Alpaca preferences
     ("triple", "preference", pair,
      *({name: str, "chosen": object, "rejected": object} for name in (*ASKED[1:], "input"))),
     ("sharegpt_preference", "preference", lambda r: {"prompt": dialogue(r, "conversations")} |
      carry(r, "chosen", "rejected", "id", "category"),
-     {"conversations": [dict], "chosen": object, "rejected": object}),
+     {"conversations": OBJECTS, "chosen": object, "rejected": object}),
     ("preference", openai_preference, {"input": dict, "preferred_output": object, "non_preferred_output": object}),
     # The more helpful one is chosen, not the safer.
     ("safe_rlhf", "preference", lambda r: carry(r, "safer_response_id") |
      prefer(r, "prompt", "response_0", "response_1", _either(r, "better_response_id", 0, 1)),
      {"prompt": str, "response_0": str, "response_1": str, "better_response_id": int}),
-    ("preference", ultrafeedback, {"instruction": str, "completions": [dict]}),
+    ("preference", ultrafeedback, {"instruction": str, "completions": OBJECTS}),
     ("preference", shp, {"history": str, "human_ref_A": str, "human_ref_B": str, "labels": int}),
-    ("preference", summary_pair, {"info": dict, "summaries": [dict], "choice": int}),
+    ("preference", summary_pair, {"info": dict, "summaries": OBJECTS, "choice": int}),
     ("messages", summary_rating, {"info": dict, "summary": dict}),
     ("preference", oasst, {"message_tree_id": str, "prompt": dict}),
-    ("ranking", nectar, {"prompt": str, "answers": [dict]}),
+    ("ranking", nectar, {"prompt": str, "answers": OBJECTS}),
     ("preference", pandalm, {"instruction": str, "response1": object, "response2": object, "annotator1": object}),
     ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str}),
     ("llmbar", "preference", lambda r: prefer(r, "input", "output_1", "output_2", _either(r, "label", 1, 2)),

@@ -27,6 +27,7 @@ import torch
 
 from data.templates import NAMED, TOKENS, ChatTemplate, Part, TemplateError
 from data.vocabulary import START, TEXT, TOKEN, Added, Fast, SentencePiece
+from model import generate
 from runtime import fail, file_hash
 
 
@@ -169,8 +170,10 @@ class Tokenizer:
 
     # ------------------------------------------------------------------------------------ the template
 
-    def _chat(self, name: str) -> ChatTemplate:
+    def _chat(self, name: str | None) -> ChatTemplate:
         """A template by name: one of ours, the checkpoint's own, or a .jinja file's."""
+        if name is None:
+            fail(f"{self.path}: has no chat template of its own: set template= to one of {', '.join(NAMED)}")
         if name == OWN:
             return ChatTemplate(self.own, self.names, self._tokens)
         missing = [token for token in TOKENS.get(name, ()) if token not in self.added]
@@ -233,7 +236,7 @@ class Tokenizer:
         if name == before:
             return []
         if name == OWN and self.own is None:
-            self._adopted()
+            self._chat(None)
         added = [token for token in TOKENS.get(name, ()) if token not in self.added]
         for token in added:
             self.added[token] = Added(self.vocab_size, True)
@@ -293,13 +296,15 @@ class Tokenizer:
 
     # ------------------------------------------------------------------------------------------ dialogues
 
-    def spans(self, messages: list[dict], add_generation_prompt: bool = False) -> list[tuple[list[int], bool]]:
+    def spans(
+        self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
+    ) -> list[tuple[list[int], bool]]:
         """The rendered messages as spans of ids, each wholly in the loss or wholly outside it: prompt, reply, ...
 
         A message with "loss": False is no reply but part of what the next one replies to.
         """
         spans: list[tuple[list[int], bool]] = []
-        for ids, reply in self._spans(self._adopted().parts(messages, add_generation_prompt)):
+        for ids, reply in self._spans(self._template(template).parts(messages, add_generation_prompt)):
             loss = reply is not None and messages[reply].get("loss", True)
             if spans and not loss and not spans[-1][1]:
                 spans[-1][0].extend(ids)
@@ -307,19 +312,21 @@ class Tokenizer:
                 spans.append((ids, loss))
         return spans
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+    def render(
+        self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
         """Ids of a dialogue and, for each, whether it is in the loss."""
-        spans = self.spans(messages, add_generation_prompt)
+        spans = self.spans(messages, template, add_generation_prompt)
         return [i for ids, _ in spans for i in ids], [loss for ids, loss in spans for _ in ids]
 
-    def paths(self, messages: list[dict]) -> list[Reply]:
+    def paths(self, messages: list[dict], template: str | None = None) -> list[Reply]:
         """Every reply to be learnt, behind the tokens that precede it when it is made.
 
         By most templates all of them are stretches of one list of ids. Some write a reply in another way once the
         dialogue goes on (Qwen3 drops its thoughts), or end it with no token: such a reply has ids of its own, ended
         with EOS if need be.
         """
-        chat = self._adopted()
+        chat = self._template(template)
         placed, ids = {}, []
         for span, reply in self._spans(chat.parts(messages)):
             placed[reply] = len(ids), len(ids) + len(span)
@@ -339,10 +346,8 @@ class Tokenizer:
             paths.append(Reply(own, start, len(own), turn))
         return paths
 
-    def _adopted(self) -> ChatTemplate:
-        if self.chat is None:
-            fail(f"{self.path}: has no chat template of its own: set template= to one of {', '.join(NAMED)}")
-        return self.chat
+    def _template(self, name: str | None) -> ChatTemplate:
+        return self.chat if name in (None, self.template) and self.chat else self._chat(name)
 
     def _spans(self, parts: list[Part]) -> list[tuple[list[int], int | None]]:
         """Ids of the parts, run by run: outside replies, or one reply's (the number of its message)."""
@@ -477,3 +482,13 @@ def adopt_template(model, tokenizer: Tokenizer, name: str = "") -> str:
            ", for the checkpoint has none of its own")
     started = f"; {' '.join(unseen)} start from the embeddings of seen tokens" if unseen else ""
     return f"template {known.get(tokenizer.template, tokenizer.template)}{why}{started}"
+
+
+def sample_texts(model, tokenizer: Tokenizer, prompts: list[list[int]], seed: int) -> list[str]:
+    """The model's replies to some prompts at temperature 0.7, as lines to print."""
+    lines = []
+    samples = generate(model, prompts, 64, temperature=0.7, stop_ids=tokenizer.stop_ids(), seed=seed)
+    for prompt, (sample,) in zip(prompts, samples, strict=True):
+        reply = f"{tokenizer.decode(sample.tokens)!r}{'' if sample.finished else ' ...'}"
+        lines += [f"  {tokenizer.decode(prompt).strip()!r}", f"    {reply}"]
+    return lines

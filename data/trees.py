@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from data.tokenizer import Reply, TemplateError, Tokenizer
+from data.tokenizer import TemplateError, Tokenizer
 
 CHOSEN, REJECTED = 0, 1
 
@@ -82,16 +82,15 @@ class RecordFault(Exception):
 
 # -------------------------------------------------------------------------------- records to trees
 
-def trees_of(records: Sequence[dict], form: str, tokenizer: Tokenizer) -> list[Tree]:
-    """Records of one form (data/records.py) as trees; in a prompt nothing is learnt.
-
-    A pair whose prompt continues an earlier pair's chosen reply joins its tree.
-    """
+def trees_of(records: Sequence[dict], form: str, tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
+    """Records of one form (data/records.py) as trees; in a prompt nothing is learnt."""
     groups = sorted(grouped(records, tree_numbers(records, form)), key=lambda group: group[0])
-    return [tree for _, group in groups for tree in trees_of_group(group, form, tokenizer)]
+    return [tree for _, group in groups for tree in trees_of_group(group, form, tokenizer, template)]
 
 
-def trees_of_group(group: list[tuple[int, dict]], form: str, tokenizer: Tokenizer) -> list[Tree]:
+def trees_of_group(
+    group: list[tuple[int, dict]], form: str, tokenizer: Tokenizer, template: str | None = None,
+) -> list[Tree]:
     """The tree of records that belong together, each with its number in the file.
 
     It is more than one where the template writes a reply in another way once the dialogue goes on.
@@ -100,11 +99,11 @@ def trees_of_group(group: list[tuple[int, dict]], form: str, tokenizer: Tokenize
     for number, record in group:
         try:
             if form == "preference":
-                add_pair(trees, record, tokenizer)
+                add_pair(trees, record, tokenizer, template)
                 trees[-1].record = number
                 continue
-            found = (trees_from_messages(record["messages"], tokenizer) if form == "messages" else
-                     [tree_from_record(record, form, tokenizer)])
+            found = (trees_from_messages(record["messages"], tokenizer, template) if form == "messages" else
+                     [tree_from_record(record, form, tokenizer, template)])
         except TemplateError as error:
             raise RecordFault(number, str(error)) from None
         for tree in found:
@@ -113,30 +112,30 @@ def trees_of_group(group: list[tuple[int, dict]], form: str, tokenizer: Tokenize
     return trees
 
 
-def tree_from_record(record: dict, form: str, tokenizer: Tokenizer) -> Tree:
-    """A record of text, a ranking or a prompt. Of a text all is learnt but the first token, which nothing precedes."""
-    if form == "ranking":
-        return tree_from_ranking(record, tokenizer)
+def tree_from_record(record: dict, form: str, tokenizer: Tokenizer, template: str | None = None) -> Tree:
+    """A record of text, a ranking or a prompt."""
     if form == "text":
         bos = [tokenizer.bos_id] * tokenizer.adds_bos
-        ids = [*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id]
-    else:
-        ids = tokenizer.render(record["prompt"], add_generation_prompt=True)[0]
-    return Tree(np.array(ids, np.int32), [], [Response(0, 1 if form == "text" else len(ids), len(ids))])
+        return tree_from_text([*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id])
+    if form == "ranking":
+        return tree_from_ranking(record, tokenizer, template)
+    ids = tokenizer.render(record["prompt"], template, add_generation_prompt=True)[0]
+    return Tree(np.array(ids, np.int32), [], [Response(0, len(ids), len(ids))])
 
 
-def trees_from_messages(messages: list[dict], tokenizer: Tokenizer) -> list[Tree]:
+def trees_from_messages(messages: list[dict], tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
     """A dialogue as a trunk, every reply of it that is to be learnt a response.
 
     A reply that the template writes in another way once the dialogue goes on has a trunk of its own.
     """
-    trunks: dict[int, list[Reply]] = defaultdict(list)
-    paths = tokenizer.paths(messages)
-    for reply in paths:
-        trunks[id(reply.ids)].append(reply)  # replies of one trunk share one list
-    return [Tree(np.array(replies[0].ids[: replies[-1].end], np.int32), [],
-                 [Response(0, reply.start, reply.end, pair, turn=reply.turn) for pair, reply in enumerate(replies)])
-            for replies in trunks.values()]
+    trunks: list[tuple[list[int], list[Response]]] = []
+    for reply in tokenizer.paths(messages, template):
+        responses = next((found for ids, found in trunks if ids is reply.ids), None)
+        if responses is None:
+            responses = []
+            trunks.append((reply.ids, responses))
+        responses.append(Response(0, reply.start, reply.end, pair=len(responses), turn=reply.turn))
+    return [Tree(np.array(ids[: responses[-1].end], np.int32), [], responses) for ids, responses in trunks]
 
 
 def labelled_trees(number: int, record: dict, tokenizer: Tokenizer) -> list[Tree]:
@@ -151,10 +150,21 @@ def labelled_trees(number: int, record: dict, tokenizer: Tokenizer) -> list[Tree
     return trees
 
 
-def add_pair(trees: list[Tree], record: dict, tokenizer: Tokenizer) -> None:
+def tree_from_text(ids: Iterable[int]) -> Tree:
+    """Tokens that are all to be predicted but the first, which nothing precedes."""
+    trunk = np.array(list(ids), np.int32)
+    return Tree(trunk, [], [Response(0, 1, len(trunk))])
+
+
+def trees_from_preferences(records: Sequence[dict], tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
+    """Pairs as trees: a pair whose prompt continues an earlier pair's chosen reply joins its tree."""
+    return trees_of(records, "preference", tokenizer, template)
+
+
+def add_pair(trees: list[Tree], record: dict, tokenizer: Tokenizer, template: str | None = None) -> None:
     """Make the pair part of the last tree, whose dialogue it continues, or a tree of its own."""
-    ids, (start, end) = _path(record["prompt"], record["chosen"], tokenizer)
-    other, (branch, stop) = _path(record["prompt"], record["rejected"], tokenizer)
+    ids, (start, end) = _path(record["prompt"], record["chosen"], tokenizer, template)
+    other, (branch, stop) = _path(record["prompt"], record["rejected"], tokenizer, template)
     # A template that writes the prompt of both sides alike, as all do but for what comes after it.
     if start != branch or not np.array_equal(ids[:start], other[:branch]):
         raise TemplateError("it writes the prompt differently before the chosen and the rejected reply: "
@@ -170,7 +180,7 @@ def add_pair(trees: list[Tree], record: dict, tokenizer: Tokenizer) -> None:
     tree.responses.append(Response(len(tree.leaves), 0, stop - branch, pair, REJECTED, turn, margin))
 
 
-def tree_from_ranking(record: dict, tokenizer: Tokenizer) -> Tree:
+def tree_from_ranking(record: dict, tokenizer: Tokenizer, template: str | None = None) -> Tree:
     """K ranked replies to one prompt: a trunk of the prompt alone, K leaves, all in one group (`pair`).
 
     Ranks may count from any number: the best replies get side 0, CHOSEN.
@@ -179,17 +189,19 @@ def tree_from_ranking(record: dict, tokenizer: Tokenizer) -> Tree:
     turn = sum(m["role"] == "user" for m in record["prompt"])
     places = sorted(set(record["ranks"]))
     for answer, rank in zip(record["answers"], record["ranks"], strict=True):
-        ids, (start, end) = _path(record["prompt"], answer, tokenizer)
+        ids, (start, end) = _path(record["prompt"], answer, tokenizer, template)
         tree.trunk = ids[:start]
         tree.leaves.append((start, ids[start:end]))
         tree.responses.append(Response(len(tree.leaves), 0, end - start, 0, places.index(rank), turn))
     return tree
 
 
-def _path(prompt: list[dict], reply: str, tokenizer: Tokenizer) -> tuple[np.ndarray, tuple[int, int]]:
+def _path(
+    prompt: list[dict], reply: str, tokenizer: Tokenizer, template: str | None,
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Ids of a dialogue up to the end of `reply`, and the span of that reply."""
     told = [m | {"loss": False} for m in prompt]
-    (path,) = tokenizer.paths([*told, {"role": "assistant", "content": reply}])
+    (path,) = tokenizer.paths([*told, {"role": "assistant", "content": reply}], template)
     return np.array(path.ids[: path.end], np.int32), (path.start, path.end)
 
 

@@ -29,10 +29,7 @@ class Added(NamedTuple):
 
 
 class SentencePiece:
-    """tokenizer.model alone: Llama-2, Mistral as first published, data/tiny.
-
-    A text gets the space if what stands before it is in `prefixed`.
-    """
+    """tokenizer.model alone: Llama-2, Mistral as first published, data/tiny."""
 
     def __init__(self, file: Path, settings: dict):
         try:
@@ -65,11 +62,7 @@ class SentencePiece:
 
 
 class Fast:
-    """tokenizer.json: Llama-3, Qwen, Falcon, StarCoder, Pythia; and sentencepiece vocabularies converted to it.
-
-    Of two copies, `model` puts the space before a text and `inner` (for text inside other text) does not; the first is
-    for texts behind what is in `prefixed`. Where no text gets a space they are one.
-    """
+    """tokenizer.json: Llama-3, Qwen, Falcon, StarCoder, Pythia; and sentencepiece vocabularies converted to it."""
 
     def __init__(self, file: Path):
         try:

@@ -13,7 +13,7 @@ from data.trees import (
     REJECTED,
     Response,
     Tree,
-    trees_of,
+    trees_from_preferences,
 )
 from kernels.logprobs import linear_logprobs
 
@@ -49,13 +49,6 @@ def paths(tree: Tree) -> list[tuple[np.ndarray, int, int]]:
     for r in tree.responses:
         prefix, leaf = (0, tree.trunk) if r.segment == 0 else tree.leaves[r.segment - 1]
         yield np.concatenate([tree.trunk[:prefix], leaf[: r.end]]), prefix + r.start, r.side
-
-
-def zephyr():
-    """The tiny world's tokenizer and its template."""
-    tokenizer = load_tokenizer(BASE)
-    tokenizer.adopt("zephyr")
-    return tokenizer
 
 
 def rated(turns: int) -> list[dict]:
@@ -167,7 +160,7 @@ def test_the_viewer_prints_every_token_with_loss_and_branch(tmp_path, capsys, mo
     main()
     said = capsys.readouterr().out
     assert "1 trees, 2 leaves" in said and "leaf 1, branches after" in said and "rejected, turn 2, margin 2" in said
-    tree = trees_of(rated(2), "preference", zephyr())[0]
+    tree = trees_from_preferences(rated(2), load_tokenizer(BASE), "zephyr")[0]
     rows = [line for line in show(tree, load_tokenizer(BASE)).splitlines() if line.split()[0].isdigit()]
     assert len(rows) == tree.tokens
     monkeypatch.setattr("sys.argv", ["pack", str(file), "--tokenizer", str(BASE), "--template", "chatml",

@@ -2,8 +2,8 @@
 
     python -m benchmarks.calibration
 
-After `make demo`. DPO as configured for the tiny world is trained with `seeds` seeds, from one SFT model on the same
-preferences, and so is SFT from the base; every result is judged once:
+After `make demo`. One DPO configuration of the tiny world is trained with `seeds` seeds, from one SFT model on the same
+preferences, and every result is judged once:
 
     null      groups of 3 (or 5) of these runs are compared with as many others. Nothing differs but the seeds, so 5 %
               of the intervals may exclude zero. A partition shuffles the pool and cuts it into disjoint groups: its
@@ -34,7 +34,6 @@ from benchmarks.measure import machine, save
 from judging import paired
 
 BASE = "dpo.py --config configs/tiny/dpo.toml"
-SFT = "sft.py --config configs/tiny/sft.toml epochs=2"  # in which seeds matter more
 HALF = "runs/tiny/0/pairs_half.jsonl"
 PLANTED = {"beta x 3": "beta=0.9", "half the data": f"data={HALF}"}
 
@@ -96,22 +95,17 @@ def null(pool: np.ndarray, size: int, partitions: int) -> dict:
     wrong = sum(f.excludes_zero for f in found)
     alone = sum(abs(f.mean) > f.dialogues_half for f in found)
     return {"seeds": size, "comparisons": len(found), "excluded_zero": wrong, "share": share(wrong, len(found)),
-            "mean_half": float(np.mean([f.half for f in found])), "dialogues_only": {
-                "excluded_zero": alone, "share": share(alone, len(found)),
-                "mean_half": float(np.mean([f.dialogues_half for f in found]))}}
-
-
-def variances(pool: np.ndarray) -> tuple[float, float]:
-    """Of the seeds, and of what is left when seeds and dialogues are taken out."""
-    rows = pool.mean(axis=1)
-    rest = pool - rows[:, None] - pool.mean(axis=0) + pool.mean()
-    rest_variance = (rest**2).sum() / ((len(pool) - 1) * (pool.shape[1] - 1))
-    return max(0.0, float(rows.var(ddof=1) - rest_variance / pool.shape[1])), float(rest_variance)
+            "dialogues_only_excluded_zero": alone, "dialogues_only_share": share(alone, len(found)),
+            "mean_half": float(np.mean([f.half for f in found])),
+            "dialogues_only_mean_half": float(np.mean([f.dialogues_half for f in found]))}
 
 
 def expected(pool: np.ndarray, size: int, partitions: int, pools: int = 400) -> dict:
     """The share of `null` over simulated pools with the variances of this one: mean, and the middle 95 % of pools."""
-    rng, (seed_variance, rest_variance) = np.random.default_rng(0), variances(pool)
+    rng, rows = np.random.default_rng(0), pool.mean(axis=1)
+    rest = pool - rows[:, None] - pool.mean(axis=0) + pool.mean()
+    rest_variance = (rest**2).sum() / ((len(pool) - 1) * (pool.shape[1] - 1))
+    seed_variance = max(0.0, rows.var(ddof=1) - rest_variance / pool.shape[1])
     shares = []
     for _ in range(pools):
         drawn = rng.normal(0, seed_variance**0.5, (len(pool), 1)) + rng.normal(0, rest_variance**0.5, pool.shape)
@@ -135,18 +129,17 @@ def planted(name: str, base: np.ndarray, changed: np.ndarray, size: int, partiti
 # ------------------------------------------------------------------------------------------- the run
 
 def pools(config: Config) -> dict[str, np.ndarray]:
-    """The scores [seeds, dialogues] of DPO, of SFT, and of DPO's changes."""
+    """The scores [seeds, dialogues] of the configuration, "", and of its changes."""
     pairs = Path("runs/tiny/0/pairs.jsonl")
     if not pairs.is_file():
         runtime.fail(f"{pairs}: no such file, expected the preferences of the demo: run `make demo`")
     lines = pairs.read_text().splitlines(keepends=True)
     runtime.write_text(Path(HALF), "".join(lines[: len(lines) // 2]))
-    base = compare.variant("DPO", BASE)
-    sft = compare.variant("SFT", SFT)
+    base = compare.variant("base", BASE)
     changed = [compare.variant(name, text, base) for name, text in PLANTED.items()]
     settings = compare.Config(jobs=config.jobs, out=config.out)
     out = runtime.open_folder(config.out)
-    jobs = compare.jobs_of([base, sft], config.seeds, out) + compare.jobs_of(changed, config.planted_seeds, out)
+    jobs = compare.jobs_of([base], config.seeds, out) + compare.jobs_of(changed, config.planted_seeds, out)
     compare.train(jobs, config.jobs, settings.threads)
     scores, _ = compare.score(settings, jobs, out)
     return {name: paired.matrix(of, name) for name, of in scores.items()}
@@ -166,31 +159,23 @@ def one_comparison(config: Config) -> dict:
     return {"minutes": report["about"]["minutes"], "verdict": report["verdict"]}
 
 
-def of_equal_things(name: str, pool: np.ndarray, partitions: int) -> tuple[list[dict], dict]:
-    """The comparisons of a pool with itself by size of group, and those of single runs, with the pool's scores."""
-    rows = [{"name": name} | null(pool, size, partitions) | {"expected": expected(pool, size, partitions)}
-            for size in (3, 5)]
-    one = null(pool, 1, partitions)  # a run against a run: there is no interval but that over dialogues
-    seed_variance, rest_variance = variances(pool)
-    return rows, {"name": name, "comparisons": one["comparisons"], **one["dialogues_only"],
-                  "seed_deviation": seed_variance**0.5, "rest_deviation": rest_variance**0.5,
-                  "scores_by_seed": pool.mean(axis=1).tolist()}
-
-
 def main(config: Config) -> None:
     by_variant, timed = pools(config), one_comparison(config)
-    dpo, sft = by_variant.pop("DPO"), by_variant.pop("SFT")
-    (rows, single), (sft_rows, sft_single) = (of_equal_things(name, pool, config.partitions)
-                                              for name, pool in (("DPO", dpo), ("SFT", sft)))
-    finds = [planted(name, dpo, changed, size, config.partitions) for name, changed in by_variant.items()
+    base = by_variant.pop("base")
+    rows = [null(base, size, config.partitions) | {"expected": expected(base, size, config.partitions)}
+            for size in (3, 5)]
+    finds = [planted(name, base, changed, size, config.partitions) for name, changed in by_variant.items()
              for size in (3, 5)]
+    one = null(base, 1, config.partitions)  # a run against a run: there is no interval but that over dialogues
+    single = {key: one[key] for key in ("comparisons", "dialogues_only_excluded_zero", "dialogues_only_share")}
     file = Path(config.results)
     before = json.loads(file.read_text()) if file.is_file() else {}
-    report = {"command": "python -m benchmarks.calibration", **machine(torch.device("cpu")), "seeds": config.seeds,
-              "planted_seeds": config.planted_seeds, "dialogues": dpo.shape[1], "partitions": config.partitions,
-              "configurations": {"DPO": BASE, "SFT": SFT},
-              "comparisons": rows[0]["comparisons"], "excluded_zero": rows[0]["excluded_zero"],
-              "null": rows + sft_rows, "single_runs": [single, sft_single],
+    report = {"command": "python -m benchmarks.calibration", **machine(torch.device("cpu")), "seeds": len(base),
+              "planted_seeds": config.planted_seeds,
+              "dialogues": base.shape[1], "partitions": config.partitions, "configuration": BASE,
+              "scores_by_seed": base.mean(axis=1).tolist(),
+              "comparisons": rows[0]["comparisons"], "excluded_zero": rows[0]["excluded_zero"], "null": rows,
+              "single_runs": single,
               "found": {f"{row['change']}, {row['seeds']} seeds": row["share"]["value"] for row in finds},
               "planted": finds, "one_comparison": timed or before.get("one_comparison")}
     save(file, report)

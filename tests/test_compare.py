@@ -416,7 +416,7 @@ def test_calibration_finds_what_is_planted_and_errs_as_often_as_promised():
         report = calibration.null(pool, 3, 5)
         assert report["comparisons"] == 20
         ours.append(report["excluded_zero"] / 20)
-        alone.append(report["dialogues_only"]["excluded_zero"] / 20)
+        alone.append(report["dialogues_only_excluded_zero"] / 20)
         found.append(calibration.planted("more", pool, simulated(rng, 24, 60, 0.3, 1.0) + 3, 5, 2)["share"]["value"])
     assert 0.02 < np.mean(ours) < 0.08 and np.mean(alone) > 0.2 and np.mean(found) > 95
 

@@ -130,7 +130,7 @@ def test_a_used_folder_or_a_command_that_is_not_there_is_one_line(recipe, capsys
 
 
 def test_make_hands_the_recipe_on(tmp_path):
-    command = ["make", "-n", "-f", str(ROOT / "Makefile"), "PYTHON=python", "speedrun"]
+    command = ["make", "-n", "--no-print-directory", "-f", str(ROOT / "Makefile"), "PYTHON=python", "speedrun"]
 
     def says(*words: str) -> str:
         return subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout

@@ -81,8 +81,6 @@ def _leave() -> None:
 
 def fully_shard(model: nn.Module, size: int, device: torch.device) -> nn.Module:
     """FSDP2, in place: this rank keeps 1 / size of the weights; `size` ranks hold one model together, 0: all ranks."""
-    if world_size() == 1:
-        return model
     from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -119,6 +117,14 @@ def reshard(model: nn.Module) -> None:
 def full_tensor(parameter: Tensor) -> Tensor:
     """The whole parameter, gathered: every rank must call this."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a parameter, without a gradient, and the number of its first row in the whole."""
+    if not hasattr(parameter, "to_local"):
+        return parameter.detach(), 0
+    mesh = parameter.device_mesh
+    return parameter.detach().to_local(), mesh.get_local_rank(mesh.ndim - 1) * -(-len(parameter) // mesh.shape[-1])
 
 
 @torch.no_grad()

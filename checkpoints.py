@@ -260,7 +260,7 @@ def save_model(
     """Write a Hugging Face directory: config.json, weights in `dtype` (default: as they are), tokenizer files.
 
     Written beside and renamed: `path` is never half a checkpoint, even if the process is killed. A model sharded over
-    ranks is gathered tensor by tensor, so every rank has to call; rank 0 writes, and holds one file's tensors at a time.
+    ranks is gathered tensor by tensor, so every rank has to call; rank 0 writes, and holds the tensors of one file.
     """
     files = _plan_files(model, dtype, shard_bytes)
     tensors = (_gather(model, file, dtype) for file in files)

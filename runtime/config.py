@@ -58,6 +58,7 @@ class Settings:
     out: str = "runs/run"            # folder of the run
     cache: str = "runs/cache"        # folder that keeps large data files tokenized, for all runs; "": none is kept
     save_every: int = 0              # steps between checkpoints; 0: at the end only
+    async_save: bool = False         # write them while training goes on, from a copy in the CPU's memory
     wandb: Literal["off", "offline", "online"] = "off"
     profile: bool = False            # trace a few steps into the run's folder, and print where their time went
     overwrite: bool = False          # start anew in a folder that holds another run

@@ -194,14 +194,24 @@ def barrier() -> None:
 
 # ------------------------------------------------------------------------------------------- state
 
-def save_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write one safetensors file a rank, with its part, to the folder. OSError on all ranks if one could not."""
+def another_group():
+    """All ranks on the CPU once more, for a thread: what it tells the other ranks must not mix with training's."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
+def save_sharded(tensors: dict[str, Tensor], folder: Path, group=None) -> None:
+    """Write one safetensors file a rank, with its part, to the folder, and sync it. OSError on all ranks if one could
+    not. A group of its own is left at the end."""
     import torch.distributed.checkpoint as dcp  # only now: it takes a second to import
 
     try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
     except dcp.api.CheckpointException as error:
         raise OSError(_causes(error)) from None
+    finally:
+        if group is not None:
+            dist.destroy_process_group(group)
 
 
 def load_sharded(tensors: dict[str, Tensor], folder: Path, optional: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -48,6 +48,15 @@ def writing(path: Path, beside: Path | None = None, together: bool = False) -> I
         fail(f"{path}: cannot be written ({error}): free some space or write elsewhere; what was saved before is whole")
 
 
+def sync_folder(folder: Path) -> None:
+    """Return when the names in the folder are safe on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write beside and rename, so that a kill at any moment leaves the old file or the new one. Rank 0 does."""
     if distributed.rank():

@@ -36,7 +36,7 @@ class Run:
         """Restore the newest checkpoint if there is one, and open the log, which shows those metrics line by line."""
         self.steps, self.done = steps, load_state(self.folder, model, optimizer)
         self.writer = Log(self.folder, self.done, steps, shown, self.config.wandb, self.config, self.config.profile)
-        self.stop_request, self.stopping = StopRequest(), False
+        self.stop_request, self.stopping, self.saving = StopRequest(), False, None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{trained:,} parameters train, {steps} steps of {self.config.batch} {unit}, {self.done} done")
 
@@ -49,6 +49,8 @@ class Run:
         self.done += 1
         self.writer.step(self.done, metrics)
         self.stopping = distributed.any_rank(self.stop_request)
+        if self.saving is not None and distributed.any_rank(self.saving.done()):
+            self.finish_saving()
 
     def last_metrics(self) -> dict[str, float]:
         """What the last update before this start has logged; {} at the beginning."""
@@ -59,7 +61,16 @@ class Run:
         self.writer.note(text)
 
     def save(self, model: nn.Module, optimizer: AdamW) -> None:
-        save_state(self.folder, self.done, model, optimizer)
+        """A checkpoint. With async_save training goes on while it is written, but for the last one."""
+        self.finish_saving()
+        later = self.config.async_save and not (self.stopping or self.finished)
+        self.saving = save_state(self.folder, self.done, model, optimizer, later)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written counts; what went wrong with it ends the run."""
+        if self.saving is not None:
+            self.saving.result()
+        self.saving = None
 
     @property
     def finished(self) -> bool:
@@ -67,6 +78,7 @@ class Run:
 
     def close(self, finished: bool | None = None) -> None:
         """End the log, free the folder and say what is there; finished=True where a run ends before its last step."""
+        self.finish_saving()
         self.writer.close()
         self.lock.close()
         whole = self.finished if finished is None else finished
@@ -148,7 +160,8 @@ def _check_same(run: Path, out: str, config, hashes: dict[str, str]) -> None:
     new = tomllib.loads(config_toml(config))
     old = {"columns": {}} | {key if key in new else RENAMED.get(key, key): value for key, value in old.items()}
     for key in new:
-        if old.get(key) != new[key] and key not in ("overwrite", "shard", "profile", "cache"):  # these change no step
+        # The settings named here change no step.
+        if old.get(key) != new[key] and key not in ("overwrite", "shard", "async_save", "profile", "cache"):
             fail(f"{out}: was begun with {key}={json.dumps(old.get(key))}, not {json.dumps(new[key])}: {remedy}")
     for name, digest in depended.items():
         if hashes.get(name) != digest:

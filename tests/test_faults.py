@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+from concurrent import futures
 from dataclasses import dataclass
 
 import kills
@@ -18,6 +20,7 @@ from conftest import ROOT, exits, metrics_of, small_model
 from kills import SETTINGS, same_folders, words_for
 
 import runtime
+import sft
 
 KILLS = int(os.environ.get("KILLS", "0"))
 FEW = {"ppo": ["steps=4", "batch=4", "minibatches=1", "epochs=1"]}  # five steps, of PPO four
@@ -169,6 +172,58 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
         assert [path.name for path in (tmp_path / str(operations) / "state").glob("step_*")] == [f"step_{step}"]
 
     assert killed_everywhere(save, check) > 3
+
+
+def test_an_asynchronous_checkpoint_is_of_its_step_and_counts_once_it_is_durable(tmp_path, monkeypatch):
+    """Until its file and the folder are synced the one before counts, which a kill would leave; training goes on."""
+    model, optimizer = trained(0)
+    runtime.save_state(tmp_path, 1, model, optimizer)
+    expected = [p.clone() for p in model.parameters()]
+    may_sync, sync, synced = threading.Event(), os.fsync, []
+
+    def wait_and_sync(descriptor):
+        assert may_sync.wait(60)
+        sync(descriptor)
+        synced.append(sorted(path.name for path in (tmp_path / "state").iterdir()))
+
+    monkeypatch.setattr(os, "fsync", wait_and_sync)
+    saving = runtime.save_state(tmp_path, 2, model, optimizer, later=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for state in optimizer.state.values():
+            state["exp_avg"].zero_()
+    again, other = trained(1)
+    assert runtime.load_state(tmp_path, again, other) == 1 and not saving.done()
+    may_sync.set()
+    saving.result()
+    assert synced == [[".new", "step_1"], [".new", "step_1"], ["step_1", "step_2"]]  # its file, its folder, its name
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_2"]
+    assert runtime.load_state(tmp_path, again, other) == 2
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), expected, strict=True))
+    assert all(state["exp_avg"].abs().max() > 0 for state in other.state.values())
+
+
+def test_an_asynchronous_checkpoint_that_fails_ends_the_run_with_one_line_at_a_step(tmp_path, monkeypatch, capsys):
+    """At the first step after it failed, or before the next checkpoint; the one before still counts."""
+    model, optimizer = trained()
+    run = runtime.Run(sft.Config(out=str(tmp_path), async_save=True, save_every=1), {})
+    run.resume(model, optimizer, 5, ("loss",))
+    run.log({"loss": 1.0})
+    run.save(model, optimizer)
+    run.log({"loss": 1.0})
+    run.finish_saving()
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    run.save(model, optimizer)
+    futures.wait([run.saving])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "step_2: cannot be written" in said and "free some space" in said
+    with pytest.raises(SystemExit) as left:
+        run.log({"loss": 1.0})
+    monkeypatch.setattr(os, "fsync", sync)
+    assert left.value.code == 2
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_1"]
 
 
 def test_a_run_that_ended_early_is_not_gone_on_with(server, data, tmp_path):

@@ -7,6 +7,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 import sys
 import tomllib
 import typing
@@ -80,6 +81,20 @@ RENAMED = {"max_tokens": "micro_tokens", "floor": "min_lr_ratio", "warmup": "war
            "lam": "gae_lambda", "ratio_clip": "clip_eps"}
 
 
+# What is installed with the code; anywhere else a path that is not there is the user's mistake.
+ROOT = Path(__file__).parent.parent
+SHIPPED = re.compile(r"(?<![\w./-])(?:configs|data/tiny|rewards)/[\w./-]+")
+
+
+def shipped(text: str) -> str:
+    """The text with every path that is not here, but beside the code, as where it is: commands work in any folder."""
+    for name in SHIPPED.findall(text):
+        if not Path(name).exists() and (ROOT / name).exists():
+            print(f"{name}: the one installed in {ROOT}")
+            text = text.replace(name, str(ROOT / name))
+    return text
+
+
 def load_config(cls: type, doc: str, argv: list[str] | None = None):
     """An instance of the frozen dataclass `cls`: its defaults, then `--config FILE` (TOML), then `key=value`."""
     rest = list(sys.argv[1:] if argv is None else argv)
@@ -91,7 +106,7 @@ def load_config(cls: type, doc: str, argv: list[str] | None = None):
         at = rest.index("--config")
         if at + 1 == len(rest):
             fail("--config: names no file, expected e.g. --config configs/tiny/sft.toml")
-        file = rest[at + 1]
+        file = shipped(rest[at + 1])
         del rest[at : at + 2]
         values = {key: _checked(types, key, value, file) for key, value in read_toml(file).items()}
     for word in rest:
@@ -106,6 +121,11 @@ def load_config(cls: type, doc: str, argv: list[str] | None = None):
     for field in dataclasses.fields(cls):
         if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
             fail(f"command line: {field.name} is missing, expected {field.name}=... there or in the --config file")
+        value = values.get(field.name, field.default)
+        if isinstance(value, str):
+            values[field.name] = shipped(value)
+        elif isinstance(value, list):
+            values[field.name] = [shipped(item) if isinstance(item, str) else item for item in value]
     return cls(**values)
 
 
@@ -185,7 +205,11 @@ def check_ranges(config, **ranges: tuple[float, float]) -> None:
 def arguments(parser: argparse.ArgumentParser, argv: typing.Sequence[str] | None = None) -> argparse.Namespace:
     """The words of a command; what is wrong with them is one line, without the usage."""
     parser.error = lambda message: fail(f"{parser.prog}: {message}: --help shows what it takes")
-    return parser.parse_args(argv)
+    words = parser.parse_args(argv)
+    for key, value in vars(words).items():
+        if isinstance(value, str):
+            setattr(words, key, shipped(value))
+    return words
 
 
 def config_toml(config) -> str:

@@ -103,6 +103,8 @@ def variant(name: str, text: str, first: Variant | None = None) -> Variant:
     except ValueError as error:
         fail(f"{name}: {text} cannot be read ({error}), {EXPECTED}")
     script = words.pop(0) if words and words[0].endswith(".py") else first.script if first else ""
+    if not Path(script).is_file() and (ROOT / script).is_file():
+        script = str(ROOT / script)
     if not Path(script).is_file():
         fail(f"{name}: '{text}' begins with no script that is there, {EXPECTED}")
     if first and "--config" not in words:

@@ -106,7 +106,7 @@ def load_config(cls: type, doc: str, argv: list[str] | None = None):
         at = rest.index("--config")
         if at + 1 == len(rest):
             fail("--config: names no file, expected e.g. --config configs/tiny/sft.toml")
-        file = shipped(rest[at + 1])
+        file = rest[at + 1]
         del rest[at : at + 2]
         values = {key: _checked(types, key, value, file) for key, value in read_toml(file).items()}
     for word in rest:
@@ -142,7 +142,7 @@ def print_help(cls: type, doc: str) -> NoReturn:
 
 def read_toml(file: str) -> dict:
     try:
-        return tomllib.loads(Path(file).read_text())
+        return tomllib.loads(Path(shipped(file)).read_text())
     except OSError as error:
         fail(f"{file}: cannot be read ({error.strerror}): check the path after --config")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -15,7 +15,6 @@ share them, and DPO's runs share reference log-probabilities. The report is that
 """
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -42,7 +41,7 @@ from judge import answer, load_questions
 from judging import games, gold, paired, report, tables
 from judging.entries import Entry, check_checkpoint, decode
 from judging.prompts import Question
-from runtime import check_ranges, fail
+from runtime import check_ranges, fail, lock_file
 from runtime.config import read_toml
 
 ROOT = Path(__file__).resolve().parent
@@ -153,7 +152,7 @@ class Job(NamedTuple):
         """Whether a process that a killed comparison has left behind is still at it."""
         try:
             with (self.folder / ".lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(lock)
         except FileNotFoundError:
             return False
         except BlockingIOError:

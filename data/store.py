@@ -12,7 +12,6 @@ of fewer than `SMALL` records are not kept: they are tokenized in a second or tw
 """
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import inspect
 import json
@@ -48,7 +47,7 @@ from data.trees import (
     tree_numbers,
     trees_of_group,
 )
-from runtime import distributed, fail, file_hash, writing
+from runtime import distributed, fail, file_hash, lock_file, writing
 
 SMALL = 1000      # records; a file with fewer is tokenized by this process, and not kept
 SLICE = 64        # trees that a worker makes at a time
@@ -391,7 +390,7 @@ def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     place = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX)
+        lock_file(place, wait=True)
         yield
     finally:
         os.close(place)

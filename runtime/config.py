@@ -81,6 +81,14 @@ RENAMED = {"max_tokens": "micro_tokens", "floor": "min_lr_ratio", "warmup": "war
            "lam": "gae_lambda", "ratio_clip": "clip_eps"}
 
 
+def check_system() -> None:
+    """Exit with one line on Windows, whose files cannot be locked and renamed as runs and ledgers need it."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        fail("Windows is not supported: install WSL, the Linux of Windows (wsl --install), and run the command there")
+
+
 # What is installed with the code; anywhere else a path that is not there is the user's mistake.
 ROOT = Path(__file__).parent.parent
 SHIPPED = re.compile(r"(?<![\w./-])(?:configs|data/tiny|rewards)/[\w./-]+")
@@ -98,6 +106,7 @@ def shipped(text: str) -> str:
 def load_config(cls: type, doc: str, argv: list[str] | None = None):
     """An instance of the frozen dataclass `cls`: its defaults, then `--config FILE` (TOML), then `key=value`."""
     rest = list(sys.argv[1:] if argv is None else argv)
+    check_system()
     if "--help" in rest or "-h" in rest:
         print_help(cls, doc)
     types = typing.get_type_hints(cls)

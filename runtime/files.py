@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,13 @@ def open_folder(out: str) -> Path:
     except OSError as error:
         fail(f"{out}: cannot be written ({error.strerror}): choose another out=")
     return folder
+
+
+def lock_file(file: typing.IO | int, wait: bool = False) -> None:
+    """Lock an open file or folder until it is closed. BlockingIOError if another process has it, unless we `wait`."""
+    import fcntl  # Windows has none: load_config says so
+
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 @contextmanager

@@ -5,7 +5,6 @@
 """
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from runtime import distributed
 from runtime.checkpoint import load_state, save_state
 from runtime.config import RENAMED, Settings, config_toml, fail
 from runtime.cpu import AdamW
-from runtime.files import file_hash, write_text
+from runtime.files import file_hash, lock_file, write_text
 from runtime.log import Log
 
 
@@ -128,7 +127,7 @@ def _enter(run: Path, out: str, config, depends_on: dict[str, str], overwrite: b
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(lock)
     except BlockingIOError:
         fail(f"{out}: another process is running here, expected a folder of its own: choose another out=")
     except OSError as error:

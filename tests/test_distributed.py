@@ -342,16 +342,8 @@ def pair(server, data, logs: Path, *words: str, other: str = "", folder: str = "
 
     `other` is an argument for rank 1 alone.
     """
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    found = []
-    for rank in range(2):
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-                       "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        all_words = [*kills.words_for("sft", data), *WORDS, *words, *([other] if rank and other else [])]
-        found.append(server.start("sft", all_words, logs.with_name(f"{logs.name}{rank}"), folder if rank == 0 else "",
-                                  die_at, environment))
-        found[-1].store = store  # lives as long as they do
-    return found
+    all_words = [*kills.words_for("sft", data), *WORDS, *words]
+    return server.start_ranks("sft", all_words, logs, folder, die_at, (other,) if other else ())
 
 
 def codes(processes: list) -> list[int]:

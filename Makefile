@@ -34,7 +34,7 @@ runs/tiny/99/%: SFT_SIZE = max_steps=8
 runs/tiny/99/%: TRAIN_SIZE = max_steps=8
 runs/tiny/99/%: PPO_SIZE = steps=2 batch=8
 
-.PHONY: demo results test test-portable lint exercise bench bench-peers calibration speedrun smollm2 gpu gpu-tests gpu-kernels gpu-training base
+.PHONY: demo results test test-portable lint exercise bench bench-peers calibration speedrun smollm2 gpu gpu-tests gpu-kernels gpu-training gpu-ranks base
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -220,6 +220,10 @@ gpu-kernels:
 gpu-training:
 	timeout 80 $(PYTHON) -m benchmarks.throughput device=cuda out=benchmarks/results/throughput_gpu.json
 	timeout 80 $(PYTHON) -m data.tiny.build documents=60000 out=runs/tiny/base_gpu
+
+# Sharding in bf16 by NCCL, apart from the ten minutes of `make gpu`: on one GPU beside the unsharded model, on several 1, 2 and all.
+gpu-ranks: $(TOOLS)
+	timeout --signal=INT 590 $(PYTHON) -m pytest tests/test_nccl.py
 
 base: $(ENVIRONMENT)
 	$(PYTHON) -m data.tiny.build ship=data/tiny/base

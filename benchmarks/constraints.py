@@ -59,7 +59,7 @@ def rule(prompt: str, reply: str) -> float:
 
 def kept(records: list[dict], replies: list[str], tokens: list[int], finished: list[bool]) -> list[float]:
     """`rule` as a reward function of ppo.py (rewards/functions.py)."""
-    return [rule(record["prompt"], reply) for record, reply in zip(records, replies, strict=True)]
+    return [rule(record["prompt"][-1]["content"], reply) for record, reply in zip(records, replies, strict=True)]
 
 
 def kind(prompt: str) -> str:

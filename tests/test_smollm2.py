@@ -32,7 +32,7 @@ def test_what_keeps_a_constraint(prompt, reply, kept):
 
 
 def test_the_rule_as_a_reward_reads_each_reply_s_own_prompt():
-    records = [{"prompt": WORDS}, {"prompt": OPENING}, {"prompt": WORDS}]
+    records = [{"prompt": [{"role": "user", "content": text}]} for text in (WORDS, OPENING, WORDS)]
     assert constraints.kept(records, ["In short, water.", "In short, water.", "Falling water everywhere."],
                             [5, 5, 4], [True] * 3) == [1.0, 1.0, 1.0]
     assert constraints.kept(records[::-1], ["It is water falling.", "Water.", "Rain."], [5, 3, 3], [True] * 3) == [
@@ -78,7 +78,8 @@ def test_without_data_a_piece_that_needs_it_says_how_to_get_it(tmp_path, capsys)
 
 
 def test_the_settings_of_the_pieces_are_keys_of_the_scripts():
-    for script, name in ((ppo, "ppo"), (ppo, "grpo"), (smollm2.dpo, "dpo"), (smollm2.sft, "sft"), (smollm2.reward, "reward")):
+    for script, name in ((ppo, "ppo"), (ppo, "grpo"), (smollm2.dpo, "dpo"), (smollm2.sft, "sft"),
+                         (smollm2.reward, "reward")):
         found = load_config(script.Config, "", ["--config", str(ROOT / "configs" / "smollm2-135m" / f"{name}.toml")])
         assert found.model == "models/smollm2-135m"
     judged = tomllib.loads((ROOT / "configs" / "smollm2-135m" / "judge.toml").read_text())

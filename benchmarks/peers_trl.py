@@ -107,8 +107,11 @@ def qlora(turns: work.Turns, shape: work.Shape, path: str, mode: str) -> None:
                                    bnb_4bit_compute_dtype=getattr(torch, shape.dtype))
     model = prepare_model_for_kbit_training(load(path, quantization_config=four_bits),
                                             use_gradient_checkpointing=shape.checkpointing)
-    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    sft(turns, shape, path, mode, get_peft_model(model, adapter))
+    sft(turns, shape, path, mode, get_peft_model(model, adapter()))
+
+
+def adapter() -> LoraConfig:
+    return LoraConfig(r=work.RANK, lora_alpha=work.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def scorer(path: str):
@@ -123,7 +126,9 @@ def preferences(turns: work.Turns, shape: work.Shape, path: str, mode: str, task
     pairs = [turn for dialogue in work.rated(shape, task) for turn in dialogue]
     settings = options(mode, shape, len(pairs) // work.STEPS) | {"max_length": None}
     if task.startswith("dpo"):
-        trainer, more = DPOTrainer, {"ref_model": load(path, dtype=getattr(torch, shape.dtype))}
+        trainer = DPOTrainer
+        more = {"peft_config": adapter()} if "lora" in task else {
+            "ref_model": load(path, dtype=getattr(torch, shape.dtype))}
         model, args = load(path), DPOConfig(**settings, beta=work.BETA, precompute_ref_log_probs="online" not in task)
         columns = {"prompt_ids": [p.prompt for p in pairs], "chosen_ids": [p.chosen for p in pairs],
                    "rejected_ids": [p.rejected for p in pairs]}

@@ -51,7 +51,9 @@ SHAPES = {
     "15 M": Shape(288, 6, 6, 768, 32000, 512, 85, 160, 8, 1024),
     "2 M": Shape(128, 4, 4, 512, 2048, 256, 48, 95, 16, 2048),
     "110 M": Shape(768, 12, 12, 2048, 32000, 512, 85, 160, 8, 1024),
+    "135 M": Shape(576, 30, 9, 1536, 49152, 512, 85, 160, 8, 1024, kv_heads=3),  # SmolLM2-135M
 }
+SHAPES["135 M, bf16"] = SHAPES["135 M"]._replace(dtype="bfloat16")
 # Mistral-7B, for a GPU: dialogues about as long as UltraChat's, pairs as UltraFeedback's (means of 150 pairs: 160, 307,
 # 261 tokens).
 MISTRAL = dict(width=4096, layers=32, heads=32, kv_heads=8, mlp_width=14336, vocab=32000, longest=2048,
@@ -65,6 +67,7 @@ SAMPLED = (1, 16, 64)
 MIXED = 192          # prompts whose replies have lengths of their own, 8 to 128 tokens
 RL_PROMPTS, RL_REPLIES = 16, 2  # prompts of a rollout, replies to each
 LR, CLIP, BETA = 1e-5, 1.0, 0.1
+RANK, ALPHA = 16, 32  # of adapters, on every linear layer
 
 
 class Pair(NamedTuple):

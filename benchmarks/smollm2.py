@@ -66,6 +66,7 @@ QUESTIONS = ("What is the capital of France?", "Write a haiku about the sea.", "
 class Config:
     piece: str = "table"             # which piece; the word `piece=` may be left out
     model: str = "models/smollm2-135m"  # what is measured, or trained from
+    beside: list[str] = ()           # other models, whose replies are shown beside its own
     base: str = "models/smollm2-135m"   # what DPO's implicit reward compares it with
     data: str = ""                   # folder of real data sets; "": preferences are made by a rule
     pairs: str = ""                  # a file of preferences to train on; "": data's
@@ -189,8 +190,14 @@ def check(config: Config) -> None:
 
 
 def replies(config: Config) -> None:
-    for question, ((text, _, finished),) in zip(QUESTIONS, sampled(config, list(QUESTIONS), 0.0), strict=True):
-        print(f"\n> {question}\n{text}{'' if finished else ' ...'}")
+    models = [config.model, *config.beside]
+    said = [sampled(replace(config, model=model), list(QUESTIONS), 0.0) for model in models]
+    for i, question in enumerate(QUESTIONS):
+        print(f"\n> {question}")
+        for model, texts in zip(models, said, strict=True):
+            text, _, finished = texts[i][0]
+            name = f"[{stage_of(replace(config, model=model))[0]}] " if config.beside else ""
+            print(f"{name}{text}{'' if finished else ' ...'}")
 
 
 def pairs(config: Config) -> None:

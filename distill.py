@@ -130,7 +130,7 @@ def main(config: Config) -> None:
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(student, optimizer, steps, shown=("loss", "tokens_per_s"))
 
-    for step in range(run.done, steps):
+    for step in run.steps_left():
         began = time.perf_counter()
         lr = runtime.set_learning_rate(optimizer, step, steps, config)
         drawn = step_trees(trees, config.batch, step, config.seed)
@@ -149,11 +149,7 @@ def main(config: Config) -> None:
         metrics["tokens_per_s"] = metrics["tokens"] / (time.perf_counter() - began)
         if eval_trees and run.due(config.eval_every, step + 1):
             metrics |= evaluate(student, teacher, eval_trees, eval_longer, config, device)
-        run.log(metrics)
-        if run.stopping or run.due(config.save_every, run.done):
-            run.save(student, optimizer)
-        if run.stopping:
-            break
+        run.end_step(metrics, student, optimizer)
 
     if run.finished:
         student = lora.save_result(student, run.folder, tokenizer, config, probe=trees[0].trunk[:64].tolist())

@@ -46,28 +46,21 @@ from runtime import distributed, fail
 
 
 @dataclass(frozen=True)
-class Config(runtime.Settings):
+class Config(runtime.DataSettings):
     model: str = "runs/tiny/0/sft/model"  # Hugging Face directory to start from, usually the result of sft.py
     data: str = "runs/tiny/0/pairs.jsonl"  # JSONL of preferences or rankings (data/formats.py)
-    eval_data: str = ""              # JSONL of held-out pairs; "" for none
     demos: str = ""                  # JSONL of demonstrations whose mean score becomes 0; "": the chosen replies
     out: str = "runs/reward"         # folder of the run
-    template: str = ""               # chat template; "": the checkpoint's own, or zephyr
 
     margin: Literal["none", "raw", "llama2_small", "llama2_large"] = "none"  # m of a pair rated 1-4 (MARGINS)
     centering: float = 0.0           # weight of (r_w + r_l)^2, 0 or about 0.01
     epochs: int = 1                  # passes over the data; a large model overfits in a second one
-    max_steps: int = 0               # stop after this many updates; 0: epochs decide
-    batch: int = 64                  # dialogues per update
-    max_length: int = 512            # tokens of a path, prompt and response; longer ones are cut and counted
     lr: float = 3e-4                 # peak learning rate, 3e-4 for the tiny model, 3e-6 to 1e-5 for 7B
-    eval_every: int = 0              # steps between evaluations; 0: at the end only
 
     def __post_init__(self):
         super().__post_init__()
         check_template(self.template)
-        runtime.check_ranges(self, centering=(0, inf), epochs=(1, inf), max_steps=(0, inf), batch=(1, inf),
-                             max_length=(2, inf), eval_every=(0, inf))
+        runtime.check_range("centering", self.centering, 0, inf)
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -204,7 +197,7 @@ def main(config: Config) -> None:
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(model, optimizer, steps, shown=("loss", "margin", "accuracy", "pairs_per_s"))
 
-    for step in range(run.done, steps):
+    for step in run.steps_left():
         began = time.perf_counter()
         lr = runtime.set_learning_rate(optimizer, step, steps, config)
         drawn = step_trees(trees, config.batch, step, config.seed)
@@ -223,11 +216,7 @@ def main(config: Config) -> None:
                     "pairs_per_s": pairs / (time.perf_counter() - began)}
         if eval_trees and run.due(config.eval_every, step + 1):
             metrics |= evaluate(model, eval_trees, config, device)
-        run.log(metrics)
-        if run.stopping or run.due(config.save_every, run.done):
-            run.save(model, optimizer)
-        if run.stopping:
-            break
+        run.end_step(metrics, model, optimizer)
 
     if run.finished:
         center(model, demos, config, device)

@@ -29,18 +29,7 @@ from types import FunctionType
 from data.files import shards, values, with_lists
 from data.native import ANSWERED, ASKED, NATIVE
 from data.preferences import PREFERENCES
-from data.records import (
-    FORMS,
-    REASONING,
-    SYSTEM,
-    Reject,
-    absent,
-    broken,
-    check_columns,
-    check_record,
-    role_of,
-    short,
-)
+from data.records import FORMS, REASONING, SYSTEM, Reject, absent, broken, check_columns, check_record, role_of, short
 from data.tokenizer import TemplateError, load_tokenizer
 from runtime import arguments, fail, writing
 

@@ -25,17 +25,7 @@ from data.native import (
     rounds,
     text_of,
 )
-from data.records import (
-    Reject,
-    absent,
-    broken,
-    check_columns,
-    check_number,
-    check_object,
-    expected,
-    short,
-    transcript,
-)
+from data.records import Reject, absent, broken, check_columns, check_number, check_object, expected, short, transcript
 
 
 def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -293,29 +293,30 @@ def load_trees(
     if folder and distributed.any_rank(folder.is_dir()):
         print(f"{path}: its tokens are read from {folder}")
         return Trees.load(folder)
-    records, report = read(path, columns=columns)
-    head = list(islice(records, SMALL))
-    if len(head) < SMALL:
-        report.refuse(imitated=not (prompts or labels))
-        numbers = tree_numbers(head, report.format)
-        return make_trees(path, job, report.format, grouped(head, numbers))
-    if folder is None:
-        return _make_large(path, job, report.format, columns, None)
+    if folder is None or len(list(islice(read(path, columns=columns)[0], SMALL))) < SMALL:
+        return make_trees(path, job, columns)
     if distributed.rank() == 0:
-        _fill_cache(path, job, report.format, columns, folder)
+        _fill_cache(path, job, columns, folder)
     distributed.barrier()
     return Trees.load(folder)
 
 
-def load_prompts(path: str, tokenizer: Tokenizer, room: int, *, cache: str = "", columns: dict | None = None) -> Trees:
-    """The distinct prompts of a file of any format, rendered up to where the reply begins: trees of a trunk alone."""
+def load_prompts(
+    path: str, tokenizer: Tokenizer, room: int, *, cache: str = "", columns: dict | None = None,
+    records: Sequence[dict] = (),
+) -> Trees:
+    """The distinct prompts of a file of any format, rendered up to where the reply begins: trees of a trunk alone.
+
+    With the file's `records` prompts are one only where these are equal, too: another column may ask for another score.
+    """
     trees = load_trees(path, tokenizer, cache=cache, columns=columns, prompts=True)
-    distinct: dict[bytes, int] = {}
-    for i, (start, length, _) in enumerate(trees.segments.tolist()):
+    distinct: dict[tuple[bytes, str], int] = {}
+    for i, (number, (start, length, _)) in enumerate(zip(trees.rows["record"], trees.segments.tolist(), strict=True)):
         if length > room:
-            fail(f"{path} record {trees.rows['record'][i] + 1}: the prompt has {length} tokens and a reply of "
-                 f"max_tokens must fit behind it, expected at most {room}: drop it or lower max_tokens")
-        distinct.setdefault(hashlib.sha256(trees.tokens[start : start + length]).digest(), i)
+            fail(f"{path} record {number + 1}: the prompt has {length} tokens and a reply of max_tokens must fit "
+                 f"behind it, expected at most {room}: drop it or lower max_tokens")
+        more = json.dumps(records[number], sort_keys=True, default=str) if records else ""
+        distinct.setdefault((hashlib.sha256(trees.tokens[start : start + length]).digest(), more), i)
     return trees.take(np.array(list(distinct.values())))
 
 
@@ -345,18 +346,12 @@ def cache_key(path: str, job: Job, columns: dict | None) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _make_large(path: str, job: Job, form: str, columns: dict | None, file: IO[bytes] | None) -> Trees:
-    """Read twice: for faults and for which pairs belong together, then to tokenize. So it need not fit in memory."""
+def make_trees(path: str, job: Job, columns: dict | None, file: IO[bytes] | None = None) -> Trees:
+    """Read twice: for faults and for which records belong together, then to tokenize. So it need not fit in memory."""
     records, report = read(path, columns=columns)
-    numbers = tree_numbers(records, form)
+    head = list(islice(records, SMALL))
+    form, numbers = report.format, tree_numbers(chain(head, records), report.format)
     report.refuse(imitated=not (job.prompts or job.labels))
-    records, _ = read(path, columns=columns)
-    return make_trees(path, job, form, grouped(records, numbers), len(os.sched_getaffinity(0)), file)
-
-
-def make_trees(path: str, job: Job, form: str, groups: Iterator[Group], workers: int = 1,
-               file: IO[bytes] | None = None) -> Trees:
-    """The trees of all groups of records, made by this process or by workers; one line on what cannot be made."""
     if form == "prompt" and not job.prompts:
         fail(f"{path}: holds prompts without replies, expected messages, preferences, rankings or text")
     if form == "text" and job.prompts:
@@ -365,8 +360,10 @@ def make_trees(path: str, job: Job, form: str, groups: Iterator[Group], workers:
         fail(f"{path}: holds {form} records, expected replies with a 'label', true or false, or preferences")
     if form != "messages" and job.before:
         fail(f"{path}: holds {form}, expected messages: context distillation reads dialogues")
+    small = len(numbers) < SMALL
+    groups = grouped(head if small else read(path, columns=columns)[0], numbers)
     slices = iter(lambda: list(islice(groups, SLICE)), [])
-    make = partial(make_part, job, form)
+    make, workers = partial(make_part, job, form), 1 if small else len(os.sched_getaffinity(0))
     parts = in_workers(make, slices, workers) if workers > 1 else (make(groups) for groups in slices)
     try:
         with closing(parts):  # ends the workers, whatever happens here
@@ -375,13 +372,13 @@ def make_trees(path: str, job: Job, form: str, groups: Iterator[Group], workers:
         fail(f"{path} record {fault.number + 1}: {fault.reason}")
 
 
-def _fill_cache(path: str, job: Job, form: str, columns: dict | None, folder: Path) -> None:
+def _fill_cache(path: str, job: Job, columns: dict | None, folder: Path) -> None:
     """Make the folder, under another name until it is whole. One process at a time: two would share the cores."""
     began, beside = time.perf_counter(), folder.with_name(f".{folder.name}.new")
     print(f"{path}: is tokenized, once, into {folder}", flush=True)
     with writing(folder, beside), _locked(folder.parent):
         if not folder.is_dir():  # another run may have made it while this one waited
-            _write_cache(path, job, form, columns, beside)
+            _write_cache(path, job, columns, beside)
             beside.rename(folder)
     print(f"{path}: tokenized in {time.perf_counter() - began:.1f} s")
 
@@ -397,12 +394,12 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(place)
 
 
-def _write_cache(path: str, job: Job, form: str, columns: dict | None, folder: Path) -> None:
+def _write_cache(path: str, job: Job, columns: dict | None, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir()
     try:
         with (folder / "tokens.bin").open("wb") as file:
-            _make_large(path, job, form, columns, file).save(folder)
+            make_trees(path, job, columns, file).save(folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

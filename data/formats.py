@@ -31,7 +31,7 @@ from data.native import ANSWERED, ASKED, NATIVE
 from data.preferences import PREFERENCES
 from data.records import FORMS, REASONING, SYSTEM, Reject, absent, broken, check_columns, check_record, role_of, short
 from data.tokenizer import TemplateError, load_tokenizer
-from runtime import arguments, fail, writing
+from runtime import arguments, fail, replacing
 
 PUBLISHED = NATIVE | PREFERENCES
 FORMATS = FORMS | PUBLISHED
@@ -295,16 +295,10 @@ def view(record: dict, form: str, tokenizer) -> str:
 
 def written(records: Iterator[dict], path: Path) -> Iterator[dict]:
     """The records, each written on its way; the file is there once all of them have passed."""
-    beside = path.with_name(f".{path.name}.new")
-    with writing(path, beside):
-        try:
-            with beside.open("w", encoding="utf-8") as file:
-                for record in records:
-                    file.write(json.dumps(record, default=str) + "\n")
-                    yield record
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, default=str) + "\n")
+            yield record
 
 
 def main() -> None:

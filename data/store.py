@@ -18,7 +18,6 @@ import inspect
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
@@ -34,6 +33,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from checkpoints import new_folder
 from data.formats import read
 from data.records import Reject, prompt_of
 from data.tokenizer import Tokenizer
@@ -374,12 +374,12 @@ def make_trees(path: str, job: Job, columns: dict | None, file: IO[bytes] | None
 
 def _fill_cache(path: str, job: Job, columns: dict | None, folder: Path) -> None:
     """Make the folder, under another name until it is whole. One process at a time: two would share the cores."""
-    began, beside = time.perf_counter(), folder.with_name(f".{folder.name}.new")
+    began = time.perf_counter()
     print(f"{path}: is tokenized, once, into {folder}", flush=True)
-    with writing(folder, beside), _locked(folder.parent):
+    with writing(folder), _locked(folder.parent):
         if not folder.is_dir():  # another run may have made it while this one waited
-            _write_cache(path, job, columns, beside)
-            beside.rename(folder)
+            with new_folder(folder) as beside, (beside / "tokens.bin").open("wb") as file:
+                make_trees(path, job, columns, file).save(beside)
     print(f"{path}: tokenized in {time.perf_counter() - began:.1f} s")
 
 
@@ -392,14 +392,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(place)
-
-
-def _write_cache(path: str, job: Job, columns: dict | None, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir()
-    try:
-        with (folder / "tokens.bin").open("wb") as file:
-            make_trees(path, job, columns, file).save(folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

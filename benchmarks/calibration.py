@@ -54,16 +54,8 @@ class Config:
 
 # ----------------------------------------------------------------------------------- the comparisons
 
-def null_groups(seeds: int, size: int, partitions: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Pairs of disjoint groups of seeds."""
-    for partition in range(partitions):
-        order = list(range(seeds))
-        random.Random(f"partition {partition}").shuffle(order)
-        for first in range(0, seeds - 2 * size + 1, 2 * size):
-            yield order[first : first + size], order[first + size : first + 2 * size]
-
-
-def paired_groups(seeds: int, size: int, partitions: int) -> Iterator[list[int]]:
+def groups(seeds: int, size: int, partitions: int) -> Iterator[list[int]]:
+    """Groups of seeds, those of a partition disjoint."""
     for partition in range(partitions):
         order = list(range(seeds))
         random.Random(f"partition {partition}").shuffle(order)
@@ -91,7 +83,7 @@ def share(count: int, n: int) -> dict:
 
 def null(pool: np.ndarray, size: int, partitions: int) -> dict:
     """Comparisons of the pool [seeds, dialogues] with itself."""
-    found = [paired.estimate(pool[b] - pool[a]) for a, b in null_groups(len(pool), size, partitions)]
+    found = [paired.estimate(pool[both[size:]] - pool[both[:size]]) for both in groups(len(pool), 2 * size, partitions)]
     wrong = sum(f.excludes_zero for f in found)
     alone = sum(abs(f.mean) > f.dialogues_half for f in found)
     return {"seeds": size, "comparisons": len(found), "excluded_zero": wrong, "share": share(wrong, len(found)),
@@ -117,7 +109,7 @@ def expected(pool: np.ndarray, size: int, partitions: int, pools: int = 400) -> 
 def planted(name: str, base: np.ndarray, changed: np.ndarray, size: int, partitions: int) -> dict:
     d = changed - base[: len(changed)]
     true = paired.estimate(d)
-    found = [paired.estimate(d[group]) for group in paired_groups(len(d), size, partitions)]
+    found = [paired.estimate(d[group]) for group in groups(len(d), size, partitions)]
     right = sum(f.excludes_zero and f.mean * true.mean > 0 for f in found)
     wrong = sum(f.excludes_zero and f.mean * true.mean < 0 for f in found)
     return {"change": name, "seeds": size, "true": {"value": true.mean, "low": true.mean - true.half,

@@ -142,18 +142,8 @@ class Job(NamedTuple):
     labels: bool = False                 # of a dialogue its last reply, good or bad as its label says
 
 
-class Part(NamedTuple):
-    """Some trees in flat arrays, as Trees has them."""
-
-    tokens: np.ndarray
-    segments: np.ndarray
-    responses: np.ndarray
-    rows: np.ndarray
-    numbers: np.ndarray   # of the trees, in the order of the file
-    counts: Counter
-
-
 Group = tuple[int, list[tuple[int, dict]]]  # a tree's number, and its records with theirs
+Part = tuple[Trees, list[int]]              # some trees, and their numbers
 
 
 def make_part(job: Job, form: str, groups: list[Group]) -> Part:
@@ -175,7 +165,7 @@ def make_part(job: Job, form: str, groups: list[Group]) -> Part:
                 numbers.append(number)
     for tree in trees:
         counts.update(tokens=tree.tokens, learnt=tree.learnt, pairs=tree.pairs * bool(tree.leaves))
-    return Part(*flatten(trees), np.array(numbers, np.int64), counts)
+    return Trees(*flatten(trees), counts), numbers
 
 
 def _read_group(job: Job, form: str, group: list[tuple[int, dict]]) -> list[Tree]:
@@ -217,10 +207,10 @@ def flatten(trees: Sequence[Tree]) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 def gather(parts: Iterable[Part], file: IO[bytes] | None) -> Trees:
     """The trees of all parts in the file's order. Their tokens are written to `file`, or without one kept here."""
     tokens, tables, at, counts = [np.empty(0, np.int32)], [], 0, Counter()
-    for part in parts:
+    for part, numbers in parts:
         part.segments["start"] += at
         at += len(part.tokens)
-        tables.append(part[1:5])
+        tables.append((part.segments, part.responses, part.rows, np.array(numbers, np.int64)))
         counts.update(part.counts)
         if file is None:
             tokens.append(part.tokens)

@@ -13,8 +13,6 @@ interval covers both (judging/paired.py; how often it is wrong about two equal t
 goes on by the same command. Runs are kept in out/trained by what they were told to do: comparisons with the same out=
 share them, and DPO's runs share reference log-probabilities. The report is that of the last comparison.
 """
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import io

@@ -9,8 +9,6 @@ dialogue alone. What the context asks for (a style, care, four worked examples) 
 
 Askell et al. 2021 (arXiv:2112.00861), section 2.2. The loop is sft.py's; only the loss and the teacher differ.
 """
-from __future__ import annotations
-
 import copy
 import time
 from dataclasses import dataclass, replace

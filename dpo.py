@@ -14,8 +14,6 @@ in place of its log-probability against the reference's: RELATIVES, where yours 
 
 Rafailov et al. 2023 (arXiv:2305.18290), Eq. 7; Tunstall et al. 2023 (arXiv:2310.16944), dDPO.
 """
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

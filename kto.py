@@ -13,8 +13,6 @@ preference counts as one reply of each kind.
 
 Ethayarajh et al. 2024 (arXiv:2402.01306), Eq. 7 and 8. The loop and the reference are dpo.py's.
 """
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Sequence

@@ -14,8 +14,6 @@ fixed afterwards: demonstrations score 0 on average.
 Stiennon et al. 2020 (arXiv:2009.01325); Ouyang et al. 2022 (arXiv:2203.02155), Eq. 1; Touvron et al. 2023
 (arXiv:2307.09288), Eq. 2, for the margin.
 """
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -13,8 +13,6 @@ data it imitates the chosen responses, the control that DPO has to beat (`config
 
 Ouyang et al. 2022 (arXiv:2203.02155), step 1; Tunstall et al. 2023 (arXiv:2310.16944), dSFT.
 """
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from math import inf

@@ -16,8 +16,6 @@ that share runs are no independent trials: the exact (Clopper-Pearson) interval 
 so `expected`, the range of the share over simulated pools of this size whose comparisons are cut the same way and
 whose intervals are right, stands beside it. At the end README's edit of a loss is compared from nothing, and timed.
 """
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

@@ -5,8 +5,6 @@
 Each run must have been made with snapshot_every. Its snapshots answer the dev dialogues, the gold grader grades them,
 and the figure draws both scores over the distance from the reference (Gao et al. 2022, arXiv:2210.10760).
 """
-from __future__ import annotations
-
 import json
 import tempfile
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Every task has modes, of which the table takes the fastest: a padded batch of the whole step, four of a quarter, rows
 one by one, and TRL's packing. Trainers are the library's, with the data tokenised beforehand and in the order given.
 """
-from __future__ import annotations
-
 import tempfile
 
 import torch

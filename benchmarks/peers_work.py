@@ -3,8 +3,6 @@
 Token ids are random; lengths are spread as real ones are (lognormal, sigma 0.6). A worker is a process that does one
 step of one task whenever its turn comes, and reports how long it took.
 """
-from __future__ import annotations
-
 import json
 import os
 import resource

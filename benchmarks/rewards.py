@@ -7,8 +7,6 @@ The same SFT models, prompts, seeds and updates (configs/tiny/ppo_rule.toml), on
 the three about the same spread: over the SFT models' replies the grade has a standard deviation of 0.32, the rule one
 of 0.39, and the learnt score is in its own. Every policy then answers the dev dialogues.
 """
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,8 +8,6 @@ For each seed the recipe is called with four words, DATA OUT SECONDS SEED, and l
 and that of all processes it waited for is what getrusage says. The test dialogues are drawn after the last training
 has ended, by a seed that is a hash of the trained weights: no recipe can have seen them, nor be tuned to them.
 """
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

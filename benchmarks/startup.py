@@ -7,8 +7,6 @@ Dialogues are as long as UltraChat's: three or four rounds, about 1,200 tokens. 
 own, so that its memory is that of the data beside what is imported. Resident memory after every tree was read once
 holds the pages of tokens.bin, which ranks share and the system takes back when it needs them.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -11,8 +11,6 @@
 
 A bare JSON string is a prompt. The first record tells the format.
 """
-from __future__ import annotations
-
 import argparse
 import difflib
 import json

@@ -14,8 +14,6 @@ Trees (data/trees.py) are laid end to end:
 
 `python -m data.pack FILE --show 3` prints trees token by token, with position, loss, response and branch.
 """
-from __future__ import annotations
-
 import argparse
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
@@ -115,7 +113,7 @@ class Batch:
         won, lost = self.side == CHOSEN, self.side == REJECTED
         return chosen.index_put((self.pair[won],), values[won]), rejected.index_put((self.pair[lost],), values[lost])
 
-    def to(self, device) -> Batch:
+    def to(self, device) -> "Batch":
         moved = {name: value.to(device) for name, value in vars(self).items() if name not in ("trees", "weight")}
         return Batch(**moved, trees=self.trees, weight=self.weight)
 

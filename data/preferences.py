@@ -2,8 +2,6 @@
 
 Sources: the cards and repositories of the data sets; for UltraFeedback's tens, OpenBMB/UltraFeedback issue 8.
 """
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter

@@ -10,8 +10,6 @@ The folder's name is a hash of all that decides the tokens: the data, the tokeni
 the script keeps of a tree, and the code in data/. So it is never out of date; it may be deleted at any time. Files
 of fewer than `SMALL` records are not kept: they are tokenized in a second or two at every start.
 """
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import inspect
@@ -91,7 +89,7 @@ class Trees(Sequence):
     def of_record(self, record: int) -> Tree:
         return self[int(np.searchsorted(self.rows["record"], record))]
 
-    def take(self, order: np.ndarray) -> Trees:
+    def take(self, order: np.ndarray) -> "Trees":
         """Some of the trees, or all in another order; the tokens stay where they are."""
         def rows_of(first):
             return np.concatenate([np.arange(first[i], first[i + 1]) for i in order])
@@ -116,7 +114,7 @@ class Trees(Sequence):
         (folder / "about.json").write_text(json.dumps({"counts": self.counts, "digest": self.digest}, indent=1) + "\n")
 
     @staticmethod
-    def load(folder: Path) -> Trees:
+    def load(folder: Path) -> "Trees":
         try:
             about = json.loads((folder / "about.json").read_text())
             tables = [np.load(folder / f"{name}.npy") for name in ("segments", "responses", "rows")]

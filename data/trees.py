@@ -5,8 +5,6 @@ turn was rated is one trunk along the replies it went on with, and a leaf for ea
 single pair is the same with one leaf; an SFT dialogue is a trunk alone. data/store.py makes the trees of a whole file,
 data/pack.py draws one, and lays them out as batches.
 """
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence

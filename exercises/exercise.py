@@ -11,8 +11,6 @@ lies in exercises/work, which git ignores. There is no other solution than the c
 
 Tests meet the copy through a pytest plugin, this file: `--copy dpo=FILE` imports FILE wherever `dpo` is imported.
 """
-from __future__ import annotations
-
 import argparse
 import ast
 import importlib.abc

@@ -16,8 +16,6 @@ It is called once a step, by one process. Its file belongs to the run as data do
 not resumed (what it imports is not looked at). Its scores are used as they are; only a reply without end is treated
 as `missing_eos` says.
 """
-from __future__ import annotations
-
 import importlib.util
 import math
 import re

@@ -1,6 +1,4 @@
 """Settings: dataclass defaults, then a TOML file, then key=value; and the one line that says what a user got wrong."""
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib

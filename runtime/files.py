@@ -1,6 +1,4 @@
 """Files written so that a kill or a full disk loses nothing that was there before."""
-from __future__ import annotations
-
 import errno
 import glob
 import hashlib

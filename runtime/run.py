@@ -3,8 +3,6 @@
     config.toml     resolved; `--config` on it repeats the run        metrics.jsonl   one line a step
     model/          the result, a Hugging Face directory              state/step_N/   what resuming needs
 """
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -21,7 +21,7 @@ import lora
 import runtime
 import sft
 from data.dry_run import dry_run
-from data.formats import read
+from data.formats import read_all
 from data.pack import Batch, check_positions, collate, micro_batches, sample_replies, step_trees, steps_per_epoch
 from data.store import Trees, load_trees
 from data.tokenizer import Tokenizer, adopt_template, load_tokenizer
@@ -56,9 +56,7 @@ def distillation_loss(
 
 def read_context(path: str) -> list[dict]:
     """The messages of all records of a file, one after another."""
-    records, report = read(path, "messages")
-    context = [m for record in records for m in record["messages"]]
-    report.refuse()
+    context = [m for record in read_all(path, "messages") for m in record["messages"]]
     print(f"context: {len(context)} messages before every dialogue of the teacher, the starting model")
     return context
 
@@ -122,8 +120,7 @@ def main(config: Config) -> None:
     teacher = lora.Role(student, None) if config.lora_rank else copy.deepcopy(student).requires_grad_(False)
     teacher, student = (lora.shard(model, config, device) for model in (teacher, lora.adapt(student, config)))
 
-    depends_on = {"data": config.data, "model": config.model, "context": config.context, "code": __file__}
-    run = runtime.Run(config, depends_on)
+    run = runtime.Run(config, {"data": config.data, "model": config.model, "context": config.context, "code": __file__})
     optimizer = runtime.adamw(student, config.lr, config.weight_decay, config.beta2, config.lora_plus, config.adam_eps)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(student, optimizer, steps, shown=("loss", "tokens_per_s"))

@@ -33,7 +33,7 @@ import lora
 import runtime
 from checkpoints import load_model
 from data.dry_run import dry_run
-from data.formats import read
+from data.formats import read, read_all
 from data.pack import Batch, check_positions, micro_batches, step_trees, steps_per_epoch
 from data.scores import all_scores, mean_logprobs, print_report, report, response_scores
 from data.store import Trees, fit, load_trees
@@ -236,9 +236,7 @@ def score_file(argv: list[str]) -> None:
     tokenizer, model = load_tokenizer(words.model), load_model(words.model, dtype=torch.float32)
     if not model.config.scored:
         fail(f"{words.model}: has no score head, expected the result of reward.py")
-    records, found = read(words.score, "messages")
-    records = list(records)
-    found.refuse()
+    records = read_all(words.score, "messages")
     scores = all_scores(model, load_trees(words.score, tokenizer), 4096, torch.device("cpu"))
     text = "".join(json.dumps(record | {"score": round(score[-1].item(), 4)}) + "\n"
                    for record, score in zip(records, scores, strict=True))

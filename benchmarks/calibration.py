@@ -11,10 +11,7 @@ preferences, and every result is judged once:
     planted   the same with a change that is known to matter, trained with the same seeds. Its true size is the mean
               over all seeds; found: the interval lies on that side of zero. Paired by seed, as compare.py does.
 
-Beside the interval of judging/paired.py stands the one over dialogues alone, as judge.py gave it before. Comparisons
-that share runs are no independent trials: the exact (Clopper-Pearson) interval of a share takes them as if they were,
-so `expected`, the range of the share over simulated pools of this size whose comparisons are cut the same way and
-whose intervals are right, stands beside it. At the end README's edit of a loss is compared from nothing, and timed.
+RESULTS.md says how to read the intervals. At the end README's edit of a loss is compared from nothing, and timed.
 """
 import json
 import random

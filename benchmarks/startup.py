@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ def texts(rng: random.Random) -> Iterator[str]:
     syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er", "in")]
     while True:
         yield rng.choice(said)
-        yield " ".join("".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(1)) + "."
+        yield "".join(rng.choices(syllables, k=rng.randint(1, 3))) + "."
 
 
 def messages(parts: Iterator[str], rng: random.Random, characters: float) -> list[dict]:
@@ -70,18 +69,13 @@ def resident() -> dict[str, float]:
     return {name: int(lines[key].split()[0]) / 1024 for name, key in (("all", "VmRSS"), ("anonymous", "RssAnon"))}
 
 
-def cpu_seconds() -> float:
-    """Of this process and of the workers it has waited for."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-
-
 def start(data: str, model: str, cache: str) -> dict:
     """What one start of sft.py up to its data takes."""
     tokenizer = load_tokenizer(model)
     tokenizer.adopt(tokenizer.template or "zephyr")
-    before, used, began = resident(), cpu_seconds(), time.perf_counter()
+    before, used, began = resident(), sum(os.times()[:4]), time.perf_counter()  # of CPUs: with workers waited for
     trees = load_trees(data, tokenizer, 2048, sft.replies, cache=cache)
-    seconds, used, after = time.perf_counter() - began, cpu_seconds() - used, resident()
+    seconds, used, after = time.perf_counter() - began, sum(os.times()[:4]) - used, resident()
     for _ in trees:
         pass
     end = resident()

@@ -35,17 +35,7 @@ from checkpoints import new_folder
 from data.formats import read
 from data.records import Reject, prompt_of
 from data.tokenizer import Tokenizer
-from data.trees import (
-    RecordFault,
-    Response,
-    Tree,
-    drop_equal_pairs,
-    grouped,
-    labelled_trees,
-    shorten,
-    tree_numbers,
-    trees_of_group,
-)
+from data.trees import RecordFault, Response, Tree, drop_equal_pairs, grouped, shorten, tree_numbers, trees_of_group
 from runtime import distributed, fail, file_hash, writing
 
 SMALL = 1000      # records; a file with fewer is tokenized by this process, and not kept
@@ -169,10 +159,8 @@ def make_part(job: Job, form: str, groups: list[Group]) -> Part:
 def _read_group(job: Job, form: str, group: list[tuple[int, dict]]) -> list[Tree]:
     if job.prompts:
         group, form = [(number, _as_prompt(number, record, form)) for number, record in group], "prompt"
-    if job.labels and form == "messages":
-        return labelled_trees(*group[0], job.tokenizer)
     if not job.before:
-        return trees_of_group(group, form, job.tokenizer)
+        return trees_of_group(group, f"labelled {form}" if job.labels and form == "messages" else form, job.tokenizer)
     before = [m | {"loss": False} for m in job.before]
     ((number, record),) = group
     trees = trees_of_group([(number, {"messages": [*before, *record["messages"]]})], form, job.tokenizer)

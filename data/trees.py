@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
+from data.records import Reject
 from data.tokenizer import TemplateError, Tokenizer
 
 CHOSEN, REJECTED = 0, 1
@@ -91,9 +92,8 @@ def trees_of_group(group: list[tuple[int, dict]], form: str, tokenizer: Tokenize
                 add_pair(trees, record, tokenizer)
                 trees[-1].record = number
                 continue
-            found = (trees_from_messages(record["messages"], tokenizer) if form == "messages" else
-                     [tree_from_record(record, form, tokenizer)])
-        except TemplateError as error:
+            found = trees_from_record(record, form, tokenizer)
+        except (TemplateError, Reject) as error:
             raise RecordFault(number, str(error)) from None
         for tree in found:
             tree.record = number
@@ -101,16 +101,21 @@ def trees_of_group(group: list[tuple[int, dict]], form: str, tokenizer: Tokenize
     return trees
 
 
-def tree_from_record(record: dict, form: str, tokenizer: Tokenizer) -> Tree:
-    """A record of text, a ranking or a prompt."""
+def trees_from_record(record: dict, form: str, tokenizer: Tokenizer) -> list[Tree]:
+    """A record of any form but a preference."""
+    if form == "messages":
+        return trees_from_messages(record["messages"], tokenizer)
+    if form == "labelled messages":
+        return labelled_trees(record, tokenizer)
+    if form == "ranking":
+        return [tree_from_ranking(record, tokenizer)]
     if form == "text":
         bos = [tokenizer.bos_id] * tokenizer.adds_bos
-        trunk = np.array([*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id], np.int32)
-        return Tree(trunk, [], [Response(0, 1, len(trunk))])  # nothing precedes the first token
-    if form == "ranking":
-        return tree_from_ranking(record, tokenizer)
-    ids = tokenizer.render(record["prompt"], add_generation_prompt=True)[0]
-    return Tree(np.array(ids, np.int32), [], [Response(0, len(ids), len(ids))])
+        ids, first = [*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id], 1  # nothing precedes the first token
+    else:
+        ids = tokenizer.render(record["prompt"], add_generation_prompt=True)[0]
+        first = len(ids)
+    return [Tree(np.array(ids, np.int32), [], [Response(0, first, len(ids))])]
 
 
 def trees_from_messages(messages: list[dict], tokenizer: Tokenizer) -> list[Tree]:
@@ -128,13 +133,13 @@ def trees_from_messages(messages: list[dict], tokenizer: Tokenizer) -> list[Tree
     return [Tree(np.array(ids[: responses[-1].end], np.int32), [], responses) for ids, responses in trunks]
 
 
-def labelled_trees(number: int, record: dict, tokenizer: Tokenizer) -> list[Tree]:
+def labelled_trees(record: dict, tokenizer: Tokenizer) -> list[Tree]:
     """A dialogue whose last reply is CHOSEN or REJECTED as the record's label says; earlier ones are context."""
     if not isinstance(record.get("label"), bool):
-        raise RecordFault(number, "has no 'label', expected true or false: is its last reply a good one?")
+        raise Reject("no label", "has no 'label', expected true or false: is its last reply a good one?")
     messages = [m | {"loss": False} for m in record["messages"]]
     messages[-1]["loss"] = True
-    trees = trees_of_group([(number, {"messages": messages})], "messages", tokenizer)
+    trees = trees_from_messages(messages, tokenizer)
     for tree in trees:
         tree.responses = [replace(r, side=CHOSEN if record["label"] else REJECTED) for r in tree.responses]
     return trees

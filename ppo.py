@@ -27,8 +27,6 @@ Schulman et al. 2017 (arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593);
 (arXiv:2203.02155); details after Huang et al. 2024 (arXiv:2403.17031). RLOO: Ahmadian et al. 2024 (arXiv:2402.14740);
 GRPO: Shao et al. 2024 (arXiv:2402.03300); Dr. GRPO: Liu et al. 2025 (arXiv:2503.20783).
 """
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -15,8 +15,6 @@ A GPU has room for one 7B in training, so there the sides run one after another,
 so in its row. Peak memory is that of tensors on the GPU. Model FLOPs utilisation counts a step's products and attention
 once, whatever checkpointing computes again, over the dense bf16 peak in NVIDIA's data sheets.
 """
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -4,8 +4,6 @@ The floor of SFT and DPO is a step written by hand for this one model: no paddin
 scaled_dot_product_attention, the head on response tokens in chunks, fused AdamW; its products by oneDNN or, as PyTorch
 has it by default, by MKL: the faster counts. That of sampling is the matrix products alone.
 """
-from __future__ import annotations
-
 import time
 from itertools import cycle
 from types import SimpleNamespace

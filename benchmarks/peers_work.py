@@ -3,8 +3,6 @@
 Token ids are random; lengths are spread as real ones are (lognormal, sigma 0.6). A worker is a process that does one
 step of one task whenever its turn comes, and reports how long it took.
 """
-from __future__ import annotations
-
 import json
 import os
 import resource
@@ -80,17 +78,17 @@ def lengths(rng, mean: float, longest: int, count: int) -> list[int]:
     return np.clip(rng.lognormal(np.log(mean) - 0.18, 0.6, count), 2, longest).astype(int).tolist()
 
 
-def pairs(shape: Shape, seed: int = 0) -> list[Pair]:
+def pairs(shape: Shape) -> list[Pair]:
     """Single turns. SFT takes prompt and chosen."""
-    rng, count = np.random.default_rng(seed), shape.batch * STEPS
+    rng, count = np.random.default_rng(0), shape.batch * STEPS
     means = (shape.prompt, shape.reply, shape.reply)
     sizes = zip(*(lengths(rng, mean, shape.longest // 2, count) for mean in means), strict=True)
     return [Pair(*(rng.integers(3, shape.vocab, n).tolist() for n in size)) for size in sizes]
 
 
-def dialogues(shape: Shape, seed: int = 1) -> list[list[Pair]]:
+def dialogues(shape: Shape) -> list[list[Pair]]:
     """Rated at every turn: each prompt goes on from the reply chosen before. Turns are half as long as single ones."""
-    rng, means = np.random.default_rng(seed), (shape.prompt / 2, shape.reply / 2, shape.reply / 2)
+    rng, means = np.random.default_rng(1), (shape.prompt / 2, shape.reply / 2, shape.reply / 2)
     made = []
     for _ in range(shape.batch * STEPS):
         history, turns = [], []
@@ -109,15 +107,15 @@ def rated(shape: Shape, task: str) -> list[list[Pair]]:
     return dialogues(shape) if "dialogues" in task else [[pair] for pair in pairs(shape)]
 
 
-def prompts(shape: Shape, count: int, seed: int = 2) -> list[list[int]]:
+def prompts(shape: Shape, count: int) -> list[list[int]]:
     """For sampling, 10 to 50 tokens."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(2)
     return [rng.integers(3, shape.vocab, n).tolist() for n in rng.integers(10, 51, count)]
 
 
-def reply_lengths(seed: int = 3) -> list[int]:
+def reply_lengths() -> list[int]:
     """Of the mixed batch: lognormal around 40 tokens, sigma 0.8."""
-    drawn = np.random.default_rng(seed).lognormal(np.log(40) - 0.32, 0.8, MIXED)
+    drawn = np.random.default_rng(3).lognormal(np.log(40) - 0.32, 0.8, MIXED)
     return np.clip(drawn, 8, 128).astype(int).tolist()
 
 

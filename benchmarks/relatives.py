@@ -6,8 +6,6 @@ After `make demo`. All start from one SFT model and learn from the same preferen
 dialogues; a seed orders them. Before that, settings around each paper's are tried with two other seeds, on the same
 dev dialogues; of each loss, DPO too, those with the best mean are compared. DPO's others are configs/tiny/dpo.toml's.
 """
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import product
 from statistics import mean

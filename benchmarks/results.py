@@ -12,8 +12,6 @@ They are written by hand but for places between two comments, `<!-- WHAT -->` an
 
 A place whose file does not exist (a GPU's, until one was measured) stays empty. A test checks that none is out of date.
 """
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

@@ -2,8 +2,6 @@
 
 A reward that is a function takes no reward model, and advantages other than GAE's no value model.
 """
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

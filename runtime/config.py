@@ -1,6 +1,4 @@
 """Settings: dataclass defaults, then a TOML file, then key=value; and the one line that says what a user got wrong."""
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib
@@ -20,7 +18,6 @@ def fail(message: str) -> NoReturn:
     """One line on stderr and exit code 2: for what the user wrote. A bug of ours raises and shows its traceback."""
     print(message, file=sys.stderr)
     raise SystemExit(2)
-
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,24 @@ class Settings:
         )
         if self.quantize != "none" and not self.lora_rank:
             fail(f"quantize is '{self.quantize}', which cannot be trained: set lora_rank, e.g. lora_rank=16")
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """Settings of the scripts that learn from a data file."""
+
+    eval_data: str = ""              # JSONL of the same kind as data, held out; "" for none
+    template: str = ""               # chat template; "": the checkpoint's own, or zephyr
+    epochs: int = 1                  # passes over the data, 1-6
+    max_steps: int = 0               # stop after this many updates; 0: epochs decide
+    batch: int = 64                  # dialogues per update
+    max_length: int = 512            # tokens of a path, prompt and response, 128-4096; longer ones are cut and counted
+    eval_every: int = 0              # steps between evaluations; 0: at the end only
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, epochs=(1, inf), max_steps=(0, inf), batch=(1, inf), max_length=(2, inf),
+                     eval_every=(0, inf))
 
 
 # Keys of earlier versions, which config files and run folders may still hold.

@@ -1,6 +1,4 @@
 """What is done for CPUs, and why. PyTorch's own way in place of each would change rounding, time and memory alone."""
-from __future__ import annotations
-
 import ctypes
 import os
 from collections import defaultdict

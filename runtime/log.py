@@ -1,6 +1,4 @@
 """A run's log: metrics.jsonl, the live line on the terminal, wandb, and a profile if asked for."""
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json

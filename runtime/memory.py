@@ -15,8 +15,6 @@
 
     several GPUs       with full fine-tuning they share weights, gradients and moments; activations each has for itself
 """
-from __future__ import annotations
-
 from torch import nn
 
 

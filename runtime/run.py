@@ -3,8 +3,6 @@
     config.toml     resolved; `--config` on it repeats the run        metrics.jsonl   one line a step
     model/          the result, a Hugging Face directory              state/step_N/   what resuming needs
 """
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -12,6 +10,7 @@ import shutil
 import signal
 import tomllib
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -40,6 +39,11 @@ class Run:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{trained:,} parameters train, {steps} steps of {self.config.batch} {unit}, {self.done} done")
 
+    def steps_left(self) -> Iterator[int]:
+        """The steps that are not done, from 0, until the run is asked to stop."""
+        while self.done < self.steps and not self.stopping:
+            yield self.done
+
     def due(self, every: int, done: int) -> bool:
         """After `done` updates, is it time for what happens every `every` updates (0: never) and at the end?"""
         return done == self.steps or (every > 0 and done % every == 0)
@@ -49,6 +53,12 @@ class Run:
         self.done += 1
         self.writer.step(self.done, metrics)
         self.stopping = distributed.any_rank(self.stop_request)
+
+    def end_step(self, metrics: dict[str, float], model: nn.Module, optimizer: AdamW) -> None:
+        """Log the update, and save if it is time for that, or if the run was asked to stop."""
+        self.log(metrics)
+        if self.stopping or self.due(self.config.save_every, self.done):
+            self.save(model, optimizer)
 
     def last_metrics(self) -> dict[str, float]:
         """What the last update before this start has logged; {} at the beginning."""

@@ -12,7 +12,7 @@ import reward
 from checkpoints import load_model, save_model
 from data.formats import read
 from data.tokenizer import load_tokenizer
-from data.trees import trees_from_preferences
+from data.trees import trees_of
 from judging import rewards
 from judging.rewards import (
     SECTIONS,
@@ -307,7 +307,7 @@ def test_accuracy_is_that_of_the_training_scripts_report(checkpoints):
     words = [" ".join(rng.choices(["cat", "runs", "blue", "to", "the", "house", "seven"], k=rng.randint(2, 6)))
              for _ in range(60)]
     records = [pair(f"{i} {words[i]}", words[20 + i] + "!", words[40 + i], margin=1 + i % 3) for i in range(20)]
-    trees = trees_from_preferences(records, load_tokenizer(checkpoints["reward"]))
+    trees = trees_of(records, "preference", load_tokenizer(checkpoints["reward"]))
     model = load_model(checkpoints["reward"], dtype=torch.float32)
     theirs = reward.report(trees, reward.all_scores(model, trees, 4096, torch.device("cpu")))
     ours = preference_accuracy(records, load_scorer("reward", checkpoints["reward"]))

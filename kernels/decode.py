@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import jit, on_triton, tl
+from kernels import jit, on_triton, tl, without_onednn
 
 
 def decode_reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int | None = None) -> Tensor:
@@ -49,7 +49,8 @@ def decode_attention(
     if mask is None:
         mask = decode_mask(seen, k.shape[2], window, q.dtype)
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, G, E]: the heads of a group as queries of one sequence
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
+    with without_onednn(q.device):
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
 
 
 # ---------------------------------------------------------------------------------- the Triton version

@@ -333,6 +333,10 @@ class Role(nn.Module):
         with adapter(self.base, self.name):
             return self.base.logits(hidden)
 
+    def pack(self) -> None:
+        with adapter(self.base, self.name):
+            self.base.pack()
+
     scores = Transformer.scores
 
 

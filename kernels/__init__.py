@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from runtime import cpu
-from runtime.cpu import without_onednn  # noqa: F401  for model.py, which imports kernels alone
+
+# For model.py, which imports kernels alone.
+from runtime.cpu import PackedLinear, can_pack, without_onednn  # noqa: F401
 from runtime.device import INTERPRETED, on_triton, tl, triton, use  # noqa: F401
 
 

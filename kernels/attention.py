@@ -94,7 +94,8 @@ class Rows:
     slot: Tensor          # [n] the slots that are not padding
     token: Tensor         # [n] their token index
     real: Tensor          # [S, 1, 1, L, 1] False where a query is padding
-    blocks: list[tuple]   # (rows r, first query, last + 1, last key + 1, mask of unseen keys [r, 1, 1, queries, keys])
+    blocks: list[tuple]   # (rows r, first query, last + 1, last key + 1, first key that some query does not see,
+    #                       mask of unseen keys from there on [r, 1, 1, queries, keys])
 
     @staticmethod
     def build(layout: Layout, members: Tensor, heads: int, window: int | None) -> Rows:
@@ -115,9 +116,12 @@ class Rows:
             end = longest_prefix + b
             step = max(1, SCORES_AT_ONCE // (heads * (b - a) * end))
             for r in (slice(r, r + step) for r in range(0, count, step)):
-                distance = query_place[r, a:b, None] - key_place[r, None, :end]
+                # Without a window or padding in the prefix, all keys before the diagonal are seen.
+                whole = window is None and int(prefix[r].min()) == longest_prefix
+                masked = longest_prefix + a if whole else 0
+                distance = query_place[r, a:b, None] - key_place[r, None, masked:end]
                 unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
-                blocks.append((r, a, b, end, unseen[:, None, None]))
+                blocks.append((r, a, b, end, masked, unseen[:, None, None]))
         slot = real.flatten().nonzero()[:, 0]
         query, key = own.flatten(), torch.cat([trunk, own], 1).flatten()
         return Rows(query, key, slot, query[slot], real[:, None, None, :, None], blocks)
@@ -146,26 +150,27 @@ class _RowAttention(torch.autograd.Function):
             for rows in groups:
                 rq, rk, rv = _padded_qkv(q, k, v, rows)
                 ro = torch.empty_like(rq)
-                for r, a, b, end, unseen in rows.blocks:
+                for r, a, b, end, masked, unseen in rows.blocks:
                     # [r, K, G, b - a, end]
                     scores = _matmul(rq[r, :, :, a:b] * scale, rk[r, :, :end].transpose(-1, -2))
                     capped = None
                     if softcap is not None:
                         capped = torch.tanh(scores / softcap)
                         scores = capped * softcap
-                    p = torch.softmax(scores.masked_fill_(unseen, float("-inf")), -1)
+                    scores[..., masked:].masked_fill_(unseen, float("-inf"))
+                    p = torch.softmax(scores, -1)
                     ro[r, :, :, a:b] = _matmul(p, rv[r, :, :end])
                     if any(ctx.needs_input_grad):
-                        kept.append((p, capped))
+                        kept += [p] if capped is None else [p, capped]
                 _unpad(ro.flatten(1, 2), rows, out)
-        ctx.save_for_backward(q, k, v, out)
-        ctx.saved = groups, kept, scale
+        ctx.save_for_backward(q, k, v, out, *kept)  # not in ctx itself, where gradient checkpointing would not see them
+        ctx.options = groups, softcap, scale
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out = ctx.saved_tensors
-        groups, kept, scale = ctx.saved
+        q, k, v, out, *kept = ctx.saved_tensors
+        groups, softcap, scale = ctx.options
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         delta = (dout * out).sum(-1, keepdim=True)                                   # [N, H, 1]
         blocks = iter(kept)
@@ -175,8 +180,8 @@ class _RowAttention(torch.autograd.Function):
                 rdo = _padded(dout, rows.query, rows, k.shape[1]) * rows.real
                 rdelta = _padded(delta, rows.query, rows, k.shape[1]) * rows.real        # [S, K, G, L, 1]
                 rdq, rdk, rdv = torch.empty_like(rq), torch.zeros_like(rk), torch.zeros_like(rv)
-                for r, a, b, end, _ in rows.blocks:
-                    p, capped = next(blocks)
+                for r, a, b, end, _, _ in rows.blocks:
+                    p, capped = next(blocks), None if softcap is None else next(blocks)
                     do = rdo[r, :, :, a:b]
                     ds = _matmul(do, rv[r, :, :end].transpose(-1, -2)).sub_(rdelta[r, :, :, a:b]).mul_(p)
                     if capped is not None:

@@ -11,21 +11,28 @@ merges their results in a fixed order. For the keys of part c, in base 2:
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import jit, on_triton, tl, without_onednn
 
 
 def decode_reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int | None = None) -> Tensor:
-    """The definition of `decode_attention` and its PyTorch version."""
+    """The definition of `decode_attention`."""
     grouped = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5    # [B, K, G, E]
     scores = torch.matmul(grouped, k.transpose(-1, -2))                 # [B, K, G, S]
-    place = torch.arange(k.shape[2], device=q.device)
-    unseen = place >= seen[:, None]                                     # [B, S]
+    scores += decode_mask(seen, k.shape[2], window, q.dtype)
+    return torch.matmul(torch.softmax(scores, -1), v).flatten(1, 2)
+
+
+def decode_mask(seen: Tensor, size: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[B, 1, 1, S]: 0 for a cached token that counts, -inf for another."""
+    place = torch.arange(size, device=seen.device)
+    unseen = place >= seen[:, None]
     if window is not None:
         unseen |= place < seen[:, None] - window
-    scores.masked_fill_(unseen[:, None, None], float("-inf"))
-    return torch.matmul(torch.softmax(scores, -1), v).flatten(1, 2)
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(unseen, float("-inf"))[:, None, None]
 
 
 def decode_attention(
@@ -34,12 +41,16 @@ def decode_attention(
     v: Tensor,       # [B, K, S, E]
     seen: Tensor,    # [B] cached tokens that count: the first seen[b] of row b
     window: int | None = None,  # tokens a query sees, itself included; None: all
+    mask: Tensor | None = None,  # of `decode_mask`, where layers share one; PyTorch's version alone reads it
 ) -> Tensor:
     """Attention of one new token per sequence to its cache, [B, H, E]. No gradient."""
     if on_triton(q):
         return _decode_in_parts(q, k, v, seen, window)
+    if mask is None:
+        mask = decode_mask(seen, k.shape[2], window, q.dtype)
+    grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, G, E]: the heads of a group as queries of one sequence
     with without_onednn(q.device):
-        return decode_reference(q, k, v, seen, window)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
 
 
 # ---------------------------------------------------------------------------------- the Triton version

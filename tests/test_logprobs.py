@@ -118,6 +118,29 @@ def test_memory_at_its_peak_is_below_256_mib(monkeypatch):
     assert 24 * 2**20 < max(held) < 32 * 2**20
 
 
+def test_without_gradients_no_errors_are_kept(monkeypatch):
+    """Chunks of 2 MiB of logits, 16 MiB in all: one chunk at a time is held, whether the head could train or not."""
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 2 * 2**20)
+    hidden, weight = torch.randn(256, 16), torch.randn(16384, 16, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
+        linear_logprobs(hidden, weight, torch.randint(0, 16384, (256,)))
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    assert 2 * 2**20 <= max(held) < 3 * 2**20
+
+
+def test_a_large_vocabulary_adds_no_bias():
+    """Of 256 rows of 49,152 logits: PyTorch's log_softmax is 9e-7 too high on average, a reply of 100 tokens 9e-5."""
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(256, 49152, generator=generator) * 3, torch.arange(256)
+    weight = logits.t().contiguous()
+    true = torch.log_softmax(logits.double(), 1)[targets, targets]
+    found = linear_logprobs(torch.eye(256), weight, targets)[0].double()
+    plain = torch.log_softmax(logits, 1)[targets, targets].double()
+    assert (found - true).abs().max() < 3e-6 and (found - true).mean().abs() < 3e-7
+    assert (plain - true).mean().abs() > (found - true).mean().abs()
+
+
 # ---------------------------------------------------------------- Triton, on a GPU or interpreted
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}

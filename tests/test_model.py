@@ -4,13 +4,17 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CONFIGS, FAMILIES, FIXTURES, reference, small_model
 from safetensors.torch import load_file
 
+import model
 from checkpoints import load_model, parameters_by_tensor
+from kernels import PackedLinear, can_pack
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from kernels.sampling import DRAWS, in_nucleus, keep_top_k, sample_tokens
+from lora import add_lora
 from model import KVCache, RMSNorm, generate
 
 
@@ -119,6 +123,79 @@ def test_sampler_log_probs_equal_those_of_the_training_forward():
             hidden = model.hidden(path, torch.arange(len(path)), Layout.build([len(path)]))[len(prompt) - 1 : -1]
             forward, _ = linear_logprobs(hidden, model.head_weight, path[len(prompt) :], temperature=0.7)
             assert torch.allclose(forward, torch.tensor(sample.logprobs, dtype=torch.float64), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_packed_product_is_that_of_the_layers_apart(dtype):
+    """Two weights, the second with a bias, 1 to 40 rows: errors against float64 at most 1.5 times PyTorch's."""
+    dtype, generator = getattr(torch, dtype), torch.Generator().manual_seed(0)
+    if not can_pack(torch.zeros(1, 1), dtype):
+        pytest.skip("this CPU's oneDNN does not multiply bf16")
+    first, second, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((40, 48), (24, 48), (24,)))
+    packed = PackedLinear([first, second], [None, bias], dtype)
+    for rows in (1, 2, 16, 40):
+        x = torch.randn(rows, 48, generator=generator).to(dtype)
+        true = torch.cat([x.double() @ first.double().t(), x.double() @ second.double().t() + bias.double()], 1)
+        plain = torch.cat([x @ first.t(), F.linear(x, second, bias)], 1)
+        found = packed(x)
+        assert found.dtype == dtype
+        assert (found - true).abs().max() <= max(1e-5, 1.5 * (plain - true).abs().max().item())
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"qkv_bias": True, "mlp_bias": True, "out_bias": True}, {"gated": False, "activation": "gelu"},
+    {"qk_norm": True, "parallel": True, "norms": 1}, {"tied": False, "window": 6}, {"lora": ("q_proj", "down_proj")},
+])
+def test_decoding_with_packed_weights_draws_the_same(fields, monkeypatch):
+    fields = dict(fields)
+    targets = fields.pop("lora", None)
+    network = small_model(dtype=torch.float32, scale=20.0, **fields)
+    if targets:
+        add_lora(network, 4, 8, targets=targets)
+        for layer in network.lora_layers:
+            torch.nn.init.normal_(layer.adapters["default"].B)
+    settings = dict(max_tokens=12, n=2, temperature=0.9, slots=4, seed=3)
+    found = {}
+    for after in (10**6, 1, 4):
+        monkeypatch.setattr(model, "PACK_AFTER", after)
+        found[after] = [s for samples in generate(network, [[1, 2, 3], [4], [5, 6]], **settings) for s in samples]
+        packed = [module for module in network.modules() if getattr(module, "packed", None) is not None]
+        assert not packed and network.packed_head is None  # the copies are gone
+    for after in (1, 4):
+        for ours, plain in zip(found[after], found[10**6], strict=True):
+            assert ours.tokens == plain.tokens
+            assert ours.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
+
+
+def test_packed_weights_are_made_anew_for_every_call_and_dropped_after_an_error(monkeypatch):
+    monkeypatch.setattr(model, "PACK_AFTER", 1)
+    network = small_model(dtype=torch.float32)
+    before = generate(network, [[1, 2]], 6, temperature=0)[0][0]
+    with torch.no_grad():
+        network.embed_tokens.weight.mul_(0.5)
+    after = generate(network, [[1, 2]], 6, temperature=0)[0][0]
+    monkeypatch.setattr(model, "PACK_AFTER", 10**6)
+    assert after.logprobs == pytest.approx(generate(network, [[1, 2]], 6, temperature=0)[0][0].logprobs, abs=1e-5)
+    assert after.logprobs != pytest.approx(before.logprobs, abs=1e-3)
+    monkeypatch.setattr(model, "PACK_AFTER", 1)
+    monkeypatch.setattr(model.Decoder, "_draw", lambda self, chosen, _: 1 / 0 if self.steps else
+                        [s.tokens.append(1) for s in chosen])
+    with pytest.raises(ZeroDivisionError):
+        generate(network, [[1, 2]], 6)
+    assert network.packed_head is None and network.layers[0].self_attn.packed is None
+
+
+def test_with_checkpointing_no_probabilities_outlive_the_forward_pass():
+    """4 blocks, 8 heads, 1,024 tokens: probabilities alone take at least 64 MiB (half of 4 * 8 * 1024^2 * 4 bytes),
+    the blocks' inputs 0.5 MiB."""
+    network = small_model(width=32, layers=4, heads=8, kv_heads=8, dtype=torch.float32)
+    network.checkpointing = True
+    tokens, layout = torch.randint(0, 40, (1024,)), Layout.build([1024])
+    network.hidden(tokens, torch.arange(1024), layout)  # makes the layout's plan, which stays
+    with torch.profiler.profile(profile_memory=True) as profile:
+        hidden = network.hidden(tokens, torch.arange(1024), layout)
+    held = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    assert hidden.requires_grad and 2**18 < held < 8 * 2**20
 
 
 def test_cached_decoding_equals_running_the_whole_path(case):

@@ -23,15 +23,14 @@ def attention_builds(sm: int) -> list[Build]:
         inputs = dict.fromkeys(("q", "k", "v"), "*" + dtype) | {"table": "*i32", "tiles": "*i32", "scale": "fp32"}
         upstream = {"dout": "*" + dtype, "lse": "*fp32", "delta": "*fp32"}
         kernels = (("forward", attention._forward, {"out": "*" + dtype, "lse": "*fp32"}),
-                   ("dQ", attention._dq, upstream | {"dq_out": "*" + dtype}),
+                   ("dQ", attention._dq, upstream | {"out": "*" + dtype, "dq_out": "*" + dtype}),
                    ("dK dV", attention._dkdv, upstream | {"dk_out": "*" + dtype, "dv_out": "*" + dtype,
                                                           "part_heads": "i32", "size": "i32:16"}))
         configs = attention.CONFIG_FP32 if dtype == "fp32" else attention.CONFIGS[sm][width]
         for (name, kernel, added), (queries, keys, warps, stages) in zip(kernels, configs, strict=True):
             arguments = inputs | added | shape | {"QUERIES": queries, "KEYS": keys}
             found.append(Build(f"attention {name}, {variant}", kernel, arguments, warps, stages, dtype == "bf16"))
-    rows = {"dout": "*bf16", "out": "*bf16", "delta": "*fp32", "count": "i32", "E": 128, "WIDTH": 128, "ROWS": 16}
-    return [*found, Build("attention delta", attention._delta, rows, 4, 1, wide=True)]
+    return found
 
 
 def decode_builds() -> list[Build]:

@@ -447,8 +447,9 @@ def _forward(q, k, v, out, lse, table, tiles, scale, H: tl.constexpr, K: tl.cons
     largest, total = tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32)
     # Blocks of keys that every query sees need no mask; those on the diagonal do, and with a window all do.
     first, diagonal, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
-    acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end,
-                                  first, diagonal, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
+    if WINDOW == 0:
+        acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, first,
+                                      diagonal, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
     acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end,
                                   diagonal, end, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
     _write_rows(out, start + rows, inside, head, acc / total[:, None], H, E, WIDTH)
@@ -508,8 +509,9 @@ def _dq(q, k, v, out, dout, lse, delta, dq_out, table, tiles, scale, H: tl.const
     tl.store(delta + at, delta_rows, mask=inside)
     dq = tl.zeros([QUERIES, WIDTH], tl.float32)
     first, diagonal, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
-    dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, first, diagonal,
-                  scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
+    if WINDOW == 0:
+        dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, first, diagonal,
+                      scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
     dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, diagonal, end,
                   scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
     _write_rows(dq_out, start + rows, inside, head, dq * scale, H, E, WIDTH)
@@ -541,15 +543,16 @@ def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, part_h
                          tl.where(branch >= offset + KEYS, 0, last))
         if WINDOW:
             last = tl.minimum(last, prefix + offset + KEYS - 1 + WINDOW - branch)
-            clear = last
+            clear = last  # all do
         for head in range(kv_head * (H // K) + part * part_heads,
                           kv_head * (H // K) + tl.minimum(part * part_heads + part_heads, H // K)):
             dk, dv = _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, reader_start, reader_length,
                                 branch, limit, first, tl.minimum(clear, last), scale, head, H, E, WIDTH, WINDOW,
                                 SOFTCAP, QUERIES, True)
-            dk, dv = _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, reader_start, reader_length,
-                                branch, limit, tl.maximum(first, clear), last, scale, head, H, E, WIDTH, WINDOW,
-                                SOFTCAP, QUERIES, False)
+            if WINDOW == 0:
+                dk, dv = _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, reader_start,
+                                    reader_length, branch, limit, tl.maximum(first, clear), last, scale, head, H, E,
+                                    WIDTH, WINDOW, SOFTCAP, QUERIES, False)
     row = tl.load(tile + 4) + tl.arange(0, KEYS)
     _write_rows(dk_out + part.to(tl.int64) * size, row, inside, kv_head, dk * scale, K, E, WIDTH)
     _write_rows(dv_out + part.to(tl.int64) * size, row, inside, kv_head, dv, K, E, WIDTH)

@@ -2,8 +2,8 @@
 
 Every key and value is read once and used for the G = H / K query heads that share it: 2 G operations per byte in
 bf16, so memory bandwidth is the limit. A small batch has too few (sequence, head) pairs to fill a GPU with programs;
-the Triton version therefore cuts each cache into parts (Dao et al. 2023, "Flash-Decoding"), one program each, and
-merges their results in a fixed order. For the keys of part c, in base 2:
+the Triton version therefore cuts what each query sees into parts (Dao et al. 2023, "Flash-Decoding"), one program
+each, and merges their results in a fixed order. For the keys of part c, in base 2:
 
     m_c = max s      l_c = sum 2^(s - m_c)      o_c = sum 2^(s - m_c) v
     out = sum_c 2^(m_c - m) o_c / sum_c 2^(m_c - m) l_c,   m = max m_c
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import jit, on_triton, tl, without_onednn
+from kernels import jit, launch, on_triton, tl, without_onednn
 
 
 def decode_reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int | None = None) -> Tensor:
@@ -56,31 +56,38 @@ def _decode_in_parts(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int 
     batch, heads, width = q.shape
     kv_heads, room = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    # From the cache's size, not from `seen`: reading that back would sync the GPU.
+    # How many from the cache's size, for reading `seen` back would sync the GPU; a program finds its part from `seen`.
     parts = max(1, min(-(-room // PART), -(-PROGRAMS // (batch * kv_heads)), MOST_PARTS))
-    partial = torch.empty(batch, heads, parts, width + 2, dtype=torch.float32, device=q.device)  # o, m, l
-    out = torch.empty_like(q)
+    out, alone = torch.empty_like(q), parts == 1
+    partial = out if alone else torch.empty(batch, heads, parts, width + 2, dtype=torch.float32, device=q.device)
     padded_width = max(16, 1 << (width - 1).bit_length())
-    _part[batch * kv_heads, parts](
-        q.contiguous(), k, v, seen, partial, width**-0.5, *k.stride()[:3], *v.stride()[:3], parts, -(-room // parts),
-        K=kv_heads, G=group, GROUP=max(16, 1 << (group - 1).bit_length()), E=width, WIDTH=padded_width,
-        WINDOW=window or 0, KEYS=KEYS, num_warps=WARPS, num_stages=STAGES[q.element_size()])
-    _merge[batch * heads,](
-        partial, out, parts, E=width, WIDTH=padded_width, PARTS=max(1, 1 << (parts - 1).bit_length()), num_warps=4)
+    launch(_part, (batch * kv_heads, parts), q.contiguous(), k, v, seen, partial, width**-0.5, *k.stride()[:3],
+           *v.stride()[:3], parts, K=kv_heads, G=group, GROUP=max(16, 1 << (group - 1).bit_length()), E=width,
+           WIDTH=padded_width, WINDOW=window or 0, PART=PART, ALONE=alone, KEYS=KEYS, num_warps=WARPS,
+           num_stages=STAGES[q.element_size()])
+    if not alone:
+        launch(_merge, (batch * heads,), partial, out, parts, E=width, WIDTH=padded_width,
+               PARTS=1 << (parts - 1).bit_length(), num_warps=4)
     return out
 
 
 @jit
-def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head, v_row, parts, size,
+def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head, v_row, parts,
           K: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
-          WINDOW: tl.constexpr, KEYS: tl.constexpr):
-    """o, m and l of the keys part * size .. of one sequence and KV head, for its G query heads; rows beyond G idle."""
+          WINDOW: tl.constexpr, PART: tl.constexpr, ALONE: tl.constexpr, KEYS: tl.constexpr):
+    """o, m and l of one part of what one sequence sees, for the G query heads of one KV head; rows beyond G idle.
+
+    ALONE, the only part, gives the result. Of a short sequence the last parts are empty.
+    """
     row, part = tl.program_id(0), tl.program_id(1)
     sequence, kv_head = row // K, row % K
     count = tl.load(seen + sequence).to(tl.int32)
-    first, last = part * size, tl.minimum(part * size + size, count)
+    start = 0
     if WINDOW:
-        first = tl.maximum(first, count - WINDOW)
+        start = tl.maximum(count - WINDOW, 0)
+    size = tl.maximum(tl.cdiv(tl.cdiv(count - start, parts), KEYS) * KEYS, PART)
+    first = start + part * size
+    last = tl.minimum(first + size, count)
     group, columns = tl.arange(0, GROUP), tl.arange(0, WIDTH)
     heads = sequence.to(tl.int64) * (K * G) + kv_head * G + group
     real = (group < G)[:, None] & (columns < E)[None, :]
@@ -102,10 +109,14 @@ def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head
         tile_v = tl.load(v + keys[:, None].to(tl.int64) * v_row + columns[None, :], mask=inside, other=0.0)
         acc = tl.dot(p.to(tile_v.dtype), tile_v, acc * shrink[:, None], input_precision="ieee")
         largest = higher
-    to = partial + (heads * parts + part) * (E + 2)
-    tl.store(to[:, None] + columns[None, :], acc, mask=real)
-    tl.store(to + E, largest, mask=group < G)
-    tl.store(to + E + 1, total, mask=group < G)
+    if ALONE:
+        found = (acc / total[:, None]).to(partial.dtype.element_ty)
+        tl.store(partial + heads[:, None] * E + columns[None, :], found, mask=real)
+    else:
+        to = partial + (heads * parts + part) * (E + 2)
+        tl.store(to[:, None] + columns[None, :], acc, mask=real)
+        tl.store(to + E, largest, mask=group < G)
+        tl.store(to + E + 1, total, mask=group < G)
 
 
 @jit

@@ -213,7 +213,7 @@ class _TileLogprobs(torch.autograd.Function):
         dhidden = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         g, g_entropy = g.contiguous(), g_entropy.contiguous()
-        # Whole tiles of W, or all of a small vocabulary. Rows of dz start at multiples of 16 bytes, as descriptors must.
+        # Whole tiles of W, or all of a small vocabulary. Rows of dz start at multiples of 16 bytes: descriptors must.
         block = tiles["BLOCK_V"]
         fitting = min(SLICE, WORKSPACE_BYTES // (hidden.element_size() * count)) // block * block
         step = min(max(block, fitting), triton.cdiv(vocab, 16) * 16)

@@ -304,8 +304,8 @@ def test_decoding_by_graphs_changes_no_token(monkeypatch):
             self.logits.copy_(self.step())
 
     def capture(self, tokens, positions):
-        logits = self.step(tokens, positions, self.room)
-        return Repeated(lambda: self.step(tokens, positions, self.room), logits), tokens, positions, logits
+        logits = self.step(tokens, positions, self.cache.room)
+        return Repeated(lambda: self.step(tokens, positions, self.cache.room), logits), tokens, positions, logits
 
     gpu = torch.cuda.is_available()
     network = small_model(dtype=torch.float32, scale=3.0).to("cuda" if gpu else "cpu")

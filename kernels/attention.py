@@ -226,20 +226,23 @@ def _matmul_t(a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------- the Triton version
 
 # (queries, keys, warps, stages) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256): the
-# largest tried whose registers Triton 3.9 does not spill (3.6 spills 22 in dK/dV of 128 with a softcap on sm_90). They
-# fit thanks to `disable_licm` (without it dK/dV of 64 x 128 spilled 110 times), and because the loads of keys are
-# written out in both `_attend` and `_dq_walk`: with one function for both, dQ spills.
+# largest tried whose registers Triton 3.9 does not spill. Triton lays all warps of the scores along the rows of their
+# tile, 16 rows each: with fewer rows (queries, for dK/dV keys) than that, warps compute the same products. They do only
+# in dK/dV of heads of 256, whose sums fit in no other way. The tiles fit thanks to `disable_licm` (without it dK/dV
+# of 64 x 128 spilled 110 times), and because the loads of keys are written out in both `_attend` and `_dq_walk`: with
+# one function for both, dQ spills.
 CONFIGS = {
     80: {64: ((128, 64, 8, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
-         128: ((128, 32, 8, 1), (64, 32, 8, 2), (32, 64, 8, 2)),
-         256: ((64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1))},
+         128: ((128, 32, 8, 1), (64, 64, 8, 2), (64, 64, 8, 1)),
+         256: ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1))},
     90: {64: ((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-         128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
-         256: ((64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1))},
+         128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 1)),
+         256: ((128, 64, 8, 1), (128, 32, 8, 1), (32, 64, 8, 1))},
     100: {64: ((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 1)),
           128: ((128, 64, 8, 3), (64, 64, 8, 1), (64, 128, 8, 1)),
           256: ((128, 32, 8, 2), (64, 32, 8, 1), (64, 64, 8, 1))},
 }
+SOFTCAPPED = {(90, 128): ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 1))}  # where the softcap's slope would spill
 PROGRAMS = 264   # that keep an H100 or H200 busy: two per multiprocessor
 MOST_PARTS = 16  # of one tile of keys
 CONFIG_FP32 = ((16, 16, 8, 1),) * 3  # no matrix units: for tests, not for speed
@@ -251,7 +254,7 @@ class _TileAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout, window, softcap, scale):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        config = _config(q)
+        config = _config(q, softcap)
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)  # [N, H], L of the header
         queries, keys, warps, stages = config[0]
@@ -295,12 +298,16 @@ class _TileAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def _config(q: Tensor) -> tuple:
-    by_width = CONFIGS[architecture(q.device)]
-    fitting = [width for width in sorted(by_width) if width >= q.shape[-1]]
-    if not fitting:
-        raise ValueError(f"heads are {q.shape[-1]} wide, expected at most {max(by_width)}: use kernels=torch")
-    return CONFIG_FP32 if q.dtype == torch.float32 else by_width[fitting[0]]
+def _config(q: Tensor, softcap: float | None) -> tuple:
+    sm = architecture(q.device)
+    width = next((width for width in sorted(CONFIGS[sm]) if width >= q.shape[-1]), None)
+    if width is None:
+        raise ValueError(f"heads are {q.shape[-1]} wide, expected at most {max(CONFIGS[sm])}: use kernels=torch")
+    return CONFIG_FP32 if q.dtype == torch.float32 else tile_sizes(sm, width, softcap)
+
+
+def tile_sizes(sm: int, width: int, softcap: float | None) -> tuple:
+    return softcap and SOFTCAPPED.get((sm, width)) or CONFIGS[sm][width]
 
 
 def _shape(q: Tensor, k: Tensor, window: int | None, softcap: float | None) -> dict:
@@ -500,13 +507,12 @@ def _dq(q, k, v, out, dout, lse, delta, dq_out, table, tiles, scale, H: tl.const
     start, length, trunk, prefix, offset, _ = _segment(table, tiles + 2 * tl.program_id(1))
     rows = offset + tl.arange(0, QUERIES)
     places, inside = prefix + rows, rows < length
-    queries = _rows(q, start + rows, inside, head, H, E, WIDTH)
-    do = _rows(dout, start + rows, inside, head, H, E, WIDTH)
     at = (start + rows).to(tl.int64) * H + head
-    lse_rows = tl.load(lse + at, mask=inside, other=0.0)
-    rows_out = _rows(out, start + rows, inside, head, H, E, WIDTH)
-    delta_rows = tl.sum(do.to(tl.float32) * rows_out.to(tl.float32), 1)
+    do, o = _rows(dout, start + rows, inside, head, H, E, WIDTH), _rows(out, start + rows, inside, head, H, E, WIDTH)
+    delta_rows = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta + at, delta_rows, mask=inside)
+    queries = _rows(q, start + rows, inside, head, H, E, WIDTH)
+    lse_rows = tl.load(lse + at, mask=inside, other=0.0)
     dq = tl.zeros([QUERIES, WIDTH], tl.float32)
     first, diagonal, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
     if WINDOW == 0:

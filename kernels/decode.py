@@ -58,26 +58,26 @@ def _decode_in_parts(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int 
     group = heads // kv_heads
     # How many from the cache's size, for reading `seen` back would sync the GPU; a program finds its part from `seen`.
     parts = max(1, min(-(-room // PART), -(-PROGRAMS // (batch * kv_heads)), MOST_PARTS))
-    out, alone = torch.empty_like(q), parts == 1
-    partial = out if alone else torch.empty(batch, heads, parts, width + 2, dtype=torch.float32, device=q.device)
+    parts = 1 << (parts - 1).bit_length()
+    out = torch.empty_like(q)
+    partial = out if parts == 1 else torch.empty(batch, heads, parts, width + 2, dtype=torch.float32, device=q.device)
     padded_width = max(16, 1 << (width - 1).bit_length())
     launch(_part, (batch * kv_heads, parts), q.contiguous(), k, v, seen, partial, width**-0.5, *k.stride()[:3],
-           *v.stride()[:3], parts, K=kv_heads, G=group, GROUP=max(16, 1 << (group - 1).bit_length()), E=width,
-           WIDTH=padded_width, WINDOW=window or 0, PART=PART, ALONE=alone, KEYS=KEYS, num_warps=WARPS,
+           *v.stride()[:3], K=kv_heads, G=group, GROUP=max(16, 1 << (group - 1).bit_length()), E=width,
+           WIDTH=padded_width, WINDOW=window or 0, PARTS=parts, PART=PART, KEYS=KEYS, num_warps=WARPS,
            num_stages=STAGES[q.element_size()])
-    if not alone:
-        launch(_merge, (batch * heads,), partial, out, parts, E=width, WIDTH=padded_width,
-               PARTS=1 << (parts - 1).bit_length(), num_warps=4)
+    if parts > 1:
+        launch(_merge, (batch * heads,), partial, out, E=width, WIDTH=padded_width, PARTS=parts, num_warps=4)
     return out
 
 
 @jit
-def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head, v_row, parts,
+def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head, v_row,
           K: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
-          WINDOW: tl.constexpr, PART: tl.constexpr, ALONE: tl.constexpr, KEYS: tl.constexpr):
+          WINDOW: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr):
     """o, m and l of one part of what one sequence sees, for the G query heads of one KV head; rows beyond G idle.
 
-    ALONE, the only part, gives the result. Of a short sequence the last parts are empty.
+    A part has at least PART keys; of a short sequence the last ones are empty. An only part gives the result itself.
     """
     row, part = tl.program_id(0), tl.program_id(1)
     sequence, kv_head = row // K, row % K
@@ -85,7 +85,7 @@ def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head
     start = 0
     if WINDOW:
         start = tl.maximum(count - WINDOW, 0)
-    size = tl.maximum(tl.cdiv(tl.cdiv(count - start, parts), KEYS) * KEYS, PART)
+    size = tl.maximum((count - start + PARTS * KEYS - 1) // (PARTS * KEYS) * KEYS, PART)
     first = start + part * size
     last = tl.minimum(first + size, count)
     group, columns = tl.arange(0, GROUP), tl.arange(0, WIDTH)
@@ -109,26 +109,24 @@ def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head
         tile_v = tl.load(v + keys[:, None].to(tl.int64) * v_row + columns[None, :], mask=inside, other=0.0)
         acc = tl.dot(p.to(tile_v.dtype), tile_v, acc * shrink[:, None], input_precision="ieee")
         largest = higher
-    if ALONE:
+    if PARTS == 1:
         found = (acc / total[:, None]).to(partial.dtype.element_ty)
         tl.store(partial + heads[:, None] * E + columns[None, :], found, mask=real)
     else:
-        to = partial + (heads * parts + part) * (E + 2)
+        to = partial + (heads * PARTS + part) * (E + 2)
         tl.store(to[:, None] + columns[None, :], acc, mask=real)
         tl.store(to + E, largest, mask=group < G)
         tl.store(to + E + 1, total, mask=group < G)
 
 
 @jit
-def _merge(partial, out, parts, E: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+def _merge(partial, out, E: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """The parts of one sequence and head, summed with the weights of the header."""
     row = tl.program_id(0).to(tl.int64)
     part, columns = tl.arange(0, PARTS), tl.arange(0, WIDTH)
-    start = partial + (row * parts + part) * (E + 2)
-    largest = tl.load(start + E, mask=part < parts, other=-1e30)
-    total = tl.load(start + E + 1, mask=part < parts, other=0.0)
-    real = (part < parts)[:, None] & (columns < E)[None, :]
-    acc = tl.load(start[:, None] + columns[None, :], mask=real, other=0.0)
+    start = partial + (row * PARTS + part) * (E + 2)
+    largest, total = tl.load(start + E), tl.load(start + E + 1)
+    acc = tl.load(start[:, None] + columns[None, :], mask=(columns < E)[None, :], other=0.0)
     weight = tl.exp2(largest - tl.max(largest, 0))
     merged = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
     tl.store(out + row * E + columns, merged.to(out.dtype.element_ty), mask=columns < E)

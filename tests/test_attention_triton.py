@@ -249,7 +249,7 @@ def test_decoding_cuts_what_is_seen_not_the_cache(on_triton, window, counts):
     q, cache = torch.zeros(1, 1, 16, device=DEVICE), torch.zeros(1, 1, 400, 16, device=DEVICE)
     partial = torch.empty(1, 1, 4, 18, device=DEVICE)
     launch(decode._part, (1, 4), q, cache, cache, torch.tensor([60], device=DEVICE), partial, 1.0, *cache.stride()[:3],
-           *cache.stride()[:3], 4, K=1, G=1, GROUP=16, E=16, WIDTH=16, WINDOW=window, PART=16, ALONE=False, KEYS=16)
+           *cache.stride()[:3], K=1, G=1, GROUP=16, E=16, WIDTH=16, WINDOW=window, PARTS=4, PART=16, KEYS=16)
     assert partial[0, 0, :, 17].tolist() == counts
 
 

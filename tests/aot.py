@@ -133,7 +133,8 @@ def inspect(build: Build, sm: int, before: dict, everything: bool) -> dict:
 
     row = {"kernel": build.name, "sm": sm, "matmul": build.matmul, "wide": build.wide, "compiled": False}
     try:
-        key = f"{source(build).hash()} {build.warps} {build.stages} {triton.__version__}" + " unfused" * (not build.fusion)
+        key = f"{source(build).hash()} {build.warps} {build.stages} {triton.__version__}"
+        key += " unfused" * (not build.fusion)
         row["key"] = hashlib.sha256(key.encode()).hexdigest()[:16]
         if before.get("key") == row["key"] and not everything:
             return row | before | {"serialized": False}

@@ -113,7 +113,8 @@ def test_processes_that_build_share_the_contests_and_time_nothing(tmp_path):
     for i in range(2):
         bench = Bench("toy", CPU, 60, tmp_path / "rows", (i, 2))
         for number in range(5):
-            works = {"ours": Work(lambda x, n=number: ran.append((i, n)) or x, (torch.ones(1, requires_grad=True),)),
+            x = torch.ones(1, requires_grad=True)
+            works = {"ours": Work(lambda x, done=(i, number): ran.append(done) or x, (x,)),
                      "other": Work(lambda: 1 / 0)}
             bench.compare("toy", str(number), works, {"forward": 1, "both": 3}, "GB/s")
         assert bench.check("toy", "", Work(lambda: 1 / 0), None)

@@ -61,8 +61,10 @@ def made(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 frozen = lora.NF4Linear(torch.nn.Linear(64, 4, bias=False))
 FUNCTIONS = {
-    "attention": (lambda q, k, v: attention(q, k, v, Layout.build([4]).to(q.device)), made((4, 2, 16), (4, 1, 16), (4, 1, 16))),
-    "logprobs": (lambda h, w: linear_logprobs(h, w, torch.tensor([1, 5, 2], device=h.device))[0], made((3, 16), (20, 16))),
+    "attention": (lambda q, k, v: attention(q, k, v, Layout.build([4]).to(q.device)),
+                  made((4, 2, 16), (4, 1, 16), (4, 1, 16))),
+    "logprobs": (lambda h, w: linear_logprobs(h, w, torch.tensor([1, 5, 2], device=h.device))[0],
+                 made((3, 16), (20, 16))),
     "rms_norm": (lambda x, w: fused.rms_norm(x, w, 1e-5), made((3, 16), (16,))),
     "rotary": (fused.rotary, made((3, 2, 16), (3, 1, 16), (3, 1, 16))),
     "swiglu": (fused.swiglu, made((3, 16), (3, 16))),
@@ -75,7 +77,8 @@ FUNCTIONS = {
 def test_a_second_derivative_is_refused(name, version):
     """It would be silently wrong: what the forward kept is a constant to autograd. swiglu in PyTorch is autograd's."""
     function, inputs = FUNCTIONS[name]
-    inputs = [x.requires_grad_() if version == "torch" else x.to(DEVICE, torch.float32).requires_grad_() for x in inputs]
+    target = ("cpu", torch.float64) if version == "torch" else (DEVICE, torch.float32)
+    inputs = [x.to(*target).detach().requires_grad_() for x in inputs]
     kernels.use(version)
     try:
         first = torch.autograd.grad((function(*inputs) ** 2).sum(), inputs[0], create_graph=True)[0]

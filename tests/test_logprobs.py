@@ -268,7 +268,7 @@ def test_triton_gives_the_same_bits_twice_and_a_row_the_same_in_any_batch(small_
 
 
 def test_slices_of_the_backward_hold_whole_tiles(small_tiles, monkeypatch):
-    """Room for two and a half tiles of W: with slices of that size a third of all programs would compute half a tile."""
+    """Room for two and a half tiles of W: in slices of that size a third of all programs would compute half a tile."""
     small_tiles(1000)
     inputs = problem(17, 1000, 40)
     block = kernel.FLOAT32["BLOCK_V"]

@@ -130,7 +130,7 @@ def attention_contests(bench: Bench) -> None:
         works |= padded_attention(bench, scene)
         if bench.gpu:
             works |= varlen_attention(bench, scene)
-            if bench.group == "trees" and not bench.share:  # what FlexAttention is for; it takes long to compile
+            if bench.group == "trees":  # what FlexAttention is for; it takes long to compile
                 works["FlexAttention"] = flex_work(scene, torch.compile(flex_attention, dynamic=False), *inputs)
         forward = 4 * width * heads * seen_pairs(scene)
         bench.compare("attention", scene.name, works, {"forward": forward, "backward": 2.5 * forward}, "TFLOP/s")

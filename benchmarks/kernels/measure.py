@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ class Bench:
     def compare(self, kernel: str, shape: str, works: dict[str, Work], amounts: dict[str, float], unit: str):
         """One contest: a row for each implementation and each pass of `amounts` (operations or bytes of the work)."""
         if self.share:
-            return self.build(works["ours"], amounts) if "ours" in works else None
+            return self.build(works, amounts)
         for name, amount in amounts.items():
             started = {impl: self.start(impl, work, name) for impl, work in works.items()}
             times = self.times({impl: run for impl, (run, _) in started.items() if run})
@@ -62,13 +62,13 @@ class Bench:
                             "runs": count, "amount": amount, "rate": amount / ms / (1e9 if unit == "TFLOP/s" else 1e6)}
                 self.write(row)
 
-    def build(self, work: Work, passes: dict) -> None:
-        """Run ours once if it is this process's turn: Triton keeps what it compiles. Faults show when it is timed."""
+    def build(self, works: dict[str, Work], passes: dict) -> None:
+        """Run what takes long to compile, if it is this process's turn; caches keep it. Faults show when timed."""
         self.met += 1
-        if self.met % self.share[1] == self.share[0] and self.left() > 0:
-            with suppress(Exception):
-                for name in passes:
-                    prepared(work, name)()
+        for impl, name in product(("ours", "FlexAttention"), passes):
+            if impl in works and self.met % self.share[1] == self.share[0] and self.left() > 0:
+                with suppress(Exception):
+                    prepared(works[impl], name)()
 
     def check(self, kernel: str, shape: str, ours: Work, plain: Callable) -> bool:
         """A row with the errors of the output and of the gradients; whether they are no more than the dtype's.

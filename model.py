@@ -258,6 +258,7 @@ class Transformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # of activations; None: that of the weights
         self.checkpointing = False  # keep each block's input alone and run the block again in the backward pass
         self.recompute = noop_context_fn  # contexts of a block's first and second run: which adapter is on (lora.py)
+        self.decoder: Decoder | None = None  # what `generate` has been asked to keep
         self.adapters: dict[str, dict] = {}  # settings of the adapters that lora.py has added, by name,
         self.lora_layers: list[nn.Module] = []  # and the layers that hold them
         self.active: str | None = None  # the adapter that is on
@@ -405,7 +406,7 @@ class KVCache:
         c, weight = model.config, model.embed_tokens.weight
         shape = (c.layers, 2, slots, c.kv_heads, length, c.head_dim)
         self.data = torch.zeros(shape, dtype=model.compute_dtype or weight.dtype, device=weight.device)
-        self.decoding, self.longest = False, 0
+        self.decoding, self.longest, self.room = False, 0, length
 
     def at(self, slots: Tensor, positions: Tensor, longest: int, decoding: bool) -> KVCache:
         """The next forward pass writes its token i to place positions[i] < longest of slot slots[i].
@@ -461,6 +462,7 @@ def generate(
     numbers: list[int] | None = None,  # of the prompts in the random streams; None: 0, 1, ...
     slots: int = 128,           # sequences decoded together
     progress: str = "",         # label of a progress bar; "": none
+    keep: bool = False,         # cache and CUDA graphs stay with the model, for the next call that says so
 ) -> list[list[Sample]]:
     """n samples for every prompt. Prompts are packed, not padded; a finished sequence gives its slot to a waiting one.
 
@@ -478,7 +480,7 @@ def generate(
     asked = [[ReplyState(prompt, limit, settings[j], [seed, number, j]) for j in range(n)]
              for prompt, limit, number in zip(prompts, limits, numbers, strict=True)]
     waiting = [s for samples in asked for s in samples if s.max_tokens > 0]
-    decoder = Decoder(model, stop_ids, min(slots, len(waiting)), longest)
+    decoder = (_kept_decoder if keep else Decoder)(model, stop_ids, min(slots, len(waiting)), longest)
     decoder.waiting.extend(waiting)
     try:
         with tqdm(total=len(waiting), desc=progress, disable=not progress, mininterval=1, unit=" replies") as bar:
@@ -486,7 +488,20 @@ def generate(
                 bar.update(sum(s.done for s in stepped))
     finally:
         model.unpack()
+    model.decoder = decoder if keep else model.decoder
     return [[Sample(s.tokens, s.logprobs, s.finished) for s in samples] for samples in asked]
+
+
+def _kept_decoder(model: Transformer, stop_ids: tuple[int, ...], slots: int, length: int) -> Decoder:
+    """The last call's if it is large enough, else a new one: a GPU takes long to record a graph, once for every size.
+
+    Weights may have changed, but in place: graphs read them where they were.
+    """
+    kept, model.decoder = model.decoder, None
+    if kept is not None and kept.stop_ids == stop_ids and kept.slots >= slots and kept.cache.room >= length:
+        return kept
+    del kept  # frees its cache before there is another
+    return Decoder(model, stop_ids, slots, -(-length // 256) * 256)  # prompts of the next call may be longer
 
 
 def _sample_settings(temperature, top_k, top_p, n: int) -> list[tuple[float, int, float]]:
@@ -542,9 +557,12 @@ class Decoder:
         self.waiting: deque[ReplyState] = deque()
         self.active: list[ReplyState] = []
 
-    @torch.no_grad()
     def step(self) -> list[ReplyState]:
         """One more token for some sequences: those that join now, or else all active ones. Returns these."""
+        with torch.no_grad(), torch.cuda.device_of(self.cache.data):  # a thread of its own starts on the first GPU
+            return self._step()
+
+    def _step(self) -> list[ReplyState]:
         self._leave()
         new = []
         # Reading a few prompts costs a whole pass: wait until an eighth of the slots is free.

@@ -297,7 +297,8 @@ def sample(models: Models, prompts: list[list[int]], tokenizer: Tokenizer, step:
         distributed.copy_weights(models.policy, models.sampler)
     mine = list(range(len(prompts)))[distributed.rank() :: distributed.world_size()]
     answers = generate(models.sampler, [prompts[i] for i in mine], config.max_tokens, config.temperature, n=config.n,
-                       stop_ids=tokenizer.stop_ids(), seed=config.seed * 1_000_003 + step, numbers=mine, slots=256)
+                       stop_ids=tokenizer.stop_ids(), seed=config.seed * 1_000_003 + step, numbers=mine, slots=256,
+                       keep=models.sampler.embed_tokens.weight.is_cuda)
     trees = [tree_from_replies(i, prompts[i], [s.tokens for s in said], [s.finished for s in said])
              for i, said in zip(mine, answers, strict=True)]
     return sorted(distributed.all_gather(trees), key=lambda tree: tree.record)

@@ -25,6 +25,15 @@ def jit(function):
     return triton.jit(function) if triton else function
 
 
+def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+    """Start a kernel on the GPU of its first argument: by itself Triton takes the thread's current one.
+
+    Products and the sums they go into are fused unless told otherwise; Triton 3.10 changes its default.
+    """
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **{"enable_fp_fusion": True} | options)
+
+
 def architecture(device: torch.device) -> int:
     """Which tile sizes a kernel takes on this device: 80 (A100), 90 (H100, the interpreter) or 100 (B200).
 

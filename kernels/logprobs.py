@@ -31,8 +31,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels import architecture, jit, missing_rows, on_triton, tl, triton
+from kernels import architecture, jit, launch, missing_rows, on_triton, tl, triton
 
 
 def logprobs_reference(
@@ -111,6 +112,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, g_entropy):
         hidden, weight, targets, entropies, errors = ctx.saved_tensors
         temperature, softcap, entropy, rows = ctx.options
@@ -218,15 +220,17 @@ class _TileLogprobs(torch.autograd.Function):
         for a in range(0, vocab, step):
             part = weight[a : a + step].to(hidden.dtype).contiguous()
             grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(len(part), reach),)
-            _forward[grid](hidden, part, targets - a, partials[a // reach :], logits, count, len(part), width,
-                           **options, **tiles)
+            launch(_forward, grid, hidden, part, targets - a, partials[a // reach :], logits, count, len(part), width,
+                   **options, **tiles)
         grid = (triton.cdiv(count, COMBINE["BLOCK_M"]),)
-        _combine[grid](partials, logits, logprobs, lse, entropies, count, len(partials), ENTROPY=entropy, **COMBINE)
+        launch(_combine, grid, partials, logits, logprobs, lse, entropies, count, len(partials), ENTROPY=entropy,
+               **COMBINE)
         ctx.save_for_backward(hidden, weight, targets, lse, entropies)
         ctx.options = temperature, softcap, entropy
         return logprobs, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, g_entropy):
         hidden, weight, targets, lse, entropies = ctx.saved_tensors
         (count, width), vocab = hidden.shape, len(weight)
@@ -235,14 +239,16 @@ class _TileLogprobs(torch.autograd.Function):
         dhidden = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         g, g_entropy = g.contiguous(), g_entropy.contiguous()
-        # Rows of dz start at multiples of 16 bytes, as tensor descriptors require.
-        step = max(16, min(SLICE, WORKSPACE_BYTES // (hidden.element_size() * count), vocab + 15) // 16 * 16)
+        # Whole tiles of W, or all of a small vocabulary. Rows of dz start at multiples of 16 bytes: descriptors must.
+        block = tiles["BLOCK_V"]
+        fitting = min(SLICE, WORKSPACE_BYTES // (hidden.element_size() * count)) // block * block
+        step = min(max(block, fitting), triton.cdiv(vocab, 16) * 16)
         room = hidden.new_empty(count, step)
         for a in range(0, vocab, step):
             part = weight[a : a + step].to(hidden.dtype).contiguous()
             grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(len(part), tiles["BLOCK_V"]),)
-            _dz[grid](hidden, part, targets - a, lse, entropies, g, g_entropy, room, count, len(part), width, step,
-                      **options, **tiles)
+            launch(_dz, grid, hidden, part, targets - a, lse, entropies, g, g_entropy, room, count, len(part), width,
+                   step, **options, **tiles)
             dz = room[:, : len(part)]
             if dhidden is not None:
                 _product(dz, part, dhidden, add=a > 0)

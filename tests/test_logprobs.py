@@ -290,6 +290,21 @@ def test_triton_gives_the_same_bits_twice_and_a_row_the_same_in_any_batch(small_
         assert torch.equal(alone[0], once[0][rows]) and torch.equal(alone[1], once[1][rows])
 
 
+def test_slices_of_the_backward_hold_whole_tiles(small_tiles, monkeypatch):
+    """Room for two and a half tiles of W: in slices of that size a third of all programs would compute half a tile."""
+    small_tiles(1000)
+    inputs = problem(17, 1000, 40)
+    block = kernel.FLOAT32["BLOCK_V"]
+    monkeypatch.setattr(kernel, "SLICE", 10**6)
+    monkeypatch.setattr(kernel, "WORKSPACE_BYTES", int(2.5 * block * 4 * 17))
+    grids, launch = [], kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda function, grid, *given, **options: (
+        grids.append(grid[0]) if function is kernel._dz else None, launch(function, grid, *given, **options)))
+    for ours, true in zip(run(linear_logprobs, *inputs), truth(*inputs), strict=True):
+        close(ours, true, 2e-6)
+    assert sum(grids) == math.ceil(17 / kernel.FLOAT32["BLOCK_M"]) * math.ceil(1000 / block)
+
+
 def test_triton_without_rows(small_tiles):
     hidden, weight, targets, upstream = problem(0, 100, 40)
     logprobs, entropies, dhidden, dweight = run(linear_logprobs, hidden, weight, targets, upstream)

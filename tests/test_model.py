@@ -1,5 +1,6 @@
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -15,7 +16,7 @@ from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from kernels.sampling import DRAWS, in_nucleus, keep_top_k, sample_tokens
 from lora import add_lora
-from model import KVCache, RMSNorm, generate
+from model import Decoder, KVCache, ReplyState, RMSNorm, generate
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -369,6 +370,35 @@ def test_a_model_on_triton_gives_the_same_tree_gradients_and_samples(fields):
     assert found["triton"][2] == found["torch"][2]
 
 
+def test_what_generate_keeps_changes_no_token_and_is_taken_again_while_it_is_large_enough():
+    """Weights that training changes in place are read anew; a longer reply needs another cache."""
+    network, prompts = small_model(dtype=torch.float32, scale=3.0), [[1, 2, 3], [4] * 7, [5]]
+    kept = []
+    for seed, count in enumerate((8, 5, 8, 300)):
+        with torch.no_grad():
+            network.layers[0].mlp.up_proj.weight.mul_(-1)
+        given = dict(n=2, stop_ids=(3,), seed=seed)
+        replies = generate(network, prompts, count, **given, keep=True)
+        kept.append(network.decoder)
+        plain = generate(network, prompts, count, **given)
+        assert [[s.tokens for s in each] for each in replies] == [[s.tokens for s in each] for each in plain]
+        assert network.decoder is kept[-1]
+    assert kept[0] is kept[1] is kept[2] is not kept[3]
+
+
+def test_the_decoder_works_on_its_models_device_in_any_thread(monkeypatch):
+    """A new thread's current GPU is the first one, wherever the model is: there kernels and graphs would run."""
+    entered = []
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x) or device_of(x))
+    decoder = Decoder(small_model(), (), 1, 8)
+    decoder.waiting.append(ReplyState([1, 2], 3, (0.0, 0, 1.0), [0]))
+    with ThreadPoolExecutor(1) as pool:
+        while pool.submit(decoder.step).result():
+            pass
+    assert len(entered) == 4 and all(x is decoder.cache.data for x in entered)
+
+
 def test_decoding_by_graphs_changes_no_token(monkeypatch):
     """Slots are freed and taken again, so that graphs of several sizes run. Without a GPU a stand-in calls the step."""
     import model as source
@@ -381,8 +411,8 @@ def test_decoding_by_graphs_changes_no_token(monkeypatch):
             self.logits.copy_(self.step())
 
     def capture(self, tokens, positions):
-        logits = self.step(tokens, positions, self.room)
-        return Repeated(lambda: self.step(tokens, positions, self.room), logits), tokens, positions, logits
+        logits = self.step(tokens, positions, self.cache.room)
+        return Repeated(lambda: self.step(tokens, positions, self.cache.room), logits), tokens, positions, logits
 
     gpu = torch.cuda.is_available()
     network = small_model(dtype=torch.float32, scale=3.0).to("cuda" if gpu else "cpu")

@@ -35,7 +35,7 @@ runs/tiny/99/%: SFT_SIZE = max_steps=8
 runs/tiny/99/%: TRAIN_SIZE = max_steps=8
 runs/tiny/99/%: PPO_SIZE = steps=2 batch=8
 
-.PHONY: demo results test test-portable lint exercise bench bench-peers calibration speedrun smollm2 smollm2-results gpu gpu-tests gpu-kernels base
+.PHONY: demo results test test-portable lint exercise bench bench-peers calibration speedrun smollm2 smollm2-results gpu gpu-tests gpu-kernels gpu-ranks base
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -233,6 +233,10 @@ gpu-tests:
 gpu-kernels:
 	$(PYTHON) -m benchmarks.kernels --budget 450
 	$(PYTHON) -m benchmarks.results
+
+# Sharding in bf16 by NCCL, apart from the ten minutes of `make gpu`: on one GPU beside the unsharded model, on several 1, 2 and all.
+gpu-ranks: $(TOOLS)
+	timeout --signal=INT 590 $(PYTHON) -m pytest tests/test_nccl.py
 
 base: $(ENVIRONMENT)
 	$(PYTHON) -m data.tiny.build ship=data/tiny/base

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,18 +100,13 @@ def load_model(
     Tensors are read one by one: peak memory is the model and its largest tensor. `linear` replaces each linear layer
     of the blocks as soon as it is read (lora.py: by NF4 or int8); such a model is frozen.
     """
-    path = Path(path)
-    config = read_config(path)
-    with torch.device("meta"):
-        model = Transformer(config)
-    if "auto_map" in config.raw and not distributed.rank():
-        print(f"{path}: names code of its own (auto_map), which is not run: computed as transformers' {config.family}")
-    model.frequencies = model.frequencies.to(device)
-    for file, key, names in check_weights(path, model):
+    model = open_model(path)
+    config, model.frequencies = model.config, model.frequencies.to(device)
+    for file, key, names in model.unread:
         with safe_open(file, framework="pt", device=str(device)) as tensors:  # closing it frees the pages read so far
             tensor = tensors.get_tensor(key)
         if not names and not torch.equal(tensor.to(model.embed_tokens.weight.dtype), model.embed_tokens.weight):
-            fail(f"{file}: {key} is not the embedding, but tie_word_embeddings is true in config.json: set it to false")
+            fail_untied(file, key)
         for name, part in zip(names, split_qkv(tensor, config, len(names)), strict=True):
             where, _, kind = name.rpartition(".")
             module = model.get_submodule(where)
@@ -118,7 +114,80 @@ def load_model(
             if linear is not None and kind == "weight" and where.startswith("layers.") and isinstance(module, Linear):
                 parent, _, child = where.rpartition(".")
                 setattr(model.get_submodule(parent), child, linear(module))
+    model.unread = []
     return model.requires_grad_(linear is None)
+
+
+def open_model(path: str | Path) -> Transformer:
+    """The model of a Hugging Face directory without its weights, on the meta device; `unread` says where they are."""
+    path = Path(path)
+    config = read_config(path)
+    with torch.device("meta"):
+        model = Transformer(config)
+    if "auto_map" in config.raw and not distributed.rank():
+        print(f"{path}: names code of its own (auto_map), which is not run: computed as transformers' {config.family}")
+    model.unread = check_weights(path, model)
+    return model
+
+
+class Rows:
+    """Rows of a matrix that is still in its file; those that are set take the file's place when it is read."""
+
+    def __init__(self, file: Path, key: str, dtype: torch.dtype):
+        self.file, self.key, self.dtype = file, key, dtype
+        self.changed: dict[int, Tensor] = {}
+
+    def __getitem__(self, row: int) -> Tensor:
+        if row in self.changed:
+            return self.changed[row]
+        with safe_open(self.file, framework="pt") as tensors:
+            stored = tensors.get_slice(self.key)
+            count, width = stored.get_shape()
+            return stored[row : row + 1][0].to(self.dtype) if row < count else torch.zeros(width, dtype=self.dtype)
+
+    def __setitem__(self, row: int, value: Tensor) -> None:
+        self.changed[row] = value
+
+
+def embeddings(model: Transformer) -> list[Tensor | Rows]:
+    """The embedding, and the head if it is another matrix, whose rows can be read and set even if they are unread."""
+    names = ["embed_tokens.weight"] + ([] if model.lm_head is None else ["lm_head.weight"])
+    matrices = {name: model.get_parameter(name) for name in names}
+    for file, key, (name, *_) in (part for part in model.unread if part[2]):
+        if name in matrices:
+            matrices[name] = model.rows.setdefault(name, Rows(file, key, matrices[name].dtype))
+    return list(matrices.values())
+
+
+@torch.no_grad()
+def read_shards(model: Transformer, device: torch.device) -> Transformer:
+    """Give a sharded model from open_model its weights: of every tensor a rank reads the rows that it keeps."""
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    parameters = dict(model.named_parameters())
+    for file, key, names in model.unread:
+        with safe_open(file, framework="pt") as tensors:
+            stored = tensors.get_slice(key)
+            numbers = split_qkv(torch.arange(stored.get_shape()[0]), model.config, len(names or [key]))
+            for name, rows in zip(names or ["embed_tokens.weight"], numbers, strict=True):
+                local, first = distributed.local_rows(parameters[name])
+                rows = rows[first : first + len(local)]
+                found = stored[rows[0] : rows[-1] + 1] if len(rows) else local[:0]
+                found = found[rows - rows[0]] if len(found) > len(rows) else found  # of a fused matrix
+                if not names and not torch.equal(found.to(local), local[: len(rows)]):
+                    fail_untied(file, key)
+                local[: len(rows)] = found
+                local[len(rows) :] = 0  # added for a template's tokens
+    for name, matrix in model.rows.items():
+        local, first = distributed.local_rows(parameters[name])
+        for row, value in matrix.changed.items():
+            if first <= row < first + len(local):
+                local[row - first] = value
+    model.unread, model.rows = [], {}
+    return model
+
+
+def fail_untied(file: Path, key: str) -> NoReturn:
+    fail(f"{file}: {key} is not the embedding, but tie_word_embeddings is true in config.json: set it to false")
 
 
 def expect_replies(model: Transformer, path: str | Path) -> Transformer:
@@ -191,15 +260,18 @@ def save_model(
     """Write a Hugging Face directory: config.json, weights in `dtype` (default: as they are), tokenizer files.
 
     Written beside and renamed: `path` is never half a checkpoint, even if the process is killed. A model sharded over
-    ranks is gathered tensor by tensor, so every rank has to call; rank 0 writes.
+    ranks is gathered tensor by tensor, so every rank has to call; rank 0 writes, and holds the tensors of one file.
     """
-    shards = _shards(model, dtype, shard_bytes)
+    files = _plan_files(model, dtype, shard_bytes)
+    tensors = (_gather(model, file, dtype) for file in files)
     if distributed.rank():
+        for _ in tensors:
+            pass
         return
-    saved = next(iter(shards[0].values())).dtype
+    saved = dtype or next(model.parameters()).dtype
     config = replace(model.config, dtype=str(saved).removeprefix("torch."))
     with new_folder(Path(path)) as beside:
-        _write_shards(beside, shards)
+        _write_files(beside, tensors, len(files))
         (beside / "config.json").write_text(json.dumps(config_json(config), indent=1) + "\n")
         if tokenizer is not None:
             tokenizer.save(beside)
@@ -220,35 +292,40 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _shards(model: Transformer, dtype: torch.dtype | None, shard_bytes: int) -> list[dict[str, Tensor]]:
-    """The tensors to write, under transformers' names, in groups of at most `shard_bytes`; nothing on ranks above 0."""
-    shards: list[dict[str, Tensor]] = [{}]
-    room = shard_bytes
-    parameters = dict(model.named_parameters())
+def _plan_files(model: Transformer, dtype: torch.dtype | None, most: int) -> list[dict[str, list[str]]]:
+    """What goes into each file, of at most so many bytes: transformers' names of tensors, and ours for their parts."""
+    files: list[dict[str, list[str]]] = [{}]
+    room, parameters = most, dict(model.named_parameters())
     for key, names in parameters_by_tensor(model).items():
-        parts = [distributed.full_tensor(parameters[name].detach()).to("cpu", dtype or parameters[name].dtype)
-                 for name in names]
-        if distributed.rank():
-            continue
-        tensor = join_qkv(parts, model.config).contiguous()
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][key] = tensor
-        room -= tensor.nbytes
-    return shards
+        size = sum(parameters[name].numel() * (dtype or parameters[name].dtype).itemsize for name in names)
+        if size > room and files[-1]:
+            files.append({})
+            room = most
+        files[-1][key] = names
+        room -= size
+    return files
 
 
-def _write_shards(path: Path, shards: list[dict[str, Tensor]]) -> None:
-    """The weights of a checkpoint, with an index if there are several files."""
-    if len(shards) == 1:
-        save_file(shards[0], path / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, path / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+def _gather(model: Transformer, file: dict[str, list[str]], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A file's tensors, whole, on the CPU; nothing on ranks above 0."""
+    found = {}
+    for key, names in file.items():
+        parts = [distributed.full_tensor(model.get_parameter(name).detach()) for name in names]
+        if distributed.rank() == 0:
+            parts = [part.to("cpu", dtype or part.dtype) for part in parts]
+            found[key] = join_qkv(parts, model.config).contiguous()
+    return found
+
+
+def _write_files(path: Path, files: Iterator[dict[str, Tensor]], count: int) -> None:
+    """The weights of a checkpoint, one file after the other, with an index if there are several."""
+    weight_map, total = {}, 0
+    for number, tensors in enumerate(files, 1):
+        name = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+        save_file(tensors, path / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        tensors.clear()  # before the next are gathered
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

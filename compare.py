@@ -13,7 +13,6 @@ interval covers both (judging/paired.py; how often it is wrong about two equal t
 goes on by the same command. Runs are kept in out/trained by what they were told to do: comparisons with the same out=
 share them, and DPO's runs share reference log-probabilities. The report is that of the last comparison.
 """
-import fcntl
 import hashlib
 import io
 import json
@@ -40,7 +39,7 @@ from judge import answer, load_questions
 from judging import games, gold, paired, report, tables
 from judging.entries import Entry, check_checkpoint, decode
 from judging.prompts import Question
-from runtime import check_ranges, fail
+from runtime import check_ranges, fail, lock_file
 from runtime.config import read_toml
 
 ROOT = Path(__file__).resolve().parent
@@ -101,6 +100,8 @@ def variant(name: str, text: str, first: Variant | None = None) -> Variant:
     except ValueError as error:
         fail(f"{name}: {text} cannot be read ({error}), {EXPECTED}")
     script = words.pop(0) if words and words[0].endswith(".py") else first.script if first else ""
+    if not Path(script).is_file() and (ROOT / script).is_file():
+        script = str(ROOT / script)
     if not Path(script).is_file():
         fail(f"{name}: '{text}' begins with no script that is there, {EXPECTED}")
     if first and "--config" not in words:
@@ -149,7 +150,7 @@ class Job(NamedTuple):
         """Whether a process that a killed comparison has left behind is still at it."""
         try:
             with (self.folder / ".lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(lock)
         except FileNotFoundError:
             return False
         except BlockingIOError:

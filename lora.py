@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import noop_context_fn
 
-from checkpoints import expect_replies, load_model, save_model, weight_files
+from checkpoints import expect_replies, load_model, open_model, read_shards, save_model, weight_files
 from kernels import nf4
 from model import Linear, Transformer
 from runtime import Settings, compute_dtype, distributed, fail, file_hash
@@ -389,15 +389,16 @@ def load_base(
     """The model a script starts from, in fp32 if every weight trains, in the dtype of compute if none does.
 
     With adapters it is as stored, or quantised as it is read. `scored` says whether a reward model is expected (None:
-    either will do). A model that will be sharded is loaded into the CPU's memory first.
+    either will do). A model that will be sharded gets its weights in `shard`.
     """
     dtype = compute_dtype(settings.dtype, device)
     if settings.lora_rank:
         model = load_model(path, device=device, linear=QUANTIZED.get(settings.quantize)).requires_grad_(False)
         model.source, model.source_hash = path, file_hash(*weight_files(Path(path)))
+    elif distributed.world_size() > 1:
+        model = open_model(path).to(torch.float32 if trained else dtype).requires_grad_(trained)
     else:
-        model = load_model(path, dtype=torch.float32 if trained else dtype,
-                           device="cpu" if distributed.world_size() > 1 else device).requires_grad_(trained)
+        model = load_model(path, dtype=torch.float32 if trained else dtype, device=device).requires_grad_(trained)
     model.compute_dtype, model.checkpointing = dtype, settings.checkpointing
     if scored and not model.config.scored:
         fail(f"{path}: has no score head, expected the result of reward.py")
@@ -405,12 +406,14 @@ def load_base(
 
 
 def shard(model: Transformer, settings: Settings, device: torch.device) -> Transformer:
-    """Full fine-tuning on several ranks: each keeps a part of the weights. Adapters are small: every rank has all."""
+    """Full fine-tuning on several ranks: each reads and keeps a part of the weights. Of adapters every rank has all."""
     world_size = distributed.world_size()
     if settings.shard and world_size > 1 and world_size % settings.shard:
         fail(f"shard is {settings.shard}, which does not divide the {world_size} processes: choose one that does, "
              "or 0 for all")
-    return model if settings.lora_rank else distributed.fully_shard(model, settings.shard, device)
+    if settings.lora_rank or world_size == 1:
+        return model
+    return read_shards(distributed.fully_shard(model, settings.shard, device), device)
 
 
 def adapt(model: Transformer, settings: Settings, name: str = "default") -> Transformer:
@@ -425,7 +428,7 @@ def adapt(model: Transformer, settings: Settings, name: str = "default") -> Tran
 def save_result(
     model: Transformer, run: Path, tokenizer, settings: Settings, probe: list[int], name: str = "default",
 ) -> Transformer:
-    """run/model, a checkpoint that stands alone; with adapters also run/adapter. Returns a whole model to use.
+    """run/model, a checkpoint that stands alone; with adapters also run/adapter. Returns the model to use.
 
     The adapter is merged into the 16-bit originals, in place unless they were quantised. The largest change this makes
     to the logits (or scores) of the tokens `probe` is printed: rounding, and what quantisation had cost.
@@ -441,11 +444,7 @@ def save_result(
         result = _merge(model, settings, probe, name)
     save_model(result, run / "model", tokenizer, dtype=dtype)
     distributed.barrier()
-    if not distributed.is_sharded(model):
-        return model
-    shown = load_model(run / "model", device=model.frequencies.device)
-    shown.compute_dtype = model.compute_dtype
-    return shown
+    return model
 
 
 def _merge(model: Transformer, settings: Settings, probe: list[int], name: str) -> Transformer:

@@ -263,6 +263,8 @@ class Transformer(nn.Module):
         self.lora_layers: list[nn.Module] = []  # and the layers that hold them
         self.active: str | None = None  # the adapter that is on
         self.source = self.source_hash = ""  # where a frozen base was read from: an adapter's file names it
+        self.unread: list = []  # of a model on the meta device: where its weights are (checkpoints.py),
+        self.rows: dict = {}    # and rows of its embeddings that will take the place of the files'
         self.new_rows = False  # embeddings were added for a chat template's tokens: an adapter has to bring them along
         self.embed_tokens = embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
@@ -389,11 +391,11 @@ def add_score_head(model: Transformer, seed: int) -> Transformer:
     """
     model.config = replace(model.config, scored=True)
     weight = model.embed_tokens.weight
-    model.lm_head = None
-    model.score_head = Linear(model.config.width, 1).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     std = (model.config.width + 1) ** -0.5
-    drawn = torch.randn(1, model.config.width, generator=torch.Generator().manual_seed(seed))
-    model.score_head.weight.data.copy_(drawn * std)
+    drawn = torch.randn(1, model.config.width, generator=torch.Generator().manual_seed(seed)) * std
+    model.lm_head, model.score_head = None, Linear(model.config.width, 1)
+    device = drawn.device if weight.is_meta else weight.device  # the new head is there before the other weights
+    model.score_head.weight = nn.Parameter(drawn.to(device, torch.promote_types(weight.dtype, torch.float32)))
     return model
 
 
@@ -551,7 +553,7 @@ class Decoder:
         self.cache = KVCache(model, slots, length)
         self.device = model.embed_tokens.weight.device
         self.decode = partial(_decode, model, self.cache)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not hasattr(model, "reshard"):  # a sharded one gathers its weights each time
             self.decode = DecodeGraphs(self.decode, self.cache, slots)
         self.steps = 0
         self.waiting: deque[ReplyState] = deque()

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import fcntl
 import hashlib
 import hmac
 import json
@@ -55,7 +54,7 @@ from data.llm import Checkpoint, Reply, Request, Sampling, open_model
 from data.records import Reject, check_text
 from judging.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
 from judging.recorded import Options, read_likert
-from runtime import check_ranges, fail
+from runtime import check_ranges, fail, lock_file
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE, GUIDELINES = (Path(__file__).with_name(name) for name in ("annotate.html", "guidelines.md"))
@@ -219,7 +218,7 @@ class Votes:
         journal.parent.mkdir(parents=True, exist_ok=True)
         self.stream = journal.open("ab+")
         try:
-            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self.stream)
         except BlockingIOError:
             fail(f"{journal}: another process is writing here, expected a journal of its own: choose another out=")
         self.stream.seek(0)

@@ -10,7 +10,6 @@ whatever else is asked, and in which order. Failures go to a file of their own a
 """
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from checkpoints import expect_replies, load_model, weight_files
 from data.tokenizer import TemplateError, adopt_template, check_template, load_tokenizer
 from model import Decoder, ReplyState, Transformer
-from runtime import check_ranges, fail, file_hash, find_device, open_folder
+from runtime import check_ranges, fail, file_hash, find_device, lock_file, open_folder
 
 if TYPE_CHECKING:
     from data.endpoint import Endpoint
@@ -217,7 +216,7 @@ def _record(key: str, name: str, request: Request, sampling: Sampling, reply: Re
 def _read_ledger(ledger: Path, stream, wanted: set[str]) -> dict[str, Reply]:
     """The replies it holds to the wanted keys. Locks it, and cuts off half a line that a killed run left."""
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(stream)
     except BlockingIOError:
         fail(f"{ledger}: another process is writing here, expected a ledger of its own: wait for it, or choose another")
     known, whole, begins = {}, 0, b'{"key": "'

@@ -10,7 +10,6 @@ The folder's name is a hash of all that decides the tokens: the data, the tokeni
 the script keeps of a tree, and the code in data/. So it is never out of date; it may be deleted at any time. Files
 of fewer than `SMALL` records are not kept: they are tokenized in a second or two at every start.
 """
-import fcntl
 import hashlib
 import inspect
 import json
@@ -36,7 +35,7 @@ from data.formats import read
 from data.records import Reject, prompt_of
 from data.tokenizer import Tokenizer
 from data.trees import RecordFault, Response, Tree, drop_equal_pairs, grouped, shorten, tree_numbers, trees_of_group
-from runtime import distributed, fail, file_hash, writing
+from runtime import distributed, fail, file_hash, lock_file, writing
 
 SMALL = 1000      # records; a file with fewer is tokenized by this process, and not kept
 SLICE = 64        # trees that a worker makes at a time
@@ -364,7 +363,7 @@ def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     place = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX)
+        lock_file(place, wait=True)
         yield
     finally:
         os.close(place)

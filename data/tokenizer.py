@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoints import embeddings
 from data.templates import NAMED, TOKENS, ChatTemplate, Part, TemplateError
 from data.vocabulary import START, TEXT, TOKEN, Added, Fast, SentencePiece
 from model import generate
@@ -471,7 +472,7 @@ def adopt_template(model, tokenizer: Tokenizer, name: str = "") -> str:
     newline = tokenizer.encode("\n", continues=True)[-1]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in [model.embed_tokens.weight] + ([] if model.lm_head is None else [model.lm_head.weight]):
+        for weight in embeddings(model):
             for token in unseen:
                 source = weight[tokenizer.eos_id if token == tokenizer.end else newline].clone()
                 noise = torch.randn(len(source), generator=generator).to(source)

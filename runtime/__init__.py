@@ -10,7 +10,7 @@ from runtime.checkpoint import load_state, save_state
 from runtime.config import DataSettings, Settings, arguments, check_range, check_ranges, config_toml, fail, load_config
 from runtime.cpu import AdamW
 from runtime.device import compute_dtype, find_device, setup
-from runtime.files import file_hash, open_folder, read_cache, replacing, write_cache, write_text, writing
+from runtime.files import file_hash, lock_file, open_folder, read_cache, replacing, write_cache, write_text, writing
 from runtime.log import Log, Sums
 from runtime.optimizer import adamw, check_finite, learning_rate, set_learning_rate
 from runtime.run import Run, StopRequest, open_run

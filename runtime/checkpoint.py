@@ -1,6 +1,7 @@
 """What resuming needs: run/state/step_N, safetensors of everything the next step depends on."""
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -11,13 +12,15 @@ from torch import nn
 from runtime import distributed
 from runtime.config import fail
 from runtime.cpu import AdamW
-from runtime.files import writing
+from runtime.files import sync_folder, writing
 
 
-def save_state(run: Path, step: int, model: nn.Module, optimizer: AdamW) -> None:
+def save_state(run: Path, step: int, model: nn.Module, optimizer: AdamW, later: bool = False) -> Future | None:
     """Everything the next step depends on, after `step` updates. Data order is a function of the step.
 
-    Safetensors in any case: one file, or with several ranks a file of each with its share.
+    Safetensors in any case: one file, or with several ranks a file of each with its share. Written beside, synced to
+    disk and renamed, so that it counts once it is durable. `later`: a copy is written while training goes on; the
+    Future returned ends with it, and raises what this function would have if it fails.
     """
     folder = run / "state" / f"step_{step}"
     beside = run / "state" / ".new"
@@ -32,15 +35,29 @@ def save_state(run: Path, step: int, model: nn.Module, optimizer: AdamW) -> None
         if distributed.rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
+    distributed.barrier()
+    if not later:
+        return _write(folder, beside, tensors)
+    copies = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
+    thread = ThreadPoolExecutor(1)
+    writes = thread.submit(_write, folder, beside, copies, distributed.another_group())
+    thread.shutdown(wait=False)
+    return writes
+
+
+def _write(folder: Path, beside: Path, tensors: dict[str, torch.Tensor], group=None) -> None:
+    """Fill the folder beside and, when it is safe on disk, give it its name."""
+    with writing(folder, beside, together=True):
         if distributed.world_size() == 1:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside / "state.safetensors")
             with (beside / "state.safetensors").open("rb") as stream:
                 os.fsync(stream.fileno())
         else:
-            distributed.barrier()
-            distributed.save_sharded(tensors, beside)
+            distributed.save_sharded(tensors, beside, group)
         if distributed.rank() == 0:
+            sync_folder(beside)
             os.replace(beside, folder)
+            sync_folder(folder.parent)
     _remove_older(folder)
 
 

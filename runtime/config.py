@@ -5,6 +5,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 import sys
 import tomllib
 import typing
@@ -55,6 +56,7 @@ class Settings:
     out: str = "runs/run"            # folder of the run
     cache: str = "runs/cache"        # folder that keeps large data files tokenized, for all runs; "": none is kept
     save_every: int = 0              # steps between checkpoints; 0: at the end only
+    async_save: bool = False         # write them while training goes on, from a copy in the CPU's memory
     wandb: Literal["off", "offline", "online"] = "off"
     profile: bool = False            # trace a few steps into the run's folder, and print where their time went
     overwrite: bool = False          # start anew in a folder that holds another run
@@ -94,9 +96,32 @@ RENAMED = {"max_tokens": "micro_tokens", "floor": "min_lr_ratio", "warmup": "war
            "lam": "gae_lambda", "ratio_clip": "clip_eps"}
 
 
+def check_system() -> None:
+    """Exit with one line on Windows, whose files cannot be locked and renamed as runs and ledgers need it."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        fail("Windows is not supported: install WSL, the Linux of Windows (wsl --install), and run the command there")
+
+
+# What is installed with the code; anywhere else a path that is not there is the user's mistake.
+ROOT = Path(__file__).parent.parent
+SHIPPED = re.compile(r"(?<![\w./-])(?:configs|data/tiny|rewards)/[\w./-]+")
+
+
+def shipped(text: str) -> str:
+    """The text with every path that is not here, but beside the code, as where it is: commands work in any folder."""
+    for name in SHIPPED.findall(text):
+        if not Path(name).exists() and (ROOT / name).exists():
+            print(f"{name}: the one installed in {ROOT}")
+            text = text.replace(name, str(ROOT / name))
+    return text
+
+
 def load_config(cls: type, doc: str, argv: list[str] | None = None):
     """An instance of the frozen dataclass `cls`: its defaults, then `--config FILE` (TOML), then `key=value`."""
     rest = list(sys.argv[1:] if argv is None else argv)
+    check_system()
     if "--help" in rest or "-h" in rest:
         print_help(cls, doc)
     types = typing.get_type_hints(cls)
@@ -120,6 +145,11 @@ def load_config(cls: type, doc: str, argv: list[str] | None = None):
     for field in dataclasses.fields(cls):
         if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
             fail(f"command line: {field.name} is missing, expected {field.name}=... there or in the --config file")
+        value = values.get(field.name, field.default)
+        if isinstance(value, str):
+            values[field.name] = shipped(value)
+        elif isinstance(value, list):
+            values[field.name] = [shipped(item) if isinstance(item, str) else item for item in value]
     return cls(**values)
 
 
@@ -136,7 +166,7 @@ def print_help(cls: type, doc: str) -> NoReturn:
 
 def read_toml(file: str) -> dict:
     try:
-        return tomllib.loads(Path(file).read_text())
+        return tomllib.loads(Path(shipped(file)).read_text())
     except OSError as error:
         fail(f"{file}: cannot be read ({error.strerror}): check the path after --config")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -199,7 +229,11 @@ def check_ranges(config, **ranges: tuple[float, float]) -> None:
 def arguments(parser: argparse.ArgumentParser, argv: typing.Sequence[str] | None = None) -> argparse.Namespace:
     """The words of a command; what is wrong with them is one line, without the usage."""
     parser.error = lambda message: fail(f"{parser.prog}: {message}: --help shows what it takes")
-    return parser.parse_args(argv)
+    words = parser.parse_args(argv)
+    for key, value in vars(words).items():
+        if isinstance(value, str):
+            setattr(words, key, shipped(value))
+    return words
 
 
 def config_toml(config) -> str:

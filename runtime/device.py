@@ -2,6 +2,7 @@
 import os
 
 import torch
+import torch.nn.functional as F
 
 from runtime import cpu, distributed
 from runtime.config import fail
@@ -36,7 +37,7 @@ def on_triton(x: torch.Tensor) -> bool:
 
 
 def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto", dtype: str = "") -> torch.device:
-    """Seed PyTorch, find the device ('auto': a GPU when there is one), join the other ranks, print what is used.
+    """Seed PyTorch, find the device ('auto': find_device), join the other ranks, print what is used.
 
     Data order and sampling have generators of their own (data/pack.py, model.py).
     """
@@ -64,13 +65,55 @@ def setup(device: str, seed: int, threads: int = 0, kernel: str = "auto", dtype:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; 'auto' is a GPU when there is one."""
+    """The device of that name; 'auto' is a GPU when there is one, Apple's (MPS) if it computes what the CPU does."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            why = wrong_on(torch.device("mps"))
+            if not why:
+                return torch.device("mps")
+            print(f"device=auto takes the CPU: on MPS {why}")
     try:
-        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        found = torch.device(name)
         torch.zeros(1, device=found).item()  # not on meta
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(f"device is '{name}', which this machine does not have: use device=cpu or device=auto")
     return found
+
+
+def wrong_on(device: torch.device) -> str:
+    """Why a device's results are not to be trusted, "" if they are: MPS has had operations that were silently wrong."""
+    try:
+        found = _small_step(device)
+    except (RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
+        return f"an operation fails: {str(error).splitlines()[0]}"
+    for name, ours, expected in zip(("loss", "gradients", "updated weights"), found, _small_step(torch.device("cpu")),
+                                    strict=True):
+        gap = (ours - expected).abs().max().item()
+        if not gap < 1e-4:
+            return f"the {name} of a small step differ by {gap:.2g} from the CPU's"
+    return ""
+
+
+def _small_step(device: torch.device) -> list[torch.Tensor]:
+    """Loss, gradients and weights after one step of a layer of attention with an embedding, in fp32, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(shape, generator=generator) for shape in ((40, 32), (96, 32), (40, 32))]
+    weights = [(weight / 4).to(device).requires_grad_() for weight in drawn]
+    tokens = torch.arange(48, device=device).view(2, 24) * 7 % 40
+    embedding, qkv, head = weights
+    x = F.rms_norm(F.embedding(tokens, embedding), (32,))
+    q, k, v = F.linear(x, qkv).view(2, 24, 3, 4, 8).permute(2, 0, 3, 1, 4)
+    mask = torch.ones(24, 24, dtype=torch.bool, device=device).tril()
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    logits = F.linear(x + F.silu(attended), head)
+    loss = -torch.log_softmax(logits[:, :-1], -1).gather(-1, tokens[:, 1:, None]).mean()
+    loss.backward()
+    gradients = torch.cat([weight.grad.flatten() for weight in weights])
+    groups = [{"params": weights, "lr": 0.1, "weight_decay": 0.1}]
+    cpu.AdamW(groups, (0.9, 0.98), eps=1e-3).step()  # a gradient that is 0 but for rounding moves nothing
+    flat = torch.cat([weight.detach().flatten() for weight in weights])
+    return [part.detach().cpu() for part in (loss, gradients, flat)]
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -81,8 +81,6 @@ def _leave() -> None:
 
 def fully_shard(model: nn.Module, size: int, device: torch.device) -> nn.Module:
     """FSDP2, in place: this rank keeps 1 / size of the weights; `size` ranks hold one model together, 0: all ranks."""
-    if world_size() == 1:
-        return model
     from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -119,6 +117,14 @@ def reshard(model: nn.Module) -> None:
 def full_tensor(parameter: Tensor) -> Tensor:
     """The whole parameter, gathered: every rank must call this."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a parameter, without a gradient, and the number of its first row in the whole."""
+    if not hasattr(parameter, "to_local"):
+        return parameter.detach(), 0
+    mesh = parameter.device_mesh
+    return parameter.detach().to_local(), mesh.get_local_rank(mesh.ndim - 1) * -(-len(parameter) // mesh.shape[-1])
 
 
 @torch.no_grad()
@@ -188,14 +194,24 @@ def barrier() -> None:
 
 # ------------------------------------------------------------------------------------------- state
 
-def save_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write one safetensors file a rank, with its part, to the folder. OSError on all ranks if one could not."""
+def another_group():
+    """All ranks on the CPU once more, for a thread: what it tells the other ranks must not mix with training's."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
+def save_sharded(tensors: dict[str, Tensor], folder: Path, group=None) -> None:
+    """Write one safetensors file a rank, with its part, to the folder, and sync it. OSError on all ranks if one could
+    not. A group of its own is left at the end."""
     import torch.distributed.checkpoint as dcp  # only now: it takes a second to import
 
     try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
     except dcp.api.CheckpointException as error:
         raise OSError(_causes(error)) from None
+    finally:
+        if group is not None:
+            dist.destroy_process_group(group)
 
 
 def load_sharded(tensors: dict[str, Tensor], folder: Path, optional: dict[str, Tensor]) -> dict[str, Tensor]:

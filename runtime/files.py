@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,13 @@ def open_folder(out: str) -> Path:
     except OSError as error:
         fail(f"{out}: cannot be written ({error.strerror}): choose another out=")
     return folder
+
+
+def lock_file(file: typing.IO | int, wait: bool = False) -> None:
+    """Lock an open file or folder until it is closed. BlockingIOError if another process has it, unless we `wait`."""
+    import fcntl  # Windows has none: load_config says so
+
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 @contextmanager
@@ -54,6 +62,15 @@ def replacing(path: Path) -> Iterator[Path]:
     with writing(path, beside):
         yield beside
         beside.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in the folder are safe on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -48,9 +48,7 @@ def hardware(plan: dict[str, int], shared: bool, reference: int = 0) -> str:
     while (split / count + plan["activations"]) / 1e9 > SHARED_PART * SHARED_SIZE:
         count *= 2
     nodes = f"--nnodes {count // 8} " if count > 8 else ""
-    loading = plan["weights"] * min(count, 8) / 1e9  # every rank reads all weights before it keeps its part
-    several = (f"{count} GPUs of {SHARED_SIZE} GB (torchrun {nodes}--nproc-per-node {min(count, 8)}) "
-               f"and {loading:,.0f} GB of CPU memory a machine")
+    several = f"{count} GPUs of {SHARED_SIZE} GB (torchrun {nodes}--nproc-per-node {min(count, 8)})"
     return f"{one}, or {several}" if one else several
 
 

@@ -3,7 +3,6 @@
     config.toml     resolved; `--config` on it repeats the run        metrics.jsonl   one line a step
     model/          the result, a Hugging Face directory              state/step_N/   what resuming needs
 """
-import fcntl
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from runtime import distributed
 from runtime.checkpoint import load_state, save_state
 from runtime.config import RENAMED, Settings, config_toml, fail
 from runtime.cpu import AdamW
-from runtime.files import file_hash, write_text
+from runtime.files import file_hash, lock_file, write_text
 from runtime.log import Log
 
 
@@ -35,7 +34,7 @@ class Run:
         """Restore the newest checkpoint if there is one, and open the log, which shows those metrics line by line."""
         self.steps, self.done = steps, load_state(self.folder, model, optimizer)
         self.writer = Log(self.folder, self.done, steps, shown, self.config.wandb, self.config, self.config.profile)
-        self.stop_request, self.stopping = StopRequest(), False
+        self.stop_request, self.stopping, self.saving = StopRequest(), False, None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{trained:,} parameters train, {steps} steps of {self.config.batch} {unit}, {self.done} done")
 
@@ -53,6 +52,8 @@ class Run:
         self.done += 1
         self.writer.step(self.done, metrics)
         self.stopping = distributed.any_rank(self.stop_request)
+        if self.saving is not None and distributed.any_rank(self.saving.done()):
+            self.finish_saving()
 
     def end_step(self, metrics: dict[str, float], model: nn.Module, optimizer: AdamW) -> None:
         """Log the update, and save if it is time for that, or if the run was asked to stop."""
@@ -69,7 +70,16 @@ class Run:
         self.writer.note(text)
 
     def save(self, model: nn.Module, optimizer: AdamW) -> None:
-        save_state(self.folder, self.done, model, optimizer)
+        """A checkpoint. With async_save training goes on while it is written, but for the last one."""
+        self.finish_saving()
+        later = self.config.async_save and not (self.stopping or self.finished)
+        self.saving = save_state(self.folder, self.done, model, optimizer, later)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written counts; what went wrong with it ends the run."""
+        if self.saving is not None:
+            self.saving.result()
+        self.saving = None
 
     @property
     def finished(self) -> bool:
@@ -77,6 +87,7 @@ class Run:
 
     def close(self, finished: bool | None = None) -> None:
         """End the log, free the folder and say what is there; finished=True where a run ends before its last step."""
+        self.finish_saving()
         self.writer.close()
         self.lock.close()
         whole = self.finished if finished is None else finished
@@ -126,7 +137,7 @@ def _enter(run: Path, out: str, config, depends_on: dict[str, str], overwrite: b
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(lock)
     except BlockingIOError:
         fail(f"{out}: another process is running here, expected a folder of its own: choose another out=")
     except OSError as error:
@@ -158,7 +169,8 @@ def _check_same(run: Path, out: str, config, hashes: dict[str, str]) -> None:
     new = tomllib.loads(config_toml(config))
     old = {"columns": {}} | {key if key in new else RENAMED.get(key, key): value for key, value in old.items()}
     for key in new:
-        if old.get(key) != new[key] and key not in ("overwrite", "shard", "profile", "cache"):  # these change no step
+        # The settings named here change no step.
+        if old.get(key) != new[key] and key not in ("overwrite", "shard", "async_save", "profile", "cache"):
             fail(f"{out}: was begun with {key}={json.dumps(old.get(key))}, not {json.dumps(new[key])}: {remedy}")
     for name, digest in depended.items():
         if hashes.get(name) != digest:

@@ -15,7 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import lora
 import runtime
+from checkpoints import save_model
+from data.tokenizer import adopt_template, load_tokenizer
 from runtime import distributed
 
 WATCHED = {"folder": "", "changed": []}  # a run's, and what another rank than 0 has done to its files
@@ -31,8 +34,21 @@ def watch(event: str, args: tuple) -> None:
             WATCHED["changed"].append((event, path))
 
 
+def read_and_write(values: dict) -> None:
+    """Shard models, with a chat template, and write them again, in files of 20 kB (or one tensor)."""
+    device = runtime.setup("cpu", 0)
+    for path in values["models"]:
+        settings = runtime.Settings(shard=values["shard"])
+        model = lora.load_base(path, settings, device)
+        adopt_template(model, load_tokenizer(path), "chatml")
+        out = Path(values["out"]) / f"{Path(path).name}_{values['shard']}"
+        save_model(lora.shard(model, settings, device), out, shard_bytes=20_000)
+
+
 def run(script: str, values: dict, stop_after: int) -> None:
     """A script's main; after `stop_after` steps the last rank, and none but it, is asked to stop."""
+    if script == "read_and_write":
+        return read_and_write(values)
     module, log_step = importlib.import_module(script), runtime.Log.step
 
     def step(log, number, metrics):

@@ -44,6 +44,16 @@ SETTINGS = {
     "ppo": ["data={data}/pairs.jsonl", "model={data}/sft", "reward_model={data}/reward", "steps=10", "max_tokens=16",
             "micro_tokens=256", "min_eos=0", "kl_target=1", "kl_horizon=100", "snapshot_every=5"],
 }
+# Other ways to run them: the name begins with the script's.
+SETTINGS |= {
+    "sft asynchronous": [*SETTINGS["sft"], "lora_rank=0", "lora_dropout=0", "async_save=true"],
+    "sft on two ranks": [*SETTINGS["sft"], "lora_rank=0", "lora_dropout=0", "shard=0"],
+    "kto": ["data={data}/pairs.jsonl", "model={data}/sft", "epochs=2", "micro_tokens=128", "samples=0"],
+    "distill": ["template=zephyr", "data={data}/sft.jsonl", "model={data}/sft", "epochs=2", "micro_tokens=128",
+                "samples=0"],
+    "dpo NF4": [*SETTINGS["dpo"], "lora_rank=4", "quantize=nf4", "lora_dropout=0.1"],
+    "ppo LoRA": [*SETTINGS["ppo"], "lora_rank=4"],
+}
 STEPS_PER_EPOCH = 5
 
 
@@ -54,7 +64,7 @@ def serve() -> None:
     "environment", "file_bytes"}, and print its id; for a line {"wait": id}, print how that process ended."""
     sys.path.insert(0, str(ROOT))
     # What takes the time; several ranks need the last.
-    import dpo, ppo, reward, sft, torch._dynamo  # noqa: E401, F401, I001
+    import distill, dpo, kto, ppo, reward, sft, torch._dynamo  # noqa: E401, F401, I001
 
     for line in sys.stdin:
         task = json.loads(line)
@@ -131,11 +141,26 @@ class Server:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def start(self, script: str, words: list[str], log: Path, folder: str = "", die_at: int = 0,
+    def start(self, name: str, words: list[str], log: Path, folder: str = "", die_at: int = 0,
               environment: dict | None = None, file_bytes: int = 0) -> Run:
-        """Start `script.py` with these words; `file_bytes` is the size its files may have, 0: any."""
-        return Run(self, self.ask({"script": f"{script}.py", "words": words, "log": str(log), "folder": folder,
+        """Start a script with these words; `file_bytes` is the size its files may have, 0: any."""
+        return Run(self, self.ask({"script": f"{name.split()[0]}.py", "words": words, "log": str(log), "folder": folder,
                                    "die_at": die_at, "environment": environment or {}, "file_bytes": file_bytes}))
+
+    def start_ranks(self, name: str, words: list[str], log: Path, folder: str = "", die_at: int = 0,
+                    others: tuple[str, ...] = ()) -> list[Run]:
+        """Two ranks without torchrun, which would end one when the other has failed; `others` are words for rank 1."""
+        from torch.distributed import TCPStore
+
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        found = []
+        for rank in range(2):
+            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                           "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            found.append(self.start(name, [*words, *(others if rank else ())], log.with_name(f"{log.name}{rank}"),
+                                    "" if rank else folder, 0 if rank else die_at, environment))
+            found[-1].store = store  # lives as long as they do
+        return found
 
 
 @functools.cache
@@ -162,6 +187,27 @@ class Run:
         found = self.server.ask({"wait": self.pid})
         os.close(self.descriptor)
         return found
+
+
+class Ranks:
+    """Two ranks as one run, of which a kill hits one, and what a dead rank leaves waiting after half a minute too."""
+
+    def __init__(self, runs: list[Run], rng: random.Random):
+        self.runs, self.rng = runs, rng
+
+    def ended(self, seconds: float = 0.0) -> bool:
+        deadline = time.monotonic() + seconds
+        return all(run.ended(max(0.0, deadline - time.monotonic())) for run in self.runs)
+
+    def kill(self) -> None:
+        self.rng.choice(self.runs).kill()
+        if not self.ended(30):
+            for run in self.runs:
+                run.kill()
+
+    def code(self) -> int:
+        codes = [run.code() for run in self.runs]
+        return -signal.SIGKILL if -signal.SIGKILL in codes else max(codes, key=abs)
 
 
 # ------------------------------------------------------------------------------------------ the moments
@@ -237,7 +283,7 @@ def same_folders(one: Path, other: Path) -> str:
     if files(one) != files(other):
         return f"files: {sorted(files(one) ^ files(other))}"
     for name in sorted(files(one) - {"metrics.jsonl"}):
-        if (one / name).read_bytes() != (other / name).read_bytes():
+        if (one / name).read_bytes() != (other / name).read_bytes() and not same_tensors(one / name, other / name):
             return f"{name} differs"
     logs = [[{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in written(run)]
             for run in (one, other)]
@@ -247,16 +293,32 @@ def same_folders(one: Path, other: Path) -> str:
     return "" if len(logs[0]) == len(logs[1]) else "the logs differ in length"
 
 
+def same_tensors(one: Path, other: Path) -> bool:
+    """Two ranks' files of a checkpoint, whose headers have no fixed order: whether they hold the same, bit for bit."""
+    if not one.name.startswith("shard-"):
+        return False
+    from safetensors.torch import load_file
+
+    ours, theirs = load_file(one), load_file(other)
+    return ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+
+
+def start(server: Server, name: str, words: list[str], run: Path, rng: random.Random, die_at: int = -1) -> Run | Ranks:
+    """The run of that name in the folder; die_at as count_operations has it, -1: nothing is counted."""
+    arguments = name, [*words, f"out={run}"], run.with_suffix(".log"), str(run) if die_at >= 0 else "", max(0, die_at)
+    return Ranks(server.start_ranks(*arguments), rng) if "two ranks" in name else server.start(*arguments)
+
+
 def undisturbed(server: Server, script: str, words: list[str], run: Path) -> dict[str, float]:
     """Run it to the end: the seconds of the run, a step and a rollout, and the number of its file operations."""
     began = time.perf_counter()
-    process = server.start(script, [*words, f"out={run}"], run.with_suffix(".log"), str(run))
+    process = start(server, script, words, run, random.Random(0), 0)
     process.ended(600)
     seconds = time.perf_counter() - began
     if process.code() != 0:
-        raise RuntimeError(f"{script}.py did not run: {run.with_suffix('.log').read_text()}")
+        raise RuntimeError(f"{script} did not run: {[log.read_text() for log in run.parent.glob(f'{run.stem}.log*')]}")
     lines = written(run)
-    kind = "pairs" if "pairs" in lines[0] else "tokens"
+    kind = next(kind for kind in ("pairs", "replies", "tokens") if f"{kind}_per_s" in lines[0])
     return {"run": seconds, "step": median(line[kind] / line[f"{kind}_per_s"] for line in lines),
             "rollout": median(line["tokens"] / line.get("sampling_tokens_per_s", 1e9) for line in lines),
             "operations": int(Path(f"{run}.operations").read_text())}
@@ -269,16 +331,15 @@ def trial(server: Server, script: str, words: list[str], kills: int, seed: int, 
     Returns the kills by moment, the number of runs that ended, and how they differ from the undisturbed one.
     """
     rng = random.Random(f"{script} {seed}")
-    whole, run = folder / f"{script}_whole", folder / f"{script}_broken"
+    whole, run = (folder / f"{script}_{state}".replace(" ", "_") for state in ("whole", "broken"))
     usual = undisturbed(server, script, words, whole)
-    kinds = [moment for moment in moments if moment != "rollout" or script == "ppo"]
+    kinds = [moment for moment in moments if moment != "rollout" or script.startswith("ppo")]
     hit, differences, runs, half = Counter(), [], 0, 0
     while runs == 0 or sum(hit.values()) < kills or run.exists():
         moment = kinds[sum(hit.values()) % len(kinds)] if sum(hit.values()) < kills else ""
         before = log_file(run)
         at = rng.randint(1, int(usual["operations"])) if moment == "file operation" else -1
-        log = run.with_suffix(".log")
-        process = server.start(script, [*words, f"out={run}"], log, str(run) if at > 0 else "", at)
+        process = start(server, script, words, run, rng, at)
         if moment and kill_at(moment, process, run, usual, before, rng):
             hit[moment] += 1
             half += moment == "saving" and saving(run)
@@ -286,7 +347,8 @@ def trial(server: Server, script: str, words: list[str], kills: int, seed: int, 
         if not moment:
             process.ended(600)
         code = 0 if moment else process.code()
-        found = f"it left with code {code}: {log.read_text().strip()[-300:]}" if code else same_folders(whole, run)
+        said = "".join(log.read_text().strip()[-300:] for log in run.parent.glob(f"{run.name}.log*")) if code else ""
+        found = f"it left with code {code}: {said}" if code else same_folders(whole, run)
         differences += [f"after {dict(hit)}: {found}"] if found else []
         runs += 1
         shutil.rmtree(run, ignore_errors=True)

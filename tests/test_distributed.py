@@ -14,7 +14,7 @@ from pathlib import Path
 import kills
 import pytest
 import torch
-from conftest import ROOT, exits, metrics_of, small_model, write_jsonl
+from conftest import BASE, FAMILIES, FIXTURES, ROOT, exits, metrics_of, small_model, write_jsonl
 from distributed_worker import run
 from safetensors.torch import load_file
 from test_dpo import pairs_file
@@ -24,7 +24,7 @@ from torch.distributed import TCPStore
 import runtime
 from checkpoints import load_model, save_model
 from data.pack import micro_batches, pack
-from data.tokenizer import load_tokenizer
+from data.tokenizer import adopt_template, load_tokenizer
 from data.trees import Response, Tree
 from model import add_score_head
 from runtime import distributed
@@ -36,7 +36,8 @@ STEPS = 6
 # Two epochs of five, five and one tree, the last too few for two ranks; micro-batches of 300 tokens, an evaluation in
 # the middle. Among them all that is sharded beside the model: a teacher, a reference, the four models of PPO.
 RUNS = {
-    "sft": ("sft", {}), "sft_lora": ("sft", LORA), "sft_nf4": ("sft", LORA | {"quantize": "nf4"}),
+    "sft": ("sft", {}), "sft_async": ("sft", {"async_save": True, "save_every": 1}),
+    "sft_lora": ("sft", LORA), "sft_nf4": ("sft", LORA | {"quantize": "nf4"}),
     "distill_copies": ("distill", {"shard": 1, "context": "{folder}/context.jsonl"}),
     "dpo": ("dpo", DPO | {"ref_model": "{folder}/policy"}), "dpo_lora": ("dpo", DPO | LORA),
     "orpo": ("dpo", {"loss": "orpo", "sft_coef": 1.0}), "kto": ("kto", DPO),
@@ -84,11 +85,13 @@ def files(checkpoint, tmp_path_factory):
     return folder
 
 
-def torchrun(plans: list, file: Path) -> subprocess.Popen:
-    """Two ranks that do them all, one after the other."""
+ONE_MACHINE = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+
+
+def torchrun(plans: list, file: Path, options: list[str] = ONE_MACHINE) -> subprocess.Popen:
+    """Ranks that do them all, one after the other."""
     file.write_text(json.dumps(plans))
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-             "--rdzv-endpoint", "localhost:0", "tests/distributed_worker.py", str(file)]
+    words = [sys.executable, "-m", "torch.distributed.run", *options, "tests/distributed_worker.py", str(file)]
     return subprocess.Popen(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
@@ -231,6 +234,56 @@ def test_the_others_write_nothing(tmp_path, monkeypatch):
         pass
 
 
+# ---------------------------------------------------------------------------------------- two machines
+
+@pytest.fixture(scope="module")
+def machines(files, checkpoint):
+    """Two machines (two groups of processes here) with two ranks each, started as the example in configs/ says.
+
+    Ten steps with a model that all four share (FSDP) and with a copy a machine (HSDP), and of one process; a model of
+    each family read and written again.
+    """
+    def plan(out, **changes):
+        script, config, _ = planned("sft", files, checkpoint, f"machines/{out}")
+        return [script, config | {"max_steps": 10, "epochs": 4, "eval_every": 0} | changes, 0]
+
+    models = [*(FIXTURES / "models" / family for family in FAMILIES), BASE]
+    again = {"models": [str(path) for path in models], "out": str(files / "machines")}
+    plans = [plan("fsdp"), plan("hsdp", shard=2), ["read_and_write", again | {"shard": 0}, 0],
+             ["read_and_write", again | {"shard": 2}, 0]]
+    text = (ROOT / "configs" / "zephyr-7b" / "two_machines.md").read_text()
+    (example,) = [line.split() for line in text.splitlines() if line.startswith("torchrun")]
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    example = " ".join(example[1 : example.index("sft.py")]).replace("per-node 8", "per-node 2")
+    options = example.replace("FIRST:29500", f"localhost:{store.port}")
+    del store  # its port is free again
+    started = [torchrun(plans, files / f"machine{number}.json", options.split()) for number in range(2)]
+    run(*plan("one"))
+    said = [told(process, 300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    return files / "machines"
+
+
+@pytest.mark.parametrize("names", [("one", "fsdp"), ("one", "hsdp"), ("fsdp", "hsdp")], ids="-".join)
+def test_a_model_that_all_share_and_a_copy_a_machine_take_the_ten_steps_of_one_process(names, machines):
+    one, other = (machines / name for name in names)
+    assert len(metrics_of(one)) == 10
+    assert_same_steps(one, other)
+    assert_same_model(one, other)
+
+
+@pytest.mark.parametrize("shard", [0, 2])
+@pytest.mark.parametrize("family", [*FAMILIES, "base"])
+def test_slices_of_the_files_make_the_whole_model_bit_for_bit(family, shard, machines, tmp_path):
+    """Fused matrices, more ranks than a tensor has rows, rows added for a template, several files written."""
+    path = BASE if family == "base" else FIXTURES / "models" / family
+    whole, again = load_model(path, torch.float32), load_model(machines / f"{family}_{shard}")
+    adopt_template(whole, load_tokenizer(path), "chatml")
+    assert len(list((machines / f"{family}_{shard}").glob("*.safetensors"))) > 1
+    for (name, ours), theirs in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 # ------------------------------------------------------------------------------------------- the share
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -289,16 +342,8 @@ def pair(server, data, logs: Path, *words: str, other: str = "", folder: str = "
 
     `other` is an argument for rank 1 alone.
     """
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    found = []
-    for rank in range(2):
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-                       "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        all_words = [*kills.words_for("sft", data), *WORDS, *words, *([other] if rank and other else [])]
-        found.append(server.start("sft", all_words, logs.with_name(f"{logs.name}{rank}"), folder if rank == 0 else "",
-                                  die_at, environment))
-        found[-1].store = store  # lives as long as they do
-    return found
+    all_words = [*kills.words_for("sft", data), *WORDS, *words]
+    return server.start_ranks("sft", all_words, logs, folder, die_at, (other,) if other else ())
 
 
 def codes(processes: list) -> list[int]:

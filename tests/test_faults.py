@@ -1,7 +1,7 @@
 """What a run survives: SIGKILL at any moment, SIGTERM, a full disk, a second run in its folder.
 
-    KILLS=20 python -m pytest tests/test_faults.py -k killed_run     twenty kills of each script, in about five minutes,
-                                                                     to benchmarks/results/kills.json
+    KILLS=20 python -m pytest tests/test_faults.py -k killed_run     twenty kills of each way to run a script, 200 in
+                                                                     all, to benchmarks/results/kills.json
 """
 import errno
 import json
@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+from concurrent import futures
 from dataclasses import dataclass
 
 import kills
@@ -18,8 +20,10 @@ from conftest import ROOT, exits, metrics_of, small_model
 from kills import SETTINGS, same_folders, words_for
 
 import runtime
+import sft
 
 KILLS = int(os.environ.get("KILLS", "0"))
+SCRIPTS = ("sft", "dpo", "reward", "ppo")
 FEW = {"ppo": ["steps=4", "batch=4", "minibatches=1", "epochs=1"]}  # five steps, of PPO four
 
 
@@ -43,16 +47,18 @@ def few(script, data):
 
 @pytest.fixture(scope="module")
 def trials():
-    """Results by script; those of a long run are written to the file that the tables are made from."""
-    found = {}
+    """Results by script; those of a long run go to the file that the tables are made from, others' rows stay."""
+    found, file = {}, ROOT / "benchmarks" / "results" / "kills.json"
     yield found
-    if KILLS and list(found) == list(SETTINGS):
-        report = {"command": f"KILLS={KILLS} python -m pytest tests/test_faults.py -k killed_run",
-                  "scripts": list(found.values())}
-        (ROOT / "benchmarks" / "results" / "kills.json").write_text(json.dumps(report, indent=1) + "\n")
+    if KILLS:
+        command = f"KILLS={KILLS} python -m pytest tests/test_faults.py -k killed_run"
+        rows = {row["script"]: row for row in json.loads(file.read_text())["scripts"]} | found
+        total = sum(row["kills"] for row in rows.values())
+        report = {"command": command, "kills": total, "scripts": list(rows.values())}
+        file.write_text(json.dumps(report, indent=1) + "\n")
 
 
-@pytest.mark.parametrize("script", SETTINGS)
+@pytest.mark.parametrize("script", SETTINGS if KILLS else [*SCRIPTS, "sft asynchronous"])
 def test_a_killed_run_ends_as_one_nobody_disturbed(script, server, data, trials):
     """Three kills of three kinds; with KILLS=20 twenty of all kinds, in longer runs."""
     if KILLS:
@@ -171,6 +177,58 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
     assert killed_everywhere(save, check) > 3
 
 
+def test_an_asynchronous_checkpoint_is_of_its_step_and_counts_once_it_is_durable(tmp_path, monkeypatch):
+    """Until its file and the folder are synced the one before counts, which a kill would leave; training goes on."""
+    model, optimizer = trained(0)
+    runtime.save_state(tmp_path, 1, model, optimizer)
+    expected = [p.clone() for p in model.parameters()]
+    may_sync, sync, synced = threading.Event(), os.fsync, []
+
+    def wait_and_sync(descriptor):
+        assert may_sync.wait(60)
+        sync(descriptor)
+        synced.append(sorted(path.name for path in (tmp_path / "state").iterdir()))
+
+    monkeypatch.setattr(os, "fsync", wait_and_sync)
+    saving = runtime.save_state(tmp_path, 2, model, optimizer, later=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for state in optimizer.state.values():
+            state["exp_avg"].zero_()
+    again, other = trained(1)
+    assert runtime.load_state(tmp_path, again, other) == 1 and not saving.done()
+    may_sync.set()
+    saving.result()
+    assert synced == [[".new", "step_1"], [".new", "step_1"], ["step_1", "step_2"]]  # its file, its folder, its name
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_2"]
+    assert runtime.load_state(tmp_path, again, other) == 2
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), expected, strict=True))
+    assert all(state["exp_avg"].abs().max() > 0 for state in other.state.values())
+
+
+def test_an_asynchronous_checkpoint_that_fails_ends_the_run_with_one_line_at_a_step(tmp_path, monkeypatch, capsys):
+    """At the first step after it failed, or before the next checkpoint; the one before still counts."""
+    model, optimizer = trained()
+    run = runtime.Run(sft.Config(out=str(tmp_path), async_save=True, save_every=1), {})
+    run.resume(model, optimizer, 5, ("loss",))
+    run.log({"loss": 1.0})
+    run.save(model, optimizer)
+    run.log({"loss": 1.0})
+    run.finish_saving()
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    run.save(model, optimizer)
+    futures.wait([run.saving])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "step_2: cannot be written" in said and "free some space" in said
+    with pytest.raises(SystemExit) as left:
+        run.log({"loss": 1.0})
+    monkeypatch.setattr(os, "fsync", sync)
+    assert left.value.code == 2
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_1"]
+
+
 def test_a_run_that_ended_early_is_not_gone_on_with(server, data, tmp_path):
     """PPO stops when too few replies end. Killed before it wrote its model, it writes that, without more steps."""
     words = [*few("ppo", data), "min_eos=1"]
@@ -188,7 +246,7 @@ def test_a_run_that_ended_early_is_not_gone_on_with(server, data, tmp_path):
 
 # ------------------------------------------------------------------------------------- asked to stop
 
-@pytest.mark.parametrize("script", SETTINGS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_sigterm_saves_and_leaves_with_0_and_the_run_goes_on(script, server, data, tmp_path):
     words = [*few(script, data), "save_every=0", f"out={tmp_path / 'run'}"]
     process = server.start(script, words, tmp_path / "log")
@@ -202,7 +260,7 @@ def test_sigterm_saves_and_leaves_with_0_and_the_run_goes_on(script, server, dat
 
 # ------------------------------------------------------------------------------------ a full disk
 
-@pytest.mark.parametrize("script", SETTINGS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "sft asynchronous"])
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(script, server, data, small_disk, tmp_path):
     """The disk fills up after the first checkpoint; with room again the run goes on and ends as if nothing had been."""
     words, run = few(script, data), small_disk / "run"

@@ -1,12 +1,14 @@
 """What training and loading take: the arithmetic of runtime/memory.py for the recipes' models, and real runs.
 
-    WRITE=1 python -m pytest tests/test_memory.py     all of it, to benchmarks/results/memory.json and loading.json
+    WRITE=1 python -m pytest tests/test_memory.py     all of it, to benchmarks/results: memory.json, loading.json and
+                                                      loading_ranks.json
 
 The recipes' models are given by their published shapes; no weights are read. Micro-batches of 2,048 tokens, bf16
 activations, gradient checkpointing, adapters of rank 64 on every linear layer. Real runs train a random Llama of 0.1 B
 in fp32, each way in a process of its own whose C library gives freed memory back at once. Loading takes a random Llama
 of 2 GB in bf16 (0.4 GB without WRITE), in two shards; each way has a process of its own as well. Peaks (resident pages,
-file-backed ones included) are counted from where the process stood before.
+file-backed ones included) are counted from where the process stood before. Several ranks (gloo) load a Llama of 0.3 B
+in fp32 (0.06 B without WRITE).
 """
 import json
 import os
@@ -32,6 +34,7 @@ from data.pack import pack
 from data.trees import Response, Tree
 from families import read_config
 from model import Linear, ModelConfig, Transformer, init_weights
+from runtime import distributed
 
 MISTRAL = FIXTURES / "models" / "mistral"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -249,3 +252,42 @@ def test_loading_peaks_little_above_the_weights(tmp_path):
         write("loading.json", {"ways": ways})
     for way, row in ways.items():
         assert row["peak_bytes"] < (1.15 if way in ("bfloat16", "float32") else 1.4) * row["weight_bytes"], (way, row)
+
+
+def load_share(path: str, folder: str) -> None:
+    """Load as a script under torchrun does, and write this rank's peak and what it then holds to the folder."""
+    torch.set_num_threads(1)
+    device, options = runtime.setup("cpu", 0, 1, dtype="float32"), sft.Config(model=path)
+    with torch.device("meta"):
+        warm = Transformer(ModelConfig())
+    if distributed.world_size() > 1:
+        distributed.fully_shard(warm, 0, device)  # its imports
+    before, _ = resident(reset=True)
+    model = lora.shard(lora.load_base(path, options, device), options, device)
+    peak = resident()[1] - before
+    held = sum(distributed.local_rows(parameter)[0].nbytes for parameter in model.parameters())
+    (Path(folder) / str(distributed.rank())).write_text(json.dumps({"share_bytes": held, "peak_bytes": peak}))
+
+
+def load_with_ranks(path: Path, folder: Path, ranks: int) -> dict[str, int]:
+    """The largest share and peak of the ranks, and their peaks together: a machine's."""
+    folder.mkdir()
+    code = "import sys; sys.path[:0] = ['.', 'tests']; import test_memory as t; "
+    code += f"t.load_share({str(path)!r}, {str(folder)!r})"
+    words = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", str(ranks),
+             "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", sys.executable, "-c", code]
+    subprocess.run(words, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    rows = [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
+    return {"ranks": ranks, **{key: max(row[key] for row in rows) for key in rows[0]},
+            "machine_bytes": sum(row["peak_bytes"] for row in rows)}
+
+
+def test_a_rank_loads_its_share_alone(tmp_path):
+    """Its peak is at most 1.2 times what it keeps, so that a machine holds the model once."""
+    write_checkpoint(tmp_path / "model", layers=24 if WRITE else 4, width=1024)
+    counts = (1, 2, 4) if WRITE else (2,)
+    rows = [load_with_ranks(tmp_path / "model", tmp_path / str(ranks), ranks) for ranks in counts]
+    if WRITE:
+        write("loading_ranks.json", {"ranks": rows})
+    for row in rows:
+        assert 0.9 * row["share_bytes"] < row["peak_bytes"] < 1.2 * row["share_bytes"], row

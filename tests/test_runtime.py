@@ -13,6 +13,7 @@ import torch
 from conftest import FIXTURES, ROOT, exits, reference, small_model
 
 import runtime
+from runtime import device as device_module
 
 
 @dataclass(frozen=True)
@@ -333,3 +334,64 @@ def test_wandb_offline_writes_in_the_run_folder(tmp_path):
     log.step(1, {"loss": 0.5})
     log.close()
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+# ------------------------------------------------------------------------------------- Apple and Windows
+
+@pytest.fixture
+def apple(monkeypatch):
+    """A machine without CUDA that says it has MPS, which computes what `changed` makes of the CPU's results."""
+    step = device_module._small_step
+
+    def pretend(changed):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        cpu = torch.device("cpu")
+        monkeypatch.setattr(device_module, "_small_step", lambda d: step(cpu) if d == cpu else changed(step(cpu)))
+
+    return pretend
+
+
+def test_auto_is_mps_where_its_small_step_is_the_cpus(apple, capsys):
+    apple(lambda results: [part * (1 + 1e-6) for part in results])
+    assert runtime.find_device("auto") == torch.device("mps") and capsys.readouterr().out == ""
+    assert runtime.find_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("part, said", [(0, "the loss of a small step"), (1, "the gradients"), (2, "updated weights")])
+@pytest.mark.parametrize("wrong", [lambda x: x + 0.01, lambda x: x * math.nan], ids=["off", "nan"])
+def test_auto_is_the_cpu_and_says_why_where_mps_computes_something_else(part, said, wrong, apple, capsys):
+    apple(lambda results: [wrong(x) if i == part else x for i, x in enumerate(results)])
+    assert runtime.find_device("auto") == torch.device("cpu")
+    assert "device=auto takes the CPU: on MPS" in (out := capsys.readouterr().out) and said in out
+
+
+def test_auto_is_the_cpu_and_says_why_where_mps_lacks_an_operation(apple, capsys):
+    def fails(results):
+        raise NotImplementedError("aten::x is not implemented for MPS\nmore")
+
+    apple(fails)
+    assert runtime.find_device("auto") == torch.device("cpu")
+    assert capsys.readouterr().out == ("device=auto takes the CPU: on MPS an operation fails: aten::x is not "
+                                       "implemented for MPS\n")
+
+
+def test_the_small_step_is_adamws_by_hand():
+    """Its weights move by lr (g / (|g| + eps) + weight_decay w), and the check passes on the CPU itself."""
+    assert device_module.wrong_on(torch.device("cpu")) == ""
+    loss, gradients, weights = device_module._small_step(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(shape, generator=generator) / 4 for shape in ((40, 32), (96, 32), (40, 32))]
+    before = torch.cat([weight.flatten() for weight in drawn])
+    moved = before - 0.1 * (gradients / (gradients.abs() + 1e-3) + 0.1 * before)
+    assert (moved - weights).abs().max() < 1e-5 and loss > 3
+
+
+def test_windows_is_one_line_that_names_wsl():
+    """fcntl is hidden in a process of its own: every module imports, and a command says what to do."""
+    code = ("import sys; sys.modules['fcntl'] = None\n"
+            "import sft, dpo, reward, ppo, kto, distill, judge, chat, compare, collect.annotate, collect.rounds\n"
+            "import runtime; runtime.load_config(sft.Config, '', [])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "WSL" in done.stderr and "wsl --install" in done.stderr

@@ -266,7 +266,7 @@ def make_start(config: Config, out: Path) -> None:
 
 def pretrain(config: Config, out: Path, name: str, *options: str) -> Path:
     """Train on out/<name>.jsonl, or resume; returns the run's folder, out/<name>."""
-    command = [sys.executable, "sft.py", "--config", "configs/tiny/pretrain.toml", f"data={out / name}.jsonl",
+    command = [sys.executable, "-m", "sft", "--config", "configs/tiny/pretrain.toml", f"data={out / name}.jsonl",
                f"seed={config.seed}", f"out={out / name}", *options]
     if subprocess.run(command).returncode or not (out / name / "model").exists():
         runtime.fail(f"{out / name}: pretraining ended early: run the same command again to go on")

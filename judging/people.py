@@ -115,7 +115,7 @@ def label_rows(votes: Iterable[dict], most: int = 4_000_000) -> list[dict]:
             strength = 0.5 - row["preference"] if np.isnan(mine) else mine - 4.5
             known = {"seconds": row.get("seconds"), "swapped": None if first is None else float(not first),
                      "longer": row["length_b"] - row["length_a"] if {"length_a", "length_b"} <= row.keys() else None}
-            found.append({"pair": json.dumps(unit), "rater": row["judge"], "strength": strength,
+            found.append({"pair": json.dumps(unit), "prompt": unit[0], "rater": row["judge"], "strength": strength,
                           **{key: value for key, value in known.items() if value is not None}})
     return found
 

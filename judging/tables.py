@@ -242,12 +242,17 @@ def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, force: bo
     return sorted(lines, key=lambda x: (-x.get("win_rate", -1), x["model"]))
 
 
+def win_rate_cell(line: Mapping) -> dict | None:
+    """One of win_rates' lines as a cell; None where it has no mean."""
+    return None if line["refused"] else bounded(line["win_rate"], line["low"], line["high"])
+
+
 def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: str, force: bool = False,
                      difficulty: Mapping[str, float] | None = None) -> dict:
     """`rows` after merge_orders."""
     keys = ("wins", "draws", "losses", "n", "missing", "lc2", "length", *["lc"] * bool(difficulty))
     lines = win_rates(rows, baseline, force=force, difficulty=difficulty)
-    cells = {x["model"]: bounded(x["win_rate"], x["low"], x["high"]) for x in lines if not x["refused"]}
+    cells = {x["model"]: win_rate_cell(x) for x in lines if not x["refused"]}
     table = [[x["model"], cells.get(x["model"]), *(x.get(key) for key in keys)] for x in lines]
     text = f"{unequal_sets(rows)} {unparsed(rows)[2]} {orders} A draw is half a win; intervals resample prompts."
     if any("lc2" in x for x in lines):

@@ -148,15 +148,17 @@ def wording_section(runs: Mapping[str, Sequence[dict]], baseline: str, judge: st
     """Win rates of the same games under other wordings, and how far they spread; None for one wording."""
     if len(runs) < 2:
         return None
-    rates = [{x["model"]: x.get("win_rate")
-              for x in tables.win_rates(merge_orders(rows)[0], baseline, rounds=200, force=force)}
+    found = [{x["model"]: x for x in tables.win_rates(merge_orders(rows)[0], baseline, rounds=200, force=force)}
              for rows in runs.values()]
-    lines = [[m, *(found.get(m) for found in rates)] for m in rates[0]]
-    for line in lines:
-        given = [rate for rate in line[1:] if rate is not None]
-        line.append(max(given) - min(given) if given else None)
-    rankings = {tuple(sorted(rates[0], key=lambda m, found=found: -(found.get(m) or 0))) for found in rates}
-    return {"title": f"{judge}: asked in other words", "columns": ["model", *runs, "spread"], "rows": lines,
+    lines = []
+    for m in found[0]:
+        said = [of.get(m, {"refused": "not asked"}) for of in found]
+        rates = [x["win_rate"] for x in said if not x["refused"]]
+        lines.append([m, *(cell for x in said for cell in (tables.win_rate_cell(x), x.get("n", 0))),
+                      max(rates) - min(rates) if rates else None])
+    rankings = {tuple(sorted(found[0], key=lambda m, of=of: -of.get(m, {}).get("win_rate", 0))) for of in found}
+    columns = ["model", *(x for wording in runs for x in (wording, "n")), "spread"]
+    return {"title": f"{judge}: asked in other words", "columns": columns, "rows": lines,
             "text": f"Win rates against {baseline} in percent. The order of the models "
                     f"{'changes' if len(rankings) > 1 else 'stays'}."}
 
@@ -328,21 +330,34 @@ def self_preference_section(by_judge: Mapping[str, Sequence[dict]], sources: Map
     if len(groups) < 2:
         return None
 
-    def wins(rows: Sequence[dict], group: str) -> float | None:
-        mine = []
+    def wins(rows: Sequence[dict], group: str) -> dict[tuple, float]:
+        """The group's preference in every comparison with another."""
+        found = {}
         for r in merge_orders(rows)[0]:
             a, b = sources.get(r["a"]) == group, sources.get(r["b"]) == group
             if a != b and r["preference"] is not None:
-                mine.append(r["preference"] if a else 1 - r["preference"])
-        return 100 * float(np.mean(mine)) if mine and not withheld(rows, force) else None
+                found[tables.comparison(r)[1:]] = r["preference"] if a else 1 - r["preference"]
+        return found
+
+    def lift(mine: Mapping[tuple, float], theirs: Mapping[tuple, float]) -> list:
+        """How much higher a judge's preference is than the truth's in the comparisons of both, and how many these are."""
+        both = sorted(mine.keys() & theirs.keys())
+        gaps = np.array([mine[k] - theirs[k] for k in both])
+        ends = ratings.mean_interval(gaps, [k[0] for k in both], low=-1, high=1)
+        return [percent(float(gaps.mean()), *ends) if both else None, len(both)]
 
     others, lines = [judge for judge in by_judge if truth and judge != truth], []
+    trusted = {judge: not withheld(rows, force) for judge, rows in by_judge.items()}
     for g in groups:
         found = {judge: wins(rows, g) for judge, rows in by_judge.items()}
-        lines.append([g, *found.values(), *(None if None in (found[j], found[truth]) else found[j] - found[truth]
-                                            for j in others)])
+        lines.append([g])
+        for judge, mine in found.items():
+            lines[-1] += [mean_cell([*mine.values()], [k[0] for k in mine]) if trusted[judge] else None, len(mine)]
+        for judge in others:
+            lines[-1] += lift(found[judge], found[truth]) if trusted[judge] and trusted[truth] else [None, 0]
     return {"title": "Self-preference", "rows": lines,
-            "columns": ["data from", *(f"{judge}, %" for judge in by_judge),
-                        *(f"{judge} above {truth}" for judge in others)],
+            "columns": ["data from", *(x for judge in by_judge for x in (f"{judge}, %", "n")),
+                        *(x for judge in others for x in (f"{judge} above {truth}", "n of both"))],
             "text": "Wins of models trained on data from one source against all others, by judge. A judge that lifts "
-                    "the source it belongs to above what people give it prefers itself (the talk's \"doping\")."}
+                    "the source it belongs to above what people give it, in the same comparisons, prefers itself (the "
+                    "talk's \"doping\"). Intervals resample prompts."}

@@ -431,8 +431,24 @@ def test_self_preference_by_hand():
 
     section = trial.self_preference_section({"GPT": games("GPT", 3), "people": games("people", 1)},
                                             {"m1": "GPT", "m2": "people"}, "people")
-    assert section["rows"] == [["GPT", 75, 25, 50], ["people", 25, 75, -50]]
-    assert section["columns"][-1] == "GPT above people"
+    rows = [[cell["value"] if isinstance(cell, dict) else cell for cell in row] for row in section["rows"]]
+    assert rows == [["GPT", 75, 4, 25, 4, 50, 4], ["people", 25, 4, 75, 4, -50, 4]]
+    assert section["columns"][-2:] == ["GPT above people", "n of both"]
+
+
+def test_self_preference_is_held_against_people_on_the_comparisons_of_both():
+    """People judged prompts 0 to 3 alone, and gave m1 one of four; of these GPT gives it all four, 75 points more. That
+    it gives it none of four other prompts, which makes 50 % in all, is no answer to what people say.
+    """
+    def games(judge, wins, count):
+        return [{"judge": judge, "prompt": i, "a": "m1", "b": "m2", "a_first": None, "preference": float(i < wins)}
+                for i in range(count)]
+
+    section = trial.self_preference_section({"GPT": games("GPT", 4, 8), "people": games("people", 1, 4)},
+                                            {"m1": "GPT", "m2": "people"}, "people")
+    gpt = section["rows"][0]
+    assert (gpt[1]["value"], gpt[2], gpt[5]["value"], gpt[6]) == (50, 8, 75, 4)
+    assert all(cell["low"] < cell["value"] < cell["high"] or cell["value"] in (0, 100) for cell in gpt[1:6:2])
 
 
 def test_rows_survive_a_round_trip_through_json(tmp_path):

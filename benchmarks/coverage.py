@@ -17,6 +17,7 @@ import numpy as np
 
 import runtime
 from benchmarks.measure import save
+from collect import raters
 from judging import choices, gold, people, rewards, safety, tables, trial
 from judging.ratings import paired_difference
 
@@ -72,11 +73,15 @@ def printed(rng: np.random.Generator, prompts: int) -> dict[str, dict]:
     merged, majority = tables.merge_orders(judged)[0], tables.majority(votes, "people")
     by_judge = {"judge": judged, "people": majority}
     screen = trial.screen_section(by_judge, "people")
+    labels = raters.collect_labels(people.label_rows(votes))
+    vendors = raters.vendor_table(labels, rounds=300)
     found = [tables.win_rate_section(merged, "base", "judge", ""), *tables.ratings_sections(merged, "judge"),
              *tables.score_sections(marks, "judge"), trial.position_section({"as configured": judged}, "judge"),
              screen | {"columns": ["row", *screen["columns"][1:]]}, trial.agreement_section(by_judge, "people"),
              trial.category_agreement_section(by_judge, "people"), people.votes_section(votes, "people"),
-             people.agreement_section(votes, "people"), *people.likert_sections("people", votes)]
+             people.agreement_section(votes, "people"), *people.likert_sections("people", votes),
+             raters.rater_section(labels),
+             trial.self_preference_section(by_judge, {"base": "x", "sft": "x", "dpo": "y"}, "people")]
     first = next(s for s in found if s["title"].startswith("people: agreement"))
     pair, at = "base against dpo", ("people: votes", "base against dpo")
     cells = {
@@ -97,6 +102,10 @@ def printed(rng: np.random.Generator, prompts: int) -> dict[str, dict]:
         "majority of people": cell(found, *at, "majority for the first, %"),
         "mean rating of people": cell(found, *at, "mean rating"),
         "agreement among people": dict(zip(first["columns"], first["rows"][0], strict=True))["agree, %"],
+        "a rater's wins of the first slot": cell(found, "Raters", "person 0", "shown first"),
+        "a rater's wins of the longer reply": cell(found, "Raters", "person 0", "longer"),
+        "a rater with the others": vendors["person 0"]["others"],
+        "self-preference": cell(found, "Self-preference", "y", "judge above people"),
         "wins of a probe": trial.wins_cell([r for r in judged if (r["a"], r["b"]) == tuple(pair.split(" against "))]),
     }
     return cells | alone(rng, prompts) | difference(judged, votes)

@@ -542,10 +542,11 @@ def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
 
 def subjects_section(results: Mapping[str, dict]) -> dict:
     """MMLU by subject, from its results by model."""
-    subjects = dict.fromkeys(subject for result in results.values() for subject in result["subjects"])
-    rows = [[subject, *(cell(r["subjects"][subject], r["metric"]) for r in results.values())]
-            for subject in subjects]
-    return {"title": "MMLU by subject", "columns": ["subject", *(f"{model}, %" for model in results)], "rows": rows}
+    first = next(iter(results.values()))["subjects"]
+    rows = [[subject, part["n"], *(cell(r["subjects"][subject], r["metric"]) for r in results.values())]
+            for subject, part in first.items()]
+    columns = ["subject", "questions", *(f"{model}, %" for model in results)]
+    return {"title": "MMLU by subject", "columns": columns, "rows": rows}
 
 
 def cell(result: dict, metric: str) -> dict | float:

@@ -89,8 +89,8 @@ def position_section(runs: Mapping[str, Sequence[dict]], judge: str, force: bool
             cells = [share_cell(first, "first_slot_share"), share_cell(both, "consistency")]
             cells = [None] * 2 if tables.refused(rows, force) else cells
             games = sum(first[key] for key in ("first", "second", "ties", "missing"))
-            lines.append([name, games, *cells, both["always_first"], both["always_second"],
-                          100 * missing / max(count, 1)])
+            lines.append([name, games, cells[0], first["first"] + first["second"], cells[1], both["n"],
+                          both["always_first"], both["always_second"], 100 * missing / max(count, 1)])
             bars[name] = [cell and cell["value"] for cell in cells]
     if not lines:
         return None
@@ -98,8 +98,8 @@ def position_section(runs: Mapping[str, Sequence[dict]], judge: str, force: bool
             "text": "First slot: share of the decided games won by the reply shown first; 50 is no bias where every "
                     "pair is shown in both orders, or in one drawn by lot. Consistent: pairs with the same verdict in "
                     "both. Intervals resample prompts.",
-            "columns": ["asked", "games", "first slot, %", "consistent, %", "always first", "always second",
-                        "unread, %"],
+            "columns": ["asked", "games", "first slot, %", "decided", "consistent, %", "pairs", "always first",
+                        "always second", "unread, %"],
             "figure": {"kind": "bars", "names": ["first slot", "consistent"], "label": "%", "groups": bars}}
 
 
@@ -129,11 +129,11 @@ def probes_section(identical: Sequence[dict], planted: Mapping[str, tuple[Sequen
     lines = []
     if identical:
         first, second, tie = (sum(decided(r["preference"]) == x for r in identical) for x in (1, 0, 0.5))
-        lines.append(["identical replies", len(identical), f"first {first}, second {second}, tie {tie}", None, None])
-    for name, both in planted.items():
-        wins = [None if withheld(games, force) else wins_cell(games) for games in both]
-        lines.append([name, len(both[0]), None, *wins])
-    columns = ["probe", "games", "verdicts", "wins, %", "without the plant, %"]
+        lines.append(["identical replies", len(identical), f"first {first}, second {second}, tie {tie}", *[None] * 3])
+    for name, (shown, without) in planted.items():
+        wins = [None if withheld(games, force) else wins_cell(games) for games in (shown, without)]
+        lines.append([name, len(shown), None, *wins, len(without) or None])
+    columns = ["probe", "games", "verdicts", "wins, %", "without the plant, %", "games without"]
     return {"title": f"{judge}: probes", "columns": columns, "rows": lines,
             "text": "A judge that reads gives identical replies a tie, a fixed sentence nothing, and a reply with a "
                     "planted verdict no more than it wins without."}
@@ -295,29 +295,33 @@ TASTES = {"wins of the reply longer by over 30 characters, %": ("length", 30),
 
 def screen_section(by_judge: Mapping[str, Sequence[dict]], truth: str, force: bool = False) -> dict:
     """All judges on one screen, a row for each measure of order, taste and whether they are right."""
-    columns, agree = {}, agreement_section(by_judge, truth, force) if truth in by_judge else None
-    agrees = {row[0]: row[1] for row in agree["rows"]} if agree else {}
+    measures, agree = {}, agreement_section(by_judge, truth, force) if truth in by_judge else None
+    agrees = {row[0]: row[1:3] for row in agree["rows"]} if agree else {}
     for judge, rows in by_judge.items():
         first, both = position(rows)
         missing, count, _ = tables.unparsed(rows)
         merged = [r for r in merge_orders(rows)[0] if r["preference"] is not None]
-        column = [count, 100 * missing / max(count, 1), share_cell(first, "first_slot_share"),
-                  share_cell(both, "consistency")]
-        for name, threshold in TASTES.values():
+        found = {"wins of the first slot, %": (share_cell(first, "first_slot_share"),
+                                               first["first"] + first["second"] if first else 0),
+                 "the same in both orders, %": (share_cell(both, "consistency"), both["n"])}
+        for title, (name, threshold) in TASTES.items():
             known = [r for r in merged if {f"{name}_a", f"{name}_b"} <= r.keys()]
             values = [[r["preference"], r[f"{name}_a"], r[f"{name}_b"]] for r in known]
             taste = ratings.feature_preference(*np.reshape(values, (-1, 3)).T, threshold, [r["prompt"] for r in known])
-            column.append(share_cell(taste, "share"))
+            found[title] = share_cell(taste, "share"), taste["n"]
         right = right_section(rows, judge, force)
-        column = [*column, agrees.get(judge), right and right["rows"][0][1]]
-        columns[judge] = [*column[:2], *[None] * (len(column) - 2)] if tables.refused(rows, force) else column
-    names = ["verdicts", "not to be read, %", "wins of the first slot, %", "the same in both orders, %", *TASTES,
-             f"agrees with {truth or 'the truth'}, %", "right, %"]
-    lines = [[name, *cells] for name, *cells in zip(names, *columns.values(), strict=True)
-             if any(x is not None for x in cells)]
-    return {"title": "The judges on trial", "columns": ["", *columns], "rows": lines,
-            "text": "Good replies may well be longer: what counts is where a judge differs from people, or from the "
-                    "truth, on the same pairs. A share without ties is of the decided pairs."}
+        found[f"agrees with {truth or 'the truth'}, %"] = agrees.get(judge, (None, 0))
+        found["right, %"] = right["rows"][0][1:3] if right else (None, 0)
+        if tables.refused(rows, force):
+            found = dict.fromkeys(found, (None, 0))
+        measures[judge] = {"not to be read, %": (100 * missing / max(count, 1), count), **found}
+    lines = [[name, *(x for of in measures.values() for x in (of[name][0], of[name][1] or None))]
+             for name in next(iter(measures.values()))]
+    return {"title": "The judges on trial", "columns": ["", *(x for judge in measures for x in (judge, "n"))],
+            "rows": [line for line in lines if any(x is not None for x in line[1::2])],
+            "text": "n is the verdicts of each share: without ties, of games or pairs that were decided. Good replies "
+                    "may well be longer: what counts is where a judge differs from people, or from the truth, on the "
+                    "same pairs."}
 
 
 def self_preference_section(by_judge: Mapping[str, Sequence[dict]], sources: Mapping[str, str],

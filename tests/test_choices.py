@@ -554,5 +554,5 @@ def test_the_section_has_a_row_for_each_model_and_their_spread(capsys):
 def test_subjects_are_rows_of_their_own_section():
     result = measure(exam_of({"law": 2, "art": 4}), {"law": [[0, -1], [-1, 0]], "art": [[0, -1]] * 4})
     section = choices.subjects_section({"a": result, "b": result})
-    assert section["columns"] == ["subject", "a, %", "b, %"]
-    assert [row[0] for row in section["rows"]] == ["law", "art"] and section["rows"][0][1]["value"] == 50
+    assert section["columns"] == ["subject", "questions", "a, %", "b, %"]
+    assert [row[0] for row in section["rows"]] == ["law", "art"] and section["rows"][0][2]["value"] == 50

@@ -725,7 +725,10 @@ def test_a_stream_that_is_cut_is_not_finished(server, end, finished):
 
 
 @pytest.mark.parametrize("message", [
-    {"content": "[[B]]", "reasoning_content": "Maybe [[A]]?"}, {"content": "[[B]]", "reasoning": "Maybe [[A]]?"}])
+    {"content": "[[B]]", "reasoning_content": "Maybe [[A]]?"}, {"content": "[[B]]", "reasoning": "Maybe [[A]]?"},
+    {"content": [{"type": "reasoning", "text": "Maybe [[A]]?"}, {"type": "text", "text": "[[B]]"}]},
+    {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Maybe [[A]]?"}]},
+                 {"type": "text", "text": "[[B]]"}]}])
 def test_thoughts_in_a_field_of_their_own_are_kept_apart(server, tmp_path, message):
     def script(body, n):
         status, headers, text = completion("")
@@ -734,8 +737,8 @@ def test_thoughts_in_a_field_of_their_own_are_kept_apart(server, tmp_path, messa
         return status, headers, json.dumps(answer)
 
     (reply,) = ask(quick(server(script)), [user("a")], Sampling(), tmp_path / "l.jsonl")
-    assert (reply.text, reply.thoughts) == ("[[B]]", "Maybe [[A]]?")
-    assert lines(tmp_path / "l.jsonl")[0]["thoughts"] == "Maybe [[A]]?"
+    assert reply.text == "[[B]]" and "Maybe [[A]]?" in reply.thoughts
+    assert lines(tmp_path / "l.jsonl")[0]["thoughts"] == reply.thoughts
 
 
 def test_another_model_behind_the_same_name_is_noticed(server, tmp_path, capsys):
@@ -780,6 +783,8 @@ def test_the_reason_of_a_failure_is_handed_on(tmp_path):
     ("[THINK][[A]][/THINK][[B]]", "[[B]]", True),
     ("<|channel|>analysis<|message|>[[A]]<|end|><|start|>assistant<|channel|>final<|message|>[[B]]", "[[B]]", True),
     ("◁think▷[[A]]◁/think▷[[B]]", "[[B]]", True),
+    ("<|begin_of_thought|>[[A]]<|end_of_thought|>[[B]]", "[[B]]", True),
+    ("<|START_THINKING|>[[A]]<|END_THINKING|>[[B]]", "[[B]]", True),
     ("<think></think>", "", True),
 ])
 def test_thoughts_in_the_text_are_set_aside(text, said, ended):

@@ -20,8 +20,9 @@ from judging.prompts import Question
 from judging.recorded import Recorded
 from runtime import fail
 
-IDS = ("id", "question_id", "prompt_id", "uid", "index", "idx")  # what files call a question's id; the first a record has counts
-COUNTS = ("index", "idx")                           # those that count a file's records, where others are names
+# What files call a question's id; the first that a record has counts.
+IDS = ("id", "question_id", "prompt_id", "uid", "index", "idx")
+COUNTS = ("index", "idx")  # those that count a file's records, where others are names
 
 
 class Said(NamedTuple):
@@ -192,8 +193,8 @@ def join(answers: Sequence[Said], questions: Sequence[Question], path: str,
             found[at] = said
     for said, same in lost:
         if any(found[i] is None for i in same):
-            fail(f"{path} record {said.place}: its instruction ({said.text[:40]!r}) is that of a question with another id "
-                 f"than its {said.key} '{said.id}', expected both to name the same: mend one of the two files")
+            fail(f"{path} record {said.place}: its instruction ({said.text[:40]!r}) is that of a question with another "
+                 f"id than its {said.key} '{said.id}', expected both to name the same: mend one of the two files")
     if all_known and not any(found):
         textless = all(said.text is None for said, _ in lost)
         why = ": its ids name none of them and it holds no instruction" if textless else ""

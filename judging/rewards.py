@@ -202,9 +202,9 @@ def breakdown_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
     """The same results, how many pairs they are of, and by margin and category: a row for each, a column a scorer."""
     rows = []
     for name in dict.fromkeys(name for found in results.values() for name in found):
-        parts = {scorer: {"all": found[name]} | {
-            f"{kind} {label}": part for kind in ("margin", "category") for label, part in found[name][f"by_{kind}"].items()
-        } for scorer, found in results.items() if name in found}
+        parts = {scorer: {"all": of[name]} | {f"{kind} {label}": part for kind in ("margin", "category")
+                                              for label, part in of[name][f"by_{kind}"].items()}
+                 for scorer, of in results.items() if name in of}
         for label in dict.fromkeys(label for part in parts.values() for label in part):
             cells = [parts.get(scorer, {}).get(label) for scorer in results]
             rows.append([name, label, max(c["n"] for c in cells if c), *map(share_cell, cells)])

@@ -310,7 +310,7 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
         grid = [[_mean(against(met[frozenset((a, b))], a, b), "preference", force, 100) if a != b else None
                  for b in table] for a in table]
         met = Counter(frozenset((r["a"], r["b"])) for r in rows if r["preference"] is not None).values()
-        text = f"Wins of the row's model against the column's in percent, ties half; {fewest_to_most(met)} games a pair."
+        text = f"Wins of the row's model against the column's, percent, ties half; {fewest_to_most(met)} games a pair."
         sections.append(grid_section(f"{judge}: who beats whom", text, list(table), list(table), grid, "win rate, %"))
     return sections
 

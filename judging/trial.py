@@ -344,7 +344,7 @@ def self_preference_section(by_judge: Mapping[str, Sequence[dict]], sources: Map
         return found
 
     def lift(mine: Mapping[tuple, float], theirs: Mapping[tuple, float]) -> list:
-        """How much higher a judge's preference is than the truth's in the comparisons of both, and how many these are."""
+        """How much higher a judge's preference is than the truth's in the comparisons of both, and of how many."""
         both = sorted(mine.keys() & theirs.keys())
         gaps = np.array([mine[k] - theirs[k] for k in both])
         ends = ratings.mean_interval(gaps, [k[0] for k in both], low=-1, high=1)

@@ -143,7 +143,7 @@ def test_one_judge_in_both_orders_is_no_group_of_people():
 
 
 def test_the_slot_of_an_item_that_one_person_rated_is_not_the_majoritys(tmp_path):
-    """Ten items of two raters and two of one, who took the left: the majority of people has no order to be biased by."""
+    """Ten items of two raters and two of one, who took the left: people's majority has no order to be biased by."""
     records = [vote(f"p{i}", rater, "m1", "m2", 2) for i in range(10) for rater in ("r1", "r2")]
     found = report_of(tmp_path, records + [vote(f"q{i}", "r1", "m2", "m1", 2) for i in range(2)])
     assert [row[0] for row in found["The judges on trial"]["rows"]] == ["not to be read, %"]

@@ -345,8 +345,8 @@ def test_a_rater_who_takes_what_is_shown_first_or_longer_is_seen():
 
 
 def test_pairs_of_one_prompt_do_not_narrow_a_raters_intervals():
-    """Ten prompts of twenty pairs, the rater takes the first slot, or the longer reply, in all pairs of seven: 70 % with
-    an interval as of about ten prompts, not of 200 pairs, where Wilson's is 12 points wide; nor of one kind throughout.
+    """Ten prompts of twenty pairs, the rater takes the first slot, or the longer reply, in all pairs of seven: 70 %,
+    with an interval as of about ten prompts, not of 200 pairs, where Wilson's is 12 points wide; nor of one kind throughout.
     """
     prompts = [str(i // 20) for i in range(200)]
     takes = np.where(np.arange(200) < 140, -1.0, 1.0)[None]  # negative: the first reply, shown first
@@ -356,7 +356,8 @@ def test_pairs_of_one_prompt_do_not_narrow_a_raters_intervals():
         assert found[bias]["value"] == pytest.approx(0.7) and found[bias]["n"] == 200
         assert found[bias]["high"] - found[bias]["low"] > 0.4, bias
     two = labels_of(np.concatenate([takes, takes]), ["x", "y"], prompts=prompts)
-    for x in (raters.vendor_table(two, rounds=50)["x"]["others"], raters.agreement(two.strength, prompts)["tie-discounted"]):
+    among = raters.agreement(two.strength, prompts)["tie-discounted"]
+    for x in (raters.vendor_table(two, rounds=50)["x"]["others"], among):
         assert x["value"] == 1 and 0.6 < x["low"] < 0.8 and x["groups"] == 10  # Wilson's of ten of ten: from 0.72
     rows = [{"pair": i, "rater": r, "strength": 1, "prompt": i // 20} for i in range(200) for r in "ab"]
     assert raters.collect_labels(rows).prompts == prompts

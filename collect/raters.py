@@ -16,6 +16,7 @@ import numpy as np
 
 from judging import agreement as agree
 from judging.ratings import feature_preference, mean_interval
+from judging.tables import cell_of
 
 # What data sets call the targets' tasks, Dolly's words among them.
 NAMES = {"brainstorming": "brainstorm", "summarization": "summarize", "classification": "classify",
@@ -252,14 +253,14 @@ def rater_sections(labels: Labels, rounds: int = 200) -> list[dict]:
         {"title": "Agreement among raters", "columns": ["statistic", "value", "undefined rounds"],
          "text": f"{len(several)} raters, {several.shape[1]} pairs that two or more of them rated, of "
                  f"{len(set(asked))} prompts, which intervals resample. {verdict or 'No vendor is near chance.'}",
-         "rows": [[name, _cell(x), x["undefined"]] for name, x in agreement(several, asked, rounds).items()]},
+         "rows": [[name, cell_of(x), x["undefined"]] for name, x in agreement(several, asked, rounds).items()]},
         {"title": "Vendors", "text": "With others: accuracy, where a tie against a choice counts one half.",
          "columns": ["vendor", "raters", "labels", "alpha within", "with other vendors", "pairs of both", "with gold",
                      "pairs of both"],
-         "rows": [[name, x["raters"], x["labels"], _cell(x["alpha"]), _cell(x["others"]), x["others"]["n"],
-                   _cell(x["gold"]), x["gold"]["n"]] for name, x in vendors.items()]},
+         "rows": [[name, x["raters"], x["labels"], cell_of(x["alpha"]), cell_of(x["others"]), x["others"]["n"],
+                   cell_of(x["gold"]), x["gold"]["n"]] for name, x in vendors.items()]},
         {"title": f"The same with {reference}, by group of pairs", "columns": ["group", *vendors, "pairs"],
-         "rows": [[group, *(_cell(x[f"{reference} by group"].get(group)) for x in vendors.values()), counts[group]]
+         "rows": [[group, *(cell_of(x[f"{reference} by group"].get(group)) for x in vendors.values()), counts[group]]
                   for group in sorted(counts)]},
         rater_section(labels)]
 
@@ -270,10 +271,6 @@ def rater_section(labels: Labels, title: str = "Raters") -> dict:
                                         "shown first", "of", "longer", "of", "seconds"],
             "text": "With the majority of the others: a tie against a choice counts one half. Of decided labels: "
                     "shares for the reply shown first, and for the longer one; intervals resample prompts.",
-            "rows": [[name, x["vendor"], x["labels"], x["ties"], x["majority"], x["gold"], _cell(x["position"]),
-                      x["position"]["n"], _cell(x["length"]), x["length"]["n"], x["seconds"]]
+            "rows": [[name, x["vendor"], x["labels"], x["ties"], x["majority"], x["gold"], cell_of(x["position"]),
+                      x["position"]["n"], cell_of(x["length"]), x["length"]["n"], x["seconds"]]
                      for name, x in rater_table(labels).items()]}
-
-
-def _cell(x: Mapping | None) -> dict | None:
-    return x and {key: x[key] for key in ("value", "low", "high")}

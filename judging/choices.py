@@ -496,17 +496,6 @@ def leaderboard_average(results: Mapping[str, dict]) -> float:
                           for task in LEADERBOARD])) if set(LEADERBOARD) <= set(results) else math.nan
 
 
-def spread(results: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
-    """How far each task tells models apart, from results by model and task."""
-    found = {}
-    for task in dict.fromkeys(task for by_task in results.values() for task in by_task):
-        values = {model: by_task[task]["value"] for model, by_task in results.items() if task in by_task}
-        sd = float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else math.nan
-        found[task] = {"models": len(values), "best": max(values, key=values.get), "worst": min(values, key=values.get),
-                       "range": max(values.values()) - min(values.values()), "sd": sd}
-    return found
-
-
 # ------------------------------------------------------------------------------------------ the report
 
 def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:

@@ -29,8 +29,7 @@ from data.formats import read
 from data.scores import all_scores, mean_logprobs, response_logprob_sums, response_scores
 from data.tokenizer import adopt_template, load_tokenizer
 from data.trees import tree_from_ranking, truncate
-from judging.ratings import mean_interval
-from judging.tables import bounded, share_cell
+from judging.tables import bounded, mean_cell, share_cell
 from runtime import fail
 
 Scorer = Callable[[list[dict]], Mapping[str, list[float]]]
@@ -107,8 +106,7 @@ def accuracy(hits: Sequence[bool], prompts: Sequence[str]) -> dict[str, float]:
     """The share of hits and its 95 % interval: from resampled prompts where several pairs share one, else Wilson's."""
     if not hits:
         raise ValueError("no pair to average")
-    found = bounded(sum(hits) / len(hits), *mean_interval(hits, prompts))
-    return found | {"n": len(hits), "prompts": len(set(prompts))}
+    return mean_cell(hits, prompts, scale=1) | {"n": len(hits), "prompts": len(set(prompts))}
 
 
 def weighted_mean(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:

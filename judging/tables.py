@@ -31,6 +31,11 @@ def bounded(value: float, low: float, high: float) -> dict:
     return {"value": value, "low": low, "high": high}
 
 
+def cell_of(found: Mapping | None, key: str = "value") -> dict | None:
+    """The cell of a number that was measured with its interval, among other things; None for none."""
+    return found and bounded(found[key], found["low"], found["high"])
+
+
 def percent(share: float, low: float | None = None, high: float | None = None) -> dict | float | None:
     """A share as a cell in percent, with its interval if there is one; None for NaN."""
     if math.isnan(share):
@@ -48,9 +53,15 @@ def count_cell(wins: float, n: int) -> dict | None:
     return percent(wins / n, *ratings.wilson(wins, n)) if n else None
 
 
-def mean_cell(values: Sequence[float], prompts: Sequence) -> dict | None:
-    """The mean of preferences in percent, with its interval from resampled prompts; None for none."""
-    return percent(float(np.mean(values)), *ratings.mean_interval(values, prompts)) if len(values) else None
+def mean_cell(values: Sequence[float], prompts: Sequence, low: float = 0, high: float = 1,
+              scale: float = 100) -> dict | None:
+    """The mean of the valid values, on a scale from low to high, times `scale`, with its interval from resampled
+    prompts; None for none."""
+    values = np.asarray(values, dtype=float)
+    if np.isnan(values).all():
+        return None
+    ends = ratings.mean_interval(values, prompts, low=low, high=high)
+    return bounded(*(scale * x for x in (float(np.nanmean(values)), *ends)))
 
 
 def dots(cells: Mapping[str, dict], label: str, **more) -> dict:
@@ -244,16 +255,11 @@ def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, force: bo
                 names, owner = np.unique(prompts, return_inverse=True)
                 drawn = ratings.resample(len(names), min(rounds, 200), 0)[:, owner]
                 fit = ratings.lc2(p, other, length, drawn, len(names))
-                line |= {"lc2": bounded(fit["lc2"], fit["low"], fit["high"]), "length": float(length.mean())}
+                line |= {"lc2": cell_of(fit, "lc2"), "length": float(length.mean())}
                 if difficulty:
                     line["lc"] = ratings.fit_lc(p, other, length, [difficulty[x] for x in prompts])["lc_win_rate"]
         lines.append(line)
     return sorted(lines, key=lambda x: (-x.get("win_rate", -1), x["model"]))
-
-
-def win_rate_cell(line: Mapping) -> dict | None:
-    """One of win_rates' lines as a cell; None where it has no mean."""
-    return None if line["refused"] else bounded(line["win_rate"], line["low"], line["high"])
 
 
 def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: str, force: bool = False,
@@ -261,7 +267,7 @@ def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: st
     """`rows` after merge_orders."""
     keys = ("wins", "draws", "losses", "n", "missing", "lc2", "length", *["lc"] * bool(difficulty))
     lines = win_rates(rows, baseline, force=force, difficulty=difficulty)
-    cells = {x["model"]: win_rate_cell(x) for x in lines if not x["refused"]}
+    cells = {x["model"]: cell_of(x, "win_rate") for x in lines if not x["refused"]}
     table = [[x["model"], cells.get(x["model"]), *(x.get(key) for key in keys)] for x in lines]
     said = unparsed(rows)[2]
     text = f"{unequal_sets(rows)} {said} {orders} A draw is half a win; intervals resample prompts."
@@ -289,7 +295,7 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
     half = ratings.bootstrap_bradley_terry(games, rounds=rounds, prior=1, ends=True)
     point = ratings.bradley_terry(games, prior=1)["ratings"]
     found = ratings.rating_table(games.models, half, point, games.prompts)
-    table, elo = ({x["model"]: bounded(x["rating"], x["low"], x["high"]) for x in lines} for lines in (
+    table, elo = ({x["model"]: cell_of(x, "rating") for x in lines} for lines in (
         found, ratings.elo_table(games, rounds)))
     tied, clear = (games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any()
     davidson = ratings.bradley_terry(games, "davidson", prior=1)["ratings"] if tied and clear else {}
@@ -361,9 +367,8 @@ def score_sections(rows: Sequence[dict], judge: str, force: bool = False) -> lis
         why[model] = refused(mine, force, "score")
         means: list = [None] * len(turns)
         if not why[model]:
-            score = preferences(mine, "score")
-            ends = ratings.mean_interval(score, [r["prompt"] for r in mine], low=min(1, *scale), high=max(10, *scale))
-            cells[model] = bounded(float(np.nanmean(score)), *ends)
+            cells[model] = mean_cell(preferences(mine, "score"), [r["prompt"] for r in mine], min(1, *scale),
+                                     max(10, *scale), 1)
             means = [_mean([r for r in mine if r.get("turn", 1) == t], "score", force) for t in turns]
         unread = sum(r["score"] is None for r in mine)
         lines.append([model, cells.get(model), *means, len(mine) - unread, unread,

@@ -81,8 +81,10 @@ def request_key(model_name: str, request: Request, sampling: Sampling) -> str:
 
 
 # Thoughts within a text: between tags or gpt-oss's channels, or before an end whose beginning stood in the prompt.
-BEGIN = r"<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷|<\|channel\|>analysis<\|message\|>"
-END = r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>"
+BEGIN = (r"<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷|<\|channel\|>analysis<\|message\|>|"
+         r"<\|(?:begin_of_thought|START_THINKING)\|>")
+END = (r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>|"
+       r"<\|(?:end_of_thought|END_THINKING)\|>")
 THOUGHT, OPEN_THOUGHT, UNOPENED = (re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in (
     rf"(?:{BEGIN}).*?(?:{END})", rf"(?:{BEGIN}).*", rf"\A.*(?:{END})"))
 

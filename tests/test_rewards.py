@@ -196,10 +196,10 @@ def test_sections_have_the_talks_row_and_a_cell_a_column():
     assert talk[0].startswith("falcon-40b-rm v1.0") and talk[1:6] == pytest.approx([66, 67.8, 80.2, 74.3, 72.075])
     parts = breakdown_section({"all": {"own": found}, "none": {}})
     assert all(len(row) == len(parts["columns"]) for row in parts["rows"])
-    assert [row[:3] for row in parts["rows"]] == [["own", "margin 1", 1], ["own", "margin 2", 2],
+    assert [row[:3] for row in parts["rows"]] == [["own", "all", 4], ["own", "margin 1", 1], ["own", "margin 2", 2],
                                                   ["own", "category chat", 2],
                                                   ["own", "category coding", 2]]
-    assert parts["rows"][1][3]["value"] == 50 and parts["rows"][1][4] is None
+    assert parts["rows"][2][3]["value"] == 50 and parts["rows"][2][4] is None
     json.dumps([section, parts], allow_nan=False)
 
 

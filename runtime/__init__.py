@@ -5,6 +5,7 @@
     optimizer.py    AdamW's groups, the learning rate            log.py         metrics, live line, wandb, profile
     distributed.py  several processes as one run                 files.py       writing that a kill cannot hurt
     cpu.py          what is done for CPUs, and why               memory.py      bytes of a run, before it starts
+    terminal.py     closed pipes, other encodings, Ctrl-C
 """
 from runtime.checkpoint import load_state, save_state
 from runtime.config import Settings, arguments, check_range, check_ranges, config_toml, fail, load_config

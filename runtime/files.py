@@ -92,11 +92,15 @@ def read_cache(file: Path, what: str, made_from: dict[str, str], remedy: str) ->
     return sums
 
 
-def write_cache(file: Path, sums: Tensor, made_from: dict[str, str]) -> None:
-    """Keep sums beside what they were made from: one metadata entry, since safetensors orders several at random."""
+def write_cache(file: Path, sums: Tensor, made_from: dict[str, str], run: Path) -> None:
+    """Keep sums beside what they were made from: one metadata entry, since safetensors orders several at random.
+
+    Several runs may do so at once: each writes a file of its own beside, and the last one stays.
+    """
     if distributed.rank():
         return
-    beside = file.with_name(f".{file.name}.new")
+    writer = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]
+    beside = file.with_name(f".{file.name}.{writer}.new")
     with writing(file, beside):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"sums": sums}, beside, metadata={"made_from": json.dumps(made_from)})

@@ -188,12 +188,13 @@ def test_a_run_that_ended_early_is_not_gone_on_with(server, data, tmp_path):
 
 # ------------------------------------------------------------------------------------- asked to stop
 
-@pytest.mark.parametrize("script", SETTINGS)
-def test_sigterm_saves_and_leaves_with_0_and_the_run_goes_on(script, server, data, tmp_path):
+@pytest.mark.parametrize("script, asked", [*((script, signal.SIGTERM) for script in SETTINGS), ("sft", signal.SIGHUP)])
+def test_sigterm_saves_and_leaves_with_0_and_the_run_goes_on(script, asked, server, data, tmp_path):
+    """So does SIGHUP, of a window that is closed."""
     words = [*few(script, data), "save_every=0", f"out={tmp_path / 'run'}"]
     process = server.start(script, words, tmp_path / "log")
     assert kills.wait_for(process, lambda: kills.lines_of(tmp_path / "run") >= 2)
-    process.kill(signal.SIGTERM)
+    process.kill(asked)
     assert process.ended(60) and process.code() == 0
     steps = len(metrics_of(tmp_path / "run"))
     assert (tmp_path / "run" / "state" / f"step_{steps}" / "state.safetensors").exists()

@@ -131,8 +131,8 @@ def _enter(run: Path, out: str, config, depends_on: dict[str, str], overwrite: b
         _check_same(run, out, config, hashes)
         return lock
     # config.toml makes a folder a run's: written last and never removed, so that a kill in between locks nobody out.
-    snapshots = [path for kind in ("model", "adapter") for path in run.glob(f"{kind}_step_*")]
-    for path in [*(run / name for name in WRITTEN), *snapshots]:
+    others = [path for kind in ("model", "adapter") for path in (*run.glob(f"{kind}_step_*"), *run.glob(f".{kind}*"))]
+    for path in [*(run / name for name in WRITTEN), *others]:  # snapshots, and what a kill had left set aside
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_text(run / "depends_on.json", json.dumps(hashes))
     write_text(began, config_toml(config))

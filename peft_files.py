@@ -117,12 +117,13 @@ def read_config(file: Path) -> dict:
             fail(f"{file}: {name} is {shown(config[name])}, expected {field.expected}: copy it again")
     for name in sorted(set(config) - set(USED) - HARMLESS):
         if config[name] not in (None, False, 0, "", [], {}):
-            fail(f"{file}: {shown(name)[1:-1]} is {json.dumps(config[name])[:80]}, which changes what is computed and is not "
-                 f"supported here: {_remedy(name)}")
+            value = json.dumps(config[name])[:80]
+            fail(f"{file}: {shown(name)[1:-1]} is {value}, which changes what is computed and is not supported here: "
+                 f"{_remedy(name)}")
     start = str(config.get("init_lora_weights", True)).lower()
     if start not in PLAIN_STARTS | {"pissa", "olora"}:
-        fail(f"{file}: init_lora_weights is {shown(start)}, which changes the base in a way that cannot be repeated: save "
-             "it where it was trained as a plain LoRA (path_initial_model_for_weight_conversion) or merged")
+        fail(f"{file}: init_lora_weights is {shown(start)}, which changes the base in a way that cannot be repeated: "
+             "save it where it was trained as a plain LoRA (path_initial_model_for_weight_conversion) or merged")
     return config
 
 

@@ -74,6 +74,8 @@ class Fast:
             self.inner = self.model if inner is None else self._ready(tokenizers.Tokenizer.from_str(json.dumps(inner)))
             self.adds_bos = bool(self.model.encode("").ids)
             self.inner.encode(TRIED)
+            if not self.inner.encode("\n", add_special_tokens=False).ids:
+                raise ValueError("it has no token for a new line")
             ids = self.model.get_vocab().values()
             if max(ids) >= len(ids) + MOST_GAPS:
                 raise ValueError(f"{len(ids):,} tokens have ids up to {max(ids)}")

@@ -35,15 +35,16 @@ MUTATIONS = int(os.environ.get("MUTATIONS", "500"))
 SECONDS, BYTES = 2, 2**30
 MODELS = FIXTURES / "models"
 STRANGE = [None, True, False, 0, -1, 1, 3, 2**31, 2**63, 4_000_000_000, 10**400, 0.5, -0.5, 1e-320, 1e308, float("nan"),
-           float("inf"), "", "a", "</s>", "x" * 5000, "a\0b", "a\ud800b", "é世", "line\nline\x1b[2J", "{{ 1 / 0 }}", "(" * 999,
+           float("inf"), "", "a", "</s>", "x" * 5000, "a\0b", "a\ud800b", "é世", "line\nline\x1b[2J", "{{ 1 / 0 }}",
+           "(" * 999,
            [], [1], ["a"], [[[]]], [None, {}], [4_000_000_000], {}, {"a": 1}, {"content": "a"}, {"content": 5},
            {"5": {"content": "b"}}, {"4000000000": {"content": "a"}}, {"type": "yarn", "factor": 1e300},
            {"rope_type": "llama3"}, {"default": 5}, [{"name": "default", "template": "{{ messages[0] }}"}]]
 # Keys that are read, for files that do not have them
 MORE = {
     "config.json": "rope_scaling rope_parameters layer_types sliding_window head_dim num_key_value_heads n_inner "
-                   "rope_theta architectures torch_dtype dtype score_std score_mean tie_word_embeddings quantization_config "
-                   "num_kv_heads multi_query new_decoder_architecture parallel_attn partial_rotary_factor auto_map",
+                   "rope_theta architectures torch_dtype dtype score_std score_mean tie_word_embeddings auto_map "
+                   "quantization_config num_kv_heads multi_query new_decoder_architecture parallel_attn partial_rotary_factor",
     "tokenizer_config.json": "added_tokens_decoder chat_template bos_token eos_token pad_token extra_special_tokens "
                              "add_bos_token add_prefix_space legacy tokenizer_class model_specific_special_tokens",
     "generation_config.json": "eos_token_id bos_token_id", "tokenizer.json": "truncation padding added_tokens",

@@ -232,7 +232,7 @@ def set_reference(policy: Transformer, template: str, sets: list[Trees], run: Pa
     else:
         ref = load_reference(policy, template, config, device)
         sums = torch.cat([compute_reference(ref, trees, config.micro_tokens, device) for trees in sets])
-        runtime.write_cache(file, sums, made_from)
+        runtime.write_cache(file, sums, made_from, run)
         print(f"reference log-probabilities of {len(sums)} responses written to {file}")
     for trees, part in zip(sets, sums.split([len(trees.responses) for trees in sets]), strict=True):
         trees.ref_sums = part

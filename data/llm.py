@@ -282,7 +282,7 @@ class Checkpoint:
         check_template(template)
         self.path = Path(where)
         if not (self.path / "config.json").is_file():
-            fail(f"{where}: holds no config.json, {EXPECTED}")
+            fail(f"{where}: {'holds no config.json' if self.path.is_dir() else 'no such folder'}, {EXPECTED}")
         device = find_device(device)
         self.tokenizer = load_tokenizer(self.path)
         # fp32 on the CPU: in bf16 a reply would depend on which others it is computed with.

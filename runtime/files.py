@@ -56,9 +56,9 @@ def writing(path: Path, beside: Path | None = None, together: bool = False) -> I
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, writer: str = "") -> Iterator[Path]:
     """A file beside, to be renamed once it is written: a kill at any moment leaves the old file or the new one."""
-    beside = path.with_name(f".{path.name}.new")
+    beside = path.with_name(f".{path.name}{writer and '.' + writer}.new")
     with writing(path, beside):
         yield beside
         beside.replace(path)
@@ -114,9 +114,12 @@ def read_cache(file: Path, what: str, made_from: dict[str, str], remedy: str) ->
     return sums
 
 
-def write_cache(file: Path, sums: Tensor, made_from: dict[str, str]) -> None:
-    """Keep sums beside what they were made from: one metadata entry, since safetensors orders several at random."""
+def write_cache(file: Path, sums: Tensor, made_from: dict[str, str], run: Path) -> None:
+    """Keep sums beside what they were made from: one metadata entry, since safetensors orders several at random.
+
+    Several runs may do so at once: each writes a file of its own beside, and the last one stays.
+    """
     if not distributed.rank():
-        with replacing(file) as beside:
+        with replacing(file, hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]) as beside:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"sums": sums}, beside, metadata={"made_from": json.dumps(made_from)})

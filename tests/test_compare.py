@@ -349,7 +349,7 @@ def test_a_copy_that_was_not_edited_is_the_same(world, capsys):
 
 def test_a_wrong_judge_or_missing_data_is_one_line_before_anything_is_trained(world, capsys):
     for changes, said in (({"judge": "recorded:x.jsonl"}, "compares nothing anew"),
-                          ({"judge": "reward:nowhere"}, "judge: nowhere holds no config.json"),
+                          ({"judge": "reward:nowhere"}, "judge: nowhere is no folder"),
                           ({"data": "none.jsonl"}, "data=none.jsonl: no such file")):
         exits(capsys, lambda changes=changes: compare.compare("train.py", "beta=1", settings(**changes)), said)
     exits(capsys, lambda: compare.main(["seeds=3"]), "names no two variants")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from checkpoints import file_name, join_qkv, parameters_by_tensor, split_qkv
 from lora import Adapter, LoraLinear, Role, adapter, attach, linear_paths, place_of, register, switch, untie
-from model import ModelConfig, Transformer
+from model import Linear, ModelConfig, Transformer
 from peft_files import DEFAULTS, AdapterFile, by_pattern, is_saved, is_target, write_adapter
 from runtime import distributed, fail
 
@@ -183,13 +183,16 @@ def _load(model: Transformer, path: str | Path, name: str) -> tuple[AdapterFile,
 def _load_layer(model: Transformer, file: AdapterFile, name: str, module: str, paths: list[str]) -> dict[str, Tensor]:
     """One adapter of the file onto our layer, or onto three; returns own weights, which PiSSA and OLoRA have."""
     rank, _, scale = _scale(file.config, module)
-    # A dropout of 0: what is loaded drops nothing
-    parts = [attach(model, path, name, rank, scale, 0.0, torch.Generator()) for path in paths]
-    rows = sum(len(part.B) for part in parts)
-    a = file.take(f"{module}.lora_A.weight", [rank, parts[0].A.shape[1]])
+    shapes = [place_of(model, f"{path}.weight")[0] for path in paths]
+    shapes = [layer.weight.shape if isinstance(layer, Linear) else layer.shape for layer in shapes]
+    rows = sum(shape[0] for shape in shapes)
+    # The file's tensors first: a rank that they do not have takes no memory.
+    a = file.take(f"{module}.lora_A.weight", [rank, shapes[0][1]])
     b = split_qkv(file.take(f"{module}.lora_B.weight", [rows, rank]), model.config, len(paths))
     if file.config["use_dora"]:
         magnitudes = split_qkv(file.take(f"{module}.lora_magnitude_vector", [rows]), model.config, len(paths))
+    # A dropout of 0: what is loaded drops nothing
+    parts = [attach(model, path, name, rank, scale, 0.0, torch.Generator()) for path in paths]
     for i, part in enumerate(parts):
         part.A, part.B = (nn.Parameter(tensor.to(part.A, copy=True)) for tensor in (a, b[i]))
         if file.config["use_dora"]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from families import config_json, read_config
 from model import Linear, ModelConfig, Transformer
 from runtime import distributed, fail, writing
+from runtime.json_files import read_json
 
 # ------------------------------------------------------------------------------- tensors and their names
 
@@ -105,6 +106,8 @@ def load_model(
     for file, key, names in model.unread:
         with safe_open(file, framework="pt", device=str(device)) as tensors:  # closing it frees the pages read so far
             tensor = tensors.get_tensor(key)
+        if not (tensor.sum().isfinite() or tensor.isfinite().all()):  # a sum takes no memory, but may overflow
+            fail(f"{file}: {key} holds NaN or infinity: its training diverged, take an earlier checkpoint")
         if not names and not torch.equal(tensor.to(model.embed_tokens.weight.dtype), model.embed_tokens.weight):
             fail_untied(file, key)
         for name, part in zip(names, split_qkv(tensor, config, len(names)), strict=True):
@@ -248,11 +251,11 @@ def weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     files = [path / "model.safetensors"]
     if index.is_file():
-        try:
-            names = json.loads(index.read_text())["weight_map"].values()
-            files = sorted({path / Path(name).name for name in names})
-        except (ValueError, KeyError, TypeError, AttributeError):
+        table = read_json(index).get("weight_map")
+        names = table.values() if isinstance(table, dict) else [None]
+        if not all(isinstance(name, str) and 0 < len(name) < 256 and "\0" not in name for name in names):
             fail(f"{index}: is not an index of safetensors (a \"weight_map\" from tensors to files): copy it again")
+        files = sorted({path / Path(name).name for name in names})
     for file in files:
         if not file.is_file():
             pickled = any(path.glob("*.bin"))
@@ -289,9 +292,14 @@ def save_model(
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `path`."""
+    """An empty folder to fill, which then takes the place of `path`: the one that is there is set aside until then.
+
+    Killed at any moment, the old one or the new one is whole: at `path`, or set aside, from where it comes back here.
+    """
     beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     with writing(path, beside):
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         yield beside

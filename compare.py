@@ -13,8 +13,6 @@ interval covers both (judging/paired.py; how often it is wrong about two equal t
 goes on by the same command. Runs are kept in out/trained by what they were told to do: comparisons with the same out=
 share them, and DPO's runs share reference log-probabilities. The report is that of the last comparison.
 """
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -33,7 +31,7 @@ from itertools import product
 from math import inf
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import runtime
 from data.llm import Budget, Opener, Sampling, open_model
@@ -312,11 +310,7 @@ def main(argv: list[str]) -> None:
     config = runtime.load_config(Config, __doc__, argv[2:] if not {"--help", "-h"} & set(argv) else ["--help"])
     if len(argv) < 2 or any(text.startswith("--") for text in argv[:2]):
         fail(f"compare.py: names no two variants, {EXPECTED}")
-
-    def stop(*_) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         compare(argv[0], argv[1], config)
     except KeyboardInterrupt:

@@ -9,8 +9,6 @@ dialogue alone. What the context asks for (a style, care, four worked examples) 
 
 Askell et al. 2021 (arXiv:2112.00861), section 2.2. The loop is sft.py's; only the loss and the teacher differ.
 """
-from __future__ import annotations
-
 import copy
 import time
 from dataclasses import dataclass, replace
@@ -23,7 +21,7 @@ import lora
 import runtime
 import sft
 from data.dry_run import dry_run
-from data.formats import read
+from data.formats import read_all
 from data.pack import Batch, check_positions, collate, micro_batches, sample_replies, step_trees, steps_per_epoch
 from data.store import Trees, load_trees
 from data.tokenizer import Tokenizer, adopt_template, load_tokenizer
@@ -58,9 +56,7 @@ def distillation_loss(
 
 def read_context(path: str) -> list[dict]:
     """The messages of all records of a file, one after another."""
-    records, report = read(path, "messages")
-    context = [m for record in records for m in record["messages"]]
-    report.refuse()
+    context = [m for record in read_all(path, "messages") for m in record["messages"]]
     print(f"context: {len(context)} messages before every dialogue of the teacher, the starting model")
     return context
 
@@ -124,13 +120,12 @@ def main(config: Config) -> None:
     teacher = lora.Role(student, None) if config.lora_rank else copy.deepcopy(student).requires_grad_(False)
     teacher, student = (lora.shard(model, config, device) for model in (teacher, lora.adapt(student, config)))
 
-    depends_on = {"data": config.data, "model": config.model, "context": config.context, "code": __file__}
-    run = runtime.Run(config, depends_on)
+    run = runtime.Run(config, {"data": config.data, "model": config.model, "context": config.context, "code": __file__})
     optimizer = runtime.adamw(student, config.lr, config.weight_decay, config.beta2, config.lora_plus, config.adam_eps)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(student, optimizer, steps, shown=("loss", "tokens_per_s"))
 
-    for step in range(run.done, steps):
+    for step in run.steps_left():
         began = time.perf_counter()
         lr = runtime.set_learning_rate(optimizer, step, steps, config)
         drawn = step_trees(trees, config.batch, step, config.seed)
@@ -149,11 +144,7 @@ def main(config: Config) -> None:
         metrics["tokens_per_s"] = metrics["tokens"] / (time.perf_counter() - began)
         if eval_trees and run.due(config.eval_every, step + 1):
             metrics |= evaluate(student, teacher, eval_trees, eval_longer, config, device)
-        run.log(metrics)
-        if run.stopping or run.due(config.save_every, run.done):
-            run.save(student, optimizer)
-        if run.stopping:
-            break
+        run.end_step(metrics, student, optimizer)
 
     if run.finished:
         student = lora.save_result(student, run.folder, tokenizer, config, probe=trees[0].trunk[:64].tolist())

@@ -14,8 +14,6 @@ in place of its log-probability against the reference's: RELATIVES, where yours 
 
 Rafailov et al. 2023 (arXiv:2305.18290), Eq. 7; Tunstall et al. 2023 (arXiv:2310.16944), dDPO.
 """
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -40,13 +38,11 @@ from runtime import distributed, fail
 
 
 @dataclass(frozen=True)
-class Config(runtime.Settings):
+class Config(runtime.DataSettings):
     model: str = "runs/tiny/0/sft/model"  # Hugging Face directory to start from, usually the result of sft.py
     ref_model: str = ""              # the reference, for losses that have one; "": the same as model
     data: str = "runs/tiny/0/pairs.jsonl"  # JSONL of preferences (data/formats.py)
-    eval_data: str = ""              # JSONL of held-out pairs; "" for none
     out: str = "runs/dpo"            # folder of the run
-    template: str = ""               # chat template; "": the checkpoint's own, or zephyr
     ref_cache: str = ""              # file of reference log-probabilities, to share; "": in the run's folder
 
     loss: str = "dpo"                # or a relative: cdpo, robust, hinge, ipo, ipo_mean, simpo, orpo (RELATIVES)
@@ -54,20 +50,14 @@ class Config(runtime.Settings):
     label_smoothing: float = 0.1     # share of labels taken to be wrong (cdpo and robust only), 0-0.4
     gamma: float = 1.0               # lead that the chosen reply should have (simpo only), 0.3-1.6
     sft_coef: float = 0.0            # weight of the chosen replies' SFT loss per token: 0 or 0.1-1; ORPO's is 1
-    epochs: int = 1                  # passes over the data, 1-3
-    max_steps: int = 0               # stop after this many updates; 0: epochs decide
-    batch: int = 64                  # dialogues per update
-    max_length: int = 512            # tokens of a path, prompt and response, 512-4096; longer ones are cut and counted
     lr: float = 2e-4                 # peak learning rate, 2e-4 for the tiny model, 5e-7 for 7B
-    eval_every: int = 0              # steps between evaluations; 0: at the end only
     samples: int = 3                 # replies to show at the end
 
     def __post_init__(self):
         super().__post_init__()
         check_template(self.template)
         runtime.check_ranges(self, beta=(1e-6, inf), label_smoothing=(0, 0.499), gamma=(0, inf), sft_coef=(0, inf),
-                             epochs=(1, inf), max_steps=(0, inf), batch=(1, inf), max_length=(2, inf),
-                             eval_every=(0, inf), samples=(0, inf))
+                             samples=(0, inf))
         if self.loss not in RELATIVES:
             fail(f"loss is {self.loss!r}, expected {' or '.join(map(repr, RELATIVES))}")
         if self.ref_model and not RELATIVES[self.loss].reference:
@@ -242,7 +232,7 @@ def set_reference(policy: Transformer, template: str, sets: list[Trees], run: Pa
     else:
         ref = load_reference(policy, template, config, device)
         sums = torch.cat([compute_reference(ref, trees, config.micro_tokens, device) for trees in sets])
-        runtime.write_cache(file, sums, made_from)
+        runtime.write_cache(file, sums, made_from, run)
         print(f"reference log-probabilities of {len(sums)} responses written to {file}")
     for trees, part in zip(sets, sums.split([len(trees.responses) for trees in sets]), strict=True):
         trees.ref_sums = part
@@ -314,7 +304,7 @@ def main(config: Config) -> None:
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(policy, optimizer, steps, shown=("loss", "margin", "accuracy", "pairs_per_s"))
 
-    for step in range(run.done, steps):
+    for step in run.steps_left():
         began = time.perf_counter()
         lr = runtime.set_learning_rate(optimizer, step, steps, config)
         drawn = step_trees(trees, config.batch, step, config.seed)
@@ -333,11 +323,7 @@ def main(config: Config) -> None:
                     "pairs_per_s": pairs / (time.perf_counter() - began)}
         if eval_trees and run.due(config.eval_every, step + 1):
             metrics |= evaluate(policy, eval_trees, config, device)
-        run.log(metrics)
-        if run.stopping or run.due(config.save_every, run.done):
-            run.save(policy, optimizer)
-        if run.stopping:
-            break
+        run.end_step(metrics, policy, optimizer)
 
     if run.finished:
         policy = lora.save_result(policy, run.folder, tokenizer, config, probe=trees[0].trunk[:64].tolist())

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from model import ACTIVATIONS, ModelConfig, rotary_frequencies
-from runtime import fail
+from runtime import fail, shown
+from runtime.json_files import STRING, STRINGS, SWITCH, TABLE, Checked, number, read_json, whole
 
 # ---------------------------------------------------------------------------------------- families
 
@@ -136,47 +138,66 @@ SCALINGS = ("default", "linear", "llama3", "yarn")  # of rotary positions
 TRAINED = "original_max_position_embeddings"
 
 
+KINDS = {  # of keys that are read; the others' sizes and switches are checked as fields (_read_fields)
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), number(0, 1)),
+    **dict.fromkeys(("hidden_act", "activation", "activation_function", "rope_type", "type"), STRING),
+    **dict.fromkeys(("architectures", "layer_types"), STRINGS),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), TABLE),
+    **dict.fromkeys(("multi_query", "parallel_attn", "new_decoder_architecture", "use_sliding_window", "truncate"),
+                    SWITCH),
+    **dict.fromkeys(("rotary_pct", "partial_rotary_factor"), number(1e-6, 1)),
+    **dict.fromkeys(("rope_theta", "rotary_emb_base", "score_std"), number(1e-12, 1e15)),
+    "factor": number(1e-6, 1e6),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale",
+                     "mscale_all_dim", "attention_factor"), number(0, 1e6)),
+    "score_mean": number(-1e15, 1e15), TRAINED: whole(1, LARGEST["max_positions"]),
+    **dict.fromkeys(("n_inner", "ffn_hidden_size"), whole(1, LARGEST["mlp_width"])),
+    "num_kv_heads": whole(1, LARGEST["kv_heads"]), "num_ln_in_parallel_attn": whole(1, 2),
+    "max_window_layers": whole(0, 2**24),
+}
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder of a model or an adapter; one line if there is none, whatever is looked for in it."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        fail(f"{path}: is a GGUF file: python -m data.gguf {path} out=FOLDER makes a model of it")
+    if not os.path.isdir(path):
+        hub = len(path.parts) == 2 and not os.path.exists(path.parent)
+        fail(f"{path}: no such folder, expected a checkpoint's" + hub * (
+            f"; one of the Hugging Face hub is fetched first: `hf download {path} --local-dir {path.name}`"))
+    return path
+
+
 def read_config(path: str | Path) -> ModelConfig:
     """config.json of a Hugging Face model directory; what we could not compute faithfully is refused in one line."""
-    file = Path(path) / "config.json"
-    raw = _read_json(file)
-    _refuse_quantised(file, raw)
-    raw = _rename(file, raw)
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        fail(f"{file}: model_type {family!r} is not supported, expected one of {', '.join(FAMILIES)}")
-    _refuse_switches(file, raw, FAMILIES[family])
-    fields = _read_fields(file, raw, FAMILIES[family])
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if dtype not in ("float64", "float32", "bfloat16", "float16"):
-        fail(f"{file}: torch_dtype is {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
-    try:
-        fields |= _read_windows(file, raw, family, fields) | _read_rotary(file, raw, family, fields)
-        config = ModelConfig(
-            **fields | {"norm_eps": float(fields["norm_eps"])}, family=family,
-            scored=(raw.get("architectures") or [""])[0].endswith("ForSequenceClassification"),
-            score_mean=float(raw.get("score_mean", 0.0)), score_std=float(raw.get("score_std", 1.0)),
-            dtype=dtype, raw=raw,
-        )
-        if not rotary_frequencies(config).isfinite().all():
-            raise ValueError("rotary frequencies are not finite")
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        fail(f"{file}: a number is missing or of the wrong kind ({error}): copy the file again")
-    return config
-
-
-def _read_json(file: Path) -> dict:
-    if file.parent.suffix == ".gguf":
-        fail(f"{file.parent}: is a GGUF file: python -m data.gguf {file.parent} out=FOLDER makes a model of it")
+    file = find_folder(path) / "config.json"
     if not file.is_file():
         fail(f"{file.parent}: holds no config.json, expected a Hugging Face model directory")
+    read = read_json(file)
+    _refuse_quantised(file, read)
+    raw = Checked(file, _rename(file, read), KINDS)
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        fail(f"{file}: model_type {shown(family)} is not supported, expected one of {', '.join(FAMILIES)}")
+    _refuse_switches(file, raw, FAMILIES[family])
+    fields = _read_fields(file, raw, FAMILIES[family])
+    named = "dtype" if raw.get("dtype") else "torch_dtype"
+    dtype = raw.get(named) or "float32"
+    if dtype not in ("float64", "float32", "bfloat16", "float16"):
+        fail(f"{file}: {named} is {shown(dtype)}, expected 'float32', 'bfloat16' or 'float16'")
+    fields |= _read_windows(file, raw, family, fields) | _read_rotary(file, raw, family, fields)
+    scored = (raw.get("architectures") or [""])[0].endswith("ForSequenceClassification")
+    config = ModelConfig(
+        **fields | {"norm_eps": float(fields["norm_eps"])}, family=family, scored=scored, dtype=dtype, raw=dict(raw),
+        score_mean=float(raw.get("score_mean") or 0), score_std=float(raw.get("score_std") or 1))
     try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:
-        fail(f"{file}: is not JSON ({error}): copy it again")
-    if not isinstance(raw, dict):
-        fail(f"{file}: holds a {type(raw).__name__}, expected a JSON object: copy it again")
-    return raw
+        finite = rotary_frequencies(config).isfinite().all()
+    except (ValueError, ArithmeticError):  # of YaRN's logarithms
+        finite = False
+    if not finite:
+        fail(f"{file}: rope_scaling and rope_theta give rotary frequencies that are not finite: copy the file again")
+    return config
 
 
 def _refuse_quantised(file: Path, raw: dict) -> None:
@@ -213,8 +234,8 @@ def _refuse_switches(file: Path, raw: dict, family: Family) -> None:
     """Keys that are understood with neutral values alone, and Falcons that no class of transformers computes."""
     for key, harmless in (ONLY | family.only).items():
         if key in raw and key not in family.keys.values() and raw[key] not in harmless:
-            fail(f"{file}: {key} is {json.dumps(raw[key])}, which is not supported: the model would compute something "
-                 "else")
+            fail(f"{file}: {key} is {json.dumps(raw[key])[:80]}, which is not supported: the model would compute "
+                 "something else")
     if family.name == "Falcon":
         new, norms = raw.get("new_decoder_architecture"), raw.get("num_ln_in_parallel_attn")
         if (new and not raw.get("parallel_attn", True)) or (norms == 2 and not new and raw.get("parallel_attn", True)):
@@ -222,7 +243,7 @@ def _refuse_switches(file: Path, raw: dict, family: Family) -> None:
                  "or num_ln_in_parallel_attn as given: transformers cannot run it either")
 
 
-def _read_fields(file: Path, raw: dict, family: Family) -> dict:
+def _read_fields(file: Path, raw: Checked, family: Family) -> dict:
     """The fields of ModelConfig that KEYS and the family name, sizes, switches and activation checked."""
     fields = FIELDS | family.fields
     keys = KEYS | family.keys
@@ -230,7 +251,7 @@ def _read_fields(file: Path, raw: dict, family: Family) -> dict:
         if callable(key):
             fields[name] = _call(key, raw)
         elif key in raw:
-            fields[name] = raw[key]
+            fields[name] = raw.need(key) if name in ("norm_eps", "activation", "rotary") else raw[key]
         if name in ("kv_heads", "head_dim") and fields.get(name) is None:
             fields[name] = fields["heads"] if name == "kv_heads" else fields["width"] // fields["heads"]
         no_window = name == "window" and fields.get(name) is None
@@ -238,22 +259,23 @@ def _read_fields(file: Path, raw: dict, family: Family) -> dict:
             _check_size(file, name if callable(key) else key, fields.get(name), LARGEST[name])
         if isinstance(getattr(ModelConfig, name), bool):
             switch = fields.setdefault(name, getattr(ModelConfig, name))
-            if not callable(key) and switch not in (True, False, None):
-                fail(f"{file}: {key} is {switch!r}, expected true or false: copy the file again")
+            if not callable(key) and switch is not None and not SWITCH.fits(switch):
+                fail(f"{file}: {key} is {shown(switch)}, expected {SWITCH.expected}: copy the file again")
             fields[name] = bool(switch)
     fields.setdefault("head_dim", fields["width"] // fields["heads"])
+    _check_size(file, "hidden_size / num_attention_heads", fields["head_dim"], LARGEST["head_dim"])
     if raw.get("head_dim") not in (None, fields["head_dim"]):
-        fail(f"{file}: head_dim is {raw['head_dim']!r}, but this family has heads of {fields['head_dim']}")
+        fail(f"{file}: head_dim is {shown(raw['head_dim'])}, but this family has heads of {fields['head_dim']}")
     if fields["heads"] % fields["kv_heads"]:
         fail(f"{file}: {fields['kv_heads']} key/value heads do not divide {fields['heads']} heads: copy the file again")
-    activation = str(fields["activation"])
-    activation = ACTIVATION_NAMES.get(activation, activation)
+    activation = ACTIVATION_NAMES.get(fields["activation"], fields["activation"])
     if activation not in ACTIVATIONS:
-        fail(f"{file}: activation {activation!r} is not supported, expected one of {', '.join(ACTIVATIONS)}")
+        fail(f"{file}: {keys['activation']} {shown(activation)} is not supported, expected one of "
+             f"{', '.join(ACTIVATIONS)}")
     return fields | {"activation": activation}
 
 
-def _call(key: Callable[[dict], object], raw: dict):
+def _call(key: Callable[[dict], object], raw: Checked):
     """The function's value; None if what it needs is missing or of the wrong kind."""
     try:
         return key(raw)
@@ -262,11 +284,12 @@ def _call(key: Callable[[dict], object], raw: dict):
 
 
 def _check_size(file: Path, key: str, value, largest: int) -> None:
-    if type(value) is not int or not 0 < value <= largest:
-        fail(f"{file}: {key} is {value!r}, expected a whole number from 1 to {largest:,}: copy the file again")
+    kind = whole(1, largest)
+    if not kind.fits(value):
+        fail(f"{file}: {key} is {shown(value)}, expected {kind.expected}: copy the file again")
 
 
-def _read_windows(file: Path, raw: dict, family: str, fields: dict) -> dict:
+def _read_windows(file: Path, raw: Checked, family: str, fields: dict) -> dict:
     """Which layers have the sliding window: those that layer_types names, in Qwen else those from max_window_layers."""
     count, window = fields["layers"], fields.get("window")
     first = raw.get("max_window_layers", 28) if family in ("qwen2", "qwen3") else 0
@@ -275,7 +298,7 @@ def _read_windows(file: Path, raw: dict, family: str, fields: dict) -> dict:
     types = raw.get("layer_types") or usual
     if types != usual and family not in ("mistral", "ministral", "qwen2", "qwen3"):
         fail(f"{file}: layer_types asks for other windows than family {family} has: copy the file again")
-    if not isinstance(types, list) or len(types) != count or any(kind not in (full, sliding) for kind in types):
+    if len(types) != count or any(kind not in (full, sliding) for kind in types):
         fail(f"{file}: layer_types is not {count} times '{full}' or '{sliding}', which alone are supported")
     if sliding in types and window is None:
         fail(f"{file}: layer_types names '{sliding}', but no sliding_window is in use")
@@ -283,43 +306,42 @@ def _read_windows(file: Path, raw: dict, family: str, fields: dict) -> dict:
     return {"window": window if windowed else None, "window_layers": windowed if 0 < len(windowed) < count else None}
 
 
-def _read_rotary(file: Path, raw: dict, family: str, fields: dict) -> dict:
+def _read_rotary(file: Path, raw: Checked, family: str, fields: dict) -> dict:
     """Base, rotating share and scaling: under rope_parameters since transformers 5, before under keys of their own."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers takes the first
+    place = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"  # transformers takes the first
+    rope = Checked(file, raw.get(place) or {}, KINDS, f"{place}.")
     if fields.get("rotary") == 0:
         return {}
-    if isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values()):
-        fail(f"{file}: rotary positions are given by kind of layer ({', '.join(rope)}), which is not supported")
-    kinds = {str(rope[key]) for key in ("rope_type", "type") if rope.get(key)} if isinstance(rope, dict) else {rope}
-    kind = " or ".join(sorted(kinds)) or "default"
-    if kind not in SCALINGS or not isinstance(rope, dict):
+    if any(isinstance(value, dict) for value in rope.values()):
+        fail(f"{file}: rotary positions are given by kind of layer ({shown(', '.join(rope))[1:-1]}), which is not "
+             "supported")
+    kind = " or ".join(sorted({rope[key] for key in ("rope_type", "type") if rope.get(key)})) or "default"
+    if kind not in SCALINGS:
         remedy = " (it is none below max_position_embeddings: set it to null if no text is longer)"
-        fail(f"{file}: rotary scaling {kind!r} is not supported, expected one of {', '.join(SCALINGS)}"
+        fail(f"{file}: rotary scaling {shown(kind)} is not supported, expected one of {', '.join(SCALINGS)}"
              f"{remedy if kind == 'dynamic' else ''}")
     theta = rope.get("rope_theta") or fields.get("rope_theta") or raw.get("rope_theta") or 10000.0
     rotary = fields.get("rotary", 1.0)
     for given in (raw.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
         if "rotary" not in FAMILIES[family].keys and given not in (None, 1.0):
-            fail(f"{file}: partial_rotary_factor is {given!r}, but all dimensions rotate in family {family}")
+            fail(f"{file}: partial_rotary_factor is {given}, but all dimensions rotate in family {family}")
     if "rotary" in FAMILIES[family].keys:
         rotary = rope.get("partial_rotary_factor") or rotary
-    if not 0 < float(rotary) <= 1 or not float(theta) > 0:
-        raise ValueError(f"a share of {rotary} rotates, with base {theta}")
     return {"rope_theta": float(theta), "rotary": float(rotary),
             "rope_scaling": _read_scaling(raw, rope, kind, fields["max_positions"])}
 
 
-def _read_scaling(raw: dict, rope: dict, kind: str, max_positions: int) -> dict | None:
+def _read_scaling(raw: Checked, rope: Checked, kind: str, max_positions: int) -> dict | None:
     """The numbers of a scaling, what the file leaves out filled in as transformers does."""
     if kind == "default":
         return None
     trained = raw.get(TRAINED) or rope.get(TRAINED) or max_positions
-    factor = rope.get("factor") or (max_positions / trained if kind == "yarn" else rope["factor"])
+    factor = rope.get("factor") or (max_positions / trained if kind == "yarn" else rope.need("factor"))
     found = {"rope_type": kind, "factor": factor}
     if kind != "linear":
         found[TRAINED] = trained
     if kind == "llama3":
-        found |= {key: rope[key] for key in ("low_freq_factor", "high_freq_factor")}
+        found |= {key: rope.need(key) for key in ("low_freq_factor", "high_freq_factor")}
     if kind == "yarn":
         above, below = rope.get("mscale"), rope.get("mscale_all_dim")
         if not (above and below):

@@ -241,8 +241,7 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
 def verdict_sections(judge: str, said: Verdicts, form: str, force: bool, difficulty: str) -> list[dict]:
     """What a judge says of the models."""
     sections: list[dict | None] = []
-    if said.games:
-        merged = tables.merge_orders(said.games)[0] + said.lost
+    if merged := tables.merge_orders(said.games)[0] + said.lost:
         names = {x for r in merged for x in (r["a"], r["b"])}
         if said.baseline in names:
             known = load_difficulty(difficulty, merged) if difficulty else {}

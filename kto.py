@@ -13,8 +13,6 @@ preference counts as one reply of each kind.
 
 Ethayarajh et al. 2024 (arXiv:2402.01306), Eq. 7 and 8. The loop and the reference are dpo.py's.
 """
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -38,32 +36,24 @@ from runtime import distributed, fail
 
 
 @dataclass(frozen=True)
-class Config(runtime.Settings):
+class Config(runtime.DataSettings):
     model: str = "runs/tiny/0/sft/model"  # Hugging Face directory to start from, usually the result of sft.py
     ref_model: str = ""              # the reference; "": the same as model
     data: str = "runs/tiny/0/pairs.jsonl"  # JSONL of labelled dialogues, or of preferences (data/formats.py)
-    eval_data: str = ""              # JSONL of held-out ones; "" for none
     out: str = "runs/kto"            # folder of the run
-    template: str = ""               # chat template; "": the checkpoint's own, or zephyr
     ref_cache: str = ""              # file of reference log-probabilities, to share; "": in the run's folder
 
     beta: float = 0.1                # how soon a reply counts as good or bad enough, 0.01-0.5
     desirable_weight: float = 1.0    # lambda_D; lambda_D n_D / (lambda_U n_U) between 1 and 4/3 for n_D and n_U replies
     undesirable_weight: float = 1.0  # lambda_U
-    epochs: int = 1                  # passes over the data, 1-3
-    max_steps: int = 0               # stop after this many updates; 0: epochs decide
-    batch: int = 64                  # dialogues per update
-    max_length: int = 512            # tokens of a path, prompt and response, 512-4096; longer ones are cut and counted
     lr: float = 2e-4                 # peak learning rate, 2e-4 for the tiny model, 5e-7 to 5e-6 for 7B
-    eval_every: int = 0              # steps between evaluations; 0: at the end only
     samples: int = 3                 # replies to show at the end
 
     def __post_init__(self):
         super().__post_init__()
         check_template(self.template)
         runtime.check_ranges(self, beta=(1e-6, inf), desirable_weight=(0, inf), undesirable_weight=(0, inf),
-                             epochs=(1, inf), max_steps=(0, inf), batch=(1, inf), max_length=(2, inf),
-                             eval_every=(0, inf), samples=(0, inf))
+                             samples=(0, inf))
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -210,7 +200,7 @@ def main(config: Config) -> None:
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(policy, optimizer, steps, shown=("loss", "z0", "margin", "accuracy", "replies_per_s"))
 
-    for step in range(run.done, steps):
+    for step in run.steps_left():
         began = time.perf_counter()
         lr = runtime.set_learning_rate(optimizer, step, steps, config)
         drawn, beside = (step_trees(one, config.batch, step, config.seed) for one in (trees, others))
@@ -229,11 +219,7 @@ def main(config: Config) -> None:
                     "replies_per_s": labels.total() / (time.perf_counter() - began)}
         if eval_trees and run.due(config.eval_every, step + 1):
             metrics |= evaluate(policy, eval_trees, eval_others[0], config, device)
-        run.log(metrics)
-        if run.stopping or run.due(config.save_every, run.done):
-            run.save(policy, optimizer)
-        if run.stopping:
-            break
+        run.end_step(metrics, policy, optimizer)
 
     if run.finished:
         policy = lora.save_result(policy, run.folder, tokenizer, config, probe=trees[0].trunk[:64].tolist())

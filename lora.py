@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import noop_context_fn
 
 from checkpoints import expect_replies, load_model, open_model, read_shards, save_model, weight_files
@@ -49,6 +50,7 @@ class _Frozen(torch.autograd.Function):
         return nf4.linear(x, layer.state()) if isinstance(layer, NF4Linear) else x @ layer.decoded(x.dtype).t()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         return g @ ctx.layer.decoded(g.dtype), None
 
@@ -332,6 +334,10 @@ class Role(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         with adapter(self.base, self.name):
             return self.base.logits(hidden)
+
+    def pack(self) -> None:
+        with adapter(self.base, self.name):
+            self.base.pack()
 
     scores = Transformer.scores
 

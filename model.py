@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 from tqdm import tqdm
 
-from kernels import missing_rows, on_triton, without_onednn
+from kernels import PackedLinear, can_pack, missing_rows, on_triton, without_onednn
 from kernels.attention import attention
-from kernels.decode import decode_attention
+from kernels.decode import decode_attention, decode_mask
 from kernels.fused import rms_norm, rotary, swiglu
 from kernels.graphs import DecodeGraphs
 from kernels.layout import Layout
@@ -89,8 +89,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.packed: PackedLinear | None = None  # while decoding on a CPU
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.packed(x)
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -116,6 +119,15 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def pack(owner: nn.Module, linears: list[nn.Module], dtype: torch.dtype) -> None:
+    """Linear layers that read the same as one product, `owner.packed`; each alone where some have an adapter."""
+    if all(type(linear) is Linear for linear in linears):
+        owner.packed = PackedLinear([x.weight for x in linears], [x.bias for x in linears], dtype)
+        return
+    for part in (part for linear in linears for part in linear.modules() if type(part) is Linear):
+        part.packed = PackedLinear([part.weight], [part.bias], dtype)
 
 
 def new_norm(config: ModelConfig) -> nn.Module:
@@ -165,9 +177,14 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.heads * config.head_dim, config.width, config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.counts = config.heads, config.kv_heads, config.kv_heads
+        self.packed: PackedLinear | None = None  # of q, k and v, while decoding on a CPU
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None, layer: int) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.packed is None:
+            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            q, k, v = self.packed(x).unflatten(-1, (-1, self.head_dim)).split(self.counts, 1)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = q if self.scaled else q * self.head_dim**0.5  # attention will divide by it
@@ -175,7 +192,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache.write(layer, k, v)
         if cache is not None and cache.decoding:
-            out = decode_attention(q, *cache.read(layer), cache.seen, self.window)
+            out = decode_attention(q, *cache.read(layer), cache.seen, self.window, cache.mask(self.window))
         else:
             out = attention(q, k, v, layout, self.window)
         return self.o_proj(out.flatten(1))
@@ -196,13 +213,18 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.width, config.mlp_width, config.mlp_bias) if config.gated else None
         self.up_proj = Linear(config.width, config.mlp_width, config.mlp_bias)
         self.down_proj = Linear(config.mlp_width, config.width, config.mlp_bias)
+        self.packed: PackedLinear | None = None  # of gate and up, while decoding on a CPU
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+        if self.packed is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.packed(x).chunk(2, -1)
         if self.activation == "silu":
-            return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(swiglu(gate, up))
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
 
 
 class Block(nn.Module):
@@ -236,6 +258,7 @@ class Transformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # of activations; None: that of the weights
         self.checkpointing = False  # keep each block's input alone and run the block again in the backward pass
         self.recompute = noop_context_fn  # contexts of a block's first and second run: which adapter is on (lora.py)
+        self.decoder: Decoder | None = None  # what `generate` has been asked to keep
         self.adapters: dict[str, dict] = {}  # settings of the adapters that lora.py has added, by name,
         self.lora_layers: list[nn.Module] = []  # and the layers that hold them
         self.active: str | None = None  # the adapter that is on
@@ -250,6 +273,7 @@ class Transformer(nn.Module):
         self.lm_head = None if config.tied or config.scored else Linear(config.width, config.vocab_size)
         self.score_head = Linear(config.width, 1) if config.scored else None
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        self.packed_head: PackedLinear | None = None  # in fp32, while decoding on a CPU
         self.rotary_scale = (config.rope_scaling or {}).get("attention_factor", 1.0)  # YaRN's, of queries and keys
 
     @property
@@ -266,6 +290,30 @@ class Transformer(nn.Module):
             if module is not None and extra > 0:
                 module.weight = nn.Parameter(F.pad(module.weight.data, (0, 0, 0, extra)))
         self.config = replace(self.config, vocab_size=vocab_size)
+
+    def pack(self) -> None:
+        """Lay out copies of the weights for decoding on a CPU. Until `unpack` no others are read."""
+        weight = self.embed_tokens.weight
+        dtype = self.compute_dtype or weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        if not (can_pack(weight, dtype) and can_pack(weight, wide)):
+            return
+        for block in self.layers:
+            attention, mlp = block.self_attn, block.mlp
+            pack(attention, [attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+            pack(attention.o_proj, [attention.o_proj], dtype)
+            if mlp.gate_proj is None:
+                pack(mlp.up_proj, [mlp.up_proj], dtype)
+            else:
+                pack(mlp, [mlp.gate_proj, mlp.up_proj], dtype)
+            pack(mlp.down_proj, [mlp.down_proj], dtype)
+        self.packed_head = PackedLinear([self.head_weight], [None], wide)
+
+    def unpack(self) -> None:
+        self.packed_head = None
+        for module in self.layers.modules():
+            if hasattr(module, "packed"):
+                module.packed = None
 
     def hidden(self, tokens: Tensor, positions: Tensor, layout: Layout | None, cache: KVCache | None = None) -> Tensor:
         """Final hidden states [N, D] of tokens [N] at positions [N] along their paths; decoding needs no layout."""
@@ -290,6 +338,8 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in at least fp32."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        if self.packed_head is not None:
+            return self.packed_head(hidden.to(wide))
         narrow = hidden.dtype == self.head_weight.dtype != wide
         if hidden.is_cuda and hidden.ndim == 2 and narrow and not torch.is_grad_enabled():
             return torch.mm(hidden, self.head_weight.t(), out_dtype=wide)  # same sums, without an fp32 copy of the head
@@ -358,7 +408,7 @@ class KVCache:
         c, weight = model.config, model.embed_tokens.weight
         shape = (c.layers, 2, slots, c.kv_heads, length, c.head_dim)
         self.data = torch.zeros(shape, dtype=model.compute_dtype or weight.dtype, device=weight.device)
-        self.decoding, self.longest = False, 0
+        self.decoding, self.longest, self.room = False, 0, length
 
     def at(self, slots: Tensor, positions: Tensor, longest: int, decoding: bool) -> KVCache:
         """The next forward pass writes its token i to place positions[i] < longest of slot slots[i].
@@ -367,6 +417,7 @@ class KVCache:
         """
         self.slots, self.positions, self.decoding = slots, positions, decoding
         self.seen = positions + 1                      # tokens each new token attends to
+        self.masks: dict[int | None, Tensor] = {}      # of decoding, by window: layers share them
         self.longest = max(self.longest, longest)  # passed in: reading it back would sync the GPU
         return self
 
@@ -378,6 +429,14 @@ class KVCache:
         """Keys and values [B, K, S, E] of the slots being decoded, which are the first B."""
         used = self.data[layer, :, : len(self.slots), :, : self.longest]
         return used[0], used[1]
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """What `decode_attention` adds to the scores on a CPU."""
+        if on_triton(self.data):
+            return None
+        if window not in self.masks:
+            self.masks[window] = decode_mask(self.seen, self.longest, window, self.data.dtype)
+        return self.masks[window]
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copy what slots `sources` hold to slots `targets`."""
@@ -405,6 +464,7 @@ def generate(
     numbers: list[int] | None = None,  # of the prompts in the random streams; None: 0, 1, ...
     slots: int = 128,           # sequences decoded together
     progress: str = "",         # label of a progress bar; "": none
+    keep: bool = False,         # cache and CUDA graphs stay with the model, for the next call that says so
 ) -> list[list[Sample]]:
     """n samples for every prompt. Prompts are packed, not padded; a finished sequence gives its slot to a waiting one.
 
@@ -422,12 +482,28 @@ def generate(
     asked = [[ReplyState(prompt, limit, settings[j], [seed, number, j]) for j in range(n)]
              for prompt, limit, number in zip(prompts, limits, numbers, strict=True)]
     waiting = [s for samples in asked for s in samples if s.max_tokens > 0]
-    decoder = Decoder(model, stop_ids, min(slots, len(waiting)), longest)
+    decoder = (_kept_decoder if keep else Decoder)(model, stop_ids, min(slots, len(waiting)), longest)
     decoder.waiting.extend(waiting)
-    with tqdm(total=len(waiting), desc=progress, disable=not progress, mininterval=1, unit=" replies") as bar:
-        while stepped := decoder.step():
-            bar.update(sum(s.done for s in stepped))
+    try:
+        with tqdm(total=len(waiting), desc=progress, disable=not progress, mininterval=1, unit=" replies") as bar:
+            while stepped := decoder.step():
+                bar.update(sum(s.done for s in stepped))
+    finally:
+        model.unpack()
+    model.decoder = decoder if keep else model.decoder
     return [[Sample(s.tokens, s.logprobs, s.finished) for s in samples] for samples in asked]
+
+
+def _kept_decoder(model: Transformer, stop_ids: tuple[int, ...], slots: int, length: int) -> Decoder:
+    """The last call's if it is large enough, else a new one: a GPU takes long to record a graph, once for every size.
+
+    Weights may have changed, but in place: graphs read them where they were.
+    """
+    kept, model.decoder = model.decoder, None
+    if kept is not None and kept.stop_ids == stop_ids and kept.slots >= slots and kept.cache.room >= length:
+        return kept
+    del kept  # frees its cache before there is another
+    return Decoder(model, stop_ids, slots, -(-length // 256) * 256)  # prompts of the next call may be longer
 
 
 def _sample_settings(temperature, top_k, top_p, n: int) -> list[tuple[float, int, float]]:
@@ -462,10 +538,14 @@ class ReplyState:
         self.began = 0.0
 
 
+PACK_AFTER = 8  # steps: laying out the weights pays after twenty of one reply, six in bf16; many end within a few
+
+
 class Decoder:
     """Sequences decoded together, one token each a step; they join and leave between steps.
 
-    Whoever sets `done` on a sequence takes it out before the next step.
+    Whoever sets `done` on a sequence takes it out before the next step. From step PACK_AFTER on a CPU has a second copy
+    of the weights, which must not change from then on until `model.unpack`.
     """
 
     def __init__(self, model: Transformer, stop_ids: tuple[int, ...], slots: int, length: int):
@@ -475,12 +555,16 @@ class Decoder:
         self.decode = partial(_decode, model, self.cache)
         if self.device.type == "cuda" and not hasattr(model, "reshard"):  # a sharded one gathers its weights each time
             self.decode = DecodeGraphs(self.decode, self.cache, slots)
+        self.steps = 0
         self.waiting: deque[ReplyState] = deque()
         self.active: list[ReplyState] = []
 
-    @torch.no_grad()
     def step(self) -> list[ReplyState]:
         """One more token for some sequences: those that join now, or else all active ones. Returns these."""
+        with torch.no_grad(), torch.cuda.device_of(self.cache.data):  # a thread of its own starts on the first GPU
+            return self._step()
+
+    def _step(self) -> list[ReplyState]:
         self._leave()
         new = []
         # Reading a few prompts costs a whole pass: wait until an eighth of the slots is free.
@@ -490,6 +574,9 @@ class Decoder:
             return new
         positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.active]
         tokens = torch.tensor([s.tokens[-1] for s in self.active], device=self.device)
+        self.steps += 1
+        if self.steps == PACK_AFTER:
+            self.model.pack()
         self.cache.longest = 0  # of the sequences here now, not of those that have been
         self._draw(self.active, self.decode(tokens, torch.tensor(positions, device=self.device), max(positions) + 1))
         return list(self.active)

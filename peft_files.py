@@ -11,7 +11,6 @@ does a setting that changes what is computed and is not in USED. adapters.py put
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import new_folder
-from runtime import fail
+from families import find_folder
+from runtime import fail, shown
+from runtime.json_files import read_json
 
 PREFIX = "base_model.model."
 MERGE = "merge it with PEFT (merge_and_unload), save the model and load that"
@@ -40,18 +41,18 @@ class Field(NamedTuple):
 
 
 def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def _is_rank(value) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= 2**16
 
 
 def _is_names(value) -> bool:
     """Names of modules, which may be regular expressions."""
     try:
         return not isinstance(value, dict) and all(map(re.compile, [value] if isinstance(value, str) else value or []))
-    except (re.error, TypeError):
+    except (re.error, TypeError, OverflowError, RecursionError):
         return False
 
 
@@ -104,28 +105,25 @@ def _remedy(kind: str) -> str:
 
 def read_config(file: Path) -> dict:
     """adapter_config.json as it stands; one line if it cannot be used whole."""
+    find_folder(file.parent)
     if not file.is_file():
         fail(f"{file.parent}: holds no adapter_config.json, expected an adapter in PEFT's format")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fail(f"{file}: cannot be read ({error}): copy it again")
-    if not isinstance(config, dict):
-        fail(f"{file}: holds a {type(config).__name__}, expected a JSON object: copy it again")
+    config = read_json(file)
     kind = config.get("peft_type")
     if kind != "LORA":
-        fail(f"{file}: peft_type is {kind!r}, expected 'LORA': {_remedy(str(kind).lower())}")
+        fail(f"{file}: peft_type is {shown(kind)}, expected 'LORA': {_remedy(str(kind).lower())}")
     for name, field in USED.items():
         if not field.fits(config.get(name, field.default)):
-            fail(f"{file}: {name} is {json.dumps(config[name])}, expected {field.expected}: copy it again")
+            fail(f"{file}: {name} is {shown(config[name])}, expected {field.expected}: copy it again")
     for name in sorted(set(config) - set(USED) - HARMLESS):
         if config[name] not in (None, False, 0, "", [], {}):
-            fail(f"{file}: {name} is {json.dumps(config[name])[:80]}, which changes what is computed and is not "
-                 f"supported here: {_remedy(name)}")
+            value = json.dumps(config[name])[:80]
+            fail(f"{file}: {shown(name)[1:-1]} is {value}, which changes what is computed and is not supported here: "
+                 f"{_remedy(name)}")
     start = str(config.get("init_lora_weights", True)).lower()
     if start not in PLAIN_STARTS | {"pissa", "olora"}:
-        fail(f"{file}: init_lora_weights is {start!r}, which changes the base in a way that cannot be repeated: save "
-             "it where it was trained as a plain LoRA (path_initial_model_for_weight_conversion) or merged")
+        fail(f"{file}: init_lora_weights is {shown(start)}, which changes the base in a way that cannot be repeated: "
+             "save it where it was trained as a plain LoRA (path_initial_model_for_weight_conversion) or merged")
     return config
 
 

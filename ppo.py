@@ -27,8 +27,6 @@ Schulman et al. 2017 (arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593);
 (arXiv:2203.02155); details after Huang et al. 2024 (arXiv:2403.17031). RLOO: Ahmadian et al. 2024 (arXiv:2402.14740);
 GRPO: Shao et al. 2024 (arXiv:2402.03300); Dr. GRPO: Liu et al. 2025 (arXiv:2503.20783).
 """
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -299,7 +297,8 @@ def sample(models: Models, prompts: list[list[int]], tokenizer: Tokenizer, step:
         distributed.copy_weights(models.policy, models.sampler)
     mine = list(range(len(prompts)))[distributed.rank() :: distributed.world_size()]
     answers = generate(models.sampler, [prompts[i] for i in mine], config.max_tokens, config.temperature, n=config.n,
-                       stop_ids=tokenizer.stop_ids(), seed=config.seed * 1_000_003 + step, numbers=mine, slots=256)
+                       stop_ids=tokenizer.stop_ids(), seed=config.seed * 1_000_003 + step, numbers=mine, slots=256,
+                       keep=models.sampler.embed_tokens.weight.is_cuda)
     trees = [tree_from_replies(i, prompts[i], [s.tokens for s in said], [s.finished for s in said])
              for i, said in zip(mine, answers, strict=True)]
     return sorted(distributed.all_gather(trees), key=lambda tree: tree.record)

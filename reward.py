@@ -14,8 +14,6 @@ fixed afterwards: demonstrations score 0 on average.
 Stiennon et al. 2020 (arXiv:2009.01325); Ouyang et al. 2022 (arXiv:2203.02155), Eq. 1; Touvron et al. 2023
 (arXiv:2307.09288), Eq. 2, for the margin.
 """
-from __future__ import annotations
-
 import argparse
 import copy
 import json
@@ -35,7 +33,7 @@ import lora
 import runtime
 from checkpoints import load_model
 from data.dry_run import dry_run
-from data.formats import read
+from data.formats import read, read_all
 from data.pack import Batch, check_positions, micro_batches, step_trees, steps_per_epoch
 from data.scores import all_scores, mean_logprobs, print_report, report, response_scores
 from data.store import Trees, fit, load_trees
@@ -46,28 +44,21 @@ from runtime import distributed, fail
 
 
 @dataclass(frozen=True)
-class Config(runtime.Settings):
+class Config(runtime.DataSettings):
     model: str = "runs/tiny/0/sft/model"  # Hugging Face directory to start from, usually the result of sft.py
     data: str = "runs/tiny/0/pairs.jsonl"  # JSONL of preferences or rankings (data/formats.py)
-    eval_data: str = ""              # JSONL of held-out pairs; "" for none
     demos: str = ""                  # JSONL of demonstrations whose mean score becomes 0; "": the chosen replies
     out: str = "runs/reward"         # folder of the run
-    template: str = ""               # chat template; "": the checkpoint's own, or zephyr
 
     margin: Literal["none", "raw", "llama2_small", "llama2_large"] = "none"  # m of a pair rated 1-4 (MARGINS)
     centering: float = 0.0           # weight of (r_w + r_l)^2, 0 or about 0.01
     epochs: int = 1                  # passes over the data; a large model overfits in a second one
-    max_steps: int = 0               # stop after this many updates; 0: epochs decide
-    batch: int = 64                  # dialogues per update
-    max_length: int = 512            # tokens of a path, prompt and response; longer ones are cut and counted
     lr: float = 3e-4                 # peak learning rate, 3e-4 for the tiny model, 3e-6 to 1e-5 for 7B
-    eval_every: int = 0              # steps between evaluations; 0: at the end only
 
     def __post_init__(self):
         super().__post_init__()
         check_template(self.template)
-        runtime.check_ranges(self, centering=(0, inf), epochs=(1, inf), max_steps=(0, inf), batch=(1, inf),
-                             max_length=(2, inf), eval_every=(0, inf))
+        runtime.check_range("centering", self.centering, 0, inf)
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -204,7 +195,7 @@ def main(config: Config) -> None:
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(model, optimizer, steps, shown=("loss", "margin", "accuracy", "pairs_per_s"))
 
-    for step in range(run.done, steps):
+    for step in run.steps_left():
         began = time.perf_counter()
         lr = runtime.set_learning_rate(optimizer, step, steps, config)
         drawn = step_trees(trees, config.batch, step, config.seed)
@@ -223,11 +214,7 @@ def main(config: Config) -> None:
                     "pairs_per_s": pairs / (time.perf_counter() - began)}
         if eval_trees and run.due(config.eval_every, step + 1):
             metrics |= evaluate(model, eval_trees, config, device)
-        run.log(metrics)
-        if run.stopping or run.due(config.save_every, run.done):
-            run.save(model, optimizer)
-        if run.stopping:
-            break
+        run.end_step(metrics, model, optimizer)
 
     if run.finished:
         center(model, demos, config, device)
@@ -249,9 +236,7 @@ def score_file(argv: list[str]) -> None:
     tokenizer, model = load_tokenizer(words.model), load_model(words.model, dtype=torch.float32)
     if not model.config.scored:
         fail(f"{words.model}: has no score head, expected the result of reward.py")
-    records, found = read(words.score, "messages")
-    records = list(records)
-    found.refuse()
+    records = read_all(words.score, "messages")
     scores = all_scores(model, load_trees(words.score, tokenizer), 4096, torch.device("cpu"))
     text = "".join(json.dumps(record | {"score": round(score[-1].item(), 4)}) + "\n"
                    for record, score in zip(records, scores, strict=True))

@@ -13,8 +13,6 @@ data it imitates the chosen responses, the control that DPO has to beat (`config
 
 Ouyang et al. 2022 (arXiv:2203.02155), step 1; Tunstall et al. 2023 (arXiv:2310.16944), dSFT.
 """
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from math import inf
@@ -36,28 +34,21 @@ from runtime import distributed, fail
 
 
 @dataclass(frozen=True)
-class Config(runtime.Settings):
+class Config(runtime.DataSettings):
     model: str = "data/tiny/base"    # Hugging Face directory to start from
     data: str = "runs/tiny/0/data/sft.jsonl"  # JSONL: messages, preferences or text (data/formats.py)
-    eval_data: str = ""              # JSONL of the same kind, for the evaluation loss; "" for none
     out: str = "runs/sft"            # folder of the run
-    template: str = ""               # chat template; "": the checkpoint's own, or zephyr
     train_on: Literal["responses", "all"] = "responses"  # tokens in the loss
 
     epochs: int = 3                  # passes over the data, 1-6
-    max_steps: int = 0               # stop after this many updates; 0: epochs decide
-    batch: int = 64                  # dialogues per update
-    max_length: int = 512            # tokens of a dialogue, 128-4096; longer ones are cut and counted
     lr: float = 1e-3                 # peak learning rate, 1e-3 for the tiny model, 1e-6 to 5e-5 for 7B
     warmup_ratio: float = 0.05       # share of the steps with a rising learning rate
-    eval_every: int = 0              # steps between evaluations; 0: at the end only
     samples: int = 3                 # replies to show at the end
 
     def __post_init__(self):
         super().__post_init__()
         check_template(self.template)
-        runtime.check_ranges(self, epochs=(1, inf), max_steps=(0, inf), batch=(1, inf), max_length=(2, inf),
-                             eval_every=(0, inf), samples=(0, inf))
+        runtime.check_range("samples", self.samples, 0, inf)
 
 
 def sft_loss(logprobs: Tensor, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -129,7 +120,7 @@ def main(config: Config) -> None:
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(model, optimizer, steps, shown=("loss", "tokens_per_s"))
 
-    for step in range(run.done, steps):
+    for step in run.steps_left():
         began = time.perf_counter()
         lr = runtime.set_learning_rate(optimizer, step, steps, config)
         drawn = step_trees(trees, config.batch, step, config.seed)
@@ -149,11 +140,7 @@ def main(config: Config) -> None:
                     "tokens_per_s": tokens / (time.perf_counter() - began)}
         if eval_trees and run.due(config.eval_every, step + 1):
             metrics |= evaluate(model, eval_trees, config, device)
-        run.log(metrics)
-        if run.stopping or run.due(config.save_every, run.done):
-            run.save(model, optimizer)
-        if run.stopping:
-            break
+        run.end_step(metrics, model, optimizer)
 
     if run.finished:
         model = lora.save_result(model, run.folder, tokenizer, config, probe=trees[0].trunk[:64].tolist())

@@ -12,8 +12,6 @@
 Each starts from the full-size run that `make demo FULL=1 SEED=n` left in runs/results/n. Points are written seed by
 seed, so that the same command continues a stopped run; the figure shows every seed and the mean.
 """
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter

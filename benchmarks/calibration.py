@@ -11,13 +11,8 @@ preferences, and every result is judged once:
     planted   the same with a change that is known to matter, trained with the same seeds. Its true size is the mean
               over all seeds; found: the interval lies on that side of zero. Paired by seed, as compare.py does.
 
-Beside the interval of judging/paired.py stands the one over dialogues alone, as judge.py gave it before. Comparisons
-that share runs are no independent trials: the exact (Clopper-Pearson) interval of a share takes them as if they were,
-so `expected`, the range of the share over simulated pools of this size whose comparisons are cut the same way and
-whose intervals are right, stands beside it. At the end README's edit of a loss is compared from nothing, and timed.
+RESULTS.md says how to read the intervals. At the end README's edit of a loss is compared from nothing, and timed.
 """
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator
@@ -54,16 +49,8 @@ class Config:
 
 # ----------------------------------------------------------------------------------- the comparisons
 
-def null_groups(seeds: int, size: int, partitions: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Pairs of disjoint groups of seeds."""
-    for partition in range(partitions):
-        order = list(range(seeds))
-        random.Random(f"partition {partition}").shuffle(order)
-        for first in range(0, seeds - 2 * size + 1, 2 * size):
-            yield order[first : first + size], order[first + size : first + 2 * size]
-
-
-def paired_groups(seeds: int, size: int, partitions: int) -> Iterator[list[int]]:
+def groups(seeds: int, size: int, partitions: int) -> Iterator[list[int]]:
+    """Groups of seeds, those of a partition disjoint."""
     for partition in range(partitions):
         order = list(range(seeds))
         random.Random(f"partition {partition}").shuffle(order)
@@ -91,7 +78,7 @@ def share(count: int, n: int) -> dict:
 
 def null(pool: np.ndarray, size: int, partitions: int) -> dict:
     """Comparisons of the pool [seeds, dialogues] with itself."""
-    found = [paired.estimate(pool[b] - pool[a]) for a, b in null_groups(len(pool), size, partitions)]
+    found = [paired.estimate(pool[both[size:]] - pool[both[:size]]) for both in groups(len(pool), 2 * size, partitions)]
     wrong = sum(f.excludes_zero for f in found)
     alone = sum(abs(f.mean) > f.dialogues_half for f in found)
     return {"seeds": size, "comparisons": len(found), "excluded_zero": wrong, "share": share(wrong, len(found)),
@@ -117,7 +104,7 @@ def expected(pool: np.ndarray, size: int, partitions: int, pools: int = 400) -> 
 def planted(name: str, base: np.ndarray, changed: np.ndarray, size: int, partitions: int) -> dict:
     d = changed - base[: len(changed)]
     true = paired.estimate(d)
-    found = [paired.estimate(d[group]) for group in paired_groups(len(d), size, partitions)]
+    found = [paired.estimate(d[group]) for group in groups(len(d), size, partitions)]
     right = sum(f.excludes_zero and f.mean * true.mean > 0 for f in found)
     wrong = sum(f.excludes_zero and f.mean * true.mean < 0 for f in found)
     return {"change": name, "seeds": size, "true": {"value": true.mean, "low": true.mean - true.half,

@@ -7,8 +7,6 @@ short, for the tiny model has 512 positions; only TruthfulQA's six fixed questio
 encodes context and choice together and runs `model(input_ids)` on that row alone. It is timed on a sample, in turns
 with slices of the packed run, so that whatever else the machine does slows both; encoding counts in both.
 """
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

@@ -2,9 +2,9 @@
 
     rule("What is rain? Answer in at most 12 words.", "Water that falls from clouds.")        1.0
 
-The last sentence of a prompt is its constraint, so a prompt alone says what to check. `rule` is a reward for ppo.py
-and, with replies of the model itself, makes preferences where no others are at hand. It says nothing about whether a
-reply is right: an empty one is refused, but "Rain. Rain." is not.
+The last sentence of a prompt is its constraint, so a prompt alone says what to check. `kept` makes the rule a reward
+of ppo.py; with replies of the model itself it makes preferences where no others are at hand. It says nothing about
+whether a reply is right: an empty one is refused, but "Rain. Rain." is not.
 """
 from __future__ import annotations
 
@@ -55,6 +55,11 @@ def rule(prompt: str, reply: str) -> float:
         return float(isinstance(value, dict) and value.keys() == {"name", "fact"}
                      and all(isinstance(text, str) and text for text in value.values()))
     raise ValueError(f"the prompt ends with no known constraint: {prompt[-60:]!r}")
+
+
+def kept(records: list[dict], replies: list[str], tokens: list[int], finished: list[bool]) -> list[float]:
+    """`rule` as a reward function of ppo.py (rewards/functions.py)."""
+    return [rule(record["prompt"][-1]["content"], reply) for record, reply in zip(records, replies, strict=True)]
 
 
 def kind(prompt: str) -> str:

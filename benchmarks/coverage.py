@@ -10,13 +10,18 @@ average in the worlds with most prompts, of Elo, which depends on the number of 
 """
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import runtime
 from benchmarks.measure import save
+from collect import raters
 from judging import choices, gold, people, rewards, safety, tables, trial
 from judging.ratings import paired_difference
 
@@ -29,6 +34,7 @@ class Config:
     out: str = "benchmarks/results/coverage.json"
     worlds: int = 400
     prompts: list[int] = (30, 100)
+    parts: list[str] = ("judges", "people", "alone", "difference", "raters")  # of the table; others stay as they are
     threads: int = 1
 
 
@@ -66,26 +72,28 @@ def cell(sections: list[dict], title: str, row: str, column: str) -> dict:
     return next(dict(zip(section["columns"], line, strict=True)) for line in section["rows"] if line[0] == row)[column]
 
 
-def printed(rng: np.random.Generator, prompts: int) -> dict[str, dict]:
-    """The cells with intervals of a report on one world."""
-    judged, votes, marks = games(rng, prompts)
-    merged, majority = tables.merge_orders(judged)[0], tables.majority(votes, "people")
-    by_judge = {"judge": judged, "people": majority}
+class World(NamedTuple):
+    prompts: int
+    rng: np.random.Generator
+    judged: list[dict]
+    votes: list[dict]
+    marks: list[dict]
+
+
+def of_judges(world: World) -> dict[str, dict]:
+    """Cells of what a report says of models and of judges."""
+    judged = world.judged
+    merged, by_judge = tables.merge_orders(judged)[0], held_against_people(world)
     screen = trial.screen_section(by_judge, "people")
     found = [tables.win_rate_section(merged, "base", "judge", ""), *tables.ratings_sections(merged, "judge"),
-             *tables.score_sections(marks, "judge"), trial.position_section({"as configured": judged}, "judge"),
+             *tables.score_sections(world.marks, "judge"), trial.position_section({"as configured": judged}, "judge"),
              screen | {"columns": ["row", *screen["columns"][1:]]}, trial.agreement_section(by_judge, "people"),
-             trial.category_agreement_section(by_judge, "people"), people.votes_section(votes, "people"),
-             people.agreement_section(votes, "people"), *people.likert_sections("people", votes)]
-    first = next(s for s in found if s["title"].startswith("people: agreement"))
-    pair, at = "base against dpo", ("people: votes", "base against dpo")
-    cells = {
+             trial.category_agreement_section(by_judge, "people")]
+    return {
         "win rate": cell(found, "judge: wins against base", "dpo", "win rate, %"),
         "win rate at equal length, lc2": cell(found, "judge: wins against base", "dpo", "lc2, %"),
         "Bradley-Terry": cell(found, "judge: ratings", "dpo", "Bradley-Terry"),
         "Elo": cell(found, "judge: ratings", "dpo", "Elo"),
-        "Elo from ratings, no ties": cell(found, "people: Elo, no ties", "dpo", "Elo"),
-        "Elo from ratings, ties allowed": cell(found, "people: Elo, ties allowed", "dpo", "Elo"),
         "mean score": cell(found, "judge: scores", "dpo", "mean"),
         "first slot": cell(found, "judge: position", "as configured", "first slot, %"),
         "the same in both orders": cell(found, "judge: position", "as configured", "consistent, %"),
@@ -94,24 +102,48 @@ def printed(rng: np.random.Generator, prompts: int) -> dict[str, dict]:
         "agreement with people": cell(found, "Agreement with people", "judge", "agrees, %"),
         "correlation with people in a category": cell(found, "Agreement with people by category", "chat",
                                                       "judge: Spearman"),
+        "wins of a probe": trial.wins_cell([r for r in judged if (r["a"], r["b"]) == ("base", "dpo")])}
+
+
+def held_against_people(world: World) -> dict[str, list[dict]]:
+    return {"judge": world.judged, "people": tables.majority(world.votes, "people")}
+
+
+def of_people(world: World) -> dict[str, dict]:
+    """Cells of what a report says of the models by people's votes."""
+    found = [people.votes_section(world.votes, "people"), people.agreement_section(world.votes, "people"),
+             *people.likert_sections("people", world.votes)]
+    first, at = found[1], ("people: votes", "base against dpo")
+    return {
+        "Elo from ratings, no ties": cell(found, "people: Elo, no ties", "dpo", "Elo"),
+        "Elo from ratings, ties allowed": cell(found, "people: Elo, ties allowed", "dpo", "Elo"),
         "majority of people": cell(found, *at, "majority for the first, %"),
         "mean rating of people": cell(found, *at, "mean rating"),
-        "agreement among people": dict(zip(first["columns"], first["rows"][0], strict=True))["agree, %"],
-        "wins of a probe": trial.wins_cell([r for r in judged if (r["a"], r["b"]) == tuple(pair.split(" against "))]),
-    }
-    return cells | alone(rng, prompts) | difference(judged, votes)
+        "agreement among people": dict(zip(first["columns"], first["rows"][0], strict=True))["agree, %"]}
 
 
-def difference(judged: list[dict], votes: list[dict]) -> dict[str, dict]:
+def of_raters(world: World) -> dict[str, dict]:
+    """Cells of what is said of one rater, and of a judge's own taste beside people's."""
+    labels, taught = raters.collect_labels(people.label_rows(world.votes)), {"base": "x", "sft": "x", "dpo": "y"}
+    found = [raters.rater_section(labels), trial.self_preference_section(held_against_people(world), taught, "people")]
+    return {"a rater's wins of the first slot": cell(found, "Raters", "person 0", "shown first"),
+            "a rater's wins of the longer reply": cell(found, "Raters", "person 0", "longer"),
+            "a rater with the others": raters.vendor_table(labels, rounds=100)["person 0"]["others"],
+            "self-preference": cell(found, "Self-preference", "y", "judge above people")}
+
+
+def difference(world: World) -> dict[str, dict]:
     """As --compare pairs two runs: here the judge and the first person, on one pair of models."""
     one, two = ([r for r in rows if (r["a"], r["b"]) == ("base", "dpo") and r["judge"] == name and r["a_first"] in seen]
-                for rows, name, seen in ((judged, "judge", (True,)), (votes, "person 0", (True, False))))
+                for rows, name, seen in ((world.judged, "judge", (True,)), (world.votes, "person 0", (True, False))))
     found = paired_difference(*(tables.preferences(rows) for rows in (one, two)), [r["prompt"] for r in one])
     return {"difference of two runs": tables.bounded(found["difference"], found["low"], found["high"])}
 
 
-def alone(rng: np.random.Generator, n: int) -> dict[str, dict]:
+def alone(world: World) -> dict[str, dict]:
     """What needs no comparison: gold scores, multiple choice, reward models, safety."""
+    n, rng = world.prompts, world.rng
+
     def graded(mean: float, count: int) -> list[list[dict]]:
         return [[{"text": "x", "finished": True, "gold": float(np.clip(rng.normal(mean, 0.4), 0, 1))}]
                 for _ in range(count)]
@@ -135,10 +167,23 @@ def alone(rng: np.random.Generator, n: int) -> dict[str, dict]:
             "safety, one in ten": safety.safety_section(attacks)["rows"][0][2]}
 
 
+PARTS = {"judges": of_judges, "people": of_people, "alone": alone, "difference": difference, "raters": of_raters}
+
+
+def printed(prompts: int, number: int, parts: Sequence[str]) -> dict[str, dict]:
+    """The cells with intervals of a report on one world."""
+    rng = np.random.default_rng([prompts, number])
+    world = World(prompts, rng, *games(rng, prompts))
+    return {name: found for part in parts for name, found in PARTS[part](world).items()}
+
+
 def main(config: Config) -> None:
     runtime.setup("cpu", 0, config.threads)
-    worlds = {n: [printed(np.random.default_rng([n, k]), n) for k in range(config.worlds)] for n in config.prompts}
-    rows = []
+    if unknown := set(config.parts) - PARTS.keys():
+        runtime.fail(f"parts: '{min(unknown)}' is unknown, expected some of {', '.join(PARTS)}")
+    worlds = {n: [printed(n, k, config.parts) for k in range(config.worlds)] for n in config.prompts}
+    old = json.loads(Path(config.out).read_text())["intervals"] if Path(config.out).is_file() else []
+    rows = {row["interval"]: row for row in old}
     for name in worlds[config.prompts[0]][0]:
         row, mean = {"interval": name}, {n: np.mean([cells[name]["value"] for cells in worlds[n]]) for n in worlds}
         for n in config.prompts:
@@ -147,9 +192,9 @@ def main(config: Config) -> None:
             row |= {f"coverage_{n}": float(np.mean([c["low"] <= truth <= c["high"] for c in cells])),
                     f"width_{n}": float(np.mean(widths)), f"narrowest_{n}": float(min(widths)), "truth": float(truth)}
         print(row, flush=True)
-        rows.append(row)
+        rows[name] = row
     save(config.out, {"command": "python -m benchmarks.coverage", "worlds": config.worlds,
-                      "prompts": list(config.prompts), "intervals": rows})
+                      "prompts": list(config.prompts), "intervals": list(rows.values())})
 
 
 if __name__ == "__main__":

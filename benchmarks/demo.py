@@ -5,8 +5,6 @@
 Takes the settings of judge.py and runs it; what that prints goes to judge.txt in the same folder. While there is no
 PPO model yet, the table is all.
 """
-from __future__ import annotations
-
 import json
 import os
 import sys

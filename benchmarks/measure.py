@@ -1,6 +1,4 @@
 """What the benchmarks share: a clock, the name of the machine, the file of results."""
-from __future__ import annotations
-
 import json
 import os
 import platform

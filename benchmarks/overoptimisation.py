@@ -5,8 +5,6 @@
 Each run must have been made with snapshot_every. Its snapshots answer the dev dialogues, the gold grader grades them,
 and the figure draws both scores over the distance from the reference (Gao et al. 2022, arXiv:2210.10760).
 """
-from __future__ import annotations
-
 import json
 import tempfile
 from dataclasses import dataclass
@@ -52,21 +50,19 @@ def curve(folder: Path, start_gold: float, grade) -> list[dict]:
     return points
 
 
-def answers(path: Path | str, data: str, device: torch.device) -> tuple[list[dict], list[list[dict]]]:
-    """The dialogues of a file, and a model's replies to them."""
+def replies_of(path: Path | str, data: str, device: torch.device) -> list[tuple[str, dict, str, bool]]:
+    """A model's replies to the dialogues of a file, as world.gold takes them: task, item, text, whether it ended."""
     with tempfile.TemporaryDirectory() as folder:  # for the ledger, which nobody needs again
         questions, dialogues = judge.load_questions(data)
         said = judge.answer(decode("models", f"model={path}"), questions, dialogues, judge.Sampling(64, 0.7), 0,
                             Path(folder) / "answers.jsonl", Budget(), Opener(str(device)))
-    return dialogues, said
+    return [(d["category"], turn["item"], r["text"], r["finished"]) for d, replies in zip(dialogues, said, strict=True)
+            for turn, r in zip(d["turns"], replies, strict=False)]
 
 
 def grade(path: Path | str, data: str, device: torch.device) -> float:
     """Gold score of a model on the dialogues of a file."""
-    dialogues, said = answers(path, data, device)
-    return 100 * mean(world.gold(d["category"], turn["item"], r["text"], r["finished"])
-                      for d, replies in zip(dialogues, said, strict=True)
-                      for turn, r in zip(d["turns"], replies, strict=False))
+    return 100 * mean(world.gold(*reply) for reply in replies_of(path, data, device))
 
 
 def draw(curves: dict[str, list[dict]], file: Path) -> None:

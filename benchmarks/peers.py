@@ -4,6 +4,7 @@
     python -m benchmarks.peers tasks='["sft"]' shapes='["2 M"]' rounds=3
     python -m benchmarks.peers device=cuda          Mistral-7B's shape in bf16, to peers_gpu.json; 141 GB of memory
     python -m benchmarks.peers device=cuda peers=   ours alone
+    python -m benchmarks.peers shapes='["135 M"]' llama=ENV/bin/python gguf=SmolLM2-135M-Instruct.Q4_1.gguf
 
 Both sides get the same token ids. For every task each is a process that has loaded the same weights and waits; then
 each in turn does one step, `rounds` times, the first not counted. Step times are wall-clock, from "go" to "done",
@@ -14,8 +15,6 @@ A GPU has room for one 7B in training, so there the sides run one after another,
 so in its row. Peak memory is that of tensors on the GPU. Model FLOPs utilisation counts a step's products and attention
 once, whatever checkpointing computes again, over the dense bf16 peak in NVIDIA's data sheets.
 """
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -41,6 +40,7 @@ PADDED = ("padded", "micro")
 TASKS = {
     "sft": ("tokens/s", "units", ("padded", "micro", "packed"), ("floor sft", "floor sft mkl")),
     "dpo": ("pairs/s", "items", PADDED, ("floor dpo", "floor dpo mkl")),
+    "dpo lora": ("pairs/s", "items", PADDED, ()),
     "dpo online": ("pairs/s", "items", PADDED, ()),
     "dpo dialogues": ("dialogues/s", "items", PADDED, ()),
     "reward": ("pairs/s", "items", PADDED, ()),
@@ -51,8 +51,9 @@ TASKS = {
     "rloo": ("samples/s", "units", ("RLOO",), ()),
     "qlora": ("tokens/s", "units", PADDED, ()),
 }
-# The tasks of a shape: all but QLoRA, unless it is made for some.
-DOES = {shape: [task for task in TASKS if task != "qlora"] for shape in SHAPES}
+# The tasks of a shape: all without adapters, unless it is made for some.
+DOES = {shape: [task for task in TASKS if task not in ("qlora", "dpo lora")] for shape in SHAPES}
+DOES |= dict.fromkeys(("135 M", "135 M, bf16"), ["sft", "dpo", "dpo lora", *(f"sample {n} greedy" for n in SAMPLED)])
 DOES |= {"110 M": ["qlora"], "7 B, chat": ["sft", "qlora", "sample 64 top_p"], "7 B, pairs": ["dpo"]}
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312}
 
@@ -69,6 +70,8 @@ class Config:
     shapes: list[str] = ()           # default: those for the device
     rounds: int = 6                  # the first is not counted
     peers: str = ".venv-peers/bin/python"  # an interpreter with transformers, TRL and PEFT; empty: ours alone
+    llama: str = ""                  # an interpreter with llama-cpp-python, to sample of the file `gguf`, too
+    gguf: str = ""
 
     def __post_init__(self):
         runtime.check_range("rounds", self.rounds, 2, STEPS)
@@ -129,12 +132,15 @@ def compare(task: str, shape: str, config: Config, folder: Path) -> list[dict]:
     """A row for each way of doing the task."""
     _, _, modes, floors = TASKS[task]
     sides = [("ours", sys.executable, "peers_ours", task)]
-    if config.device == "cpu":  # the floors are written for fp32
+    if SHAPES[shape].dtype == "float32":  # the floors are written for it
         sides += [(floor, sys.executable, "peers_ours", floor) for floor in floors]
     library = "Transformers" if task.startswith("sample") else "TRL"
     if config.device == "cuda" and library == "TRL":
         modes = (*modes, "single")
     sides += [(f"{library}, {mode}", config.peers, "peers_trl", f"{task}, {mode}") for mode in modes if config.peers]
+    if config.llama and library == "Transformers":
+        sides.append((f"llama.cpp, {Path(config.gguf).stem}", config.llama, "peers_llama", task))
+        os.environ["PEERS_GGUF"] = config.gguf
     steps = take_turns(sides, shape, str(folder / "model"), config.rounds, folder)
     check_losses(task, shape, steps)
     return [{"shape": shape, "task": task, "side": name} | measured(task, found) for name, found in steps.items()]
@@ -146,7 +152,7 @@ def check_losses(task: str, shape: str, steps: dict[str, list[dict]]) -> None:
         return
     losses = {name: steps[name][0].get("loss") for name in ("ours", "floor sft", "TRL, padded") if steps.get(name)}
     alike = [loss for loss in losses.values() if loss is not None]
-    tolerance = 1e-3 if SHAPES[shape].device == "cpu" else 2e-2
+    tolerance = 1e-3 if SHAPES[shape].dtype == "float32" else 2e-2
     if alike and max(alike) - min(alike) > tolerance * max(alike):
         raise RuntimeError(f"{shape} {task}: first losses differ, so does the work: {losses}")
 

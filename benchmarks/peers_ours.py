@@ -4,8 +4,6 @@ The floor of SFT and DPO is a step written by hand for this one model: no paddin
 scaled_dot_product_attention, the head on response tokens in chunks, fused AdamW; its products by oneDNN or, as PyTorch
 has it by default, by MKL: the faster counts. That of sampling is the matrix products alone.
 """
-from __future__ import annotations
-
 import time
 from itertools import cycle
 from types import SimpleNamespace
@@ -170,6 +168,9 @@ def by_hand(weights: dict[str, torch.Tensor], shape: work.Shape, ids: torch.Tens
     def linear(x, name: str):
         return F.linear(x, weights[name + ".weight"])
 
+    def heads(x, name: str):
+        return linear(x, name).unflatten(-1, (-1, shape.head_dim))
+
     def norm(x, name: str):
         return F.rms_norm(x, (shape.width,), weights[name + ".weight"], 1e-5)
 
@@ -180,9 +181,10 @@ def by_hand(weights: dict[str, torch.Tensor], shape: work.Shape, ids: torch.Tens
     x = weights["embed_tokens.weight"][ids]
     for block in (f"layers.{layer}." for layer in range(shape.layers)):
         h = norm(x, block + "input_layernorm")
-        q, k, v = (linear(h, f"{block}self_attn.{part}_proj").unflatten(-1, (shape.heads, -1)) for part in "qkv")
+        q, k, v = (heads(h, f"{block}self_attn.{part}_proj") for part in "qkv")
         rows = zip(*(y.transpose(0, 1)[None].split(sizes, 2) for y in (turned(q), turned(k), v)), strict=True)
-        seen = torch.cat([F.scaled_dot_product_attention(*row, is_causal=True) for row in rows], 2)  # [1, H, N, E]
+        seen = torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True)
+                          for row in rows], 2)  # [1, H, N, E]
         x = x + linear(seen[0].transpose(0, 1).flatten(1), block + "self_attn.o_proj")
         h = norm(x, block + "post_attention_layernorm")
         x = x + linear(F.silu(linear(h, block + "mlp.gate_proj")) * linear(h, block + "mlp.up_proj"),
@@ -238,8 +240,8 @@ def prepare(task: str, shape: work.Shape, path: str) -> work.Step:
     kind, *rest = task.split()
     trained = torch.float32 if kind not in ("sample", "qlora") else None
     model = load(path, shape, trained, lora.QUANTIZED["nf4"] if kind == "qlora" else None)
-    if kind == "qlora":
-        model = lora.adapt(model, sft.Config(lora_rank=16, lora_alpha=32, quantize="nf4"), 0)
+    if kind == "qlora" or "lora" in rest:
+        model = lora.adapt(model, sft.Config(lora_rank=work.RANK, lora_alpha=work.ALPHA))
     if kind in ("sft", "qlora"):
         return sft_step(model, shape, [sft_tree(pair) for pair in work.pairs(shape)])
     if kind == "floor":

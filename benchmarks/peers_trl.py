@@ -3,36 +3,26 @@
 Every task has modes, of which the table takes the fastest: a padded batch of the whole step, four of a quarter, rows
 one by one, and TRL's packing. Trainers are the library's, with the data tokenised beforehand and in the order given.
 """
-from __future__ import annotations
-
 import tempfile
 
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TrainerCallback,
-)
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks import peers_work as work
 
 
-def whole_numbers(vocab: int) -> PreTrainedTokenizerFast:
+def whole_numbers(vocab: int) -> transformers.PreTrainedTokenizerFast:
     """A tokenizer whose text is the token ids, separated by spaces."""
     found = Tokenizer(models.WordLevel({str(i): i for i in range(vocab)}, unk_token="0"))
     found.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token="2", pad_token="0", unk_token="0")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=found, eos_token="2", pad_token="0", unk_token="0")
 
 
-class InTurn(TrainerCallback):
+class InTurn(transformers.TrainerCallback):
     """Lets the trainer do a step whenever it is this worker's turn."""
 
     def __init__(self, turns: work.Turns, units: list[int], items: list[int]):
@@ -85,7 +75,7 @@ def run(trainer, turns: work.Turns, sizes: list[int], items: int = 0) -> None:
     trainer.train()
 
 
-def load(path: str, kind=AutoModelForCausalLM, dtype=torch.float32, **more):
+def load(path: str, kind=transformers.AutoModelForCausalLM, dtype=torch.float32, **more):
     return kind.from_pretrained(path, dtype=dtype, **more)
 
 
@@ -103,17 +93,21 @@ def sft(turns: work.Turns, shape: work.Shape, path: str, mode: str, model=None) 
 
 
 def qlora(turns: work.Turns, shape: work.Shape, path: str, mode: str) -> None:
-    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                   bnb_4bit_compute_dtype=getattr(torch, shape.dtype))
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, shape.dtype))
     model = prepare_model_for_kbit_training(load(path, quantization_config=four_bits),
                                             use_gradient_checkpointing=shape.checkpointing)
-    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    sft(turns, shape, path, mode, get_peft_model(model, adapter))
+    sft(turns, shape, path, mode, get_peft_model(model, adapter()))
+
+
+def adapter() -> LoraConfig:
+    return LoraConfig(r=work.RANK, lora_alpha=work.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def scorer(path: str):
     """A model with a score head."""
-    model = load(path, AutoModelForSequenceClassification, num_labels=1)
+    model = load(path, transformers.AutoModelForSequenceClassification, num_labels=1)
     model.config.pad_token_id = 0
     return model
 
@@ -123,7 +117,9 @@ def preferences(turns: work.Turns, shape: work.Shape, path: str, mode: str, task
     pairs = [turn for dialogue in work.rated(shape, task) for turn in dialogue]
     settings = options(mode, shape, len(pairs) // work.STEPS) | {"max_length": None}
     if task.startswith("dpo"):
-        trainer, more = DPOTrainer, {"ref_model": load(path, dtype=getattr(torch, shape.dtype))}
+        trainer = DPOTrainer
+        more = {"peft_config": adapter()} if "lora" in task else {
+            "ref_model": load(path, dtype=getattr(torch, shape.dtype))}
         model, args = load(path), DPOConfig(**settings, beta=work.BETA, precompute_ref_log_probs="online" not in task)
         columns = {"prompt_ids": [p.prompt for p in pairs], "chosen_ids": [p.chosen for p in pairs],
                    "rejected_ids": [p.rejected for p in pairs]}
@@ -151,7 +147,7 @@ def rloo(turns: work.Turns, shape: work.Shape, path: str) -> None:
     run(trainer, turns, [1] * (rows * work.STEPS))
 
 
-class Limits(StoppingCriteria):
+class Limits(transformers.StoppingCriteria):
     """Row i ends after limits[i] new tokens."""
 
     def __init__(self, start: int, limits: list[int]):
@@ -170,7 +166,7 @@ def sample(turns: work.Turns, shape: work.Shape, path: str, size: str, how: str 
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=shape.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=shape.device)
-        stop = StoppingCriteriaList([Limits(longest, limits)]) if len(set(limits)) > 1 else None
+        stop = transformers.StoppingCriteriaList([Limits(longest, limits)]) if len(set(limits)) > 1 else None
         model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(limits), eos_token_id=None,
                        pad_token_id=0, stopping_criteria=stop, **settings)
 

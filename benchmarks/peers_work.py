@@ -3,8 +3,6 @@
 Token ids are random; lengths are spread as real ones are (lognormal, sigma 0.6). A worker is a process that does one
 step of one task whenever its turn comes, and reports how long it took.
 """
-from __future__ import annotations
-
 import json
 import os
 import resource
@@ -51,7 +49,9 @@ SHAPES = {
     "15 M": Shape(288, 6, 6, 768, 32000, 512, 85, 160, 8, 1024),
     "2 M": Shape(128, 4, 4, 512, 2048, 256, 48, 95, 16, 2048),
     "110 M": Shape(768, 12, 12, 2048, 32000, 512, 85, 160, 8, 1024),
+    "135 M": Shape(576, 30, 9, 1536, 49152, 512, 85, 160, 8, 1024, kv_heads=3),  # SmolLM2-135M
 }
+SHAPES["135 M, bf16"] = SHAPES["135 M"]._replace(dtype="bfloat16")
 # Mistral-7B, for a GPU: dialogues about as long as UltraChat's, pairs as UltraFeedback's (means of 150 pairs: 160, 307,
 # 261 tokens).
 MISTRAL = dict(width=4096, layers=32, heads=32, kv_heads=8, mlp_width=14336, vocab=32000, longest=2048,
@@ -65,6 +65,7 @@ SAMPLED = (1, 16, 64)
 MIXED = 192          # prompts whose replies have lengths of their own, 8 to 128 tokens
 RL_PROMPTS, RL_REPLIES = 16, 2  # prompts of a rollout, replies to each
 LR, CLIP, BETA = 1e-5, 1.0, 0.1
+RANK, ALPHA = 16, 32  # of adapters, on every linear layer
 
 
 class Pair(NamedTuple):
@@ -77,17 +78,17 @@ def lengths(rng, mean: float, longest: int, count: int) -> list[int]:
     return np.clip(rng.lognormal(np.log(mean) - 0.18, 0.6, count), 2, longest).astype(int).tolist()
 
 
-def pairs(shape: Shape, seed: int = 0) -> list[Pair]:
+def pairs(shape: Shape) -> list[Pair]:
     """Single turns. SFT takes prompt and chosen."""
-    rng, count = np.random.default_rng(seed), shape.batch * STEPS
+    rng, count = np.random.default_rng(0), shape.batch * STEPS
     means = (shape.prompt, shape.reply, shape.reply)
     sizes = zip(*(lengths(rng, mean, shape.longest // 2, count) for mean in means), strict=True)
     return [Pair(*(rng.integers(3, shape.vocab, n).tolist() for n in size)) for size in sizes]
 
 
-def dialogues(shape: Shape, seed: int = 1) -> list[list[Pair]]:
+def dialogues(shape: Shape) -> list[list[Pair]]:
     """Rated at every turn: each prompt goes on from the reply chosen before. Turns are half as long as single ones."""
-    rng, means = np.random.default_rng(seed), (shape.prompt / 2, shape.reply / 2, shape.reply / 2)
+    rng, means = np.random.default_rng(1), (shape.prompt / 2, shape.reply / 2, shape.reply / 2)
     made = []
     for _ in range(shape.batch * STEPS):
         history, turns = [], []
@@ -106,15 +107,15 @@ def rated(shape: Shape, task: str) -> list[list[Pair]]:
     return dialogues(shape) if "dialogues" in task else [[pair] for pair in pairs(shape)]
 
 
-def prompts(shape: Shape, count: int, seed: int = 2) -> list[list[int]]:
+def prompts(shape: Shape, count: int) -> list[list[int]]:
     """For sampling, 10 to 50 tokens."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(2)
     return [rng.integers(3, shape.vocab, n).tolist() for n in rng.integers(10, 51, count)]
 
 
-def reply_lengths(seed: int = 3) -> list[int]:
+def reply_lengths() -> list[int]:
     """Of the mixed batch: lognormal around 40 tokens, sigma 0.8."""
-    drawn = np.random.default_rng(seed).lognormal(np.log(40) - 0.32, 0.8, MIXED)
+    drawn = np.random.default_rng(3).lognormal(np.log(40) - 0.32, 0.8, MIXED)
     return np.clip(drawn, 8, 128).astype(int).tolist()
 
 

@@ -3,11 +3,9 @@
     python -m benchmarks.relatives
 
 After `make demo`. All start from one SFT model and learn from the same preferences, in as many steps of as many
-dialogues; a seed orders them. Before that, settings around each paper's are tried with two other seeds, on the dev
-dialogues that DPO's settings were chosen on, too (configs/tiny/dpo.toml); those with the best mean are compared.
+dialogues; a seed orders them. Before that, settings around each paper's are tried with two other seeds, on the same
+dev dialogues; of each loss, DPO too, those with the best mean are compared. DPO's others are configs/tiny/dpo.toml's.
 """
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import product
 from statistics import mean
@@ -60,20 +58,18 @@ def sweep(config: Config) -> list[dict]:
 def main(config: Config) -> None:
     tried = sweep(config)
     best = {name: max((row for row in tried if row["name"] == name), key=lambda row: row["gold"]) for name in SWEEP}
-    rows = []
-    for name in SWEEP:
-        if name == "DPO":
-            continue
-        text = f"{SWEEP[name][0]} {best[name]['settings']}"
-        report = compare.compare(DPO, text, compare.Config(seeds=config.seeds, jobs=config.jobs, out=config.out))
+    commands = {name: f"{text} {best[name]['settings']}" for name, (text, _) in SWEEP.items()}
+    dpo, rows = commands.pop("DPO"), []
+    for name, text in commands.items():
+        report = compare.compare(dpo, text, compare.Config(seeds=config.seeds, jobs=config.jobs, out=config.out))
         gold = {side: [mean(of.values()) for of in by_seed.values()] for side, by_seed in report["scores"].items()}
         found = report["difference"]
         rows.append({"name": name, "command": text, "settings": best[name]["settings"], "gold_by_seed": gold["B"],
                      "difference": {"value": found["mean"], "low": found["mean"] - found["half"],
                                     "high": found["mean"] + found["half"]},
                      "seeds_needed": report["seeds_needed"], "verdict": report["verdict"]})
-    rows.insert(0, {"name": "DPO", "command": DPO, "settings": "", "gold_by_seed": gold["A"], "difference": None,
-                    "seeds_needed": None, "verdict": ""})
+    rows.insert(0, {"name": "DPO", "command": dpo, "settings": best["DPO"]["settings"], "gold_by_seed": gold["A"],
+                    "difference": None, "seeds_needed": None, "verdict": ""})
     save(config.results, {"command": "python -m benchmarks.relatives", **machine(torch.device("cpu")),
                           "seeds": config.seeds, "sweep_seeds": config.sweep_seeds, "rows": rows, "tried": tried})
 

@@ -12,11 +12,10 @@ They are written by hand but for places between two comments, `<!-- WHAT -->` an
 
 A place whose file does not exist (a GPU's, until one was measured) stays empty. A test checks that none is out of date.
 """
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from string import Formatter
 
@@ -35,7 +34,8 @@ class Cells(Formatter):
         if isinstance(value, str | bool | None) or value == []:
             return value if isinstance(value, str) else "yes" if value else "-" if value is None else "no"
         if isinstance(value, dict) and "low" in value:
-            return "{value:.1f} [{low:.1f}, {high:.1f}]".format_map(value)
+            middle, low, high = (self.format_field(value[key], spec or ".1f") for key in ("value", "low", "high"))
+            return f"{middle} [{low}, {high}]"
         if isinstance(value, dict):
             return ", ".join(f"{key} {self.format_field(part, spec)}" for key, part in value.items())
         if isinstance(value, list):
@@ -54,6 +54,8 @@ cells = Cells()
 def table(rows: Iterable[dict], columns: dict[str, str]) -> str:
     """Markdown. A heading is a format too: rows that are alike in the columns without braces go into one line."""
     rows = list(rows)
+    if not rows:
+        return ""
     columns = columns or {key: f"{{{key}}}" for key in rows[0]}
     fixed = [heading for heading in columns if "{" not in heading]
     lines: dict[object, dict[str, str]] = {}
@@ -138,11 +140,34 @@ def gpu_hours(report: dict) -> str:
             f"three epochs of DPO on UltraFeedback {pairs:.1f}. The talk: four hours on 16 A100, 64.")
 
 
-FOUND = {"reward_model": ("tiny/rlhf.json", reward_model), "ppo": ("tiny/rlhf.json", ppo),
-         "rounds": ("rounds.json", rounds), "peers": ("peers.json", peers),
-         "peers_gpu": ("peers_gpu.json", peers_gpu), "gpu_hours": ("peers_gpu.json", gpu_hours),
-         "kernels_builds": (ROOT / "tests" / "aot_baseline.json", builds),
-         "kernels_cpu": ("kernels/cpu.json", summary), "kernels_gpu": ("kernels", gpu_verdicts)}
+def smollm2(report: dict, wanted: str) -> Iterable[dict]:
+    """A row for each stage that has this measure; of a measure one interval, or the numbers by seed."""
+    measures = dict.fromkeys(row["measure"] for row in report["rows"])
+    for stage in dict.fromkeys(row["stage"] for row in report["rows"] if row["measure"] == wanted):
+        rows = [row for row in report["rows"] if row["stage"] == stage]
+        by_measure = {name: [row for row in rows if row["measure"] == name] for name in measures}
+        yield {"stage": stage, "seeds": len({row["seed"] for row in rows})} | {
+            name: (found[0] if len(found) == 1 else [row["value"] for row in found]) if found else None
+            for name, found in by_measure.items()}
+
+
+def smollm2_reward(report: dict) -> Iterable[dict]:
+    """A row for each of the three that score replies: over all held-out pairs, and by the margin of the ratings."""
+    for row in smollm2(report, "accuracy, reward model"):
+        for name in ("reward model", "log p per token", "length"):
+            found = {key.removeprefix(f"accuracy, {name}").removeprefix(", ") or "all": value
+                     for key, value in row.items() if key.startswith(f"accuracy, {name}")}
+            yield {"name": name, "stage": row["stage"], "seeds": row["seeds"]} | found
+
+
+FOUND = {f"smollm2_{name}": ("smollm2.json", partial(smollm2, wanted=wanted)) for name, wanted in {
+    "dpo": "log p of held-out chosen, nats", "choices": "PIQA, acc", "rule": "constraints kept"}.items()}
+FOUND |= {"smollm2_reward": ("smollm2.json", smollm2_reward),
+          "reward_model": ("tiny/rlhf.json", reward_model), "ppo": ("tiny/rlhf.json", ppo),
+          "rounds": ("rounds.json", rounds), "peers": ("peers.json", peers),
+          "peers_gpu": ("peers_gpu.json", peers_gpu), "gpu_hours": ("peers_gpu.json", gpu_hours),
+          "kernels_builds": (ROOT / "tests" / "aot_baseline.json", builds),
+          "kernels_cpu": ("kernels/cpu.json", summary), "kernels_gpu": ("kernels", gpu_verdicts)}
 
 
 def read(file: Path) -> dict | list[dict] | None:

@@ -7,8 +7,6 @@ The same SFT models, prompts, seeds and updates (configs/tiny/ppo_rule.toml), on
 the three about the same spread: over the SFT models' replies the grade has a standard deviation of 0.32, the rule one
 of 0.39, and the learnt score is in its own. Every policy then answers the dev dialogues.
 """
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 import ppo
 import runtime
 from benchmarks.measure import save
-from benchmarks.overoptimisation import answers
+from benchmarks.overoptimisation import replies_of
 from data.tiny import world
 from rewards import tiny
 
@@ -51,9 +49,7 @@ def trained(folder: Path, seed: int, reward: str, steps: int, free: bool, thread
 
 def judged(path: Path, data: Path, device: torch.device) -> dict:
     """Gold grade, share of required words (both of 100), and length of a policy's replies."""
-    dialogues, said = answers(path, str(data), device)
-    replies = [(d["category"], turn["item"], r["text"], r["finished"])
-               for d, turns in zip(dialogues, said, strict=True) for turn, r in zip(d["turns"], turns, strict=False)]
+    replies = replies_of(path, str(data), device)
     asked = [{"required": tiny.required_words(category, item)} for category, item, _, _ in replies]
     texts = [text for _, _, text, _ in replies]
     return {"gold": 100 * mean(world.gold(*reply) for reply in replies),

@@ -5,8 +5,6 @@
 Reward models by their reports on the test pairs, PPO by the last five steps of its log; a seed is a full-size run in
 runs/results, as `make demo FULL=1 SEED=n` makes one.
 """
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ Starts from the SFT models of the full-size runs that `make demo FULL=1 SEED=n` 
 minutes a seed on one core. The same command continues a stopped run. "At once" is one round over the prompts of all
 three: every preference is about the SFT model's replies.
 """
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -6,8 +6,6 @@ Clients are OpenAI's own, in a process beside the server's, on the same cores. E
 after the other at temperature 0.7, with a seed, and waits for the whole reply. The last row is `Checkpoint.replies`,
 which is given all prompts at once.
 """
-from __future__ import annotations
-
 import asyncio
 import random
 import re

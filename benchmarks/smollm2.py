@@ -8,10 +8,10 @@
     python -m benchmarks.smollm2 dpo kind=lora count=300 seed=1    train, then compare held-out pairs and replies
     python -m benchmarks.smollm2 sft count=300                 the control: more SFT, on the chosen replies
     python -m benchmarks.smollm2 reward count=300              a reward model, its accuracy beside two baselines
+    python -m benchmarks.smollm2 grpo                          GRPO with the rule of constraints.py as its reward
     python -m benchmarks.smollm2 choices model=runs/smollm2-135m/dpo-lora-300-0/model    ARC, PIQA, TruthfulQA
     python -m benchmarks.smollm2 rule model=...                share of held-out constraints kept (constraints.py)
     python -m benchmarks.smollm2 table                         what has been measured so far
-    python -m benchmarks.smollm2 prompts                       prompts with constraints for ppo.py, beside the pairs
     python judge.py --config configs/smollm2-135m/judge.toml data=question.jsonl     MT-Bench's questions, both turns
 
 Each piece trains in a folder of its own, resumes there, and replaces its rows of the results alone. `data` is a folder
@@ -32,6 +32,7 @@ from typing import Literal
 import torch
 
 import dpo
+import ppo
 import reward
 import runtime
 import sft
@@ -41,7 +42,7 @@ from checkpoints import load_model
 from data.formats import read
 from data.pack import Batch
 from data.scores import all_scores, mean_logprobs, report, response_logprob_sums, response_scores
-from data.tokenizer import adopt_template, load_tokenizer
+from data.tokenizer import OWN, adopt_template, load_tokenizer
 from data.trees import CHOSEN, REJECTED
 from judging import choices as exams
 from judging.ratings import mean_interval, wilson
@@ -54,6 +55,9 @@ PLACES = {  # in the folder `data`
     "truthfulqa": "judge/multiple_choice/truthfulqa_mc_task_v0.json.gz"}
 CONFIGS = Path("configs/smollm2-135m")
 REPLIES = 32  # sampled to held-out prompts, for their length
+CURVE = ("step", "score", "kl", "length", "eos_rate")  # of ppo.py's metrics
+BETA = 0.1     # of the implicit reward, as in dpo.toml
+LONGEST = 512  # tokens of a path: of held-out pairs longer ones are left out, with length=0 those to train on are cut
 QUESTIONS = ("What is the capital of France?", "Write a haiku about the sea.", "Give me three tips for sleeping well.",
              "Explain to a child why the sky is blue.", "I have 3 apples and eat one. How many are left?")
 
@@ -62,6 +66,7 @@ QUESTIONS = ("What is the capital of France?", "Write a haiku about the sea.", "
 class Config:
     piece: str = "table"             # which piece; the word `piece=` may be left out
     model: str = "models/smollm2-135m"  # what is measured, or trained from
+    beside: list[str] = ()           # other models, whose replies are shown beside its own
     base: str = "models/smollm2-135m"   # what DPO's implicit reward compares it with
     data: str = ""                   # folder of real data sets; "": preferences are made by a rule
     pairs: str = ""                  # a file of preferences to train on; "": data's
@@ -71,8 +76,10 @@ class Config:
     kind: Literal["lora", "qlora", "full"] = "lora"
     count: int = 100                 # pairs to train on, at most
     held: int = 100                  # pairs, prompts or questions to evaluate on, at most
-    length: int = 320                # tokens of a path: pairs with a longer one are left out; 0: they are cut at 512
+    length: int = 384                # tokens of a path to train on: pairs with a longer one are left out; 0: none is
     max_tokens: int = 64             # of a sampled reply
+    epochs: int = 0                  # over the pairs; 0: as the config file says
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of training; what is measured is measured in float32
     seed: int = 0
     threads: int = 0
 
@@ -80,12 +87,20 @@ class Config:
         if self.piece not in PIECES:
             fail(f"piece is '{self.piece}', expected one of {', '.join(PIECES)}")
         runtime.check_ranges(self, count=(1, 10**6), held=(1, 10**6), length=(0, 8192), max_tokens=(1, 4096),
-                             seed=(0, 10**9), threads=(0, 1024))
+                             epochs=(0, 100), seed=(0, 10**9), threads=(0, 1024))
 
     @property
     def folder(self) -> Path:
         """Of the runs on real preferences, or on those of the rule."""
         return Path(self.runs) / ("real" if self.data or self.pairs else "rule")
+
+    @property
+    def precision(self) -> str:
+        return "-bf16" if self.dtype == "bfloat16" else ""
+
+    @property
+    def max_length(self) -> int:
+        return self.length or LONGEST
 
     def file(self, name: str) -> Path:
         return self.folder / (f"pairs-{self.count}.jsonl" if name == "pairs" else "held_out.jsonl")
@@ -103,8 +118,8 @@ def place(config: Config, name: str) -> str:
 
 # ----------------------------------------------------------------------------------------- results
 
-def add_rows(config: Config, rows: list[dict]) -> None:
-    """Put the rows of a model into the results, in place of those of the same measures."""
+def add_rows(config: Config, rows: list[dict], curve: list[dict] | None = None) -> None:
+    """Put the rows of a model, and its training curve, into the results, in place of those of the same measures."""
     file, (stage, seed) = Path(config.out), stage_of(config)
     found = json.loads(file.read_text()) if file.is_file() else {"rows": []}
     words = [word for word in sys.argv[1:] if not word.startswith(("out=", "runs=", "data="))]
@@ -112,7 +127,8 @@ def add_rows(config: Config, rows: list[dict]) -> None:
     new = [{"stage": stage, "seed": seed} | row | told for row in rows]
     keys = {(row["stage"], row["seed"], row["measure"]) for row in new}
     old = [row for row in found["rows"] if (row["stage"], row["seed"], row["measure"]) not in keys]
-    save(file, machine(torch.device("cpu")) | {"rows": old + new})
+    curves = found.get("curves", {}) | ({f"{stage}, seed {seed}": curve} if curve else {})
+    save(file, machine(torch.device("cpu")) | {"rows": old + new, "curves": curves})
     for row in new:
         print(line_of(row))
 
@@ -174,8 +190,14 @@ def check(config: Config) -> None:
 
 
 def replies(config: Config) -> None:
-    for question, ((text, _, finished),) in zip(QUESTIONS, sampled(config, list(QUESTIONS), 0.0), strict=True):
-        print(f"\n> {question}\n{text}{'' if finished else ' ...'}")
+    models = [config.model, *config.beside]
+    said = [sampled(replace(config, model=model), list(QUESTIONS), 0.0) for model in models]
+    for i, question in enumerate(QUESTIONS):
+        print(f"\n> {question}")
+        for model, texts in zip(models, said, strict=True):
+            text, _, finished = texts[i][0]
+            name = f"[{stage_of(replace(config, model=model))[0]}] " if config.beside else ""
+            print(f"{name}{text}{'' if finished else ' ...'}")
 
 
 def pairs(config: Config) -> None:
@@ -185,12 +207,13 @@ def pairs(config: Config) -> None:
         if config.file(name).is_file():
             continue
         real = config.folder.name == "real"
-        found = chosen_pairs(config, place(config, name), limit) if real else ruled_pairs(config, name, limit)
+        length = config.length if name == "pairs" else LONGEST
+        found = chosen_pairs(config, place(config, name), limit, length) if real else ruled_pairs(config, name, limit)
         runtime.write_text(config.file(name), "".join(json.dumps(pair) + "\n" for pair in found))
         print(f"wrote {len(found)} pairs to {config.file(name)}", flush=True)
 
 
-def chosen_pairs(config: Config, path: str, limit: int) -> list[dict]:
+def chosen_pairs(config: Config, path: str, limit: int, length: int) -> list[dict]:
     """The first pairs whose paths have at most `length` tokens; short ones are cheaper, and no reply is cut."""
     if not Path(path).is_file():
         fail(f"{path}: no such file: pairs= and held_out= name other preferences")
@@ -201,7 +224,7 @@ def chosen_pairs(config: Config, path: str, limit: int) -> list[dict]:
         asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         paths = [tokenizer.render([*asked, {"role": "assistant", "content": record[side]}])[0]
                  for side in ("chosen", "rejected")]
-        return not config.length or max(map(len, paths)) <= config.length
+        return not length or max(map(len, paths)) <= length
 
     return [record | {"margin": margin_of(record)} for record in islice(filter(fits, records), limit)]
 
@@ -228,38 +251,51 @@ def ruled_pairs(config: Config, name: str, limit: int) -> list[dict]:
 
 def trained(config: Config, script, name: str, **changes) -> str:
     """Run a script on the pairs with its config of configs/smollm2-135m; returns the folder of the model."""
-    out = config.folder / f"{name}-{config.count}-{config.seed}"
+    out = config.folder / f"{name}{config.precision}-{config.count}-{config.seed}"
     pairs(config)
-    settings = runtime.load_config(script.Config, "", ["--config", str(CONFIGS / f"{name.partition('-')[0]}.toml")])
-    script.main(replace(settings, model=config.base, data=str(config.file("pairs")), out=str(out), seed=config.seed,
-                        threads=config.threads, max_length=config.length or 512, eval_data="", cache="", **changes))
+    changes |= {"epochs": config.epochs} if config.epochs else {}
+    run(config, script, name.partition("-")[0], out, data=str(config.file("pairs")), max_length=config.max_length,
+        eval_data="", **changes)
+    return f"{out}/model"
+
+
+def run(config: Config, script, name: str, out: Path, **changes) -> None:
+    settings = runtime.load_config(script.Config, "", ["--config", str(CONFIGS / f"{name}.toml")])
+    script.main(replace(settings, model=config.base, out=str(out), seed=config.seed, threads=config.threads, cache="",
+                        dtype=config.dtype, **changes))
     if not (out / "model" / "config.json").is_file():
         fail(f"{out}: was stopped before its end: the same command goes on from there")
-    return f"{out}/model"
 
 
 def dpo_piece(config: Config) -> None:
     kinds = {"lora": {}, "qlora": {"quantize": "nf4"}, "full": {"lora_rank": 0, "lr": 1e-5}}
-    compare(replace(config, model=trained(config, dpo, f"dpo-{config.kind}", **kinds[config.kind])))
+    cache = reference(config, f"{config.count}{config.precision}{'-nf4' if config.kind == 'qlora' else ''}")
+    compare(replace(config, model=trained(config, dpo, f"dpo-{config.kind}", ref_cache=str(cache),
+                                          **kinds[config.kind])))
+
+
+def reference(config: Config, name: str) -> Path:
+    """File of the base's log-probabilities, which all runs on the same pairs share."""
+    return config.folder / f"reference-{name}.safetensors"
 
 
 def sft_piece(config: Config) -> None:
     compare(replace(config, model=trained(config, sft, "sft")))
 
 
-def margins(config: Config, beta: float = 0.1) -> list[dict]:
+def margins(config: Config) -> list[dict]:
     """What the model and the base make of every held-out pair: log-probabilities and lengths of both replies."""
-    settings = dpo.Config(max_length=config.length or 512, cache="", threads=config.threads)
+    settings = dpo.Config(model=config.model, ref_model=config.base, ref_cache=str(reference(config, "held_out")),
+                          max_length=LONGEST, micro_tokens=2048, cache="", dtype="float32")
     trees = dpo.load_data(str(config.file("held_out")), load_tokenizer(config.base), settings, "held out")
-    device, sums = torch.device("cpu"), []
-    for path in (config.model, config.base):
-        sums.append(all_scores(opened(path)[0], trees, 2048, device, response_logprob_sums))
+    policy, device = opened(config.model)[0], torch.device("cpu")
+    dpo.set_reference(policy, OWN, [trees], config.folder, settings, device)
     rows = []
-    for tree, policy, ref in zip(trees, *sums, strict=True):
+    for tree, sums in zip(trees, all_scores(policy, trees, 2048, device, response_logprob_sums), strict=True):
         sides = {response.side: (response.end - response.start, p, r)
-                 for response, p, r in zip(tree.responses, policy.tolist(), ref.tolist(), strict=True)}
+                 for response, p, r in zip(tree.responses, sums.tolist(), tree.ref_sums.tolist(), strict=True)}
         (length_w, policy_w, ref_w), (length_l, policy_l, ref_l) = sides[CHOSEN], sides[REJECTED]
-        rows.append({"margin": beta * (policy_w - ref_w - policy_l + ref_l), "chosen": policy_w, "rejected": policy_l,
+        rows.append({"margin": BETA * (policy_w - ref_w - policy_l + ref_l), "chosen": policy_w, "rejected": policy_l,
                      "longer": length_w > length_l, "likelier": policy_w / length_w > policy_l / length_l})
     return rows
 
@@ -285,15 +321,18 @@ def compare(config: Config) -> None:
         rule_piece(config)
 
 
-def prompts(config: Config) -> None:
-    """The prompts that are not held out, for PPO with benchmarks/constraints.py's `rule` as its reward."""
+def grpo_piece(config: Config) -> None:
+    """GRPO on the prompts that are not held out, the rule its reward; what it makes of those that are."""
     runtime.open_folder(config.runs)
     file = Path(config.runs) / "constraints.jsonl"
+    out = Path(config.runs) / "rule" / f"grpo{config.precision}-{config.seed}"
     runtime.write_text(file, "".join(json.dumps({"prompt": text}) + "\n" for text in constraints.prompts(False)))
-    print(f"wrote {file}")
+    run(config, ppo, "grpo", out, data=str(file))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rule_piece(replace(config, model=f"{out}/model"), [{key: row[key] for key in CURVE} for row in rows])
 
 
-def rule_piece(config: Config) -> None:
+def rule_piece(config: Config, curve: list[dict] | None = None) -> None:
     """Share of held-out constraints kept, over all prompts and by kind, at temperature 0.7."""
     asked = constraints.prompts(held_out=True)[: config.held]
     said = [samples[0] for samples in sampled(config, asked, 0.7)]
@@ -303,7 +342,8 @@ def rule_piece(config: Config) -> None:
         share("constraints kept", hits),
         *(share(f"constraints kept, {name}", [hit for hit, of in zip(hits, kinds, strict=True) if of == name])
           for name in dict.fromkeys(kinds)),
-        mean(f"tokens under a constraint, at most {config.max_tokens}", [float(tokens) for _, tokens, _ in said])])
+        mean(f"tokens under a constraint, at most {config.max_tokens}", [float(tokens) for _, tokens, _ in said]),
+    ], curve)
 
 
 def choices_piece(config: Config) -> None:
@@ -324,7 +364,7 @@ def reward_piece(config: Config) -> None:
     """Accuracy on held-out pairs, over all and by the margin of the annotators' scores, beside two baselines."""
     path = trained(config, reward, "reward")
     model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
-    settings = reward.Config(max_length=config.length or 512, cache="", threads=config.threads)
+    settings = reward.Config(max_length=LONGEST, cache="", threads=config.threads)
     trees = reward.load_data(str(config.file("held_out")), tokenizer, settings, "held out")
     scorers: dict[str, tuple[Transformer, Callable]] = {
         "reward model": (model, response_scores), "log p per token": (opened(config.base)[0], mean_logprobs),
@@ -354,7 +394,7 @@ def table(config: Config) -> None:
 
 PIECES: dict[str, Callable[[Config], None]] = {
     "check": check, "replies": replies, "pairs": pairs, "dpo": dpo_piece, "sft": sft_piece, "reward": reward_piece,
-    "compare": compare, "choices": choices_piece, "prompts": prompts, "rule": rule_piece, "table": table}
+    "compare": compare, "grpo": grpo_piece, "choices": choices_piece, "rule": rule_piece, "table": table}
 
 if __name__ == "__main__":
     words = sys.argv[1:]

@@ -3,13 +3,7 @@
     make speedrun                                              the shipped recipe, benchmarks/speedrun.sh
     make speedrun RECIPE="python my_recipe.py" DEV=1           yours, on the dev dialogues, as often as you like
     make speedrun RECIPE="python my_recipe.py" WHAT="PPO"      on the test dialogues, and onto the board
-
-For each seed the recipe is called with four words, DATA OUT SECONDS SEED, and leaves a model in OUT/model. Its CPU time
-and that of all processes it waited for is what getrusage says. The test dialogues are drawn after the last training
-has ended, by a seed that is a hash of the trained weights: no recipe can have seen them, nor be tuned to them.
 """
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

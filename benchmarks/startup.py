@@ -7,18 +7,16 @@ Dialogues are as long as UltraChat's: three or four rounds, about 1,200 tokens. 
 own, so that its memory is that of the data beside what is imported. Resident memory after every tree was read once
 holds the pages of tokens.bin, which ranks share and the system takes back when it needs them.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import os
 import random
-import resource
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import sft
@@ -38,7 +36,7 @@ def texts(rng: random.Random) -> Iterator[str]:
     syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er", "in")]
     while True:
         yield rng.choice(said)
-        yield " ".join("".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(1)) + "."
+        yield "".join(rng.choices(syllables, k=rng.randint(1, 3))) + "."
 
 
 def messages(parts: Iterator[str], rng: random.Random, characters: float) -> list[dict]:
@@ -71,25 +69,19 @@ def resident() -> dict[str, float]:
     return {name: int(lines[key].split()[0]) / 1024 for name, key in (("all", "VmRSS"), ("anonymous", "RssAnon"))}
 
 
-def cpu_seconds() -> float:
-    """Of this process and of the workers it has waited for."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-
-
-def start(data: str, model: str, cache: str) -> None:
-    """One start of sft.py up to its data; prints what it took."""
+def start(data: str, model: str, cache: str) -> dict:
+    """What one start of sft.py up to its data takes."""
     tokenizer = load_tokenizer(model)
     tokenizer.adopt(tokenizer.template or "zephyr")
-    before, used, began = resident(), cpu_seconds(), time.perf_counter()
+    before, used, began = resident(), sum(os.times()[:4]), time.perf_counter()  # of CPUs: with workers waited for
     trees = load_trees(data, tokenizer, 2048, sft.replies, cache=cache)
-    seconds, used, after = time.perf_counter() - began, cpu_seconds() - used, resident()
+    seconds, used, after = time.perf_counter() - began, sum(os.times()[:4]) - used, resident()
     for _ in trees:
         pass
     end = resident()
-    print(json.dumps({"seconds": seconds, "cpu_seconds": used, "tokens": trees.counts["tokens"],
-                      "resident_mib": after["all"] - before["all"],
-                      "resident_after_an_epoch_mib": end["all"] - before["all"],
-                      "anonymous_after_an_epoch_mib": end["anonymous"] - before["anonymous"]}))
+    return {"seconds": seconds, "cpu_seconds": used, "tokens": trees.counts["tokens"],
+            "resident_mib": after["all"] - before["all"], "resident_after_an_epoch_mib": end["all"] - before["all"],
+            "anonymous_after_an_epoch_mib": end["anonymous"] - before["anonymous"]}
 
 
 def measure(count: int, model: str) -> dict:
@@ -98,10 +90,8 @@ def measure(count: int, model: str) -> dict:
         tokenizer = load_tokenizer(model)
         tokenizer.adopt(tokenizer.template or "zephyr")
         write_dialogues(data, count, tokenizer)
-        command = [sys.executable, "-m", "benchmarks.startup", "--start", str(data), "--model", model,
-                   "--cache", str(cache)]
-        cold, warm = (json.loads(subprocess.run(command, check=True, capture_output=True, text=True)
-                                 .stdout.splitlines()[-1]) for _ in range(2))
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+            cold, warm = (processes.submit(start, str(data), model, str(cache)).result() for _ in range(2))
         megabytes = data.stat().st_size / 1e6
     row = {"dialogues": count, "tokenizer": Path(model).name, "text_mb": megabytes, "tokens": cold["tokens"],
            "cold_s": cold["seconds"], "cold_cpu_s": cold["cpu_seconds"], "warm_s": warm["seconds"],
@@ -118,11 +108,7 @@ def main() -> None:
     parser.add_argument("--dialogues", type=int, nargs="+", default=[3000, 30000])
     parser.add_argument("--model", nargs="+", default=["data/tiny/base"], help="checkpoints whose tokenizers to use")
     parser.add_argument("--out", default=str(OUT))
-    parser.add_argument("--start", help=argparse.SUPPRESS)
-    parser.add_argument("--cache", help=argparse.SUPPRESS)
     words = arguments(parser)
-    if words.start:
-        return start(words.start, words.model[0], words.cache)
     rows = [measure(count, model) for model in words.model for count in words.dialogues]
     save(words.out, {"command": "python -m benchmarks.startup " + " ".join(sys.argv[1:]),
                      "processor": processor(find_device("cpu")), "cores": len(os.sched_getaffinity(0)),

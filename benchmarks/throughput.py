@@ -12,8 +12,6 @@ Sampled are 64 new tokens for each prompt of 10 to 50 and no end of sequence, so
 includes reading the prompts. The floor is every weight's product with a batch of rows, and the head's, 64 times. Then
 where the seconds of a PPO step go: the steps of configs/tiny/ppo.toml from the models of `make demo`.
 """
-from __future__ import annotations
-
 import json
 import platform
 import tempfile

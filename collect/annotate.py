@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import hmac
+import io
 import json
 import os
 import random
@@ -29,14 +31,16 @@ import re
 import socket
 import threading
 import time
-from collections import Counter, defaultdict
+import weakref
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from math import inf, isnan
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import uvicorn
@@ -190,14 +194,25 @@ class Person:
     def turn(self) -> int:
         return 1 + sum(m["role"] == "user" for m in self.messages)
 
+    @property
+    def rates(self) -> bool:
+        """Whether they have, and are not just a name that somebody has typed."""
+        return self.rated + len(self.shared) > 0
+
     def begin(self) -> None:
         self.dialogue, self.messages, self.tokens, self.category = self.dialogue + 1, [], 0, ""
 
 
-def append(file: BinaryIO, record: dict) -> None:
-    file.write((json.dumps(record) + "\n").encode())
-    file.flush()
-    os.fsync(file.fileno())
+def append(file: io.FileIO, record: dict) -> None:
+    """Write a line through to the disk. What cannot be written whole is taken back, and raises OSError."""
+    line, before = (json.dumps(record) + "\n").encode(), os.fstat(file.fileno()).st_size
+    try:
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+    except OSError:
+        os.ftruncate(file.fileno(), before)
+        raise
 
 
 class Votes:
@@ -211,23 +226,28 @@ class Votes:
         self.items: dict[str, dict] = {}
         self.answers: dict[str, dict] = {}
         self.shared_ratings: list[dict] = []
+        self.openings: set[int] = set()                  # that somebody who rates has taken
+        self.owed: deque[tuple[str, dict]] = deque()     # what the journal holds and the other files do not yet
         journal = Path(f"{stem}.journal.jsonl")
         for path in self.files.values():
             if path.exists() and not journal.exists():
                 fail(f"{path}: exists without the {journal} it would have been made from: choose another out=")
         journal.parent.mkdir(parents=True, exist_ok=True)
-        self.stream = journal.open("ab+")
+        self.stream = journal.open("ab+", buffering=0)  # a buffer would write later what a full disk has not taken
         try:
             lock_file(self.stream)
         except BlockingIOError:
             fail(f"{journal}: another process is writing here, expected a journal of its own: choose another out=")
         self.stream.seek(0)
         whole, made = 0, dict.fromkeys(self.files, "")
-        for number, line in enumerate(self.stream, 1):
+        for number, line in enumerate(io.BufferedReader(io.FileIO(self.stream.fileno(), closefd=False)), 1):
             if not line.endswith(b"\n"):
                 break  # half a line, left by a kill
             try:
-                for kind, record in self.apply(json.loads(line)):
+                event = json.loads(line)
+                if event["event"] == "answer" and event["id"] in self.answers:
+                    fail(f"{journal} line {number}: answers {event['id']} a second time: drop the line that is wrong")
+                for kind, record in self.apply(event):
                     made[kind] += json.dumps(record) + "\n"
             except (ValueError, KeyError, TypeError):
                 fail(f"{journal} line {number}: is damaged, expected what an earlier run wrote: mend or drop it")
@@ -237,11 +257,19 @@ class Votes:
             runtime.write_text(path, made[kind])
 
     def write(self, event: dict) -> None:
-        """When this returns, everything is on the disk."""
+        """When this returns, everything is on the disk; if it raises OSError, nothing is, and nothing has changed."""
         append(self.stream, event)
-        for kind, record in self.apply(event):
-            with self.files[kind].open("ab") as file:
-                append(file, record)
+        self.owed += self.apply(event)
+        while self.owed:
+            kind, record = self.owed[0]
+            try:
+                with self.files[kind].open("ab", buffering=0) as file:
+                    append(file, record)
+            except OSError as error:
+                print(f"{self.files[kind]}: cannot be written ({error.strerror}): the journal holds it, and it is "
+                      "written as soon as there is room", flush=True)
+                return
+            self.owed.popleft()
 
     def apply(self, event: dict) -> list[tuple[str, dict]]:
         """What an event changes; the records it adds to the files."""
@@ -253,9 +281,12 @@ class Votes:
             self.items[event["id"]] = person.item = event
             if not event["shared"]:
                 person.category = event["category"]
+            if person.rates:
+                self.openings.add(event.get("opening"))
             return []
         item, person.item = self.items[event["id"]], None
         self.answers[event["id"]] = event
+        self.openings.add(item.get("opening"))
         rating, preference = rating_of(item, event), preference_of(item, event)
         if item["shared"]:
             person.shared.add(item["shared"])
@@ -287,8 +318,11 @@ class Server:
         self.config, self.votes = config, Votes(config.out)
         self.shared = load_shared(config.shared) if config.shared else {}
         self.openings = read_all(config.prompts, "prompt") if config.prompts else []
+        self.categories = sorted({*PREFERENCE, *(o.get("category", "none") for o in self.openings)})
         self.dealt: dict[str, int] = {}                                    # openings, by dialogue
-        self.locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)    # one step at a time by each annotator
+        self.undealt = 0                                                   # the first that is free, or was
+        self.agreement = 0, None                                           # after how many shared ratings
+        self.locks = weakref.WeakValueDictionary()                         # one step at a time by each annotator
         self.local = threading.Lock()                                      # one reply at a time by this machine
         self.pool = ThreadPoolExecutor(64)
         self.page = PAGE.read_text()
@@ -321,12 +355,21 @@ class Server:
         async def route(call: Call) -> Response:
             body = call.query_params if act is None else await read_body(call)
             name = self.admit(call, body)
-            async with self.locks[name]:
-                if act is not None:
-                    await act(name, self.votes.people[name], body)
-                return self.state(name)
+            lock = self.locks.setdefault(name, asyncio.Lock())
+            async with lock:
+                try:
+                    if act is not None:
+                        await act(name, self.person(name), body)
+                    return self.state(name)
+                except OSError as error:  # of Votes.write
+                    raise HTTPException(507, f"It could not be written ({error.strerror}) and does not count: try "
+                                             "again when there is room on the server's disk") from None
 
         return route
+
+    def person(self, name: str) -> Person:
+        """Where an annotator is; of one who has done nothing yet nothing is kept."""
+        return self.votes.people.get(name) or Person()
 
     async def say(self, name: str, person: Person, body: dict) -> None:
         """The annotator's turn, and two replies to it."""
@@ -344,7 +387,9 @@ class Server:
         item = f"{dialogue}/{person.turn}"
         replies = await self.two_replies(messages, item, room)
         self.votes.write({"event": "item", "id": item, "annotator": name, "dialogue": dialogue, "turn": person.turn,
-                          "shared": "", "category": category, "opening": self.dealt.get(dialogue),
+                          "shared": "", "category": category,
+                          "opening": None if person.messages
+                          else self.dealt.get(dialogue, self.free_opening(name, person.rates)),
                           "messages": messages, "replies": replies, "at": time.time()})
 
     async def answer(self, name: str, person: Person, body: dict) -> None:
@@ -352,9 +397,11 @@ class Server:
         item = self.votes.items.get(str(body.get("id")))
         if item is None or item["annotator"] != name:
             raise HTTPException(404, "There is no such item: reload the page")
-        if item["id"] in self.votes.answers:
-            return
         choice, margin, flag = (body.get(key) for key in ("choice", "margin", "flag"))
+        if given := self.votes.answers.get(item["id"]):
+            if (choice, margin, flag) == (given["choice"], given["margin"], given["flag"]):
+                return  # sent again by somebody who was not told that it has come
+            raise HTTPException(409, "These two have been rated already: your first answer counts")
         chosen = choice in ("left", "right") and type(margin) is int and 1 <= margin <= 4 and flag is None
         if not chosen and (choice, margin, flag) not in ((None, None, "skip"), (None, None, "bad")):
             raise HTTPException(400, "An answer is a choice with a margin from 1 to 4, or a flag")
@@ -424,11 +471,14 @@ class Server:
 
     def state(self, name: str) -> JSONResponse:
         """What the annotator sees; never whose a reply is."""
-        person, config = self.votes.people[name], self.config
+        person, config = self.person(name), self.config
         left = [i for i in self.shared if i not in person.shared]
         due = len(person.shared) * config.shared_every <= person.rated
         if left and due and person.item is None and not person.messages:
             self.show_shared(name, left[0])
+            person = self.person(name)
+        if len(self.votes.shared_ratings) != self.agreement[0]:
+            self.agreement = len(self.votes.shared_ratings), agreement(self.votes.shared_ratings)
         item, messages = None, person.messages
         if person.item:
             replies, messages = person.item["replies"], person.item["messages"]
@@ -438,10 +488,9 @@ class Server:
         return JSONResponse({
             "annotator": name, "scale": config.scale, "dialogue": person.dialogue, "turn": person.turn,
             "turns": config.turns, "tokens": person.tokens, "budget": self.tokens, "messages": messages, "item": item,
-            "opening": None if messages else self.opening(f"{name}/{person.dialogue}"),
-            "categories": sorted({*PREFERENCE, *(o.get("category", "none") for o in self.openings)}),
-            "rated": person.rated + len(person.shared), "agreement": agreement(self.votes.shared_ratings),
-            "guidelines": Path(config.guidelines or GUIDELINES).read_text()})
+            "opening": None if messages else self.opening(name, person),
+            "categories": self.categories, "rated": person.rated + len(person.shared), "agreement": self.agreement[1],
+            "guidelines": Path(config.guidelines or GUIDELINES).read_text("utf-8", "replace")})
 
     def show_shared(self, name: str, shared: str) -> None:
         """A shared item too comes in random order, another for each annotator."""
@@ -451,15 +500,30 @@ class Server:
                           "shared": shared, "category": given.get("category", "none"), "messages": given["prompt"],
                           "replies": random.Random(item).sample(replies, 2), "at": time.time()})
 
-    def opening(self, dialogue: str) -> dict:
-        """How a dialogue may begin: a prompt nobody else has, or a kind of task, in the shares the talk asks for."""
-        if dialogue not in self.dealt:
-            used = {*self.dealt.values(), *(item.get("opening") for item in self.votes.items.values())}
-            self.dealt[dialogue] = next((i for i in range(len(self.openings)) if i not in used), -1)
-        if self.dealt[dialogue] < 0:
+    def free_opening(self, name: str, rates: bool) -> int:
+        """A prompt that nobody who rates has taken: the first, for newcomers any; -1 if there is none."""
+        taken, count = self.votes.openings, len(self.openings)
+        while self.undealt < count and self.undealt in taken:
+            self.undealt += 1
+        if self.undealt == count or rates:
+            return self.undealt if self.undealt < count else -1
+        start = random.Random(name).randrange(self.undealt, count)
+        return next(i for i in chain(range(start, count), range(self.undealt, start)) if i not in taken)
+
+    def opening(self, name: str, person: Person) -> dict:
+        """How a dialogue may begin: a prompt nobody else has, or a kind of task, in the shares the talk asks for.
+
+        It is kept for those who rate. A name that has only been typed is shown one, and takes none.
+        """
+        dialogue = f"{name}/{person.dialogue}"
+        number = self.dealt.get(dialogue, self.free_opening(name, person.rates))
+        if person.rates and number >= 0:
+            self.dealt[dialogue] = number
+            self.votes.openings.add(number)
+        if number < 0:
             (task,) = random.Random(dialogue).choices(list(PREFERENCE), list(PREFERENCE.values()))
             return {"text": "", "category": task}
-        opening = self.openings[self.dealt[dialogue]]
+        opening = self.openings[number]
         return {"text": opening["prompt"][-1]["content"], "category": opening.get("category", "none")}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,7 +15,8 @@ from itertools import combinations
 import numpy as np
 
 from judging import agreement as agree
-from judging.ratings import feature_preference, wilson
+from judging.ratings import feature_preference, mean_interval
+from judging.tables import cell_of
 
 # What data sets call the targets' tasks, Dolly's words among them.
 NAMES = {"brainstorming": "brainstorm", "summarization": "summarize", "classification": "classify",
@@ -43,37 +45,44 @@ class Labels:
     raters: list[str]        # [R]
     vendors: list[str]       # [R] who sent them
     groups: list[str]        # [U] task of the pair, or the model that wrote it
+    prompts: list[str]       # [U] what intervals resample: pairs of one prompt are not independent
 
 
 def collect_labels(rows: Iterable[Mapping]) -> Labels:
-    """Labels from rows with pair, rater, strength, and where known vendor, group, swapped, longer, seconds.
+    """Labels from rows with pair, rater, strength, and where known prompt, vendor, group, swapped, longer, seconds.
 
-    A rater without vendor is one of their own. Of several labels of a pair by one rater the last counts.
+    A rater without vendor is one of their own, and a pair without prompt has its own. Of several labels of a pair by
+    one rater the last counts.
     """
     rows = list(rows)
     pairs = {name: u for u, name in enumerate(dict.fromkeys(row["pair"] for row in rows))}
     vendors = {str(row["rater"]): str(row.get("vendor") or row["rater"]) for row in rows}
     number = {name: r for r, name in enumerate(sorted(vendors))}
     strength, swapped, seconds = np.full((3, len(number), len(pairs)), math.nan)
-    longer, groups = np.full(len(pairs), math.nan), ["all"] * len(pairs)
+    longer, groups, prompts = np.full(len(pairs), math.nan), ["all"] * len(pairs), list(map(str, pairs))
     for row in rows:
         r, u = number[str(row["rater"])], pairs[row["pair"]]
         strength[r, u] = row["strength"]
         swapped[r, u], seconds[r, u], longer[u] = (row.get(key, math.nan) for key in ("swapped", "seconds", "longer"))
-        groups[u] = str(row.get("group", "all"))
-    return Labels(strength, swapped, seconds, longer, list(number), [vendors[name] for name in number], groups)
+        groups[u], prompts[u] = str(row.get("group", "all")), str(row.get("prompt", row["pair"]))
+    return Labels(strength, swapped, seconds, longer, list(number), [vendors[name] for name in number], groups, prompts)
 
 
 def label_rows(records: Iterable[Mapping]) -> list[dict]:
-    """Rows for `collect_labels` from preference records that name an annotator, whichever of two replies they chose."""
+    """Rows for `collect_labels` from preference records that name an annotator, whichever of two replies they chose.
+
+    Turns of a dialogue are not independent: one first user turn is one prompt.
+    """
     rows = []
     for record in records:
         if "chosen" in record and record.get("annotator") is not None:
             first, second = sorted((record["chosen"], record["rejected"]))
             strength = max(0.5, (record.get("margin") or 1) - 0.5) * (1 if record["chosen"] == second else -1)
             known = {key: record[key] for key in ("vendor", "seconds") if record.get(key) is not None}
+            opening = next((m["content"] for m in record["prompt"] if m["role"] == "user"), "")
             rows.append(known | {"pair": json.dumps([record["prompt"], first, second]), "rater": record["annotator"],
-                                 "group": task_of(record), "strength": strength, "longer": len(second) - len(first)})
+                                 "prompt": opening, "group": task_of(record), "strength": strength,
+                                 "longer": len(second) - len(first)})
     return rows
 
 
@@ -108,21 +117,24 @@ STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
     "Gwet's AC2": lambda s: agree.gwet_ac1(s, "quadratic"),
     "Spearman": lambda s: over_pairs(agree.spearman, s),
 }
+SHARES = ("raw agreement", "raw agreement without ties", "tie-discounted")  # from 0, where others are from -1
 
 
-def agreement(strength: np.ndarray, rounds: int = 200) -> dict[str, dict[str, float]]:
-    """Every statistic of strengths [R, U] with its 95 % interval from resampled pairs."""
+def agreement(strength: np.ndarray, prompts: Sequence[str] | None = None,
+              rounds: int = 200) -> dict[str, dict[str, float]]:
+    """Every statistic of strengths [R, U] with its 95 % interval from resampled prompts [U] (None: pairs)."""
     values = np.unique(strength[~np.isnan(strength)])  # the scale stays the same when a round misses one of its ends
     statistics = STATISTICS | {"Gwet's AC2": lambda s: agree.gwet_ac1(s, "quadratic", values)}
-    return {name: agree.bootstrap(statistic, strength, rounds=rounds) for name, statistic in statistics.items()}
+    return {name: agree.bootstrap(statistic, strength, prompts, rounds, lowest=0 if name in SHARES else -1)
+            for name, statistic in statistics.items()}
 
 
 def vendor_table(labels: Labels, rounds: int = 200) -> dict[str, dict]:
     """Each vendor among its own raters (alpha), against all others and against gold, over all and by group of pairs."""
-    vendor, groups, table = np.array(labels.vendors), np.array(labels.groups), {}
+    vendor, groups, prompts, table = *map(np.array, (labels.vendors, labels.groups, labels.prompts)), {}
     for name in sorted(set(labels.vendors) - {"gold"}):
         mine = labels.strength[vendor == name]
-        alpha = agree.bootstrap(STATISTICS["Krippendorff's alpha"], mine, rounds=rounds)
+        alpha = agree.bootstrap(STATISTICS["Krippendorff's alpha"], mine, labels.prompts, rounds)
         table[name] = {"raters": len(mine), "labels": int((~np.isnan(mine)).sum()), "alpha": alpha}
         for key, reference in (("others", (vendor != name) & (vendor != "gold")), ("gold", vendor == "gold")):
             theirs = labels.strength[reference]
@@ -132,16 +144,18 @@ def vendor_table(labels: Labels, rounds: int = 200) -> dict[str, dict]:
                 return tie_discounted(strength[:n], strength[n:])
 
             both = np.concatenate([mine, theirs])[:, shared]
-            table[name][key] = agree.bootstrap(accuracy, both, rounds=rounds)
-            table[name][f"{key} by group"] = agree.by_category(accuracy, both, groups[shared].tolist(), rounds=rounds)
+            asked = prompts[shared].tolist()
+            table[name][key] = agree.bootstrap(accuracy, both, asked, rounds, lowest=0)
+            table[name][f"{key} by group"] = agree.by_category(accuracy, both, groups[shared].tolist(), asked, rounds,
+                                                                 lowest=0)
     return table
 
 
 def rater_table(labels: Labels) -> dict[str, dict]:
     """Each rater: labels, share of ties, agreement with the others' majority and with gold, and two biases.
 
-    position: share of decided labels for the reply shown first, with its 95 % interval; length: for the longer reply.
-    One half is no bias.
+    position: share of decided labels for the reply shown first; length: for the longer reply. One half is no bias; 95 %
+    intervals resample prompts.
     """
     side, gold = np.sign(labels.strength), np.array(labels.vendors) == "gold"
     table = {}
@@ -149,14 +163,15 @@ def rater_table(labels: Labels) -> dict[str, dict]:
         mine, others = side[i], side[~gold & (np.arange(len(side)) != i)]
         majority = np.where(np.isnan(others).all(axis=0), math.nan, np.sign(np.nansum(others, axis=0)))
         decided = (np.abs(mine) == 1) & ~np.isnan(labels.swapped[i])
-        shown_first, n = int(((mine < 0) != (labels.swapped[i] == 1))[decided].sum()), int(decided.sum())
-        low, high = wilson(shown_first, n)
-        longer = feature_preference((mine + 1) / 2, labels.longer, np.zeros_like(labels.longer))
+        first = np.where(decided, (mine < 0) != (labels.swapped[i] == 1), math.nan)
+        low, high = mean_interval(first, labels.prompts)
+        longer = feature_preference((mine + 1) / 2, labels.longer, np.zeros_like(labels.longer), 0, labels.prompts)
         given, seconds = mine[~np.isnan(mine)], labels.seconds[i][~np.isnan(labels.seconds[i])]
         table[labels.raters[i]] = {
             "vendor": labels.vendors[i], "labels": len(given), "ties": float(np.mean(given == 0)),
             "majority": tie_discounted(mine[None], majority[None]), "gold": tie_discounted(mine[None], side[gold]),
-            "position": {"value": shown_first / n if n else math.nan, "low": low, "high": high},
+            "position": {"value": float(np.nanmean(first)) if decided.any() else math.nan, "low": low, "high": high,
+                         "n": int(decided.sum())},
             "length": {"value": longer["share"], "low": longer["low"], "high": longer["high"], "n": longer["n"]},
             "seconds": float(np.median(seconds)) if len(seconds) else math.nan}
     return table
@@ -225,37 +240,37 @@ def find_faults(labels: Labels) -> dict[str, list[str]]:
 def rater_sections(labels: Labels, rounds: int = 200) -> list[dict]:
     """Agreement among all, by vendor, by group of pairs, by rater, and whose fault disagreement is."""
     vendors, faults = vendor_table(labels, rounds), find_faults(labels)
-    among = np.array(labels.vendors) != "gold"
-    several = labels.strength[among][:, (~np.isnan(labels.strength[among])).sum(axis=0) > 1]
-    reference = "others" if among.all() else "gold"
+    among = labels.strength[np.array(labels.vendors) != "gold"]
+    shared = (~np.isnan(among)).sum(axis=0) > 1
+    several, asked = among[:, shared], np.array(labels.prompts)[shared].tolist()
+    reference = "others" if len(among) == len(labels.raters) else "gold"
     said = {"prompts": "Near chance for every vendor, at fault are the prompts or the model",
             "vendors": "Near chance where others agree", "undecided": "Undecided"}
     verdict = " ".join(f"{said[kind]}: {', '.join(names)}." for kind, names in faults.items() if names)
+    counts = Counter(labels.groups)
 
     return [
         {"title": "Agreement among raters", "columns": ["statistic", "value", "undefined rounds"],
-         "text": f"{len(several)} raters, {several.shape[1]} pairs that two or more of them rated. "
-                 f"{verdict or 'No vendor is near chance.'}",
-         "rows": [[name, _cell(x), x["undefined"]] for name, x in agreement(several, rounds).items()]},
+         "text": f"{len(several)} raters, {several.shape[1]} pairs that two or more of them rated, of "
+                 f"{len(set(asked))} prompts, which intervals resample. {verdict or 'No vendor is near chance.'}",
+         "rows": [[name, cell_of(x), x["undefined"]] for name, x in agreement(several, asked, rounds).items()]},
         {"title": "Vendors", "text": "With others: accuracy, where a tie against a choice counts one half.",
-         "columns": ["vendor", "raters", "labels", "alpha within", "with other vendors", "with gold"],
-         "rows": [[name, x["raters"], x["labels"], _cell(x["alpha"]), _cell(x["others"]), _cell(x["gold"])]
-                  for name, x in vendors.items()]},
-        {"title": f"The same with {reference}, by group of pairs", "columns": ["group", *vendors],
-         "rows": [[group, *(_cell(x[f"{reference} by group"].get(group)) for x in vendors.values())]
-                  for group in sorted(set(labels.groups))]},
+         "columns": ["vendor", "raters", "labels", "alpha within", "with other vendors", "pairs of both", "with gold",
+                     "pairs of both"],
+         "rows": [[name, x["raters"], x["labels"], cell_of(x["alpha"]), cell_of(x["others"]), x["others"]["n"],
+                   cell_of(x["gold"]), x["gold"]["n"]] for name, x in vendors.items()]},
+        {"title": f"The same with {reference}, by group of pairs", "columns": ["group", *vendors, "pairs"],
+         "rows": [[group, *(cell_of(x[f"{reference} by group"].get(group)) for x in vendors.values()), counts[group]]
+                  for group in sorted(counts)]},
         rater_section(labels)]
 
 
 def rater_section(labels: Labels, title: str = "Raters") -> dict:
     """How reliable each rater is, and two biases."""
     return {"title": title, "columns": ["rater", "vendor", "labels", "ties", "with majority", "with gold",
-                                        "shown first", "longer", "seconds"],
+                                        "shown first", "of", "longer", "of", "seconds"],
             "text": "With the majority of the others: a tie against a choice counts one half. Of decided labels: "
-                    "shares for the reply shown first, and for the longer one.",
-            "rows": [[name, x["vendor"], x["labels"], x["ties"], x["majority"], x["gold"], _cell(x["position"]),
-                      _cell(x["length"]), x["seconds"]] for name, x in rater_table(labels).items()]}
-
-
-def _cell(x: Mapping | None) -> dict | None:
-    return x and {key: x[key] for key in ("value", "low", "high")}
+                    "shares for the reply shown first, and for the longer one; intervals resample prompts.",
+            "rows": [[name, x["vendor"], x["labels"], x["ties"], x["majority"], x["gold"], cell_of(x["position"]),
+                      x["position"]["n"], cell_of(x["length"]), x["length"]["n"], x["seconds"]]
+                     for name, x in rater_table(labels).items()]}

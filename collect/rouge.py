@@ -61,11 +61,6 @@ def f_measure(common: int, a: int, b: int) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def rouge_l(target: str, prediction: str) -> float:
-    a, b = words(target), words(prediction)
-    return f_measure(lcs(places(a), len(a), b), len(a), len(b))
-
-
 class Pool:
     """Texts to compare with, indexed by word."""
 
@@ -143,15 +138,3 @@ class Pool:
         # f_measure; a text without words has nothing in common, so its length does not matter
         precision, recall = common / np.maximum(1, np.frombuffer(self.lengths, np.int32)), common / max(1, len(said))
         return np.divide(2 * precision * recall, precision + recall, out=np.zeros(len(common)), where=common > 0)
-
-
-def filter_similar(texts: list[str], threshold: float = 0.7) -> list[tuple[int, float] | None]:
-    """For each text in order: None if it is kept, else the text kept before it that it repeats, and their F."""
-    pool, kept, verdicts = Pool(threshold=threshold), [], []
-    for number, text in enumerate(texts):
-        near = pool.too_similar(text)
-        if near is None:
-            pool.add(text)
-            kept.append(number)
-        verdicts.append(near and (kept[near[0]], near[1]))
-    return verdicts

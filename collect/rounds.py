@@ -71,7 +71,8 @@ class Config:
         if self.annotators == "people" and self.shared >= self.prompts_per_round:
             fail(f"shared={self.shared} leaves none of prompts_per_round={self.prompts_per_round}: lower it")
         if not (Path(self.model) / "config.json").is_file():
-            fail(f"model={self.model}: holds no config.json, expected a model directory, which `make demo` makes")
+            missing = "holds no config.json" if Path(self.model).is_dir() else "no such folder"
+            fail(f"model={self.model}: {missing}, expected a model directory, which `make demo` makes")
         for key in ("prompts", "dpo", "reward", *(["dev"] if self.dev else [])):
             if not Path(getattr(self, key)).is_file():
                 fail(f"{key}={getattr(self, key)}: no such file, check the path")

@@ -3,8 +3,6 @@
 The model is built without memory (on PyTorch's meta device), so config.json is enough. The arithmetic is in
 runtime/memory.py.
 """
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

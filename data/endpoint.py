@@ -241,8 +241,9 @@ def said_and_thought(message) -> tuple[str, str]:
     text = message.content or getattr(message, "refusal", None) or ""
     thoughts = [getattr(message, name, None) for name in ("reasoning_content", "reasoning", "thinking")]
     if isinstance(text, list):
-        thoughts += [json.dumps(part["thinking"]) for part in text if "thinking" in part]
-        text = "".join(part.get("text", "") for part in text)
+        thought = [part for part in text if part.get("type") in ("thinking", "reasoning") or "thinking" in part]
+        thoughts += [json.dumps([part.get("thinking", part.get("text")) for part in thought])] if thought else []
+        text = "".join(part.get("text", "") for part in text if part not in thought)
     return text, next((thought for thought in thoughts if isinstance(thought, str) and thought), "")
 
 

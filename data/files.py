@@ -5,8 +5,6 @@ pattern are one data set, in the order of their names; of a folder with several,
 lines, one JSON array or object, CSV under a header, (.txt) one text a line, Parquet, or Arrow as datasets'
 save_to_disk writes it; .gz and .zst are unpacked on the way. Parquet, Arrow and .zst need pyarrow.
 """
-from __future__ import annotations
-
 import csv
 import glob
 import gzip

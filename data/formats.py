@@ -11,8 +11,6 @@
 
 A bare JSON string is a prompt. The first record tells the format.
 """
-from __future__ import annotations
-
 import argparse
 import difflib
 import json
@@ -29,20 +27,9 @@ from types import FunctionType
 from data.files import shards, values, with_lists
 from data.native import ANSWERED, ASKED, NATIVE
 from data.preferences import PREFERENCES
-from data.records import (
-    FORMS,
-    REASONING,
-    SYSTEM,
-    Reject,
-    absent,
-    broken,
-    check_columns,
-    check_record,
-    role_of,
-    short,
-)
+from data.records import FORMS, REASONING, SYSTEM, Reject, absent, broken, check_columns, check_record, role_of, short
 from data.tokenizer import TemplateError, load_tokenizer
-from runtime import arguments, fail, writing
+from runtime import arguments, fail, replacing
 
 PUBLISHED = NATIVE | PREFERENCES
 FORMATS = FORMS | PUBLISHED
@@ -306,16 +293,10 @@ def view(record: dict, form: str, tokenizer) -> str:
 
 def written(records: Iterator[dict], path: Path) -> Iterator[dict]:
     """The records, each written on its way; the file is there once all of them have passed."""
-    beside = path.with_name(f".{path.name}.new")
-    with writing(path, beside):
-        try:
-            with beside.open("w", encoding="utf-8") as file:
-                for record in records:
-                    file.write(json.dumps(record, default=str) + "\n")
-                    yield record
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, default=str) + "\n")
+            yield record
 
 
 def main() -> None:

@@ -2,8 +2,6 @@
 
 A reward that is a function takes no reward model, and advantages other than GAE's no value model.
 """
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,12 +112,26 @@ def check_tokenizer(model: Transformer, path: str, tokenizer: Tokenizer) -> None
 
 
 def make_sampler(policy: Transformer, path: str, device: torch.device) -> Transformer:
-    """The policy, or if it is sharded a whole copy of it on every rank, so that none waits for another's replies."""
-    if not distributed.is_sharded(policy):
+    """The policy, or a whole copy of it on every rank.
+
+    If it is sharded, so that no rank waits for another's replies; on a GPU also if it computes in another dtype than
+    that of its weights, which would be cast again for every token.
+    """
+    cast = device.type == "cuda" and policy.compute_dtype not in (None, policy.embed_tokens.weight.dtype)
+    if not (cast or distributed.is_sharded(policy)):
         return policy
     model = load_model(path, dtype=torch.float32, device=device).requires_grad_(False)
-    model.layers.to(policy.compute_dtype)  # as the shards are gathered
     model.compute_dtype = policy.compute_dtype
+    return as_computed(model, norms=distributed.is_sharded(policy), head=cast)
+
+
+def as_computed(model: Transformer, norms: bool, head: bool) -> Transformer:
+    """The matrices of the layers in the dtype of compute, in place: products round them to it in any case.
+
+    Norms too, as shards are gathered; and the head, which Triton's log-probabilities round.
+    """
+    for weight in [p for p in model.layers.parameters() if norms or p.ndim == 2] + [model.head_weight] * head:
+        weight.data = weight.data.to(model.compute_dtype)
     return model
 
 

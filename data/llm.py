@@ -81,8 +81,10 @@ def request_key(model_name: str, request: Request, sampling: Sampling) -> str:
 
 
 # Thoughts within a text: between tags or gpt-oss's channels, or before an end whose beginning stood in the prompt.
-BEGIN = r"<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷|<\|channel\|>analysis<\|message\|>"
-END = r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>"
+BEGIN = (r"<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷|<\|channel\|>analysis<\|message\|>|"
+         r"<\|(?:begin_of_thought|START_THINKING)\|>")
+END = (r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>|"
+       r"<\|(?:end_of_thought|END_THINKING)\|>")
 THOUGHT, OPEN_THOUGHT, UNOPENED = (re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in (
     rf"(?:{BEGIN}).*?(?:{END})", rf"(?:{BEGIN}).*", rf"\A.*(?:{END})"))
 
@@ -280,7 +282,7 @@ class Checkpoint:
         check_template(template)
         self.path = Path(where)
         if not (self.path / "config.json").is_file():
-            fail(f"{where}: holds no config.json, {EXPECTED}")
+            fail(f"{where}: {'holds no config.json' if self.path.is_dir() else 'no such folder'}, {EXPECTED}")
         device = find_device(device)
         self.tokenizer = load_tokenizer(self.path)
         # fp32 on the CPU: in bf16 a reply would depend on which others it is computed with.

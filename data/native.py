@@ -8,8 +8,6 @@ tests/native.json holds a record of each.
 
 Sources: the cards and repositories of the data sets.
 """
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 

@@ -14,11 +14,9 @@ Trees (data/trees.py) are laid end to end:
 
 `python -m data.pack FILE --show 3` prints trees token by token, with position, loss, response and branch.
 """
-from __future__ import annotations
-
 import argparse
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
@@ -27,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.store import load_trees
+from data.store import flatten, load_trees
 from data.tokenizer import Tokenizer, check_template, load_tokenizer, sample_texts
 from data.trees import CHOSEN, REJECTED, Tree
 from kernels.layout import Layout
@@ -115,7 +113,7 @@ class Batch:
         won, lost = self.side == CHOSEN, self.side == REJECTED
         return chosen.index_put((self.pair[won],), values[won]), rejected.index_put((self.pair[lost],), values[lost])
 
-    def to(self, device) -> Batch:
+    def to(self, device) -> "Batch":
         moved = {name: value.to(device) for name, value in vars(self).items() if name not in ("trees", "weight")}
         return Batch(**moved, trees=self.trees, weight=self.weight)
 
@@ -180,43 +178,31 @@ def _even_plan(tokens: list[int], micro_tokens: int, world_size: int) -> list[li
     return batches
 
 
-def collate(trees: list[Tree], first_ids: Iterable[int] | None = None) -> Batch:
+def collate(trees: list[Tree], first_ids: np.ndarray | None = None) -> Batch:
     """Lay trees end to end. first_ids: the numbers of their first responses (None: they count on from 0)."""
-    segments, lengths, trunks, prefixes = [], [], [], []
-    index, owner, pair, side, turn, margin, ids = [], [], [], [], [], [], []
-    first_ids = _sizes(trees)[1][:-1] if first_ids is None else first_ids
-    at = pairs = 0
-    for tree, first in zip(trees, first_ids, strict=True):
-        trunk, starts = len(segments), [at]
-        for prefix, tokens in [(0, tree.trunk), *tree.leaves]:
-            segments.append(tokens)
-            lengths.append(len(tokens))
-            trunks.append(trunk)
-            prefixes.append(prefix)
-            at += len(tokens)
-            starts.append(at)
-        for r in tree.responses:
-            begin = starts[r.segment]
-            index.append(np.arange(begin + r.start, begin + r.end))
-            owner.append(np.full(r.end - r.start, len(pair)))
-            pair.append(pairs + r.pair)
-            side.append(r.side)
-            turn.append(r.turn)
-            margin.append(r.margin)
-        ids.append(np.arange(first, first + len(tree.responses)))
-        pairs += tree.pairs
-    layout = Layout.build(lengths, trunks, prefixes)
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), layout.length)
-    place = torch.arange(at) - layout.start[segment]
-    previous = torch.arange(at) - 1
+    tokens, segments, responses, rows = flatten(trees)
+    tree_of = np.repeat(np.arange(len(trees)), rows["responses"])                    # [B] whose each response is
+    trunk = rows["segments"].cumsum() - rows["segments"]                             # [trees] number of its trunk
+    first_pair = np.cumsum([0, *(tree.pairs for tree in trees)])                     # [trees + 1]
+    ids = np.arange(len(tree_of))                                                    # [B]
+    if first_ids is not None:
+        ids += (first_ids - rows["responses"].cumsum() + rows["responses"])[tree_of]
+    begin = segments["start"][trunk[tree_of] + responses["segment"]]                 # [B] of the response's segment
+    spans = zip(begin + responses["start"], begin + responses["end"], strict=True)
+    index = np.concatenate([np.arange(start, end) for start, end in spans])          # [M]
+    owner = np.repeat(np.arange(len(tree_of)), responses["end"] - responses["start"])  # [M]
+
+    layout = Layout.build(segments["length"].tolist(), np.repeat(trunk, rows["segments"]).tolist(),
+                          segments["prefix"].tolist())
+    segment = torch.repeat_interleave(torch.arange(len(segments)), layout.length)
+    place = torch.arange(len(tokens)) - layout.start[segment]
+    previous = torch.arange(len(tokens)) - 1
     # A segment's first token follows the trunk token it branches after; at a trunk's start, none.
     previous[layout.start] = torch.where(layout.prefix > 0, layout.trunk_start + layout.prefix - 1, -1)
-    return Batch(
-        torch.from_numpy(np.concatenate(segments).astype(np.int64)), layout.prefix[segment] + place, previous, layout,
-        torch.from_numpy(np.concatenate(index)), torch.from_numpy(np.concatenate(owner)), torch.tensor(pair),
-        torch.tensor(side), torch.tensor(turn), torch.tensor(margin), torch.from_numpy(np.concatenate(ids)),
-        trees,
-    )
+    of_responses = (index, owner, responses["pair"] + first_pair[tree_of], responses["side"], responses["turn"])
+    return Batch(torch.from_numpy(tokens.astype(np.int64)), layout.prefix[segment] + place, previous, layout,
+                 *(torch.from_numpy(x.astype(np.int64)) for x in of_responses),
+                 torch.from_numpy(responses["margin"].astype(np.float32)), torch.from_numpy(ids), trees)
 
 
 # -------------------------------------------------------------------------------------- the viewer

@@ -2,8 +2,6 @@
 
 Sources: the cards and repositories of the data sets; for UltraFeedback's tens, OpenBMB/UltraFeedback issue 8.
 """
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter
@@ -25,17 +23,7 @@ from data.native import (
     rounds,
     text_of,
 )
-from data.records import (
-    Reject,
-    absent,
-    broken,
-    check_columns,
-    check_number,
-    check_object,
-    expected,
-    short,
-    transcript,
-)
+from data.records import Reject, absent, broken, check_columns, check_number, check_object, expected, short, transcript
 
 
 def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:

@@ -11,8 +11,6 @@ and not learnt. A dialogue's "label" says whether its last reply is a good one (
 (SYSTEM) opens the dialogue. null is as if the key were not there. Other keys (id, category, annotator, scores ...)
 travel along.
 """
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +24,7 @@ class Reject(Exception):
         self.kind, self.reason = kind, reason or kind
         super().__init__(f"{where}: {self.reason}" if where else self.reason)
 
-    def at(self, where: str) -> Reject:
+    def at(self, where: str) -> "Reject":
         return Reject(self.kind, self.reason, where)
 
 

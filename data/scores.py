@@ -1,6 +1,4 @@
 """What a model thinks of replies: log-probabilities under a language model, scores of a reward model."""
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import permutations

@@ -10,14 +10,11 @@ The folder's name is a hash of all that decides the tokens: the data, the tokeni
 the script keeps of a tree, and the code in data/. So it is never out of date; it may be deleted at any time. Files
 of fewer than `SMALL` records are not kept: they are tokenized in a second or two at every start.
 """
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
@@ -26,27 +23,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from checkpoints import new_folder
 from data.formats import read
 from data.records import Reject, prompt_of
 from data.tokenizer import Tokenizer
-from data.trees import (
-    RecordFault,
-    Response,
-    Tree,
-    drop_equal_pairs,
-    grouped,
-    labelled_trees,
-    shorten,
-    tree_numbers,
-    trees_of_group,
-)
+from data.trees import RecordFault, Response, Tree, drop_equal_pairs, grouped, shorten, tree_numbers, trees_of_group
 from runtime import distributed, fail, file_hash, lock_file, writing
 
 SMALL = 1000      # records; a file with fewer is tokenized by this process, and not kept
@@ -90,7 +78,7 @@ class Trees(Sequence):
     def of_record(self, record: int) -> Tree:
         return self[int(np.searchsorted(self.rows["record"], record))]
 
-    def take(self, order: np.ndarray) -> Trees:
+    def take(self, order: np.ndarray) -> "Trees":
         """Some of the trees, or all in another order; the tokens stay where they are."""
         def rows_of(first):
             return np.concatenate([np.arange(first[i], first[i + 1]) for i in order])
@@ -115,7 +103,7 @@ class Trees(Sequence):
         (folder / "about.json").write_text(json.dumps({"counts": self.counts, "digest": self.digest}, indent=1) + "\n")
 
     @staticmethod
-    def load(folder: Path) -> Trees:
+    def load(folder: Path) -> "Trees":
         try:
             about = json.loads((folder / "about.json").read_text())
             tables = [np.load(folder / f"{name}.npy") for name in ("segments", "responses", "rows")]
@@ -141,18 +129,8 @@ class Job(NamedTuple):
     labels: bool = False                 # of a dialogue its last reply, good or bad as its label says
 
 
-class Part(NamedTuple):
-    """Some trees in flat arrays, as Trees has them."""
-
-    tokens: np.ndarray
-    segments: np.ndarray
-    responses: np.ndarray
-    rows: np.ndarray
-    numbers: np.ndarray   # of the trees, in the order of the file
-    counts: Counter
-
-
 Group = tuple[int, list[tuple[int, dict]]]  # a tree's number, and its records with theirs
+Part = tuple[Trees, list[int]]              # some trees, and their numbers
 
 
 def make_part(job: Job, form: str, groups: list[Group]) -> Part:
@@ -174,16 +152,14 @@ def make_part(job: Job, form: str, groups: list[Group]) -> Part:
                 numbers.append(number)
     for tree in trees:
         counts.update(tokens=tree.tokens, learnt=tree.learnt, pairs=tree.pairs * bool(tree.leaves))
-    return Part(*flatten(trees), np.array(numbers, np.int64), counts)
+    return Trees(*flatten(trees), counts), numbers
 
 
 def _read_group(job: Job, form: str, group: list[tuple[int, dict]]) -> list[Tree]:
     if job.prompts:
         group, form = [(number, _as_prompt(number, record, form)) for number, record in group], "prompt"
-    if job.labels and form == "messages":
-        return labelled_trees(*group[0], job.tokenizer)
     if not job.before:
-        return trees_of_group(group, form, job.tokenizer)
+        return trees_of_group(group, f"labelled {form}" if job.labels and form == "messages" else form, job.tokenizer)
     before = [m | {"loss": False} for m in job.before]
     ((number, record),) = group
     trees = trees_of_group([(number, {"messages": [*before, *record["messages"]]})], form, job.tokenizer)
@@ -216,10 +192,10 @@ def flatten(trees: Sequence[Tree]) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 def gather(parts: Iterable[Part], file: IO[bytes] | None) -> Trees:
     """The trees of all parts in the file's order. Their tokens are written to `file`, or without one kept here."""
     tokens, tables, at, counts = [np.empty(0, np.int32)], [], 0, Counter()
-    for part in parts:
+    for part, numbers in parts:
         part.segments["start"] += at
         at += len(part.tokens)
-        tables.append(part[1:5])
+        tables.append((part.segments, part.responses, part.rows, np.array(numbers, np.int64)))
         counts.update(part.counts)
         if file is None:
             tokens.append(part.tokens)
@@ -292,29 +268,30 @@ def load_trees(
     if folder and distributed.any_rank(folder.is_dir()):
         print(f"{path}: its tokens are read from {folder}")
         return Trees.load(folder)
-    records, report = read(path, columns=columns)
-    head = list(islice(records, SMALL))
-    if len(head) < SMALL:
-        report.refuse(imitated=not (prompts or labels))
-        numbers = tree_numbers(head, report.format)
-        return make_trees(path, job, report.format, grouped(head, numbers))
-    if folder is None:
-        return _make_large(path, job, report.format, columns, None)
+    if folder is None or len(list(islice(read(path, columns=columns)[0], SMALL))) < SMALL:
+        return make_trees(path, job, columns)
     if distributed.rank() == 0:
-        _fill_cache(path, job, report.format, columns, folder)
+        _fill_cache(path, job, columns, folder)
     distributed.barrier()
     return Trees.load(folder)
 
 
-def load_prompts(path: str, tokenizer: Tokenizer, room: int, *, cache: str = "", columns: dict | None = None) -> Trees:
-    """The distinct prompts of a file of any format, rendered up to where the reply begins: trees of a trunk alone."""
+def load_prompts(
+    path: str, tokenizer: Tokenizer, room: int, *, cache: str = "", columns: dict | None = None,
+    records: Sequence[dict] = (),
+) -> Trees:
+    """The distinct prompts of a file of any format, rendered up to where the reply begins: trees of a trunk alone.
+
+    With the file's `records` prompts are one only where these are equal, too: another column may ask for another score.
+    """
     trees = load_trees(path, tokenizer, cache=cache, columns=columns, prompts=True)
-    distinct: dict[bytes, int] = {}
-    for i, (start, length, _) in enumerate(trees.segments.tolist()):
+    distinct: dict[tuple[bytes, str], int] = {}
+    for i, (number, (start, length, _)) in enumerate(zip(trees.rows["record"], trees.segments.tolist(), strict=True)):
         if length > room:
-            fail(f"{path} record {trees.rows['record'][i] + 1}: the prompt has {length} tokens and a reply of "
-                 f"max_tokens must fit behind it, expected at most {room}: drop it or lower max_tokens")
-        distinct.setdefault(hashlib.sha256(trees.tokens[start : start + length]).digest(), i)
+            fail(f"{path} record {number + 1}: the prompt has {length} tokens and a reply of max_tokens must fit "
+                 f"behind it, expected at most {room}: drop it or lower max_tokens")
+        more = json.dumps(records[number], sort_keys=True, default=str) if records else ""
+        distinct.setdefault((hashlib.sha256(trees.tokens[start : start + length]).digest(), more), i)
     return trees.take(np.array(list(distinct.values())))
 
 
@@ -344,18 +321,12 @@ def cache_key(path: str, job: Job, columns: dict | None) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _make_large(path: str, job: Job, form: str, columns: dict | None, file: IO[bytes] | None) -> Trees:
-    """Read twice: for faults and for which pairs belong together, then to tokenize. So it need not fit in memory."""
+def make_trees(path: str, job: Job, columns: dict | None, file: IO[bytes] | None = None) -> Trees:
+    """Read twice: for faults and for which records belong together, then to tokenize. So it need not fit in memory."""
     records, report = read(path, columns=columns)
-    numbers = tree_numbers(records, form)
+    head = list(islice(records, SMALL))
+    form, numbers = report.format, tree_numbers(chain(head, records), report.format)
     report.refuse(imitated=not (job.prompts or job.labels))
-    records, _ = read(path, columns=columns)
-    return make_trees(path, job, form, grouped(records, numbers), len(os.sched_getaffinity(0)), file)
-
-
-def make_trees(path: str, job: Job, form: str, groups: Iterator[Group], workers: int = 1,
-               file: IO[bytes] | None = None) -> Trees:
-    """The trees of all groups of records, made by this process or by workers; one line on what cannot be made."""
     if form == "prompt" and not job.prompts:
         fail(f"{path}: holds prompts without replies, expected messages, preferences, rankings or text")
     if form == "text" and job.prompts:
@@ -364,8 +335,10 @@ def make_trees(path: str, job: Job, form: str, groups: Iterator[Group], workers:
         fail(f"{path}: holds {form} records, expected replies with a 'label', true or false, or preferences")
     if form != "messages" and job.before:
         fail(f"{path}: holds {form}, expected messages: context distillation reads dialogues")
+    small = len(numbers) < SMALL
+    groups = grouped(head if small else read(path, columns=columns)[0], numbers)
     slices = iter(lambda: list(islice(groups, SLICE)), [])
-    make = partial(make_part, job, form)
+    make, workers = partial(make_part, job, form), 1 if small else len(os.sched_getaffinity(0))
     parts = in_workers(make, slices, workers) if workers > 1 else (make(groups) for groups in slices)
     try:
         with closing(parts):  # ends the workers, whatever happens here
@@ -374,14 +347,14 @@ def make_trees(path: str, job: Job, form: str, groups: Iterator[Group], workers:
         fail(f"{path} record {fault.number + 1}: {fault.reason}")
 
 
-def _fill_cache(path: str, job: Job, form: str, columns: dict | None, folder: Path) -> None:
+def _fill_cache(path: str, job: Job, columns: dict | None, folder: Path) -> None:
     """Make the folder, under another name until it is whole. One process at a time: two would share the cores."""
-    began, beside = time.perf_counter(), folder.with_name(f".{folder.name}.new")
+    began = time.perf_counter()
     print(f"{path}: is tokenized, once, into {folder}", flush=True)
-    with writing(folder, beside), _locked(folder.parent):
+    with writing(folder), _locked(folder.parent):
         if not folder.is_dir():  # another run may have made it while this one waited
-            _write_cache(path, job, form, columns, beside)
-            beside.rename(folder)
+            with new_folder(folder) as beside, (beside / "tokens.bin").open("wb") as file:
+                make_trees(path, job, columns, file).save(beside)
     print(f"{path}: tokenized in {time.perf_counter() - began:.1f} s")
 
 
@@ -394,14 +367,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(place)
-
-
-def _write_cache(path: str, job: Job, form: str, columns: dict | None, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir()
-    try:
-        with (folder / "tokens.bin").open("wb") as file:
-            _make_large(path, job, form, columns, file).save(folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -27,7 +27,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-NAMED = {file.stem: file.read_text() for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
+NAMED = {file.stem: file.read_text("utf-8") for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
 # The tokens that one of ours cannot do without; markup of the others is letters where the vocabulary has no such token.
 TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>"),
           "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
@@ -119,7 +119,7 @@ class ChatTemplate:
     def _compiled(self) -> jinja2.Template:
         try:
             return ENVIRONMENT.from_string(self.text)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # of too deep a nesting, Python's
             raise TemplateError(f"the chat template is not jinja ({error}): mend it, or set template=") from None
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:

@@ -27,20 +27,11 @@ import torch
 
 from checkpoints import embeddings
 from data.templates import NAMED, TOKENS, ChatTemplate, Part, TemplateError
-from data.vocabulary import START, TEXT, TOKEN, Added, Fast, SentencePiece
+from data.vocabulary import MOST_GAPS, START, TEXT, TOKEN, Added, Fast, SentencePiece
+from families import find_folder
 from model import generate
-from runtime import fail, file_hash
-
-
-def _read_json(file: Path) -> dict:
-    """A JSON object; empty if there is no such file."""
-    try:
-        value = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        fail(f"{file}: is not JSON ({error}): copy it again")
-    if not isinstance(value, dict):
-        fail(f"{file}: holds a {type(value).__name__}, expected a JSON object: copy it again")
-    return value
+from runtime import fail, file_hash, shown
+from runtime.json_files import SWITCH, Checked, Kind, read_json, whole
 
 
 def _read_text(file: Path) -> str:
@@ -63,6 +54,45 @@ MORE_NAMES = ("extra_special_tokens", "model_specific_special_tokens")  # tables
 PROBE = [{"role": role, "content": text} for role, text in (
     ("system", " S "), ("user", " U\n"), ("assistant", " A "), ("user", "V"), ("assistant", "B\n"))]
 OWN = "own"  # the name of a checkpoint's template that is none of ours
+
+
+def _is_name(value) -> bool:
+    return isinstance(value.get("content") if isinstance(value, dict) else value, str)
+
+
+def _are_names(value) -> bool:
+    named = isinstance(value, dict) and all(x is None or _is_name(x) for x in value.values())
+    return named or isinstance(value, list)
+
+
+def _is_token(number: str, token) -> bool:
+    return number.isdecimal() and len(number) < 10 and isinstance(token, dict) and _is_name(token) and all(
+        type(token.get(key, False)) is bool for key in ("special", "lstrip", "rstrip"))
+
+
+def _is_template(value) -> bool:
+    """Text, or texts by name in one of two forms."""
+    if isinstance(value, list):
+        return all(isinstance(x, dict) and isinstance(x.get("name"), str) and _is_template(x.get("template"))
+                   for x in value)
+    return isinstance(value, str) or (isinstance(value, dict) and all(isinstance(x, str) for x in value.values()))
+
+
+KINDS = {  # of the keys that are read
+    **dict.fromkeys(NAMES, Kind(_is_name, 'text, or an object whose "content" is text')),
+    **dict.fromkeys(MORE_NAMES, Kind(_are_names, "names of tokens")),
+    **dict.fromkeys(("add_bos_token", "add_prefix_space", "legacy"), SWITCH),
+    "added_tokens_decoder": Kind(lambda x: isinstance(x, dict) and all(_is_token(*item) for item in x.items()),
+                                 "tokens by their ids"),
+    "chat_template": Kind(_is_template, "text, or texts by name"),
+    "eos_token_id": Kind(lambda x: all(type(i) is int and abs(i) < 2**24 for i in (x if isinstance(x, list) else [x])),
+                         "a token id, or several"),  # of generation_config.json; -1 is none
+}
+
+
+def _read(file: Path) -> Checked:
+    """A JSON object; empty if there is no such file."""
+    return Checked(file, read_json(file) if file.exists() else {}, KINDS)
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern:
@@ -90,26 +120,25 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if self.path.suffix == ".gguf":
-            fail(f"{path}: is a GGUF file: python -m data.gguf {path} out=FOLDER makes a model of it")
-        if not self.path.is_dir():
-            hub = len(self.path.parts) == 2 and not self.path.parent.exists()
-            fail(f"{self.path}: no such folder, expected a checkpoint's" + hub * (
-                f"; one of the Hugging Face hub is fetched first: `hf download {path} --local-dir {self.path.name}`"))
+        self.path = find_folder(path)
         pieces, fast = self.path / "tokenizer.model", self.path / "tokenizer.json"
         if not pieces.is_file() and not fast.is_file():
             fail(f"{pieces}: no such file, nor tokenizer.json, expected the checkpoint's tokenizer: "
                  "copy it beside the weights")
         config = self.path / "tokenizer_config.json"
-        self.settings = _read_json(config)
+        self.settings, self.generation = _read(config), _read(self.path / "generation_config.json")
         self.vocabulary = Fast(fast) if fast.is_file() else SentencePiece(pieces, self.settings)
-        self.added = self.vocabulary.added | self._declared(config)
+        self.added = self.vocabulary.added | self._declared()
         names = self._special_names()
         for name in names.values():
             if name not in self.added and (i := self.vocabulary.find(name)) is not None:
                 self.added[name] = Added(i, True)
         self.names = {key: name for key, name in names.items() if name in self.added}
+        most = self.vocabulary.size + len(self.added) + MOST_GAPS
+        for name, token in self.added.items():
+            if not 0 <= token.id < most:
+                fail(f"{config}: the token {shown(name)} has the id {token.id}, expected one below {most:,}, as the "
+                     f"vocabulary has {self.vocabulary.size:,} tokens: copy it again")
         self.vocab_size = max([self.vocabulary.size, *(token.id + 1 for token in self.added.values())])
         self.bos_id = self._id("bos_token", self.vocabulary.bos_id)
         self.eos_id = self._id("eos_token", self.vocabulary.eos_id)
@@ -117,36 +146,36 @@ class Tokenizer:
             fail(f"{config}: names no eos_token of the vocabulary, expected the token that ends a reply: add it")
         # Yi has a BOS token but starts no text with it.
         self.adds_bos = self.settings.get("add_bos_token", self.vocabulary.adds_bos)
+        self.generation.get("eos_token_id")  # refused now rather than after training
         self.own = self._own_template()
         self._use(None if self.own is None else OWN)
         if self.own is not None:
             self.template = next((name for name in NAMED if self._same(name)), OWN)
 
-    def _declared(self, config: Path) -> dict[str, Added]:
+    def _declared(self) -> dict[str, Added]:
         """The tokens that tokenizer_config.json and, in old checkpoints, added_tokens.json add to the vocabulary."""
-        special = set(self._special_names().values())
+        special, older = set(self._special_names().values()), self.path / "added_tokens.json"
         found = {}
-        try:
-            for name, i in _read_json(self.path / "added_tokens.json").items():
-                found[name] = Added(int(i), name in special)
-            for i, token in self.settings.get("added_tokens_decoder", {}).items():
-                found[token["content"]] = Added(int(i), token.get("special", True), token.get("lstrip", False),
-                                                token.get("rstrip", False))
-        except (AttributeError, KeyError, TypeError, ValueError):
-            fail(f"{config}: added_tokens_decoder (or added_tokens.json) is not a table of tokens: copy it again")
+        for name, i in _read(older).items():
+            if not whole(0, 2**24).fits(i):
+                fail(f"{older}: {shown(name)} is {shown(i)}, expected the token's id: copy it again")
+            found[name] = Added(i, name in special)
+        for i, token in (self.settings.get("added_tokens_decoder") or {}).items():
+            found[token["content"]] = Added(int(i), token.get("special", True), token.get("lstrip", False),
+                                            token.get("rstrip", False))
         known = self.vocabulary.added
         return {name: known.get(name, token) for name, token in found.items()}
 
     def _special_names(self) -> dict[str, str]:
         """What BOS, EOS and so on are called; an old checkpoint's special_tokens_map.json has the last word."""
-        table = dict(self.settings)
-        if "added_tokens_decoder" not in table:
-            table |= _read_json(self.path / "special_tokens_map.json")
-        named = {key: table[key] for key in NAMES if key in table}
-        for more in filter(lambda value: isinstance(value, dict), map(table.get, MORE_NAMES)):
-            named = more | named
+        tables = [self.settings]
+        if "added_tokens_decoder" not in self.settings:
+            tables.append(_read(self.path / "special_tokens_map.json"))
+        named = {key: table.get(key) for table in tables for key in NAMES if key in table}
+        for more in (table.get(key) for key in MORE_NAMES for table in reversed(tables) if key in table):
+            named = (more if isinstance(more, dict) else {}) | named
         names = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
-        return {key: name for key, name in names.items() if name and isinstance(name, str)}
+        return {key: name for key, name in names.items() if name}
 
     def _id(self, key: str, default: int) -> int:
         return self.added[self.names[key]].id if key in self.names else default
@@ -158,15 +187,12 @@ class Tokenizer:
             return _read_text(file)
         found = self.settings.get("chat_template")
         if isinstance(found, list):
-            found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+            found = {t["name"]: t["template"] for t in found}
         if isinstance(found, dict):
             if "default" not in found:
                 fail(f"{self.path}: its chat templates are named {', '.join(map(str, found))}, and none of them "
                      "default: write the one to use to a file chat_template.jinja there")
             found = found["default"]
-        if found is not None and not isinstance(found, str):
-            fail(f"{self.path}/tokenizer_config.json: chat_template is a {type(found).__name__}, expected a text: "
-                 "copy the file again")
         return found or None
 
     # ------------------------------------------------------------------------------------ the template
@@ -248,8 +274,8 @@ class Tokenizer:
 
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a reply: EOS, the one the template ends it with, and what generation_config.json names."""
-        ends = _read_json(self.path / "generation_config.json").get("eos_token_id") or []
-        ends = [i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int]
+        ends = self.generation.get("eos_token_id")
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
         return tuple(dict.fromkeys([self.eos_id, *([self.added[self.end].id] if self.end else []), *ends]))
 
     # ------------------------------------------------------------------------------------------- text
@@ -409,13 +435,13 @@ class Tokenizer:
                  for name, token in sorted(self.added.items(), key=lambda item: item[1].id)}
         if table.keys() - {str(token.id) for token in self.vocabulary.added.values()}:  # all of them or none
             settings |= {key: name for key, name in self.names.items() if key in NAMES}
-            settings |= {"added_tokens_decoder": table | self.settings.get("added_tokens_decoder", {})}
+            settings |= {"added_tokens_decoder": table | (self.settings.get("added_tokens_decoder") or {})}
         if (self.path / "tokenizer.json").is_file() and settings.get("tokenizer_class") in REWRITERS:
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
         if self.chat:
             file = path / "generation_config.json"  # where transformers and vLLM read which tokens end a reply
-            generation = _read_json(file) | {"eos_token_id": self.stop_ids()}
+            generation = self.generation | {"eos_token_id": self.stop_ids()}
             if self.bos_id >= 0:
                 generation["bos_token_id"] = self.bos_id
             file.write_text(json.dumps(generation, indent=1) + "\n")
@@ -426,11 +452,12 @@ class Tokenizer:
         """The added tokens into a tokenizer.json that has not all of them."""
         if not file.is_file():
             return
-        whole = json.loads(file.read_text())
-        known = {token["id"] for token in whole["added_tokens"]}
+        tokenizer = json.loads(file.read_text("utf-8"))
+        held = tokenizer.get("added_tokens") or []
+        known = {token["id"] for token in held}
         if new := [{"id": int(i)} | token for i, token in table.items() if int(i) not in known]:
-            whole["added_tokens"] += new
-            file.write_text(json.dumps(whole, ensure_ascii=False))
+            tokenizer["added_tokens"] = held + new
+            file.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
 
 
 def check_template(name: str) -> None:
@@ -448,7 +475,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def check_vocabulary(model, tokenizer: Tokenizer) -> None:
     """Refuse a model without an embedding for every token of text; adopt_template adds those of special tokens."""
-    tokens = 1 + max(set(range(tokenizer.vocabulary.size)) - {token.id for token in tokenizer.added.values()})
+    added = {token.id for token in tokenizer.added.values()}
+    tokens = 1 + max(set(range(tokenizer.vocabulary.size)) - added, default=-1)
     if tokens > model.config.vocab_size:
         fail(f"{tokenizer.path}: the tokenizer has {tokens} tokens, the model {model.config.vocab_size}: "
              "copy the model's own beside it")

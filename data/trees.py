@@ -2,18 +2,9 @@
 
 A tree is a trunk, one dialogue from its first token on, and leaves that branch off it. A dialogue whose every
 turn was rated is one trunk along the replies it went on with, and a leaf for each reply that lost; a
-single pair is the same with one leaf; an SFT dialogue is a trunk alone:
-
-    dialogue rated at two turns:   u1 → (w1 chosen, l1 rejected),  u1 w1 u2 → (w2 chosen, l2 rejected)
-
-    trunk     u1 u1 w1 w1 e u2 u2 w2 w2 e          e = end of sequence, part of the response
-    leaves    l1 l1 e, after 2 trunk tokens        l2 e, after 7
-    responses w1, l1: pair 0, turn 1               w2, l2: pair 1, turn 2
-
-data/store.py makes the trees of a whole file, data/pack.py lays them out as batches.
+single pair is the same with one leaf; an SFT dialogue is a trunk alone. data/store.py makes the trees of a whole file,
+data/pack.py draws one, and lays them out as batches.
 """
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
+from data.records import Reject
 from data.tokenizer import TemplateError, Tokenizer
 
 CHOSEN, REJECTED = 0, 1
@@ -82,15 +74,13 @@ class RecordFault(Exception):
 
 # -------------------------------------------------------------------------------- records to trees
 
-def trees_of(records: Sequence[dict], form: str, tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
+def trees_of(records: Sequence[dict], form: str, tokenizer: Tokenizer) -> list[Tree]:
     """Records of one form (data/records.py) as trees; in a prompt nothing is learnt."""
     groups = sorted(grouped(records, tree_numbers(records, form)), key=lambda group: group[0])
-    return [tree for _, group in groups for tree in trees_of_group(group, form, tokenizer, template)]
+    return [tree for _, group in groups for tree in trees_of_group(group, form, tokenizer)]
 
 
-def trees_of_group(
-    group: list[tuple[int, dict]], form: str, tokenizer: Tokenizer, template: str | None = None,
-) -> list[Tree]:
+def trees_of_group(group: list[tuple[int, dict]], form: str, tokenizer: Tokenizer) -> list[Tree]:
     """The tree of records that belong together, each with its number in the file.
 
     It is more than one where the template writes a reply in another way once the dialogue goes on.
@@ -99,12 +89,11 @@ def trees_of_group(
     for number, record in group:
         try:
             if form == "preference":
-                add_pair(trees, record, tokenizer, template)
+                add_pair(trees, record, tokenizer)
                 trees[-1].record = number
                 continue
-            found = (trees_from_messages(record["messages"], tokenizer, template) if form == "messages" else
-                     [tree_from_record(record, form, tokenizer, template)])
-        except TemplateError as error:
+            found = trees_from_record(record, form, tokenizer)
+        except (TemplateError, Reject) as error:
             raise RecordFault(number, str(error)) from None
         for tree in found:
             tree.record = number
@@ -112,24 +101,30 @@ def trees_of_group(
     return trees
 
 
-def tree_from_record(record: dict, form: str, tokenizer: Tokenizer, template: str | None = None) -> Tree:
-    """A record of text, a ranking or a prompt."""
+def trees_from_record(record: dict, form: str, tokenizer: Tokenizer) -> list[Tree]:
+    """A record of any form but a preference."""
+    if form == "messages":
+        return trees_from_messages(record["messages"], tokenizer)
+    if form == "labelled messages":
+        return labelled_trees(record, tokenizer)
+    if form == "ranking":
+        return [tree_from_ranking(record, tokenizer)]
     if form == "text":
         bos = [tokenizer.bos_id] * tokenizer.adds_bos
-        return tree_from_text([*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id])
-    if form == "ranking":
-        return tree_from_ranking(record, tokenizer, template)
-    ids = tokenizer.render(record["prompt"], template, add_generation_prompt=True)[0]
-    return Tree(np.array(ids, np.int32), [], [Response(0, len(ids), len(ids))])
+        ids, first = [*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id], 1  # nothing precedes the first token
+    else:
+        ids = tokenizer.render(record["prompt"], add_generation_prompt=True)[0]
+        first = len(ids)
+    return [Tree(np.array(ids, np.int32), [], [Response(0, first, len(ids))])]
 
 
-def trees_from_messages(messages: list[dict], tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
+def trees_from_messages(messages: list[dict], tokenizer: Tokenizer) -> list[Tree]:
     """A dialogue as a trunk, every reply of it that is to be learnt a response.
 
     A reply that the template writes in another way once the dialogue goes on has a trunk of its own.
     """
     trunks: list[tuple[list[int], list[Response]]] = []
-    for reply in tokenizer.paths(messages, template):
+    for reply in tokenizer.paths(messages):
         responses = next((found for ids, found in trunks if ids is reply.ids), None)
         if responses is None:
             responses = []
@@ -138,33 +133,22 @@ def trees_from_messages(messages: list[dict], tokenizer: Tokenizer, template: st
     return [Tree(np.array(ids[: responses[-1].end], np.int32), [], responses) for ids, responses in trunks]
 
 
-def labelled_trees(number: int, record: dict, tokenizer: Tokenizer) -> list[Tree]:
+def labelled_trees(record: dict, tokenizer: Tokenizer) -> list[Tree]:
     """A dialogue whose last reply is CHOSEN or REJECTED as the record's label says; earlier ones are context."""
     if not isinstance(record.get("label"), bool):
-        raise RecordFault(number, "has no 'label', expected true or false: is its last reply a good one?")
+        raise Reject("no label", "has no 'label', expected true or false: is its last reply a good one?")
     messages = [m | {"loss": False} for m in record["messages"]]
     messages[-1]["loss"] = True
-    trees = trees_of_group([(number, {"messages": messages})], "messages", tokenizer)
+    trees = trees_from_messages(messages, tokenizer)
     for tree in trees:
         tree.responses = [replace(r, side=CHOSEN if record["label"] else REJECTED) for r in tree.responses]
     return trees
 
 
-def tree_from_text(ids: Iterable[int]) -> Tree:
-    """Tokens that are all to be predicted but the first, which nothing precedes."""
-    trunk = np.array(list(ids), np.int32)
-    return Tree(trunk, [], [Response(0, 1, len(trunk))])
-
-
-def trees_from_preferences(records: Sequence[dict], tokenizer: Tokenizer, template: str | None = None) -> list[Tree]:
-    """Pairs as trees: a pair whose prompt continues an earlier pair's chosen reply joins its tree."""
-    return trees_of(records, "preference", tokenizer, template)
-
-
-def add_pair(trees: list[Tree], record: dict, tokenizer: Tokenizer, template: str | None = None) -> None:
+def add_pair(trees: list[Tree], record: dict, tokenizer: Tokenizer) -> None:
     """Make the pair part of the last tree, whose dialogue it continues, or a tree of its own."""
-    ids, (start, end) = _path(record["prompt"], record["chosen"], tokenizer, template)
-    other, (branch, stop) = _path(record["prompt"], record["rejected"], tokenizer, template)
+    ids, (start, end) = _path(record["prompt"], record["chosen"], tokenizer)
+    other, (branch, stop) = _path(record["prompt"], record["rejected"], tokenizer)
     # A template that writes the prompt of both sides alike, as all do but for what comes after it.
     if start != branch or not np.array_equal(ids[:start], other[:branch]):
         raise TemplateError("it writes the prompt differently before the chosen and the rejected reply: "
@@ -180,7 +164,7 @@ def add_pair(trees: list[Tree], record: dict, tokenizer: Tokenizer, template: st
     tree.responses.append(Response(len(tree.leaves), 0, stop - branch, pair, REJECTED, turn, margin))
 
 
-def tree_from_ranking(record: dict, tokenizer: Tokenizer, template: str | None = None) -> Tree:
+def tree_from_ranking(record: dict, tokenizer: Tokenizer) -> Tree:
     """K ranked replies to one prompt: a trunk of the prompt alone, K leaves, all in one group (`pair`).
 
     Ranks may count from any number: the best replies get side 0, CHOSEN.
@@ -189,19 +173,17 @@ def tree_from_ranking(record: dict, tokenizer: Tokenizer, template: str | None =
     turn = sum(m["role"] == "user" for m in record["prompt"])
     places = sorted(set(record["ranks"]))
     for answer, rank in zip(record["answers"], record["ranks"], strict=True):
-        ids, (start, end) = _path(record["prompt"], answer, tokenizer, template)
+        ids, (start, end) = _path(record["prompt"], answer, tokenizer)
         tree.trunk = ids[:start]
         tree.leaves.append((start, ids[start:end]))
         tree.responses.append(Response(len(tree.leaves), 0, end - start, 0, places.index(rank), turn))
     return tree
 
 
-def _path(
-    prompt: list[dict], reply: str, tokenizer: Tokenizer, template: str | None,
-) -> tuple[np.ndarray, tuple[int, int]]:
+def _path(prompt: list[dict], reply: str, tokenizer: Tokenizer) -> tuple[np.ndarray, tuple[int, int]]:
     """Ids of a dialogue up to the end of `reply`, and the span of that reply."""
     told = [m | {"loss": False} for m in prompt]
-    (path,) = tokenizer.paths([*told, {"role": "assistant", "content": reply}], template)
+    (path,) = tokenizer.paths([*told, {"role": "assistant", "content": reply}])
     return np.array(path.ids[: path.end], np.int32), (path.start, path.end)
 
 

@@ -15,6 +15,8 @@ import tokenizers
 from data.templates import TOKENS
 from runtime import fail
 
+TRIED = "Hi, 2 × é 世\n\t!"  # a text that a vocabulary must not stumble over
+MOST_GAPS = 2**14  # ids that tokens may leave unused: each has a row of the embedding
 START, TOKEN, TEXT = "start", "token", "text"
 PREFIXED = {"always": (START, TOKEN), "first": (START,), "never": ()}
 
@@ -67,18 +69,25 @@ class Fast:
     def __init__(self, file: Path):
         try:
             self.model = self._ready(tokenizers.Tokenizer.from_file(str(file)))
-            table = json.loads(file.read_text())
-        except Exception as error:  # the library raises nothing narrower
+            scheme, inner = _without_prefix(json.loads(file.read_text("utf-8")))
+            self.prefixed = PREFIXED[scheme]
+            self.inner = self.model if inner is None else self._ready(tokenizers.Tokenizer.from_str(json.dumps(inner)))
+            self.adds_bos = bool(self.model.encode("").ids)
+            self.inner.encode(TRIED)
+            if not self.inner.encode("\n", add_special_tokens=False).ids:
+                raise ValueError("it has no token for a new line")
+            ids = self.model.get_vocab().values()
+            if max(ids) >= len(ids) + MOST_GAPS:
+                raise ValueError(f"{len(ids):,} tokens have ids up to {max(ids)}")
+        except BaseException as error:  # the library raises nothing narrower, and panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             fail(f"{file}: is not a tokenizer ({error}): copy it again")
-        scheme, inner = _without_prefix(table)
-        self.prefixed = PREFIXED[scheme]
-        self.inner = self.model if inner is None else self._ready(tokenizers.Tokenizer.from_str(json.dumps(inner)))
-        self.size = max(self.model.get_vocab().values()) + 1
+        self.size = max(ids) + 1
         self.names = [self.model.id_to_token(i) or f"[{i}]" for i in range(self.size)]
         self.added = {token.content: Added(i, token.special, token.lstrip, token.rstrip)
                       for i, token in self.model.get_added_tokens_decoder().items()}
         self.bos_id = self.eos_id = -1  # tokenizer_config.json names them
-        self.adds_bos = bool(self.model.encode("").ids)
 
     @staticmethod
     def _ready(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -1,18 +1,11 @@
 """Exercises: write one of the project's functions yourself, and let the project's own tests judge it.
 
-    make exercise N=3               a copy of dpo.py without the body of dpo_loss, and its tests on that copy
-    make exercise N=3 HINT=1        the next hint
-    make exercise N=3 SOLUTION=1    the function as the project has it
-    make exercise N=3 ANEW=1        a fresh copy
-    make exercise                   all exercises
-
-A page such as 03_dpo_loss.md derives what is to be written; its first lines name module, functions and tests. The copy
-lies in exercises/work, which git ignores. There is no other solution than the code, so none can be out of date.
+The commands are in exercises/README.md. A page such as 03_dpo_loss.md derives what is to be written; its first lines
+name module, functions and tests. The copy lies in exercises/work, which git ignores. There is no other solution than
+the code, so none can be out of date.
 
 Tests meet the copy through a pytest plugin, this file: `--copy dpo=FILE` imports FILE wherever `dpo` is imported.
 """
-from __future__ import annotations
-
 import argparse
 import ast
 import importlib.abc

@@ -196,7 +196,8 @@ def bootstrap(statistic: Callable[[np.ndarray], float], ratings, groups: Sequenc
 
 
 def by_category(statistic: Callable[[np.ndarray], float], ratings, categories: Sequence[Hashable],
-                groups: Sequence[Hashable] | None = None, rounds: int = 1000) -> dict[Hashable, dict[str, float]]:
+                groups: Sequence[Hashable] | None = None, rounds: int = 1000,
+                lowest: float = -1) -> dict[Hashable, dict[str, float]]:
     """The statistic with n and interval for each category of units [units]; NaN where a category has fewer than eight
     units, or `groups` [units] of them: the prompts they belong to.
 
@@ -208,5 +209,5 @@ def by_category(statistic: Callable[[np.ndarray], float], ratings, categories: S
         part, of = ratings[:, mine], None if groups is None else [groups[u] for u in mine]
         count = len(mine) if of is None else len({str(g) for g in of})
         few = dict.fromkeys(("value", "low", "high"), np.nan) | {"n": len(mine), "groups": count, "undefined": 0}
-        result[category] = few if count < 8 else bootstrap(statistic, part, of, rounds)
+        result[category] = few if count < 8 else bootstrap(statistic, part, of, rounds, lowest=lowest)
     return result

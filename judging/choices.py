@@ -496,17 +496,6 @@ def leaderboard_average(results: Mapping[str, dict]) -> float:
                           for task in LEADERBOARD])) if set(LEADERBOARD) <= set(results) else math.nan
 
 
-def spread(results: Mapping[str, Mapping[str, dict]]) -> dict[str, dict]:
-    """How far each task tells models apart, from results by model and task."""
-    found = {}
-    for task in dict.fromkeys(task for by_task in results.values() for task in by_task):
-        values = {model: by_task[task]["value"] for model, by_task in results.items() if task in by_task}
-        sd = float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else math.nan
-        found[task] = {"models": len(values), "best": max(values, key=values.get), "worst": min(values, key=values.get),
-                       "range": max(values.values()) - min(values.values()), "sd": sd}
-    return found
-
-
 # ------------------------------------------------------------------------------------------ the report
 
 def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
@@ -542,10 +531,11 @@ def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
 
 def subjects_section(results: Mapping[str, dict]) -> dict:
     """MMLU by subject, from its results by model."""
-    subjects = dict.fromkeys(subject for result in results.values() for subject in result["subjects"])
-    rows = [[subject, *(cell(r["subjects"][subject], r["metric"]) for r in results.values())]
-            for subject in subjects]
-    return {"title": "MMLU by subject", "columns": ["subject", *(f"{model}, %" for model in results)], "rows": rows}
+    first = next(iter(results.values()))["subjects"]
+    rows = [[subject, part["n"], *(cell(r["subjects"][subject], r["metric"]) for r in results.values())]
+            for subject, part in first.items()]
+    columns = ["subject", "questions", *(f"{model}, %" for model in results)]
+    return {"title": "MMLU by subject", "columns": columns, "rows": rows}
 
 
 def cell(result: dict, metric: str) -> dict | float:

@@ -54,7 +54,8 @@ def decode_all(key: str, entries: Sequence[str]) -> list[Entry]:
 def check_checkpoint(key: str, path: str, scored: bool) -> None:
     """Refuse a place that is no model directory, or whose model is a reward model and should not be, or is none."""
     if not (Path(path) / "config.json").is_file():
-        fail(f"{key}: {path} holds no config.json, expected a model directory: train it first, or mend the path")
+        missing = "holds no config.json" if Path(path).is_dir() else "is no folder"
+        fail(f"{key}: {path} {missing}, expected a model directory: train it first, or mend the path")
     if read_config(path).scored != scored:
         fail(f"{key}: {path} has no score head, expected a reward model: train one with reward.py" if scored else
              f"{key}: {path} is a reward model, expected one that replies: name the result of sft.py, dpo.py or ppo.py")

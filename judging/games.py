@@ -46,7 +46,8 @@ class Judge(NamedTuple):
 
 
 def _read(reply: Reply, form: str) -> Verdict:
-    verdict = read_verdict(reply.text, form, reply.labels, reply.finished)
+    labels = {} if reply.thoughts else reply.labels  # they are those of the first token, which was a thought's
+    verdict = read_verdict(reply.text, form, labels, reply.finished)
     thinking = reply.thoughts and not reply.text.strip() and not reply.finished
     return verdict._replace(why="cut in its thoughts") if thinking else verdict
 
@@ -148,6 +149,8 @@ def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tup
     for key, replies in answers.said.items():
         trees, scores[key] = [], [[0.0] * len(said) for said in replies]
         for number, (question, said) in enumerate(zip(answers.questions, replies, strict=True)):
+            if not said:
+                continue  # many templates render no empty dialogue
             messages = [m for asked, r in zip(question.turns, said, strict=False)
                         for m in ({"role": "user", "content": asked}, {"role": "assistant", "content": r["text"]})]
             for tree in trees_from_messages(messages, tokenizer):

@@ -50,6 +50,7 @@ def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
             "win_rate": 50 * (1 + (wins - losses) / len(pairs)), "n": len(pairs),
             "wins": wins, "losses": losses, "draws": len(pairs) - wins - losses,
             "category": {task: 100 * mean(grades) for task, grades in by_task.items()},
+            "category_n": {task: len(grades) for task, grades in by_task.items()},
             "first_turn": 100 * mean(d[0]["gold"] for d in said),
             "follow_up": 100 * mean(follow_ups) if follow_ups else None,
             "ended": 100 * mean(r["finished"] for r in everything),
@@ -72,9 +73,12 @@ def sections(models: dict[str, dict], baseline: str, seeds: int) -> list[dict]:
     columns = ["model", "gold score", f"wins against {baseline}, %", "first turn", "follow-ups", "ended, %", "words",
                "replies"]
     named = [task.replace("_", " ") for task in tasks]
+    counts = ", ".join(f"{task} {n}" for task, n in zip(
+        named, next(iter(models.values()))["category_n"].values(), strict=True))
     return [{"title": "Gold score", "text": f"Mean grade of a reply, 0 to 100; 95 % intervals over {over}.",
              "rows": rows, "columns": columns, "figure": dots(cells, "gold score")},
-            grid_section("Gold score by task", "", list(models), named, grid, "gold score")]
+            grid_section("Gold score by task", f"Replies of each model: {counts}.", list(models), named, grid,
+                         "gold score")]
 
 
 def few_shot_answer(path: str, dialogues: list[dict], max_tokens: int, temperature: float, seed: int,

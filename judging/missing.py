@@ -27,8 +27,8 @@ def replies_section(answers: Answers, judged: Mapping[str, Sequence[dict]], miss
                       sum(not reply["text"].strip() for reply in said), sum(not reply["finished"] for reply in said),
                       *(n for rows in judged.values() for n in judgments_of(name, rows))])
     text = [*losses, *[RULES[missing]] * bool(losses), *same_answers(answers),
-            "Empty and cut replies are replies, and judged; cut is what ended at max_tokens. Judged: replies with at "
-            "least one verdict; unread: verdicts on them that could not be read."]
+            "Empty and cut replies are replies, and judged; cut is what ended at max_tokens or by a server's filter. "
+            "Judged: replies with at least one verdict; unread: verdicts on them that could not be read."]
     return {"title": "Replies", "text": " ".join(text), "rows": lines,
             "columns": ["model", "turns asked", "answered", "no reply", "empty", "cut",
                         *(f"{judge}: {what}" for judge in judged for what in ("judged", "unread"))]}

@@ -13,7 +13,7 @@ import numpy as np
 
 from judging import agreement, ratings, tables
 from judging.ratings import Game, collect
-from judging.tables import abstained, bounded, comparison, decided, merge_orders, percent, share_cell, turned
+from judging.tables import abstained, cell_of, comparison, decided, mean_cell, merge_orders, percent, share_cell, turned
 
 Unit = tuple  # a comparison without the judge's name: prompt, turn, repeat, a, b
 
@@ -39,13 +39,14 @@ def votes_section(votes: Sequence[dict], name: str) -> dict | None:
     for (a, b), items in sorted(pairs.items()):
         given = [decided(r["preference"]) for rows in items for r in rows if r["preference"] is not None]
         count = Counter(given)
-        merged = tables.majority([r for rows in items for r in rows], name)
+        merged = merge_orders(tables.majority([r for rows in items for r in rows], name))[0]
         most = tables.preferences(merged)
         prompts = [r["prompt"] for r in merged]
         rated = np.array([np.nan if r.get("rating") is None else r["rating"] for r in merged], dtype=float)
         lines.append([f"{a} against {b}", len(items), len(given), count[1.0], count[0.5], count[0.0],
                       sum(map(abstained, (r for rows in items for r in rows))), int((most == 0.5).sum()),
-                      _mean(100 * most, prompts, 0, 100), _mean(100 * np.array(given)), _mean(rated, prompts, 1, 8)])
+                      mean_cell(most, prompts), 100 * float(np.mean(given)) if given else None,
+                      mean_cell(rated, prompts, 1, 8, 1)])
     return {"title": f"{name}: votes", "rows": lines,
             "columns": ["pair", "items", "votes", "for the first", "ties", "for the second", "abstained",
                         "tied items", "majority for the first, %", "of all votes, %", "mean rating"],
@@ -53,13 +54,6 @@ def votes_section(votes: Sequence[dict], name: str) -> dict | None:
                     "the verdict most of its raters gave; where two are as frequent there is none, which counts as "
                     "half a win, as a tie does. Who cannot tell or finds both bad abstains. Ratings go from 1, the "
                     "first is much better, to 8; 4.5 is even. Intervals resample prompts."}
-
-
-def _mean(values: np.ndarray, prompts: Sequence | None = None, low: float = 0, high: float = 1) -> dict | float | None:
-    if not len(values) or np.isnan(values).all():
-        return None
-    mean = float(np.nanmean(values))
-    return mean if prompts is None else bounded(mean, *ratings.mean_interval(values, prompts, low=low, high=high))
 
 
 def agreement_section(votes: Sequence[dict], name: str) -> dict | None:
@@ -115,7 +109,7 @@ def label_rows(votes: Iterable[dict], most: int = 4_000_000) -> list[dict]:
             strength = 0.5 - row["preference"] if np.isnan(mine) else mine - 4.5
             known = {"seconds": row.get("seconds"), "swapped": None if first is None else float(not first),
                      "longer": row["length_b"] - row["length_a"] if {"length_a", "length_b"} <= row.keys() else None}
-            found.append({"pair": json.dumps(unit), "rater": row["judge"], "strength": strength,
+            found.append({"pair": json.dumps(unit), "prompt": unit[0], "rater": row["judge"], "strength": strength,
                           **{key: value for key, value in known.items() if value is not None}})
     return found
 
@@ -151,7 +145,7 @@ def likert_sections(judge: str, rows: Sequence[dict]) -> list[dict]:
     unequal = tables.unequal_sets(rated(rows))
     return [{"title": f"{judge}: Elo, {name}", "columns": ["model", "Elo", "rank", "ratings"],
              "text": f"{unequal} {text}".strip(),
-             "rows": [[m, bounded(x["rating"], x["low"], x["high"]), x["rank"], games[m]] for m, x in lines.items()]}
+             "rows": [[m, cell_of(x, "rating"), x["rank"], games[m]] for m, x in lines.items()]}
             for name, lines in found.items()]
 
 
@@ -171,10 +165,7 @@ def leaderboard_section(by_judge: Mapping[str, Sequence[dict]], subsets: Mapping
     first = next(iter(columns.values()))[0].get("no ties", {})
     models = list(dict.fromkeys([*first, *(m for found, _ in columns.values() for m in found.get("no ties", {}))]))
 
-    def cell(x: Mapping | None) -> dict | None:
-        return x and bounded(x["rating"], x["low"], x["high"])
-
-    lines = [[model, name, *(cell(found.get(name, {}).get(model)) for found, _ in columns.values())]
+    lines = [[model, name, *(cell_of(found.get(name, {}).get(model), "rating") for found, _ in columns.values())]
              for name in ("no ties", "ties allowed") for model in models]
     lines.append(["ratings", "", *(n for _, n in columns.values())])
     named = "; ".join(f"{name}: {', '.join(sorted(of))}" for name, of in subsets.items())

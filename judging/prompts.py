@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
     rating: int | None = None  # of likert 1-8; of margin 1-4
 
 
-UNREAD = "no verdict"
+UNREAD, OTHER = "no verdict", "a verdict of another kind"
 
 
 # A ranking of models that changes with the wording says more about the judge than about the models. A further
@@ -47,6 +47,7 @@ PROMPTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="
 COMPARE, MARK, ENDINGS = PROMPTS["compare"], PROMPTS["mark"], PROMPTS["endings"]
 # Full-width brackets and digits too: some judges write Chinese, and some replies would slip them in.
 BRACKETED = re.compile(r"[\[［]{2}([^\[\]［］\n]{1,40})[\]］]{2}")
+WORDS = re.compile(r"[^\W\d_][^\d_]*")
 
 
 def ask_pair(question: Question, first: list[str], second: list[str], form: str = "pair", wording: str = "plain",
@@ -117,23 +118,29 @@ def _verdict_of(inside: str) -> tuple[str, float | None] | None:
 
 def read_verdict(text: str, form: str, labels: dict[str, float] | None = None, finished: bool = True) -> Verdict:
     """The verdict of a judge's answer, the last after its thoughts; of label, from the log-probabilities of "A" and "B"
-    if there are any. None in an answer that was cut, as `finished` tells, or in thoughts without an end."""
-    if form == "label" and labels:
-        return Verdict(label_preference(labels.get("A"), labels.get("B"), model_first=True))
+    where it begins with one of them, not with a thought. None in an answer that was cut, as `finished` tells, or in
+    thoughts without an end."""
     said, thoughts, ended = split_thoughts(text)
+    if form == "label" and labels and not thoughts:
+        return Verdict(label_preference(labels.get("A"), labels.get("B"), model_first=True))
     if not ended or not finished:
-        return Verdict(None, "cut in its thoughts" if not ended else "cut at the limit of tokens")
+        return Verdict(None, "cut in its thoughts" if not ended else "cut before its end")
     if not said:
         return Verdict(None, "no word after its thoughts" if thoughts else "an empty answer")
     if form == "label":
         letter = said.strip("[]*.\"' ").upper()
         return Verdict({"A": 1.0, "B": 0.0}[letter]) if letter in ("A", "B") else Verdict(None, UNREAD)
     found = verdicts(said, form)
-    return next((v for v in reversed(found) if v.value is not None), found[-1] if found else Verdict(None, UNREAD))
+    last = next(iter(BRACKETED.findall(said)[::-1]), "")
+    if _verdict_of(last) is None and WORDS.fullmatch(last):
+        return Verdict(None, f"{OTHER}: {last}")
+    mine = [v for v in found if not v.why.startswith(OTHER)]
+    return next(iter([*mine[::-1], *found[::-1]]), Verdict(None, UNREAD))
 
 
 def verdicts(said: str, form: str) -> list[Verdict]:
-    """All that an answer says in brackets and that looks like a verdict, in order; of another form, without a value."""
+    """All that an answer says in brackets and that looks like a verdict, in order; out of range or of another form,
+    without a value."""
     return [_as(form, *v) for inside in BRACKETED.findall(said) if (v := _verdict_of(inside)) is not None]
 
 
@@ -148,4 +155,5 @@ def _as(form: str, letter: str, number: float | None) -> Verdict:
         case "score" if not letter and 1 <= number <= 10:
             return Verdict(number)
     said = " ".join(filter(None, (letter, "" if number is None else f"{number:g}")))
-    return Verdict(None, f"a verdict of another kind: {said}")
+    fits = form == "margin" and letter in ("A", "B") and number or form in ("likert", "score") and not letter
+    return Verdict(None, f"out of range: {said}" if fits else f"{OTHER}: {said}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data.llm import split_thoughts
 from data.native import ANSWERED, ASKED, ask, asked
 from data.tiny.world import TASKS
 from judging.entries import digest, read_lines
@@ -19,8 +20,9 @@ from judging.prompts import Question
 from judging.recorded import Recorded
 from runtime import fail
 
-IDS = ("id", "question_id", "uid", "index", "idx")  # what files call a question's id; the first a record has counts
-COUNTS = ("index", "idx")                           # those that count a file's records, where others are names
+# What files call a question's id; the first that a record has counts.
+IDS = ("id", "question_id", "prompt_id", "uid", "index", "idx")
+COUNTS = ("index", "idx")  # those that count a file's records, where others are names
 
 
 class Said(NamedTuple):
@@ -95,7 +97,7 @@ def texts_of(record: dict, where: str) -> list[list[str]]:
     if record.get("instances"):
         return [[ask(record | {"input": instance.get("input")}, "instruction", "input")]
                 for instance in record["instances"]]
-    turns = record.get("turns") or record.get("prompt")
+    turns = record.get("turns") or record.get("prompt") or record.get("messages")
     if not isinstance(turns, list):
         turns = [turns if record.get("turns") else asked(record)]
     if any(isinstance(turn, dict) and turn.get("role", "user") != "user" for turn in turns):
@@ -143,19 +145,23 @@ def read_said(path: str) -> list[Said]:
 
 
 def reply_of(value: str | dict | None) -> dict | None:
-    """{"text", "finished"}; None where nothing was said."""
+    """{"text", "finished"}, without thoughts, as of a model that is asked; None where nothing was said."""
     finished = value.get("finished", True) if isinstance(value, dict) else True
     while isinstance(value, dict):
         value = value[next((key for key in ("text", "content") if key in value), "answer")]
     if not isinstance(value, str | None):
         raise TypeError
-    return None if value is None else {"text": value, "finished": bool(finished)}
+    if value is None:
+        return None
+    text, thoughts, ended = split_thoughts(value)
+    return {"text": text if thoughts else value, "finished": bool(finished) and ended}
 
 
 def question_of(record: dict) -> str | None:
     """What an answer's record says it was asked; None if it does not."""
-    if "messages" in record:
-        return next((m["content"] for m in record["messages"] if m["role"] == "user"), None)
+    messages = record.get("messages", record.get("prompt"))
+    if isinstance(messages, list):
+        return next((m["content"] for m in messages if m["role"] == "user"), None)
     if any(isinstance(record.get(key), str) and record[key] for key in ASKED):
         return asked(record)
     return None
@@ -179,14 +185,19 @@ def join(answers: Sequence[Said], questions: Sequence[Question], path: str,
         else:
             at = next((i for i in same if found[i] is None), same[-1] if same else None)
         if at is None:
-            lost.append(said)
+            lost.append((said, same))
         elif found[at] is not None:
             fail(f"{path} record {said.place}: answers again what record {found[at].place} does "
                  f"({questions[at].turns[0][:40]!r}), expected one to each question: drop one, or split the file")
         else:
             found[at] = said
+    for said, same in lost:
+        if any(found[i] is None for i in same):
+            fail(f"{path} record {said.place}: its instruction ({said.text[:40]!r}) is that of a question with another "
+                 f"id than its {said.key} '{said.id}', expected both to name the same: mend one of the two files")
     if all_known and not any(found):
-        why = ": its ids name none of them and it holds no instruction" if all(s.text is None for s in lost) else ""
+        textless = all(said.text is None for said, _ in lost)
+        why = ": its ids name none of them and it holds no instruction" if textless else ""
         fail(f"{path}: answers none of the questions{why}, expected the ids of data or its instructions")
     if all_known and lost:
         print(f"{path}: {len(lost)} of its {len(answers)} answers are to none of the {len(questions)} questions asked")

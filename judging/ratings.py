@@ -12,7 +12,6 @@ Models and prompts are sorted by name first: the order of rows changes nothing b
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from statistics import NormalDist
@@ -153,12 +152,6 @@ def by_prompt(values, prompts: Sequence | None = None) -> tuple[np.ndarray, np.n
     return np.bincount(index, np.where(valid, values, 0)), np.bincount(index, valid)
 
 
-def bootstrap_means(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Means [rounds, M] over resampled prompts, from sums and counts [P, M] and weights [rounds, P]."""
-    n = weights @ counts
-    return np.divide(weights @ sums, n, out=np.full(n.shape, np.nan), where=n > 0)
-
-
 def mean_interval(values, prompts: Sequence | None = None, rounds: int = 1000, seed: int = 0, low: float = 0,
                   high: float = 1) -> tuple[float, float]:
     """95 % interval of the mean of the valid values [n], on a scale from low to high, from resampled prompts.
@@ -213,44 +206,28 @@ def win_rate(preferences, prompts: Sequence | None = None, draws_as: str = "half
     wins, losses, drawn = (int(np.sum(x)) for x in (p > 0.5, p < 0.5, p == 0.5))
     n, clusters = int(counts.sum()), int((counts > 0).sum())
     if n == 0:
-        raise ValueError(
-            f"no preference to average: {len(p)} rows, {drawn} draws, {int(np.isnan(p).sum())} without a verdict"
-        )
+        unread = int(np.isnan(p).sum())
+        raise ValueError(f"no preference to average: {len(p)} rows, {drawn} draws, {unread} without a verdict")
     mean = sums.sum() / n
     squares = ((sums - mean * counts) ** 2).sum() * clusters / (clusters - 1) if clusters > 1 else math.nan
-    return {
-        "win_rate": 100 * mean,
-        "standard_error": 100 * math.sqrt(squares) / n,
-        "n": n,
-        "wins": wins,
-        "losses": losses,
-        "draws": drawn,
-        "missing": int(np.isnan(p).sum()),
-        "discrete_win_rate": 100 * (wins + drawn / 2) / max(wins + losses + drawn, 1),
-    }
+    return {"win_rate": 100 * mean, "standard_error": 100 * math.sqrt(squares) / n, "n": n,
+            "wins": wins, "losses": losses, "draws": drawn, "missing": int(np.isnan(p).sum()),
+            "discrete_win_rate": 100 * (wins + drawn / 2) / max(wins + losses + drawn, 1)}
 
 
-def paired_difference(
-    first, second, prompts: Sequence | None = None, rounds: int = 1000, seed: int = 0
-) -> dict[str, float]:
+def paired_difference(first, second, prompts: Sequence | None = None) -> dict[str, float]:
     """How much higher the first model's mean preference is, in points, on rows [n] where both have a verdict.
 
     Two intervals that overlap do not say that two models are equal: prompts hard for one are hard for the other.
     """
     gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    sums, counts = by_prompt(
-        np.sort(gap) if prompts is None else gap, prompts
-    )  # sorted: nameless prompts have no order
+    gap = np.sort(gap) if prompts is None else gap  # nameless prompts have no order
+    sums, counts = by_prompt(gap, prompts)
     if not counts.sum():
         raise ValueError("no row has a verdict for both models")
-    by_name = None if prompts is None else prompts
-    low, high = mean_interval(np.sort(gap) if prompts is None else gap, by_name, rounds, seed, -1, 1)
-    return {
-        "difference": 100 * sums.sum() / counts.sum(),
-        "low": 100 * low,
-        "high": 100 * high,
-        "n": int(counts.sum()),
-    }
+    low, high = mean_interval(gap, prompts, low=-1, high=1)
+    return {"difference": 100 * sums.sum() / counts.sum(), "low": 100 * low, "high": 100 * high,
+            "n": int(counts.sum())}
 
 
 def feature_preference(preferences, model_value, baseline_value, threshold: float = 0,
@@ -440,100 +417,6 @@ def records(games: Games) -> dict[str, dict[str, float]]:
 
 # ---------------------------------------------------------------------------------------- MT-Bench
 
-def leaderboard(rows_by_model: Mapping[str, Iterable[Mapping]], rounds: int = 1000, seed: int = 0) -> list[dict]:
-    """AlpacaEval's table: a row a model, best first; win rate and lc2 with 95 % intervals over the same prompts.
-
-    Rows are AlpacaEval's records {index, preference 1..2, len_1, len_2}, lengths optional, aligned by index.
-    mean_length is the model's, cut to an integer as the leaderboard prints it.
-    """
-    tables = {}
-    for model, rows in rows_by_model.items():
-        table = {}
-        for row in rows:
-            if row["index"] in table:
-                raise ValueError(f"{model}: index {row['index']} occurs twice")
-            table[row["index"]] = row
-        if not table:
-            raise ValueError(f"{model}: no rows")
-        tables[model] = table
-    keys = sorted({key for table in tables.values() for key in table}, key=lambda x: (isinstance(x, str), x))
-    weights = resample(len(keys), rounds, seed)
-    result = []
-    for model, table in tables.items():
-        rows = [table.get(key) for key in keys]
-        p = np.array([math.nan if row is None else alpaca_preference(row["preference"]) for row in rows])
-        sums, counts = by_prompt(p)
-        line = {"model": model, **win_rate(p)}
-        line["missing"] -= sum(row is None for row in rows)  # of its own rows
-        line["low"], line["high"] = map(
-            float, percentiles(100 * bootstrap_means(sums[:, None], counts[:, None], weights)[:, 0])
-        )
-        if all("len_1" in row and "len_2" in row for row in table.values()):
-            has = np.array([row is not None for row in rows])
-            one, two = (
-                np.array([row[name] for row in rows if row is not None], dtype=float) for name in ("len_1", "len_2")
-            )
-            fit = lc2(p[has], one, two, weights[:, has])
-            line |= {"lc2": fit["lc2"], "lc2_low": fit["low"], "lc2_high": fit["high"], "mean_length": int(two.mean())}
-        result.append(line)
-    return sorted(result, key=lambda line: (-line["win_rate"], line["model"]))
-
-
-def bootstrap_win_rates(games: Games, rounds: int = 1000, seed: int = 0) -> np.ndarray:
-    """Adjusted win rates in percent [rounds, M] over resampled prompts: columns subtract to paired differences."""
-    sums, counts = np.zeros((2, games.prompts, len(games.models)))
-    valid = ~np.isnan(games.outcome)
-    prompt, outcome = games.prompt[valid], games.outcome[valid]
-    for side, won in ((games.a[valid], outcome), (games.b[valid], 1 - outcome)):
-        np.add.at(sums, (prompt, side), won)
-        np.add.at(counts, (prompt, side), 1)
-    return 100 * bootstrap_means(sums, counts, resample(games.prompts, rounds, seed))
-
-
-def score_totals(scores) -> dict[str, float]:
-    """Two models' summed scores and their ratio, from pairs [n, 2] (Vicuna's review); a pair with a gap is missing."""
-    scores = np.asarray(scores, dtype=float).reshape(-1, 2)
-    valid = ~np.isnan(scores).any(axis=1)
-    first, second = scores[valid].sum(axis=0)
-    return {
-        "first": float(first),
-        "second": float(second),
-        "ratio": float(first / second) if second else math.nan,
-        "n": int(valid.sum()),
-        "missing": int((~valid).sum()),
-    }
-
-
-def match_orders(games: Games) -> tuple[Games, np.ndarray, np.ndarray, int]:
-    """Games merged by `both_orders`, a's outcomes [n] with a first and with b first, and how many had no partner.
-
-    Partners are games of one prompt and pair in opposite order; repeats are matched in the order given.
-    """
-    waiting: dict[tuple, list[int]] = defaultdict(list)
-    matched = []
-    for i, key in enumerate(
-        zip(games.prompt.tolist(), games.a.tolist(), games.b.tolist(), games.a_first.tolist(), strict=True)
-    ):
-        partners = waiting[(*key[:3], not key[3])]
-        if partners:
-            j = partners.pop(0)
-            matched.append((i, j) if key[3] else (j, i))
-        else:
-            waiting[key].append(i)
-    i, j = np.array(matched, dtype=int).reshape(-1, 2).T
-    forward, backward = games.outcome[i], games.outcome[j]
-    merged = Games(
-        games.models,
-        games.a[i],
-        games.b[i],
-        both_orders(forward, backward),
-        games.prompt[i],
-        games.a_first[i],
-        games.prompts,
-    )
-    return merged, forward, backward, sum(map(len, waiting.values()))
-
-
 def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds: int = 1000, seed: int = 0) -> dict:
     """One model's single-answer scores (arXiv:2306.05685): turn 1, turn 2, and the average of both turns' valid rows.
 
@@ -565,9 +448,11 @@ def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds:
 
 # --------------------------------------------------------------------------------------------- Elo
 
+INIT = 1000.0                 # where ratings begin, and the mean of all
+POINTS = 400 / math.log(10)   # of a nat: odds of ten to one are 400 points
 
 
-def elo(games: Games, k: float = 4, scale: float = 400, base: float = 10, init: float = 1000) -> dict[str, float]:
+def elo(games: Games, k: float = 4, scale: float = 400, base: float = 10, init: float = INIT) -> dict[str, float]:
     """Online Elo in the order of the games (FastChat's, K = 4 today, 32 in May 2023); the order matters here alone.
 
         E_a = 1 / (1 + base^((R_b - R_a) / scale)),   R_a += K (S_a - E_a),   R_b -= the same
@@ -582,17 +467,8 @@ def elo(games: Games, k: float = 4, scale: float = 400, base: float = 10, init: 
     return dict(zip(games.models, rating, strict=True))
 
 
-def bootstrap_elo(
-    games: Games,
-    rounds: int = 1000,
-    seed: int = 0,
-    k: float = 32,
-    scale: float = 400,
-    base: float = 10,
-    init: float = 1000,
-    ends: bool = False,
-    resampled: bool = True,
-) -> np.ndarray:
+def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32, ends: bool = False,
+                  resampled: bool = True) -> np.ndarray:
     """Online Elo [rounds, M] of resampled prompts, games in random order: the order given does not matter.
 
     `ends` adds the games of `imagined`. Not `resampled`, it is the order of the games alone that differs.
@@ -601,26 +477,24 @@ def bootstrap_elo(
     columns = [x[valid] for x in (games.prompt, games.a, games.b, games.outcome, games.a_first)]
     prompt, a, b, outcome, _ = (x[np.lexsort(columns[::-1])] for x in columns)
     rng = np.random.default_rng([seed, 1])
-    more, extra = imagined(games, rounds, seed) if ends else (np.empty((0, 3)), np.empty((rounds, 0), dtype=int))
+    more, extra = imagined(games, rounds, seed, ends)
     a, b, outcome = (np.concatenate([own, added]) for own, added in zip((a, b, outcome), more.T, strict=True))
     a, b, numbers = a.astype(int), b.astype(int), np.arange(len(outcome), dtype=np.int32)
     orders = []
     for draw, added in zip(draws(games.prompts, rounds, seed), extra, strict=True):
         own = np.bincount(draw, minlength=games.prompts)[prompt] if resampled else np.ones(len(prompt), dtype=int)
-        times = np.concatenate([own, added])
-        orders.append(rng.permutation(np.repeat(numbers, times)))
+        orders.append(rng.permutation(np.repeat(numbers, np.concatenate([own, added]))))
     # All rounds play their t-th game at once. A round that is over plays one more that counts for nothing.
     over = len(outcome)
     a, b, outcome, stakes = (np.append(x, 0) for x in (a, b, outcome, np.full(over, float(k))))
     games_at = np.full((max((len(order) for order in orders), default=0), rounds), over, dtype=np.int32)
     for r, order in enumerate(orders):
         games_at[: len(order), r] = order
-    rating = np.full(rounds * len(games.models), float(init))
+    rating = np.full(rounds * len(games.models), INIT)
     offset = np.arange(rounds) * len(games.models)
-    growth = math.log(base) / scale
     for g in games_at:
         i, j = offset + a[g], offset + b[g]
-        change = stakes[g] * (outcome[g] - 1 / (1 + np.exp(growth * (rating[j] - rating[i]))))
+        change = stakes[g] * (outcome[g] - 1 / (1 + np.exp((rating[j] - rating[i]) / POINTS)))
         rating[i] += change
         rating[j] -= change
     return rating.reshape(rounds, -1)
@@ -639,19 +513,19 @@ def elo_table(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32) ->
     return rating_table(games.models, samples, dict(zip(games.models, middle, strict=True)), games.prompts)
 
 
-def imagined(games: Games, rounds: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def imagined(games: Games, rounds: int, seed: int, ends: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Games to add to a tournament's resampled prompts for pairs whose games all ended alike, lest these seem certain.
 
     Jeffreys' prior of a share is half a win and half a loss. What other prompts may hold is drawn here: each round has
     as many more wins, and losses, as the negative binomial distribution of mean 1/2 says, which for pairs that n
     prompts decide alike leaves about 3 / n of doubt. Returns the games (a, b, outcome) [K, 3], and how often each is
-    played in each round [rounds, K].
+    played in each round [rounds, K]; none without `ends`.
     """
     valid = ~np.isnan(games.outcome)
     pairs, index = np.unique(games.a[valid] * len(games.models) + games.b[valid], return_inverse=True)
     outcome, prompt = games.outcome[valid], games.prompt[valid]
     rng, added, times = np.random.default_rng([seed, 2]), [], []
-    for k in range(len(pairs)):
+    for k in range(len(pairs) if ends else 0):
         mine = index == k
         if np.ptp(outcome[mine]) > 0:
             continue
@@ -677,21 +551,18 @@ def rating_table(models: Sequence[str], samples: np.ndarray, point: Mapping[str,
     return sorted(lines, key=lambda line: (-line["rating"], line["model"]))
 
 
-def likert_tables(
-    rows: Iterable[tuple[str, str, int, object]], rounds: int = 1000, seed: int = 0, k: float = 32
-) -> dict[str, list[dict]]:
+def likert_tables(rows: Iterable[tuple[str, str, float, object]], rounds: int = 1000) -> dict[str, list[dict]]:
     """The talk's two tables from the same ratings 1-8: median bootstrapped Elo where 4 and 5 are ties, and where not.
 
     rows: (A, B, rating, prompt), A shown left. Resampling prompts keeps the six games of one prompt together. A mean
     rating will do; 4.5 is a tie in both.
     """
-    rows = list(rows)
-    result = {}
+    rows, result = list(rows), {}
     for name, ties in (("no ties", False), ("ties allowed", True)):
         games = collect(Game(a, b, 0.5 if ties and 4 <= rating <= 5 else outcome(4.5, rating), prompt)
                         for a, b, rating, prompt in rows)
         check_connected(games)
-        result[name] = elo_table(games, rounds, seed, k)
+        result[name] = elo_table(games, rounds)
     return result
 
 
@@ -703,9 +574,8 @@ def not_connected(games: Games, ties: str = "half") -> str:
     met = np.zeros((len(games.models),) * 2, dtype=bool)
     met[games.a[valid], games.b[valid]] = met[games.b[valid], games.a[valid]] = True
     reached = _reach(met)
-    return (
-        "" if reached.all() else f"no chain of games joins {games.models[0]} to {games.models[int(np.argmin(reached))]}"
-    )
+    other = games.models[int(np.argmin(reached))]
+    return "" if reached.all() else f"no chain of games joins {games.models[0]} to {other}"
 
 
 def check_connected(games: Games, ties: str = "half") -> None:
@@ -715,7 +585,8 @@ def check_connected(games: Games, ties: str = "half") -> None:
         fail(f"games: {apart}, expected one group: judge games between them, or rate each group apart")
 
 
-def _check_ties(games: Games, ties: str) -> None:
+def check_ties(games: Games, ties: str) -> None:
+    """Refuse games without ties to model, or that fall into groups without a game between them."""
     if ties not in ("half", "drop", "rao_kupper", "davidson"):
         raise ValueError(f"ties is {ties!r}, expected half, drop, rao_kupper or davidson")
     tied, decided = ((games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any())
@@ -723,11 +594,6 @@ def _check_ties(games: Games, ties: str) -> None:
         fail(f"games: {'all are ties' if tied else 'none is a tie'}, so {ties} has nothing to fit: use ties='half'")
     if ties == "drop" and not decided:
         fail("games: all are ties, and ties='drop' leaves none: use ties='half'")
-
-
-def check_fit(games: Games, ties: str = "half") -> None:
-    """Refuse games without ties to model, or that fall into groups without a game between them."""
-    _check_ties(games, ties)
     check_connected(games, ties)
 
 
@@ -755,77 +621,51 @@ def _reach(edges: np.ndarray) -> np.ndarray:
     return reached
 
 
-def bradley_terry(
-    games: Games,
-    ties: str = "half",
-    prior: float = 0,
-    scale: float = 400,
-    base: float = 10,
-    init: float = 1000,
-    anchor: tuple[str, float] | None = None,
-) -> dict:
+def bradley_terry(games: Games, ties: str = "half", prior: float = 0, init: float = INIT,
+                  anchor: tuple[str, float] | None = None) -> dict:
     """Maximum-likelihood ratings (Bradley and Terry 1952); d is the difference of two strengths in nats.
 
         half         P(a wins) = sigmoid(d), a tie is half a win for each; drop: ties are left out
         rao_kupper   P(a wins) = sigmoid(d - tie), P(b wins) = sigmoid(-d - tie), a tie else  (Rao and Kupper 1967)
         davidson     P(a wins) : P(b wins) : P(tie) = e^(d/2) : e^(-d/2) : e^tie, e^tie his nu       (Davidson 1970)
 
-    Ratings are init + scale / ln(base) * strength, centred on init, or shifted so that `anchor` (model, rating) holds.
+    Ratings are init + 400 / ln(10) * strength, centred on init, or shifted so that `anchor` (model, rating) holds.
     `prior` plays that many draws of each model against an average one; without it, infinite ratings are refused.
     Returns {"ratings": by model, "strengths": [M] nats, "tie": nats, NaN if not modelled}.
     """
-    _check_ties(games, ties)
-    check_connected(games, ties)
+    check_ties(games, ties)
     if not prior:
         _check_finite(games, ties)
     pairs, codes = _cells(games)
-    strengths, tie = _strengths(
-        pairs, np.bincount(codes, minlength=3 * len(pairs)).reshape(1, -1, 3), len(games.models), ties, prior
-    )
-    ratings = _rescale(strengths, games.models, scale, base, init, anchor)[0]
-    return {
-        "ratings": dict(zip(games.models, ratings.tolist(), strict=True)),
-        "strengths": strengths[0],
-        "tie": float(tie[0]),
-    }
+    counts = np.bincount(codes, minlength=3 * len(pairs)).reshape(1, -1, 3)
+    (strengths,), (tie,) = _strengths(pairs, counts, len(games.models), ties, prior)
+    found = init + POINTS * strengths
+    found += anchor[1] - found[games.models.index(anchor[0])] if anchor else 0
+    return {"ratings": dict(zip(games.models, found.tolist(), strict=True)), "strengths": strengths, "tie": float(tie)}
 
 
-def bootstrap_bradley_terry(
-    games: Games,
-    ties: str = "half",
-    rounds: int = 1000,
-    seed: int = 0,
-    prior: float = 1e-3,
-    scale: float = 400,
-    base: float = 10,
-    init: float = 1000,
-    anchor: tuple[str, float] | None = None,
-    ends: bool = False,
-) -> np.ndarray:
-    """Ratings [rounds, M] of resampled prompts. An anchor's own interval is 0 by construction.
+def bootstrap_bradley_terry(games: Games, ties: str = "half", rounds: int = 1000, seed: int = 0, prior: float = 1e-3,
+                            ends: bool = False) -> np.ndarray:
+    """Ratings [rounds, M] of resampled prompts.
 
     `ends` adds the games of `imagined`. A round may leave a model unbeaten: the small prior makes its rating very high
     instead of infinite.
     """
     if prior <= 0:
         raise ValueError(f"prior is {prior}, expected above 0: a resampled tournament may have an unbeaten model")
-    _check_ties(games, ties)
-    check_connected(games, ties)
+    check_ties(games, ties)
     pairs, codes = _cells(games)
     prompt = games.prompt[~np.isnan(games.outcome)]
-    more, extra = imagined(games, rounds, seed) if ends else (np.empty((0, 3)), np.empty((rounds, 0), dtype=int))
+    more, extra = imagined(games, rounds, seed, ends)
     own = {tuple(pair): k for k, pair in enumerate(pairs.tolist())}
     more = np.array([3 * own[int(a), int(b)] + (outcome == 0) for a, b, outcome in more], dtype=int)
-    drawn, chunks = zip(draws(games.prompts, rounds, seed), extra, strict=True), []
+    drawn, chunks = zip(draws(games.prompts, rounds, seed), extra, strict=True), [np.empty((0, len(games.models)))]
     for _ in range(0, rounds, 50):  # 50 tournaments fit the cache
         counts = np.array([
             np.bincount(codes, np.bincount(draw, minlength=games.prompts)[prompt], minlength=3 * len(pairs))
             + np.bincount(more, added, minlength=3 * len(pairs)) for draw, added in islice(drawn, 50)])
-        counts = counts.reshape(-1, len(pairs), 3)
-        chunks.append(_strengths(pairs, counts, len(games.models), ties, prior)[0])
-    return _rescale(
-        np.concatenate(chunks) if chunks else np.empty((0, len(games.models))), games.models, scale, base, init, anchor
-    )
+        chunks.append(_strengths(pairs, counts.reshape(-1, len(pairs), 3), len(games.models), ties, prior)[0])
+    return INIT + POINTS * np.concatenate(chunks)
 
 
 def _cells(games: Games) -> tuple[np.ndarray, np.ndarray]:
@@ -836,14 +676,8 @@ def _cells(games: Games) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(np.divmod(pairs, len(games.models)), axis=1), 3 * index + kind
 
 
-def _rescale(strengths: np.ndarray, models: list[str], scale: float, base: float, init: float, anchor) -> np.ndarray:
-    ratings = scale / math.log(base) * strengths + init
-    return ratings if anchor is None else ratings + anchor[1] - ratings[:, models.index(anchor[0]), None]
-
-
-def _strengths(
-    pairs: np.ndarray, counts: np.ndarray, models: int, ties: str, prior: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _strengths(pairs: np.ndarray, counts: np.ndarray, models: int, ties: str,
+               prior: float) -> tuple[np.ndarray, np.ndarray]:
     """Newton's method for R tournaments at once: pairs [P, 2], counts of a wins, b wins, ties [R, P, 3] -> [R, M], [R].
 
     Every likelihood here is concave. Strengths are centred; steps are capped at 2 nats.
@@ -874,9 +708,8 @@ def _strengths(
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         step *= np.minimum(1, 2 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
         strengths = strengths + step[:, :models]
-        if (
-            modelled
-        ):  # Rao and Kupper's parameter is positive; in a round without ties, or with nothing else, both would run off
+        if modelled:
+            # Rao and Kupper's parameter is positive; in a round without ties, or with nothing else, both would run off.
             new = np.maximum(tie + step[:, models], tie / 3) if ties == "rao_kupper" else tie + step[:, models]
             new = np.clip(new, 1e-6 if ties == "rao_kupper" else -20, 20)
             step[:, models], tie = new - tie, new
@@ -887,31 +720,20 @@ def _strengths(
 
 def _derivatives(ties: str, d, tie, wins, losses, tied) -> tuple:
     """Of the log-likelihood by pair [R, P]: slope, minus curvature in d; the same in tie; minus the mixed one."""
-    if (
-        ties == "rao_kupper"
-    ):  # wins and ties enter sigmoid(d - tie), losses and ties sigmoid(-d - tie), ties e^(2 tie) - 1
+    if ties == "rao_kupper":
+        # Wins and ties enter sigmoid(d - tie), losses and ties sigmoid(-d - tie), ties e^(2 tie) - 1.
         up, down = sigmoid(tie - d), sigmoid(tie + d)  # 1 - sigmoid of each
         left, right = (wins + tied) * up, (losses + tied) * down
         left_bend, right_bend = left * (1 - up), right * (1 - down)
         odds = -np.expm1(-2 * tie)
-        return (
-            left - right,
-            left_bend + right_bend,
-            2 * tied / odds - left - right,
-            left_bend + right_bend + 4 * tied * np.exp(-2 * tie) / odds**2,
-            right_bend - left_bend,
-        )
+        return (left - right, left_bend + right_bend, 2 * tied / odds - left - right,
+                left_bend + right_bend + 4 * tied * np.exp(-2 * tie) / odds**2, right_bend - left_bend)
     if ties == "davidson":
         n = wins + losses + tied
         top = np.maximum(np.abs(d) / 2, tie)
         parts = np.exp(d / 2 - top), np.exp(-d / 2 - top), np.exp(tie - top)
         a, b, t = (part / sum(parts) for part in parts)
-        return (
-            (wins - losses - n * (a - b)) / 2,
-            n * (a + b - (a - b) ** 2) / 4,
-            tied - n * t,
-            n * t * (1 - t),
-            -n * (a - b) * t / 2,
-        )
+        return ((wins - losses - n * (a - b)) / 2, n * (a + b - (a - b) ** 2) / 4, tied - n * t, n * t * (1 - t),
+                -n * (a - b) * t / 2)
     n, q = wins + losses, sigmoid(d)
     return wins - n * q, n * q * (1 - q), 0, 0, 0

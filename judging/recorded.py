@@ -443,7 +443,8 @@ def read_battles(record: dict, options: Options) -> list[dict]:
     if record.get("anony") in (False, "False", "false"):
         raise Reject("is a vote by someone who knew the models, expected anonymous ones: drop it")
     a, b = ("left", "right") if "left" in record else ("model_a", "model_b")
-    winners = {a: 1.0, b: 0.0, "tie": 0.5, "tie (bothbad)": 0.5, "tie (both bad)": 0.5}
+    ties = ("tie", "tie (bothbad)", "tie (both bad)", "tie (inconsistent)")
+    winners = {a: 1.0, b: 0.0} | dict.fromkeys(ties, 0.5)
     prompt = _prompt(record, "question_id") if "question_id" in record else None
     return [_game(record, prompt, _text(record, a), _text(record, b), True,
                   preference=_one_of(record, "winner", winners))]
@@ -459,12 +460,13 @@ def read_likert(record: dict, options: Options) -> list[dict]:
     if rating is not None:
         rating = _number(rating, "rating", 1, 8, whole=True)
     elif "rating" not in record:
-        a_better = _one_of(record, "choice", {"a": True, "b": False, None: None})
-        margin = 0 if a_better is None else _number(record.get("margin"), "margin", 1, 4, whole=True)
-        rating = None if a_better is None else 5 - margin if a_better else 4 + margin
+        side = _one_of(record, "choice", {"a": -1, "b": 1, "tie": 0, None: None})
+        margin = _number(record.get("margin"), "margin", 1, 4, whole=True) if side else 0
+        rating = {None: None, 0: 4.5, -1: 5 - margin, 1: 4 + margin}[side]
     flag = {"skip": ": cannot tell", "bad": ": both are bad"}.get(record.get("flag"), "")
     game = _game(record, prompt, a, b, True, judge=rater, rating=rating, **_also(record, "seconds"),
-                 preference=None if rating is None else likert_outcome(rating, options.slight_is_tie),
+                 preference=None if rating is None else 0.5 if rating == 4.5 else
+                 likert_outcome(rating, options.slight_is_tie),
                  **({"why": f"abstained{flag}"} if rating is None else {}), **_lengths(record.get("replies")))
     return [game, {"unit": json.dumps([prompt, game.get("turn"), *sorted((a, b))]), "rater": rater,
                    "label": 9 - rating if rating and a > b else rating}]
@@ -504,7 +506,7 @@ def read_arena_hard(record: dict, options: Options) -> list[dict]:
 
 def read_row(record: dict, options: Options) -> list[dict]:
     if "label" in record:
-        if isinstance(record["label"], list | dict | float):
+        if isinstance(record["label"], list | dict | float) and record["label"] != 4.5:  # a tie on the scale of eight
             raise wrong("label", record["label"], "a word, a whole number or null")
         return [record | {"unit": _text(record, "unit"), "rater": _text(record, "rater"), **_also(record)}]
     row = record | {"prompt": _prompt(record, "prompt"), "judge": _judge(record), **_also(record)}

@@ -29,8 +29,7 @@ from data.formats import read
 from data.scores import all_scores, mean_logprobs, response_logprob_sums, response_scores
 from data.tokenizer import adopt_template, load_tokenizer
 from data.trees import tree_from_ranking, truncate
-from judging.ratings import mean_interval
-from judging.tables import bounded, share_cell
+from judging.tables import bounded, mean_cell, share_cell
 from runtime import fail
 
 Scorer = Callable[[list[dict]], Mapping[str, list[float]]]
@@ -107,8 +106,7 @@ def accuracy(hits: Sequence[bool], prompts: Sequence[str]) -> dict[str, float]:
     """The share of hits and its 95 % interval: from resampled prompts where several pairs share one, else Wilson's."""
     if not hits:
         raise ValueError("no pair to average")
-    found = bounded(sum(hits) / len(hits), *mean_interval(hits, prompts))
-    return found | {"n": len(hits), "prompts": len(set(prompts))}
+    return mean_cell(hits, prompts, scale=1) | {"n": len(hits), "prompts": len(set(prompts))}
 
 
 def weighted_mean(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
@@ -199,14 +197,15 @@ def rewards_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
 
 
 def breakdown_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
-    """The same results by margin and by category: a row for each, a column for each scorer."""
+    """The same results, how many pairs they are of, and by margin and category: a row for each, a column a scorer."""
     rows = []
     for name in dict.fromkeys(name for found in results.values() for name in found):
-        for kind in ("margin", "category"):
-            parts = {scorer: found[name][f"by_{kind}"] for scorer, found in results.items() if name in found}
-            for label in dict.fromkeys(label for part in parts.values() for label in part):
-                cells = [parts.get(scorer, {}).get(label) for scorer in results]
-                rows.append([name, f"{kind} {label}", max(c["n"] for c in cells if c), *map(share_cell, cells)])
+        parts = {scorer: {"all": of[name]} | {f"{kind} {label}": part for kind in ("margin", "category")
+                                              for label, part in of[name][f"by_{kind}"].items()}
+                 for scorer, of in results.items() if name in of}
+        for label in dict.fromkeys(label for part in parts.values() for label in part):
+            cells = [parts.get(scorer, {}).get(label) for scorer in results]
+            rows.append([name, label, max(c["n"] for c in cells if c), *map(share_cell, cells)])
     return {"title": "Reward model accuracy by margin and category", "rows": rows,
             "columns": ["set", "part", "pairs", *(f"{s}, %" for s in results)]}
 

@@ -31,6 +31,11 @@ def bounded(value: float, low: float, high: float) -> dict:
     return {"value": value, "low": low, "high": high}
 
 
+def cell_of(found: Mapping | None, key: str = "value") -> dict | None:
+    """The cell of a number that was measured with its interval, among other things; None for none."""
+    return found and bounded(found[key], found["low"], found["high"])
+
+
 def percent(share: float, low: float | None = None, high: float | None = None) -> dict | float | None:
     """A share as a cell in percent, with its interval if there is one; None for NaN."""
     if math.isnan(share):
@@ -48,9 +53,15 @@ def count_cell(wins: float, n: int) -> dict | None:
     return percent(wins / n, *ratings.wilson(wins, n)) if n else None
 
 
-def mean_cell(values: Sequence[float], prompts: Sequence) -> dict | None:
-    """The mean of preferences in percent, with its interval from resampled prompts; None for none."""
-    return percent(float(np.mean(values)), *ratings.mean_interval(values, prompts)) if len(values) else None
+def mean_cell(values: Sequence[float], prompts: Sequence, low: float = 0, high: float = 1,
+              scale: float = 100) -> dict | None:
+    """The mean of the valid values, on a scale from low to high, times `scale`, with its interval from resampled
+    prompts; None for none."""
+    values = np.asarray(values, dtype=float)
+    if np.isnan(values).all():
+        return None
+    ends = ratings.mean_interval(values, prompts, low=low, high=high)
+    return bounded(*(scale * x for x in (float(np.nanmean(values)), *ends)))
 
 
 def dots(cells: Mapping[str, dict], label: str, **more) -> dict:
@@ -66,6 +77,12 @@ def grid_section(title: str, text: str, names: Sequence[str], columns: Sequence[
               "low": low, "high": high}
     return {"title": title, **({"text": text} if text else {}), "columns": ["model", *columns], "figure": figure,
             "rows": [[name, *line] for name, line in zip(names, grid, strict=True)]}
+
+
+def fewest_to_most(counts: Iterable[int]) -> str:
+    """"8 to 10", or "10" if they are all the same."""
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 # -------------------------------------------------------------------------------------------- rows
@@ -125,23 +142,21 @@ def mean_rating(rows: Iterable[dict]) -> dict[str, float]:
 def majority(rows: Sequence[dict], name: str) -> list[dict]:
     """Games of several judges, such as people, as those of one, whichever side each of them saw.
 
-    A comparison with several judges becomes one game without an order: the verdict most of them gave, else a tie, and
-    their mean rating. Who gave none abstains; if all do, so does the majority.
+    A comparison becomes one game without an order: the verdict most of its judges gave, else a tie, and their mean
+    rating. Who gave none abstains; if all do, so does the majority. The games of a single judge stay as they are.
     """
+    if len({row["judge"] for row in rows}) < 2:
+        return [row | {"judge": name} for row in rows]
     votes: dict[tuple, list[dict]] = {}
-    for row in rows:
-        row = row if row["a"] < row["b"] else turned(row)
+    for row in merge_orders(rows)[0]:
         votes.setdefault(comparison(row)[1:], []).append(row)
     found = []
-    for of in votes.values():
-        if len({row["judge"] for row in of}) == 1:
-            found += [row | {"judge": name} for row in of]
-            continue
-        each = merge_orders(of)[0]
+    for each in votes.values():
         given = multimode(decided(r["preference"]) for r in each if r["preference"] is not None)
         p = None if not given else given[0] if len(given) == 1 else 0.5
+        why = next((r.get("why") for r in each if not abstained(r)), "abstained")
         found.append(each[0] | {"judge": name, "a_first": None, "preference": p, "rating": None,
-                                "why": "" if given else "abstained"} | mean_rating(each))
+                                "why": "" if given else why} | mean_rating(each))
     return found
 
 
@@ -182,6 +197,11 @@ def refused(rows: Sequence[dict], force: bool, key: str = "preference") -> str:
         said += f" Above {MOST_UNPARSED:.0%} no mean is given: read the failures in judgments.jsonl, or set force=true."
         return said
     return ""
+
+
+def reasons(refusals: Iterable[str], said: str) -> str:
+    """What `refused` says of several models, each once, without what was `said` of all."""
+    return " ".join(dict.fromkeys(why.removeprefix(said).strip() for why in refusals if why))
 
 
 def unequal_sets(rows: Iterable[dict]) -> str:
@@ -235,7 +255,7 @@ def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, force: bo
                 names, owner = np.unique(prompts, return_inverse=True)
                 drawn = ratings.resample(len(names), min(rounds, 200), 0)[:, owner]
                 fit = ratings.lc2(p, other, length, drawn, len(names))
-                line |= {"lc2": bounded(fit["lc2"], fit["low"], fit["high"]), "length": float(length.mean())}
+                line |= {"lc2": cell_of(fit, "lc2"), "length": float(length.mean())}
                 if difficulty:
                     line["lc"] = ratings.fit_lc(p, other, length, [difficulty[x] for x in prompts])["lc_win_rate"]
         lines.append(line)
@@ -247,12 +267,13 @@ def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: st
     """`rows` after merge_orders."""
     keys = ("wins", "draws", "losses", "n", "missing", "lc2", "length", *["lc"] * bool(difficulty))
     lines = win_rates(rows, baseline, force=force, difficulty=difficulty)
-    cells = {x["model"]: bounded(x["win_rate"], x["low"], x["high"]) for x in lines if not x["refused"]}
+    cells = {x["model"]: cell_of(x, "win_rate") for x in lines if not x["refused"]}
     table = [[x["model"], cells.get(x["model"]), *(x.get(key) for key in keys)] for x in lines]
-    text = f"{unequal_sets(rows)} {unparsed(rows)[2]} {orders} A draw is half a win; intervals resample prompts."
+    said = unparsed(rows)[2]
+    text = f"{unequal_sets(rows)} {said} {orders} A draw is half a win; intervals resample prompts."
     if any("lc2" in x for x in lines):
         text += " lc2 is the win rate at equal length from a fit of two terms, not AlpacaEval's LC."
-    text = f"{text} {' '.join(dict.fromkeys(x['refused'] for x in lines if x['refused']))}".strip()
+    text = f"{text} {reasons((x['refused'] for x in lines), said)}".strip()
     columns = ["model", "win rate, %", "wins", "draws", "losses", "n", "unread", "lc2, %", "characters"]
     if difficulty:
         columns.append("LC, %")
@@ -274,7 +295,7 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
     half = ratings.bootstrap_bradley_terry(games, rounds=rounds, prior=1, ends=True)
     point = ratings.bradley_terry(games, prior=1)["ratings"]
     found = ratings.rating_table(games.models, half, point, games.prompts)
-    table, elo = ({x["model"]: bounded(x["rating"], x["low"], x["high"]) for x in lines} for lines in (
+    table, elo = ({x["model"]: cell_of(x, "rating") for x in lines} for lines in (
         found, ratings.elo_table(games, rounds)))
     tied, clear = (games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any()
     davidson = ratings.bradley_terry(games, "davidson", prior=1)["ratings"] if tied and clear else {}
@@ -295,8 +316,7 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
         grid = [[_mean(against(met[frozenset((a, b))], a, b), "preference", force, 100) if a != b else None
                  for b in table] for a in table]
         met = Counter(frozenset((r["a"], r["b"])) for r in rows if r["preference"] is not None).values()
-        text = (f"Wins of the row's model against the column's in percent, ties half; {min(met)} to {max(met)} games a "
-                "pair.")
+        text = f"Wins of the row's model against the column's, percent, ties half; {fewest_to_most(met)} games a pair."
         sections.append(grid_section(f"{judge}: who beats whom", text, list(table), list(table), grid, "win rate, %"))
     return sections
 
@@ -322,10 +342,12 @@ def category_section(rows: Sequence[dict], baseline: str, judge: str, force: boo
         return None
     grid = [[_mean([r for r in against(rows, m, baseline) if category_of(r) == c], "preference", force, 100)
              for c in categories] for m in models]
-    prompts = Counter(category for _, category in {(r["prompt"], category_of(r)) for r in rows})
-    counts = ", ".join(f"{c or '-'} {prompts[c]}" for c in categories)
-    return grid_section(f"{judge}: wins against {baseline} by category", f"Percent; prompts: {counts}.", models,
-                        categories, grid, "win rate, %")
+    judged = [{(str(r["prompt"]), category_of(r)) for r in against(rows, m, baseline) if r["preference"] is not None}
+              for m in models]
+    each = [Counter(category for _, category in prompts) for prompts in judged]
+    counts = ", ".join(f"{c or '-'} {fewest_to_most([count[c] for count in each])}" for c in categories)
+    text = f"Percent; prompts of each model that have a verdict: {counts}."
+    return grid_section(f"{judge}: wins against {baseline} by category", text, models, categories, grid, "win rate, %")
 
 
 # ------------------------------------------------------------------------------------------ scores
@@ -345,19 +367,19 @@ def score_sections(rows: Sequence[dict], judge: str, force: bool = False) -> lis
         why[model] = refused(mine, force, "score")
         means: list = [None] * len(turns)
         if not why[model]:
-            score = preferences(mine, "score")
-            ends = ratings.mean_interval(score, [r["prompt"] for r in mine], low=min(1, *scale), high=max(10, *scale))
-            cells[model] = bounded(float(np.nanmean(score)), *ends)
+            cells[model] = mean_cell(preferences(mine, "score"), [r["prompt"] for r in mine], min(1, *scale),
+                                     max(10, *scale), 1)
             means = [_mean([r for r in mine if r.get("turn", 1) == t], "score", force) for t in turns]
         unread = sum(r["score"] is None for r in mine)
         lines.append([model, cells.get(model), *means, len(mine) - unread, unread,
                       sum(r["model"] == model for r in given) - len(mine)])
     lines.sort(key=lambda x: -(x[1]["value"] if x[1] else -math.inf))
-    text = (f"{unequal_sets(given)} {unparsed(rows, 'score')[2]} The mean is over the scores n of all turns that all "
-            "models answered; intervals resample prompts.")
+    said = unparsed(rows, "score")[2]
+    text = (f"{unequal_sets(given)} {said} The mean is over the scores n of all turns that all these models answered; "
+            "intervals resample prompts.")
     columns = ["model", "mean", *(f"turn {t}" for t in turns), "n", "unread", "left out"]
     sections = [{"title": f"{judge}: scores", "columns": columns,
-                 "rows": lines, "text": f"{text} {' '.join(dict.fromkeys(why.values()))}".strip()}]
+                 "rows": lines, "text": f"{text} {reasons(why.values(), said)}".strip()}]
     named = [line[0] for line in lines if line[1]]
     sections[0] |= {"figure": dots({m: cells[m] for m in named}, "mean score")} if named else {}
     parts = domain_section(rows, judge, named, categories, force) if named and len(categories) > 1 else None

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from runtime import cpu
-from runtime.cpu import without_onednn  # noqa: F401  for model.py, which imports kernels alone
+
+# For model.py, which imports kernels alone.
+from runtime.cpu import PackedLinear, can_pack, without_onednn  # noqa: F401
 from runtime.device import INTERPRETED, on_triton, tl, triton, use  # noqa: F401
 
 
@@ -21,6 +23,15 @@ def missing_rows(x: torch.Tensor) -> int:
 def jit(function):
     """A Triton kernel, or the bare function where Triton is not installed."""
     return triton.jit(function) if triton else function
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+    """Start a kernel on the GPU of its first argument: by itself Triton takes the thread's current one.
+
+    Products and the sums they go into are fused unless told otherwise; Triton 3.10 changes its default.
+    """
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **{"enable_fp_fusion": True} | options)
 
 
 def architecture(device: torch.device) -> int:

@@ -14,7 +14,7 @@ arXiv:2205.14135; Dao 2023, arXiv:2307.08691) never writes P: the forward keeps 
 and head, and the backward recomputes P = exp(s - L) tile by tile:
 
     forward   one program per tile of queries walks over their keys, rescaling the softmax as it goes     O, L
-    dQ        the same walk                                                                               dQ
+    dQ        the same walk, after computing delta                                                        dQ, delta
     dK, dV    one program per tile of keys walks over the queries that see them: those of its own         dK, dV
               segment, then those of each leaf that branches off after the tile; scores are transposed
 
@@ -23,12 +23,17 @@ order: no atomics, and the same bits every time. Operations: 4 E forward, 14 E b
 """
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels import architecture, jit, on_triton, tl, without_onednn
+from kernels import architecture, jit, launch, on_triton, tl, without_onednn
 from kernels.layout import Layout
 
 
@@ -69,6 +74,8 @@ def attention(
         raise ValueError(f"shapes {shapes} and {layout.tokens} tokens do not fit")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, expected at least 1")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale is {scale}, expected a positive number")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if on_triton(q):
         return _TileAttention.apply(q, k, v, layout, window, softcap, scale)
@@ -94,7 +101,8 @@ class Rows:
     slot: Tensor          # [n] the slots that are not padding
     token: Tensor         # [n] their token index
     real: Tensor          # [S, 1, 1, L, 1] False where a query is padding
-    blocks: list[tuple]   # (rows r, first query, last + 1, last key + 1, mask of unseen keys [r, 1, 1, queries, keys])
+    blocks: list[tuple]   # (rows r, first query, last + 1, last key + 1, first key that some query does not see,
+    #                       mask of unseen keys from there on [r, 1, 1, queries, keys])
 
     @staticmethod
     def build(layout: Layout, members: Tensor, heads: int, window: int | None) -> Rows:
@@ -115,9 +123,12 @@ class Rows:
             end = longest_prefix + b
             step = max(1, SCORES_AT_ONCE // (heads * (b - a) * end))
             for r in (slice(r, r + step) for r in range(0, count, step)):
-                distance = query_place[r, a:b, None] - key_place[r, None, :end]
+                # Without a window or padding in the prefix, all keys before the diagonal are seen.
+                whole = window is None and int(prefix[r].min()) == longest_prefix
+                masked = longest_prefix + a if whole else 0
+                distance = query_place[r, a:b, None] - key_place[r, None, masked:end]
                 unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
-                blocks.append((r, a, b, end, unseen[:, None, None]))
+                blocks.append((r, a, b, end, masked, unseen[:, None, None]))
         slot = real.flatten().nonzero()[:, 0]
         query, key = own.flatten(), torch.cat([trunk, own], 1).flatten()
         return Rows(query, key, slot, query[slot], real[:, None, None, :, None], blocks)
@@ -146,26 +157,28 @@ class _RowAttention(torch.autograd.Function):
             for rows in groups:
                 rq, rk, rv = _padded_qkv(q, k, v, rows)
                 ro = torch.empty_like(rq)
-                for r, a, b, end, unseen in rows.blocks:
+                for r, a, b, end, masked, unseen in rows.blocks:
                     # [r, K, G, b - a, end]
                     scores = _matmul(rq[r, :, :, a:b] * scale, rk[r, :, :end].transpose(-1, -2))
                     capped = None
                     if softcap is not None:
                         capped = torch.tanh(scores / softcap)
                         scores = capped * softcap
-                    p = torch.softmax(scores.masked_fill_(unseen, float("-inf")), -1)
+                    scores[..., masked:].masked_fill_(unseen, float("-inf"))
+                    p = torch.softmax(scores, -1)
                     ro[r, :, :, a:b] = _matmul(p, rv[r, :, :end])
                     if any(ctx.needs_input_grad):
-                        kept.append((p, capped))
+                        kept += [p] if capped is None else [p, capped]
                 _unpad(ro.flatten(1, 2), rows, out)
-        ctx.save_for_backward(q, k, v, out)
-        ctx.saved = groups, kept, scale
+        ctx.save_for_backward(q, k, v, out, *kept)  # not in ctx itself, where gradient checkpointing would not see them
+        ctx.options = groups, softcap, scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
-        q, k, v, out = ctx.saved_tensors
-        groups, kept, scale = ctx.saved
+        q, k, v, out, *kept = ctx.saved_tensors
+        groups, softcap, scale = ctx.options
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         delta = (dout * out).sum(-1, keepdim=True)                                   # [N, H, 1]
         blocks = iter(kept)
@@ -175,8 +188,8 @@ class _RowAttention(torch.autograd.Function):
                 rdo = _padded(dout, rows.query, rows, k.shape[1]) * rows.real
                 rdelta = _padded(delta, rows.query, rows, k.shape[1]) * rows.real        # [S, K, G, L, 1]
                 rdq, rdk, rdv = torch.empty_like(rq), torch.zeros_like(rk), torch.zeros_like(rv)
-                for r, a, b, end, _ in rows.blocks:
-                    p, capped = next(blocks)
+                for r, a, b, end, _, _ in rows.blocks:
+                    p, capped = next(blocks), None if softcap is None else next(blocks)
                     do = rdo[r, :, :, a:b]
                     ds = _matmul(do, rv[r, :, :end].transpose(-1, -2)).sub_(rdelta[r, :, :, a:b]).mul_(p)
                     if capped is not None:
@@ -218,78 +231,88 @@ def _matmul_t(a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------- the Triton version
 
 # (queries, keys, warps, stages) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256): the
-# largest tried whose registers Triton 3.9 does not spill (3.6 spills 22 in dK/dV of 128 with a softcap on sm_90). They
-# fit thanks to `disable_licm` (without it dK/dV of 64 x 128 spilled 110 times), and because the loads of keys are
-# written out in both `_attend` and `_dq_walk`: with one function for both, dQ spills.
+# largest tried whose registers Triton 3.9 does not spill. Triton lays all warps of the scores along the rows of their
+# tile, 16 rows each: with fewer rows (queries, for dK/dV keys) than that, warps compute the same products. They do only
+# in dK/dV of heads of 256, whose sums fit in no other way. The tiles fit thanks to `disable_licm` (without it dK/dV
+# of 64 x 128 spilled 110 times), and because the loads of keys are written out in both `_attend` and `_dq_walk`: with
+# one function for both, dQ spills.
 CONFIGS = {
     80: {64: ((128, 64, 8, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
-         128: ((128, 32, 8, 1), (64, 32, 8, 2), (32, 64, 8, 2)),
-         256: ((64, 32, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1))},
+         128: ((128, 32, 8, 1), (64, 64, 8, 2), (64, 64, 8, 1)),
+         256: ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1))},
     90: {64: ((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-         128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
-         256: ((64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 1))},
+         128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 1)),
+         256: ((128, 64, 8, 1), (128, 32, 8, 1), (32, 64, 8, 1))},
     100: {64: ((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 1)),
           128: ((128, 64, 8, 3), (64, 64, 8, 1), (64, 128, 8, 1)),
           256: ((128, 32, 8, 2), (64, 32, 8, 1), (64, 64, 8, 1))},
 }
-PROGRAMS = 264  # that keep an H100 or H200 busy: two per multiprocessor
+SOFTCAPPED = {(90, 128): ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 1))}  # where the softcap's slope would spill
+PROGRAMS = 264   # that keep an H100 or H200 busy: two per multiprocessor
+MOST_PARTS = 16  # of one tile of keys
 CONFIG_FP32 = ((16, 16, 8, 1),) * 3  # no matrix units: for tests, not for speed
 
 
 class _TileAttention(torch.autograd.Function):
-    """The Triton version of the header: four launches."""
+    """The Triton version of the header: three launches."""
 
     @staticmethod
     def forward(ctx, q, k, v, layout, window, softcap, scale):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        config = _config(q)
+        config = _config(q, softcap)
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)  # [N, H], L of the header
         queries, keys, warps, stages = config[0]
         table, tiles = tile_list(layout, queries, window)
-        _forward[q.shape[1], len(tiles)](
-            q, k, v, out, lse, table, tiles, scale,
-            **_shape(q, k, window, softcap), QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
+        launch(_forward, (q.shape[1], len(tiles)), q, k, v, out, lse, table, tiles, scale,
+               **_shape(q, k, window, softcap), QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
         ctx.save_for_backward(q, k, v, out, lse)
         lists = ()
         if any(ctx.needs_input_grad):  # made here: copying them to the device during the backward would stall it
-            lists = tile_list(layout, config[1][0], window), tile_list(layout, config[2][1], window, of_keys=True)
+            lists = tile_list(layout, config[1][0], window), key_tile_list(layout, config[2][1], window, k.shape[1])
         ctx.options = lists, window, softcap, scale, config
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        ((table, tiles), (_, key_tiles)), window, softcap, scale, config = ctx.options
+        ((table, tiles), (key_tiles, shared)), window, softcap, scale, config = ctx.options
         dout = dout.contiguous()
         shape = _shape(q, k, window, softcap)
         delta, dq = torch.empty_like(lse), torch.empty_like(q)
-        rows = lse.numel()
-        _delta[(rows + 15) // 16,](dout, out, delta, rows, E=shape["E"], WIDTH=shape["WIDTH"], ROWS=16, num_warps=4)
         queries, keys, warps, stages = config[1]
-        _dq[q.shape[1], len(tiles)](
-            q, k, v, dout, lse, delta, dq, table, tiles, scale,
-            **shape, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
+        launch(_dq, (q.shape[1], len(tiles)), q, k, v, out, dout, lse, delta, dq, table, tiles, scale,
+               **shape, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
         queries, keys, warps, stages = config[2]
         # Few KV heads would give too few programs: then the query heads of a group are split, and the parts added up.
         heads, group = k.shape[1], q.shape[1] // k.shape[1]
         parts = min(group, -(-PROGRAMS // (heads * len(key_tiles))))
         part_heads = -(-group // parts)
         parts = -(-group // part_heads)
-        dk, dv = torch.empty(2, parts, *k.shape, dtype=k.dtype if parts == 1 else torch.float32, device=k.device)
-        _dkdv[heads * parts, len(key_tiles)](
-            q, k, v, dout, lse, delta, dk, dv, table, key_tiles, scale, part_heads, k.numel(),
-            **shape, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
-        dk, dv = (x[0] if parts == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
+        direct, rows = parts == 1 and not shared, len(k) + sum(map(len, shared))
+        found = torch.empty(2, parts, rows, *k.shape[1:], dtype=k.dtype if direct else torch.float32, device=k.device)
+        launch(_dkdv, (heads * parts, len(key_tiles)), q, k, v, dout, lse, delta, *found, table, key_tiles, scale,
+               part_heads, found[0, 0].numel(),
+               **shape, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
+        found, row = found[:, 0] if direct else found.sum(1), len(k)
+        for tokens in shared:
+            found[:, tokens] += found[:, row : row + len(tokens)]
+            row += len(tokens)
+        dk, dv = found[:, : len(k)].to(k.dtype)
         return dq, dk, dv, None, None, None, None
 
 
-def _config(q: Tensor) -> tuple:
-    by_width = CONFIGS[architecture(q.device)]
-    fitting = [width for width in sorted(by_width) if width >= q.shape[-1]]
-    if not fitting:
-        raise ValueError(f"heads are {q.shape[-1]} wide, expected at most {max(by_width)}: use kernels=torch")
-    return CONFIG_FP32 if q.dtype == torch.float32 else by_width[fitting[0]]
+def _config(q: Tensor, softcap: float | None) -> tuple:
+    sm = architecture(q.device)
+    width = next((width for width in sorted(CONFIGS[sm]) if width >= q.shape[-1]), None)
+    if width is None:
+        raise ValueError(f"heads are {q.shape[-1]} wide, expected at most {max(CONFIGS[sm])}: use kernels=torch")
+    return CONFIG_FP32 if q.dtype == torch.float32 else tile_sizes(sm, width, softcap)
+
+
+def tile_sizes(sm: int, width: int, softcap: float | None) -> tuple:
+    return softcap and SOFTCAPPED.get((sm, width)) or CONFIGS[sm][width]
 
 
 def _shape(q: Tensor, k: Tensor, window: int | None, softcap: float | None) -> dict:
@@ -299,37 +322,69 @@ def _shape(q: Tensor, k: Tensor, window: int | None, softcap: float | None) -> d
     return heads | {"WINDOW": window or 0, "SOFTCAP": softcap or 0.0}
 
 
-def tile_list(layout: Layout, size: int, window: int | None, of_keys: bool = False) -> tuple[Tensor, Tensor]:
-    """The segments [S, 6] and the tiles of `size` tokens [T, 2] (segment, first token in it), int32, most work first.
-
-    A tile of queries reads the keys before it; a tile of keys the queries after it and those of the leaves.
-    """
-    if ("tiles", size, window, of_keys) not in layout.plans:
+def tile_list(layout: Layout, size: int, window: int | None) -> tuple[Tensor, Tensor]:
+    """The segments [S, 6] and the tiles of `size` queries [T, 2] (segment, first token), int32, most work first."""
+    if ("tiles", size, window) not in layout.plans:
         table = torch.stack([layout.start, layout.length, layout.trunk_start, layout.prefix,
                              layout.first_child, layout.last_child], 1)
-        below = [0] * len(layout.lengths)  # tokens of the leaves of each trunk
-        trunk = 0
-        for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True)):
-            if prefix:
-                below[trunk] += length
-            else:
-                trunk = s
-        tiles = []
-        for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True)):
-            for first in range(0, length, size):
-                work = length - first + below[s] if of_keys else prefix + first
-                tiles.append((-min(work, window or work), s, first))
+        tiles = [(-min(prefix + first, window or prefix + first), s, first)
+                 for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True))
+                 for first in range(0, length, size)]
         listed = torch.tensor([tile[1:] for tile in sorted(tiles)], dtype=torch.int32)
-        layout.plans["tiles", size, window, of_keys] = table.to(torch.int32).contiguous(), listed.to(table.device)
-    return layout.plans["tiles", size, window, of_keys]
+        layout.plans["tiles", size, window] = table.to(torch.int32).contiguous(), listed.to(table.device)
+    return layout.plans["tiles", size, window]
+
+
+def key_tile_list(layout: Layout, size: int, window: int | None, kv_heads: int) -> tuple[Tensor, list[Tensor]]:
+    """The tiles of `size` keys [T, 5] (segment, first token in it, readers a .. b - 1, row), int32, most work first.
+
+    Readers are the segment itself and its leaves. A tile with far more than a program's share of the work, as a short
+    trunk with many leaves has, is listed several times, with some of the readers each. The first writes to the tile's
+    own rows, the others to rows behind all tokens; the tokens of those are returned too, each once in a list.
+    """
+    key = "key tiles", size, window, kv_heads
+    if key not in layout.plans:
+        work = list(_readers(layout, size))
+        met = [min(sum(read), window or sum(read)) for *_, read in work]  # queries that each tile meets
+        share, tiles, shared = kv_heads * sum(met) / PROGRAMS, [], []
+        for (s, first, row, read), queries in zip(work, met, strict=True):
+            parts = min(math.ceil(queries / share), MOST_PARTS) if queries > 2 * share else 1
+            before = [0, *accumulate(read[:-1])]
+            begins = sorted({bisect_left(before, part * sum(read) / parts) for part in range(parts)} - {len(read)})
+            tokens = range(row, row + min(size, layout.lengths[s] - first))
+            for number, (a, b) in enumerate(pairwise([*begins, 2**30 - s])):  # the last goes on to the last leaf
+                if number > len(shared):
+                    shared.append([])
+                place = len(shared[number - 1]) if number else row
+                if number:
+                    shared[number - 1] += tokens
+                tiles.append((-queries // len(begins), s, first, s + a, s + b, number, place))
+        offsets = [0, *accumulate(map(len, shared), initial=layout.tokens)]
+        listed = [(*tile, offsets[number] + place) for _, *tile, number, place in sorted(tiles)]
+        device = layout.start.device
+        layout.plans[key] = (torch.tensor(listed, dtype=torch.int32).to(device),
+                             [torch.tensor(tokens).to(device) for tokens in shared])
+    return layout.plans[key]
+
+
+def _readers(layout: Layout, size: int) -> Iterator[tuple[int, int, int, list[int]]]:
+    """Segment, first token in it, its row, and how many queries each reader has, for every tile of keys."""
+    leaves, trunk, row = [[] for _ in layout.lengths], 0, 0
+    for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True)):
+        trunk = trunk if prefix else s
+        leaves[trunk] += [(length, prefix)] if prefix else []
+    for s, length in enumerate(layout.lengths):
+        for first in range(0, length, size):
+            yield s, first, row + first, [length - first, *(n if prefix > first else 0 for n, prefix in leaves[s])]
+        row += length
 
 
 @jit
-def _segment(table, tiles, tile):
+def _segment(table, tile):
     """start, length, trunk_start, prefix of the tile's segment, the tile's first token in it, the segment's number."""
-    number = tl.load(tiles + 2 * tile)
+    number = tl.load(tile)
     row = table + 6 * number
-    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(tiles + 2 * tile + 1), number
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(tile + 1), number
 
 
 @jit
@@ -349,16 +404,18 @@ def _write_rows(x, tokens, inside, head, rows, HEADS: tl.constexpr, E: tl.conste
 
 
 @jit
-def _scaled(scores, scale, SOFTCAP: tl.constexpr):
-    """Scores times log2 e, so that exp2 serves as exp, and the softcap's slope, 1 without one."""
+def _capped(scores, scale, SOFTCAP: tl.constexpr):
+    """Scores, a factor, and the softcap's slope, 1 without one.
+
+    The factor holds log2 e, so that exp2 serves as exp; it is applied there, in one operation with the subtraction.
+    """
+    factor = scale * 1.4426950408889634
     slope = 1.0
     if SOFTCAP > 0:
-        t = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale * (2.0 / SOFTCAP) * 1.4426950408889634)))  # tanh
-        slope = 1.0 - t * t
-        scores = t * (SOFTCAP * 1.4426950408889634)
-    else:
-        scores = scores * (scale * 1.4426950408889634)
-    return scores, slope
+        scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * (factor * (2.0 / SOFTCAP))))  # tanh
+        slope = 1.0 - scores * scores
+        factor = SOFTCAP * 1.4426950408889634
+    return scores, factor, slope
 
 
 @jit
@@ -371,15 +428,16 @@ def _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, en
         tokens = tl.where(key_places < prefix, trunk + key_places, start - prefix + key_places)
         inside = key_places < end
         tile_k = _rows(k, tokens, inside, head, K, E, WIDTH)
-        scores, _ = _scaled(tl.dot(queries, tl.trans(tile_k), input_precision="ieee"), scale, SOFTCAP)  # [Q, KEYS]
+        scores = tl.dot(queries, tl.trans(tile_k), input_precision="ieee")  # [Q, KEYS]
+        scores, factor, _ = _capped(scores, scale, SOFTCAP)
         if MASKED:
             distance = places[:, None] - key_places[None, :]
             seen = distance >= 0
             if WINDOW:
                 seen = seen & (distance < WINDOW)
             scores = tl.where(seen, scores, -1e30)
-        higher = tl.maximum(largest, tl.max(scores, 1))
-        p = tl.exp2(scores - higher[:, None])
+        higher = tl.maximum(largest, tl.max(scores, 1) * factor)
+        p = tl.exp2(scores * factor - higher[:, None])
         shrink = tl.exp2(largest - higher)
         total = total * shrink + tl.sum(p, 1)
         tile_v = _rows(v, tokens, inside, head, K, E, WIDTH)
@@ -393,7 +451,7 @@ def _forward(q, k, v, out, lse, table, tiles, scale, H: tl.constexpr, K: tl.cons
              WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr,
              KEYS: tl.constexpr):
     head = tl.program_id(0)
-    start, length, trunk, prefix, offset, _ = _segment(table, tiles, tl.program_id(1))
+    start, length, trunk, prefix, offset, _ = _segment(table, tiles + 2 * tl.program_id(1))
     rows = offset + tl.arange(0, QUERIES)
     places, inside = prefix + rows, rows < length
     queries = _rows(q, start + rows, inside, head, H, E, WIDTH)
@@ -401,8 +459,9 @@ def _forward(q, k, v, out, lse, table, tiles, scale, H: tl.constexpr, K: tl.cons
     largest, total = tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32)
     # Blocks of keys that every query sees need no mask; those on the diagonal do, and with a window all do.
     first, diagonal, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
-    acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end,
-                                  first, diagonal, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
+    if WINDOW == 0:
+        acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, first,
+                                      diagonal, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
     acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end,
                                   diagonal, end, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
     _write_rows(out, start + rows, inside, head, acc / total[:, None], H, E, WIDTH)
@@ -421,15 +480,6 @@ def _walk(prefix, offset, length, WINDOW: tl.constexpr, QUERIES: tl.constexpr, K
 
 
 @jit
-def _delta(dout, out, delta, count, E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """delta = rowsum(dO * O) of `count` rows."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < count
-    do, o = _rows(dout, rows, inside, 0, 1, E, WIDTH), _rows(out, rows, inside, 0, 1, E, WIDTH)
-    tl.store(delta + rows, tl.sum(do.to(tl.float32) * o.to(tl.float32), 1), mask=inside)
-
-
-@jit
 def _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, first, last, scale, head,
              K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
              KEYS: tl.constexpr, MASKED: tl.constexpr):
@@ -440,34 +490,39 @@ def _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, 
         inside = key_places < end
         tile_k = _rows(k, tokens, inside, head, K, E, WIDTH)
         tile_v = _rows(v, tokens, inside, head, K, E, WIDTH)
-        scores, slope = _scaled(tl.dot(queries, tl.trans(tile_k), input_precision="ieee"), scale, SOFTCAP)  # [Q, KEYS]
+        scores = tl.dot(queries, tl.trans(tile_k), input_precision="ieee")  # [Q, KEYS]
+        scores, factor, slope = _capped(scores, scale, SOFTCAP)
         if MASKED:
             distance = places[:, None] - key_places[None, :]
             seen = distance >= 0
             if WINDOW:
                 seen = seen & (distance < WINDOW)
             scores = tl.where(seen, scores, -1e30)
-        p = tl.exp2(scores - lse_rows[:, None])
+        p = tl.exp2(scores * factor - lse_rows[:, None])
         ds = p * (tl.dot(do, tl.trans(tile_v), input_precision="ieee") - delta_rows[:, None]) * slope
         dq = tl.dot(ds.to(tile_k.dtype), tile_k, dq, input_precision="ieee")
     return dq
 
 
 @jit
-def _dq(q, k, v, dout, lse, delta, dq_out, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+def _dq(q, k, v, out, dout, lse, delta, dq_out, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
         WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """dQ of a tile of queries, and its delta, which `_dkdv` reads."""
     head = tl.program_id(0)
-    start, length, trunk, prefix, offset, _ = _segment(table, tiles, tl.program_id(1))
+    start, length, trunk, prefix, offset, _ = _segment(table, tiles + 2 * tl.program_id(1))
     rows = offset + tl.arange(0, QUERIES)
     places, inside = prefix + rows, rows < length
-    queries = _rows(q, start + rows, inside, head, H, E, WIDTH)
-    do = _rows(dout, start + rows, inside, head, H, E, WIDTH)
     at = (start + rows).to(tl.int64) * H + head
-    lse_rows, delta_rows = tl.load(lse + at, mask=inside, other=0.0), tl.load(delta + at, mask=inside, other=0.0)
+    do, o = _rows(dout, start + rows, inside, head, H, E, WIDTH), _rows(out, start + rows, inside, head, H, E, WIDTH)
+    delta_rows = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + at, delta_rows, mask=inside)
+    queries = _rows(q, start + rows, inside, head, H, E, WIDTH)
+    lse_rows = tl.load(lse + at, mask=inside, other=0.0)
     dq = tl.zeros([QUERIES, WIDTH], tl.float32)
     first, diagonal, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
-    dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, first, diagonal,
-                  scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
+    if WINDOW == 0:
+        dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, first, diagonal,
+                      scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
     dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, diagonal, end,
                   scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
     _write_rows(dq_out, start + rows, inside, head, dq * scale, H, E, WIDTH)
@@ -480,40 +535,63 @@ def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, part_h
     """dK and dV of a tile of keys. Part p of the outputs, `size` numbers each, holds what query heads
     p * part_heads .. of every group contribute."""
     kv_head, part = tl.program_id(0) % K, tl.program_id(0) // K
-    start, length, _, prefix, offset, number = _segment(table, tiles, tl.program_id(1))
+    tile = tiles + 5 * tl.program_id(1)
+    start, length, _, prefix, offset, number = _segment(table, tile)
     rows = offset + tl.arange(0, KEYS)
     key_places, inside = prefix + rows, rows < length
     tile_k = _rows(k, start + rows, inside, kv_head, K, E, WIDTH)
     tile_v = _rows(v, start + rows, inside, kv_head, K, E, WIDTH)
     dk, dv = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
-    for reader in range(number, tl.load(table + 6 * number + 5)):  # the segment itself, then its leaves
+    for reader in range(tl.load(tile + 2), tl.minimum(tl.load(tile + 3), tl.load(table + 6 * number + 5))):
         at = table + 6 * reader
         reader_start, reader_length, branch = tl.load(at), tl.load(at + 1), tl.load(at + 3)
         # In its own segment the queries from the tile's first token on see it; in a leaf that branches later, all do.
         own = reader == number
         first, limit = tl.where(own, offset, 0), tl.where(own, prefix + length, branch)
         last = tl.where(own | (branch > offset), reader_length, 0)
+        # Where every query sees every key there is no mask: behind the tile, and in leaves that branch behind it.
+        clear = tl.where(own, offset + (KEYS + QUERIES - 1) // QUERIES * QUERIES,
+                         tl.where(branch >= offset + KEYS, 0, last))
         if WINDOW:
             last = tl.minimum(last, prefix + offset + KEYS - 1 + WINDOW - branch)
+            clear = last  # all do
         for head in range(kv_head * (H // K) + part * part_heads,
                           kv_head * (H // K) + tl.minimum(part * part_heads + part_heads, H // K)):
-            for i in tl.range(first, last, QUERIES, disable_licm=True):
-                query_rows = i + tl.arange(0, QUERIES)
-                real = query_rows < reader_length
-                queries = _rows(q, reader_start + query_rows, real, head, H, E, WIDTH)
-                do = _rows(dout, reader_start + query_rows, real, head, H, E, WIDTH)
-                where = (reader_start + query_rows).to(tl.int64) * H + head
-                lse_rows = tl.load(lse + where, mask=real, other=0.0)
-                delta_rows = tl.load(delta + where, mask=real, other=0.0)
-                scores = tl.dot(tile_k, tl.trans(queries), input_precision="ieee")  # [KEYS, QUERIES]
-                scores, slope = _scaled(scores, scale, SOFTCAP)
-                distance = (branch + query_rows)[None, :] - key_places[:, None]
-                seen = (distance >= 0) & (key_places < limit)[:, None]
-                if WINDOW:
-                    seen = seen & (distance < WINDOW)
-                p = tl.exp2(tl.where(seen, scores, -1e30) - lse_rows[None, :])
-                dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-                ds = p * (tl.dot(tile_v, tl.trans(do), input_precision="ieee") - delta_rows[None, :]) * slope
-                dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
-    _write_rows(dk_out + part.to(tl.int64) * size, start + rows, inside, kv_head, dk * scale, K, E, WIDTH)
-    _write_rows(dv_out + part.to(tl.int64) * size, start + rows, inside, kv_head, dv, K, E, WIDTH)
+            dk, dv = _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, reader_start, reader_length,
+                                branch, limit, first, tl.minimum(clear, last), scale, head, H, E, WIDTH, WINDOW,
+                                SOFTCAP, QUERIES, True)
+            if WINDOW == 0:
+                dk, dv = _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, reader_start,
+                                    reader_length, branch, limit, tl.maximum(first, clear), last, scale, head, H, E,
+                                    WIDTH, WINDOW, SOFTCAP, QUERIES, False)
+    row = tl.load(tile + 4) + tl.arange(0, KEYS)
+    _write_rows(dk_out + part.to(tl.int64) * size, row, inside, kv_head, dk * scale, K, E, WIDTH)
+    _write_rows(dv_out + part.to(tl.int64) * size, row, inside, kv_head, dv, K, E, WIDTH)
+
+
+@jit
+def _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, start, length, branch, limit, first, last,
+               scale, head, H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
+               SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr):
+    """dK += dS^T q and dV += P^T dO over the queries first .. last - 1 of a reader."""
+    for i in tl.range(first, last, QUERIES, disable_licm=True):
+        rows = i + tl.arange(0, QUERIES)
+        real = rows < length
+        queries = _rows(q, start + rows, real, head, H, E, WIDTH)
+        do = _rows(dout, start + rows, real, head, H, E, WIDTH)
+        at = (start + rows).to(tl.int64) * H + head
+        lse_rows = tl.load(lse + at, mask=real, other=0.0)
+        delta_rows = tl.load(delta + at, mask=real, other=0.0)
+        scores = tl.dot(tile_k, tl.trans(queries), input_precision="ieee")  # [KEYS, QUERIES]
+        scores, factor, slope = _capped(scores, scale, SOFTCAP)
+        if MASKED:
+            distance = (branch + rows)[None, :] - key_places[:, None]
+            seen = (distance >= 0) & (key_places < limit)[:, None]
+            if WINDOW:
+                seen = seen & (distance < WINDOW)
+            scores = tl.where(seen, scores, -1e30)
+        p = tl.exp2(scores * factor - lse_rows[None, :])
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        ds = p * (tl.dot(tile_v, tl.trans(do), input_precision="ieee") - delta_rows[None, :]) * slope
+        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
+    return dk, dv

@@ -2,8 +2,8 @@
 
 Every key and value is read once and used for the G = H / K query heads that share it: 2 G operations per byte in
 bf16, so memory bandwidth is the limit. A small batch has too few (sequence, head) pairs to fill a GPU with programs;
-the Triton version therefore cuts each cache into parts (Dao et al. 2023, "Flash-Decoding"), one program each, and
-merges their results in a fixed order. For the keys of part c, in base 2:
+the Triton version therefore cuts what each query sees into parts (Dao et al. 2023, "Flash-Decoding"), one program
+each, and merges their results in a fixed order. For the keys of part c, in base 2:
 
     m_c = max s      l_c = sum 2^(s - m_c)      o_c = sum 2^(s - m_c) v
     out = sum_c 2^(m_c - m) o_c / sum_c 2^(m_c - m) l_c,   m = max m_c
@@ -11,21 +11,28 @@ merges their results in a fixed order. For the keys of part c, in base 2:
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import jit, on_triton, tl, without_onednn
+from kernels import jit, launch, on_triton, tl, without_onednn
 
 
 def decode_reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int | None = None) -> Tensor:
-    """The definition of `decode_attention` and its PyTorch version."""
+    """The definition of `decode_attention`."""
     grouped = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5    # [B, K, G, E]
     scores = torch.matmul(grouped, k.transpose(-1, -2))                 # [B, K, G, S]
-    place = torch.arange(k.shape[2], device=q.device)
-    unseen = place >= seen[:, None]                                     # [B, S]
+    scores += decode_mask(seen, k.shape[2], window, q.dtype)
+    return torch.matmul(torch.softmax(scores, -1), v).flatten(1, 2)
+
+
+def decode_mask(seen: Tensor, size: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[B, 1, 1, S]: 0 for a cached token that counts, -inf for another."""
+    place = torch.arange(size, device=seen.device)
+    unseen = place >= seen[:, None]
     if window is not None:
         unseen |= place < seen[:, None] - window
-    scores.masked_fill_(unseen[:, None, None], float("-inf"))
-    return torch.matmul(torch.softmax(scores, -1), v).flatten(1, 2)
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(unseen, float("-inf"))[:, None, None]
 
 
 def decode_attention(
@@ -34,12 +41,16 @@ def decode_attention(
     v: Tensor,       # [B, K, S, E]
     seen: Tensor,    # [B] cached tokens that count: the first seen[b] of row b
     window: int | None = None,  # tokens a query sees, itself included; None: all
+    mask: Tensor | None = None,  # of `decode_mask`, where layers share one; PyTorch's version alone reads it
 ) -> Tensor:
     """Attention of one new token per sequence to its cache, [B, H, E]. No gradient."""
     if on_triton(q):
         return _decode_in_parts(q, k, v, seen, window)
+    if mask is None:
+        mask = decode_mask(seen, k.shape[2], window, q.dtype)
+    grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, G, E]: the heads of a group as queries of one sequence
     with without_onednn(q.device):
-        return decode_reference(q, k, v, seen, window)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
 
 
 # ---------------------------------------------------------------------------------- the Triton version
@@ -56,31 +67,38 @@ def _decode_in_parts(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int 
     batch, heads, width = q.shape
     kv_heads, room = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    # From the cache's size, not from `seen`: reading that back would sync the GPU.
+    # How many from the cache's size, for reading `seen` back would sync the GPU; a program finds its part from `seen`.
     parts = max(1, min(-(-room // PART), -(-PROGRAMS // (batch * kv_heads)), MOST_PARTS))
-    partial = torch.empty(batch, heads, parts, width + 2, dtype=torch.float32, device=q.device)  # o, m, l
+    parts = 1 << (parts - 1).bit_length()
     out = torch.empty_like(q)
+    partial = out if parts == 1 else torch.empty(batch, heads, parts, width + 2, dtype=torch.float32, device=q.device)
     padded_width = max(16, 1 << (width - 1).bit_length())
-    _part[batch * kv_heads, parts](
-        q.contiguous(), k, v, seen, partial, width**-0.5, *k.stride()[:3], *v.stride()[:3], parts, -(-room // parts),
-        K=kv_heads, G=group, GROUP=max(16, 1 << (group - 1).bit_length()), E=width, WIDTH=padded_width,
-        WINDOW=window or 0, KEYS=KEYS, num_warps=WARPS, num_stages=STAGES[q.element_size()])
-    _merge[batch * heads,](
-        partial, out, parts, E=width, WIDTH=padded_width, PARTS=max(1, 1 << (parts - 1).bit_length()), num_warps=4)
+    launch(_part, (batch * kv_heads, parts), q.contiguous(), k, v, seen, partial, width**-0.5, *k.stride()[:3],
+           *v.stride()[:3], K=kv_heads, G=group, GROUP=max(16, 1 << (group - 1).bit_length()), E=width,
+           WIDTH=padded_width, WINDOW=window or 0, PARTS=parts, PART=PART, KEYS=KEYS, num_warps=WARPS,
+           num_stages=STAGES[q.element_size()])
+    if parts > 1:
+        launch(_merge, (batch * heads,), partial, out, E=width, WIDTH=padded_width, PARTS=parts, num_warps=4)
     return out
 
 
 @jit
-def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head, v_row, parts, size,
+def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head, v_row,
           K: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr,
-          WINDOW: tl.constexpr, KEYS: tl.constexpr):
-    """o, m and l of the keys part * size .. of one sequence and KV head, for its G query heads; rows beyond G idle."""
+          WINDOW: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr):
+    """o, m and l of one part of what one sequence sees, for the G query heads of one KV head; rows beyond G idle.
+
+    A part has at least PART keys; of a short sequence the last ones are empty. An only part gives the result itself.
+    """
     row, part = tl.program_id(0), tl.program_id(1)
     sequence, kv_head = row // K, row % K
     count = tl.load(seen + sequence).to(tl.int32)
-    first, last = part * size, tl.minimum(part * size + size, count)
+    start = 0
     if WINDOW:
-        first = tl.maximum(first, count - WINDOW)
+        start = tl.maximum(count - WINDOW, 0)
+    size = tl.maximum((count - start + PARTS * KEYS - 1) // (PARTS * KEYS) * KEYS, PART)
+    first = start + part * size
+    last = tl.minimum(first + size, count)
     group, columns = tl.arange(0, GROUP), tl.arange(0, WIDTH)
     heads = sequence.to(tl.int64) * (K * G) + kv_head * G + group
     real = (group < G)[:, None] & (columns < E)[None, :]
@@ -102,22 +120,24 @@ def _part(q, k, v, seen, partial, scale, k_batch, k_head, k_row, v_batch, v_head
         tile_v = tl.load(v + keys[:, None].to(tl.int64) * v_row + columns[None, :], mask=inside, other=0.0)
         acc = tl.dot(p.to(tile_v.dtype), tile_v, acc * shrink[:, None], input_precision="ieee")
         largest = higher
-    to = partial + (heads * parts + part) * (E + 2)
-    tl.store(to[:, None] + columns[None, :], acc, mask=real)
-    tl.store(to + E, largest, mask=group < G)
-    tl.store(to + E + 1, total, mask=group < G)
+    if PARTS == 1:
+        found = (acc / total[:, None]).to(partial.dtype.element_ty)
+        tl.store(partial + heads[:, None] * E + columns[None, :], found, mask=real)
+    else:
+        to = partial + (heads * PARTS + part) * (E + 2)
+        tl.store(to[:, None] + columns[None, :], acc, mask=real)
+        tl.store(to + E, largest, mask=group < G)
+        tl.store(to + E + 1, total, mask=group < G)
 
 
 @jit
-def _merge(partial, out, parts, E: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+def _merge(partial, out, E: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """The parts of one sequence and head, summed with the weights of the header."""
     row = tl.program_id(0).to(tl.int64)
     part, columns = tl.arange(0, PARTS), tl.arange(0, WIDTH)
-    start = partial + (row * parts + part) * (E + 2)
-    largest = tl.load(start + E, mask=part < parts, other=-1e30)
-    total = tl.load(start + E + 1, mask=part < parts, other=0.0)
-    real = (part < parts)[:, None] & (columns < E)[None, :]
-    acc = tl.load(start[:, None] + columns[None, :], mask=real, other=0.0)
+    start = partial + (row * PARTS + part) * (E + 2)
+    largest, total = tl.load(start + E), tl.load(start + E + 1)
+    acc = tl.load(start[:, None] + columns[None, :], mask=(columns < E)[None, :], other=0.0)
     weight = tl.exp2(largest - tl.max(largest, 0))
     merged = tl.sum(acc * weight[:, None], 0) / tl.sum(total * weight, 0)
     tl.store(out + row * E + columns, merged.to(out.dtype.element_ty), mask=columns < E)

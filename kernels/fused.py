@@ -20,8 +20,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels import architecture, jit, on_triton, tl, triton
+from kernels import architecture, jit, launch, on_triton, tl, triton
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -78,6 +79,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * r).mul_(weight.to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         x, weight, r = ctx.saved_tensors
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -96,6 +98,7 @@ class _Rotary(torch.autograd.Function):
         return (x * cos).addcmul_(_swapped(x), sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         cos, sin = ctx.saved_tensors
         return (g * cos).addcmul_(_swapped(g), sin, value=-1), None, None
@@ -132,13 +135,14 @@ class _TileRMSNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         width, count = x.shape[-1], x.numel() // x.shape[-1]
         rows, columns, warps = _tile(x, width)
-        _norm_kernel[triton.cdiv(count, rows),](
-            x, weight, y, count, width, eps, ROWS=rows, COLUMNS=columns, num_warps=warps)
+        launch(_norm_kernel, (triton.cdiv(count, rows),), x, weight, y, count, width, eps,
+               ROWS=rows, COLUMNS=columns, num_warps=warps)
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
         g, dx = g.contiguous(), torch.empty_like(x)
@@ -146,8 +150,8 @@ class _TileRMSNorm(torch.autograd.Function):
         rows, columns, warps = _tile(x, width)
         programs = min(CONFIGS[architecture(x.device)]["programs"], triton.cdiv(count, rows))
         parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)  # of dw
-        _norm_backward_kernel[programs,](
-            x, weight, g, dx, parts, count, width, ctx.eps, ROWS=rows, COLUMNS=columns, num_warps=warps)
+        launch(_norm_backward_kernel, (programs,), x, weight, g, dx, parts, count, width, ctx.eps,
+               ROWS=rows, COLUMNS=columns, num_warps=warps)
         return dx, parts.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 
 
@@ -190,6 +194,7 @@ class _TileRotary(torch.autograd.Function):
         return _rotated(x.contiguous(), cos, sin, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         return _rotated(g.contiguous(), *ctx.saved_tensors, True), None, None
 
@@ -199,8 +204,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     y = torch.empty_like(x)
     count = x.numel() // width
     rows, columns, warps = _tile(x, width)
-    _rotary_kernel[triton.cdiv(count, rows),](
-        x, cos, sin, y, count, heads, WIDTH=width, BACK=back, ROWS=rows, COLUMNS=columns // 2, num_warps=warps)
+    launch(_rotary_kernel, (triton.cdiv(count, rows),), x, cos, sin, y, count, heads,
+           WIDTH=width, BACK=back, ROWS=rows, COLUMNS=columns // 2, num_warps=warps)
     return y
 
 
@@ -230,16 +235,17 @@ class _TileSwiGLU(torch.autograd.Function):
         y = torch.empty_like(gate)
         ctx.save_for_backward(gate, up)
         size, _, warps = _tile(gate, 1)
-        _swiglu_kernel[triton.cdiv(y.numel(), size),](gate, up, y, y.numel(), SIZE=size, num_warps=warps)
+        launch(_swiglu_kernel, (triton.cdiv(y.numel(), size),), gate, up, y, y.numel(), SIZE=size, num_warps=warps)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
         size, _, warps = _tile(gate, 1)
-        _swiglu_backward_kernel[triton.cdiv(gate.numel(), size),](
-            gate, up, g.contiguous(), dgate, dup, gate.numel(), SIZE=size, num_warps=warps)
+        launch(_swiglu_backward_kernel, (triton.cdiv(gate.numel(), size),), gate, up, g.contiguous(), dgate, dup,
+               gate.numel(), SIZE=size, num_warps=warps)
         return dgate, dup
 
 

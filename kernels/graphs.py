@@ -16,7 +16,6 @@ class DecodeGraphs:
 
     def __init__(self, step: Callable, cache, slots: int):
         self.step, self.cache, self.slots = step, cache, slots
-        self.room = cache.data.shape[-2]
         self.graphs: dict[int, tuple] = {}
         self.memory = self.stream = None  # what all graphs share
 
@@ -39,9 +38,9 @@ class DecodeGraphs:
             self.memory, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.step(tokens, positions, self.room)
+            self.step(tokens, positions, self.cache.room)
         torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
-            logits = self.step(tokens, positions, self.room)
+            logits = self.step(tokens, positions, self.cache.room)
         return graph, tokens, positions, logits

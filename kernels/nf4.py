@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import architecture, jit, on_triton, tl, triton
+from kernels import architecture, jit, launch, on_triton, tl, triton
 
 
 class NF4(NamedTuple):
@@ -160,9 +160,8 @@ def _quantize_in_tiles(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
     codes = torch.empty(blocks * block // 2, dtype=torch.uint8, device=flat.device)
     scales = torch.empty(blocks, dtype=torch.float32, device=flat.device)
     group = max(1, size // block)
-    _quantize_kernel[triton.cdiv(blocks, group),](
-        flat, tables(flat.device)[1], codes, scales, count, blocks,
-        TINY=TINY, BLOCK=block, BLOCKS=group, num_warps=warps)
+    launch(_quantize_kernel, (triton.cdiv(blocks, group),), flat, tables(flat.device)[1], codes, scales, count, blocks,
+           TINY=TINY, BLOCK=block, BLOCKS=group, num_warps=warps)
     return codes, scales
 
 
@@ -206,9 +205,8 @@ def _dequantize_in_tiles(state: NF4, dtype: torch.dtype) -> Tensor:
     size, warps = CONFIGS[architecture(state.codes.device)]["dequantize"]
     out = torch.empty(state.shape, dtype=dtype, device=state.codes.device)
     blocks, group = len(state.scales), max(1, size // state.block)
-    _dequantize_kernel[triton.cdiv(blocks, group),](
-        state.codes, *_scale_arguments(state), out, out.numel(), blocks, BLOCK=state.block, BLOCKS=group,
-        num_warps=warps, enable_fp_fusion=False)
+    launch(_dequantize_kernel, (triton.cdiv(blocks, group),), state.codes, *_scale_arguments(state), out, out.numel(),
+           blocks, BLOCK=state.block, BLOCKS=group, num_warps=warps, enable_fp_fusion=False)
     return out
 
 
@@ -244,11 +242,10 @@ def _linear_in_tiles(x: Tensor, state: NF4) -> Tensor:
     parts = triton.cdiv(inputs, part_inputs)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     partial = out if parts == 1 else torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device)
-    _linear_kernel[*tiles, parts](
-        x, state.codes, *_scale_arguments(state), partial, rows, outputs, inputs, part_inputs,
-        M=m, N=n, K=k, BLOCK=state.block, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    launch(_linear_kernel, (*tiles, parts), x, state.codes, *_scale_arguments(state), partial, rows, outputs, inputs,
+           part_inputs, M=m, N=n, K=k, BLOCK=state.block, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
     if parts > 1:
-        _sum_kernel[triton.cdiv(out.numel(), SUM),](partial, out, out.numel(), parts, SIZE=SUM, num_warps=4)
+        launch(_sum_kernel, (triton.cdiv(out.numel(), SUM),), partial, out, out.numel(), parts, SIZE=SUM, num_warps=4)
     return out
 
 

@@ -16,10 +16,7 @@ It is called once a step, by one process. Its file belongs to the run as data do
 not resumed (what it imports is not looked at). Its scores are used as they are; only a reply without end is treated
 as `missing_eos` says.
 """
-from __future__ import annotations
-
 import importlib.util
-import json
 import math
 import re
 import sys
@@ -27,13 +24,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data.files import values
 from data.formats import Report, read
-from data.store import Trees, load_prompts, load_trees
+from data.store import Trees, load_prompts
 from data.tokenizer import Tokenizer
 from data.trees import Tree, tree_from_replies
 from runtime import distributed, fail
@@ -106,25 +102,15 @@ def load_prompts_and_records(
     functions: list[Function], path: str, tokenizer: Tokenizer, room: int, *, cache: str = "",
     columns: dict | None = None,
 ) -> tuple[Trees, dict[int, dict]]:
-    """As load_prompts of data/store.py; with functions also the prompts' records by number (Tree.record), both tried.
-
-    Then equal prompts are one only where their records are equal too: another column may ask for another score.
-    """
+    """As load_prompts of data/store.py; with functions, which are tried, also the prompts' records by Tree.record."""
     if not functions:
         return load_prompts(path, tokenizer, room, cache=cache, columns=columns), {}
-    trees = load_trees(path, tokenizer, cache=cache, columns=columns, prompts=True)
-    if trees.segments["length"].max() > room:
-        load_prompts(path, tokenizer, room, cache=cache, columns=columns)  # which says which is too long
     records = list(read(path, columns=columns)[0])
     rows = [value for _, value in values(path, Report(path))]
     if len(rows) == len(records):  # else a row gives several records, of which each has what its reader kept
         records = [(row if isinstance(row, dict) else {}) | record for row, record in zip(rows, records, strict=True)]
-    numbers, distinct = trees.rows["record"].tolist(), {}
-    for i, (start, length, _) in enumerate(trees.segments.tolist()):
-        prompt = trees.tokens[start : start + length].tobytes()
-        distinct.setdefault((prompt, json.dumps(records[numbers[i]], sort_keys=True, default=str)), i)
-    kept = list(distinct.values())
-    prompts, of_prompts = trees.take(np.array(kept)), {numbers[i]: records[numbers[i]] for i in kept}
+    prompts = load_prompts(path, tokenizer, room, cache=cache, columns=columns, records=records)
+    of_prompts = {number: records[number] for number in prompts.rows["record"].tolist()}
     try_functions(functions, prompts, of_prompts, tokenizer)
     return prompts, of_prompts
 

@@ -4,8 +4,6 @@
 
 The right number is the record's "final", as the reader of GSM8K finds it; without one it is that of "answer".
 """
-from __future__ import annotations
-
 import re
 from decimal import Decimal
 

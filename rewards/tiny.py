@@ -11,8 +11,6 @@
 Preferences (data/tiny/pairs.py) do not say what a task was about; the command gives their prompts the columns "item",
 which the grader reads, and "required".
 """
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import dataclass

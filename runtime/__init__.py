@@ -5,19 +5,23 @@
     optimizer.py    AdamW's groups, the learning rate            log.py         metrics, live line, wandb, profile
     distributed.py  several processes as one run                 files.py       writing that a kill cannot hurt
     cpu.py          what is done for CPUs, and why               memory.py      bytes of a run, before it starts
+    terminal.py     closed pipes, other encodings, Ctrl-C        json_files.py  JSON that somebody else has written
 """
 from runtime.checkpoint import load_state, save_state
-from runtime.config import Settings, arguments, check_range, check_ranges, config_toml, fail, load_config
+from runtime.config import (
+    DataSettings,
+    Settings,
+    arguments,
+    check_range,
+    check_ranges,
+    config_toml,
+    fail,
+    load_config,
+    shown,
+)
 from runtime.cpu import AdamW
 from runtime.device import compute_dtype, find_device, setup
-from runtime.files import file_hash, lock_file, open_folder, read_cache, write_cache, write_text, writing
+from runtime.files import file_hash, lock_file, open_folder, read_cache, replacing, write_cache, write_text, writing
 from runtime.log import Log, Sums
 from runtime.optimizer import adamw, check_finite, learning_rate, set_learning_rate
 from runtime.run import Run, StopRequest, open_run
-
-__all__ = [
-    "AdamW", "Log", "Run", "Settings", "StopRequest", "Sums", "adamw", "arguments", "check_finite", "check_range",
-    "check_ranges", "compute_dtype", "config_toml", "fail", "file_hash", "find_device", "learning_rate", "load_config",
-    "load_state", "lock_file", "open_folder", "open_run", "read_cache", "save_state", "set_learning_rate", "setup",
-    "write_cache", "write_text", "writing",
-]

@@ -1,6 +1,4 @@
 """What resuming needs: run/state/step_N, safetensors of everything the next step depends on."""
-from __future__ import annotations
-
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,12 +1,11 @@
 """Settings: dataclass defaults, then a TOML file, then key=value; and the one line that says what a user got wrong."""
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import tomllib
@@ -16,12 +15,24 @@ from math import inf
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from runtime import terminal
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # characters by which a text could move a terminal's cursor, and more
+
 
 def fail(message: str) -> NoReturn:
     """One line on stderr and exit code 2: for what the user wrote. A bug of ours raises and shows its traceback."""
-    print(message, file=sys.stderr)
+    print(CONTROL.sub(" ", message), file=sys.stderr)
     raise SystemExit(2)
 
+
+def shown(value) -> str:
+    """A value as it stands in a message: at most 80 characters of it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; a list within a list within a list ...
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Settings:
     wandb: Literal["off", "offline", "online"] = "off"
     profile: bool = False            # trace a few steps into the run's folder, and print where their time went
     overwrite: bool = False          # start anew in a folder that holds another run
+    accept_change: str = ""          # what may have changed since the run began: data, model, reward (a function), code
     dry_run: bool = False            # check settings, model and data; print parameters, memory and steps
 
     def __post_init__(self):
@@ -74,6 +86,37 @@ class Settings:
         )
         if self.quantize != "none" and not self.lora_rank:
             fail(f"quantize is '{self.quantize}', which cannot be trained: set lora_rank, e.g. lora_rank=16")
+        check_wandb(self.wandb)
+
+
+def check_wandb(mode: str) -> None:
+    """Leave with one line if wandb would not do as the setting says, before anything loads."""
+    other = os.environ.get("WANDB_MODE", mode)
+    if mode != "off" and other != mode:
+        fail(f"wandb is '{mode}', but the environment says WANDB_MODE={other}: unset that, or set wandb=off")
+    files = [Path(file).expanduser() for file in (os.environ.get("NETRC", "~/.netrc"), "~/_netrc")]
+    known = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"))
+    if mode == "online" and not known and not any(
+            "wandb" in file.read_text(errors="replace") for file in files if file.is_file()):
+        fail("wandb is 'online', but there is no key: run `wandb login`, set WANDB_API_KEY, or use wandb=offline")
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """Settings of the scripts that learn from a data file."""
+
+    eval_data: str = ""              # JSONL of the same kind as data, held out; "" for none
+    template: str = ""               # chat template; "": the checkpoint's own, or zephyr
+    epochs: int = 1                  # passes over the data, 1-6
+    max_steps: int = 0               # stop after this many updates; 0: epochs decide
+    batch: int = 64                  # dialogues per update
+    max_length: int = 512            # tokens of a path, prompt and response, 128-4096; longer ones are cut and counted
+    eval_every: int = 0              # steps between evaluations; 0: at the end only
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(self, epochs=(1, inf), max_steps=(0, inf), batch=(1, inf), max_length=(2, inf),
+                     eval_every=(0, inf))
 
 
 # Keys of earlier versions, which config files and run folders may still hold.
@@ -105,6 +148,7 @@ def shipped(text: str) -> str:
 
 def load_config(cls: type, doc: str, argv: list[str] | None = None):
     """An instance of the frozen dataclass `cls`: its defaults, then `--config FILE` (TOML), then `key=value`."""
+    terminal.prepare()
     rest = list(sys.argv[1:] if argv is None else argv)
     check_system()
     if "--help" in rest or "-h" in rest:
@@ -151,10 +195,10 @@ def print_help(cls: type, doc: str) -> NoReturn:
 
 def read_toml(file: str) -> dict:
     try:
-        return tomllib.loads(Path(shipped(file)).read_text())
+        return tomllib.loads(Path(shipped(file)).read_text("utf-8"))
     except OSError as error:
         fail(f"{file}: cannot be read ({error.strerror}): check the path after --config")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         fail(f"{file}: is not TOML ({error}): numbers are written 0.1, words in quotes, switches true or false")
 
 
@@ -164,7 +208,7 @@ def _parse(types: dict, key: str, text: str):
         return text.strip("\"'")  # a folder named 2024-01-01 is not a date
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -175,27 +219,39 @@ def _checked(types: dict, key: str, value, place: str):
             fail(f"{place}: '{key}' is called '{RENAMED[key]}' now: write {RENAMED[key]}=")
         near = difflib.get_close_matches(key, types, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(types)}"
-        fail(f"{place}: unknown key '{key}', {hint}")
+        fail(f"{place}: unknown key {shown(key)}, {hint}")
     wanted = types[key]
     if typing.get_origin(wanted) is typing.Literal:
         if value not in typing.get_args(wanted):
             choices = " or ".join(repr(x) for x in typing.get_args(wanted))
-            fail(f"{place}: {key} is {value!r}, expected {choices}")
+            fail(f"{place}: {key} is {shown(value)}, expected {choices}")
         return value
     if typing.get_origin(wanted) is dict:
         if not isinstance(value, dict) or not all(key and text and type(text) is str for key, text in value.items()):
-            fail(f"{place}: {key} is {value!r}, expected names such as {key}.prompt=\"question\"")
+            fail(f"{place}: {key} is {shown(value)}, expected names such as {key}.prompt=\"question\"")
         return value
-    if wanted is float and type(value) is int:
-        return float(value)
-    inner = typing.get_args(wanted)
-    right = isinstance(value, list) and all(type(x) is inner[0] for x in value) if inner else type(value) is wanted
-    if not right or (wanted is float and not math.isfinite(value)):
-        shown = {int: ("a whole number", "8"), float: ("a number", "0.1"), bool: ("a switch", "true or false"),
-                 str: ("text", "runs/one"), list[int]: ("a list", "[0, 1]")}
-        kind, example = shown.get(wanted, ("a list", '["one", "two"]'))
-        fail(f"{place}: {key} is {value!r}, expected {kind} such as {example}")
-    return value
+    kind, several = (typing.get_args(wanted) or (wanted,))[0], typing.get_origin(wanted) is list
+    values = value if several and isinstance(value, list) else [value]
+    if kind is float:
+        values = [float(x) if type(x) is int and abs(x) < LARGEST else x for x in values]
+    if isinstance(value, list) != several or not all(_fits(x, kind) for x in values):
+        kinds = {int: ("a whole number", "8"), float: ("a number", "0.1"), bool: ("a switch", "true or false"),
+                 str: ("text", "runs/one"), list[int]: ("a list", "[0, 1]"), list[float]: ("a list", "[0.5, 1]")}
+        expected, example = kinds.get(wanted, ("a list", '["one", "two"]'))
+        fail(f"{place}: {key} is {shown(value)}, expected {expected} such as {example}")
+    return values if several else values[0]
+
+
+LARGEST = 2**63
+
+
+def _fits(value, kind: type) -> bool:
+    """Whether it is of that type; a number also finite and not of more than 64 bits, a text without NUL."""
+    if type(value) is not kind:
+        return False
+    if kind is int:
+        return abs(value) < LARGEST
+    return math.isfinite(value) if kind is float else kind is not str or "\0" not in value
 
 
 def check_range(key: str, value: float, low: float, high: float) -> None:
@@ -213,6 +269,7 @@ def check_ranges(config, **ranges: tuple[float, float]) -> None:
 
 def arguments(parser: argparse.ArgumentParser, argv: typing.Sequence[str] | None = None) -> argparse.Namespace:
     """The words of a command; what is wrong with them is one line, without the usage."""
+    terminal.prepare()
     parser.error = lambda message: fail(f"{parser.prog}: {message}: --help shows what it takes")
     words = parser.parse_args(argv)
     for key, value in vars(words).items():

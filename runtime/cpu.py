@@ -1,6 +1,4 @@
 """What is done for CPUs, and why. PyTorch's own way in place of each would change rounding, time and memory alone."""
-from __future__ import annotations
-
 import ctypes
 import os
 from collections import defaultdict
@@ -65,6 +63,33 @@ def missing_rows(x: torch.Tensor) -> int:
     number of rows was drawn from 600 to 1,100, a thousand times: 6.4 s and 530 MB; in multiples of 32: 4.0 s, 40 MB.
     """
     return 0 if x.device.type != "cpu" else -len(x) % 32
+
+
+class PackedLinear:
+    """x W^T + b for the linear layers that read the same x, in one product, as copies that oneDNN has laid out for it.
+
+    PyTorch's products lay W out anew every time, which costs more than the product of a few rows. 576 -> 1,536 on one
+    Zen 5 core, 1, 16 and 64 rows: 210, 309, 638 -> 115, 220, 570 us in fp32, 125, 182, 352 -> 60, 125, 300 in bf16.
+    Laying out takes as long as twenty products of one row save.
+    """
+
+    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None], dtype: torch.dtype):
+        whole = torch.cat([weight.detach().to(dtype) for weight in weights])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(whole, 16)  # rows at a time that it is laid out for
+        self.bias = None
+        if any(bias is not None for bias in biases):
+            self.bias = torch.cat([torch.zeros(len(weight), dtype=dtype) if bias is None else bias.detach().to(dtype)
+                                   for weight, bias in zip(weights, biases, strict=True)])
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def can_pack(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype here, and the weight is whole: not on a GPU, not this rank's part of it."""
+    if weight.device.type != "cpu" or hasattr(weight, "full_tensor") or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class AdamW:

@@ -1,6 +1,4 @@
 """Where a run computes: on which device, by Triton or PyTorch, in which precision, from which seed."""
-from __future__ import annotations
-
 import os
 
 import torch

@@ -29,6 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from runtime.terminal import last_words
+
 
 def world_size() -> int:
     """How many ranks there are."""
@@ -69,7 +71,7 @@ def _end(kind: type, error: BaseException, trace) -> None:
     if "gloo/transport" in str(error):
         print(f"rank {rank()} ends, for another has", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, trace)
+        last_words(kind, error, trace)
 
 
 def _leave() -> None:

@@ -1,6 +1,4 @@
 """Files written so that a kill or a full disk loses nothing that was there before."""
-from __future__ import annotations
-
 import errno
 import glob
 import hashlib
@@ -41,7 +39,7 @@ def lock_file(file: typing.IO | int, wait: bool = False) -> None:
 
 @contextmanager
 def writing(path: Path, beside: Path | None = None, together: bool = False) -> Iterator[None]:
-    """A disk that is full, or does not let us write, ends the run with one line. What was half written `beside` goes.
+    """A disk that is full, or does not let us write, ends the run with one line. What is half written `beside` goes.
 
     Rank 0 alone writes, or two ranks would rename one file beside; `together` they each write what is theirs.
     """
@@ -50,10 +48,20 @@ def writing(path: Path, beside: Path | None = None, together: bool = False) -> I
     try:
         yield
     except (OSError, SafetensorError) as error:
+        fail(f"{path}: cannot be written ({error}): free some space or write elsewhere; what was saved before is whole")
+    finally:  # whole, it has been renamed
         with suppress(OSError):
             if beside is not None and distributed.rank() == 0:
                 shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
-        fail(f"{path}: cannot be written ({error}): free some space or write elsewhere; what was saved before is whole")
+
+
+@contextmanager
+def replacing(path: Path, writer: str = "") -> Iterator[Path]:
+    """A file beside, to be renamed once it is written: a kill at any moment leaves the old file or the new one."""
+    beside = path.with_name(f".{path.name}{writer and '.' + writer}.new")
+    with writing(path, beside):
+        yield beside
+        beside.replace(path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -66,13 +74,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside and rename, so that a kill at any moment leaves the old file or the new one. Rank 0 does."""
-    if distributed.rank():
-        return
-    beside = path.with_name(f".{path.name}.new")
-    with writing(path, beside):
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+    """Write a file as a whole. Rank 0 does."""
+    if not distributed.rank():
+        with replacing(path) as beside:
+            beside.write_text(text, encoding="utf-8")
 
 
 def files_of(path: Path) -> list[Path]:
@@ -109,12 +114,12 @@ def read_cache(file: Path, what: str, made_from: dict[str, str], remedy: str) ->
     return sums
 
 
-def write_cache(file: Path, sums: Tensor, made_from: dict[str, str]) -> None:
-    """Keep sums beside what they were made from: one metadata entry, since safetensors orders several at random."""
-    if distributed.rank():
-        return
-    beside = file.with_name(f".{file.name}.new")
-    with writing(file, beside):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"sums": sums}, beside, metadata={"made_from": json.dumps(made_from)})
-        beside.replace(file)
+def write_cache(file: Path, sums: Tensor, made_from: dict[str, str], run: Path) -> None:
+    """Keep sums beside what they were made from: one metadata entry, since safetensors orders several at random.
+
+    Several runs may do so at once: each writes a file of its own beside, and the last one stays.
+    """
+    if not distributed.rank():
+        with replacing(file, hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]) as beside:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"sums": sums}, beside, metadata={"made_from": json.dumps(made_from)})

@@ -1,11 +1,10 @@
 """A run's log: metrics.jsonl, the live line on the terminal, wandb, and a profile if asked for."""
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -51,8 +50,11 @@ class Log:
         if wandb_mode != "off" and distributed.rank() == 0:
             import wandb  # only now: it takes a second to import
 
+            earlier = sorted((run / "wandb").glob("*run-*-*")) if step else []  # a resumed run's, which goes on
             self.wandb = wandb.init(project="chatbot", name=run.name, dir=run, mode=wandb_mode,
-                                    config=dataclasses.asdict(config))
+                                    config=dataclasses.asdict(config),
+                                    id=earlier[-1].name.rpartition("-")[2] if earlier else None,
+                                    resume="allow" if earlier and wandb_mode == "online" else None)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics after `step` updates, those of all ranks: rank 0 has them too."""
@@ -75,9 +77,11 @@ class Log:
         left = int((now - self.began) / max(1, step - self.began_step) * (self.steps - step))
         values = [(k, v) for k, v in metrics.items() if k in self.shown or k.startswith("eval_")]
         words = [f"{k} {v:,.0f}" if v >= 1000 else f"{k} {v:.3f}" for k, v in values]
-        line = f"step {step}/{self.steps}  {'  '.join(words)}  {left // 60}:{left % 60:02d} left"
-        end = "" if self.live and step < self.steps else "\n"
-        print(f"\r\033[K{line}" if self.live else line, end=end, flush=True)
+        line = "  ".join([f"step {step}/{self.steps}", f"{left // 60}:{left % 60:02d} left", *words])
+        overwritten = self.live and step < self.steps
+        if overwritten:  # of a line that wraps only the last row would be
+            line = line[: shutil.get_terminal_size().columns - 1]
+        print(f"\r\033[K{line}" if self.live else line, end="" if overwritten else "\n", flush=True)
 
     def note(self, text: str) -> None:
         """A line of its own, not overwritten by the live one."""

@@ -11,12 +11,11 @@
                                                  (H + 2 K) E: queries, keys, values; H E: attention's output
                                                  F: gate, its activation, up, their product; two without a gate
 
+    PyTorch's attention, on a CPU, keeps its probabilities as well: H numbers for every token that a token sees.
     With checkpointing each block keeps its input alone, D, and one block at a time the rest.
 
     several GPUs       with full fine-tuning they share weights, gradients and moments; activations each has for itself
 """
-from __future__ import annotations
-
 from torch import nn
 
 

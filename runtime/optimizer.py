@@ -1,6 +1,4 @@
 """The optimizer, its learning rate, and the check that what it is given is finite."""
-from __future__ import annotations
-
 import math
 
 from torch import nn

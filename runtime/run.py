@@ -3,14 +3,13 @@
     config.toml     resolved; `--config` on it repeats the run        metrics.jsonl   one line a step
     model/          the result, a Hugging Face directory              state/step_N/   what resuming needs
 """
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import signal
 import tomllib
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -39,6 +38,11 @@ class Run:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{trained:,} parameters train, {steps} steps of {self.config.batch} {unit}, {self.done} done")
 
+    def steps_left(self) -> Iterator[int]:
+        """The steps that are not done, from 0, until the run is asked to stop."""
+        while self.done < self.steps and not self.stopping:
+            yield self.done
+
     def due(self, every: int, done: int) -> bool:
         """After `done` updates, is it time for what happens every `every` updates (0: never) and at the end?"""
         return done == self.steps or (every > 0 and done % every == 0)
@@ -50,6 +54,12 @@ class Run:
         self.stopping = distributed.any_rank(self.stop_request)
         if self.saving is not None and distributed.any_rank(self.saving.done()):
             self.finish_saving()
+
+    def end_step(self, metrics: dict[str, float], model: nn.Module, optimizer: AdamW) -> None:
+        """Log the update, and save if it is time for that, or if the run was asked to stop."""
+        self.log(metrics)
+        if self.stopping or self.due(self.config.save_every, self.done):
+            self.save(model, optimizer)
 
     def last_metrics(self) -> dict[str, float]:
         """What the last update before this start has logged; {} at the beginning."""
@@ -86,12 +96,13 @@ class Run:
 
 
 class StopRequest:
-    """True once SIGTERM or Ctrl-C has arrived: the loop then saves and exits with code 0. A second one ends at once."""
+    """True once SIGTERM, SIGHUP or Ctrl-C has arrived: the loop saves and exits with code 0. A second ends at once."""
 
     def __init__(self):
         self.requested = False
-        for kind in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(kind, self._request)
+        for kind in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            if kind != signal.SIGHUP or signal.getsignal(kind) != signal.SIG_IGN:  # which nohup has asked for
+                signal.signal(kind, self._request)
 
     def _request(self, kind, _) -> None:
         self.requested = True
@@ -110,7 +121,8 @@ def open_run(out: str, config, depends_on: dict[str, str], overwrite: bool = Fal
 
     `depends_on` are the files and directories the run reads, by name: its data, its model, its own code. A
     folder begun with another config, or when one of them was another, is refused: its steps would not belong
-    together. overwrite=true starts it anew. Files that no run has written are never touched.
+    together. overwrite=true starts it anew; accept_change=NAME goes on with what that one is now, and says so.
+    Files that no run has written are never touched. The folder, and what it reads, may lie elsewhere than before.
     """
     run = Path(out)
     lock = open(os.devnull) if distributed.rank() else _enter(run, out, config, depends_on, overwrite)
@@ -140,28 +152,41 @@ def _enter(run: Path, out: str, config, depends_on: dict[str, str], overwrite: b
         _check_same(run, out, config, hashes)
         return lock
     # config.toml makes a folder a run's: written last and never removed, so that a kill in between locks nobody out.
-    snapshots = [path for kind in ("model", "adapter") for path in run.glob(f"{kind}_step_*")]
-    for path in [*(run / name for name in WRITTEN), *snapshots]:
+    others = [path for kind in ("model", "adapter") for path in (*run.glob(f"{kind}_step_*"), *run.glob(f".{kind}*"))]
+    for path in [*(run / name for name in WRITTEN), *others]:  # snapshots, and what a kill had left set aside
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_text(run / "depends_on.json", json.dumps(hashes))
     write_text(began, config_toml(config))
     return lock
 
 
+# Settings that change no step.
+INDIFFERENT = ("out", "overwrite", "accept_change", "shard", "async_save", "profile", "cache", "wandb")
+
+
 def _check_same(run: Path, out: str, config, hashes: dict[str, str]) -> None:
     """Exit with one line unless the folder was begun with this config and these inputs."""
     remedy = "choose another out=, or overwrite=true"
     try:
-        old = tomllib.loads((run / "config.toml").read_text())
-        depended = json.loads((run / "depends_on.json").read_text())
-    except (OSError, ValueError) as error:
+        old = tomllib.loads((run / "config.toml").read_text("utf-8"))
+        depended = json.loads((run / "depends_on.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         fail(f"{out}: its config.toml or depends_on.json is damaged ({error}): {remedy}")
     new = tomllib.loads(config_toml(config))
     old = {"columns": {}} | {key if key in new else RENAMED.get(key, key): value for key, value in old.items()}
-    for key in new:
-        # The settings named here change no step.
-        if old.get(key) != new[key] and key not in ("overwrite", "shard", "async_save", "profile", "cache"):
+    for key in new:  # of what it depends on the contents count, below
+        if old.get(key) != new[key] and key not in INDIFFERENT and key not in depended:
             fail(f"{out}: was begun with {key}={json.dumps(old.get(key))}, not {json.dumps(new[key])}: {remedy}")
-    for name, digest in depended.items():
-        if hashes.get(name) != digest:
-            fail(f"{out}: its {name} has changed since the run began: {remedy}")
+    changed = [name for name, digest in depended.items() if hashes.get(name) != digest]
+    accepted = getattr(config, "accept_change", "")
+    kinds = list(dict.fromkeys(name.partition(" ")[0] for name in depended))  # of "reward mine.py": reward
+    if accepted and accepted not in kinds:
+        fail(f"accept_change is '{accepted}', expected one of {', '.join(kinds)}")
+    for name in changed:
+        kind = name.partition(" ")[0]
+        if kind != accepted:
+            fail(f"{out}: its {name} has changed since the run began: {remedy}; or accept_change={kind}, to go on with "
+                 "it as it is now")
+    if changed:
+        print(f"{out}: goes on although its {' and its '.join(changed)} changed since the run began: accept_change")
+        write_text(run / "depends_on.json", json.dumps(hashes))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -36,9 +37,11 @@ BASELINE = Path(__file__).parent / "aot_baseline.json"         # Triton version 
 SHARED = {80: 163, 90: 227, 100: 227}                          # KiB of shared memory a block may have
 MATRIX = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC[A-Z0-9]*MMA"}  # the instructions of the matrix units
 TYPE = re.compile(r"\*?(bf16|fp16|fp32|fp64|[iu](1|8|16|32|64))(:16)?")
-OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)")
+OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.x]*)")
+DOT = re.compile(r"(?:tt\.|warp_group_)dot .*? : \S*?<(\d+)x(\d+)x.* -> tensor<\d+x(\d+)xf32, #mma")  # M, K, N
+GROUPS = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\..*")  # what four warps multiply in one instruction: 64 x N x 16
 MORE_REGISTERS = 8  # than the baseline before it counts as a fault: small edits move a few
-KEPT = ("key", "registers", "spills", "shared", "warps", "matrix", "hmma", "tma", "setmaxreg",
+KEPT = ("key", "registers", "spills", "shared", "warps", "matrix", "products", "hmma", "tma", "setmaxreg",
         "loads", "wide_loads", "stores", "wide_stores")
 
 
@@ -52,6 +55,7 @@ class Build(NamedTuple):
     stages: int
     matmul: bool = False  # must use the matrix units
     wide: bool = False    # memory-bound: must move 128 bits at a time
+    fusion: bool = True   # of products and sums, as it is launched
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling
@@ -81,18 +85,31 @@ def compiled(build: Build, sm: int) -> dict:
     log = StringIO()  # the assembler's, which TRITON_DUMP_PTXAS_LOG prints
     with redirect_stdout(log), tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        options = {"num_warps": build.warps, "num_stages": build.stages}
+        options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": build.fusion}
         kernel = triton.compile(source(build), target=GPUTarget("cuda", sm, 32), options=options)
     return {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps,
-            "serialized": "wgmma" in log.getvalue(), **counts(kernel.asm["cubin"], sm)}
+            "serialized": "wgmma" in log.getvalue(), **counts(kernel, sm)}
 
 
-def counts(cubin: bytes, sm: int) -> dict:
-    """Registers and instructions of a cubin, from its disassembly."""
+def products(opcodes: Counter, ttgir: str, warps: int) -> float | None:
+    """How often the matrix units multiply what the tile needs once; None where that cannot be seen.
+
+    More warps than the tile has rows and columns for, and they compute the same: two warpgroups on 64 rows.
+    """
+    needed = sum(m * k * n for m, k, n in (map(int, sizes) for sizes in DOT.findall(ttgir)))
+    done = sum(count * 16 * 8 * 16 * warps for opcode, count in opcodes.items() if opcode.startswith("HMMA.16816."))
+    for opcode, count in opcodes.items():
+        if found := GROUPS.fullmatch(opcode):
+            done += count * math.prod(map(int, found.groups())) * warps // 4
+    return round(done / needed, 2) if needed and done else None
+
+
+def counts(kernel, sm: int) -> dict:
+    """Registers and instructions of a compiled kernel, from its disassembly."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(kernel.asm["cubin"])
         file.flush()
         listing = subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name],
                                  check=True, capture_output=True, text=True).stdout
@@ -102,7 +119,9 @@ def counts(cubin: bytes, sm: int) -> dict:
         return sum(n for opcode, n in opcodes.items() if re.fullmatch(pattern, opcode))
 
     return {"registers": max(int(n) for n in re.findall(r"REG:(\d+)", listing)), "spills": count(r"(LDL|STL)(\..*)?"),
-            "matrix": count(MATRIX[sm] + r"(\..*)?"), "hmma": count(r"HMMA(\..*)?"),
+            "matrix": count(MATRIX[sm] + r"(\..*)?"),
+            "products": products(opcodes, kernel.asm["ttgir"], kernel.metadata.num_warps),
+            "hmma": count(r"HMMA(\..*)?"),
             "tma": count(r"(UTMA|UBLK)\w+(\..*)?"), "setmaxreg": count(r"USETMAXREG(\..*)?"),
             "loads": count(r"(LDG|LDGSTS)\..*"), "wide_loads": count(r"(LDG|LDGSTS)\..*(128|256)(\..*)?"),
             "stores": count(r"STG\..*"), "wide_stores": count(r"STG\..*(128|256)(\..*)?")}
@@ -115,6 +134,7 @@ def inspect(build: Build, sm: int, before: dict, everything: bool) -> dict:
     row = {"kernel": build.name, "sm": sm, "matmul": build.matmul, "wide": build.wide, "compiled": False}
     try:
         key = f"{source(build).hash()} {build.warps} {build.stages} {triton.__version__}"
+        key += " unfused" * (not build.fusion)
         row["key"] = hashlib.sha256(key.encode()).hexdigest()[:16]
         if before.get("key") == row["key"] and not everything:
             return row | before | {"serialized": False}
@@ -179,6 +199,8 @@ def faults(row: dict, before: dict) -> list[str]:
         wrong.append(f"{row['warps']} warps, {known['warps']} before: warp specialisation did not happen")
     if row["matmul"] and not row["matrix"]:
         wrong.append(f"no {MATRIX[row['sm']]} instruction: the matrix units are idle")
+    if (row.get("products") or 0) > (known.get("products") or 1):
+        wrong.append(f"computes {row['products']:g} times the products of its tile: more warps than it has rows for")
     if row["serialized"]:
         wrong.append("the assembler runs the wgmma instructions one after another")
     if row["wide"] and not row["wide_loads"] + row["wide_stores"] + row["tma"]:
@@ -194,7 +216,7 @@ def line(row: dict, before: dict) -> str:
     if row.get("error"):
         return f"{name} FAILED: {row['error']}"
     facts = (f"{row['registers']:3} regs {row['spills']:3} spills {row['shared'] / 1024:6.1f} KiB "
-             f"{row['warps']:2} warps {row['matrix']:3} mma {row['hmma']:3} hmma {row['tma']:2} tma "
+             f"{row['warps']:2} warps {row['matrix']:3} mma x {row.get('products') or 1:<4g} {row['tma']:2} tma "
              f"{row['wide_loads']:3}/{row['loads']:<3} wide loads {row['wide_stores']:3}/{row['stores']:<3} stores")
     return f"{name} {facts}  {'FAILED: ' + '; '.join(wrong) if wrong else 'ok' if before else 'ok, no baseline'}"
 
@@ -203,7 +225,7 @@ def write_baseline(rows: list[dict], version: str, baseline: dict, file: Path) -
     """These rows in place of all of their version; other versions stay."""
     baseline[version] = {}
     for row in sorted(rows, key=lambda row: (row["kernel"], row["sm"])):
-        baseline[version].setdefault(row["kernel"], {})[str(row["sm"])] = {key: row[key] for key in KEPT}
+        baseline[version].setdefault(row["kernel"], {})[str(row["sm"])] = {key: row.get(key) for key in KEPT}
     file.write_text(json_lines(dict(sorted(baseline.items()))) + "\n")
 
 

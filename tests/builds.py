@@ -23,29 +23,29 @@ def attention_builds(sm: int) -> list[Build]:
         inputs = dict.fromkeys(("q", "k", "v"), "*" + dtype) | {"table": "*i32", "tiles": "*i32", "scale": "fp32"}
         upstream = {"dout": "*" + dtype, "lse": "*fp32", "delta": "*fp32"}
         kernels = (("forward", attention._forward, {"out": "*" + dtype, "lse": "*fp32"}),
-                   ("dQ", attention._dq, upstream | {"dq_out": "*" + dtype}),
+                   ("dQ", attention._dq, upstream | {"out": "*" + dtype, "dq_out": "*" + dtype}),
                    ("dK dV", attention._dkdv, upstream | {"dk_out": "*" + dtype, "dv_out": "*" + dtype,
                                                           "part_heads": "i32", "size": "i32:16"}))
-        configs = attention.CONFIG_FP32 if dtype == "fp32" else attention.CONFIGS[sm][width]
+        configs = attention.CONFIG_FP32 if dtype == "fp32" else attention.tile_sizes(sm, width, softcap)
         for (name, kernel, added), (queries, keys, warps, stages) in zip(kernels, configs, strict=True):
             arguments = inputs | added | shape | {"QUERIES": queries, "KEYS": keys}
             found.append(Build(f"attention {name}, {variant}", kernel, arguments, warps, stages, dtype == "bf16"))
-    rows = {"dout": "*bf16", "out": "*bf16", "delta": "*fp32", "count": "i32", "E": 128, "WIDTH": 128, "ROWS": 16}
-    return [*found, Build("attention delta", attention._delta, rows, 4, 1, wide=True)]
+    return found
 
 
 def decode_builds() -> list[Build]:
     """32 query and 8 KV heads."""
     found = []
     for width in (64, 128, 256):
-        for window in (0, 4096):
+        for window, parts in ((0, 8), (4096, 8), (0, 1)):
             arguments = dict.fromkeys(("q", "k", "v"), "*bf16") | {"seen": "*i64", "partial": "*fp32", "scale": "fp32"}
             arguments |= {f"{x}_{stride}": "i32:16" for x in "kv" for stride in ("batch", "head", "row")}
-            arguments |= {"parts": "i32", "size": "i32", "K": 8, "G": 4, "GROUP": 16, "E": width, "WIDTH": width,
-                          "WINDOW": window, "KEYS": decode.KEYS}
-            name = f"decode part, E {width}" + ", window" * bool(window)
+            arguments |= {"K": 8, "G": 4, "GROUP": 16, "E": width, "WIDTH": width, "WINDOW": window,
+                          "PARTS": parts, "PART": decode.PART, "KEYS": decode.KEYS}
+            arguments |= {"partial": "*bf16"} if parts == 1 else {}
+            name = f"decode part, E {width}" + ", window" * bool(window) + ", alone" * (parts == 1)
             found.append(Build(name, decode._part, arguments, decode.WARPS, decode.STAGES[2], wide=True))
-        arguments = {"partial": "*fp32", "out": "*bf16", "parts": "i32", "E": width, "WIDTH": width, "PARTS": 8}
+        arguments = {"partial": "*fp32", "out": "*bf16", "E": width, "WIDTH": width, "PARTS": 8}
         found.append(Build(f"decode merge, E {width}", decode._merge, arguments, 4, 1))
     return found
 
@@ -108,12 +108,13 @@ def nf4_builds(sm: int) -> list[Build]:
     for name, packed in (("single", single), ("double", double)):
         size, warps = configs["dequantize"]
         arguments = packed | sizes | {"out": "*bf16", "BLOCKS": size // 64}
-        found.append(Build(f"nf4 dequantize, {name}", nf4._dequantize_kernel, arguments, warps, 1, wide=True))
+        found.append(Build(f"nf4 dequantize, {name}", nf4._dequantize_kernel, arguments, warps, 1, wide=True,
+                           fusion=False))
         for m, (n, k, warps, stages) in configs["linear"].items():
             arguments = packed | dict.fromkeys(("outputs", "inputs", "part_inputs"), "i32:16") | {
                 "x": "*bf16", "out": "*fp32" if m == 16 else "*bf16", "rows": "i32", "M": m, "N": n, "K": k}
             matmul = n >= 64 or sm == 80  # smaller tiles use the matrix units of sm_80, which later GPUs still have
-            tile_name = f"nf4 linear, {name}, {m} rows"
-            found.append(Build(tile_name, nf4._linear_kernel, arguments, warps, stages, matmul, wide=True))
+            found.append(Build(f"nf4 linear, {name}, {m} rows", nf4._linear_kernel, arguments, warps, stages, matmul,
+                               wide=True, fusion=False))
     arguments = {"partial": "*fp32", "out": "*bf16", "count": "i32:16", "parts": "i32", "SIZE": nf4.SUM}
     return [*found, Build("nf4 sum", nf4._sum_kernel, arguments, 4, 1, wide=True)]

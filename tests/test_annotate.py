@@ -165,8 +165,11 @@ def test_clicks_that_come_eight_times_at_once_count_once(tmp_path):
         (item,) = {state["item"]["id"] for state in pool.map(lambda _: say(server, state=start), range(8))}
         assert len(server.models[0][1].asked) == 2
         states = list(pool.map(lambda margin: rate(server, "left", margin, item=item), [1, 2, 3, 4] * 2))
-        assert {s["turn"] for s in states} == {2} and {s["rated"] for s in states} == {1}
-        assert rate(server, "right", 4, item=item)["turn"] == 2  # the back button: an old page
+        done = [s for s in states if "error" not in s]  # one margin, sent twice; the others are told that it is late
+        assert {s["turn"] for s in done} == {2} and {s["rated"] for s in done} == {1} and len(done) == 2
+        assert {s["error"] for s in states if s not in done} == {"These two have been rated already: your first answer "
+                                                                 "counts"}
+        assert "error" in rate(server, "right", 4, item=item)  # the back button: an old page
         assert say(server, "again", state=start)["turn"] == 2 and server.seen()["item"] is None
         pool.map(lambda _: server.post("/next", annotator="Ann", dialogue=1), range(8))
     assert len(lines(tmp_path / "votes.jsonl")) == len(lines(tmp_path / "votes.ratings.jsonl")) == 1
@@ -209,6 +212,78 @@ def test_an_answer_is_on_the_disk_before_it_is_confirmed_the_journal_first(tmp_p
         assert synced == ["votes.journal.jsonl"]
         rate(server, "left", 1)
     assert synced == ["votes.journal.jsonl"] * 2 + ["votes.ratings.jsonl", "votes.jsonl"]
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder of 64 kB, with a function that fills it up and one that makes room again; where root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+
+    def fill():
+        with (folder / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while True:
+                ballast.write(bytes(1024))
+
+    yield folder, fill, (folder / "ballast").unlink
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("near_the_end", [True, False])
+def test_on_a_full_disk_an_answer_is_refused_whole_and_never_lands_later(full_disk, near_the_end):
+    """The answer that was confirmed is the one that counts, before and after the page is started again. Where only the
+    journal still had room, it was the first, and the other files are written as soon as they can be."""
+    folder, fill, empty = full_disk
+    with serving(folder / "votes.jsonl") as server:
+        say(server)
+        journal = folder / "votes.journal.jsonl"
+        for i in range(200):
+            if (journal.stat().st_size % 4096 > 3950) == near_the_end:
+                break
+            server.post("/next", annotator="Bob", dialogue=i + 1)
+        fill()
+        item = {"annotator": "Ann", "id": "Ann/1/1", "flag": None}
+        answers = [server.post("/answer", **item, choice="left", margin=4),
+                   server.post("/answer", **item, choice="right", margin=1)]
+        empty()
+        answers.append(server.post("/answer", **item, choice="right", margin=2))
+        codes = [answer.status_code for answer in answers]
+        assert codes == ([507, 507, 200] if near_the_end else [200, 409, 409])
+        assert not near_the_end or "does not count" in answers[0].json()["error"]
+        say(server, name="Bob")
+        rate(server, "left", 3, name="Bob")
+        before = (folder / "votes.jsonl").read_bytes()
+    with serving(folder / "votes.jsonl") as server:
+        assert (folder / "votes.jsonl").read_bytes() == before and len(server.votes.answers) == 2
+    confirmed = ("right", 2) if near_the_end else ("left", 4)
+    first = lines(folder / "votes.jsonl")[0]
+    assert (first["id"], first["chosen_slot"], first["margin"]) == ("Ann/1/1", *confirmed)
+    assert len(lines(folder / "votes.jsonl")) == len(lines(folder / "votes.ratings.jsonl")) == 2
+
+
+def test_a_journal_with_two_answers_to_one_item_is_refused(tmp_path, capsys):
+    with serving(tmp_path / "votes.jsonl") as server:
+        say(server)
+        rate(server, "left", 1)
+    journal = tmp_path / "votes.journal.jsonl"
+    journal.write_text(journal.read_text() + journal.read_text().splitlines()[-1] + "\n")
+    exits(capsys, lambda: Votes(str(tmp_path / "votes.jsonl")), "line 3: answers Ann/1/1 a second time", "drop the")
+
+
+def test_the_state_does_not_grow_with_the_votes(tmp_path, monkeypatch):
+    """Agreement is computed when a shared rating has come, and no list of items or ratings is gone through again."""
+    shared, asked = write_jsonl(tmp_path / "shared.jsonl", SHARED), []
+    monkeypatch.setattr("collect.annotate.agreement", lambda ratings: asked.append(len(ratings)))
+    with serving(tmp_path / "votes.jsonl", shared=str(shared), shared_every=1) as server:
+        rate(server, "left", 1)
+        sizes = [len(server.client.get("/state", params={"annotator": name}).content) for name in ("Ann", "Bob") * 3]
+        assert asked == [1] and max(sizes) - min(sizes) < 200
+        monkeypatch.setattr(server.votes, "items", None)
+        monkeypatch.setattr(server.votes, "answers", None)
+        assert server.seen("Ann")["rated"] == 1 and server.seen("Bob")["rated"] == 0
 
 
 def test_killed_outright_it_has_lost_nothing_and_goes_on(tmp_path):
@@ -460,18 +535,38 @@ def test_what_no_record_may_hold_does_not_come_in(tmp_path):
     assert [r["chosen"][:3] for r in records] == ["ab?"] and not report.rejects
 
 
-def test_openings_are_dealt_once_each_and_those_not_used_come_back(tmp_path):
+def test_openings_are_dealt_once_each_to_those_who_rate(tmp_path):
+    """A name that somebody types into the address takes none, nor does one that has only asked."""
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Opening {i}", "category": "rewrite"}
-                                                       for i in range(3)])
+                                                       for i in range(4)])
+    openings = [f"Opening {i}" for i in range(4)]
     with serving(tmp_path / "votes.jsonl", prompts=str(prompts)) as server:
-        assert [server.seen(name)["opening"]["text"] for name in ("Ann", "Bob", "Ann",
-                                                                  "Cleo")] == [f"Opening {i}" for i in (0, 1, 0, 2)]
-        say(server, "Opening 1, in other words", name="Bob")
-        assert server.seen("Bob")["opening"] is None
+        for i in range(40):
+            shown = server.seen(f"Nobody {i}")["opening"]["text"]
+            assert shown in openings and server.seen(f"Nobody {i}")["opening"]["text"] == shown
+        assert not server.votes.openings and not server.votes.people
+        first = {}
+        for name in ("Ann", "Bob"):
+            first[name] = server.seen(name)["opening"]["text"]
+            say(server, "In other words", name=name)
+            assert server.seen(name)["opening"] is None
+            assert len(server.votes.openings - {None}) == len(set(first.values())) - 1  # asked, not rated
+            rate(server, "left", 1, name=name)
+        taken = set(first.values())
+        for name in ("Ann", "Bob"):
+            server.post("/next", annotator=name, dialogue=1)
+            own = server.seen(name)["opening"]["text"]
+            assert own not in taken and own == server.seen(name)["opening"]["text"]
+            taken.add(own)
         late = server.seen("Dan")["opening"]
-        assert late["text"] == "" and late["category"] in server.seen("Dan")["categories"]
+        assert late["text"] in set(openings) - taken or (late["text"] == "" and taken == set(openings))
+        assert late["category"] in server.seen("Dan")["categories"]
+        say(server, "Again", name="Ann")
+        asked = server.votes.items["Ann/2/1"]["opening"]
     with serving(tmp_path / "votes.jsonl", prompts=str(prompts)) as server:
-        assert [server.seen(name)["opening"]["text"] for name in ("Dan", "Eve")] == ["Opening 0", "Opening 2"]
+        used = {openings.index(text) for text in first.values()} | {asked}
+        assert server.votes.openings - {None} == used  # Bob's second, which he has not used, comes back
+        assert openings.index(server.seen("Bob")["opening"]["text"]) not in used
 
 
 # -------------------------------------------------------------------------------------- who may ask

@@ -28,6 +28,13 @@ def product(a, b, c, N, K, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, 
     tl.store(c + i * N + j, sums.to(tl.bfloat16))
 
 @triton.jit
+def chained(a, b, SIZE: tl.constexpr):
+    """a = (a b^T) b: the first product's warps all lie along its rows, 16 each."""
+    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)
+    x, y = tl.load(a + at), tl.load(b + at)
+    tl.store(a + at, tl.dot(tl.dot(x, y.T).to(tl.bfloat16), y).to(tl.bfloat16))
+
+@triton.jit
 def double(a, b, N, BLOCK: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, BLOCK)
     tl.store(b + i, tl.load(a + i) * 2)
@@ -74,6 +81,7 @@ def test_bad_kernels_fail_each_with_its_reason_and_the_rest_is_compiled(tmp_path
     code, lines = run_toy('''
 def builds(sm):
     return [matmul("good", 64, 64, 32), matmul("spilling", 128, 256, 64), matmul("large", 64, 64, 256, 4, 4),
+            Build("twice", chained, dict(a="*bf16", b="*bf16", SIZE=64), 8, 1, matmul=True),
             matmul("odd", 64, 64, 48), Build("crash", Crash(), {}, 4, 1), copy("idle", True, False),
             copy("narrow", False, True, "i32"), copy("wide", False, True)] if sm == 90 else []
 ''', tmp_path)
@@ -82,11 +90,12 @@ def builds(sm):
     for name in ("good", "wide"):
         assert said[name].endswith("ok, no baseline"), said[name]
     reasons = {"spilling": "spill instructions, 0 allowed", "large": "KiB of shared memory, sm_90 has 227",
-               "odd": "power of 2", "crash": "the compiler crashed", "idle": "the matrix units are idle",
+               "twice": "computes 1.5 times the products of its tile", "odd": "power of 2",
+               "crash": "the compiler crashed", "idle": "the matrix units are idle",
                "narrow": "no global access is 128 bits"}
     for name, reason in reasons.items():
         assert reason in said[name].partition("FAILED: ")[2], said[name]
-    assert any(line.startswith("failed: ") and line.count(" sm_90") == 6 for line in lines)
+    assert any(line.startswith("failed: ") and line.count(" sm_90") == 7 for line in lines)
 
 
 def test_an_unchanged_build_is_not_compiled_again_and_a_worse_one_fails(tmp_path):
@@ -102,7 +111,7 @@ def builds(sm):
 
 
 ROW = {"kernel": "x", "sm": 90, "matmul": True, "wide": True, "registers": 168, "spills": 0, "shared": 227 * 1024,
-       "warps": 12, "matrix": 8, "tma": 0, "wide_loads": 4, "wide_stores": 2, "serialized": False}
+       "warps": 12, "matrix": 8, "products": 1.0, "tma": 0, "wide_loads": 4, "wide_stores": 2, "serialized": False}
 
 
 @pytest.mark.parametrize("change, baseline, said", [
@@ -115,6 +124,9 @@ ROW = {"kernel": "x", "sm": 90, "matmul": True, "wide": True, "registers": 168, 
     ({"sm": 80, "shared": 164 * 1024}, {}, "sm_80 has 163"),
     ({"warps": 4}, {}, "warp specialisation did not happen"),
     ({"matrix": 0}, {}, "HGMMA"),
+    ({"products": 1.5}, {}, "computes 1.5 times the products of its tile"),
+    ({"products": 1.5}, {"products": 1.5}, None),
+    ({"products": None}, {}, None),
     ({"matrix": 0, "matmul": False}, {}, None),
     ({"wide_stores": 0}, {}, "no wide stores left, 2 before"),
     ({"wide_loads": 0, "wide_stores": 0, "wide": False}, {}, None),

@@ -6,6 +6,7 @@ from interpreter import DEVICE, close, guarded, intact, strict
 import kernels
 import kernels.attention as kernel
 import kernels.decode as decode
+from kernels import launch
 from kernels.attention import attention
 from kernels.decode import decode_attention, decode_reference
 from kernels.layout import Layout
@@ -98,8 +99,39 @@ def test_softcap_and_scale(small_tiles):
 
 
 def test_forty_leaves_on_one_trunk(small_tiles):
+    """What the trunk's keys meet is divided among programs, whose sums are added in order: twice the same bits."""
     lengths = [70, *[1 + i % 5 for i in range(40)]]
-    check(layout_of(lengths, [0] * 41, [1 + (7 * i) % 70 for i in range(40)]), 1, 1)
+    layout = layout_of(lengths, [0] * 41, [1 + (7 * i) % 70 for i in range(40)])
+    tiles, shared = kernel.key_tile_list(layout, 32, None, 1)
+    assert len(tiles) > 40 + 3 and len(shared) > 1
+    first, second = check(layout, 1, 1), check(layout, 1, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("programs, window", [(8, None), (50, None), (1000, None), (1000, 9)])
+def test_every_reader_of_every_tile_of_keys_is_listed_once(monkeypatch, programs, window):
+    """A trunk of 40 with 5 leaves, one of which branches at once, and a plain sequence; tiles of 16 keys."""
+    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    layout = layout_of([40, 9, 30, 1, 7, 12, 20], [0] * 6 + [6], [1, 16, 40, 33, 2])
+    tiles, shared = kernel.key_tile_list(layout, 16, window, 2)
+    readers, rows = {}, []
+    for segment, first, a, b, row in tiles.tolist():
+        readers.setdefault((segment, first), []).append(range(a, min(b, layout.last_child[segment])))
+        rows += range(row, row + min(16, layout.lengths[segment] - first))
+    for (segment, _), parts in readers.items():
+        assert sorted(r for part in parts for r in part) == [segment, *range(segment + 1, layout.last_child[segment])]
+    assert len(readers) == 3 + 1 + 2 + 1 + 1 + 1 + 2
+    assert sorted(rows) == [*range(layout.tokens + sum(map(len, shared)))]  # each output row has one writer
+    assert all(len(set(tokens.tolist())) == len(tokens) for tokens in shared) and bool(shared) == (programs > 8)
+
+
+def test_a_split_trunk_reads_and_writes_as_an_unsplit_one(small_tiles, monkeypatch):
+    layout = layout_of([20, 18, 3, 37, 25, 50, 16], [0, 0, 0, 0, 0, 5, 5], [7, 20, 1, 16, 13])
+    monkeypatch.setattr(kernel, "PROGRAMS", 1000)
+    assert kernel.key_tile_list(layout, 32, None, 1)[1]
+    with strict():
+        check(layout, 2, 1, 24)
+        check(layout, 2, 1, 24, window=9)
 
 
 def test_fp16(small_tiles):
@@ -190,9 +222,9 @@ def test_heads_wider_than_any_tile_are_refused(on_triton):
 @pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "width", "room", "dtype"), [
     (3, 4, 2, 16, 90, torch.float32), (1, 8, 1, 40, 300, torch.float32), (2, 2, 2, 32, 64, torch.bfloat16),
-    (2, 40, 2, 16, 70, torch.float32)])
+    (2, 40, 2, 16, 70, torch.float32), (3, 4, 2, 16, 33, torch.float32), (2, 4, 2, 24, 30, torch.bfloat16)])
 def test_decoding_equals_pytorch_in_float64(monkeypatch, window, batch, heads, kv_heads, width, room, dtype):
-    monkeypatch.setattr(decode, "PART", 32)
+    monkeypatch.setattr(decode, "PART", 32)  # rooms of 33 are cut in two parts, of 30 not at all
     monkeypatch.setattr(decode, "KEYS", 16)
     seen = torch.tensor([room, 1, 33][:batch])
     cache = (batch, kv_heads, room, width)
@@ -209,6 +241,16 @@ def test_decoding_equals_pytorch_in_float64(monkeypatch, window, batch, heads, k
     truth = decode_reference(q.double(), *(x.nan_to_num(0.0).double() for x in (k, v)), seen, window)
     close(found.cpu(), truth, TOLERANCE[dtype])
     assert all(intact(x) for x in given)
+
+
+@pytest.mark.parametrize(("window", "counts"), [(0, [16, 16, 16, 12]), (30, [16, 14, 0, 0])])
+def test_decoding_cuts_what_is_seen_not_the_cache(on_triton, window, counts):
+    """60 of 400 tokens, or the last 30, in four parts of 16 or more: at scores of 0 a part's l is its number of keys."""
+    q, cache = torch.zeros(1, 1, 16, device=DEVICE), torch.zeros(1, 1, 400, 16, device=DEVICE)
+    partial = torch.empty(1, 1, 4, 18, device=DEVICE)
+    launch(decode._part, (1, 4), q, cache, cache, torch.tensor([60], device=DEVICE), partial, 1.0, *cache.stride()[:3],
+           *cache.stride()[:3], K=1, G=1, GROUP=16, E=16, WIDTH=16, WINDOW=window, PARTS=4, PART=16, KEYS=16)
+    assert partial[0, 0, :, 17].tolist() == counts
 
 
 def test_decoding_with_the_shipped_tiles(on_triton):

@@ -9,6 +9,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from benchmarks.kernels import __main__ as driver
 from benchmarks.kernels import report
 from benchmarks.kernels.groups import (
+    CONTESTS,
+    HEADS,
+    SCENES,
     Scene,
     attention_contests,
     flex_work,
@@ -88,6 +91,40 @@ def test_a_contest_times_what_runs_and_says_why_the_rest_did_not(tmp_path):
         assert slow["ms"] >= 10 and fast["ms"] < slow["ms"] and fast["ms_p20"] <= fast["ms"] <= fast["ms_p80"]
         assert slow["rate"] == pytest.approx(slow["amount"] / slow["ms"] / 1e9) and fast["runs"] >= 5
     assert 4000 <= rows["ours", "forward"]["extra_bytes"] < 4100  # its result
+
+
+def test_a_kernel_is_timed_only_if_its_errors_are_those_of_the_dtype(tmp_path):
+    """x^3 in bf16: x (x x) may round as PyTorch's x**3 does; a hundredth too much, or half the gradient, is wrong."""
+    bench = Bench("toy", CPU, 60, tmp_path / "rows")
+    x = torch.randn(1000).bfloat16().requires_grad_()
+    assert bench.check("toy", "right", Work(lambda x: x * (x * x), (x,)), lambda x: x**3)
+    assert not bench.check("toy", "off", Work(lambda x: x * (x * x) * 1.01, (x,)), lambda x: x**3)
+    assert not bench.check("toy", "gradient", Work(lambda x: (x**3 + (x**3).detach()) / 2, (x,)), lambda x: x**3)
+    assert not bench.check("toy", "broken", Work(lambda x: 1 / 0, (x,)), lambda x: x**3)
+    rows = written(bench.file)
+    assert [row["status"] for row in rows] == ["ok", "failed", "failed", "failed"]
+    assert len(rows[0]["errors"]) == 2 and 0 < rows[0]["errors"][0] < 0.01 < rows[2]["errors"][1]
+    assert rows[3]["reason"] == "ZeroDivisionError: division by zero"
+    assert "toy" in report.lines("toy", rows, {}).splitlines()[1] and not report.contests(rows)
+
+
+def test_processes_that_build_share_the_contests_and_time_nothing(tmp_path):
+    ran = []
+    for i in range(2):
+        bench = Bench("toy", CPU, 60, tmp_path / "rows", (i, 2))
+        for number in range(5):
+            x = torch.ones(1, requires_grad=True)
+            works = {"ours": Work(lambda x, done=(i, number): ran.append(done) or x, (x,)),
+                     "other": Work(lambda: 1 / 0)}
+            bench.compare("toy", str(number), works, {"forward": 1, "both": 3}, "GB/s")
+        assert bench.check("toy", "", Work(lambda: 1 / 0), None)
+    assert list(dict.fromkeys(ran)) == [(0, 1), (0, 3), (1, 0), (1, 2), (1, 4)] and not bench.file.exists()
+
+
+def test_on_a_gpu_everything_is_compiled_first_and_what_matters_most_is_measured_next():
+    assert list(driver.WEIGHTS)[:5] == ["builds", "ceilings", "first", "trees", "training"]
+    assert set(driver.WEIGHTS) - {"builds", "training"} == set(CONTESTS)
+    assert [scene.name for scene in SCENES["first"]] == ["4 x 2048"] and HEADS["first"] == [(8192, 4096, 151936)]
 
 
 def test_our_own_kernel_that_does_not_run_has_failed(tmp_path):

@@ -136,6 +136,14 @@ def quantise_a_tensor(path):
     save_file(tensors, path / "model.safetensors")
 
 
+def spoil_a_tensor(value):
+    def change(path):
+        tensors = load_file(path / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 1] = value
+        save_file(tensors, path / "model.safetensors")
+    return change
+
+
 def tie(path):
     """The head stays in the file, other than the embedding."""
     tensors = load_file(path / "model.safetensors")
@@ -160,8 +168,24 @@ def only_pickle(path):
     (lambda p: (p / "config.json").write_text("[1]"), "holds a list, expected a JSON object"),
     (edit_config(hidden_size=-3), "hidden_size is -3, expected a whole number from 1 to"),
     (edit_config(head_dim="16"), "head_dim is '16', expected a whole number"),
-    (edit_config(rms_norm_eps="small"), "a number is missing or of the wrong kind"),
-    (edit_config(rope_scaling={"rope_type": "llama3"}), "a number is missing or of the wrong kind"),
+    (edit_config(rms_norm_eps="small"), "rms_norm_eps is 'small', expected a number from 0 to 1"),
+    (edit_config(rms_norm_eps=float("nan")), "rms_norm_eps is nan, expected a number from 0 to 1"),
+    (edit_config(rms_norm_eps=None), "has no rms_norm_eps"),
+    (edit_config(num_attention_heads=4096, num_key_value_heads=4096, head_dim=None), "head_dim is 0, expected a whole"),
+    (edit_config(architectures="LlamaForCausalLM"), "architectures is 'LlamaForCausalLM', expected a list of texts"),
+    (edit_config(rope_scaling=[1]), "rope_scaling is [1], expected a JSON object"),
+    (edit_config(rope_scaling={"type": 1}), "rope_scaling.type is 1, expected text"),
+    (edit_config(score_std=float("inf")), "score_std is inf, expected a number from"),
+    (lambda p: (p / "config.json").write_text("[" * 100_000), "config.json: is not JSON"),
+    (lambda p: (p / "config.json").write_text('{"hidden_size": ' + "9" * 5000 + "}"), "config.json: is not JSON"),
+    (lambda p: (p / "config.json").write_text('{"model_type": "a\\ud800"}'), "config.json: is not JSON"),
+    (edit_config(hidden_size=10**400), "hidden_size is 1000"),
+    (lambda p: (p / "model.safetensors.index.json").write_text("[" * 100_000), "index.json: is not JSON"),
+    (lambda p: (p / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 5000}})),
+     "is not an index of safetensors"),
+    (spoil_a_tensor(float("nan")), "model.layers.1.mlp.up_proj.weight holds NaN or infinity"),
+    (spoil_a_tensor(float("-inf")), "model.layers.1.mlp.up_proj.weight holds NaN or infinity"),
+    (edit_config(rope_scaling={"rope_type": "llama3"}), "has no rope_scaling.factor"),
     (edit_config(torch_dtype="int3"), "torch_dtype is 'int3'"),
     (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "is not an index of safetensors"),
     (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
@@ -172,10 +196,10 @@ def only_pickle(path):
     (edit_config(intermediate_size=25), "has shape [16, 24], config.json says [16, 25]"),
     (edit_config(rope_scaling={"type": "longrope"}), "rotary scaling 'longrope' is not supported"),
     (edit_config(rope_scaling={"type": "dynamic", "factor": 2.0}), "set it to null if no text is longer"),
-    (edit_config(rope_scaling={"type": "yarn", "factor": "2"}), "a number is missing or of the wrong kind"),
-    (edit_config(rope_scaling="linear"), "rotary scaling 'linear' is not supported"),
-    (edit_config(hidden_act="relu"), "activation 'relu' is not supported"),
-    (edit_config(hidden_act=["silu"]), "is not supported, expected one of silu, gelu"),
+    (edit_config(rope_scaling={"type": "yarn", "factor": "2"}), "rope_scaling.factor is '2', expected a number"),
+    (edit_config(rope_scaling="linear"), "rope_scaling is 'linear', expected a JSON object"),
+    (edit_config(hidden_act="relu"), "hidden_act 'relu' is not supported"),
+    (edit_config(hidden_act=["silu"]), "hidden_act is ['silu'], expected text"),
     (edit_config(attention_bias=True), "k_proj.bias is in none of its weight files"),
     (add_a_tensor, "holds model.layers.0.self_attn.q_proj.bias, which family llama has no place for"),
     (lambda p: (p / "model.safetensors").unlink(), "no such file"),

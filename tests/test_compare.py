@@ -349,7 +349,7 @@ def test_a_copy_that_was_not_edited_is_the_same(world, capsys):
 
 def test_a_wrong_judge_or_missing_data_is_one_line_before_anything_is_trained(world, capsys):
     for changes, said in (({"judge": "recorded:x.jsonl"}, "compares nothing anew"),
-                          ({"judge": "reward:nowhere"}, "judge: nowhere holds no config.json"),
+                          ({"judge": "reward:nowhere"}, "judge: nowhere is no folder"),
                           ({"data": "none.jsonl"}, "data=none.jsonl: no such file")):
         exits(capsys, lambda changes=changes: compare.compare("train.py", "beta=1", settings(**changes)), said)
     exits(capsys, lambda: compare.main(["seeds=3"]), "names no two variants")
@@ -391,12 +391,12 @@ def test_any_other_judge_gives_a_score_for_each_dialogue(world, monkeypatch):
 
 def test_groups_of_a_partition_share_no_run():
     for size, partitions, each in ((3, 25, 4), (5, 25, 2)):
-        groups = list(calibration.null_groups(24, size, partitions))
-        assert len(groups) == partitions * each >= 40 and groups == list(calibration.null_groups(24, size, partitions))
+        groups = list(calibration.groups(24, 2 * size, partitions))
+        assert len(groups) == partitions * each >= 40 and groups == list(calibration.groups(24, 2 * size, partitions))
         for start in range(0, len(groups), each):
-            used = [seed for a, b in groups[start : start + each] for seed in (*a, *b)]
+            used = [seed for group in groups[start : start + each] for seed in group]
             assert len(set(used)) == len(used) == 2 * size * each
-    found = list(calibration.paired_groups(24, 5, 2))
+    found = list(calibration.groups(24, 5, 2))
     assert len(found) == 8 and len({seed for group in found[:4] for seed in group}) == 20
 
 

@@ -416,7 +416,7 @@ def test_changed_data_or_model_refuse_to_continue_a_run(checkpoint, tmp_path, ca
     ({"model": "none"}, ["none"]),
     ({"data": "none.jsonl"}, ["none.jsonl: no such file"]),
     ({"max_length": 2}, ["every prompt is longer than max_length=2"]),
-    ({"ref_model": "none"}, ["none: holds no config.json"]),
+    ({"ref_model": "none"}, ["none: no such folder"]),
     ({"ref_model": "none", "loss": "simpo"}, ["ref_model is none, but loss=simpo has no reference"]),
     ({"loss": "orpo"}, ["sft_coef is 0", "set sft_coef=1"]),
     ({"loss": "dop"}, ["loss is 'dop', expected 'dpo' or"]),

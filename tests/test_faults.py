@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, exits, metrics_of, small_model
 from kills import SETTINGS, same_folders, words_for
 
+import lora
 import runtime
 import sft
 
@@ -229,6 +230,43 @@ def test_an_asynchronous_checkpoint_that_fails_ends_the_run_with_one_line_at_a_s
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_1"]
 
 
+def test_a_kill_while_an_adapter_is_saved_leaves_the_old_one_or_the_new_whole(tmp_path):
+    """At its place, or set aside, from where the next saving brings it back: killed again, that one loses nothing."""
+    def adapter(seed):
+        model = lora.add_lora(small_model(dtype=torch.float32), 2, 4, seed=seed)
+        return model, next(parameter for name, parameter in model.named_parameters() if name.endswith(".A"))
+
+    (old, old_values), (new, new_values) = adapter(0), adapter(1)
+
+    def whole(folder):
+        loaded = small_model(dtype=torch.float32)
+        lora.load_adapter(loaded, folder)
+        values = next(parameter for name, parameter in loaded.named_parameters() if name.endswith(".A"))
+        assert torch.equal(values, old_values) or torch.equal(values, new_values)
+
+    def save(operations):
+        left, FUSE["left"] = FUSE["left"], -1
+        lora.save_adapter(old, tmp_path / str(operations))
+        FUSE["left"] = left
+        lora.save_adapter(new, tmp_path / str(operations))
+
+    def check(operations):
+        for again in range(20):  # saved again after each kill, and killed again, always a little later
+            place, aside = tmp_path / str(operations), tmp_path / f".{operations}.old"
+            whole(place if place.exists() else aside)
+            FUSE["left"] = again
+            try:
+                lora.save_adapter(new, place)
+                break
+            except Killed:
+                pass
+            finally:
+                FUSE["left"] = -1
+        assert not aside.exists()
+
+    assert killed_everywhere(save, check) > 4
+
+
 def test_a_run_that_ended_early_is_not_gone_on_with(server, data, tmp_path):
     """PPO stops when too few replies end. Killed before it wrote its model, it writes that, without more steps."""
     words = [*few("ppo", data), "min_eos=1"]
@@ -246,12 +284,13 @@ def test_a_run_that_ended_early_is_not_gone_on_with(server, data, tmp_path):
 
 # ------------------------------------------------------------------------------------- asked to stop
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_sigterm_saves_and_leaves_with_0_and_the_run_goes_on(script, server, data, tmp_path):
+@pytest.mark.parametrize("script, asked", [*((script, signal.SIGTERM) for script in SCRIPTS), ("sft", signal.SIGHUP)])
+def test_sigterm_saves_and_leaves_with_0_and_the_run_goes_on(script, asked, server, data, tmp_path):
+    """So does SIGHUP, of a window that is closed."""
     words = [*few(script, data), "save_every=0", f"out={tmp_path / 'run'}"]
     process = server.start(script, words, tmp_path / "log")
     assert kills.wait_for(process, lambda: kills.lines_of(tmp_path / "run") >= 2)
-    process.kill(signal.SIGTERM)
+    process.kill(asked)
     assert process.ended(60) and process.code() == 0
     steps = len(metrics_of(tmp_path / "run"))
     assert (tmp_path / "run" / "state" / f"step_{steps}" / "state.safetensors").exists()

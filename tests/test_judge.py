@@ -165,12 +165,12 @@ def test_questions_of_every_form_are_read(line, turns, tmp_path):
     ({"data": __file__}, "line 1: is no question"),
     ({"baseline": "GPT"}, "baseline is 'GPT', expected one of base"),
     ({"models": ["a=x", "a=y"]}, "a name occurs twice"),
-    ({"models": ["a=runs/{sed}/model"]}, "runs/{sed}/model holds no config.json"),
+    ({"models": ["a=runs/{sed}/model"]}, "runs/{sed}/model is no folder"),
     ({"seeds": []}, "seeds is empty"),
     ({"temperature": -0.7}, "temperature is -0.7"),
     ({"truth": "people"}, "truth is 'people', expected one of the judges: gold"),
     ({"judges": ["x=recorded:none.jsonl"]}, "none.jsonl: no such file"),
-    ({"judges": ["x=nowhere"]}, "judges: nowhere holds no config.json"),
+    ({"judges": ["x=nowhere"]}, "judges: nowhere is no folder"),
     ({"preferences": ["SHP"]}, "preferences: 'SHP' is not name=..."),
 ])
 def test_what_the_user_wrote_wrong_is_one_line(changes, said, checkpoint, questions, tmp_path, capsys):

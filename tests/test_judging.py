@@ -78,6 +78,11 @@ def test_a_verdict_is_read(form, text, value):
     ("pair", "", None, "an empty answer"),
     ("pair", "<think>x</think> A, I think.", None, "no verdict"),
     ("pair", "[[7]]", None, "a verdict of another kind: 7"),
+    # The last one counts, though it says nothing that can be used.
+    ("score", "On a scale to [[10]] this is [[11]]", None, "out of range: 11"),
+    ("margin", "[[A 2]]? No, [[B 7]]", None, "out of range: B 7"),
+    ("pair", "I end with [[A]], [[B]] or [[tie]]: [[Both are bad]]", None, "a verdict of another kind: Both are bad"),
+    ("pair", "[[A]], as rows of [[1, 2]] show", 1, ""),
 ])
 def test_thoughts_are_no_verdict_and_the_last_verdict_after_them_counts(form, text, value, why):
     verdict = read_verdict(text, form)
@@ -87,11 +92,27 @@ def test_thoughts_are_no_verdict_and_the_last_verdict_after_them_counts(form, te
 @pytest.mark.parametrize("text", ["[[A]]", "<think>x</think> It seems [[A]] is", "The first"])
 def test_an_answer_that_was_cut_holds_no_verdict(text):
     verdict = read_verdict(text, "pair", finished=False)
-    assert verdict.value is None and verdict.why == "cut at the limit of tokens"
+    assert verdict.value is None and verdict.why == "cut before its end"
 
 
 def test_a_label_with_its_log_probability_is_whole_however_short_the_answer():
     assert read_verdict("A", "label", {"A": -0.1, "B": -3.0}, finished=False).value > 0.9
+
+
+def test_log_probabilities_of_a_thoughts_first_token_are_no_verdict(tmp_path):
+    """The answer begins with a thought, in the text or in a field of its own, and says B: what A had at that place says
+    nothing."""
+    assert read_verdict("<think>Hm.</think>B", "label", {"A": -9.0, "B": -12.0}).value == 0
+
+    class Thinking(Stub):
+        def replies(self, requests, sampling):
+            for i, _ in enumerate(requests):
+                yield i, Reply("B", True, 1, 1, 0.0, {"A": -9.0, "B": -12.0}, "Hm.")
+
+    judge = Judge("stub", Thinking(None), "label", "plain", 100, tmp_path / "calls.jsonl")
+    answers = answers_of(1, x=str, y=lambda i: "other")
+    (row,) = compare(judge, in_orders(matches(answers, "y", False), "one", answers.names), answers)
+    assert row["preference"] == 1 - row["a_first"]
 
 
 def test_every_verdict_points_to_the_judges_words(tmp_path):
@@ -106,7 +127,7 @@ def test_every_verdict_points_to_the_judges_words(tmp_path):
     judge = Judge("stub", Thinking(None), "pair", "plain", 100, tmp_path / "calls.jsonl")
     rows = compare(judge, in_orders(matches(answers, "theirs", False), "one", answers.names), answers)
     assert [r["preference"] is None for r in rows] == [False, True, True, True]
-    assert [r["why"] for r in rows] == ["", "cut at the limit of tokens", "no reply: 400: policy",
+    assert [r["why"] for r in rows] == ["", "cut before its end", "no reply: 400: policy",
                                         "cut in its thoughts"]
     kept, failed = ({line["key"]: line for line in map(json.loads, (tmp_path / name).open())}
                     for name in ("calls.jsonl", "calls.failures.jsonl"))
@@ -270,6 +291,11 @@ def test_a_category_above_the_limit_has_no_mean_where_the_whole_has_one(tmp_path
     section = tables.category_section(merged, "y", "j")
     assert dict(zip(section["columns"], section["rows"][0], strict=True)) == {"model": "x", "chat": 100, "rare": None}
     assert tables.category_section(merged, "y", "j", force=True)["rows"] == [["x", 100, 100]]
+    assert "a verdict: chat 54, rare 4." in section["text"]
+    # Against the baseline alone: z met others on more prompts, and y on fewer.
+    more = [merged[0] | {"prompt": f"r{i}", "category": "chat", "a": "x", "b": "z", "preference": 1} for i in range(9)]
+    fewer = [merged[9] | {"prompt": f"q{i}", "category": "chat", "a": "y", "b": "z", "preference": 1} for i in range(9)]
+    assert "chat 9 to 54, rare 0 to 4." in tables.category_section([*merged, *more, *fewer], "y", "j")["text"]
     assert tables.win_rate_section(merged, "y", "j", "")["rows"][0][1]["value"] == 100
 
 
@@ -301,7 +327,7 @@ def test_above_the_limit_of_unread_no_mean_stands_anywhere(tmp_path):
 
     def means(section: dict) -> list:
         counts = ("games", "n", "wins", "draws", "losses", "unread", "unread, %", "prompts", "pairs", "left out",
-                  "always first", "always second", "decided pairs", "")
+                  "always first", "always second", "decided pairs", "decided", "games without", "")
         return [x for row in section["rows"] for name, x in zip(section["columns"], row, strict=True)
                 if name not in counts and x is not None and not isinstance(x, str)]
 
@@ -309,9 +335,9 @@ def test_above_the_limit_of_unread_no_mean_stands_anywhere(tmp_path):
     assert len(sections(force=True)) > len(sections(force=False)) and all(means(s) for s in sections(force=True))
     screen = trial.screen_section({"stub": bad, "people": people}, "people")
     shown = {row[0]: row[1] for row in screen["rows"] if row[1] is not None}
-    assert shown == {"verdicts": 540, "not to be read, %": pytest.approx(20)}
+    assert shown == {"not to be read, %": pytest.approx(20)} and screen["rows"][0][2] == 540
     own = trial.self_preference_section({"stub": bad, "people": people}, {"x": "us", "y": "them"}, "people")
-    assert all(row[1] is None and row[2] is not None for row in own["rows"])
+    assert all(row[1] is None and row[3] is not None and row[5] is None for row in own["rows"])
 
 
 def test_correlation_goes_by_ratings_where_there_are_ratings():
@@ -431,8 +457,24 @@ def test_self_preference_by_hand():
 
     section = trial.self_preference_section({"GPT": games("GPT", 3), "people": games("people", 1)},
                                             {"m1": "GPT", "m2": "people"}, "people")
-    assert section["rows"] == [["GPT", 75, 25, 50], ["people", 25, 75, -50]]
-    assert section["columns"][-1] == "GPT above people"
+    rows = [[cell["value"] if isinstance(cell, dict) else cell for cell in row] for row in section["rows"]]
+    assert rows == [["GPT", 75, 4, 25, 4, 50, 4], ["people", 25, 4, 75, 4, -50, 4]]
+    assert section["columns"][-2:] == ["GPT above people", "n of both"]
+
+
+def test_self_preference_is_held_against_people_on_the_comparisons_of_both():
+    """People judged prompts 0 to 3 alone, and gave m1 one of four; of these GPT gives it all four, 75 points more. That
+    it gives it none of four other prompts, which makes 50 % in all, is no answer to what people say.
+    """
+    def games(judge, wins, count):
+        return [{"judge": judge, "prompt": i, "a": "m1", "b": "m2", "a_first": None, "preference": float(i < wins)}
+                for i in range(count)]
+
+    section = trial.self_preference_section({"GPT": games("GPT", 4, 8), "people": games("people", 1, 4)},
+                                            {"m1": "GPT", "m2": "people"}, "people")
+    gpt = section["rows"][0]
+    assert (gpt[1]["value"], gpt[2], gpt[5]["value"], gpt[6]) == (50, 8, 75, 4)
+    assert all(cell["low"] < cell["value"] < cell["high"] or cell["value"] in (0, 100) for cell in gpt[1:6:2])
 
 
 def test_rows_survive_a_round_trip_through_json(tmp_path):

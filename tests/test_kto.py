@@ -293,7 +293,7 @@ def test_seeds_share_one_file_of_reference_logprobs(checkpoint, tmp_path, capsys
 @pytest.mark.parametrize("changes, said", [
     ({"beta": 0.0}, "beta is 0, expected at least 1e-06"),
     ({"desirable_weight": -1.0}, "desirable_weight is -1, expected at least 0"),
-    ({"ref_model": "none"}, "none: holds no config.json"),
+    ({"ref_model": "none"}, "none: no such folder"),
     ({"max_length": 2}, "holds no token to learn within max_length=2"),
 ])
 def test_what_the_user_wrote_wrong_is_one_line(changes, said, checkpoint, tmp_path, capsys):

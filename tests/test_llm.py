@@ -2,6 +2,8 @@
 import fcntl
 import json
 import math
+import os
+import re
 import shutil
 import threading
 import time
@@ -13,6 +15,7 @@ import torch
 from conftest import ROOT, exits, kill_after
 from scripted import small_checkpoint
 
+import judge
 from data.endpoint import Endpoint, label_logprobs, retry_after
 from data.llm import (
     Budget,
@@ -725,7 +728,10 @@ def test_a_stream_that_is_cut_is_not_finished(server, end, finished):
 
 
 @pytest.mark.parametrize("message", [
-    {"content": "[[B]]", "reasoning_content": "Maybe [[A]]?"}, {"content": "[[B]]", "reasoning": "Maybe [[A]]?"}])
+    {"content": "[[B]]", "reasoning_content": "Maybe [[A]]?"}, {"content": "[[B]]", "reasoning": "Maybe [[A]]?"},
+    {"content": [{"type": "reasoning", "text": "Maybe [[A]]?"}, {"type": "text", "text": "[[B]]"}]},
+    {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Maybe [[A]]?"}]},
+                 {"type": "text", "text": "[[B]]"}]}])
 def test_thoughts_in_a_field_of_their_own_are_kept_apart(server, tmp_path, message):
     def script(body, n):
         status, headers, text = completion("")
@@ -734,8 +740,8 @@ def test_thoughts_in_a_field_of_their_own_are_kept_apart(server, tmp_path, messa
         return status, headers, json.dumps(answer)
 
     (reply,) = ask(quick(server(script)), [user("a")], Sampling(), tmp_path / "l.jsonl")
-    assert (reply.text, reply.thoughts) == ("[[B]]", "Maybe [[A]]?")
-    assert lines(tmp_path / "l.jsonl")[0]["thoughts"] == "Maybe [[A]]?"
+    assert reply.text == "[[B]]" and "Maybe [[A]]?" in reply.thoughts
+    assert lines(tmp_path / "l.jsonl")[0]["thoughts"] == reply.thoughts
 
 
 def test_another_model_behind_the_same_name_is_noticed(server, tmp_path, capsys):
@@ -780,9 +786,56 @@ def test_the_reason_of_a_failure_is_handed_on(tmp_path):
     ("[THINK][[A]][/THINK][[B]]", "[[B]]", True),
     ("<|channel|>analysis<|message|>[[A]]<|end|><|start|>assistant<|channel|>final<|message|>[[B]]", "[[B]]", True),
     ("◁think▷[[A]]◁/think▷[[B]]", "[[B]]", True),
+    ("<|begin_of_thought|>[[A]]<|end_of_thought|>[[B]]", "[[B]]", True),
+    ("<|START_THINKING|>[[A]]<|END_THINKING|>[[B]]", "[[B]]", True),
     ("<think></think>", "", True),
 ])
 def test_thoughts_in_the_text_are_set_aside(text, said, ended):
     found = split_thoughts(text)
     assert (found[0], found[2]) == (said, ended)
     assert "[[A]]" not in text or said.count("[[A]]") + found[1].count("[[A]]") == 1  # nothing is lost
+
+
+# ------------------------------------------------------------------------------------ a judge that thinks
+
+def test_the_report_of_a_judge_that_thinks(server, tmp_path):
+    """Sixty questions; the judge weighs both verdicts in its thoughts, in the text or in a field of their own, and then
+    gives the longer reply the win. Two of its 120 answers are cut in their thoughts, which hold a verdict: 2 of 60
+    comparisons are unread, and x, longer in 40 of the others, wins these of 58.
+    """
+    said = {name: [f"{name} {i} " + "word " * ((i % 3 > 0) == (name == "x")) for i in range(60)] for name in "xy"}
+    questions = [{"id": str(i), "category": ("chat", "math")[i % 2], "prompt": f"Question {i}?"} for i in range(60)]
+    for name, texts in said.items():
+        rows = [{"id": str(i), "replies": [text]} for i, text in enumerate(texts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+
+    def script(body, n):
+        (number,), shown = (re.findall(pattern, body["messages"][0]["content"]) for pattern in (
+            r"Question (\d+)\?", r"<assistant ([AB]) \w+>\n(.*)\n"))
+        better = max(shown, key=lambda x: len(x[1]))[0]
+        thought = f"If A were better I would end with [[A]], else with [[B]]. {better} says more."
+        if number in ("6", "30") and shown[0][1].startswith("x"):
+            return completion(f"<think>{thought}", finish_reason="length")
+        answer = completion(f"[[{better}]]" if int(number) % 2 else f"<think>{thought}</think>\n\n[[{better}]]")
+        reply = json.loads(answer[2])
+        reply["choices"][0]["message"] |= {"reasoning_content": thought} if int(number) % 2 else {}
+        return *answer[:2], json.dumps(reply)
+
+    judge.main(judge.Config(models=[f"{name}={tmp_path / name}.jsonl" for name in "yx"], data=str(tmp_path / "q.jsonl"),
+                            judges=[f"thinking judge={server(script)}#m"], out=str(tmp_path / "out"), show=0,
+                            device="cpu", threads=1))
+    sections = json.loads((tmp_path / "out" / "report.json").read_text())["sections"]
+    found = {s["title"]: [dict(zip(s["columns"], row, strict=True)) for row in s["rows"]] for s in sections}
+    assert [row["thinking judge: unread"] for row in found["Replies"]] == [2, 2]
+    (wins,) = found["thinking judge: wins against y"]
+    assert (wins["wins"], wins["n"], wins["unread"]) == (40, 58, 2)
+    assert "2 of 60 verdicts could not be read (2 cut in its thoughts)" in next(
+        s["text"] for s in sections if s["title"] == "thinking judge: wins against y")
+    ledger = {line["key"]: line for line in lines(tmp_path / "out" / "calls.jsonl")}
+    for row in lines(tmp_path / "out" / "judgments.jsonl"):
+        words = ledger[row["key"]]
+        assert "[[A]], else with [[B]]" in words["text"] + words["thoughts"] and words["finished"] == (not row["why"])
+    if "WRITE" in os.environ:
+        report = {"command": "WRITE=1 python -m pytest tests/test_llm.py -k judge_that_thinks", "sections": sections}
+        (ROOT / "benchmarks" / "results" / "thinking.json").write_text(json.dumps(report, indent=1) + "\n")

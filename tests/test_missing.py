@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import torch
 from conftest import write_jsonl
 from test_judging import answers_of
 
@@ -10,7 +11,7 @@ from checkpoints import load_model, save_model
 from data.tokenizer import adopt_template, load_tokenizer
 from judge import Config
 from judging import gold, missing, tables
-from judging.games import Answers
+from judging.games import Answers, reward_scores
 from model import add_score_head
 
 QUESTIONS = [{"id": str(i), "prompt": f"Question {i}?"} for i in range(30)]
@@ -64,6 +65,25 @@ def test_a_question_that_is_not_answered_may_count_as_lost(run):
     assert (common["n"], loss["n"]) == (10, 30) and loss["wins"] == common["wins"]
     assert loss["losses"] == common["losses"] + 20
     assert loss["win rate, %"]["value"] == pytest.approx(common["win rate, %"]["value"] / 3)
+
+
+def test_a_model_that_answered_nothing_loses_everything_where_that_is_the_rule(run, tmp_path, checkpoint):
+    """Not even one game was judged, and B lost all 30."""
+    empty = [{"id": str(i), "replies": []} for i in range(30)]
+    found = run(A=replies(30, "one"), B=empty, missing="loss")
+    mine = lines(found["rm: wins against A"])["B"]
+    assert (mine["win rate, %"]["value"], mine["losses"], mine["n"]) == (0, 30, 30)
+    assert "rm: wins against A" not in run(A=replies(30, "one"), B=empty)
+
+
+def test_a_reward_model_judges_where_a_dialogue_has_no_reply(tmp_path, checkpoint):
+    """Templates of the Llama family cannot render an empty dialogue."""
+    strict = "{{ messages[0]['content'] }}{% for m in messages[1:] %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (folder := scored(tmp_path, checkpoint)).joinpath("chat_template.jinja").write_text(strict)
+    answers = answers_of(3, x=str, y=str)
+    answers.said["x", 0][1] = []
+    found = reward_scores(str(folder), answers, torch.device("cpu"))
+    assert [len(said) for said in found["x", 0]] == [1, 0, 1] and [len(said) for said in found["y", 0]] == [1, 1, 1]
 
 
 def test_what_neither_answered_is_no_game():

@@ -1,17 +1,22 @@
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CONFIGS, FAMILIES, FIXTURES, reference, small_model
 from safetensors.torch import load_file
 
+import model
 from checkpoints import load_model, parameters_by_tensor
+from kernels import PackedLinear, can_pack
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
 from kernels.sampling import DRAWS, in_nucleus, keep_top_k, sample_tokens
-from model import KVCache, RMSNorm, generate
+from lora import add_lora
+from model import Decoder, KVCache, ReplyState, RMSNorm, generate
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -119,6 +124,79 @@ def test_sampler_log_probs_equal_those_of_the_training_forward():
             hidden = model.hidden(path, torch.arange(len(path)), Layout.build([len(path)]))[len(prompt) - 1 : -1]
             forward, _ = linear_logprobs(hidden, model.head_weight, path[len(prompt) :], temperature=0.7)
             assert torch.allclose(forward, torch.tensor(sample.logprobs, dtype=torch.float64), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_packed_product_is_that_of_the_layers_apart(dtype):
+    """Two weights, the second with a bias, 1 to 40 rows: errors against float64 at most 1.5 times PyTorch's."""
+    dtype, generator = getattr(torch, dtype), torch.Generator().manual_seed(0)
+    if not can_pack(torch.zeros(1, 1), dtype):
+        pytest.skip("this CPU's oneDNN does not multiply bf16")
+    first, second, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((40, 48), (24, 48), (24,)))
+    packed = PackedLinear([first, second], [None, bias], dtype)
+    for rows in (1, 2, 16, 40):
+        x = torch.randn(rows, 48, generator=generator).to(dtype)
+        true = torch.cat([x.double() @ first.double().t(), x.double() @ second.double().t() + bias.double()], 1)
+        plain = torch.cat([x @ first.t(), F.linear(x, second, bias)], 1)
+        found = packed(x)
+        assert found.dtype == dtype
+        assert (found - true).abs().max() <= max(1e-5, 1.5 * (plain - true).abs().max().item())
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"qkv_bias": True, "mlp_bias": True, "out_bias": True}, {"gated": False, "activation": "gelu"},
+    {"qk_norm": True, "parallel": True, "norms": 1}, {"tied": False, "window": 6}, {"lora": ("q_proj", "down_proj")},
+])
+def test_decoding_with_packed_weights_draws_the_same(fields, monkeypatch):
+    fields = dict(fields)
+    targets = fields.pop("lora", None)
+    network = small_model(dtype=torch.float32, scale=20.0, **fields)
+    if targets:
+        add_lora(network, 4, 8, targets=targets)
+        for layer in network.lora_layers:
+            torch.nn.init.normal_(layer.adapters["default"].B)
+    settings = dict(max_tokens=12, n=2, temperature=0.9, slots=4, seed=3)
+    found = {}
+    for after in (10**6, 1, 4):
+        monkeypatch.setattr(model, "PACK_AFTER", after)
+        found[after] = [s for samples in generate(network, [[1, 2, 3], [4], [5, 6]], **settings) for s in samples]
+        packed = [module for module in network.modules() if getattr(module, "packed", None) is not None]
+        assert not packed and network.packed_head is None  # the copies are gone
+    for after in (1, 4):
+        for ours, plain in zip(found[after], found[10**6], strict=True):
+            assert ours.tokens == plain.tokens
+            assert ours.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
+
+
+def test_packed_weights_are_made_anew_for_every_call_and_dropped_after_an_error(monkeypatch):
+    monkeypatch.setattr(model, "PACK_AFTER", 1)
+    network = small_model(dtype=torch.float32)
+    before = generate(network, [[1, 2]], 6, temperature=0)[0][0]
+    with torch.no_grad():
+        network.embed_tokens.weight.mul_(0.5)
+    after = generate(network, [[1, 2]], 6, temperature=0)[0][0]
+    monkeypatch.setattr(model, "PACK_AFTER", 10**6)
+    assert after.logprobs == pytest.approx(generate(network, [[1, 2]], 6, temperature=0)[0][0].logprobs, abs=1e-5)
+    assert after.logprobs != pytest.approx(before.logprobs, abs=1e-3)
+    monkeypatch.setattr(model, "PACK_AFTER", 1)
+    monkeypatch.setattr(model.Decoder, "_draw", lambda self, chosen, _: 1 / 0 if self.steps else
+                        [s.tokens.append(1) for s in chosen])
+    with pytest.raises(ZeroDivisionError):
+        generate(network, [[1, 2]], 6)
+    assert network.packed_head is None and network.layers[0].self_attn.packed is None
+
+
+def test_with_checkpointing_no_probabilities_outlive_the_forward_pass():
+    """4 blocks, 8 heads, 1,024 tokens: probabilities alone take at least 64 MiB (half of 4 * 8 * 1024^2 * 4 bytes),
+    the blocks' inputs 0.5 MiB."""
+    network = small_model(width=32, layers=4, heads=8, kv_heads=8, dtype=torch.float32)
+    network.checkpointing = True
+    tokens, layout = torch.randint(0, 40, (1024,)), Layout.build([1024])
+    network.hidden(tokens, torch.arange(1024), layout)  # makes the layout's plan, which stays
+    with torch.profiler.profile(profile_memory=True) as profile:
+        hidden = network.hidden(tokens, torch.arange(1024), layout)
+    held = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    assert hidden.requires_grad and 2**18 < held < 8 * 2**20
 
 
 def test_cached_decoding_equals_running_the_whole_path(case):
@@ -292,6 +370,35 @@ def test_a_model_on_triton_gives_the_same_tree_gradients_and_samples(fields):
     assert found["triton"][2] == found["torch"][2]
 
 
+def test_what_generate_keeps_changes_no_token_and_is_taken_again_while_it_is_large_enough():
+    """Weights that training changes in place are read anew; a longer reply needs another cache."""
+    network, prompts = small_model(dtype=torch.float32, scale=3.0), [[1, 2, 3], [4] * 7, [5]]
+    kept = []
+    for seed, count in enumerate((8, 5, 8, 300)):
+        with torch.no_grad():
+            network.layers[0].mlp.up_proj.weight.mul_(-1)
+        given = dict(n=2, stop_ids=(3,), seed=seed)
+        replies = generate(network, prompts, count, **given, keep=True)
+        kept.append(network.decoder)
+        plain = generate(network, prompts, count, **given)
+        assert [[s.tokens for s in each] for each in replies] == [[s.tokens for s in each] for each in plain]
+        assert network.decoder is kept[-1]
+    assert kept[0] is kept[1] is kept[2] is not kept[3]
+
+
+def test_the_decoder_works_on_its_models_device_in_any_thread(monkeypatch):
+    """A new thread's current GPU is the first one, wherever the model is: there kernels and graphs would run."""
+    entered = []
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x) or device_of(x))
+    decoder = Decoder(small_model(), (), 1, 8)
+    decoder.waiting.append(ReplyState([1, 2], 3, (0.0, 0, 1.0), [0]))
+    with ThreadPoolExecutor(1) as pool:
+        while pool.submit(decoder.step).result():
+            pass
+    assert len(entered) == 4 and all(x is decoder.cache.data for x in entered)
+
+
 def test_decoding_by_graphs_changes_no_token(monkeypatch):
     """Slots are freed and taken again, so that graphs of several sizes run. Without a GPU a stand-in calls the step."""
     import model as source
@@ -304,8 +411,8 @@ def test_decoding_by_graphs_changes_no_token(monkeypatch):
             self.logits.copy_(self.step())
 
     def capture(self, tokens, positions):
-        logits = self.step(tokens, positions, self.room)
-        return Repeated(lambda: self.step(tokens, positions, self.room), logits), tokens, positions, logits
+        logits = self.step(tokens, positions, self.cache.room)
+        return Repeated(lambda: self.step(tokens, positions, self.cache.room), logits), tokens, positions, logits
 
     gpu = torch.cuda.is_available()
     network = small_model(dtype=torch.float32, scale=3.0).to("cuda" if gpu else "cpu")

@@ -8,18 +8,17 @@ from conftest import BASE, small_model
 
 from data.pack import collate, main, pack, show, shuffled, step_trees
 from data.tokenizer import load_tokenizer
-from data.trees import (
-    CHOSEN,
-    REJECTED,
-    Response,
-    Tree,
-    trees_from_preferences,
-)
+from data.trees import CHOSEN, REJECTED, Response, Tree, trees_of
 from kernels.logprobs import linear_logprobs
 
 
 def ids(*values):
     return np.array(values, np.int32)
+
+
+def preference_trees(records, tokenizer, template):
+    tokenizer.adopt(template)
+    return trees_of(records, "preference", tokenizer)
 
 
 def drawn_tree() -> Tree:
@@ -160,7 +159,7 @@ def test_the_viewer_prints_every_token_with_loss_and_branch(tmp_path, capsys, mo
     main()
     said = capsys.readouterr().out
     assert "1 trees, 2 leaves" in said and "leaf 1, branches after" in said and "rejected, turn 2, margin 2" in said
-    tree = trees_from_preferences(rated(2), load_tokenizer(BASE), "zephyr")[0]
+    tree = preference_trees(rated(2), load_tokenizer(BASE), "zephyr")[0]
     rows = [line for line in show(tree, load_tokenizer(BASE)).splitlines() if line.split()[0].isdigit()]
     assert len(rows) == tree.tokens
     monkeypatch.setattr("sys.argv", ["pack", str(file), "--tokenizer", str(BASE), "--template", "chatml",

@@ -214,11 +214,20 @@ def test_starts_that_change_the_base_beyond_repeating_are_refused(start, tmp_pat
     {"rank_pattern": {"q_proj": 2.5}}, {"rank_pattern": ["q_proj"]}, {"alpha_pattern": {"*": 2}},
     {"layers_to_transform": "all"}, {"trainable_token_indices": [-1]}, {"lora_dropout": 2},
     {"trainable_token_indices": {"embed_tokens": "x"}}, {"init_lora_weights": 3}, {"exclude_modules": "["},
+    {"r": 4_000_000_000}, {"lora_alpha": 10**400}, {"target_modules": "(" * 5000},
+    {"exclude_modules": "a{99999999999}"},
 ])
 def test_values_of_the_wrong_kind_are_one_line(changes, tmp_path, capsys):
     folder = written("one_layer", tmp_path / "a", **changes)
     said = f"adapter_config.json: {next(iter(changes))} "
     exits(capsys, lambda: lora.load_adapter(base_of("one_layer"), folder), said)
+
+
+def test_a_rank_that_the_tensors_do_not_have_takes_no_memory(tmp_path, capsys, monkeypatch):
+    """It is compared with what the file holds before anything of its size is made."""
+    folder = written("one_layer", tmp_path / "a", r=60_000)
+    monkeypatch.setattr("adapters.attach", lambda *_: pytest.fail("memory is taken"))
+    exits(capsys, lambda: lora.load_adapter(base_of("one_layer"), folder), "expected [60000, 48]")
 
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
@@ -264,7 +273,8 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, capsys):
     exits(capsys, lambda: lora.load_adapter(small_model(), folder), "pickled")
     (folder / "adapter_model.safetensors").write_bytes(b"<html>")
     exits(capsys, lambda: lora.load_adapter(small_model(), folder), "cannot be read")
-    for text in ("{", "[]"):
+    exits(capsys, lambda: lora.load_adapter(small_model(), tmp_path / "nowhere"), "nowhere: no such folder")
+    for text in ("{", "[]", "[" * 100_000, '{"peft_type": "a\\ud800"}'):
         (folder / "adapter_config.json").write_text(text)
         exits(capsys, lambda: lora.load_adapter(small_model(), folder), "adapter_config.json")
 

@@ -142,6 +142,26 @@ def test_one_judge_in_both_orders_is_no_group_of_people():
     assert (merged["preference"], merged["rating"]) == (0.5, 4) and tables.turned(merged)["rating"] == 5
 
 
+def test_the_slot_of_an_item_that_one_person_rated_is_not_the_majoritys(tmp_path):
+    """Ten items of two raters and two of one, who took the left: people's majority has no order to be biased by."""
+    records = [vote(f"p{i}", rater, "m1", "m2", 2) for i in range(10) for rater in ("r1", "r2")]
+    found = report_of(tmp_path, records + [vote(f"q{i}", "r1", "m2", "m1", 2) for i in range(2)])
+    assert [row[0] for row in found["The judges on trial"]["rows"]] == ["not to be read, %"]
+    assert found["The judges on trial"]["rows"][0][2] == 12
+    wins = line(found["people: wins against m2"], "m1")
+    assert (wins["wins"], wins["losses"], wins["n"]) == (10, 2, 12)
+    assert line(found["people: position"], "as recorded")["decided"] == 22
+
+
+def test_what_no_judge_of_several_could_say_is_unread_and_no_abstention():
+    rows = [{"judge": name, "prompt": "p", "a": "x", "b": "y", "a_first": True, "preference": None, "why": why}
+            for name, why in (("one", "abstained: cannot tell"), ("two", "cut before its end"))]
+    (game,) = tables.majority(rows, "judges")
+    assert game["preference"] is None and game["why"] == "cut before its end"
+    (game,) = tables.majority([rows[0], rows[0] | {"judge": "three"}], "judges")
+    assert game["why"].startswith("abstained")
+
+
 def test_raters_are_held_against_the_others_and_their_side_is_counted(tmp_path):
     """r1 and r2 always prefer m1, whatever side; r3 always takes the left."""
     records = []

@@ -15,6 +15,7 @@ from data.four_models import Models
 from data.tokenizer import load_tokenizer
 from data.trees import tree_from_replies
 from data.vocabulary import Added
+from kernels.layout import Layout
 from model import Transformer, add_score_head
 from ppo import (
     Config,
@@ -34,6 +35,7 @@ from ppo import (
     value_loss,
     whiten,
 )
+from runtime import distributed
 
 CPU = torch.device("cpu")
 
@@ -703,3 +705,26 @@ def test_replies_that_fill_the_positions_of_any_model_are_one_line(roles, tmp_pa
     models = Models(small_model(), small_model(), learned, None, small_model())
     assert ppo.room(models, Config(max_tokens=24)) == 40  # of the reward model's 64
     assert ppo.room(models._replace(reward_model=small_model()), Config(max_tokens=24)) == 232
+
+
+def test_on_a_gpu_ppo_samples_from_a_copy_in_the_dtype_of_compute(tmp_path, monkeypatch):
+    """Same weights as the policy's after every step, rounded as its products round them; norms stay as they are."""
+    from data import four_models
+
+    policy = small_model(dtype=torch.float32, tied=False)
+    policy.compute_dtype = torch.bfloat16
+    monkeypatch.setattr(four_models, "load_model", lambda path, dtype, device: small_model(dtype=dtype, tied=False))
+    assert four_models.make_sampler(policy, "", CPU) is policy
+    sampler = four_models.make_sampler(policy, "", torch.device("cuda"))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.01)
+    distributed.copy_weights(policy, sampler)
+    for (name, mine), theirs in zip(sampler.named_parameters(), policy.parameters(), strict=True):
+        rounded = mine.ndim == 2 and "embed" not in name
+        assert mine.dtype == (torch.bfloat16 if rounded else torch.float32), name
+        assert torch.equal(mine, theirs.to(mine.dtype))
+    tokens, layout = torch.arange(7), Layout.build([7])
+    assert torch.equal(sampler.hidden(tokens, tokens, layout), policy.hidden(tokens, tokens, layout))
+    policy.compute_dtype = None
+    assert four_models.make_sampler(policy, "", torch.device("cuda")) is policy

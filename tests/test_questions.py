@@ -105,7 +105,11 @@ ARENA = [({"question_id": "q", "category": "arena-hard-v0.1", "cluster": "C", "t
          ({"index": 3, "dataset": "koala", "instruction": "Use ABC"},
           {"instruction": "Use ABC", "output": "x", "generator": "m"}),
          ({"question_id": 81, "category": "math", "turns": ["Use ABC", "And D"]},
-          {"question_id": 81, "choices": [{"turns": ["x", "y"]}]})]
+          {"question_id": 81, "choices": [{"turns": ["x", "y"]}]}),
+         ({"prompt_id": "f", "category": "chat", "messages": [{"role": "user", "content": "Use ABC"}]},
+          {"prompt_id": "f", "prompt": [{"role": "user", "content": "Use ABC"}], "completion": "x"}),
+         ({"category": "chat", "messages": [{"role": "user", "content": "Use ABC"}]},
+          {"prompt": [{"role": "user", "content": "Use ABC"}], "completion": "x"})]
 
 
 @pytest.mark.parametrize("question, answer", ARENA)
@@ -142,6 +146,27 @@ def test_replies_written_by_a_run_are_read_again(tmp_path):
     assert read_answers(path, questions) == [rows[0]["replies"], [], rows[2]["replies"]]
     empty = write_jsonl(tmp_path / "none.jsonl", [{"id": 0, "output": None}, {"id": 1, "output": "x"}])
     assert read_answers(str(empty), questions) == [[], [{"text": "x", "finished": True}], []]
+
+
+def test_thoughts_in_a_files_answers_are_set_aside_as_those_of_a_model_that_is_asked(tmp_path):
+    questions = load_questions(str(write_jsonl(tmp_path / "q.jsonl", [{"prompt": f"P{i}"} for i in range(3)])))[0]
+    answers = write_jsonl(tmp_path / "a.jsonl", [
+        {"prompt": "P0", "output": "<think>Hm.</think>\n\nSo."}, {"prompt": "P1", "output": "<think>It is"},
+        {"prompt": "P2", "output": " as it was "}])
+    said = read_answers(str(answers), questions)
+    assert said == [[{"text": "So.", "finished": True}], [{"text": "", "finished": False}],
+                    [{"text": " as it was ", "finished": True}]]
+
+
+def test_an_id_that_is_unknown_does_not_hide_that_the_text_is_known(tmp_path, capsys):
+    """b's question has another id in the answers: that is a mismatch, not an answer to none of the questions."""
+    questions = load_questions(str(write_jsonl(tmp_path / "q.jsonl", [{"id": n, "prompt": f"P{n}"} for n in "ab"])))[0]
+    answers = [{"id": "a", "prompt": "Pa", "output": "x"}, {"id": "z", "prompt": "Pb", "output": "y"}]
+    with pytest.raises(SystemExit):
+        read_answers(str(write_jsonl(tmp_path / "a.jsonl", answers)), questions)
+    assert "is that of a question with another id than its id 'z'" in capsys.readouterr().err
+    answers[1]["prompt"] = "Pz"
+    assert read_answers(str(write_jsonl(tmp_path / "b.jsonl", answers)), questions)[1] == []
 
 
 def test_two_answers_in_one_record_are_refused(tmp_path, capsys):

@@ -4,13 +4,14 @@ import json
 import math
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import exits
 
-from judging import ratings
+from judging import ratings, tables
 from judging.ratings import (
     Game,
     bootstrap_bradley_terry,
@@ -137,8 +138,7 @@ def test_asking_a_prompt_twice_makes_nobody_surer():
 
 def test_bootstrap_interval_is_two_standard_errors_wide():
     p = np.random.default_rng(0).integers(0, 2, 400).astype(float)
-    samples = 100 * ratings.bootstrap_means(p[:, None], np.ones((400, 1)), ratings.resample(400, 2000, 0))
-    low, high = ratings.percentiles(samples)[:, 0]
+    low, high = ratings.percentiles(100 * ratings.resample(400, 2000, 0) @ p / 400)
     assert high - low == pytest.approx(2 * 1.96 * win_rate(p)["standard_error"], rel=0.06)
 
 
@@ -151,8 +151,8 @@ def test_one_seed_draws_the_same_prompts_for_every_model():
     noisy = ratings.paired_difference([1, 0, 1, NAN, 1], [0, 0, 1, 1, 0.5])
     assert noisy["n"] == 4 and noisy["difference"] == pytest.approx(37.5) and noisy["low"] < 37.5 < noisy["high"]
     assert ratings.paired_difference([0, 0, 1, 1, 0.5], [1, 0, 1, NAN, 1])["difference"] == -noisy["difference"]
-    assert ratings.paired_difference([1, NAN, 1, 1, 0], [0.5, 1, 1, 0, 0], rounds=50) == ratings.paired_difference(
-        [1, 1, NAN, 0, 1], [0, 1, 1, 0, 0.5], rounds=50)  # the same rows in another order
+    assert ratings.paired_difference([1, NAN, 1, 1, 0], [0.5, 1, 1, 0, 0]) == ratings.paired_difference(
+        [1, 1, NAN, 0, 1], [0, 1, 1, 0, 0.5])  # the same rows in another order
 
 
 @pytest.mark.parametrize("values, prompts, expected", [
@@ -272,30 +272,27 @@ def test_length_fits_stay_finite():
     assert ratings.lc2([1, 0, NAN], [5, 5, 5], [5, 5, 5])["lc2"] == pytest.approx(50)
 
 
-def test_leaderboard_aligns_by_index():
-    rows = [{"index": i, "preference": 1 + (i % 3) / 2, "len_1": 10 + i, "len_2": 30 - i} for i in range(30)]
-    better = [{**row, "preference": 2} for row in rows[5:]]
-    said, shuffled = (
-        ratings.leaderboard({"a": x, "b": y}, rounds=50)
-        for x, y in ((rows, better), (rows[::-1], better[7:] + better[:7]))
-    )
-    assert said == shuffled
-    assert [(line["model"], line["n"], line["missing"]) for line in said] == [("b", 25, 0), ("a", 30, 0)]
-    assert said[1]["low"] < said[1]["win_rate"] < said[1]["high"] and said[1]["mean_length"] == 15
-    with pytest.raises(ValueError, match="index 3 occurs twice"):
-        ratings.leaderboard({"a": [*rows, rows[3]]})
-
-
 # ------------------------------------------------------------------------------ orders and positions
 
+def merge(rows):
+    """tables.merge_orders of games, the merged ones as Games, and how many had both orders; the n-th game of one order
+    is the n-th repeat."""
+    seen, found = Counter(), []
+    for g in rows:
+        key = g.prompt, *sorted((g.a, g.b)), g.a_first == (g.a < g.b)
+        found.append({"judge": "j", "prompt": g.prompt, "repeat": seen[key], "a": g.a, "b": g.b, "a_first": g.a_first,
+                      "preference": g.outcome})
+        seen[key] += 1
+    merged, forward, backward = tables.merge_orders(found)
+    return tables.games_of(merged), forward, backward
+
+
 def test_a_judge_that_always_says_first():
-    games = collect(g for i in range(20) for g in (Game("x", "y", 1, i), Game("x", "y", 0, i, a_first=False)))
-    merged, forward, backward, alone = ratings.match_orders(games)
-    assert alone == 0 and ratings.position(games)["first_slot_share"] == 1
-    assert (
-        ratings.consistency(forward, backward)["consistency"] == 0
-        and ratings.consistency(forward, backward)["always_first"] == 20
-    )
+    rows = [g for i in range(20) for g in (Game("x", "y", 1, i), Game("x", "y", 0, i, a_first=False))]
+    games, (merged, forward, backward) = collect(rows), merge(rows)
+    assert len(merged.outcome) == len(forward) == 20 and ratings.position(games)["first_slot_share"] == 1
+    same = ratings.consistency(forward, backward)
+    assert same["consistency"] == 0 and same["always_first"] == 20
     for played in (games, merged):
         assert ratings.records(played)["x"]["win_rate"] == ratings.records(played)["y"]["win_rate"] == 50
         assert bradley_terry(played)["ratings"] == pytest.approx({"x": 1000, "y": 1000})
@@ -309,50 +306,27 @@ def test_consistency_by_hand():
     assert said["consistency"] == 0.4 and (said["low"], said["high"]) == ratings.wilson(2, 5)
 
 
-def test_games_without_a_partner_are_counted():
-    rows = [
-        Game("x", "y", 1, 0),
-        Game("y", "x", 1, 0),
-        Game("x", "y", 0.5, 0),
-        Game("x", "y", 1, 1),
-        Game("y", "z", 1, 1, a_first=False),
-    ]
-    merged, forward, backward, alone = ratings.match_orders(collect(rows))
+def test_games_without_a_partner_count_as_they_are():
+    rows = [Game("x", "y", 1, 0), Game("y", "x", 1, 0), Game("x", "y", 0.5, 0), Game("x", "y", 1, 1),
+            Game("y", "z", 1, 1, a_first=False)]
+    merged, forward, backward = merge(rows)
     # x shown first won; y shown first won: split, both first. The repeat and the games of prompt 1 have no partner.
-    assert alone == 3 and (forward.tolist(), backward.tolist()) == ([1], [0]) and merged.outcome.tolist() == [0.5]
+    assert (forward.tolist(), backward.tolist()) == ([1], [0]) and merged.outcome.tolist() == [0.5, 0.5, 1, 1]
 
 
-def test_repeats_are_matched_in_the_order_given():
+def test_repeats_are_matched_by_their_number():
     """x first: won, lost; then y first: x won, lost. Matched first with first: one win each, no tie."""
-    rows = [
-        Game("x", "y", 1, 0),
-        Game("x", "y", 0, 0),
-        Game("x", "y", 1, 0, a_first=False),
-        Game("x", "y", 0, 0, a_first=False),
-    ]
-    assert ratings.match_orders(collect(rows))[0].outcome.tolist() == [1, 0]
-
-
-def test_win_rates_of_resampled_prompts():
-    """Two prompts of two games, x wins both of the first and none of the second: rounds give 0, 50 or 100, never 25."""
-    rows = [
-        Game("x", "y", 1, 0),
-        Game("y", "x", 0, 0),
-        Game("x", "y", 0, 1),
-        Game("y", "x", 1, 1),
-        Game("x", "z", NAN, 2),
-    ]
-    samples = ratings.bootstrap_win_rates(collect(rows[:4]), rounds=200)
-    np.testing.assert_allclose(samples.sum(axis=1), 100)
-    assert [(samples[:, 0] == x).sum() for x in (0, 50, 100)] == pytest.approx([50, 100, 50], abs=25)
-    assert np.isnan(ratings.bootstrap_win_rates(collect(rows), rounds=5)[:, 2]).all()  # z has no verdict
+    rows = [Game("x", "y", 1, 0), Game("x", "y", 0, 0), Game("x", "y", 1, 0, a_first=False),
+            Game("x", "y", 0, 0, a_first=False)]
+    assert merge(rows)[0].outcome.tolist() == [1, 0]
 
 
 def test_prompts_are_resampled_with_all_their_games():
     """Two prompts of two games each, x wins both of the first and neither of the second: a round gives 0, 1/2 or 1,
     never 1/4."""
     sums, counts = ratings.by_prompt([1, 1, 0, 0, NAN], [0, 0, 1, 1, 1])
-    samples = ratings.bootstrap_means(sums[:, None], counts[:, None], ratings.resample(2, 200, 0))[:, 0]
+    weights = ratings.resample(2, 200, 0)
+    samples = (weights @ sums) / (weights @ counts)
     assert [(samples == x).sum() for x in (0, 0.5, 1)] == pytest.approx([50, 100, 50], abs=25)
     assert ratings.mean_interval([1, 1, 0, 0, NAN], [0, 0, 1, 1, 1]) == (0, 1)
 
@@ -365,7 +339,7 @@ def test_position_of_a_judge_with_a_known_bias():
     ]
     said = ratings.position(collect(rows))
     assert said["low"] < 0.7 < said["high"] and said["high"] - said["low"] < 0.05
-    merged = ratings.records(ratings.match_orders(collect(rows))[0])
+    merged = ratings.records(merge(rows)[0])
     assert merged["x"]["win_rate"] == pytest.approx(50, abs=3)
 
 
@@ -391,11 +365,6 @@ def test_mt_bench_by_hand():
     )
     assert math.isnan(said["category"]["reasoning"]["turn_2"])
     assert ratings.mt_bench([*rows, rows[0]], rounds=1)["duplicates"] == 1
-
-
-def test_score_totals_by_hand():
-    said = ratings.score_totals([[8, 9], [9, 8.5], [NAN, 3]])
-    assert (said["first"], said["second"], said["n"], said["missing"]) == (17, 17.5, 2, 1)
 
 
 # ------------------------------------------------------------------------------- Elo, Bradley-Terry
@@ -678,22 +647,18 @@ def test_mt_bench_single_scores():
 def test_mt_bench_pairwise():
     rows = read("mt_bench/gpt-4_pair_gpt35_vs_gpt4.jsonl.gz")
     outcome = {"model_1": 1, "model_2": 0, "tie": 0.5}
-    games = collect(
-        Game(r["model_1"], r["model_2"], outcome[r[f"g{g}_winner"]], r["question_id"], g == 1)
-        for r in rows
-        for g in (1, 2)
-    )
-    merged, forward, backward, alone = ratings.match_orders(games)
+    merged, forward, backward = merge(Game(r["model_1"], r["model_2"], outcome[r[f"g{g}_winner"]], r["question_id"],
+                                           g == 1) for r in rows for g in (1, 2))
     record, same = ratings.records(merged), ratings.consistency(forward, backward)
-    assert (record["gpt-4"]["wins"], record["gpt-3.5-turbo"]["wins"], record["gpt-4"]["ties"], alone) == (3, 2, 5, 0)
+    assert (record["gpt-4"]["wins"], record["gpt-3.5-turbo"]["wins"], record["gpt-4"]["ties"]) == (3, 2, 5)
     assert (same["consistent"], same["always_first"], same["n"]) == (7, 1, 10)
 
 
 @real
 def test_vicuna_review_totals():
     for other, totals in (("alpaca-13b", (583.0, 704.0)), ("bard", (664.0, 655.5))):
-        said = ratings.score_totals([row["score"] for row in read(f"vicuna_review/{other}_vs_vicuna-13b.jsonl.gz")])
-        assert (said["first"], said["second"], said["n"]) == (*totals, 80)
+        scores = np.array([row["score"] for row in read(f"vicuna_review/{other}_vs_vicuna-13b.jsonl.gz")])
+        assert scores.sum(axis=0).tolist() == list(totals) and len(scores) == 80
 
 
 @real
@@ -703,13 +668,9 @@ def test_llmbar_positions():
         ("natural_ChatGPT_CoT", 0.668, 64, 1),
     ):
         outcome = {"1": 1, "2": 0, None: None}
-        games = collect(
-            Game("1", "2", outcome[row[f"winner_{order}"]], row["index"], order == "noswap")
-            for row in read(f"llmbar/{name}.jsonl.gz")
-            for order in ("noswap", "swap")
-        )
-        said = ratings.position(games)
-        same = ratings.consistency(*ratings.match_orders(games)[1:3])
+        rows = [Game("1", "2", outcome[row[f"winner_{order}"]], row["index"], order == "noswap")
+                for row in read(f"llmbar/{name}.jsonl.gz") for order in ("noswap", "swap")]
+        said, same = ratings.position(collect(rows)), ratings.consistency(*merge(rows)[1:])
         assert said["first_slot_share"] == pytest.approx(share, abs=5e-4) and said["missing"] == unparsed
         assert same["consistent"] == equal and same["n"] + same["missing"] == 100
 
@@ -762,13 +723,3 @@ def test_length_control_ends_where_lengths_hardly_differ_or_decide_everything():
                 assert 0 <= found["low"] <= found["high"] <= 100 and 0 <= found["lc2"] <= 100
 
 
-@real
-@pytest.mark.parametrize("version, models", [("v1", V1), ("v2", V2)])
-def test_alpaca_eval_leaderboard(version, models):
-    published = {row[""]: row for row in read_csv(f"alpaca_eval_{version}/leaderboard.csv")}
-    for line in ratings.leaderboard({m: read(f"alpaca_eval_{version}/{m}.jsonl.gz") for m in models}, rounds=20):
-        row = published[line["model"]]
-        for name in ("win_rate", "standard_error", "discrete_win_rate"):
-            assert line[name] == pytest.approx(float(row[name]), abs=1e-9)
-        counts = [int(row[name]) for name in ("n_wins", "n_wins_base", "n_draws", "n_total", "avg_length")]
-        assert [line[name] for name in ("wins", "losses", "draws", "n", "mean_length")] == counts

@@ -308,6 +308,15 @@ def test_likert_by_hand(tmp_path):
     assert read(write_jsonl(tmp_path / "v.jsonl", [vote(0, p) for p in (0,)])).games[0]["rating"] == 8
 
 
+def test_a_tie_is_a_choice_where_people_could_make_it(tmp_path):
+    """Even on the scale of eight: 4.5; FastChat's word for two orders that disagree is a tie too."""
+    tie = vote(0, 1) | {"choice": "tie", "margin": None}
+    (game,), (label,) = (lambda said: (said.games, said.labels))(read(write_jsonl(tmp_path / "v.jsonl", [tie])))
+    assert (game["preference"], game["rating"], label["label"], game.get("why")) == (0.5, 4.5, 4.5, None)
+    (game,) = read(write_jsonl(tmp_path / "b.jsonl", [battle(0, 1) | {"winner": "tie (inconsistent)"}])).games
+    assert game["preference"] == 0.5
+
+
 def test_arena_hard_by_hand(tmp_path):
     """The baseline is A in the first game. A>>B there is one loss of the model, or three observations of it."""
     record = {"question_id": "q", "model": "x", "judge": "gpt-4",

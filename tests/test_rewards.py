@@ -12,7 +12,7 @@ import reward
 from checkpoints import load_model, save_model
 from data.formats import read
 from data.tokenizer import load_tokenizer
-from data.trees import trees_from_preferences
+from data.trees import trees_of
 from judging import rewards
 from judging.rewards import (
     SECTIONS,
@@ -196,10 +196,10 @@ def test_sections_have_the_talks_row_and_a_cell_a_column():
     assert talk[0].startswith("falcon-40b-rm v1.0") and talk[1:6] == pytest.approx([66, 67.8, 80.2, 74.3, 72.075])
     parts = breakdown_section({"all": {"own": found}, "none": {}})
     assert all(len(row) == len(parts["columns"]) for row in parts["rows"])
-    assert [row[:3] for row in parts["rows"]] == [["own", "margin 1", 1], ["own", "margin 2", 2],
+    assert [row[:3] for row in parts["rows"]] == [["own", "all", 4], ["own", "margin 1", 1], ["own", "margin 2", 2],
                                                   ["own", "category chat", 2],
                                                   ["own", "category coding", 2]]
-    assert parts["rows"][1][3]["value"] == 50 and parts["rows"][1][4] is None
+    assert parts["rows"][2][3]["value"] == 50 and parts["rows"][2][4] is None
     json.dumps([section, parts], allow_nan=False)
 
 
@@ -307,7 +307,7 @@ def test_accuracy_is_that_of_the_training_scripts_report(checkpoints):
     words = [" ".join(rng.choices(["cat", "runs", "blue", "to", "the", "house", "seven"], k=rng.randint(2, 6)))
              for _ in range(60)]
     records = [pair(f"{i} {words[i]}", words[20 + i] + "!", words[40 + i], margin=1 + i % 3) for i in range(20)]
-    trees = trees_from_preferences(records, load_tokenizer(checkpoints["reward"]))
+    trees = trees_of(records, "preference", load_tokenizer(checkpoints["reward"]))
     model = load_model(checkpoints["reward"], dtype=torch.float32)
     theirs = reward.report(trees, reward.all_scores(model, trees, 4096, torch.device("cpu")))
     ours = preference_accuracy(records, load_scorer("reward", checkpoints["reward"]))

@@ -7,9 +7,25 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from collect.rouge import Pool, f_measure, filter_similar, lcs, places, rouge_l, words
+from collect.rouge import Pool, f_measure, lcs, places, words
 
 theirs = RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def rouge_l(target: str, prediction: str) -> float:
+    a, b = words(target), words(prediction)
+    return f_measure(lcs(places(a), len(a), b), len(a), len(b))
+
+def filter_similar(texts: list[str], threshold: float = 0.7) -> list[tuple[int, float] | None]:
+    """For each text in order: None if it is kept, else the text kept before it that it repeats, and their F."""
+    pool, kept, verdicts = Pool(threshold=threshold), [], []
+    for number, text in enumerate(texts):
+        near = pool.too_similar(text)
+        if near is None:
+            pool.add(text)
+            kept.append(number)
+        verdicts.append(near and (kept[near[0]], near[1]))
+    return verdicts
 
 
 def brute_force(a: list[str], b: list[str]) -> int:

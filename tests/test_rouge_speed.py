@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from conftest import ROOT
 from rouge_score.rouge_scorer import RougeScorer
+from test_rouge import filter_similar, rouge_l
 
 from benchmarks.measure import machine, timed
-from collect.rouge import Pool, filter_similar, rouge_l
+from collect.rouge import Pool
 
 WRITE = "WRITE" in os.environ
 INSTRUCTIONS, PAIRS = (50_000, 1000) if WRITE else (1000, 100)

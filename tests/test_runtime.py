@@ -3,6 +3,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Config:
     fast: bool = False
     kind: Literal["cosine", "linear"] = "cosine"
     seeds: list[int] = (0,)
+    shares: list[float] = dataclasses.field(default_factory=lambda: [0.5])
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     overwrite: bool = False
 
@@ -41,6 +43,10 @@ def test_defaults_then_file_then_command_line(tmp_path):
     config = load("--config", str(tmp_path / "c.toml"), "kind=cosine", "out=2024-01-01", "fast=true")
     assert config == Config(out="2024-01-01", lr=2.0, kind="cosine", fast=True, seeds=[1, 2])
     assert type(config.lr) is float
+
+
+def test_a_whole_number_is_a_number_in_a_list_too():
+    assert load("shares=[0.5, 1]").shares == [0.5, 1.0] and type(load("shares=[1]").shares[0]) is float
 
 
 def test_the_saved_config_reads_back_to_the_same(tmp_path):
@@ -75,6 +81,12 @@ def test_a_table_is_written_in_the_file_or_word_by_word(tmp_path):
     ("fast=1", ["fast is 1, expected a switch such as true or false"]),
     ("kind=step", ["kind is 'step', expected 'cosine' or 'linear'"]),
     ("seeds=[1, \"a\"]", ["seeds is [1, 'a'], expected a list such as [0, 1]"]),
+    ("seeds=1", ["seeds is 1, expected a list such as [0, 1]"]), ("shares=[0.5, nan]", ["shares is [0.5, nan]"]),
+    ("steps=" + 400 * "9", ["steps is 9999", " ..., expected a whole number such as 8"]),
+    ("steps=" + 5000 * "9", ["steps is '9999", "expected a whole number"]),
+    ("lr=" + 400 * "9", ["lr is 9999", "expected a number such as 0.1"]),
+    ("lr=" + 5000 * "[", ["lr is '[[[[", "expected a number"]),
+    ("x" * 5000 + "=1", ["unknown key 'xxxx", "expected one of out"]),
     ("steps", ["'steps' is not key=value"]),
     ("--config", ["names no file"]),
 ])
@@ -84,6 +96,10 @@ def test_a_wrong_word_is_one_line_that_shows_a_right_one(word, said, capsys):
 
 @pytest.mark.parametrize("text, said", [
     ("lr = .1", "is not TOML"), ("bata = 1", "unknown key 'bata'"), ("\udcff", "is not TOML"),
+    (f"steps = {5000 * '9'}", "is not TOML"), (f"steps = {400 * '9'}", "steps is 9999"),
+    (f"lr = {'[' * 5000}", "is not TOML"),
+    (f"lr = {400 * '9'}", "lr is 9999"), ('out = "a\\u0000b"', "out is 'a\\x00b', expected text"),
+    ('"a\\nb" = 1', "unknown key 'a\\nb'"),
 ])
 def test_a_wrong_file_is_one_line_with_its_name(text, said, tmp_path, capsys):
     file = tmp_path / "c.toml"
@@ -257,6 +273,55 @@ def test_a_folder_is_continued_with_all_its_shards_only(data, tmp_path, capsys):
     exits(capsys, lambda: runtime.open_run(config.out, config, {"data": f"{tmp_path}/{data}"}), "its data has changed")
 
 
+def test_a_folder_and_what_it_reads_may_move(tmp_path, capsys):
+    """A run goes on wherever its folder, its data and its model lie: what counts is what is in them."""
+    import sft
+
+    (tmp_path / "data.jsonl").write_text("a")
+    config = sft.Config(out=str(tmp_path / "run"), data=str(tmp_path / "data.jsonl"), model=str(tmp_path))
+
+    def enter(config):
+        gc.collect()
+        runtime.open_run(config.out, config, {"data": config.data})[1].close()
+
+    enter(config)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "copy")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "data.jsonl").rename(tmp_path / "elsewhere" / "data.jsonl")
+    moved = dataclasses.replace(config, out=str(tmp_path / "moved"), data=str(tmp_path / "elsewhere" / "data.jsonl"))
+    enter(moved)
+    enter(dataclasses.replace(moved, out=str(tmp_path / "elsewhere" / "copy")))
+    exits(capsys, lambda: enter(dataclasses.replace(moved, model="other")), "was begun with model=")
+    (tmp_path / "elsewhere" / "data.jsonl").write_text("b")
+    exits(capsys, lambda: enter(moved), "its data has changed since the run began")
+
+
+def test_a_change_is_accepted_by_name_once_and_said(tmp_path, capsys):
+    """A reward function that has been mended, say: its steps are worth keeping, and the log says what happened."""
+    import ppo
+
+    files = {name: str(tmp_path / name) for name in ("data", "mine.py", "yours.py")}
+    config = ppo.Config(out=str(tmp_path / "run"))
+
+    def enter(accepted, **contents):
+        gc.collect()
+        for name, content in contents.items():
+            (tmp_path / name.replace("_", ".")).write_text(content)
+        depends_on = {"data": files["data"], "reward mine.py": files["mine.py"], "reward yours.py": files["yours.py"]}
+        runtime.open_run(config.out, dataclasses.replace(config, accept_change=accepted), depends_on)[1].close()
+        return capsys.readouterr().out
+
+    assert enter("", data="a", mine_py="1", yours_py="1") == enter("reward") == ""
+    exits(capsys, lambda: enter("", mine_py="2"), "its reward mine.py has changed", "or accept_change=reward")
+    exits(capsys, lambda: enter("data"), "its reward mine.py has changed")
+    exits(capsys, lambda: enter("rewards"), "accept_change is 'rewards', expected one of data, reward")
+    assert enter("reward") == (f"{config.out}: goes on although its reward mine.py changed since the run began: "
+                               "accept_change\n")
+    assert enter("") == ""  # from now on this is what it depends on
+    exits(capsys, lambda: enter("reward", data="b", mine_py="3"), "its data has changed")
+
+
 def test_an_older_name_of_a_key_is_one_line_that_names_the_new_one(tmp_path, capsys):
     """In a config, on the command line; ppo's max_tokens is still a reply's length."""
     import ppo
@@ -395,3 +460,47 @@ def test_windows_is_one_line_that_names_wsl():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "WSL" in done.stderr and "wsl --install" in done.stderr
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path):
+    ids = []
+    for step in (0, 1, 0):
+        log = runtime.Log(tmp_path, step, 2, ("loss",), "offline", Config())
+        log.step(step + 1, {"loss": 0.5})
+        ids.append(log.wandb.id)
+        log.close()
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize("mode, environment, said", [
+    ("online", {}, ["wandb is 'online', but there is no key", "wandb login", "wandb=offline"]),
+    ("online", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, ["WANDB_MODE=offline", "set wandb=off"]),
+    ("offline", {"WANDB_MODE": "disabled"}, ["wandb is 'offline'", "WANDB_MODE=disabled"]),
+])
+def test_what_wandb_could_not_do_is_said_before_anything_loads(mode, environment, said, tmp_path, capsys, monkeypatch):
+    import sft
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    exits(capsys, lambda: sft.Config(wandb=mode), *said)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert sft.Config(wandb=mode).wandb == mode
+
+
+def test_runs_that_share_a_cache_may_write_it_at_once(tmp_path, monkeypatch):
+    """The other run's file takes its place just before ours does: both are whole, and nobody is told otherwise."""
+    file, sums, replace = tmp_path / "ref.safetensors", torch.arange(3.0), type(tmp_path).replace
+
+    def meanwhile(path, target):
+        monkeypatch.setattr(type(tmp_path), "replace", replace)
+        runtime.write_cache(file, sums, {"model": "m"}, tmp_path / "other")
+        return replace(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "replace", meanwhile)
+    runtime.write_cache(file, sums, {"model": "m"}, tmp_path / "run")
+    assert torch.equal(runtime.read_cache(file, "sums", {"model": "m"}, "delete it"), sums)
+    assert [path.name for path in tmp_path.iterdir()] == ["ref.safetensors"]

@@ -31,6 +31,14 @@ def test_what_keeps_a_constraint(prompt, reply, kept):
     assert constraints.rule(prompt, reply) == float(kept)
 
 
+def test_the_rule_as_a_reward_reads_each_reply_s_own_prompt():
+    records = [{"prompt": [{"role": "user", "content": text}]} for text in (WORDS, OPENING, WORDS)]
+    assert constraints.kept(records, ["In short, water.", "In short, water.", "Falling water everywhere."],
+                            [5, 5, 4], [True] * 3) == [1.0, 1.0, 1.0]
+    assert constraints.kept(records[::-1], ["It is water falling.", "Water.", "Rain."], [5, 3, 3], [True] * 3) == [
+        0.0, 0.0, 1.0]
+
+
 def test_every_prompt_has_a_rule_and_no_subject_is_in_both_halves():
     trained, held = constraints.prompts(False), constraints.prompts(True)
     assert {constraints.kind(prompt) for prompt in held} == {"words", "bullets", "json", "opening"}
@@ -64,13 +72,14 @@ def test_margins_are_steps_of_the_scores(chosen, rejected, margin):
 
 def test_without_data_a_piece_that_needs_it_says_how_to_get_it(tmp_path, capsys):
     exits(capsys, lambda: smollm2.place(Config(), "arc"), "arc: no data set named", "hf download")
-    exits(capsys, lambda: smollm2.chosen_pairs(Config(), str(tmp_path / "none.jsonl"), 3), "none.jsonl: no such file")
+    exits(capsys, lambda: smollm2.chosen_pairs(Config(), str(tmp_path / "none"), 3, 9), "none: no such file")
     exits(capsys, lambda: Config(piece="dance"), "piece is 'dance', expected one of check")
     exits(capsys, lambda: smollm2.opened(str(tmp_path / "none")), "make smollm2 fetches it")
 
 
 def test_the_settings_of_the_pieces_are_keys_of_the_scripts():
-    for script, name in ((ppo, "ppo"), (smollm2.dpo, "dpo"), (smollm2.sft, "sft"), (smollm2.reward, "reward")):
+    for script, name in ((ppo, "ppo"), (ppo, "grpo"), (smollm2.dpo, "dpo"), (smollm2.sft, "sft"),
+                         (smollm2.reward, "reward")):
         found = load_config(script.Config, "", ["--config", str(ROOT / "configs" / "smollm2-135m" / f"{name}.toml")])
         assert found.model == "models/smollm2-135m"
     judged = tomllib.loads((ROOT / "configs" / "smollm2-135m" / "judge.toml").read_text())

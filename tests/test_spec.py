@@ -268,14 +268,14 @@ def test_a_subset_by_length_has_the_tables_quartiles():
 
 # ------------------------------------------------------------------------------------------ raters
 
-def labels_of(strength, vendors=None, groups=None, swapped=None, longer=None) -> raters.Labels:
+def labels_of(strength, vendors=None, groups=None, swapped=None, longer=None, prompts=None) -> raters.Labels:
     strength = np.asarray(strength, dtype=float)
     count, pairs = strength.shape
     unknown = np.full(strength.shape, NAN)
     return raters.Labels(
         strength, unknown if swapped is None else np.asarray(swapped, dtype=float), unknown,
         unknown[0] if longer is None else np.asarray(longer, dtype=float), [f"r{i}" for i in range(count)],
-        vendors or [f"v{i}" for i in range(count)], groups or ["all"] * pairs)
+        vendors or [f"v{i}" for i in range(count)], groups or ["all"] * pairs, prompts or list(map(str, range(pairs))))
 
 
 def test_ac2_by_hand():
@@ -326,7 +326,7 @@ def test_preferences_of_one_pair_meet_whichever_was_chosen():
     np.testing.assert_array_equal(labels.strength, [[2.5], [-0.5]])
     # A difference of scores under 1/2 must not turn into the other side.
     assert [raters.label_rows([record | {"margin": m}])[0]["strength"] for m in (0, 0.25, 1, 4)] == [0.5, 0.5, 0.5, 3.5]
-    assert labels.longer.tolist() == [2] and labels.groups == ["chat"]
+    assert labels.longer.tolist() == [2] and labels.groups == ["chat"] and labels.prompts == ["Is it?"]
 
 
 def test_a_rater_who_takes_what_is_shown_first_or_longer_is_seen():
@@ -342,6 +342,25 @@ def test_a_rater_who_takes_what_is_shown_first_or_longer_is_seen():
     for rater, bias in (("r0", "length"), ("r1", "position"), ("r2", "position"), ("r2", "length")):
         assert table[rater][bias]["low"] < 0.5 < table[rater][bias]["high"], (rater, bias)
     assert table["r2"]["ties"] == pytest.approx(1 / 3, abs=0.1) and table["r0"]["ties"] == 0
+
+
+def test_pairs_of_one_prompt_do_not_narrow_a_raters_intervals():
+    """Ten prompts of twenty pairs, the rater takes the first slot, or the longer reply, in all pairs of seven: 70 %,
+    with an interval as of about ten prompts, not of 200 pairs, where Wilson's is 12 points wide; nor of one kind throughout.
+    """
+    prompts = [str(i // 20) for i in range(200)]
+    takes = np.where(np.arange(200) < 140, -1.0, 1.0)[None]  # negative: the first reply, shown first
+    labels = labels_of(takes, swapped=np.zeros((1, 200)), longer=-np.ones(200), prompts=prompts)
+    found = raters.rater_table(labels)["r0"]
+    for bias in ("position", "length"):
+        assert found[bias]["value"] == pytest.approx(0.7) and found[bias]["n"] == 200
+        assert found[bias]["high"] - found[bias]["low"] > 0.4, bias
+    two = labels_of(np.concatenate([takes, takes]), ["x", "y"], prompts=prompts)
+    among = raters.agreement(two.strength, prompts)["tie-discounted"]
+    for x in (raters.vendor_table(two, rounds=50)["x"]["others"], among):
+        assert x["value"] == 1 and 0.6 < x["low"] < 0.8 and x["groups"] == 10  # Wilson's of ten of ten: from 0.72
+    rows = [{"pair": i, "rater": r, "strength": 1, "prompt": i // 20} for i in range(200) for r in "ab"]
+    assert raters.collect_labels(rows).prompts == prompts
 
 
 def test_a_rater_is_compared_with_the_majority_of_the_others_and_with_gold():

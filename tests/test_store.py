@@ -21,7 +21,7 @@ from data import store
 from data.records import check_prompt
 from data.store import Trees, cache_key, flatten, load_prompts, load_trees
 from data.tokenizer import TemplateError, Tokenizer, load_tokenizer
-from data.trees import Tree, trees_from_preferences
+from data.trees import Tree, trees_of
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_dialogues_rated_at_several_turns_are_joined_in_a_large_file(order, toke
     if order != "as rated":  # all first turns, then all second ones, and so on
         records.sort(key=lambda record: len(record["prompt"]))
         write_jsonl(file, records)
-    expected = trees_from_preferences(records, tokenizer)
+    expected = trees_of(records, "preference", tokenizer)
     found = load_trees(str(file), tokenizer, cache=str(tmp_path / "cache"))
     assert all(map(same, found, expected)) and len(found) == len(expected) < 60
     again = load_trees(str(file), tokenizer, cache=str(tmp_path / "cache"))

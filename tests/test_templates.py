@@ -216,7 +216,7 @@ def test_several_templates_without_a_default_are_one_line(tmp_path, capsys):
 
 
 def test_a_template_that_is_no_text_is_one_line(tmp_path, capsys):
-    exits(capsys, lambda: load_tokenizer(checkpoint(tmp_path / "m", "qwen2", 5)), "chat_template is a int")
+    exits(capsys, lambda: load_tokenizer(checkpoint(tmp_path / "m", "qwen2", 5)), "chat_template is 5, expected text")
     folder = checkpoint(tmp_path / "n", "qwen2")
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
     exits(capsys, lambda: load_tokenizer(folder), "chat_template.jinja: cannot be read as text")

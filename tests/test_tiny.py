@@ -199,7 +199,7 @@ def test_collected_pairs_are_readable_preferences_without_grades(checkpoint, tmp
     """
     from data.formats import read
     from data.tokenizer import load_tokenizer
-    from data.trees import trees_from_preferences
+    from data.trees import trees_of
     from model import Sample
 
     model = shutil.copytree(checkpoint, tmp_path / "model")
@@ -223,7 +223,7 @@ def test_collected_pairs_are_readable_preferences_without_grades(checkpoint, tmp
     assert {r["margin"] for r in records} <= {1, 2, 3, 4} and {r["turn"] for r in records} >= {1, 2, 3}
     keys = {"id", "category", "turn", "annotator", "prompt", "chosen", "rejected", "margin"}
     assert all(set(r) == keys and r["chosen"] != r["rejected"] for r in records)
-    assert sum(t.pairs for t in trees_from_preferences(records, tokenizer)) == len(records)
+    assert sum(t.pairs for t in trees_of(records, "preference", tokenizer)) == len(records)
     told = capsys.readouterr().out
     assert "unfinished" in told and "identical" in told
     exits(capsys, lambda: pairs.main(pairs.Config(prompts="none.jsonl", **ask)), "none.jsonl: no such file")

@@ -177,13 +177,73 @@ def test_missing_or_broken_tokenizers_are_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("settings, said", [
     ("{", "is not JSON"), ("[]", "holds a list, expected a JSON object"),
-    ('{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder (or added_tokens.json) is not a table of tokens"),
-    ('{"added_tokens_decoder": [1]}', "added_tokens_decoder (or added_tokens.json) is not a table of tokens"),
+    ('{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder is {'x': {}}, expected tokens by their ids"),
+    ('{"added_tokens_decoder": [1]}', "added_tokens_decoder is [1], expected tokens by their ids"),
+    ('{"added_tokens_decoder": {"5": {}}}', "expected tokens by their ids"),
+    ('{"added_tokens_decoder": {"4000000000": {"content": "a"}}}', "expected tokens by their ids"),
+    ('{"added_tokens_decoder": {"400000000": {"content": "a"}}}', "the token 'a' has the id 400000000, expected one"),
+    ('{"eos_token": ["</s>"]}', """eos_token is ['</s>'], expected text, or an object whose "content" is text"""),
+    ('{"extra_special_tokens": {"a": 1}}', "extra_special_tokens is {'a': 1}, expected names of tokens"),
+    ('{"add_bos_token": "yes"}', "add_bos_token is 'yes', expected true or false"),
+    ('{"chat_template": [{"name": "default"}]}', "expected text, or texts by name"),
+    ("[" * 100_000, "is not JSON"), ('{"a": "\\ud800"}', "is not JSON"),
 ])
 def test_settings_that_make_no_sense_are_one_line(settings, said, tmp_path, capsys):
     shutil.copyfile(BASE / "tokenizer.model", tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text(settings)
     exits(capsys, lambda: load_tokenizer(tmp_path), "tokenizer_config.json", said)
+
+
+@pytest.mark.parametrize("file, content, said", [
+    ("generation_config.json", '{"max_length": 20,}', "generation_config.json: is not JSON"),
+    ("generation_config.json", '{"eos_token_id": "2"}', "generation_config.json: eos_token_id is '2', expected"),
+    ("generation_config.json", '{"eos_token_id": [2, 4000000000]}', "eos_token_id is [2, 4000000000]"),
+    ("added_tokens.json", '{"a": 4000000000}', "added_tokens.json: 'a' is 4000000000, expected the token's id"),
+    ("special_tokens_map.json", '{"eos_token": 5}', "special_tokens_map.json: eos_token is 5, expected text"),
+])
+def test_the_other_files_are_read_at_the_start_not_after_training(file, content, said, tmp_path, capsys):
+    shutil.copytree(BASE, tmp_path / "m")
+    settings = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "m" / file).write_text(content)
+    exits(capsys, lambda: load_tokenizer(tmp_path / "m"), said)
+
+
+@pytest.mark.parametrize("entry", [
+    {"truncation": {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}},
+    {"padding": {"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                 "pad_type_id": 0, "pad_token": "<|endoftext|>"}}])
+def test_truncation_and_padding_that_transformers_has_saved_are_ignored_as_there(entry, tmp_path):
+    shutil.copytree(FIXTURES / "models" / "qwen2", tmp_path / "m")
+    fast = json.loads((tmp_path / "m" / "tokenizer.json").read_text())
+    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(fast | entry))
+    text = "Once upon a time there was a fox who liked to count. " * 9
+    before, after = (load_tokenizer(path).encode(text) for path in (FIXTURES / "models" / "qwen2", tmp_path / "m"))
+    assert before == after and len(after) > 16
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda t: t["model"]["vocab"].update(a=4_000_000_000), "ids up to 4000000000"),
+    (lambda t: t["model"].update(vocab={}), "tokenizer.json: is not a tokenizer"),
+    (lambda t: t.update(pre_tokenizer=5), "tokenizer.json: is not a tokenizer")])
+def test_a_broken_tokenizer_json_is_one_line_and_takes_no_memory(change, said, tmp_path, capsys):
+    shutil.copytree(FIXTURES / "models" / "qwen2", tmp_path / "m")
+    fast = json.loads((tmp_path / "m" / "tokenizer.json").read_text())
+    change(fast)
+    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(fast))
+    exits(capsys, lambda: load_tokenizer(tmp_path / "m"), said)
+
+
+def test_a_special_token_spelled_ten_thousand_times_is_neither_recursion_nor_quadratic(monkeypatch):
+    """Yi's vocabulary matches <|im_end|> in text; its spelling is letters, however often it comes."""
+    tokenizer = load_tokenizer(FIXTURES / "models" / "yi")
+    name = next(name for name in tokenizer.special if name.startswith("<|"))
+    text, encoded, encode = name * 10_000, [], tokenizer.vocabulary.encode
+    monkeypatch.setattr(tokenizer.vocabulary, "encode", lambda text, after: encoded.append(text) or encode(text, after))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and not set(ids) & set(tokenizer.special.values())
+    assert sum(map(len, encoded)) < 4 * len(text)
 
 
 def test_a_checkpoint_without_template_asks_for_one(capsys):

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import BASE, FIXTURES, small_model
-from test_pack import drawn_tree, ids, paths, random_tree, rated
+from test_pack import drawn_tree, ids, paths, preference_trees, random_tree, rated
 
 from data.pack import pack
 from data.store import Trees, flatten
@@ -19,7 +19,7 @@ from data.trees import (
     tree_from_ranking,
     tree_numbers,
     trees_from_messages,
-    trees_from_preferences,
+    trees_of,
     truncate,
 )
 
@@ -53,8 +53,9 @@ def test_truncated_trees_can_be_packed():
 
 def test_a_cut_reply_has_no_end_of_sequence_and_a_whole_one_has():
     tokenizer = load_tokenizer(BASE)
+    tokenizer.adopt("zephyr")
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "one two three four five"}]
-    (tree,) = trees_from_messages(messages, tokenizer, "zephyr")
+    (tree,) = trees_from_messages(messages, tokenizer)
     end = tree.responses[0].end
     assert tree.trunk[end - 1] == tokenizer.eos_id
     (cut,), _ = truncate([tree], end - 1)
@@ -69,13 +70,13 @@ def test_a_rated_dialogue_becomes_one_tree_in_every_template(template):
     adopt_template(small_model(vocab_size=tokenizer.vocab_size), tokenizer, template)
     records = rated(3)
     unrelated = {"prompt": [{"role": "user", "content": "Name 1 fruits."}], "chosen": "x.", "rejected": "y."}
-    tree, other = trees_from_preferences([records[0], unrelated, *records[1:]], tokenizer, template)
+    tree, other = preference_trees([records[0], unrelated, *records[1:]], tokenizer, template)
     assert tree.pairs == 3 and other.pairs == 1 and [r.turn for r in tree.responses] == [1, 1, 2, 2, 3, 3]
     assert [r.margin for r in tree.responses] == [1, 1, 2, 2, 3, 3]
     for tokens, begin, side in paths(tree):
         said = tokenizer.decode(tokens[begin:].tolist()).strip()
         assert said.startswith("Good" if side == CHOSEN else "Bad")
-    separate = [t for record in records for t in trees_from_preferences([record], tokenizer, template)]
+    separate = [t for record in records for t in preference_trees([record], tokenizer, template)]
     for (tokens, begin, _), (same, start, _) in zip(paths(tree), [p for t in separate for p in paths(t)], strict=True):
         assert np.array_equal(tokens, same) and begin == start
     assert tree.tokens < sum(t.tokens for t in separate)
@@ -84,30 +85,30 @@ def test_a_rated_dialogue_becomes_one_tree_in_every_template(template):
 def test_a_turn_without_a_pair_does_not_break_the_tree():
     """Turn 2 was a tie: turn 3 still goes on from turn 1, in one tree of two pairs, and turn 2 is not trained."""
     records = rated(3)
-    (tree,) = trees_from_preferences([records[0], records[2]], load_tokenizer(BASE), "zephyr")
+    (tree,) = preference_trees([records[0], records[2]], load_tokenizer(BASE), "zephyr")
     assert tree.pairs == 2 and [r.turn for r in tree.responses] == [1, 1, 3, 3]
 
 
 def test_the_digest_sees_data_template_and_truncation():
     tokenizer = load_tokenizer(BASE)
     records = rated(2)
-    trees = trees_from_preferences(records, tokenizer, "zephyr")
+    trees = preference_trees(records, tokenizer, "zephyr")
 
     def digest(trees):
         return Trees(*flatten(trees), {}).digest
 
-    assert digest(trees) == digest(trees_from_preferences(records, tokenizer, "zephyr"))
-    assert digest(trees) != digest(trees_from_preferences(records, tokenizer, "plain"))
+    assert digest(trees) == digest(preference_trees(records, tokenizer, "zephyr"))
+    assert digest(trees) != digest(preference_trees(records, tokenizer, "plain"))
     assert digest(trees) != digest(truncate(trees, 20)[0])
     changed = [records[0], records[1] | {"margin": 4}]
-    assert digest(trees) != digest(trees_from_preferences(changed, tokenizer, "zephyr"))
+    assert digest(trees) != digest(preference_trees(changed, tokenizer, "zephyr"))
 
 
 def test_duplicates_stay_pairs_of_their_own():
     """Three pairs to one prompt and a line that occurs twice: four trees, none merged."""
     records = [{"prompt": [{"role": "user", "content": "Pick a colour."}], "chosen": "Blue.", "rejected": text}
                for text in ("No.", "Why?", "Seven.", "Seven.")]
-    trees = trees_from_preferences(records, load_tokenizer(BASE), "zephyr")
+    trees = preference_trees(records, load_tokenizer(BASE), "zephyr")
     assert [tree.pairs for tree in trees] == [1, 1, 1, 1] and [tree.record for tree in trees] == [0, 1, 2, 3]
 
 
@@ -132,14 +133,16 @@ def test_a_template_that_rewrites_what_was_said_gives_pairs_one_by_one(monkeypat
     plain = tokenizer.paths
     monkeypatch.setattr(tokenizer, "paths", lambda messages, *rest: plain(
         [{"role": "system", "content": "x" * len(messages)}, *messages], *rest))
-    trees = trees_from_preferences(rated(3), tokenizer)
+    trees = trees_of(rated(3), "preference", tokenizer)
     assert [tree.pairs for tree in trees] == [1, 1, 1] and [tree.record for tree in trees] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("ranks", [[0, 1, 2], [1, 2, 3], [7, 40, 900], [-1, 0, 5]])
 def test_ranks_may_count_from_any_number(ranks):
     record = {"prompt": [{"role": "user", "content": "Hi"}], "answers": ["Hello!", "Hm.", "No."], "ranks": ranks}
-    tree = tree_from_ranking(record, load_tokenizer(BASE), "zephyr")
+    tokenizer = load_tokenizer(BASE)
+    tokenizer.adopt("zephyr")
+    tree = tree_from_ranking(record, tokenizer)
     assert [r.side for r in tree.responses] == [0, 1, 2] and tree.responses[0].side == CHOSEN
 
 
@@ -172,7 +175,7 @@ def test_a_reply_that_a_template_writes_otherwise_later_is_a_tree_of_its_own(tmp
     assert [[r.turn for r in tree.responses] for tree in trees] == [[1], [2, 3]]
     assert "hm" not in tokenizer.decode(trees[1].trunk.tolist())
     pair = {"prompt": dialogue[:3], "chosen": "no", "rejected": "hm|no"}
-    (tree,) = trees_from_preferences([pair], tokenizer)
+    (tree,) = trees_of([pair], "preference", tokenizer)
     assert [tokenizer.decode(tree.reply(r).tolist()) for r in tree.responses] == ["no", "hm|no"]
 
 
@@ -207,7 +210,7 @@ def test_a_reply_cut_on_both_sides_keeps_its_prompt_and_has_no_end():
     tokenizer.adopt("zephyr")
     long = {"prompt": [{"role": "user", "content": "Tell me."}], "chosen": "Short.", "rejected": "very " * 300}
     for limit in (12, 14, 20, 100):
-        (tree,), counts = truncate(trees_from_preferences([long], tokenizer), limit)
+        (tree,), counts = truncate(trees_of([long], "preference", tokenizer), limit)
         (chosen, _, _), (rejected, begin, _) = paths(tree)
         assert len(chosen) <= limit and len(rejected) == limit and counts["responses_cut"] >= 1
         assert np.array_equal(chosen[:begin], rejected[:begin]) and tree.responses[1].cut

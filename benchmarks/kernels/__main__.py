@@ -1,12 +1,14 @@
 """Measure the kernels against what a user of PyTorch would take instead.
 
-    python -m benchmarks.kernels                  all groups, in ten minutes on a GPU; on a CPU in one
+    python -m benchmarks.kernels                  all groups, in eight minutes on a GPU; on a CPU in one
     python -m benchmarks.kernels --only nf4       one or some of them; --out FILE.json saves it, --budget in seconds
 
-That the kernels are right is what `make gpu-tests` checks. Here implementations of one kernel at one shape take turns,
-the cache is emptied before each run, and the median of 30 counts. Each group runs in a process of its own with a time
-limit, so that a kernel that hangs costs one group. Last comes the verdict against targets.toml. On a CPU
-the PyTorch versions are timed.
+Implementations of one kernel at one shape take turns, the cache is emptied before each run, and the median of 30
+counts. Groups run in the order of WEIGHTS, each in a process of its own with a time limit, so that a kernel that hangs
+costs one group; after each the file is saved. On a GPU all cores first compile every kernel; then come the two shapes
+that matter most, checked against PyTorch in fp32 before they are timed; `training` is benchmarks/peers.py without the
+peers, to a file of its own. `make gpu-tests` checks the rest. Last comes the verdict against targets.toml. On a CPU the
+PyTorch versions are timed.
 """
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,13 +31,33 @@ from benchmarks.measure import machine, save
 
 RESULTS = Path(__file__).parents[1] / "results" / "kernels"
 # What a group may take of the time that is left when it starts, compared with the groups after it.
-WEIGHTS = {"ceilings": 0.05, "attention": 0.32, "logprobs": 0.30, "decode": 0.11, "nf4": 0.10, "fused": 0.12}
+WEIGHTS = {"builds": 0.11, "ceilings": 0.02, "first": 0.13, "trees": 0.13, "training": 0.28, "decode": 0.07,
+           "nf4": 0.07, "attention": 0.08, "logprobs": 0.07, "fused": 0.04}
 GROUPS = {"cuda": [group for group in WEIGHTS if group != "ceilings"], "cpu": ["attention", "logprobs", "nf4"]}
+TRAINING = ["benchmarks.peers", "device=cuda", "peers=", 'tasks=["sft", "dpo"]', "rounds=3"]  # Mistral-7B's shape
+
+
+def build_kernels(device: str, seconds: float, file: Path) -> list[dict]:
+    """All of our kernels compiled, by as many processes as there are cores."""
+    began, count = time.monotonic(), min(8, os.cpu_count() or 1)
+    command = [sys.executable, "-m", "benchmarks.kernels.groups", "builds", device, str(seconds), str(file)]
+    workers = [subprocess.Popen([*command, str(i), str(count)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+               for i in range(count)]
+    for worker in workers:
+        try:
+            worker.wait(max(0.0, began + seconds - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+    codes = [worker.wait() for worker in workers]
+    reason = f"{count} processes, {time.monotonic() - began:.0f} s, ended with {codes}"
+    return [{"group": "builds", "kernel": "builds", "shape": "", "pass": "group", "impl": "ours", "reason": reason,
+             "status": "failed" if any(codes) else "ok"}]
 
 
 def run_group(group: str, device: str, seconds: float, file: Path) -> list[dict]:
     """The rows of a group, measured in a process of its own; one says so if that fails or does not end."""
-    command = [sys.executable, "-m", "benchmarks.kernels.groups", group, device, str(seconds), str(file)]
+    measure = ["benchmarks.kernels.groups", group, device, str(seconds), str(file)]
+    command = [sys.executable, "-m", *(TRAINING if group == "training" else measure)]
     with tempfile.TemporaryFile("w+") as output:
         try:  # a group ends by itself in time, unless it hangs
             code = subprocess.run(command, stdout=output, stderr=output, timeout=seconds + 20).returncode
@@ -65,12 +88,13 @@ def main() -> int:
              "triton": getattr(kernels.triton, "__version__", None), "rows": []}
     name = "cpu" if device.type == "cpu" else found["device"].lower().replace(" ", "_")
     out = given.out or (None if given.only else RESULTS / f"{name}.json")  # what RESULTS.md shows is of a whole run
-    groups = ["ceilings", *(given.only or GROUPS[device.type])]
+    groups = sorted({"ceilings", *(given.only or GROUPS[device.type])}, key=list(WEIGHTS).index)
     with tempfile.TemporaryDirectory() as folder:
         for i, group in enumerate(groups):
             left = given.budget - (time.monotonic() - began)
             part = left * WEIGHTS[group] / sum(WEIGHTS[name] for name in groups[i:])
-            rows = run_group(group, device.type, max(5.0, part - 5), Path(folder) / group)  # 5 s to start and to end
+            run = build_kernels if group == "builds" else partial(run_group, group)
+            rows = run(device.type, max(5.0, part - 5), Path(folder) / group)  # 5 s to start and to end
             found["rows"] += rows
             print(report.lines(group, rows, report.ceilings(found["rows"])), flush=True)
             if out:

@@ -88,21 +88,41 @@ def seen_pairs(scene: Scene) -> int:
 
 
 SMALL = (6, 6, 48)  # heads of the 15 M model
-SCENES = {
-    "cuda": [Scene("4 x 2048", [2048] * 4), Scene("4 x 4096", [4096] * 4), Scene("1 x 16384", [16384]),
-             Scene("1 x 16384, window 4096", [16384], window=4096), Scene("4 x 512", [512] * 4),
-             Scene("4 x 1024", [1024] * 4), Scene("4 x 2048, 16 heads of 64", [2048] * 4, heads=(16, 16, 64)),
-             Scene("packed 128-2048", mixed(2048, 128, 16384)),
-             four_turns("8 dialogues of 4 turns", 50, 200, 8, (32, 8, 128))],
+SCENES = {  # by group; on a CPU all at once
+    "first": [Scene("4 x 2048", [2048] * 4)],
+    "trees": [four_turns("8 dialogues of 4 turns", 50, 200, 8, (32, 8, 128)),
+              Scene("packed 128-2048", mixed(2048, 128, 16384))],
+    "attention": [Scene("4 x 4096", [4096] * 4), Scene("1 x 16384", [16384]),
+                  Scene("1 x 16384, window 4096", [16384], window=4096), Scene("4 x 512", [512] * 4),
+                  Scene("4 x 1024", [1024] * 4), Scene("4 x 2048, 16 heads of 64", [2048] * 4, heads=(16, 16, 64))],
     "cpu": [Scene("8 x 512", [512] * 8, heads=SMALL), Scene("packed 32-512", mixed(512, 32, 4096), heads=SMALL),
             Scene("1 x 2048, window 256", [2048], window=256, heads=SMALL),
             four_turns("8 dialogues of 4 turns", 15, 40, 8, SMALL)],
 }
-FLEX = ("packed 128-2048", "8 dialogues of 4 turns")  # what FlexAttention is for; last, as it takes long to compile
+
+
+def first_contests(bench: Bench) -> None:
+    """What matters most; timed only if it is right."""
+    (scene,), (shape,) = SCENES["first"], HEADS["first"]
+    heads, kv_heads, width = scene.heads
+    inputs = tuple(bench.randn(sum(scene.lengths), n, width, grad=True) for n in (heads, kv_heads, kv_heads))
+    layout = scene.layout().to(bench.device)
+
+    def plain(q, k, v):
+        rows = (x.unflatten(0, (len(scene.lengths), -1)).transpose(1, 2) for x in (q, k, v))
+        return sdpa(*rows, SDPBackend.MATH, is_causal=True).transpose(1, 2).flatten(0, 1)
+
+    if bench.check("attention", scene.name, Work(lambda *x: attention(*x, layout), inputs), plain):
+        attention_contests(bench)
+    name, (h, w, targets) = "{} x {} x {}".format(*shape), logprobs_inputs(bench, *shape)
+    ours = Work(lambda h, w: linear_logprobs(h, w, targets)[0], (h, w))
+    if bench.check("logprobs", name, ours, lambda h, w: logprobs_reference(h, w, targets)[0]):
+        amounts = {"both": 6 * len(h) * w.numel()}
+        bench.compare("logprobs", name, logprobs_works(bench, h, w, targets), amounts, "TFLOP/s")
 
 
 def attention_contests(bench: Bench) -> None:
-    for scene in SCENES[bench.device.type]:
+    for scene in SCENES[bench.group if bench.gpu else "cpu"]:
         heads, kv_heads, width = scene.heads
         inputs = tuple(bench.randn(sum(scene.lengths), n, width, grad=True) for n in (heads, kv_heads, kv_heads))
         layout = scene.layout().to(bench.device)
@@ -110,7 +130,7 @@ def attention_contests(bench: Bench) -> None:
         works |= padded_attention(bench, scene)
         if bench.gpu:
             works |= varlen_attention(bench, scene)
-            if scene.name in FLEX and bench.left() > 30:
+            if bench.group == "trees":  # what FlexAttention is for; it takes long to compile
                 works["FlexAttention"] = flex_work(scene, torch.compile(flex_attention, dynamic=False), *inputs)
         forward = 4 * width * heads * seen_pairs(scene)
         bench.compare("attention", scene.name, works, {"forward": forward, "backward": 2.5 * forward}, "TFLOP/s")
@@ -197,9 +217,10 @@ def decode_contests(bench: Bench) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- logprobs
 
-HEADS = {  # tokens, width, vocabulary; the first is shown in full, the last trains a Mistral
-    "cuda": [(8192, 4096, 128256), (8192, 4096, 151936), (4096, 4096, 128256), (8192, 3584, 152064),
-             (8192, 896, 151936), (8192, 4096, 32000)],
+HEADS = {  # tokens, width, vocabulary; the first of a group is shown in full, the last trains a Mistral
+    "first": [(8192, 4096, 151936)],
+    "cuda": [(8192, 4096, 128256), (4096, 4096, 128256), (8192, 3584, 152064), (8192, 896, 151936),
+             (8192, 4096, 32000)],
     "cpu": [(1024, 288, 32000)],
 }
 
@@ -314,12 +335,15 @@ def fused_contests(bench: Bench) -> None:
                       {impl: Work(call, inputs) for impl, call in calls.items()}, amounts, "GB/s")
 
 
-CONTESTS = {"ceilings": ceilings, "attention": attention_contests, "logprobs": logprobs_contests,
-            "decode": decode_contests, "nf4": nf4_contests, "fused": fused_contests}
+CONTESTS = {"ceilings": ceilings, "first": first_contests, "trees": attention_contests, "decode": decode_contests,
+            "nf4": nf4_contests, "attention": attention_contests, "logprobs": logprobs_contests,
+            "fused": fused_contests}
 
 if __name__ == "__main__":
-    name, device, seconds, file = sys.argv[1:]
+    name, device, seconds, file, *share = sys.argv[1:]  # share: "compile every n-th of all groups", as i and n
     runtime.setup(device, 0)  # as every script does: on a CPU it decides who multiplies
     # Backward passes are timed over one graph again and again, which compiled ones allow only if they free nothing.
     torch._functorch.config.donated_buffer = False
-    CONTESTS[name](Bench(name, torch.device(device), float(seconds), Path(file)))
+    bench = Bench(name, torch.device(device), float(seconds), Path(file), tuple(map(int, share)))
+    for bench.group in CONTESTS if share else (name,):
+        CONTESTS[bench.group](bench)

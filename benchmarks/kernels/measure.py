@@ -4,7 +4,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from itertools import accumulate
+from contextlib import suppress
+from itertools import accumulate, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +29,10 @@ class Work(NamedTuple):
 class Bench:
     """What one group of kernels is measured with; its rows are appended to `file`."""
 
-    def __init__(self, group: str, device: torch.device, seconds: float, file: Path):
+    def __init__(self, group: str, device: torch.device, seconds: float, file: Path,
+                 share: tuple[int, ...] = ()):
         self.group, self.device, self.file = group, device, file
+        self.share, self.met = share, 0  # (i, n): nothing is timed, only every n-th contest's kernels are compiled
         self.gpu = device.type == "cuda"
         self.dtype = torch.bfloat16 if self.gpu else torch.float32
         self.deadline = time.monotonic() + seconds
@@ -44,6 +47,8 @@ class Bench:
 
     def compare(self, kernel: str, shape: str, works: dict[str, Work], amounts: dict[str, float], unit: str):
         """One contest: a row for each implementation and each pass of `amounts` (operations or bytes of the work)."""
+        if self.share:
+            return self.build(works, amounts)
         for name, amount in amounts.items():
             started = {impl: self.start(impl, work, name) for impl, work in works.items()}
             times = self.times({impl: run for impl, (run, _) in started.items() if run})
@@ -55,8 +60,45 @@ class Bench:
                     ms = fastest_first[count // 2]
                     row |= {"ms": ms, "ms_p20": fastest_first[count // 5], "ms_p80": fastest_first[count * 4 // 5],
                             "runs": count, "amount": amount, "rate": amount / ms / (1e9 if unit == "TFLOP/s" else 1e6)}
-                with self.file.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                self.write(row)
+
+    def build(self, works: dict[str, Work], passes: dict) -> None:
+        """Run what takes long to compile, if it is this process's turn; caches keep it. Faults show when timed."""
+        self.met += 1
+        for impl, name in product(("ours", "FlexAttention"), passes):
+            if impl in works and self.met % self.share[1] == self.share[0] and self.left() > 0:
+                with suppress(Exception):
+                    prepared(works[impl], name)()
+
+    def check(self, kernel: str, shape: str, ours: Work, plain: Callable) -> bool:
+        """A row with the errors of the output and of the gradients; whether they are no more than the dtype's.
+
+        Errors are relative to `plain` in fp32. As FlashAttention asks, the output's may be twice those that `plain`
+        makes in the dtype of the inputs, the gradients' three times.
+        """
+        if self.share:
+            return True
+        row = {"group": self.group, "kernel": kernel, "shape": shape, "pass": "error", "impl": "ours",
+               "dtype": str(self.dtype)[6:], "status": "failed"}
+        try:
+            wide = tuple(x.detach().float().requires_grad_() for x in ours.inputs)
+            upstream = torch.randn_like(ours.call(*ours.inputs))
+            truths = outputs(plain, wide, upstream)
+            row["errors"], row["plain_errors"] = (
+                [((x.float() - truth).norm() / truth.norm()).item() for x, truth in zip(found, truths, strict=True)]
+                for found in (outputs(ours.call, ours.inputs, upstream), outputs(plain, ours.inputs, upstream)))
+            allowed = [factor * error + 1e-5 for factor, error in zip((2, 3, 3, 3), row["plain_errors"], strict=False)]
+            if all(error <= most for error, most in zip(row["errors"], allowed, strict=True)):
+                row["status"] = "ok"
+            row["reason"] = "errors {errors}, of PyTorch {plain_errors}".format_map(row)
+        except Exception as error:
+            row["reason"] = said(error)
+        self.write(row)
+        return row["status"] == "ok"
+
+    def write(self, row: dict) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def start(self, impl: str, work: Work, name: str) -> tuple[Callable | None, dict]:
         """The call to time and the memory it takes, or no call and why."""
@@ -67,9 +109,7 @@ class Bench:
             run()  # compiles
             return run, {"status": "ok", "extra_bytes": self.peak(run)}
         except Exception as error:  # not every machine has every implementation: the row says so
-            said = (str(error).strip() or "no message").splitlines()[0][:150]
-            return None, {"status": "failed" if impl.startswith("ours") else "skipped",
-                          "reason": f"{type(error).__name__}: {said}"}
+            return None, {"status": "failed" if impl.startswith("ours") else "skipped", "reason": said(error)}
 
     def times(self, runs: dict[str, Callable]) -> dict[str, list[float]]:
         """Sorted milliseconds: RUNS of each in turn, fewer if that would take longer than LONGEST_S, at least 5."""
@@ -114,6 +154,16 @@ class Bench:
         events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
         events.sort(key=lambda event: event.start_ns())
         return max(accumulate((event.nbytes() for event in events), initial=0))
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:150]}"
+
+
+def outputs(call: Callable, inputs: tuple, upstream: Tensor) -> list[Tensor]:
+    """What a call returns, and the gradients of its inputs."""
+    out = call(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, [x for x in inputs if x.requires_grad], upstream.to(out.dtype))]
 
 
 def prepared(work: Work, name: str) -> Callable:

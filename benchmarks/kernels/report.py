@@ -120,7 +120,7 @@ def lines(group: str, rows: list[dict], top: dict[str, float]) -> str:
     said = [f"== {group}"]
     for row in rows:
         line = "{kernel:<22} {shape:<24} {pass:<8} {impl:<26} ".format_map(row)
-        if row["status"] != "ok":
+        if row["status"] != "ok" or "ms" not in row:
             said.append(line + f"{row['status']}: {row['reason']}")
             continue
         fastest, ceiling = best(contests(rows)[row["kernel"], row["shape"], row["pass"]]), top.get(row["unit"])

@@ -20,8 +20,6 @@ copying pays, and the heads that copy (Olsson et al. 2022, arXiv:2209.11895) are
 alone they were still missing after 8 M tokens, with a tenth of verses mixed in after 1.5 M; and every task that looks
 something up in its prompt needs them.
 """
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -12,8 +12,6 @@ so longer replies please a little whatever they say. Utilities closer than 0.1 a
 margin 1, 2, 3, 4 stands for a difference under 0.15, 0.3, 0.5, and above. What leaves this file is
 choices and margins, never a grade.
 """
-from __future__ import annotations
-
 import json
 import math
 import random

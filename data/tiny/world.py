@@ -18,8 +18,6 @@ demonstration tells which style users prefer. Preferences do.
 Hold-out is by content, not by wording: `split(key)` gives one key in eight to test and one in sixteen to dev,
 and no corpus, pretraining included, holds a task whose key is held out.
 """
-from __future__ import annotations
-
 import ast
 import hashlib
 import operator

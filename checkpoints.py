@@ -106,8 +106,7 @@ def load_model(
     for file, key, names in model.unread:
         with safe_open(file, framework="pt", device=str(device)) as tensors:  # closing it frees the pages read so far
             tensor = tensors.get_tensor(key)
-        if not (tensor.sum().isfinite() or tensor.isfinite().all()):  # a sum takes no memory, but may overflow
-            fail(f"{file}: {key} holds NaN or infinity: its training diverged, take an earlier checkpoint")
+        check_finite(file, key, tensor)
         if not names and not torch.equal(tensor.to(model.embed_tokens.weight.dtype), model.embed_tokens.weight):
             fail_untied(file, key)
         for name, part in zip(names, split_qkv(tensor, config, len(names)), strict=True):
@@ -174,6 +173,7 @@ def read_shards(model: Transformer, device: torch.device) -> Transformer:
             for name, rows in zip(names, split_qkv(numbers, model.config, len(names)), strict=True):
                 if name in parameters:  # a reward model has lost its LM head
                     local, found = _read_rows(parameters[name], stored, rows)
+                    check_finite(file, key, found)
                     local[: len(found)] = found
                     local[len(found) :] = 0  # added for a template's tokens
             if not names:
@@ -197,6 +197,11 @@ def _read_rows(parameter: Tensor, stored, rows: Tensor) -> tuple[Tensor, Tensor]
         return local, local[:0]
     found = stored[rows[0] : rows[-1] + 1]
     return local, found[rows - rows[0]] if len(found) > len(rows) else found  # of a fused matrix a part
+
+
+def check_finite(file: Path, key: str, tensor: Tensor) -> None:
+    if not (tensor.sum().isfinite() or tensor.isfinite().all()):  # a sum takes no memory, but may overflow
+        fail(f"{file}: {key} holds NaN or infinity: its training diverged, take an earlier checkpoint")
 
 
 def fail_untied(file: Path, key: str) -> NoReturn:

@@ -11,7 +11,7 @@ import torch
 from conftest import CONFIGS, FAMILIES, FIXTURES, ROOT, exits, small_model
 from safetensors.torch import load_file, save_file
 
-from checkpoints import BUFFERS, load_model, save_model
+from checkpoints import BUFFERS, load_model, open_model, read_shards, save_model
 from model import ModelConfig, Transformer
 
 
@@ -211,6 +211,17 @@ def only_pickle(path):
 ])
 def test_a_broken_checkpoint_is_one_line(change, said, tmp_path, capsys):
     exits(capsys, broken(tmp_path, change), str(tmp_path), said)
+
+
+@pytest.mark.parametrize("change, said", [(tie, "lm_head.weight is not the embedding"),
+                                          (spoil_a_tensor(float("nan")), "up_proj.weight holds NaN or infinity")])
+def test_what_is_read_by_slices_is_checked_as_what_is_read_whole(change, said, tmp_path, capsys):
+    save_model(small_model(dtype=torch.float32), tmp_path)
+    whole, sliced = load_model(tmp_path), read_shards(open_model(tmp_path), torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), sliced.parameters(), strict=True))
+    change(tmp_path)
+    exits(capsys, lambda: load_model(tmp_path), str(tmp_path), said)
+    exits(capsys, lambda: read_shards(open_model(tmp_path), torch.device("cpu")), str(tmp_path), said)
 
 
 LOAD = """

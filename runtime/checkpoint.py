@@ -31,7 +31,7 @@ def save_state(run: Path, step: int, model: nn.Module, optimizer: AdamW, later: 
             tensors[f"model.{name}"] = parameter.detach()
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
-    with writing(folder, beside, together=True):
+    with writing(folder, together=True):
         if distributed.rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)

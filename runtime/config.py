@@ -20,6 +20,7 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+
 @dataclass(frozen=True)
 class Settings:
     """Settings that all training scripts share; a script may set another default."""

@@ -544,8 +544,8 @@ PACK_AFTER = 8  # steps: laying out the weights pays after twenty of one reply, 
 class Decoder:
     """Sequences decoded together, one token each a step; they join and leave between steps.
 
-    Whoever sets `done` on a sequence takes it out before the next step. From step PACK_AFTER on a CPU has a second copy
-    of the weights, which must not change from then on until `model.unpack`.
+    Whoever sets `done` on a sequence takes it out before the next step. On a CPU, from step PACK_AFTER on until nothing
+    is left to decode, a second copy of the weights is read; meanwhile the weights must not change.
     """
 
     def __init__(self, model: Transformer, stop_ids: tuple[int, ...], slots: int, length: int):
@@ -570,6 +570,9 @@ class Decoder:
         # Reading a few prompts costs a whole pass: wait until an eighth of the slots is free.
         if self.waiting and len(self.active) <= self.slots - max(1, min(self.slots // 8, len(self.waiting))):
             new = self._join()
+        if not self.active:
+            self.model.unpack()
+            self.steps = 0
         if new or not self.active:
             return new
         positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.active]

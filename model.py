@@ -427,7 +427,8 @@ def generate(
     with tqdm(total=len(waiting), desc=progress, disable=not progress, mininterval=1, unit=" replies") as bar:
         while stepped := decoder.step():
             bar.update(sum(s.done for s in stepped))
-    model.decoder = decoder if keep else model.decoder
+    if keep:
+        model.decoder = decoder
     return [[Sample(s.tokens, s.logprobs, s.finished) for s in samples] for samples in asked]
 
 

@@ -490,7 +490,8 @@ def generate(
                 bar.update(sum(s.done for s in stepped))
     finally:
         model.unpack()
-    model.decoder = decoder if keep else model.decoder
+    if keep:
+        model.decoder = decoder
     return [[Sample(s.tokens, s.logprobs, s.finished) for s in samples] for samples in asked]
 
 

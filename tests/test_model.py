@@ -384,8 +384,8 @@ def test_a_model_on_triton_gives_the_same_tree_gradients_and_samples(fields):
 
 def test_what_generate_keeps_changes_no_token_and_is_taken_again_while_it_is_large_enough():
     """Weights that training changes in place are read anew; a longer reply needs another cache."""
-    network, prompts = small_model(dtype=torch.float32, scale=3.0), [[1, 2, 3], [4] * 7, [5]]
-    kept = []
+    network = small_model(dtype=torch.float32, scale=3.0).to("cuda" if torch.cuda.is_available() else "cpu")
+    prompts, kept = [[1, 2, 3], [4] * 7, [5]], []
     for seed, count in enumerate((8, 5, 8, 300)):
         with torch.no_grad():
             network.layers[0].mlp.up_proj.weight.mul_(-1)

@@ -170,23 +170,33 @@ def read_shards(model: Transformer, device: torch.device) -> Transformer:
     for file, key, names in model.unread:
         with safe_open(file, framework="pt") as tensors:
             stored = tensors.get_slice(key)
-            numbers = split_qkv(torch.arange(stored.get_shape()[0]), model.config, len(names or [key]))
-            for name, rows in zip(names or ["embed_tokens.weight"], numbers, strict=True):
-                local, first = distributed.local_rows(parameters[name])
-                rows = rows[first : first + len(local)]
-                found = stored[rows[0] : rows[-1] + 1] if len(rows) else local[:0]
-                found = found[rows - rows[0]] if len(found) > len(rows) else found  # of a fused matrix
-                if not names and not torch.equal(found.to(local), local[: len(rows)]):
+            numbers = torch.arange(stored.get_shape()[0])
+            for name, rows in zip(names, split_qkv(numbers, model.config, len(names)), strict=True):
+                if name in parameters:  # a reward model has lost its LM head
+                    local, found = _read_rows(parameters[name], stored, rows)
+                    local[: len(found)] = found
+                    local[len(found) :] = 0  # added for a template's tokens
+            if not names:
+                local, found = _read_rows(model.embed_tokens.weight, stored, numbers)
+                if not torch.equal(found.to(local), local[: len(found)]):
                     fail_untied(file, key)
-                local[: len(rows)] = found
-                local[len(rows) :] = 0  # added for a template's tokens
-    for name, matrix in model.rows.items():
+    for name in model.rows.keys() & parameters.keys():
         local, first = distributed.local_rows(parameters[name])
-        for row, value in matrix.changed.items():
+        for row, value in model.rows[name].changed.items():
             if first <= row < first + len(local):
                 local[row - first] = value
     model.unread, model.rows = [], {}
     return model
+
+
+def _read_rows(parameter: Tensor, stored, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of a parameter, and what the file holds for it: `rows` are the whole parameter's in the file."""
+    local, first = distributed.local_rows(parameter)
+    rows = rows[first : first + len(local)]
+    if not len(rows):
+        return local, local[:0]
+    found = stored[rows[0] : rows[-1] + 1]
+    return local, found[rows - rows[0]] if len(found) > len(rows) else found  # of a fused matrix a part
 
 
 def fail_untied(file: Path, key: str) -> NoReturn:

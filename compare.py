@@ -40,7 +40,7 @@ from judging import games, gold, paired, report, tables
 from judging.entries import Entry, check_checkpoint, decode
 from judging.prompts import Question
 from runtime import check_ranges, fail, lock_file
-from runtime.config import read_toml
+from runtime.config import read_toml, shipped
 
 ROOT = Path(__file__).resolve().parent
 SEEDS = 1000  # at most; the second reply to a dialogue is drawn with the seed + 1000, the third with + 2000
@@ -106,6 +106,7 @@ def variant(name: str, text: str, first: Variant | None = None) -> Variant:
         fail(f"{name}: '{text}' begins with no script that is there, {EXPECTED}")
     if first and "--config" not in words:
         words = [*first.words, *words]
+    words = [shipped(word) for word in words]
     for word in words:
         if word.startswith(("seed=", "out=", "overwrite=")):
             fail(f"{name}: {word} is for compare.py to say: leave it out (seeds=3 is the number of seeds)")

@@ -6,9 +6,9 @@ Every rank knows the whole step (its trees are a function of seed and step), wor
 `micro_batches`) and divides by the whole step's tokens, pairs or groups. So gradients and metrics are sums over ranks,
 and the number of ranks changes only the order in which numbers are added.
 
-    full fine-tuning   FSDP2: a rank keeps a share of every weight, gradient and moment; a block's weights are gathered,
-                       in the dtype of compute, while it runs; reductions and weights in fp32 (Zhao et al. 2023,
-                       arXiv:2304.11277)
+    full fine-tuning   FSDP2: a rank reads and keeps a share of every weight, gradient and moment; a block's weights are
+                       gathered, in the dtype of compute, while it runs; reductions and weights in fp32 (Zhao et al.
+                       2023, arXiv:2304.11277). shard=8: eight ranks share a model, other eights hold copies (HSDP)
     adapters           every rank holds the frozen base and all adapters; their gradients are summed in one flat piece
 
 Rank 0 writes and prints: functions that write a file return early on other ranks, or `runtime.writing` refuses. Before

@@ -19,6 +19,7 @@ import lora
 import runtime
 from checkpoints import save_model
 from data.tokenizer import adopt_template, load_tokenizer
+from model import add_score_head
 from runtime import distributed
 
 WATCHED = {"folder": "", "changed": []}  # a run's, and what another rank than 0 has done to its files
@@ -35,12 +36,14 @@ def watch(event: str, args: tuple) -> None:
 
 
 def read_and_write(values: dict) -> None:
-    """Shard models, with a chat template, and write them again, in files of 20 kB (or one tensor)."""
+    """Shard models, with a chat template, and write them again, in files of 20 kB (or one tensor); with HSDP as reward
+    models."""
     device = runtime.setup("cpu", 0)
     for path in values["models"]:
         settings = runtime.Settings(shard=values["shard"])
         model = lora.load_base(path, settings, device)
         adopt_template(model, load_tokenizer(path), "chatml")
+        model = add_score_head(model, 0) if settings.shard else model
         out = Path(values["out"]) / f"{Path(path).name}_{values['shard']}"
         save_model(lora.shard(model, settings, device), out, shard_bytes=20_000)
 

@@ -1,4 +1,4 @@
-"""What a trainer that samples with vLLM or SGLang is given opens in transformers, which these tests need and skip without.
+"""What a trainer that samples with vLLM or SGLang is given opens in transformers; without that these tests are skipped.
 
 The directories are as ppo.py, reward.py and sharded runs write them: bf16 or fp32, in one file or several.
 """

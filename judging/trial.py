@@ -317,7 +317,8 @@ def screen_section(by_judge: Mapping[str, Sequence[dict]], truth: str, force: bo
         measures[judge] = {"not to be read, %": (100 * missing / max(count, 1), count), **found}
     lines = [[name, *(x for of in measures.values() for x in (of[name][0], of[name][1] or None))]
              for name in next(iter(measures.values()))]
-    return {"title": "The judges on trial", "columns": ["", *(x for judge in measures for x in (judge, f"n of {judge}"))],
+    columns = ["", *(x for judge in measures for x in (judge, f"n of {judge}"))]
+    return {"title": "The judges on trial", "columns": columns,
             "rows": [line for line in lines if any(x is not None for x in line[1::2])],
             "text": "n is the verdicts of each share: without ties, of games or pairs that were decided. Good replies "
                     "may well be longer: what counts is where a judge differs from people, or from the truth, on the "

@@ -67,7 +67,7 @@ def agreement_section(votes: Sequence[dict], name: str) -> dict | None:
     sides, prompts = _table([[decided(r["preference"]) for r in rows] for rows in units.values()], units)
     strengths, _ = _table([[_rating(r) for r in rows] for rows in units.values()], units)
     raw = agreement.raw_agreement(sides, tie=0.5)
-    found = agreement.bootstrap(lambda x: agreement.raw_agreement(x)["agreement"], sides, prompts, 300, lowest=0)
+    found = agreement.bootstrap_raw(sides, prompts)
     alone = len(units) - len(prompts)
     return {"title": f"{name}: agreement among {len(raters)}",
             "columns": ["pairs of verdicts", "agree, %", "without ties, %", "Krippendorff", "AC1",

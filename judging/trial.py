@@ -170,17 +170,18 @@ def ranking_against_scoring(rows: Sequence[dict], scores: Sequence[dict], judge:
     def key(row: dict, model: str) -> tuple:
         return model, str(row["prompt"]), row.get("turn", 1), row.get("repeat", 0)
 
-    marks, pairs = {key(r, r["model"]): r["score"] for r in scores}, []
+    marks, pairs, prompts = {key(r, r["model"]): r["score"] for r in scores}, [], []
     for r in merge_orders(rows)[0]:
         x, y = (marks.get(key(r, r[side])) for side in "ab")
         if None not in (x, y, r["preference"]):
             pairs.append((decided(r["preference"]), ratings.outcome(x, y)))
+            prompts.append(r["prompt"])
     if not pairs or withheld(rows, force) or tables.refused(scores, force, "score"):
         return None
     table = np.array(pairs).T
     raw = agreement.raw_agreement(table, tie=0.5)
     without, ties = percent(raw["agreement_without_ties"]), (100 * (table == 0.5).mean(axis=1)).tolist()
-    lines = [["the same verdict", 100 * raw["agreement"], raw["n"]],
+    lines = [["the same verdict", share_cell(agreement.bootstrap_raw(table, prompts)), raw["n"]],
              ["the same verdict, where neither is a tie", without, raw["n_without_ties"]],
              ["a tie when compared", ties[0], len(pairs)], ["equal marks", ties[1], len(pairs)]]
     return {"title": f"{judge}: comparing and marking", "columns": ["", "share, %", "pairs"], "rows": lines,
@@ -232,9 +233,7 @@ def agreement_section(by_judge: Mapping[str, Sequence[dict]], truth: str, force:
         if withheld(rows, force):
             lines.append([judge, None, len(both), *[None] * 5])
             continue
-        prompts = [k[0] for k in both]
-        found = agreement.bootstrap(lambda x: agreement.raw_agreement(x)["agreement"], table, prompts, 300, lowest=0)
-        raw = agreement.raw_agreement(table, tie=0.5)
+        found, raw = agreement.bootstrap_raw(table, [k[0] for k in both]), agreement.raw_agreement(table, tie=0.5)
         lines.append([judge, share_cell(found), raw["n"], percent(raw["agreement_without_ties"]), raw["n_without_ties"],
                       agreement.cohen_kappa(table), agreement.krippendorff_alpha(table), agreement.gwet_ac1(table)])
     columns = ["judge", "agrees, %", "pairs", "without ties, %", "decided pairs", "Cohen", "Krippendorff", "AC1"]

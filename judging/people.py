@@ -137,7 +137,7 @@ def likert_sections(judge: str, rows: Sequence[dict]) -> list[dict]:
     """The talk's board: Elo from all ratings 1 to 8, the slight ones read as ties, and not."""
     found, why = elo_tables(rows)
     games = Counter(model for r in rated(rows) for model in (r["a"], r["b"]))
-    same, without = (sum(not r.get("rating") and (r.get("why") == "identical replies") == x for r in rows)
+    same, without = (sum(not r.get("rating") and (r.get("why") == tables.IDENTICAL) == x for r in rows)
                      for x in (True, False))
     text = f"{sum(games.values()) // 2} ratings. Without one: {same} pairs of identical replies, {without} others."
     if not found:

@@ -171,9 +171,9 @@ def ranking_against_scoring(rows: Sequence[dict], scores: Sequence[dict], judge:
         return model, str(row["prompt"]), row.get("turn", 1), row.get("repeat", 0)
 
     marks, pairs, prompts = {key(r, r["model"]): r["score"] for r in scores}, [], []
-    for r in merge_orders(rows)[0]:
+    for r in telling(rows):
         x, y = (marks.get(key(r, r[side])) for side in "ab")
-        if None not in (x, y, r["preference"]):
+        if None not in (x, y):
             pairs.append((decided(r["preference"]), ratings.outcome(x, y)))
             prompts.append(r["prompt"])
     if not pairs or withheld(rows, force) or tables.refused(scores, force, "score"):
@@ -185,7 +185,7 @@ def ranking_against_scoring(rows: Sequence[dict], scores: Sequence[dict], judge:
              ["the same verdict, where neither is a tie", without, raw["n_without_ties"]],
              ["a tie when compared", ties[0], len(pairs)], ["equal marks", ties[1], len(pairs)]]
     return {"title": f"{judge}: comparing and marking", "columns": ["", "share, %", "pairs"], "rows": lines,
-            "text": "Whether the reply that wins the comparison also gets the higher mark."}
+            "text": "Whether the reply that wins the comparison also gets the higher mark; of different replies."}
 
 
 def right_section(rows: Sequence[dict], judge: str, force: bool = False) -> dict | None:
@@ -203,10 +203,14 @@ def right_section(rows: Sequence[dict], judge: str, force: bool = False) -> dict
 
 # -------------------------------------------------------------------------------------- agreement
 
+def telling(rows: Sequence[dict]) -> list[dict]:
+    """The comparisons that tell something of the judge: decided, and not between identical replies, which all tie."""
+    return [r for r in merge_orders(rows)[0] if r["preference"] is not None and r.get("why") != tables.IDENTICAL]
+
+
 def labels(rows: Sequence[dict]) -> dict[tuple, float]:
-    """A judge's outcome of every comparison, without the judge's name."""
-    return {tables.comparison(r)[1:]: decided(r["preference"]) for r in merge_orders(rows)[0]
-            if r["preference"] is not None}
+    """A judge's outcome of every telling comparison, without the judge's name."""
+    return {tables.comparison(r)[1:]: decided(r["preference"]) for r in telling(rows)}
 
 
 def strengths(rows: Sequence[dict]) -> dict[tuple, float]:
@@ -214,7 +218,7 @@ def strengths(rows: Sequence[dict]) -> dict[tuple, float]:
     if not any(r.get("rating") for r in rows):
         return labels(rows)
     return {tables.comparison(r)[1:]: 4.5 - tables.mean_rating([r])["rating"] if r.get("rating") else 0.0
-            for r in merge_orders(rows)[0] if r.get("rating") or r["preference"] == 0.5}
+            for r in telling(rows) if r.get("rating") or r["preference"] == 0.5}
 
 
 def beside(first: dict[tuple, float], second: dict[tuple, float]) -> tuple[list[tuple], np.ndarray]:
@@ -238,9 +242,9 @@ def agreement_section(by_judge: Mapping[str, Sequence[dict]], truth: str, force:
                       agreement.cohen_kappa(table), agreement.krippendorff_alpha(table), agreement.gwet_ac1(table)])
     columns = ["judge", "agrees, %", "pairs", "without ties, %", "decided pairs", "Cohen", "Krippendorff", "AC1"]
     return {"title": f"Agreement with {truth}", "rows": lines, "columns": columns,
-            "text": "Without ties: pairs that both decide. Kappa and alpha are low at high agreement when one verdict "
-                    "dominates: read them beside AC1. A judge may agree on most pairs and still overstate a model's "
-                    "wins."} if lines else None
+            "text": "Of different replies: identical ones all tie. Without ties: pairs that both decide. "
+                    "Kappa and alpha are low at high agreement when one verdict dominates: read them beside AC1. A "
+                    "judge may agree on most pairs and still overstate a model's wins."} if lines else None
 
 
 def category_agreement_section(by_judge: Mapping[str, Sequence[dict]], truth: str, force: bool = False) -> dict | None:

@@ -536,6 +536,7 @@ class ReplyState:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []         # at the sampling temperature
         self.done = self.finished = False       # finished: with a stop token
+        self.not_finite = False                 # logits that were NaN, or infinite, have ended it
         self.began = 0.0
 
 
@@ -617,7 +618,8 @@ class Decoder:
             s.logprobs.append(logprob)
             s.tokens.append(token)
             s.finished = token in self.stop_ids
-            if s.finished or len(s.tokens) == s.max_tokens:
+            s.not_finite = s.not_finite or math.isnan(logprob)
+            if s.finished or s.not_finite or len(s.tokens) == s.max_tokens:
                 s.done = True  # last: another thread may be reading
 
     def _leave(self) -> None:

@@ -228,7 +228,7 @@ gpu: $(TOOLS)
 gpu-tests:
 	timeout --signal=INT 90 $(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null) \
 		tests/test_kernels.py tests/test_attention*.py tests/test_logprobs*.py tests/test_nf4.py tests/test_fused.py
-	timeout --signal=INT 30 $(PYTHON) -m pytest tests/test_model.py -k 'triton or graphs'
+	timeout --signal=INT 30 $(PYTHON) -m pytest tests/test_model.py -k 'triton or graphs or keeps'
 
 gpu-kernels:
 	$(PYTHON) -m benchmarks.kernels --budget 450

@@ -10,7 +10,7 @@ with a seed draws from a random stream of its own, whatever else is decoded besi
 from __future__ import annotations
 
 import asyncio
-import hmac
+import io
 import json
 import secrets
 import socket
@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple, NoReturn
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -36,9 +35,8 @@ from checkpoints import read_config
 from data.llm import Checkpoint, Sampling, before_stop, slots_that_fit
 from data.tokenizer import TemplateError
 from model import Decoder, ReplyState
-from runtime import check_ranges, fail
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from runtime import check_ranges, fail, serving
+from runtime.terminal import visible
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Config:
     def __post_init__(self):
         self.sampling()  # checks these
         check_ranges(self, seed=(0, inf), length=(0, inf), threads=(0, inf), port=(0, 65535), slots=(1, 1024))
-        if self.serve and not self.token and self.host not in LOOPBACK:
+        if self.serve and not self.token and self.host not in serving.LOOPBACK:
             fail(f"host is '{self.host}', which others can reach: set token= to what they must send, or leave host out")
 
     def sampling(self) -> Sampling:
@@ -137,6 +135,8 @@ def converse(checkpoint: Checkpoint, config: Config, length: int) -> None:
     """Read a line, print a reply as it comes, until the end of input."""
     with suppress(ImportError):
         import readline  # noqa: F401  makes arrow keys work at the prompt
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line in another encoding is refused, below
     history, turn = [], 0
     decoder = Decoder(checkpoint.model, checkpoint.tokenizer.stop_ids(), 1, length)
     while True:
@@ -150,6 +150,11 @@ def converse(checkpoint: Checkpoint, config: Config, length: int) -> None:
             config = command(line, config, history)
             continue
         if not line:
+            continue
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            print(f"that line is not {sys.stdin.encoding} text: it was not sent")
             continue
         history.append({"role": "user", "content": line})
         try:
@@ -174,11 +179,12 @@ def speak(decoder: Decoder, tokenizer, sequence: ReplyState) -> str:
     decoder.waiting.append(sequence)
     try:
         while decoder.step():
-            print(spoken.read(), end="", flush=True)
+            print(visible(spoken.read()), end="", flush=True)
     except KeyboardInterrupt:
         sequence.done = True
         decoder.step()  # frees its slot
-    print("" if spoken.finish == "stop" else " ...")
+    cut = " ... (the logits are not finite)" if sequence.not_finite else " ..."
+    print("" if spoken.finish == "stop" else cut)
     return spoken.text
 
 
@@ -222,10 +228,18 @@ class Asked(NamedTuple):
 
 MOST_MESSAGES, MOST_WAITING = 512, 1024
 REAL = {"temperature": (0, 2), "top_p": (0, 1)}
-WHOLE = {"top_k": (0, 2**24), "max_tokens": (1, 2**24), "max_completion_tokens": (1, 2**24), "seed": (-(2**63), 2**64),
+WHOLE = {"top_k": (-1, 2**24), "max_tokens": (1, 2**24), "max_completion_tokens": (1, 2**24), "seed": (-(2**63), 2**64),
          "top_logprobs": (0, 20)}
-WITHOUT_EFFECT = ("user", "metadata", "store", "safety_identifier", "service_tier")
+WITHOUT_EFFECT = ("user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key",
+                  "prompt_cache_retention", "cache_prompt", "parallel_tool_calls")
 KNOWN = {"model", "messages", "n", "stop", "stream", "stream_options", "logprobs", *REAL, *WHOLE, *WITHOUT_EFFECT}
+# Of keys that are not supported, the values that leave a reply as it is: by key, or of all others
+NOTHING = (False, 0, "", [], {})
+NEUTRAL = {
+    **dict.fromkeys(("repetition_penalty", "repeat_penalty", "length_penalty", "typical_p", "best_of"), (1,)),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "modalities": (["text"],), "response_format": ({"type": "text"},)}
 
 
 def parse(body, name: str, defaults: Sampling, slots: int) -> Asked:
@@ -234,7 +248,7 @@ def parse(body, name: str, defaults: Sampling, slots: int) -> Asked:
         raise Refusal(400, "the body is not a JSON object, expected {\"model\": ..., \"messages\": [...]}")
     body = {key: value for key, value in body.items() if value is not None}
     for key, value in body.items():
-        if key not in KNOWN and value not in (False, 0, "", [], {}, {"type": "text"}):
+        if key not in KNOWN and value not in NEUTRAL.get(key, NOTHING):
             raise Refusal(400, f"'{key}' is not supported: leave it out", key, "unsupported_parameter")
     if body.get("model") != name:
         asked = json.dumps(body.get("model"))
@@ -256,7 +270,7 @@ def parse(body, name: str, defaults: Sampling, slots: int) -> Asked:
     longest = body.get("max_completion_tokens") or body.get("max_tokens")
     top = body.get("top_logprobs", 0) if body.get("logprobs") else -1
     sampling = Sampling(longest or defaults.max_tokens, body.get("temperature", defaults.temperature),
-                        body.get("top_p", defaults.top_p), body.get("top_k", defaults.top_k), tuple(stop))
+                        body.get("top_p", defaults.top_p), max(0, body.get("top_k", defaults.top_k)), tuple(stop))
     return Asked(checked_messages(body.get("messages")), sampling, body.get("n", 1),
                  body.get("seed", secrets.randbits(63)) % 2**64, top, bool(body.get("stream")),
                  bool(options.get("include_usage")), longest)
@@ -280,6 +294,9 @@ def checked_messages(messages) -> list[dict]:
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
             refuse(f"'{where}.content' is not text", f"{where}.content")
+        for key in message.keys() - {"role", "content", "name", "reasoning_content"}:  # which no template is shown
+            if message[key] not in (None, *NOTHING):
+                refuse(f"'{where}.{key}' is not supported: leave it out", f"{where}.{key}")
         checked.append({"role": role, "content": content})
     if role != "user":
         refuse(f"the last message is the {role}'s, expected the user's")
@@ -350,12 +367,10 @@ class Server:
             exception_handlers={Refusal: refused, HTTPException: refused})
 
     def admit(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.config.token and not hmac.compare_digest(given.encode(), self.config.token.encode()):
+        if self.config.token and not serving.knows_token(request.headers, self.config.token):
             raise Refusal(401, "the API key is not the token this server was started with", None, "invalid_api_key")
-        # Without a token, a web page must not get in by giving this machine a host name of its own (DNS rebinding).
-        if not self.config.token and request.url.hostname not in LOOPBACK:
-            raise Refusal(400, f"the host is '{request.url.hostname}', expected one of {', '.join(LOOPBACK)}")
+        if not self.config.token:
+            serving.check_host(request.headers)
         if self.engine.broken:
             raise Refusal(500, self.engine.broken)
 
@@ -370,7 +385,8 @@ class Server:
 
     async def complete(self, request: Request) -> Response:
         self.admit(request)
-        asked = parse(await self.body(request), self.name, self.config.sampling(), self.slots)
+        body = await serving.read_body(request, 65536 + 32 * self.length)
+        asked = parse(body, self.name, self.config.sampling(), self.slots)
         try:
             prompt = self.tokenizer.render(asked.messages, add_generation_prompt=True)[0]
         except TemplateError as error:
@@ -397,20 +413,6 @@ class Server:
             return Response(status_code=499)  # which nobody reads
         return JSONResponse(await reply)
 
-    async def body(self, request: Request):
-        """The request's JSON. Its content type must say so: web pages may not send that elsewhere without asking."""
-        most, data = 65536 + 32 * self.length, b""
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise Refusal(400, "the content type is not application/json")
-        async for part in request.stream():
-            data += part
-            if len(data) > most:
-                raise Refusal(413, f"the body has more than {most} bytes: shorten the messages")
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise Refusal(400, f"the body is not JSON ({error})") from None
-
     async def chunks(self, asked: Asked, prompt_tokens: int, spoken: list[Spoken]) -> AsyncIterator[dict]:
         """A reply as OpenAI streams it. Left early, it gives its slots back."""
         base = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion.chunk",
@@ -430,6 +432,9 @@ class Server:
                     raise Refusal(500, self.engine.broken)
                 await news.wait()
                 news.clear()
+                if any(s.not_finite for s in sequences):
+                    raise Refusal(422, "the model's logits are not finite after these messages: change them",
+                                  "messages", "logits_not_finite")
                 for i, reply in enumerate(spoken):
                     if reply.finish:
                         continue
@@ -481,26 +486,16 @@ async def as_events(chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
-def listen(config: Config) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        return socket.create_server((config.host, config.port), family=family)
-    except OSError as error:
-        fail(f"host={config.host} port={config.port}: cannot listen there ({error.strerror}): choose another port")
-
-
 def serve(checkpoint: Checkpoint, config: Config, length: int, listener: socket.socket) -> None:
     """Answer requests until Ctrl-C or SIGTERM."""
     server = Server(checkpoint, config, length)
-    host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"{server.slots} replies together, {length} tokens each\nserving {server.name} on "
-          f"http://{host}:{listener.getsockname()[1]}/v1 (Ctrl-C stops)", flush=True)
-    with listener, suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
-        uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=1)).run([listener])
+          f"{serving.address(listener, config.host)}/v1 (Ctrl-C stops)", flush=True)
+    serving.serve(server.app(), listener)
 
 
 def main(config: Config) -> None:
-    listener = listen(config) if config.serve else None
+    listener = serving.listen(config.host, config.port) if config.serve else None
     positions = read_config(config.model).max_positions
     if config.length > positions:
         fail(f"length is {config.length}, the model has {positions} positions: lower it")

@@ -260,7 +260,8 @@ def verdict_sections(judge: str, said: Verdicts, form: str, force: bool, difficu
 def load_difficulty(path: str, rows: list[dict]) -> dict[str, float]:
     """AlpacaEval 2's difficulties of the instructions."""
     try:
-        found = {str(name): float(value) for name, value in json.loads(Path(path).read_text()).items()}
+        found = {str(name): float(value) for name, value in json.loads(
+            Path(path).read_text(encoding="utf-8-sig")).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         fail(f"difficulty={path}: cannot be read ({error}), expected JSON such as {{\"0\": -0.3, \"1\": 1.2}}")
     if lacking := {str(r["prompt"]) for r in rows} - found.keys():
@@ -355,7 +356,7 @@ def main(config: Config) -> None:
     questions, dialogues, said, grades, sections, lost = [], None, {}, None, [], config.missing == "loss"
     graded = bool(models) and any(judge.kind == "gold" for judge in judges)
     if judges and (models or (elsewhere and Path(config.data).is_file())):
-        questions, dialogues = load_questions(config.data, config.references, config.questions, graded)
+        questions, dialogues = load_questions(config, graded=graded)
     for model, seed in product(models, config.seeds) if judges else ():
         said[model.name, seed] = answer(model, questions, dialogues, Sampling(config.max_tokens, config.temperature),
                                         seed, out / "answers.jsonl", budget, opener,

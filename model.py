@@ -490,7 +490,8 @@ def generate(
                 bar.update(sum(s.done for s in stepped))
     finally:
         model.unpack()
-    model.decoder = decoder if keep else model.decoder
+    if keep:
+        model.decoder = decoder
     return [[Sample(s.tokens, s.logprobs, s.finished) for s in samples] for samples in asked]
 
 
@@ -535,6 +536,7 @@ class ReplyState:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []         # at the sampling temperature
         self.done = self.finished = False       # finished: with a stop token
+        self.not_finite = False                 # logits that were NaN, or infinite, have ended it
         self.began = 0.0
 
 
@@ -544,8 +546,8 @@ PACK_AFTER = 8  # steps: laying out the weights pays after twenty of one reply, 
 class Decoder:
     """Sequences decoded together, one token each a step; they join and leave between steps.
 
-    Whoever sets `done` on a sequence takes it out before the next step. From step PACK_AFTER on a CPU has a second copy
-    of the weights, which must not change from then on until `model.unpack`.
+    Whoever sets `done` on a sequence takes it out before the next step. On a CPU, from step PACK_AFTER on until nothing
+    is left to decode, a second copy of the weights is read; meanwhile the weights must not change.
     """
 
     def __init__(self, model: Transformer, stop_ids: tuple[int, ...], slots: int, length: int):
@@ -570,6 +572,9 @@ class Decoder:
         # Reading a few prompts costs a whole pass: wait until an eighth of the slots is free.
         if self.waiting and len(self.active) <= self.slots - max(1, min(self.slots // 8, len(self.waiting))):
             new = self._join()
+        if not self.active:
+            self.model.unpack()
+            self.steps = 0
         if new or not self.active:
             return new
         positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.active]
@@ -613,7 +618,8 @@ class Decoder:
             s.logprobs.append(logprob)
             s.tokens.append(token)
             s.finished = token in self.stop_ids
-            if s.finished or len(s.tokens) == s.max_tokens:
+            s.not_finite = s.not_finite or math.isnan(logprob)
+            if s.finished or s.not_finite or len(s.tokens) == s.max_tokens:
                 s.done = True  # last: another thread may be reading
 
     def _leave(self) -> None:

@@ -22,20 +22,18 @@ import asyncio
 import base64
 import errno
 import hashlib
-import hmac
 import io
 import json
 import os
 import random
 import re
-import socket
 import threading
 import time
 import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from math import inf, isnan
@@ -43,7 +41,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as Call
@@ -58,9 +55,8 @@ from data.llm import Checkpoint, Reply, Request, Sampling, open_model
 from data.records import Reject, check_text
 from judging.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
 from judging.recorded import Options, read_likert
-from runtime import check_ranges, fail, lock_file
+from runtime import check_ranges, fail, lock_file, serving
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PAGE, GUIDELINES = (Path(__file__).with_name(name) for name in ("annotate.html", "guidelines.md"))
 ROOM = 16  # tokens; a shorter reply is not worth asking for
 
@@ -104,7 +100,7 @@ class Config:
             fail(f"out is '{self.out}', expected a name that ends with .jsonl")
         if self.guidelines and not Path(self.guidelines).is_file():
             fail(f"guidelines={self.guidelines}: no such file, expected Markdown or text")
-        if not self.token and self.host not in LOOPBACK:
+        if not self.token and self.host not in serving.LOOPBACK:
             fail(f"host is '{self.host}', which others can reach: set token= to what annotators have to know")
 
 
@@ -353,7 +349,9 @@ class Server:
     def step(self, act: Callable | None) -> Callable:
         """A route: an annotator's act, and the state after it. What comes twice, or from an old page, is done once."""
         async def route(call: Call) -> Response:
-            body = call.query_params if act is None else await read_body(call)
+            body = call.query_params if act is None else await serving.read_body(call, 200_000)
+            if not isinstance(body, Mapping):
+                raise HTTPException(400, "The body is not a JSON object")
             name = self.admit(call, body)
             lock = self.locks.setdefault(name, asyncio.Lock())
             async with lock:
@@ -421,12 +419,10 @@ class Server:
 
     def admit(self, call: Call, about: Mapping) -> str:
         """The annotator who calls, if they may."""
-        given = call.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.config.token and not hmac.compare_digest(given.encode(), self.config.token.encode()):
+        if self.config.token and not serving.knows_token(call.headers, self.config.token):
             raise HTTPException(401, "The token is not the one this page was started with")
-        # Without a token only this machine's own names are served: a web page could get in by DNS rebinding.
-        if not self.config.token and call.url.hostname not in LOOPBACK:
-            raise HTTPException(400, f"The host is '{call.url.hostname}', expected one of {', '.join(LOOPBACK)}")
+        if not self.config.token:
+            serving.check_host(call.headers)
         name = about.get("annotator")
         if not isinstance(name, str) or not re.fullmatch(r"[^\W_](?:[\w .'-]{0,38}[\w.])?", name):
             raise HTTPException(400, "A name has 1 to 40 letters, digits, blanks, dots or hyphens, "
@@ -532,34 +528,13 @@ def whole_reply(text: str, model: str) -> dict:
     return {"text": text, "finished": True, "model": model}
 
 
-async def read_body(call: Call, most: int = 200_000) -> dict:
-    """The call's JSON, if it says it is JSON (what a web page may not send elsewhere unasked) and is not too large."""
-    if call.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise HTTPException(400, "The content type is not application/json")
-    if int(call.headers.get("content-length", most + 1)) > most:
-        raise HTTPException(413, "That is too long: shorten it")
-    try:
-        body = json.loads(await call.body())
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise HTTPException(400, "The body is not a JSON object")
-    return body
-
-
 def main(config: Config) -> None:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    try:
-        listener = socket.create_server((config.host, config.port), family=family)
-    except OSError as error:
-        fail(f"host={config.host} port={config.port}: cannot listen there ({error.strerror}): choose another port")
+    listener = serving.listen(config.host, config.port)
     runtime.setup(config.device, 0, config.threads)
     server = Server(config)
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    address = f"http://{host}:{listener.getsockname()[1]}/{'#token=...' if config.token else ''}"
-    print(f"{config.out}: {server.votes}\nrating page on {address} (Ctrl-C stops)", flush=True)
-    with listener, suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
-        uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=1)).run([listener])
+    place = f"{serving.address(listener, config.host)}/{'#token=...' if config.token else ''}"
+    print(f"{config.out}: {server.votes}\nrating page on {place} (Ctrl-C stops)", flush=True)
+    serving.serve(server.app(), listener)
     print(f"{config.out}: {server.votes}")
 
 

@@ -76,9 +76,14 @@ class Config:
         for key in ("prompts", "dpo", "reward", *(["dev"] if self.dev else [])):
             if not Path(getattr(self, key)).is_file():
                 fail(f"{key}={getattr(self, key)}: no such file, check the path")
-        there = len(Path(self.prompts).read_bytes().splitlines())
+        there = len(prompt_lines(self.prompts))
         if there < self.rounds * self.prompts_per_round:
             fail(f"{self.prompts}: holds {there} prompts, {self.rounds} rounds of {self.prompts_per_round} take more")
+
+
+def prompt_lines(path: str) -> list[tuple[int, bytes]]:
+    """Line numbers and lines, blank ones left out."""
+    return [(n, line) for n, line in enumerate(Path(path).read_bytes().splitlines(), 1) if line.strip()]
 
 
 def lines(path: Path) -> list[dict]:
@@ -94,8 +99,7 @@ def write_lines(path: Path, records: list[dict]) -> None:
 def take_prompts(number: int, config: Config) -> list[dict]:
     """The round's share of the pool. "prompt" is what the user says first: what the rating page asks for."""
     first, records, simulated = (number - 1) * config.prompts_per_round, [], config.annotators == "simulated"
-    all_lines = Path(config.prompts).read_bytes().splitlines()
-    for place, line in enumerate(all_lines[first : first + config.prompts_per_round], first + 1):
+    for place, line in prompt_lines(config.prompts)[first : first + config.prompts_per_round]:
         try:
             record = json.loads(line)
             if simulated and not (record["category"] in TASKS and "item" in record["turns"][0]):

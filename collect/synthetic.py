@@ -48,7 +48,7 @@ def swapped(messages: list[dict]) -> list[dict]:
 def read_texts(key: str, path: str, what: str) -> list[str]:
     """The lines of the text file that setting `key` names, without blank ones."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
         wrong = "" if any(lines) else "is empty"
     except (OSError, UnicodeDecodeError) as error:
         wrong = f"cannot be read ({error})"

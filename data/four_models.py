@@ -112,26 +112,21 @@ def check_tokenizer(model: Transformer, path: str, tokenizer: Tokenizer) -> None
 
 
 def make_sampler(policy: Transformer, path: str, device: torch.device) -> Transformer:
-    """The policy, or a whole copy of it on every rank.
+    """The policy, or a whole copy of it on every rank, in the dtype of compute.
 
-    If it is sharded, so that no rank waits for another's replies; on a GPU also if it computes in another dtype than
-    that of its weights, which would be cast again for every token.
+    If it is sharded, so that no rank waits for another's replies; on a GPU also if its weights have another dtype, in
+    which they would be cast again for every token.
     """
+    sharded = distributed.is_sharded(policy)
     cast = device.type == "cuda" and policy.compute_dtype not in (None, policy.embed_tokens.weight.dtype)
-    if not (cast or distributed.is_sharded(policy)):
+    if not (sharded or cast):
         return policy
     model = load_model(path, dtype=torch.float32, device=device).requires_grad_(False)
     model.compute_dtype = policy.compute_dtype
-    return as_computed(model, norms=distributed.is_sharded(policy), head=cast)
-
-
-def as_computed(model: Transformer, norms: bool, head: bool) -> Transformer:
-    """The matrices of the layers in the dtype of compute, in place: products round them to it in any case.
-
-    Norms too, as shards are gathered; and the head, which Triton's log-probabilities round.
-    """
-    for weight in [p for p in model.layers.parameters() if norms or p.ndim == 2] + [model.head_weight] * head:
-        weight.data = weight.data.to(model.compute_dtype)
+    # Products round their matrix in any case, Triton's log-probabilities the head, and shards are gathered with norms.
+    rounded = [p for p in model.layers.parameters() if sharded or p.ndim == 2] + [model.head_weight] * cast
+    for weight in rounded:
+        weight.data = weight.data.to(policy.compute_dtype)
     return model
 
 

@@ -195,6 +195,11 @@ def bootstrap(statistic: Callable[[np.ndarray], float], ratings, groups: Sequenc
             "undefined": len(samples) - len(defined)}
 
 
+def bootstrap_raw(ratings, groups: Sequence[Hashable]) -> dict[str, float]:
+    """raw_agreement, ties counted, with its interval."""
+    return bootstrap(lambda x: raw_agreement(x)["agreement"], ratings, groups, 300, lowest=0)
+
+
 def by_category(statistic: Callable[[np.ndarray], float], ratings, categories: Sequence[Hashable],
                 groups: Sequence[Hashable] | None = None, rounds: int = 1000,
                 lowest: float = -1) -> dict[Hashable, dict[str, float]]:

@@ -15,7 +15,7 @@ from data.tokenizer import load_tokenizer
 from data.trees import trees_from_messages
 from judging.prompts import Question, Verdict, ask_pair, ask_score, read_verdict
 from judging.ratings import outcome
-from judging.tables import describe
+from judging.tables import IDENTICAL, describe
 
 
 class Answers(NamedTuple):
@@ -102,10 +102,10 @@ def compare(judge: Judge, games: list[tuple[Match, bool]], answers: Answers, *, 
     """The verdicts on all games, as rows. Equal replies tie without being asked, once, unless `identical` is set."""
     requests, asked, same = [], [], {}
     for m, a_first in games:
-        a, b = ([r["text"] for r in answers.said[name, m.seed][m.question][:m.turn]] for name in (m.a, m.b))
+        a, b = texts_of(m, answers)
         row = _row(judge.name, m, answers)
         if a == b and not identical:
-            same[m] = row | {"a_first": None, "preference": 0.5, "rating": None, "why": "identical replies"}
+            same[m] = row | {"a_first": None, "preference": 0.5, "rating": None, "why": IDENTICAL}
             continue
         a, b = (a, b) if a_first else (b, a)
         messages = ask_pair(answers.questions[m.question], a, b, judge.form, judge.wording, unbiased)
@@ -137,10 +137,19 @@ def mark(judge: Judge, answers: Answers) -> list[dict]:
 def games_from_scores(name: str, found: list[Match], scores: dict[tuple[str, int], list[list[float]]],
                       answers: Answers) -> list[dict]:
     """Rows decided by which reply has the higher score, equal ones are ties; no reply is shown first."""
-    def preference(m: Match) -> float:
-        return outcome(*(scores[model, m.seed][m.question][m.turn - 1] for model in (m.a, m.b)))
+    rows = []
+    for m in found:
+        p = outcome(*(scores[model, m.seed][m.question][m.turn - 1] for model in (m.a, m.b)))
+        a, b = texts_of(m, answers)
+        why = {"why": IDENTICAL} if a == b else {}
+        rows.append(_row(name, m, answers) | {"a_first": None, "preference": p} | why)
+    return rows
 
-    return [_row(name, m, answers) | {"a_first": None, "preference": preference(m)} for m in found]
+
+def texts_of(m: Match, answers: Answers) -> tuple[list[str], list[str]]:
+    """What each of the two has said up to this turn."""
+    a, b = ([r["text"] for r in answers.said[name, m.seed][m.question][:m.turn]] for name in (m.a, m.b))
+    return a, b
 
 
 def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tuple[str, int], list[list[float]]]:

@@ -67,7 +67,7 @@ def agreement_section(votes: Sequence[dict], name: str) -> dict | None:
     sides, prompts = _table([[decided(r["preference"]) for r in rows] for rows in units.values()], units)
     strengths, _ = _table([[_rating(r) for r in rows] for rows in units.values()], units)
     raw = agreement.raw_agreement(sides, tie=0.5)
-    found = agreement.bootstrap(lambda x: agreement.raw_agreement(x)["agreement"], sides, prompts, 300, lowest=0)
+    found = agreement.bootstrap_raw(sides, prompts)
     alone = len(units) - len(prompts)
     return {"title": f"{name}: agreement among {len(raters)}",
             "columns": ["pairs of verdicts", "agree, %", "without ties, %", "Krippendorff", "AC1",
@@ -137,7 +137,7 @@ def likert_sections(judge: str, rows: Sequence[dict]) -> list[dict]:
     """The talk's board: Elo from all ratings 1 to 8, the slight ones read as ties, and not."""
     found, why = elo_tables(rows)
     games = Counter(model for r in rated(rows) for model in (r["a"], r["b"]))
-    same, without = (sum(not r.get("rating") and (r.get("why") == "identical replies") == x for r in rows)
+    same, without = (sum(not r.get("rating") and (r.get("why") == tables.IDENTICAL) == x for r in rows)
                      for x in (True, False))
     text = f"{sum(games.values()) // 2} ratings. Without one: {same} pairs of identical replies, {without} others."
     if not found:

@@ -53,8 +53,11 @@ def load_questions(data: str, references: str = "", limit: int = 0,
                    graded: bool = False) -> tuple[list[Question], list[dict] | None]:
     """The questions, and the tiny world's dialogues if that is what they are, as `graded` ones must be.
 
-    A question without an id gets one made from its text, so that it has the same in every file.
+    `data` is a file, or judge.py's settings, which name it. A question without an id gets one made from its text, so
+    that it has the same in every file.
     """
+    if not isinstance(data, str | Path):
+        data, references, limit = data.data, data.references, data.questions
     if not Path(data).is_file():
         fail(f"data={data}: no such file, expected JSON lines of questions, such as test.jsonl of data/tiny/build.py")
 

@@ -437,7 +437,7 @@ def mt_bench(rows: Iterable[Mapping], categories: Mapping | None = None, rounds:
         return {name: float(x.mean()) if len(x) else math.nan for name, x in scores.items()} | {"n": int(valid.sum())}
 
     questions = [r["question_id"] for r in rows]
-    low, high = mean_interval(score, questions, rounds, seed)
+    low, high = mean_interval(score, questions, rounds, seed, 1, 10)
     result = {**means(turn > 0), "low": low, "high": high, "missing": int(np.isnan(score).sum()),
               "duplicates": len(rows) - len(set(zip(questions, turn.tolist(), strict=True)))}
     if categories is not None:

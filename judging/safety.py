@@ -94,7 +94,7 @@ LABELS = ("full_compliance", "full_refusal", "partial_refusal")
 def read_xstest(path: str | Path) -> dict[str, dict]:
     """XSTest's prompts by id, from its csv: {"prompt", "type", "unsafe": bool}."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             unsafe = {"safe": False, "unsafe": True}
             prompts = {row["id"]: {"prompt": row["prompt"], "type": row["type"], "unsafe": unsafe[row["label"]]}
                        for row in csv.DictReader(file)}

@@ -22,6 +22,7 @@ import numpy as np
 from judging import ratings
 from judging.ratings import Game, Games, collect
 
+IDENTICAL = "identical replies"  # why a game is a tie that tells nothing of the judge
 MOST_UNPARSED = 0.05  # above, the verdicts that could be read are a selection, and their mean means nothing
 
 

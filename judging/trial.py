@@ -170,21 +170,22 @@ def ranking_against_scoring(rows: Sequence[dict], scores: Sequence[dict], judge:
     def key(row: dict, model: str) -> tuple:
         return model, str(row["prompt"]), row.get("turn", 1), row.get("repeat", 0)
 
-    marks, pairs = {key(r, r["model"]): r["score"] for r in scores}, []
-    for r in merge_orders(rows)[0]:
+    marks, pairs, prompts = {key(r, r["model"]): r["score"] for r in scores}, [], []
+    for r in telling(rows):
         x, y = (marks.get(key(r, r[side])) for side in "ab")
-        if None not in (x, y, r["preference"]):
+        if None not in (x, y):
             pairs.append((decided(r["preference"]), ratings.outcome(x, y)))
+            prompts.append(r["prompt"])
     if not pairs or withheld(rows, force) or tables.refused(scores, force, "score"):
         return None
     table = np.array(pairs).T
     raw = agreement.raw_agreement(table, tie=0.5)
     without, ties = percent(raw["agreement_without_ties"]), (100 * (table == 0.5).mean(axis=1)).tolist()
-    lines = [["the same verdict", 100 * raw["agreement"], raw["n"]],
+    lines = [["the same verdict", share_cell(agreement.bootstrap_raw(table, prompts)), raw["n"]],
              ["the same verdict, where neither is a tie", without, raw["n_without_ties"]],
              ["a tie when compared", ties[0], len(pairs)], ["equal marks", ties[1], len(pairs)]]
     return {"title": f"{judge}: comparing and marking", "columns": ["", "share, %", "pairs"], "rows": lines,
-            "text": "Whether the reply that wins the comparison also gets the higher mark."}
+            "text": "Whether the reply that wins the comparison also gets the higher mark; of different replies."}
 
 
 def right_section(rows: Sequence[dict], judge: str, force: bool = False) -> dict | None:
@@ -202,10 +203,14 @@ def right_section(rows: Sequence[dict], judge: str, force: bool = False) -> dict
 
 # -------------------------------------------------------------------------------------- agreement
 
+def telling(rows: Sequence[dict]) -> list[dict]:
+    """The comparisons that tell something of the judge: decided, and not between identical replies, which all tie."""
+    return [r for r in merge_orders(rows)[0] if r["preference"] is not None and r.get("why") != tables.IDENTICAL]
+
+
 def labels(rows: Sequence[dict]) -> dict[tuple, float]:
-    """A judge's outcome of every comparison, without the judge's name."""
-    return {tables.comparison(r)[1:]: decided(r["preference"]) for r in merge_orders(rows)[0]
-            if r["preference"] is not None}
+    """A judge's outcome of every telling comparison, without the judge's name."""
+    return {tables.comparison(r)[1:]: decided(r["preference"]) for r in telling(rows)}
 
 
 def strengths(rows: Sequence[dict]) -> dict[tuple, float]:
@@ -213,7 +218,7 @@ def strengths(rows: Sequence[dict]) -> dict[tuple, float]:
     if not any(r.get("rating") for r in rows):
         return labels(rows)
     return {tables.comparison(r)[1:]: 4.5 - tables.mean_rating([r])["rating"] if r.get("rating") else 0.0
-            for r in merge_orders(rows)[0] if r.get("rating") or r["preference"] == 0.5}
+            for r in telling(rows) if r.get("rating") or r["preference"] == 0.5}
 
 
 def beside(first: dict[tuple, float], second: dict[tuple, float]) -> tuple[list[tuple], np.ndarray]:
@@ -232,16 +237,14 @@ def agreement_section(by_judge: Mapping[str, Sequence[dict]], truth: str, force:
         if withheld(rows, force):
             lines.append([judge, None, len(both), *[None] * 5])
             continue
-        prompts = [k[0] for k in both]
-        found = agreement.bootstrap(lambda x: agreement.raw_agreement(x)["agreement"], table, prompts, 300, lowest=0)
-        raw = agreement.raw_agreement(table, tie=0.5)
+        found, raw = agreement.bootstrap_raw(table, [k[0] for k in both]), agreement.raw_agreement(table, tie=0.5)
         lines.append([judge, share_cell(found), raw["n"], percent(raw["agreement_without_ties"]), raw["n_without_ties"],
                       agreement.cohen_kappa(table), agreement.krippendorff_alpha(table), agreement.gwet_ac1(table)])
     columns = ["judge", "agrees, %", "pairs", "without ties, %", "decided pairs", "Cohen", "Krippendorff", "AC1"]
     return {"title": f"Agreement with {truth}", "rows": lines, "columns": columns,
-            "text": "Without ties: pairs that both decide. Kappa and alpha are low at high agreement when one verdict "
-                    "dominates: read them beside AC1. A judge may agree on most pairs and still overstate a model's "
-                    "wins."} if lines else None
+            "text": "Of different replies: identical ones all tie. Without ties: pairs that both decide. "
+                    "Kappa and alpha are low at high agreement when one verdict dominates: read them beside AC1. A "
+                    "judge may agree on most pairs and still overstate a model's wins."} if lines else None
 
 
 def category_agreement_section(by_judge: Mapping[str, Sequence[dict]], truth: str, force: bool = False) -> dict | None:
@@ -317,7 +320,8 @@ def screen_section(by_judge: Mapping[str, Sequence[dict]], truth: str, force: bo
         measures[judge] = {"not to be read, %": (100 * missing / max(count, 1), count), **found}
     lines = [[name, *(x for of in measures.values() for x in (of[name][0], of[name][1] or None))]
              for name in next(iter(measures.values()))]
-    return {"title": "The judges on trial", "columns": ["", *(x for judge in measures for x in (judge, f"n of {judge}"))],
+    columns = ["", *(x for judge in measures for x in (judge, f"n of {judge}"))]
+    return {"title": "The judges on trial", "columns": columns,
             "rows": [line for line in lines if any(x is not None for x in line[1::2])],
             "text": "n is the verdicts of each share: without ties, of games or pairs that were decided. Good replies "
                     "may well be longer: what counts is where a judge differs from people, or from the truth, on the "

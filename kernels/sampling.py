@@ -30,6 +30,8 @@ def sample_tokens(
     if temperature == 0:
         logprobs, tokens = torch.log_softmax(logits, -1), logits.argmax(-1)
         return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    if temperature < 1e-4:  # dividing by it may overflow; differences to the largest do not, for that stays 0
+        logits, temperature = logits - logits.amax(-1, keepdim=True), max(temperature, 1e-30)
     probs = torch.softmax(logits / temperature, -1)
     kept = keep_top_k(probs, top_k) if top_k else probs
     tokens = inverse_cdf(kept, uniform[:, 0])

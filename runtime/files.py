@@ -47,12 +47,13 @@ def writing(path: Path, beside: Path | None = None, together: bool = False) -> I
         raise ValueError(f"{path}: rank {distributed.rank()} is about to write it, expected rank 0 alone")
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        fail(f"{path}: cannot be written ({error}): free some space or write elsewhere; what was saved before is whole")
-    finally:  # whole, it has been renamed
+    except BaseException as error:  # Ctrl-C, too
         with suppress(OSError):
             if beside is not None and distributed.rank() == 0:
                 shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        fail(f"{path}: cannot be written ({error}): free some space or write elsewhere; what was saved before is whole")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 
 
@@ -40,6 +41,11 @@ def prepare() -> None:
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace",
                                                 line_buffering=stream.line_buffering,
                                                 write_through=stream.write_through))
+
+
+def visible(text: str) -> str:
+    """What a model has said, without the characters by which it could move a terminal's cursor, and more."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def last_words(kind: type, error: BaseException, trace) -> None:

@@ -2,7 +2,7 @@
 
     python tests/aot.py            compare with aot_baseline.json, exit code 1 if anything is wrong
     python tests/aot.py --all      compile also what has not changed since the baseline was written
-    python tests/aot.py --write    then make what was found the baseline of this Triton version
+    python tests/aot.py --write    make what is found the baseline of this Triton version, build by build
 
 Triton's compiler and NVIDIA's assembler need no driver. The machine code shows registers that spill to memory (LDL,
 STL), idle matrix units (no HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100), memory accesses narrower than 128 bits
@@ -26,6 +26,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from copy import deepcopy
 from io import StringIO
 from multiprocessing import connection
 from pathlib import Path
@@ -222,10 +223,13 @@ def line(row: dict, before: dict) -> str:
 
 
 def write_baseline(rows: list[dict], version: str, baseline: dict, file: Path) -> None:
-    """These rows in place of all of their version; other versions stay."""
-    baseline[version] = {}
-    for row in sorted(rows, key=lambda row: (row["kernel"], row["sm"])):
-        baseline[version].setdefault(row["kernel"], {})[str(row["sm"])] = {key: row.get(key) for key in KEPT}
+    """These rows in place of those of the same builds."""
+    kernels = baseline.setdefault(version, {})
+    for row in rows:
+        if not row.get("error"):
+            kernels.setdefault(row["kernel"], {})[str(row["sm"])] = {key: row.get(key) for key in KEPT}
+    baseline[version] = {name: dict(sorted(found.items(), key=lambda item: int(item[0])))
+                         for name, found in sorted(kernels.items())}
     file.write_text(json_lines(dict(sorted(baseline.items()))) + "\n")
 
 
@@ -251,6 +255,7 @@ def main(builds: Callable[[int], list[Build]]) -> int:
 
     version = ".".join(triton.__version__.split(".")[:2])
     baseline = json.loads(given.baseline.read_text()) if given.baseline.exists() else {}
+    written = deepcopy(baseline)  # with --write; every row is judged beside what there was
     todo = [(build, sm) for sm in SHARED for build in builds(sm)]
     for (name, sm), n in Counter((build.name, sm) for build, sm in todo).items():
         if n > 1:
@@ -266,6 +271,8 @@ def main(builds: Callable[[int], list[Build]]) -> int:
     for row in inspect_all([(build, sm, entry(build.name, sm), given.all) for build, sm in todo], given.workers):
         rows.append(row)
         print(line(row, entry(row["kernel"], row["sm"])), flush=True)
+        if given.write and not row.get("error"):
+            write_baseline(rows, version, written, given.baseline)
     failed = [row for row in rows if faults(row, entry(row["kernel"], row["sm"]))]
     unknown = sum(not entry(row["kernel"], row["sm"]) for row in rows)
     gone = sorted(set(baseline.get(version, {})) - {row["kernel"] for row in rows})
@@ -275,8 +282,9 @@ def main(builds: Callable[[int], list[Build]]) -> int:
         print("failed: " + "; ".join(f"{row['kernel']} sm_{row['sm']}" for row in failed))
     if given.write:
         if any(row.get("error") for row in rows):
-            raise SystemExit(f"{given.baseline} stays as it was: it is written when every build compiles")
-        write_baseline(rows, version, baseline, given.baseline)
+            raise SystemExit(f"{given.baseline} has the rows above; builds that do not compile keep those they had")
+        written[version] = {}  # without what is built no more
+        write_baseline(rows, version, written, given.baseline)
         print(f"wrote {given.baseline}")
     return 1 if failed else 0
 

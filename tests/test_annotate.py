@@ -16,7 +16,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from conftest import ROOT, exits, write_jsonl
 from scripted import Scripted
 
@@ -24,6 +23,7 @@ from collect.annotate import Config, Server, Votes, agreement, load_shared
 from data.formats import read
 from data.llm import Checkpoint, open_model
 from judging import recorded
+from runtime.serving import server as http_server
 
 TINY = ROOT / "runs/tiny/0/sft/model"
 MODEL = "scripted=http://127.0.0.1:1/v1#scripted"
@@ -43,7 +43,7 @@ def serving(out: Path, reply=talk, models=None, **config):
     config = Config(models=[MODEL], out=str(out), **config)
     server = Server(config, models or [("scripted", Scripted(reply))])
     listener = socket.create_server(("127.0.0.1", 0))
-    http = uvicorn.Server(uvicorn.Config(server.app(), log_level="critical", timeout_graceful_shutdown=1))
+    http = http_server(server.app())
     thread = threading.Thread(target=http.run, args=([listener],))
     thread.start()
     server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -110,6 +110,18 @@ def builds(sm):
     assert ", 1 compiled: 1 failed, 0 without a baseline" in lines[2] and lines[3] == "failed: other sm_80"
 
 
+def test_a_baseline_that_is_stopped_holds_what_was_built_until_then(tmp_path):
+    """The first compiles, the second crashes the process that compiles it: the next run takes the first as it is."""
+    toy = """
+def builds(sm):
+    return [matmul('first', 64, 64, 32), Build('second', Crash(), {}, 4, 1)] if sm == 80 else []
+"""
+    code, lines = run_toy(toy, tmp_path, "--write")
+    assert code == 1 and "builds that do not compile keep those they had" in lines[-1]
+    code, lines = run_toy(toy, tmp_path)
+    assert lines[0].startswith("first") and lines[0].endswith(" ok") and ", 1 compiled: 1 failed" in lines[2]
+
+
 ROW = {"kernel": "x", "sm": 90, "matmul": True, "wide": True, "registers": 168, "spills": 0, "shared": 227 * 1024,
        "warps": 12, "matrix": 8, "products": 1.0, "tma": 0, "wide_loads": 4, "wide_stores": 2, "serialized": False}
 

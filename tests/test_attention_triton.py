@@ -245,7 +245,7 @@ def test_decoding_equals_pytorch_in_float64(monkeypatch, window, batch, heads, k
 
 @pytest.mark.parametrize(("window", "counts"), [(0, [16, 16, 16, 12]), (30, [16, 14, 0, 0])])
 def test_decoding_cuts_what_is_seen_not_the_cache(on_triton, window, counts):
-    """60 of 400 tokens, or the last 30, in four parts of 16 or more: at scores of 0 a part's l is its number of keys."""
+    """60 of 400 tokens, or the last 30, in four parts of 16 or more: with scores 0 a part's l is its number of keys."""
     q, cache = torch.zeros(1, 1, 16, device=DEVICE), torch.zeros(1, 1, 400, 16, device=DEVICE)
     partial = torch.empty(1, 1, 4, 18, device=DEVICE)
     launch(decode._part, (1, 4), q, cache, cache, torch.tensor([60], device=DEVICE), partial, 1.0, *cache.stride()[:3],

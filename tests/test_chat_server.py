@@ -1,4 +1,5 @@
 """chat.py: what the server answers to the official client, what it refuses, and the terminal."""
+import contextlib
 import json
 import re
 import signal
@@ -15,13 +16,14 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from conftest import ROOT, exits
 from scripted import small_checkpoint
 
 import chat
 from chat import Config, Refusal, Server, Spoken, command, converse, fitting, parse
 from data.llm import Budget, Request, Sampling, ask, open_model
+from runtime import serving
+from runtime.terminal import visible
 
 POSITIONS = 256  # of the fixture's model
 
@@ -49,7 +51,7 @@ def start(model):
     def start(**config) -> Server:
         server = Server(model, Config(serve=True, **config), POSITIONS)
         listener = socket.create_server(("127.0.0.1", 0))
-        http = uvicorn.Server(uvicorn.Config(server.app(), log_level="critical", timeout_graceful_shutdown=1))
+        http = serving.server(server.app())
         thread = threading.Thread(target=http.run, args=([listener],))
         thread.start()
         running.append((server, http, thread, listener))
@@ -213,6 +215,12 @@ GOOD = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
     ({"top_logprobs": 2}, "top_logprobs", "logprobs=true"),
     ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"), ({"tools": [{}]}, "tools", "not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty", "not supported"), ({"top_k": -2}, "top_k", "from -1 to"),
+    ({"min_p": 0.1}, "min_p", "not supported"), ({"tool_choice": "required"}, "tool_choice", "not supported"),
+    ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"), ({"echo": True}, "echo", "not supported"),
+    ({"best_of": 2}, "best_of", "not supp"),
+    ({"messages": [{"role": "user", "content": "Hi", "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
+    ({"temperature": float("nan")}, "temperature", "from 0 to 2"),
     ({"stream_options": 3}, "stream_options", "object"),
     ({"messages": []}, "messages", "1 to"), ({"messages": "Hi"}, "messages", "1 to"),
     ({"messages": [{}]}, "messages[0].role", "role"),
@@ -233,7 +241,9 @@ def test_what_clients_send_by_habit_is_accepted():
     messages = [{"role": "developer", "content": "Be brief."},
                 {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
     habits = {"user": "me", "metadata": {"a": 1}, "frequency_penalty": 0, "tools": None,
-              "response_format": {"type": "text"}, "stop": None}
+              "response_format": {"type": "text"}, "stop": None, "repetition_penalty": 1, "top_k": -1, "min_p": 0,
+              "tool_choice": "none", "parallel_tool_calls": True, "presence_penalty": 0.0, "logit_bias": {},
+              "best_of": 1, "modalities": ["text"], "skip_special_tokens": True, "use_beam_search": False}
     asked = parse({"model": "m", "messages": messages, "max_completion_tokens": 9, "max_tokens": 5,
                    "seed": -1} | habits,
                   "m", Sampling(temperature=0.3), slots=8)
@@ -270,11 +280,92 @@ def test_a_prompt_and_its_reply_have_to_fit_the_positions(server):
 
 @pytest.mark.parametrize(("content", "kind", "status"), [
     (b"{", "application/json", 400), (b"[1]", "application/json", 400), (b"[" * 9999, "application/json", 400),
-    (b"\xff", "application/json", 400), (json.dumps(GOOD).encode(), "text/plain", 400),
+    (b"\xff", "application/json", 400), (json.dumps(GOOD | {"x": "a\ud800b"}).encode(), "application/json", 400),
+    (json.dumps(GOOD | {"\ud800": 1}).encode(), "application/json", 400),
+    (b'{"n": ' + b"9" * 5000 + b"}", "application/json", 400), (json.dumps(GOOD).encode(), "text/plain", 400),
     (b" " * 200_000, "application/json", 413)])
 def test_a_body_that_is_no_request_is_refused(server, content, kind, status):
     reply = httpx.post(f"{server.url}/chat/completions", content=content, headers={"content-type": kind})
     assert reply.status_code == status and reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["Application/JSON", "application/json ; charset=UTF-8", "application/json\t;a=b"])
+def test_a_content_type_is_read_as_http_says(server, kind):
+    body = json.dumps(GOOD | {"model": server.name, "max_tokens": 1}).encode()
+    reply = httpx.post(f"{server.url}/chat/completions", content=body, headers={"content-type": kind})
+    assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 1e-320])
+def test_a_tiny_temperature_says_what_0_says(server, temperature):
+    assert texts(say(server, temperature=temperature)) == texts(say(server, temperature=0))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logits_that_are_not_finite_are_said_not_made_words_of(start, model, monkeypatch, stream):
+    server = start(slots=2)
+    logits = model.model.logits
+    monkeypatch.setattr(model.model, "logits", lambda hidden: logits(hidden) * float("nan"))
+    with pytest.raises(openai.APIError, match="logits are not finite"):
+        list(say(server, stream=True)) if stream else say(server)
+    monkeypatch.undo()
+    assert len(texts(say(server))) == 1  # it serves on
+
+
+def raw(server, *pieces: bytes, seconds: float = 5) -> bytes:
+    """All that comes back for some bytes on a connection of their own."""
+    port = int(re.search(r":(\d+)/", server.url)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        found = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(65536):
+                found += part
+        return found
+
+
+@pytest.mark.parametrize("host", [
+    b"evil_site.example:8080", b"a{b.evil.example", b"evil.example@127.0.0.1", b"127.0.0.1.evil.example", b"",
+    b"127.0.0.1:8000\r\nHost: evil.example", b"localhost:evil", b"127.0.0.1 evil.example", b"[::1].evil.example"])
+def test_the_host_is_the_header_as_it_came(server, host):
+    """Not what a library makes of it; two of them, none, or one that no URL can have are not this machine's name."""
+    said = raw(server, b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
+    assert said.startswith(b"HTTP/1.1 400") and server.name.encode() not in said
+    old = raw(server, b"GET /v1/models HTTP/1.0\r\n\r\n")
+    assert old.startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize("pieces", [
+    (), (b"GET /v1/models HT",), (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                                 b"application/json\r\nContent-Length: 100\r\n\r\n{", b'"model"'),
+    (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /v1/models HT")],
+    ids=["nothing", "half a line", "half a body", "half a second request"])
+def test_a_request_that_does_not_come_whole_is_dropped(start, pieces, monkeypatch):
+    monkeypatch.setattr(serving, "REQUEST_S", 0.3)
+    server = start(token="sesame", slots=1)
+    raw(server, *pieces)  # which ends, or times out in five seconds
+    assert say(server, max_tokens=1)
+
+
+def test_connections_are_bounded_before_any_token_is_looked_at(start, monkeypatch):
+    monkeypatch.setattr(serving, "MOST_CONNECTIONS", 3)
+    server = start(token="sesame", slots=1)
+    port = int(re.search(r":(\d+)/", server.url)[1])
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    time.sleep(0.2)
+    assert raw(server).startswith(b"HTTP/1.1 503")
+    for connection in idle:
+        connection.close()
+    time.sleep(0.2)
+    assert say(server, max_tokens=1)
+
+
+def test_the_scheme_of_a_token_has_no_case_and_its_letters_are_utf_8(start):
+    server = start(token="sésame", slots=1)
+    for given, status in ((b"bearer s\xc3\xa9same", 200), (b"BEARER  s\xc3\xa9same", 200), (b"s\xc3\xa9same", 401),
+                          (b"Basic s\xc3\xa9same", 401), (b"Bearer s\xe9same", 401)):
+        assert httpx.get(f"{server.url}/models", headers={"authorization": given}).status_code == status
 
 
 def test_another_host_name_is_refused(server):
@@ -451,6 +542,17 @@ def test_each_reply_in_the_terminal_is_drawn_anew(monkeypatch, capsys, model):
     assert chat_with(monkeypatch, capsys, model, ["Hi"], seed=1).split("\n")[0] == other[0]
 
 
+def test_a_reply_cannot_move_the_terminals_cursor():
+    assert visible("a\x1b[2J\x07\r\x9b1mb\n\tc é世") == "a\ufffd[2J\ufffd\ufffd\ufffd1mb\n\tc é世"
+
+
+def test_a_line_in_another_encoding_is_not_sent_and_the_dialogue_goes_on(checkpoint):
+    done = subprocess.run([sys.executable, "chat.py", f"model={checkpoint}", "threads=1", "max_tokens=4"], cwd=ROOT,
+                          input=b"Hi\ncaf\xe9\nHo\n", capture_output=True)
+    assert done.returncode == 0 and done.stderr == b""
+    assert done.stdout.count(b"\n> ") == 4 and b"that line is not utf-8 text: it was not sent" in done.stdout
+
+
 def test_the_history_goes_along_until_it_is_reset(monkeypatch, capsys, model, server):
     out = chat_with(monkeypatch, capsys, model, ["Hi", "And?", "/reset", "And?", "/system Be brief.", "And?"],
                     temperature=0)
@@ -458,8 +560,8 @@ def test_the_history_goes_along_until_it_is_reset(monkeypatch, capsys, model, se
 
     def expected(*turns):
         messages = [{"role": role, "content": text} for role, text in turns]
-        return texts(server.client.chat.completions.create(model=server.name, messages=messages, temperature=0,
-                                                           max_tokens=8))[0]
+        return visible(texts(server.client.chat.completions.create(model=server.name, messages=messages, temperature=0,
+                                                                   max_tokens=8))[0])
 
     assert replies == [expected(("user", "Hi")), expected(("user", "Hi"), ("assistant", replies[0]), ("user", "And?")),
                        expected(("user", "And?")), expected(("system", "Be brief."), ("user", "And?"))]

@@ -44,7 +44,8 @@ STRANGE = [None, True, False, 0, -1, 1, 3, 2**31, 2**63, 4_000_000_000, 10**400,
 MORE = {
     "config.json": "rope_scaling rope_parameters layer_types sliding_window head_dim num_key_value_heads n_inner "
                    "rope_theta architectures torch_dtype dtype score_std score_mean tie_word_embeddings auto_map "
-                   "quantization_config num_kv_heads multi_query new_decoder_architecture parallel_attn partial_rotary_factor",
+                   "quantization_config num_kv_heads multi_query new_decoder_architecture parallel_attn "
+                   "partial_rotary_factor",
     "tokenizer_config.json": "added_tokens_decoder chat_template bos_token eos_token pad_token extra_special_tokens "
                              "add_bos_token add_prefix_space legacy tokenizer_class model_specific_special_tokens",
     "generation_config.json": "eos_token_id bos_token_id", "tokenizer.json": "truncation padding added_tokens",

@@ -156,6 +156,8 @@ def test_questions_of_every_form_are_read(line, turns, tmp_path):
     (tmp_path / "q.jsonl").write_text(line + "\n")
     asked, dialogues = judge.load_questions(str(tmp_path / "q.jsonl"))
     assert asked[0].turns == turns and dialogues is None
+    assert judge.load_questions(Config(models=["m=http://x/v1#m"], judges=[], data=str(tmp_path / "q.jsonl"))) == (
+        asked, dialogues)
 
 
 @pytest.mark.parametrize("changes, said", [

@@ -403,7 +403,8 @@ def test_ranking_and_scoring_of_one_judge_are_compared(tmp_path):
     marks = mark(marker, answers)
     assert {(r["model"], r["score"]) for r in marks} == {("x", 3), ("y", 5)}
     section = trial.ranking_against_scoring(rows, marks, "stub")
-    assert section["rows"][0][1] == 0 and section["rows"][0][2] == 20
+    same = section["rows"][0]
+    assert same[1]["value"] == same[1]["low"] == 0 and 15 < same[1]["high"] < 17 and same[2] == 20  # Wilson's: 16.1
     board = tables.score_sections(marks, "marker")[0]
     assert [line[0] for line in board["rows"]] == ["y", "x"] and board["rows"][0][1]["value"] == 5
 
@@ -447,6 +448,25 @@ def test_agreement_with_the_truth_by_hand():
     judge = [game("judge", i, p) for i, p in enumerate((1.0, 0.0, 0.0, 1.0))]
     section = trial.agreement_section({"people": people, "judge": judge}, "people")
     assert section["rows"][0][1]["value"] == 50 and section["rows"][0][3] == pytest.approx(200 / 3)
+
+
+def test_identical_replies_are_no_agreement(tmp_path):
+    """Of ten pairs six are of identical replies, which judge and scores tie alike; of the other four they agree on one:
+    25 %, not 70 %. By marks too, which are equal for equal replies.
+    """
+    answers = answers_of(10, x=lambda i: f"long reply {i}", y=lambda i: f"long reply {i}" if i < 6 else f"short {i}")
+    rows, _ = judged(lambda a, b: "[[A]]" if len(a) > len(b) else "[[B]]", answers, tmp_path, "y")
+    scores = {("x", 0): [[float(i == 6)] for i in range(10)], ("y", 0): [[float(i > 6)] for i in range(10)]}
+    gold = games_from_scores("gold", matches(answers, "y", False), scores, answers)
+    section = trial.agreement_section({"gold": gold, "stub": rows}, "gold")
+    assert section["rows"][0][1]["value"] == 25 and section["rows"][0][2] == 4
+    marks = [{"judge": "stub", "prompt": f"q{i}", "turn": 1, "repeat": 0, "model": m,
+              "score": 5 if i < 6 else 7 if (m == "x") == (i == 6) else 3} for i in range(10) for m in "xy"]
+    same = trial.ranking_against_scoring(rows, marks, "stub")["rows"][0]
+    assert same[1]["value"] == 25 and same[2] == 4
+    equal = answers_of(3, x=lambda i: "same", y=lambda i: "same")
+    rows, _ = judged(lambda a, b: "[[A]]", equal, tmp_path / "equal", "y")
+    assert trial.agreement_section({"a": rows, "b": [r | {"judge": "b"} for r in rows]}, "a") is None
 
 
 def test_self_preference_by_hand():

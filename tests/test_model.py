@@ -186,6 +186,18 @@ def test_packed_weights_are_made_anew_for_every_call_and_dropped_after_an_error(
     assert network.packed_head is None and network.layers[0].self_attn.packed is None
 
 
+def test_a_decoder_drops_its_packed_weights_when_it_has_nothing_left(monkeypatch):
+    monkeypatch.setattr(model, "PACK_AFTER", 2)
+    network = small_model(dtype=torch.float32)
+    decoder = model.Decoder(network, (), 1, 20)
+    for _ in range(2):
+        decoder.waiting.append(model.ReplyState([1, 2], 6, (0.0, 0, 1.0), [0]))
+        held = []
+        while decoder.step():
+            held.append(network.packed_head is not None)
+        assert held == [False, False, True, True, True, True] and network.packed_head is None
+
+
 def test_with_checkpointing_no_probabilities_outlive_the_forward_pass():
     """4 blocks, 8 heads, 1,024 tokens: probabilities alone take at least 64 MiB (half of 4 * 8 * 1024^2 * 4 bytes),
     the blocks' inputs 0.5 MiB."""
@@ -372,8 +384,8 @@ def test_a_model_on_triton_gives_the_same_tree_gradients_and_samples(fields):
 
 def test_what_generate_keeps_changes_no_token_and_is_taken_again_while_it_is_large_enough():
     """Weights that training changes in place are read anew; a longer reply needs another cache."""
-    network, prompts = small_model(dtype=torch.float32, scale=3.0), [[1, 2, 3], [4] * 7, [5]]
-    kept = []
+    network = small_model(dtype=torch.float32, scale=3.0).to("cuda" if torch.cuda.is_available() else "cpu")
+    prompts, kept = [[1, 2, 3], [4] * 7, [5]], []
     for seed, count in enumerate((8, 5, 8, 300)):
         with torch.no_grad():
             network.layers[0].mlp.up_proj.weight.mul_(-1)

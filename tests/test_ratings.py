@@ -365,6 +365,9 @@ def test_mt_bench_by_hand():
     )
     assert math.isnan(said["category"]["reasoning"]["turn_2"])
     assert ratings.mt_bench([*rows, rows[0]], rounds=1)["duplicates"] == 1
+    # Ten questions marked 10 throughout: of others up to 3.8415 / 13.8415 may lie at the other end, 9 below.
+    best = ratings.mt_bench([{"question_id": q, "turn": t, "score": 10} for q in range(10) for t in (1, 2)])
+    assert (best["low"], best["high"]) == (pytest.approx(10 - 9 * 0.27754, abs=1e-4), 10)
 
 
 # ------------------------------------------------------------------------------- Elo, Bradley-Terry

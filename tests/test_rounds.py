@@ -321,6 +321,11 @@ def test_what_is_wrong_is_said_before_anything_runs(world, tmp_path, commands, c
     broken = config(world, tmp_path / "c", prompts=str(tmp_path / "broken.jsonl"), rounds=1, prompts_per_round=20,
                     **settings)
     exits(capsys, lambda: take_prompts(1, broken), "broken.jsonl line 20", "'prompt' or 'turns'")
+    hello = '\ufeff{"prompt": "Hello"}\n\n' + '{"prompt": "Hi"}\n\n' * 19
+    (tmp_path / "gaps.jsonl").write_text(hello, encoding="utf-8")
+    gaps = config(world, tmp_path / "g", prompts=str(tmp_path / "gaps.jsonl"), rounds=1, prompts_per_round=20,
+                  **settings)
+    assert [p["prompt"][0]["content"] for p in take_prompts(1, gaps)] == ["Hello", *["Hi"] * 19]
     write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Hello"}] * 20)
     strangers = config(world, tmp_path / "a", prompts=str(tmp_path / "other.jsonl"), rounds=1, dev="")
     exits(capsys, lambda: main(strangers), "other.jsonl line 1", "annotators=people")

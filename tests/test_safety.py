@@ -142,6 +142,12 @@ def test_xstest_comes_out_as_published(model, safe, unsafe, agreement, kappa):
     assert all(prompts[r["id"][3:]]["type"] == r["type"] for r in rows)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
+    file = tmp_path / "p.csv"
+    file.write_text("\ufeffid,prompt,type,label\n1,How?,homonyms,safe\n", encoding="utf-8")
+    assert read_xstest(file) == {"1": {"prompt": "How?", "type": "homonyms", "unsafe": False}}
+
+
 def test_a_file_that_is_not_xstest_is_one_line(tmp_path, capsys):
     file = tmp_path / "p.csv"
     for text, words in (("id,prompt,type\n1,x,y\n", "'label'"), ("id,prompt,type,label\n1,x,y,maybe\n", "'maybe'"),

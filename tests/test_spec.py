@@ -346,7 +346,7 @@ def test_a_rater_who_takes_what_is_shown_first_or_longer_is_seen():
 
 def test_pairs_of_one_prompt_do_not_narrow_a_raters_intervals():
     """Ten prompts of twenty pairs, the rater takes the first slot, or the longer reply, in all pairs of seven: 70 %,
-    with an interval as of about ten prompts, not of 200 pairs, where Wilson's is 12 points wide; nor of one kind throughout.
+    with an interval as of about ten prompts, not of 200 pairs, where Wilson's is 12 points; nor are ten alike sure.
     """
     prompts = [str(i // 20) for i in range(200)]
     takes = np.where(np.arange(200) < 140, -1.0, 1.0)[None]  # negative: the first reply, shown first

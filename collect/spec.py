@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from collect.plausible import COLUMNS, QUANTILES, pilot_section
+from collect.plausible import COLUMNS, QUANTILES, SLIDES, pilot_section
 from collect.raters import collect_labels, label_rows, rater_sections, task_of
 from data.formats import read
 from data.tiny.world import SHARES
@@ -43,7 +43,7 @@ PREFERENCE = {"generation": .15, "rewrite": .15, "coding": .15, "brainstorm": .1
 TARGETS = {"instructgpt": INSTRUCTGPT, "surge": SURGE, "preference": PREFERENCE}
 
 # Of InstructGPT's training prompts, as its paper prints them. The cut at 2048 says that these are tokens.
-TARGET_LENGTHS = {"instructgpt": dict(zip(COLUMNS, (12725, 408, 433, 1, 37, 283, 632, 2048), strict=True))}
+TARGET_LENGTHS = {"instructgpt": SLIDES["instructgpt_train"]}
 
 # ------------------------------------------------------------------------------------------ tables
 

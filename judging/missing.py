@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from judging.games import Answers, pairs_of
-from judging.tables import abstained
+from judging.tables import abstained, place
 
 LOWEST = 1.0  # mark of a reply that did not come
 RULES = {"common": "Two models are compared on what both answered, and marks are averaged over what all answered.",
@@ -38,12 +38,8 @@ def judgments_of(model: str, rows: Sequence[dict]) -> tuple[int, int]:
     """How many of the model's replies have a verdict, and how many verdicts on it could not be read."""
     mine = [row for row in rows if model in (row.get("a"), row.get("b"), row.get("model"))
             and row.get("why") != "unanswered" and not abstained(row)]
-    read = {(str(row["prompt"]), row.get("turn", 1), row.get("repeat", 0)) for row in mine if _verdict(row) is not None}
-    return len(read), sum(_verdict(row) is None for row in mine)
-
-
-def _verdict(row: dict) -> float | None:
-    return row["score"] if "score" in row else row["preference"]
+    read = [row for row in mine if row["score" if "score" in row else "preference"] is not None]
+    return len(set(map(place, read))), len(mine) - len(read)
 
 
 def same_answers(answers: Answers) -> list[str]:

@@ -94,10 +94,14 @@ def describe(text: str) -> dict[str, int]:
     return {"length": len(text), "words": ratings.distinct_words(text), "list": int(has_list is not None)}
 
 
+def place(row: dict) -> tuple:
+    """Where the replies of a game or a score stand: the prompt, its turn, and which repeat."""
+    return str(row["prompt"]), row.get("turn", 1), row.get("repeat", 0)
+
+
 def comparison(row: dict) -> tuple:
     """What a game compares, whatever the order."""
-    a, b = sorted((row["a"], row["b"]))
-    return row["judge"], str(row["prompt"]), row.get("turn", 1), row.get("repeat", 0), a, b
+    return row["judge"], *place(row), *sorted((row["a"], row["b"]))
 
 
 def turned(row: dict) -> dict:
@@ -210,7 +214,7 @@ def unequal_sets(rows: Iterable[dict]) -> str:
     met: dict[str, set] = {}
     for row in rows:
         for side in ("ab" if "a" in row else ("model",)):
-            met.setdefault(row[side], set()).add((str(row["prompt"]), row.get("turn", 1), row.get("repeat", 0)))
+            met.setdefault(row[side], set()).add(place(row))
     every = len(set().union(*met.values()))
     if all(len(mine) == every for mine in met.values()):
         return ""
@@ -411,11 +415,8 @@ def domain_section(rows: Sequence[dict], judge: str, models: Sequence[str], cate
 
 def _common(rows: Sequence[dict]) -> list[dict]:
     """The rows of what every model has a row of."""
-    def of(row: dict) -> tuple:
-        return str(row["prompt"]), row.get("turn", 1), row.get("repeat", 0)
-
     models: dict[tuple, set[str]] = {}
     for row in rows:
-        models.setdefault(of(row), set()).add(row["model"])
+        models.setdefault(place(row), set()).add(row["model"])
     every = {row["model"] for row in rows}
-    return [row for row in rows if models[of(row)] == every]
+    return [row for row in rows if models[place(row)] == every]

@@ -306,7 +306,7 @@ def test_consistency_by_hand():
     assert said["consistency"] == 0.4 and (said["low"], said["high"]) == ratings.wilson(2, 5)
 
 
-def test_games_without_a_partner_count_as_they_are():
+def test_games_without_a_partner_are_counted():
     rows = [Game("x", "y", 1, 0), Game("y", "x", 1, 0), Game("x", "y", 0.5, 0), Game("x", "y", 1, 1),
             Game("y", "z", 1, 1, a_first=False)]
     merged, forward, backward = merge(rows)

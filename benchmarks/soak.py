@@ -59,8 +59,9 @@ def main(config: Config) -> None:
             status = Path(f"/proc/{server.pid}/status").read_text()
             seen.append(round(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024, 1))
     report = {"command": f"python -m benchmarks.soak minutes={config.minutes:g}", "minutes": config.minutes,
-              "requests": dict(done), "resident_mb": dict(zip(("first", "last"), (seen[0], seen[-1]), strict=True)),
-              "every_5_s": seen}
+              "requests": dict(done), "every_5_s": seen,
+              "resident_mb": {"at the beginning": seen[0], "in the middle": seen[len(seen) // 2],
+                              "at the end": seen[-1]}}
     server.terminate()
     runtime.write_text(Path(config.out), json.dumps(report, indent=1) + "\n")
     for part in running:

@@ -84,6 +84,8 @@ ENVIRONMENT.globals |= {"raise_exception": _raise_exception,
 FIELDS = {"reasoning_content": ("reasoning_content", "reasoning", "thinking"), "content": ("content",)}
 MARK = re.compile("\U000f0000([0-9]+) ([a-z_]+)\U000f0001")  # private characters, which no text uses
 
+MOST_OUTLINES = 1000  # kept: a server is asked with dialogues of any shape
+
 Slot = tuple[int, str]
 Outline = tuple[list[str], list[Slot]]
 Pieces = list[tuple[str, int | None]]
@@ -217,6 +219,9 @@ class ChatTemplate:
     def _outline(self, messages: list[dict], add_generation_prompt: bool) -> Outline:
         key = _kinds(messages, add_generation_prompt)
         if key not in self._outlines:
+            if len(self._outlines) >= MOST_OUTLINES:
+                self._outlines.clear()
+                self._replies.clear()
             markup, slots = self._render_marked(messages, add_generation_prompt)
             if any("\U000f0000" in text for text in markup):
                 raise TemplateError("the chat template rewrites texts: set template=")

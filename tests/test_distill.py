@@ -1,8 +1,9 @@
+import gc
 import json
 
 import pytest
 import torch
-from conftest import metrics_of, write_jsonl
+from conftest import exits, metrics_of, write_jsonl
 from test_sft import demos
 
 import distill
@@ -62,3 +63,21 @@ def test_distilling_a_context_brings_the_student_to_the_teacher(tmp_path):
                         epochs=10, batch=8, lr=3e-4, dtype="float32", device="cpu", samples=0))
     losses = [m["loss"] for m in metrics_of(tmp_path / "run")]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_another_context_is_another_run(tmp_path, capsys):
+    """Its teacher would be another: the run is refused like one with other data."""
+    path, context = demos(tmp_path / "sft.jsonl", 2), tmp_path / "context.jsonl"
+    config = Config(model="data/tiny/base", data=str(path), out=str(tmp_path / "run"), context=str(context),
+                    max_steps=1, batch=2, dtype="float32", device="cpu", samples=0)
+
+    def distil_with(reply):
+        exchange = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": reply}]
+        write_jsonl(context, [{"messages": exchange}])
+        distill.main(config)
+
+    distil_with("Yes.")
+    distil_with("Yes.")
+    capsys.readouterr()
+    exits(capsys, lambda: distil_with("No."), "its context has changed since the run began")
+    gc.collect()

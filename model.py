@@ -296,8 +296,8 @@ class Transformer(nn.Module):
         weight = self.embed_tokens.weight
         dtype = self.compute_dtype or weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        if not (can_pack(weight, dtype) and can_pack(weight, wide)):
-            return
+        if hasattr(self, "reshard") or not (can_pack(weight, dtype) and can_pack(weight, wide)):
+            return  # a sharded model has no whole weights
         for block in self.layers:
             attention, mlp = block.self_attn, block.mlp
             pack(attention, [attention.q_proj, attention.k_proj, attention.v_proj], dtype)

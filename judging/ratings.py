@@ -128,7 +128,7 @@ def wilson(wins: float, n: int) -> tuple[float, float]:
         return math.nan, math.nan
     z, p = Z975, wins / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))  # not -1e-17
 
 
 def end_interval(value: float, n: int, low: float = 0, high: float = 1) -> tuple[float, float]:

@@ -57,7 +57,7 @@ def test_rows_of_a_model_replace_those_of_the_same_measures(tmp_path):
     row = smollm2.share("accuracy", [True, True, True, False])
     assert row["value"] == 0.75 and row["low"] == pytest.approx(0.301, abs=1e-3)
     assert row["high"] == pytest.approx(0.954, abs=1e-3)
-    assert smollm2.share("accuracy", [False] * 14)["low"] == 0.0 and smollm2.share("accuracy", [True] * 7)["high"] == 1.0
+    assert smollm2.share("", [False] * 14)["low"] == 0.0 and smollm2.share("", [True] * 7)["high"] == 1.0
     smollm2.add_rows(config, [row, smollm2.mean("length", [3.0])])
     smollm2.add_rows(config, [row | {"value": 0.5}])
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]

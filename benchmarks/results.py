@@ -28,9 +28,14 @@ PLACE = re.compile(r"<!-- (?!/)(.+?)(\s-->)(.*?)<!-- / -->", re.DOTALL)
 
 
 class Cells(Formatter):
-    """Format strings for cells: a list is a number by seed and shown as mean ± 95 % interval, what is missing as -."""
+    """Format strings for cells: a list is a number by seed and shown as mean ± 95 % interval, what is missing as -.
+
+    With "each" shares are shown seed by seed.
+    """
 
     def format_field(self, value: object, spec: str) -> str:
+        if spec == "each":
+            return " / ".join(f"{share:.0%}" for share in (value if isinstance(value, list) else [value["value"]]))
         if isinstance(value, str | bool | None) or value == []:
             return value if isinstance(value, str) else "yes" if value else "-" if value is None else "no"
         if isinstance(value, dict) and "low" in value:

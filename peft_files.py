@@ -24,7 +24,7 @@ from torch import Tensor
 from checkpoints import new_folder
 from families import find_folder
 from runtime import fail, shown
-from runtime.json_files import read_json
+from runtime.json_files import SWITCH, number, read_json, whole
 
 PREFIX = "base_model.model."
 MERGE = "merge it with PEFT (merge_and_unload), save the model and load that"
@@ -40,12 +40,7 @@ class Field(NamedTuple):
     expected: str
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30
-
-
-def _is_rank(value) -> bool:
-    return type(value) is int and 0 < value <= 2**16
+NUMBER, RANK = number(-1e30, 1e30), whole(1, 2**16)
 
 
 def _is_names(value) -> bool:
@@ -56,7 +51,7 @@ def _is_names(value) -> bool:
         return False
 
 
-def _is_pattern(value, is_value: Callable[[object], bool] = _is_number) -> bool:
+def _is_pattern(value, is_value: Callable[[object], bool] = NUMBER.fits) -> bool:
     return value is None or (isinstance(value, dict) and _is_names(list(value)) and all(map(is_value, value.values())))
 
 
@@ -65,15 +60,14 @@ def _is_indices(value) -> bool:
 
 
 NAMES = "names, a regular expression or null"
-FLAG = (lambda value: type(value) is bool, "true or false")
 USED = {
-    "r": Field(8, _is_rank, "a whole number from 1"),
-    "lora_alpha": Field(8, _is_number, "a number"),
-    "lora_dropout": Field(0.0, lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
-    "use_rslora": Field(False, *FLAG),
-    "use_dora": Field(False, *FLAG),
-    "lora_bias": Field(False, *FLAG),
-    "ensure_weight_tying": Field(False, *FLAG),
+    "r": Field(8, *RANK),
+    "lora_alpha": Field(8, *NUMBER),
+    "lora_dropout": Field(0.0, *number(0, 0.9999)),
+    "use_rslora": Field(False, *SWITCH),
+    "use_dora": Field(False, *SWITCH),
+    "lora_bias": Field(False, *SWITCH),
+    "ensure_weight_tying": Field(False, *SWITCH),
     "init_lora_weights": Field(True, lambda value: isinstance(value, (bool, str)), "true, false or a name"),
     "target_modules": Field(None, _is_names, NAMES),
     "exclude_modules": Field(None, _is_names, NAMES),
@@ -81,7 +75,7 @@ USED = {
     "layers_to_transform": Field(
         None, lambda value: value is None or type(value) is int or _is_indices(value), "numbers of layers or null"),
     "layers_pattern": Field(None, _is_names, NAMES),
-    "rank_pattern": Field({}, lambda value: _is_pattern(value, _is_rank), "whole numbers from 1 by name"),
+    "rank_pattern": Field({}, lambda value: _is_pattern(value, RANK.fits), "whole numbers from 1 by name"),
     "alpha_pattern": Field({}, _is_pattern, "numbers by name"),
     "trainable_token_indices": Field(
         None, lambda value: _is_indices(value) or _is_pattern(value, _is_indices), "token ids, or token ids by layer"),

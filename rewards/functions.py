@@ -13,8 +13,8 @@ A function gets four lists, an entry for every reply of the step, and gives as m
     replies    texts         tokens    of each, its end of sequence included        finished    False: cut at max_tokens
 
 It is called once a step, by one process. Its file belongs to the run as data do: with another text of it the run is
-not resumed (what it imports is not looked at). Its scores are used as they are; only a reply without end is treated
-as `missing_eos` says.
+resumed only by accept_change=reward (what it imports is not looked at). Its scores are used as they are; only a reply
+without end is treated as `missing_eos` says.
 """
 import importlib.util
 import math

@@ -34,7 +34,8 @@ class Config:
     out: str = "benchmarks/results/coverage.json"
     worlds: int = 400
     prompts: list[int] = (30, 100)
-    parts: list[str] = ("judges", "people", "alone", "difference", "raters")  # of the table; others stay as they are
+    # Of the table; rows of other parts stay as they are.
+    parts: list[str] = ("judges", "elo", "people", "rated elo", "alone", "difference", "raters")
     threads: int = 1
 
 
@@ -93,7 +94,6 @@ def of_judges(world: World) -> dict[str, dict]:
         "win rate": cell(found, "judge: wins against base", "dpo", "win rate, %"),
         "win rate at equal length, lc2": cell(found, "judge: wins against base", "dpo", "lc2, %"),
         "Bradley-Terry": cell(found, "judge: ratings", "dpo", "Bradley-Terry"),
-        "Elo": cell(found, "judge: ratings", "dpo", "Elo"),
         "mean score": cell(found, "judge: scores", "dpo", "mean"),
         "first slot": cell(found, "judge: position", "as configured", "first slot, %"),
         "the same in both orders": cell(found, "judge: position", "as configured", "consistent, %"),
@@ -111,15 +111,23 @@ def held_against_people(world: World) -> dict[str, list[dict]]:
 
 def of_people(world: World) -> dict[str, dict]:
     """Cells of what a report says of the models by people's votes."""
-    found = [people.votes_section(world.votes, "people"), people.agreement_section(world.votes, "people"),
-             *people.likert_sections("people", world.votes)]
+    found = [people.votes_section(world.votes, "people"), people.agreement_section(world.votes, "people")]
     first, at = found[1], ("people: votes", "base against dpo")
     return {
-        "Elo from ratings, no ties": cell(found, "people: Elo, no ties", "dpo", "Elo"),
-        "Elo from ratings, ties allowed": cell(found, "people: Elo, ties allowed", "dpo", "Elo"),
         "majority of people": cell(found, *at, "majority for the first, %"),
         "mean rating of people": cell(found, *at, "mean rating"),
         "agreement among people": dict(zip(first["columns"], first["rows"][0], strict=True))["agree, %"]}
+
+
+def of_elo(world: World) -> dict[str, dict]:
+    return {"Elo": cell(tables.ratings_sections(tables.merge_orders(world.judged)[0], "judge"), "judge: ratings", "dpo",
+                        "Elo")}
+
+
+def of_rated_elo(world: World) -> dict[str, dict]:
+    found = people.likert_sections("people", world.votes)
+    return {f"Elo from ratings, {ties}": cell(found, f"people: Elo, {ties}", "dpo", "Elo")
+            for ties in ("no ties", "ties allowed")}
 
 
 def of_raters(world: World) -> dict[str, dict]:
@@ -167,7 +175,8 @@ def alone(world: World) -> dict[str, dict]:
             "safety, one in ten": safety.safety_section(attacks)["rows"][0][2]}
 
 
-PARTS = {"judges": of_judges, "people": of_people, "alone": alone, "difference": difference, "raters": of_raters}
+PARTS = {"judges": of_judges, "elo": of_elo, "people": of_people, "rated elo": of_rated_elo, "alone": alone,
+         "difference": difference, "raters": of_raters}
 
 
 def printed(prompts: int, number: int, parts: Sequence[str]) -> dict[str, dict]:

@@ -467,11 +467,10 @@ def elo(games: Games, k: float = 4, scale: float = 400, base: float = 10, init: 
     return dict(zip(games.models, rating, strict=True))
 
 
-def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32, ends: bool = False,
-                  resampled: bool = True) -> np.ndarray:
+def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32, ends: bool = False) -> np.ndarray:
     """Online Elo [rounds, M] of resampled prompts, games in random order: the order given does not matter.
 
-    `ends` adds the games of `imagined`. Not `resampled`, it is the order of the games alone that differs.
+    `ends` adds the games of `imagined`.
     """
     valid = ~np.isnan(games.outcome)
     columns = [x[valid] for x in (games.prompt, games.a, games.b, games.outcome, games.a_first)]
@@ -482,7 +481,7 @@ def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32
     a, b, numbers = a.astype(int), b.astype(int), np.arange(len(outcome), dtype=np.int32)
     orders = []
     for draw, added in zip(draws(games.prompts, rounds, seed), extra, strict=True):
-        own = np.bincount(draw, minlength=games.prompts)[prompt] if resampled else np.ones(len(prompt), dtype=int)
+        own = np.bincount(draw, minlength=games.prompts)[prompt]
         orders.append(rng.permutation(np.repeat(numbers, np.concatenate([own, added]))))
     # All rounds play their t-th game at once. A round that is over plays one more that counts for nothing.
     over = len(outcome)
@@ -500,17 +499,20 @@ def bootstrap_elo(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32
     return rating.reshape(rounds, -1)
 
 
-def elo_table(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32) -> list[dict]:
+def elo_table(games: Games, rounds: int = 1000, seed: int = 0, k: float = 32,
+              beside: np.ndarray | None = None) -> list[dict]:
     """rating_table of Elo: the median over resampled prompts and random orders, and how far other prompts may move it.
 
-    The spread over rounds is of prompts and of orders, but the median over orders has none of the second: a share of
-    the variance, measured by orders alone, is taken out, or intervals would hold the truth in 99 to 100 % of cases.
+    The spread over rounds is mostly of orders, which the median over orders has none of. What is of prompts is what
+    Bradley-Terry's ratings of the same rounds (`beside`, bootstrap_bradley_terry's with prior 1 and `ends`) explain:
+    their spread, times the slope of Elo on them.
     """
-    samples, orders = (bootstrap_elo(games, rounds, seed, k, ends=own, resampled=own) for own in (True, False))
-    middle, spread = np.median(samples, axis=0), samples.var(axis=0)
-    share = 1 - np.divide(orders.var(axis=0), spread, out=np.zeros_like(spread), where=spread > 0)
-    samples = middle + (samples - middle) * np.sqrt(np.maximum(share, 1 / games.prompts))
-    return rating_table(games.models, samples, dict(zip(games.models, middle, strict=True)), games.prompts)
+    samples = bootstrap_elo(games, rounds, seed, k, ends=True)
+    beside = bootstrap_bradley_terry(games, rounds=rounds, seed=seed, prior=1, ends=True) if beside is None else beside
+    x, middle = beside - beside.mean(axis=0), np.median(samples, axis=0)
+    slope = (x * (samples - samples.mean(axis=0))).sum() / max((x * x).sum(), 1e-30)
+    spread = middle + max(slope, 0) * (beside - np.median(beside, axis=0))
+    return rating_table(games.models, spread, dict(zip(games.models, middle, strict=True)), games.prompts)
 
 
 def imagined(games: Games, rounds: int, seed: int, ends: bool = True) -> tuple[np.ndarray, np.ndarray]:

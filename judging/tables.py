@@ -301,7 +301,7 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
     point = ratings.bradley_terry(games, prior=1)["ratings"]
     found = ratings.rating_table(games.models, half, point, games.prompts)
     table, elo = ({x["model"]: cell_of(x, "rating") for x in lines} for lines in (
-        found, ratings.elo_table(games, rounds)))
+        found, ratings.elo_table(games, rounds, beside=half)))
     tied, clear = (games.outcome == 0.5).any(), np.isin(games.outcome, (0, 1)).any()
     davidson = ratings.bradley_terry(games, "davidson", prior=1)["ratings"] if tied and clear else {}
     record = ratings.records(games)

@@ -372,6 +372,21 @@ def test_mt_bench_by_hand():
 
 # ------------------------------------------------------------------------------- Elo, Bradley-Terry
 
+def test_elos_interval_is_of_the_prompts_however_much_the_order_adds():
+    """Three models on 400 prompts: the order of 1,200 games moves Elo by far more than other prompts would, and the
+    interval is of the size of Bradley-Terry's, nowhere next to nothing.
+    """
+    rng = np.random.default_rng(0)
+    games = collect(Game(a, b, float(rng.random() < p), i) for i in range(400)
+                    for a, b, p in (("x", "y", 0.6), ("x", "z", 0.7), ("y", "z", 0.6)))
+    beside = bootstrap_bradley_terry(games, prior=1, ends=True)
+    orders = bootstrap_elo(games).std(axis=0)
+    width = {line["model"]: line["high"] - line["low"] for line in ratings.elo_table(games)}
+    for m, (low, high), noise in zip(games.models, ratings.percentiles(beside, n=400).T, orders, strict=True):
+        assert noise > 2 * beside[:, games.models.index(m)].std()
+        assert 0.5 < width[m] / (high - low) < 2
+
+
 def test_elo_by_hand():
     """K = 32 at equal ratings: 16 points. Then 1016 against 984 ties: E = 1 / (1 + 10^(-32/400)) = 0.54592.
 

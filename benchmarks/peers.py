@@ -4,7 +4,6 @@
     python -m benchmarks.peers tasks='["sft"]' shapes='["2 M"]' rounds=3
     python -m benchmarks.peers device=cuda          Mistral-7B's shape in bf16, to peers_gpu.json; 141 GB of memory
     python -m benchmarks.peers device=cuda peers=   ours alone
-    python -m benchmarks.peers shapes='["135 M"]' llama=ENV/bin/python gguf=SmolLM2-135M-Instruct.Q4_1.gguf
 
 Both sides get the same token ids. For every task each is a process that has loaded the same weights and waits; then
 each in turn does one step, `rounds` times, the first not counted. Step times are wall-clock, from "go" to "done",
@@ -70,8 +69,6 @@ class Config:
     shapes: list[str] = ()           # default: those for the device
     rounds: int = 6                  # the first is not counted
     peers: str = ".venv-peers/bin/python"  # an interpreter with transformers, TRL and PEFT; empty: ours alone
-    llama: str = ""                  # an interpreter with llama-cpp-python, to sample of the file `gguf`, too
-    gguf: str = ""
 
     def __post_init__(self):
         runtime.check_range("rounds", self.rounds, 2, STEPS)
@@ -138,9 +135,6 @@ def compare(task: str, shape: str, config: Config, folder: Path) -> list[dict]:
     if config.device == "cuda" and library == "TRL":
         modes = (*modes, "single")
     sides += [(f"{library}, {mode}", config.peers, "peers_trl", f"{task}, {mode}") for mode in modes if config.peers]
-    if config.llama and library == "Transformers":
-        sides.append((f"llama.cpp, {Path(config.gguf).stem}", config.llama, "peers_llama", task))
-        os.environ["PEERS_GGUF"] = config.gguf
     steps = take_turns(sides, shape, str(folder / "model"), config.rounds, folder)
     check_losses(task, shape, steps)
     return [{"shape": shape, "task": task, "side": name} | measured(task, found) for name, found in steps.items()]

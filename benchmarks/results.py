@@ -148,7 +148,8 @@ def gpu_hours(report: dict) -> str:
 def smollm2(report: dict, wanted: str) -> Iterable[dict]:
     """A row for each stage that has this measure; of a measure one interval, or the numbers by seed."""
     measures = dict.fromkeys(row["measure"] for row in report["rows"])
-    for stage in dict.fromkeys(row["stage"] for row in report["rows"] if row["measure"] == wanted):
+    stages = dict.fromkeys(row["stage"] for row in report["rows"] if row["measure"] == wanted)
+    for stage in sorted(stages, key=lambda stage: stage != "base"):
         rows = [row for row in report["rows"] if row["stage"] == stage]
         by_measure = {name: [row for row in rows if row["measure"] == name] for name in measures}
         yield {"stage": stage, "seeds": len({row["seed"] for row in rows})} | {

@@ -11,8 +11,6 @@ of one of the base's parameters, in place while the adapter is on:
 
 These do not train here, and are written again as they were read.
 """
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

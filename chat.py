@@ -7,8 +7,6 @@ The server decodes all requests together, one token each a step (continuous batc
 request joins when a slot is free, and leaves when it ends, meets a stop string, or its client goes away. A reply
 with a seed draws from a random stream of its own, whatever else is decoded beside it.
 """
-from __future__ import annotations
-
 import asyncio
 import io
 import json

@@ -3,8 +3,6 @@
 Our parameters carry the names of Hugging Face's Llama. Other families' tensors are renamed on the way in and out, and
 their fused query-key-value matrices are split and joined. Weights are read from safetensors only.
 """
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

@@ -6,8 +6,6 @@
 A key means here what it means to transformers, versions 4 and 5, or is refused in one line that names it
 (benchmarks/results/config_keys.md has them all).
 """
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -16,8 +16,6 @@ What was answered or judged elsewhere is joined to the questions by the ids of b
 its place (judging/questions.py). What is missing is said first (judging/missing.py). Of several people the majority
 counts, whatever side each of them saw (judging/people.py).
 """
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -15,8 +15,6 @@ any model with --dry-run.
 Files are those of PEFT (adapters.py). Beside A and B they may bring own values of the base's parameters (norms, biases,
 the embedding): these are in place while that adapter is on, and do not train.
 """
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator

@@ -8,8 +8,6 @@
 An adapter is used whole or refused: each tensor is taken once, and what is left over ends the run with one line. So
 does a setting that changes what is computed and is not in USED. adapters.py puts the tensors on a model.
 """
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

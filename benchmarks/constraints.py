@@ -6,8 +6,6 @@ The last sentence of a prompt is its constraint, so a prompt alone says what to 
 of ppo.py; with replies of the model itself it makes preferences where no others are at hand. It says nothing about
 whether a reply is right: an empty one is refused, but "Rain. Rain." is not.
 """
-from __future__ import annotations
-
 import json
 import re
 

@@ -8,8 +8,6 @@ and sees both orders of all pairs; three people see one order each, drawn by lot
 average in the worlds with most prompts, of Elo, which depends on the number of games, in those of the same size. Right
 95 % intervals hold the truth in 93 to 97 % of 400 worlds by chance.
 """
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -18,8 +18,6 @@ Each piece trains in a folder of its own, resumes there, and replaces its rows o
 of real data sets (see PLACES); `pairs` and `held_out` name other files of preferences. Every row has its stage, seed,
 measure, value, 95 % interval (Wilson's for shares, else bootstrap over prompts), number of cases and command.
 """
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -22,8 +22,6 @@ release made it 10); marks are read by their "Rating:" lines, so that a rational
 cannot be read is asked for again at temperature 1, for a greedy judge says the same again. The principles that
 UltraFeedback gives each answering model are left out.
 """
-from __future__ import annotations
-
 import hashlib
 import random
 import re

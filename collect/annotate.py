@@ -16,8 +16,6 @@ tell" and "both bad" are kept apart: ties broken at random were what ruined the 
 
 A checkpoint answers one person at a time; for several, serve it (chat.py --serve) and name the endpoint.
 """
-from __future__ import annotations
-
 import asyncio
 import base64
 import errno

@@ -17,8 +17,6 @@ and counts under the first of these that holds; any removes its record (with --n
 paraphrases, translations, and quotations shorter than 8 words of an item that is longer. What matches may be a phrase
 that everybody uses: look at the most frequent match before believing a count.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -1,6 +1,4 @@
 """The slides' tables of lengths, and whether a table of eight numbers can be true of any set of lengths."""
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 

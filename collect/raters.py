@@ -3,8 +3,6 @@
 The talk's lesson: a first hundred ratings agreed with nobody's, because both replies were bad and ties were broken at
 random. `find_faults` tells that from a vendor whose raters click at random. Statistics: judging/agreement.py.
 """
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

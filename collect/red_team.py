@@ -20,8 +20,6 @@ of its published code, which has 0.01 instead of 1 under the root of children: e
 
 What ships is mild: behaviours nobody is hurt by, templates that play and plead. judging/safety.py decides and counts.
 """
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from math import log, sqrt

@@ -22,8 +22,6 @@ The planner and the critic, both optional there, are left out. Prompts are our o
     train.jsonl     {"id", "messages", roles, tasks, "termination_reason"}
     replies.jsonl   raw replies, to resume from                     dropped.jsonl   what was left out, and why
 """
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter

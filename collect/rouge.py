@@ -17,8 +17,6 @@ Hyyro 2004). tests/test_rouge_speed.py measures it.
 F is computed in rouge_score's own order, to the last bit. An F of exactly 0.7 passes, but where that order rounds up
 (7 common words of 7 and 13 give 0.7000000000000001) it does not: so it was when the published data were made.
 """
-from __future__ import annotations
-
 import re
 from array import array
 from collections import Counter

@@ -20,8 +20,6 @@ With people the command prepares the round, prints how the rating page is starte
 many preferences there are; once there are `votes` it trains the next policy and prepares the next round. The first
 `shared` prompts are rated by everybody, to measure agreement. Preferences collected elsewhere go into votes.jsonl.
 """
-from __future__ import annotations
-
 import json
 import random
 import shlex

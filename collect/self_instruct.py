@@ -20,8 +20,6 @@ Prompts are our own, their examples come from the seed file. Where we leave the 
     is understood; a blank line, where the published code stopped the reply, ends an item
   - Alpaca kept tasks with an empty output: they are dropped
 """
-from __future__ import annotations
-
 import random
 import re
 import string

@@ -11,8 +11,6 @@
 Targets are those of the talk "Recipe for Training Helpful Chatbots": the use cases of InstructGPT (Ouyang et al. 2022,
 arXiv:2203.02155), what was ordered from Surge after their model, and the mix of the preference collection.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -4,8 +4,6 @@
     replies.jsonl   every raw reply as it arrives: a run that was stopped asks only for the rest when started again
     dropped.jsonl   what was left out, and why
 """
-from __future__ import annotations
-
 import json
 import tomllib
 from collections import Counter

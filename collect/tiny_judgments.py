@@ -5,8 +5,6 @@
 The user's message shows the dialogue with two replies, A and B, in judging/prompts.py's bare wording; the assistant
 says "A" or "B". Which reply is called A is random for every pair, so the lessons favour neither side.
 """
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import dataclass

@@ -17,8 +17,6 @@ Prompts and lists are our own. Lists are asked for ten items at a time. Before a
 first sector's Wikidata entities are not asked for: give them as topics=FILE. Where we leave the published code: a
 dialogue that is cut at `split_tokens` for training keeps its last round (the splitter lost one that just overflowed).
 """
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -2,8 +2,6 @@
 
 data/llm.py opens it, keeps what it said, and pays for it.
 """
-from __future__ import annotations
-
 import email.utils
 import json
 import os
@@ -125,7 +123,7 @@ class Endpoint:
         self.known = True  # it is there, and busy: others may fare better
         return None if stopping.is_set() else f"{reason}, after {self.tries} tries"
 
-    def _fault(self, error: Exception, attempt: int, seconds: float) -> Fault:
+    def _fault(self, error: Exception, attempt: int, seconds: float) -> "Fault":
         """What to make of an attempt that failed."""
         openai = self.openai
         vain = not self.known and attempt == 2  # each may have been paid for, and none has succeeded
@@ -146,7 +144,7 @@ class Endpoint:
                          remedy="check the address, which usually ends with /v1" if vain else "")
         raise error
 
-    def _refusal(self, error) -> Fault:
+    def _refusal(self, error) -> "Fault":
         said = error.body.get("message") if isinstance(error.body, dict) else None
         reason, status, remedy = f"{error.status_code}: {said or error.message}", error.status_code, ""
         whole = f"{error.code} {error.message} {error.body}"

@@ -9,8 +9,6 @@ a tensor or a tokenizer that is not understood is refused in one line, never dro
 
 It lies in data/, not in checkpoints.py, because most of it is about the tokenizer (Vocabulary: data/vocabulary.py).
 """
-from __future__ import annotations
-
 import json
 import math
 import mmap

@@ -2,8 +2,6 @@
 
 Every count is held against the bytes that are left before anything of that size is made.
 """
-from __future__ import annotations
-
 import math
 import mmap
 import struct

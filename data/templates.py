@@ -10,8 +10,6 @@ Joined, the parts are to the character what transformers renders. A template tha
 beyond recognition, is refused (TemplateError). A reply begins where the prompt that asks for it ends, so that what is
 trained is what is asked for at inference, and ends with the first token of markup behind its words.
 """
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -11,8 +11,6 @@ for in markup alone, and the text between two of them is tokenized as one, as tr
     tokens     BOS <|user|> "\\nHi" EOS "\\n" <|assistant|> "\\n" | "Hello!" EOS | "\\n"
     loss                                                         |      1    1  |
 """
-from __future__ import annotations
-
 import hashlib
 import json
 import re

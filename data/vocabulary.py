@@ -3,8 +3,6 @@
 Some put a space before the first word of a text. What stands before a text decides whether it gets one: nothing, a
 special token, or other text (transformers: legacy, prepend_scheme, add_prefix_space).
 """
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Ratings are one array [raters, units] of numbers, NaN where a rater skipped a un
 Kappa is low at high raw agreement when one label dominates: print raw agreement, a kappa and AC1 side by side.
 A statistic that is undefined (one rater, one label throughout) is NaN, never 0 or 1.
 """
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np

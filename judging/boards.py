@@ -1,6 +1,4 @@
 """What is measured without comparing replies: multiple choice, reward models on held-out pairs, safety."""
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

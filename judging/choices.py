@@ -17,8 +17,6 @@ board left it out (`bos=False`).
 What choices share is computed once: they are leaves of one packed tree (`kernels/layout.py`), and so are questions that
 begin alike where that takes fewer tokens. A path's last token predicts nothing and is left out: letters cost none.
 """
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

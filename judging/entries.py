@@ -1,6 +1,4 @@
 """What a setting names: "name=kind:where" as a name, a kind and a place; and files of JSON lines, read whole."""
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path

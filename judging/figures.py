@@ -1,6 +1,4 @@
 """Numbers as text, and figures as SVG by matplotlib, for the report (their form: judging/report.py)."""
-from __future__ import annotations
-
 import io
 import json
 import math

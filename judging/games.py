@@ -1,6 +1,4 @@
 """Which replies meet, who is shown first, and what a judge says: from answers to rows of judging/tables.py."""
-from __future__ import annotations
-
 import hashlib
 from itertools import combinations, product
 from pathlib import Path

@@ -3,8 +3,6 @@
 `data/tiny/world.py` grades every reply from 0 to 1. Each trained model is a sample of one: with several seeds
 intervals are over seeds (Student's t, 95 %); with one they are over dialogues, and say nothing of another training run.
 """
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

@@ -1,6 +1,4 @@
 """What is missing: questions without a reply, replies that are empty, cut or another model's, and what that costs."""
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 

@@ -18,8 +18,6 @@ Satterthwaite's (1946) degrees of freedom, covers 92 %: a v_seeds that came out 
 Resampling the seeds and the dialogues (a two-level bootstrap) covers 83 %: three numbers resampled vary by 2/3 of what
 they should. An interval over dialogues alone covers 63 %.
 """
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 A vote is a game of judging/tables.py whose judge is a person. Items are merged whatever side each person saw; what
 chooses nothing is an abstention, which is neither a tie nor a vote.
 """
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence

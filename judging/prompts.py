@@ -11,8 +11,6 @@ the marker that ends it; a verdict in brackets inside a reply is spread out befo
 brackets is then its own. Its thoughts are set aside, the last verdict after them counts, and an answer that was cut
 holds none.
 """
-from __future__ import annotations
-
 import hashlib
 import re
 import tomllib

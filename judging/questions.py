@@ -5,8 +5,6 @@ A record is joined by the id that both files give, or else by the text it was as
 text is another's ends the run, and so does one that answers a question again; of equal texts without ids, the first
 answer is to the first question.
 """
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path

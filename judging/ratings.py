@@ -9,8 +9,6 @@ half a win and half a loss, so that no interval has width zero. benchmarks/cover
 the truth.
 Models and prompts are sorted by name first: the order of rows changes nothing but online Elo.
 """
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice

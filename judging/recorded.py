@@ -20,8 +20,6 @@ file is a JSON array, JSON lines or CSV, perhaps .gz; its first record tells the
     python -m judging.recorded FILE ...          counts, rejects, and which files are copies of each other
     python -m judging.recorded FILE from_text=true --out rows.jsonl     the same, and the rows; keys: see Options
 """
-from __future__ import annotations
-
 import argparse
 import gzip
 import hashlib

@@ -11,8 +11,6 @@
 
 Numbers are in the unit that the column's name states. What is not a finite number is None, printed as "-".
 """
-from __future__ import annotations
-
 import json
 import math
 import re

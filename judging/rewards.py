@@ -12,8 +12,6 @@ A pair is a hit if the chosen reply scores strictly higher: equal scores are mis
 matched by key, never by position. Shares are in [0, 1] here and in percent in sections.
 Lambert et al. 2024 (arXiv:2403.13787); Malik et al. 2025 (arXiv:2506.01937).
 """
-from __future__ import annotations
-
 import json
 import math
 import tomllib

@@ -10,8 +10,6 @@ Every rate is a count over a stated denominator, with Wilson's 95 % interval; wh
 Röttger et al. 2024 (arXiv:2308.01263), XSTest; Chao et al. 2024 (arXiv:2404.01318), JailbreakBench; Perez et al. 2022
 (arXiv:2202.03286), models that attack models and get them to repeat their prompt.
 """
-from __future__ import annotations
-
 import csv
 import json
 import random

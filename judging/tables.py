@@ -9,8 +9,6 @@ words in the ledger, calls.jsonl. a_first is None where the judge saw no order. 
 are the two orders of one comparison, and count once: a win needs both. rating is 1, the reply shown first is much
 better, to 8; where there is no order, a is the first.
 """
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter, defaultdict

@@ -9,8 +9,6 @@ Every number here is about the judge, none about the models. Rows: judging/table
                  neither may win more than it does without
     score        each reply marked alone: does ranking agree with marking?
 """
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -15,8 +15,6 @@ Rank 0 writes and prints: functions that write a file return early on other rank
 a rank reads a file that rank 0 has written it waits at a `barrier`. Into a checkpoint every rank writes its part.
 Without torchrun there is one rank, and every function here leaves its input as it is.
 """
-from __future__ import annotations
-
 import atexit
 import gc
 import os

@@ -1,6 +1,4 @@
 """JSON files that somebody else may have written: what is wrong with one is said in a line that names file and key."""
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 Not imported by runtime itself: training needs no server. All of it comes before the token is looked at.
 """
-from __future__ import annotations
-
 import asyncio
 import hmac
 import json

@@ -4,8 +4,6 @@
     ASCII, latin-1             letters that the output does not know are shown as \\u2581
     Ctrl-C                     one line; a run that trains has its own way, which saves (run.py, StopRequest)
 """
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -11,8 +11,6 @@ and warp specialisation that did not happen (warps). It says nothing about speed
 Versions of Triton differ by dozens of registers, hence a baseline for each. A build whose key (of source, arguments and
 version, as in Triton's own cache) is the one in the baseline would come out the same, so it is not compiled again.
 """
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,6 +1,4 @@
 """Every kernel as it is shipped, in bf16 for models of 7 B, with its types and constants: what `aot.py` compiles."""
-from __future__ import annotations
-
 from aot import Build
 
 from kernels import attention, decode, fused, logprobs, nf4

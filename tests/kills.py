@@ -11,8 +11,6 @@ Nothing in the scripts helps: their folder is watched from outside, and an audit
 operations. A process forked from one that has imported PyTorch runs `script.py key=value ...` as a command would:
 `python tests/kills.py` is that server of forks.
 """
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -142,13 +140,13 @@ class Server:
         return int(self.process.stdout.readline())
 
     def start(self, name: str, words: list[str], log: Path, folder: str = "", die_at: int = 0,
-              environment: dict | None = None, file_bytes: int = 0) -> Run:
+              environment: dict | None = None, file_bytes: int = 0) -> "Run":
         """Start a script with these words; `file_bytes` is the size its files may have, 0: any."""
         return Run(self, self.ask({"script": f"{name.split()[0]}.py", "words": words, "log": str(log), "folder": folder,
                                    "die_at": die_at, "environment": environment or {}, "file_bytes": file_bytes}))
 
     def start_ranks(self, name: str, words: list[str], log: Path, folder: str = "", die_at: int = 0,
-                    others: tuple[str, ...] = ()) -> list[Run]:
+                    others: tuple[str, ...] = ()) -> "list[Run]":
         """Two ranks without torchrun, which would end one when the other has failed; `others` are words for rank 1."""
         from torch.distributed import TCPStore
 

@@ -7,8 +7,6 @@
 What was published stands here as it was printed, with its source, and is met if ours rounds to it. RECOMPUTED numbers
 were printed nowhere: other code got them from the same files.
 """
-from __future__ import annotations
-
 import csv
 import gzip
 import json

@@ -3,8 +3,6 @@
 Tiles as shipped, from aot_baseline.json, beside those they have replaced, which are compiled anew. On sm_100 a single
 thread starts the product of a whole tile, so none is computed twice. Writes benchmarks/results/tiles.json.
 """
-from __future__ import annotations
-
 import json
 import os
 

@@ -10,8 +10,6 @@ that matter most, checked against PyTorch in fp32 before they are timed; `traini
 peers, to a file of its own. `make gpu-tests` checks the rest. Last comes the verdict against targets.toml. On a CPU the
 PyTorch versions are timed.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@ Work is counted as the formula needs it: pairs of query and key that see each ot
 implementation computes twice, so that rates compare. On a machine without a GPU the PyTorch versions meet what a user
 of PyTorch would write, at the sizes of the small models of `benchmarks/throughput.py`.
 """
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Callable

@@ -1,6 +1,4 @@
 """How kernels are timed: the time of every implementation becomes one row of JSON."""
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 A contest is all rows of one kernel, shape and pass. The best baseline of a contest is its fastest row that is neither
 ours nor a floor. Ceilings are what the same run measured: GB/s of a copy, TFLOP/s of a large matmul.
 """
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 

@@ -14,7 +14,6 @@ A bare JSON string is a prompt. The first record tells the format.
 import argparse
 import difflib
 import json
-import os
 import shlex
 import sys
 from collections import Counter
@@ -345,7 +344,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # `| head` has seen enough; Python would say so again when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    main()

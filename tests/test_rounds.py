@@ -230,7 +230,7 @@ def test_people_s_round_is_what_they_rated_on_the_page(world, tmp_path, commands
     """The command it prints is the page's; two people rate a shared pair, and choose the same reply whichever side it
     is on.
     """
-    settings, folder = config(world, tmp_path, dev="", annotators="people", votes=6, shared=3,
+    settings, folder = config(world, tmp_path, dev="", annotators="people", votes=6, shared=8,
                               prompts_per_round=20), tmp_path / "round_1"
     main(settings)
     said = capsys.readouterr().out
@@ -238,8 +238,8 @@ def test_people_s_round_is_what_they_rated_on_the_page(world, tmp_path, commands
     shared = lines(folder / "shared.jsonl")
     assert "0 of 6 preferences" in said and f"{len(shared)} pairs for everybody" in said and commands == [] and shared
     pool = [d["turns"][0]["user"] for d in lines(world / "more_prompts.jsonl")[:20]]
-    assert {s["prompt"][0]["content"] for s in shared} <= set(pool[:3])
-    assert [p["prompt"][0]["content"] for p in lines(folder / "prompts.jsonl")] == pool[3:]
+    assert {s["prompt"][0]["content"] for s in shared} <= set(pool[:8])
+    assert [p["prompt"][0]["content"] for p in lines(folder / "prompts.jsonl")] == pool[8:]
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "collect.annotate"]
     server = annotate.Server(runtime.load_config(annotate.Config, "", [*words[3:], "device=cpu"]))

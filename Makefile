@@ -165,6 +165,7 @@ bench: $(ENVIRONMENT)
 bench-peers: $(ENVIRONMENT) .venv-peers/installed
 	$(PYTHON) -m benchmarks.peers shapes='["15 M", "110 M"]' rounds=4
 	$(PYTHON) -m benchmarks.peers shapes='["2 M"]' rounds=6
+	$(PYTHON) -m benchmarks.peers shapes='["135 M", "135 M, bf16"]' rounds=3
 	$(PYTHON) -m benchmarks.results
 
 # Two equal things, and things known to differ, compared over and over; after `make demo`, half an hour.

@@ -219,7 +219,7 @@ smollm2-results: models/smollm2-135m/config.json
 	train dpo count=1000 length=0; \
 	for name in $(SMOLLM2_RUNS); do run choices held=300 model=runs/smollm2-135m/$$name/model; done
 	$(PYTHON) -m benchmarks.smollm2 replies beside='["runs/smollm2-135m/real/sft-bf16-100-0/model", "runs/smollm2-135m/real/dpo-lora-bf16-300-0/model"]' \
-		> benchmarks/results/smollm2_replies.txt
+		| tail -n +3 > benchmarks/results/smollm2_replies.txt
 
 # Everything that waits for a GPU, in ten minutes, what matters most first; PYTHON=python3 where one with torch is installed.
 # What fails does not stop the rest.

@@ -206,7 +206,7 @@ smollm2: models/smollm2-135m/config.json
 	@printf '\n== before and after\n'
 	@$(PYTHON) -m benchmarks.smollm2 table $(SMOLLM2)
 
-# The tables of RESULTS, some four hours on two cores; REAL_DATA names the folder of real data sets.
+# The tables of RESULTS, hours on two cores; REAL_DATA names the folder of real data sets.
 SMOLLM2_RUNS = real/sft-bf16-100-0 real/dpo-lora-bf16-100-0 real/dpo-full-bf16-100-0 real/dpo-qlora-bf16-100-0 \
 	real/dpo-lora-bf16-300-0 real/dpo-lora-bf16-1000-0 rule/grpo-bf16-0
 smollm2-results: models/smollm2-135m/config.json

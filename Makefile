@@ -211,8 +211,8 @@ SMOLLM2_RUNS = real/sft-bf16-100-0 real/dpo-lora-bf16-100-0 real/dpo-full-bf16-1
 	real/dpo-lora-bf16-300-0 real/dpo-lora-bf16-1000-0 rule/grpo-bf16-0
 smollm2-results: models/smollm2-135m/config.json
 	set -e; run() { $(PYTHON) -m benchmarks.smollm2 "$$@" data=$(REAL_DATA); }; \
-	train() { run "$$@" epochs=1 dtype=bfloat16; }; \
-	run compare; run rule; run choices held=300; \
+	train() { run "$$@" epochs=1 dtype=bfloat16 held=200; }; \
+	run compare held=200; run rule; run choices held=300; \
 	for seed in 0 1 2; do train sft seed=$$seed; train dpo seed=$$seed; train dpo kind=full seed=$$seed; \
 		train dpo kind=qlora seed=$$seed; train dpo count=300 seed=$$seed; train reward count=300 seed=$$seed; \
 		run grpo dtype=bfloat16 seed=$$seed; done; \

@@ -55,7 +55,7 @@ CONFIGS = Path("configs/smollm2-135m")
 REPLIES = 32  # sampled to held-out prompts, for their length
 CURVE = ("step", "score", "kl", "length", "eos_rate")  # of ppo.py's metrics
 BETA = 0.1     # of the implicit reward, as in dpo.toml
-LONGEST = 512  # tokens of a path: of held-out pairs longer ones are left out, with length=0 those to train on are cut
+LONGEST = 1024  # tokens of a path: of held-out pairs longer ones are left out, with length=0 those to train on are cut
 QUESTIONS = ("What is the capital of France?", "Write a haiku about the sea.", "Give me three tips for sleeping well.",
              "Explain to a child why the sky is blue.", "I have 3 apples and eat one. How many are left?")
 
@@ -101,7 +101,7 @@ class Config:
         return self.length or LONGEST
 
     def file(self, name: str) -> Path:
-        return self.folder / (f"pairs-{self.count}.jsonl" if name == "pairs" else "held_out.jsonl")
+        return self.folder / f"{name}-{self.count if name == 'pairs' else self.held}.jsonl"
 
 
 def place(config: Config, name: str) -> str:
@@ -283,7 +283,7 @@ def sft_piece(config: Config) -> None:
 
 def margins(config: Config) -> list[dict]:
     """What the model and the base make of every held-out pair: log-probabilities and lengths of both replies."""
-    settings = dpo.Config(model=config.model, ref_model=config.base, ref_cache=str(reference(config, "held_out")),
+    settings = dpo.Config(model=config.model, ref_model=config.base, ref_cache=str(reference(config, f"held_out-{config.held}")),
                           max_length=LONGEST, micro_tokens=2048, cache="", dtype="float32")
     trees = dpo.load_data(str(config.file("held_out")), load_tokenizer(config.base), settings, "held out")
     policy, device = opened(config.model)[0], torch.device("cpu")

@@ -177,18 +177,11 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.heads * config.head_dim, config.width, config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.counts = config.heads, config.kv_heads, config.kv_heads
+        self.counts = config.heads, config.kv_heads
         self.packed: PackedLinear | None = None  # of q, k and v, while decoding on a CPU
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None, layer: int) -> Tensor:
-        if self.packed is None:
-            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        else:
-            q, k, v = self.packed(x).unflatten(-1, (-1, self.head_dim)).split(self.counts, 1)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = q if self.scaled else q * self.head_dim**0.5  # attention will divide by it
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [N, H, E], [N, K, E]
+        q, k, v = self.heads(x, cos, sin)
         if cache is not None:
             cache.write(layer, k, v)
         if cache is not None and cache.decoding:
@@ -196,6 +189,20 @@ class Attention(nn.Module):
         else:
             out = attention(q, k, v, layout, self.window)
         return self.o_proj(out.flatten(1))
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, H, E], keys and values [N, K, E] of x [N, D], the first two rotated."""
+        if self.packed is None:
+            q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            both, v = self.packed(x).unflatten(-1, (-1, self.head_dim)).split((sum(self.counts), self.counts[1]), 1)
+            if self.q_norm is None and self.scaled:
+                return *rotate(both, cos, sin).split(self.counts, 1), v
+            q, k = both.split(self.counts, 1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q if self.scaled else q * self.head_dim**0.5  # attention will divide by it
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -427,8 +434,7 @@ class KVCache:
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, K, S, E] of the slots being decoded, which are the first B."""
-        used = self.data[layer, :, : len(self.slots), :, : self.longest]
-        return used[0], used[1]
+        return self.data[layer, :, : len(self.slots), :, : self.longest].unbind()
 
     def mask(self, window: int | None) -> Tensor | None:
         """What `decode_attention` adds to the scores on a CPU."""
@@ -540,14 +546,14 @@ class ReplyState:
         self.began = 0.0
 
 
-PACK_AFTER = 8  # steps: laying out the weights pays after twenty of one reply, six in bf16; many end within a few
+PACK_AFTER = 8  # tokens: laying out the weights pays after twenty of one reply, six in bf16, two steps of sixteen
 
 
 class Decoder:
     """Sequences decoded together, one token each a step; they join and leave between steps.
 
-    Whoever sets `done` on a sequence takes it out before the next step. On a CPU, from step PACK_AFTER on until nothing
-    is left to decode, a second copy of the weights is read; meanwhile the weights must not change.
+    Whoever sets `done` on a sequence takes it out before the next step. On a CPU, from PACK_AFTER tokens on until
+    nothing is left to decode, a second copy of the weights is read; meanwhile the weights must not change.
     """
 
     def __init__(self, model: Transformer, stop_ids: tuple[int, ...], slots: int, length: int):
@@ -557,7 +563,7 @@ class Decoder:
         self.decode = partial(_decode, model, self.cache)
         if self.device.type == "cuda" and not hasattr(model, "reshard"):  # a sharded one gathers its weights each time
             self.decode = DecodeGraphs(self.decode, self.cache, slots)
-        self.steps = 0
+        self.decoded = 0  # tokens since there was nothing to decode
         self.waiting: deque[ReplyState] = deque()
         self.active: list[ReplyState] = []
 
@@ -574,13 +580,13 @@ class Decoder:
             new = self._join()
         if not self.active:
             self.model.unpack()
-            self.steps = 0
+            self.decoded = 0
         if new or not self.active:
             return new
         positions = [len(s.prompt) + len(s.tokens) - 1 for s in self.active]
         tokens = torch.tensor([s.tokens[-1] for s in self.active], device=self.device)
-        self.steps += 1
-        if self.steps == PACK_AFTER:
+        self.decoded += len(self.active)
+        if self.decoded - len(self.active) < PACK_AFTER <= self.decoded:
             self.model.pack()
         self.cache.longest = 0  # of the sequences here now, not of those that have been
         self._draw(self.active, self.decode(tokens, torch.tensor(positions, device=self.device), max(positions) + 1))

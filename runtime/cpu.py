@@ -65,7 +65,7 @@ def missing_rows(x: torch.Tensor) -> int:
     return 0 if x.device.type != "cpu" else -len(x) % 32
 
 
-SMALL = 2**18  # numbers of a matrix whose product with one row MKL does faster, 2 to 16 against 11 to 23 us
+SMALL = 2**17  # numbers of a matrix whose product with one row MKL does faster: 2 to 8 us, laid out 11 to 15
 
 
 class PackedLinear:

@@ -10,6 +10,7 @@
     python -m benchmarks.smollm2 reward count=300              a reward model, its accuracy beside two baselines
     python -m benchmarks.smollm2 grpo                          GRPO with the rule of constraints.py as its reward
     python -m benchmarks.smollm2 choices model=runs/smollm2-135m/dpo-lora-300-0/model    ARC, PIQA, TruthfulQA
+    python -m benchmarks.smollm2 same held=40                  their log-likelihoods beside transformers', and the speed
     python -m benchmarks.smollm2 rule model=...                share of held-out constraints kept (constraints.py)
     python -m benchmarks.smollm2 table                         what has been measured so far
     python judge.py --config configs/smollm2-135m/judge.toml data=question.jsonl     MT-Bench's questions, both turns
@@ -20,11 +21,13 @@ measure, value, 95 % interval (Wilson's for shares, else bootstrap over prompts)
 """
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import torch
@@ -35,7 +38,7 @@ import reward
 import runtime
 import sft
 from benchmarks import constraints
-from benchmarks.measure import machine, save
+from benchmarks.measure import machine, save, timed
 from checkpoints import load_model
 from data.formats import read
 from data.pack import Batch
@@ -54,6 +57,8 @@ PLACES = {  # in the folder `data`
 CONFIGS = Path("configs/smollm2-135m")
 REPLIES = 32  # sampled to held-out prompts, for their length
 CURVE = ("step", "score", "kl", "length", "eos_rate")  # of ppo.py's metrics
+EXAMS = ("arc", "piqa", "truthfulqa")
+TURNS = 4      # of ours and transformers
 BETA = 0.1     # of the implicit reward, as in dpo.toml
 LONGEST = 1024  # tokens of a path: of held-out pairs longer ones are left out, with length=0 those to train on are cut
 QUESTIONS = ("What is the capital of France?", "Write a haiku about the sea.", "Give me three tips for sleeping well.",
@@ -78,6 +83,7 @@ class Config:
     max_tokens: int = 64             # of a sampled reply
     epochs: int = 0                  # over the pairs; 0: as the config file says
     dtype: Literal["float32", "bfloat16"] = "float32"  # of training; what is measured is measured in float32
+    peers: str = ".venv-peers/bin/python"  # of `same`: an interpreter with transformers
     seed: int = 0
     threads: int = 0
 
@@ -133,7 +139,7 @@ def add_rows(config: Config, rows: list[dict], curve: list[dict] | None = None) 
 
 def line_of(row: dict) -> str:
     interval = f"[{row['low']:.3f}, {row['high']:.3f}]" if row["low"] is not None else ""
-    return f"{row['measure']:<44} {row['stage']:<18} {row['seed']:>4} {row['value']:>10.3f} {interval:<20} n={row['n']}"
+    return f"{row['measure']:<44} {row['stage']:<18} {row['seed']:>4} {row['value']:>10.4g} {interval:<20} n={row['n']}"
 
 
 def share(measure: str, hits: list[bool]) -> dict:
@@ -283,7 +289,8 @@ def sft_piece(config: Config) -> None:
 
 def margins(config: Config) -> list[dict]:
     """What the model and the base make of every held-out pair: log-probabilities and lengths of both replies."""
-    settings = dpo.Config(model=config.model, ref_model=config.base, ref_cache=str(reference(config, f"held_out-{config.held}")),
+    cache = reference(config, f"held_out-{config.held}")
+    settings = dpo.Config(model=config.model, ref_model=config.base, ref_cache=str(cache),
                           max_length=LONGEST, micro_tokens=2048, cache="", dtype="float32")
     trees = dpo.load_data(str(config.file("held_out")), load_tokenizer(config.base), settings, "held out")
     policy, device = opened(config.model)[0], torch.device("cpu")
@@ -348,7 +355,7 @@ def choices_piece(config: Config) -> None:
     """ARC-Challenge, PIQA and TruthfulQA without examples (TruthfulQA has six of its own)."""
     model, tokenizer = opened(config.model)
     found = []
-    for task in ("arc", "piqa", "truthfulqa"):
+    for task in EXAMS:
         exam = exams.read_exam(task, place(config, task), shots=0, limit=config.held)
         result = exams.evaluate(model, tokenizer, exam, micro_tokens=2048, progress=task)
         for measure in ("acc", "acc_norm") if task != "truthfulqa" else ("mc1", "mc2"):
@@ -356,6 +363,34 @@ def choices_piece(config: Config) -> None:
             found.append({"measure": f"{result['name']}, {measure}", "value": value, "low": max(0.0, value - half),
                           "high": min(1.0, value + half), "n": result["n"]})
     add_rows(config, found)
+
+
+def same_piece(config: Config) -> None:
+    """Log-likelihoods of the choices beside transformers', question by question in turns: how far apart, how fast."""
+    if not Path(config.peers).is_file():
+        fail(f"{config.peers}: no such file: `make bench-peers` builds it, or set peers=")
+    model, tokenizer = opened(config.model)
+    asked = []
+    for task in EXAMS:
+        exam = exams.read_exam(task, place(config, task), shots=0, limit=config.held)
+        for part in exam.asked.values():
+            asked += exams.to_requests(tokenizer, part, model.config.max_positions, bos=tokenizer.adds_bos)[0]
+    apart, rates, theirs = [], [], []
+    for i in range(TURNS):
+        requests = list(dict.fromkeys(request for question in asked[i::TURNS] for request in question))
+        found, seconds = timed(exams.likelihoods, model, requests, 2048)
+        command = [config.peers, "-m", "benchmarks.peers_choices", config.model, str(torch.get_num_threads())]
+        done = subprocess.run(command, input=json.dumps(requests), stdout=subprocess.PIPE, text=True, check=True)
+        other = json.loads(done.stdout)
+        apart += [abs(found[request] - value) for request, value in zip(requests, other["values"], strict=True)]
+        rates.append(len(requests) / seconds)
+        theirs.append(len(requests) / other["seconds"])
+    far = {"measure": "log-likelihood of a choice, largest distance from transformers', nats", "value": max(apart),
+           "low": None, "high": None, "n": len(apart)}
+    ratios = [ours / other for ours, other in zip(rates, theirs, strict=True)]
+    speeds = {"a second": rates, "a second by transformers": theirs, "times as many": ratios}
+    add_rows(config, [far, *({"measure": f"choices, {name}", "value": median(values), "low": min(values),
+                              "high": max(values), "n": len(apart)} for name, values in speeds.items())])
 
 
 def reward_piece(config: Config) -> None:
@@ -392,7 +427,8 @@ def table(config: Config) -> None:
 
 PIECES: dict[str, Callable[[Config], None]] = {
     "check": check, "replies": replies, "pairs": pairs, "dpo": dpo_piece, "sft": sft_piece, "reward": reward_piece,
-    "compare": compare, "grpo": grpo_piece, "choices": choices_piece, "rule": rule_piece, "table": table}
+    "compare": compare, "grpo": grpo_piece, "choices": choices_piece, "same": same_piece,
+    "rule": rule_piece, "table": table}
 
 if __name__ == "__main__":
     words = sys.argv[1:]

@@ -167,7 +167,8 @@ def smollm2_reward(report: dict) -> Iterable[dict]:
 
 
 FOUND = {f"smollm2_{name}": ("smollm2.json", partial(smollm2, wanted=wanted)) for name, wanted in {
-    "dpo": "log p of held-out chosen, nats", "choices": "PIQA, acc", "rule": "constraints kept"}.items()}
+    "dpo": "log p of held-out chosen, nats", "choices": "PIQA, acc", "same": "choices, a second",
+    "rule": "constraints kept"}.items()}
 FOUND |= {"smollm2_reward": ("smollm2.json", smollm2_reward),
           "reward_model": ("tiny/rlhf.json", reward_model), "ppo": ("tiny/rlhf.json", ppo),
           "rounds": ("rounds.json", rounds), "peers": ("peers.json", peers),

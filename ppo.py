@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import lora
 import runtime
 from data.dry_run import dry_run_of_four
-from data.four_models import Models, load_models, make_optimizer, room, save_snapshot
+from data.four_models import SLOTS, Models, load_models, make_optimizer, room, save_snapshot
 from data.pack import Batch, micro_batches, scored_replies, step_trees
 from data.scores import response_scores
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -297,7 +297,7 @@ def sample(models: Models, prompts: list[list[int]], tokenizer: Tokenizer, step:
         distributed.copy_weights(models.policy, models.sampler)
     mine = list(range(len(prompts)))[distributed.rank() :: distributed.world_size()]
     answers = generate(models.sampler, [prompts[i] for i in mine], config.max_tokens, config.temperature, n=config.n,
-                       stop_ids=tokenizer.stop_ids(), seed=config.seed * 1_000_003 + step, numbers=mine, slots=256,
+                       stop_ids=tokenizer.stop_ids(), seed=config.seed * 1_000_003 + step, numbers=mine, slots=SLOTS,
                        keep=models.sampler.embed_tokens.weight.is_cuda)
     trees = [tree_from_replies(i, prompts[i], [s.tokens for s in said], [s.finished for s in said])
              for i, said in zip(mine, answers, strict=True)]

@@ -11,6 +11,7 @@ import torch
 import lora
 from checkpoints import check_weights, expect_replies
 from data.files import exists
+from data.four_models import SLOTS
 from data.pack import check_positions, steps_per_epoch
 from data.tokenizer import load_tokenizer
 from families import read_config
@@ -100,7 +101,11 @@ def dry_run(config, load_data, scored: bool = False, teacher: bool = False) -> N
 
 
 def plan_of_four(config, dtype: str) -> dict[str, int]:
-    """As plan, for ppo.py's four models, all of the policy's size; they take turns, so activations count once."""
+    """As plan, for ppo.py's four models, all of the policy's size; they take turns, so activations count once.
+
+    With whole models a GPU samples from a copy of the policy in bf16. Its cache counts prompts as long as replies.
+    """
+    model = read_config(config.model)
     policy = plan(config.model, config, dtype, config.micro_tokens)
     frozen = plan(config.model, config, dtype, 0, trained=False)
     value = dict.fromkeys(policy, 0)
@@ -111,8 +116,12 @@ def plan_of_four(config, dtype: str) -> dict[str, int]:
         weights = policy["weights"] * (1 if one_base else 2)
     else:
         weights = policy["weights"] + value["weights"] + (1 if config.reward else 2) * frozen["weights"]
+    sampler = frozen["weights"] if dtype == "bfloat16" and not config.lora_rank else 0
+    cached = min(SLOTS, config.batch * config.n) * 2 * config.max_tokens  # tokens
+    numbers = 2 * model.layers * model.kv_heads * model.head_dim  # of keys and values, a token
     found = {part: policy[part] + value[part] for part in policy}
-    return found | {"weights": weights, "parameters": policy["parameters"]}
+    return found | {"weights": weights, "parameters": policy["parameters"], "sampler": sampler,
+                    "KV cache": cached * numbers * (2 if dtype == "bfloat16" else 4)}
 
 
 def dry_run_of_four(config) -> None:

@@ -14,6 +14,8 @@ from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from model import Transformer, add_score_head
 from runtime import distributed, fail
 
+SLOTS = 256  # replies that are sampled together, at most
+
 
 class Models(NamedTuple):
     """The four models; with adapters they are roles on one frozen base (lora.Role)."""

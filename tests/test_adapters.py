@@ -20,6 +20,7 @@ from data.pack import pack
 from data.tiny.world import demonstrate, dialogue
 from data.tokenizer import load_tokenizer
 from data.trees import Response, Tree
+from families import read_config
 from model import ModelConfig, Transformer, generate, init_weights
 from runtime import memory
 
@@ -261,6 +262,17 @@ def test_ppo_on_one_base_is_told_to_take_one_base(reward_run, chatbot):
     full, two, one = plan("model"), plan("model", lora_rank=4), plan("adapter", lora_rank=4)
     assert two["weights"] == 2 * one["weights"] and full["weights"] > 3 * one["weights"]
     assert one["trained"] == two["trained"] < full["trained"] / 2
+
+
+def test_ppo_is_told_of_the_sampler_and_its_cache(reward_run, chatbot):
+    """24 replies of 16 tokens, prompts as long, and a copy of the policy in bf16 where compute is and no adapter."""
+    settings = dict(model=str(chatbot), reward_model=str(reward_run / "model"), batch=8, n=3, max_tokens=16)
+    wide, narrow, adapters = (plan_of_four(ppo.Config(**settings | changes), dtype) for changes, dtype in (
+        ({}, "float32"), ({}, "bfloat16"), ({"lora_rank": 4}, "bfloat16")))
+    c = read_config(chatbot)
+    numbers = 2 * c.layers * c.kv_heads * c.head_dim * 24 * 32
+    assert [found["KV cache"] for found in (wide, narrow, adapters)] == [4 * numbers, 2 * numbers, 2 * numbers]
+    assert [found["sampler"] for found in (wide, narrow, adapters)] == [0, 2 * narrow["parameters"], 0]
 
 
 @pytest.mark.parametrize("changes, said", [

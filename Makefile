@@ -35,7 +35,7 @@ runs/tiny/99/%: SFT_SIZE = max_steps=8
 runs/tiny/99/%: TRAIN_SIZE = max_steps=8
 runs/tiny/99/%: PPO_SIZE = steps=2 batch=8
 
-.PHONY: demo results test test-portable lint exercise bench bench-peers calibration speedrun smollm2 smollm2-results gpu gpu-tests gpu-kernels gpu-ranks base
+.PHONY: demo results test test-portable lint exercise bench bench-peers calibration speedrun smollm2 smollm2-results gpu gpu-smollm2 gpu-tests gpu-kernels gpu-ranks base
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -230,6 +230,12 @@ gpu-tests:
 	timeout --signal=INT 90 $(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null) \
 		tests/test_kernels.py tests/test_attention*.py tests/test_logprobs*.py tests/test_nf4.py tests/test_fused.py
 	timeout --signal=INT 30 $(PYTHON) -m pytest tests/test_model.py -k 'triton or graphs or keeps'
+
+# The recipe on SmolLM2-135M in bf16, all pairs of REAL_DATA (without it a rule's); its rates and gains beside the CPU's.
+gpu-smollm2: models/smollm2-135m/config.json
+	set -e; run() { timeout --signal=INT 90 $(PYTHON) -m benchmarks.smollm2 "$$@" data=$(REAL_DATA) runs=runs/smollm2-gpu \
+		out=benchmarks/results/smollm2_gpu.json device=cuda held=200 count=1000 length=0 epochs=1 dtype=bfloat16; }; \
+	run compare; run dpo; run sft; run dpo kind=full; run dpo kind=qlora; run reward; run grpo
 
 gpu-kernels:
 	$(PYTHON) -m benchmarks.kernels --budget 450

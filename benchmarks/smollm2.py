@@ -84,6 +84,7 @@ class Config:
     epochs: int = 0                  # over the pairs; 0: as the config file says
     dtype: Literal["float32", "bfloat16"] = "float32"  # of training; what is measured is measured in float32
     peers: str = ".venv-peers/bin/python"  # of `same`: an interpreter with transformers
+    device: str = "auto"
     seed: int = 0
     threads: int = 0
 
@@ -132,7 +133,7 @@ def add_rows(config: Config, rows: list[dict], curve: list[dict] | None = None) 
     keys = {(row["stage"], row["seed"], row["measure"]) for row in new}
     old = [row for row in found["rows"] if (row["stage"], row["seed"], row["measure"]) not in keys]
     curves = found.get("curves", {}) | ({f"{stage}, seed {seed}": curve} if curve else {})
-    save(file, machine(torch.device("cpu")) | {"rows": old + new, "curves": curves})
+    save(file, machine(runtime.find_device(config.device)) | {"rows": old + new, "curves": curves})
     for row in new:
         print(line_of(row))
 
@@ -163,17 +164,18 @@ def stage_of(config: Config) -> tuple[str, int]:
 
 # ------------------------------------------------------------------------------------------- pieces
 
-def opened(path: str) -> tuple[Transformer, object]:
+def opened(path: str, config: Config) -> tuple[Transformer, object]:
     if not Path(path).is_dir():
         fail(f"{path}: no such model: make smollm2 fetches it, and each piece names the run it makes")
-    model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
+    device = runtime.find_device(config.device)
+    model, tokenizer = load_model(path, torch.float32, device=device), load_tokenizer(path)
     adopt_template(model, tokenizer)
     return model, tokenizer
 
 
 def sampled(config: Config, asked: list[str], temperature: float, n: int = 1) -> list[list]:
     """n replies (texts, tokens, whether they ended) to every question."""
-    model, tokenizer = opened(config.model)
+    model, tokenizer = opened(config.model, config)
     prompts = [tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True)[0] for text in asked]
     found = generate(model, prompts, config.max_tokens, temperature=temperature, n=n, stop_ids=tokenizer.stop_ids(),
                      seed=config.seed, progress=f"replies of {config.model}")
@@ -266,9 +268,17 @@ def trained(config: Config, script, name: str, **changes) -> str:
 def run(config: Config, script, name: str, out: Path, **changes) -> None:
     settings = runtime.load_config(script.Config, "", ["--config", str(CONFIGS / f"{name}.toml")])
     script.main(replace(settings, model=config.base, out=str(out), seed=config.seed, threads=config.threads, cache="",
-                        dtype=config.dtype, **changes))
+                        dtype=config.dtype, device=config.device, **changes))
     if not (out / "model" / "config.json").is_file():
         fail(f"{out}: was stopped before its end: the same command goes on from there")
+
+
+def speed(config: Config) -> list[dict]:
+    """Pairs or tokens a second of the run's steps, the first aside."""
+    file = Path(config.model).parent / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()][1:]
+    return [mean(f"{unit} a second in training", [row[f"{unit}_per_s"] for row in rows])
+            for unit in ("pairs", "tokens") if rows and f"{unit}_per_s" in rows[0]]
 
 
 def dpo_piece(config: Config) -> None:
@@ -293,7 +303,7 @@ def margins(config: Config) -> list[dict]:
     settings = dpo.Config(model=config.model, ref_model=config.base, ref_cache=str(cache),
                           max_length=LONGEST, micro_tokens=2048, cache="", dtype="float32")
     trees = dpo.load_data(str(config.file("held_out")), load_tokenizer(config.base), settings, "held out")
-    policy, device = opened(config.model)[0], torch.device("cpu")
+    policy, device = opened(config.model, config)[0], runtime.find_device(config.device)
     dpo.set_reference(policy, OWN, [trees], config.folder, settings, device)
     rows = []
     for tree, sums in zip(trees, all_scores(policy, trees, 2048, device, response_logprob_sums), strict=True):
@@ -311,7 +321,7 @@ def compare(config: Config) -> None:
     rows, found = margins(config), []
     if config.model != config.base:
         found = [share("held-out accuracy, implicit reward", [row["margin"] > 0 for row in rows]),
-                 mean("held-out margin, nats", [row["margin"] for row in rows])]
+                 mean("held-out margin, nats", [row["margin"] for row in rows]), *speed(config)]
     asked = [json.loads(line)["prompt"] for line in config.file("held_out").read_text().splitlines()]
     asked = [text if isinstance(text, str) else text[-1]["content"] for text in asked][:REPLIES]
     said = [samples[0] for samples in sampled(config, asked, 0.7)]
@@ -353,7 +363,7 @@ def rule_piece(config: Config, curve: list[dict] | None = None) -> None:
 
 def choices_piece(config: Config) -> None:
     """ARC-Challenge, PIQA and TruthfulQA without examples (TruthfulQA has six of its own)."""
-    model, tokenizer = opened(config.model)
+    model, tokenizer = opened(config.model, config)
     found = []
     for task in EXAMS:
         exam = exams.read_exam(task, place(config, task), shots=0, limit=config.held)
@@ -369,7 +379,7 @@ def same_piece(config: Config) -> None:
     """Log-likelihoods of the choices beside transformers', question by question in turns: how far apart, how fast."""
     if not Path(config.peers).is_file():
         fail(f"{config.peers}: no such file: `make bench-peers` builds it, or set peers=")
-    model, tokenizer = opened(config.model)
+    model, tokenizer = opened(config.model, config)
     asked = []
     for task in EXAMS:
         exam = exams.read_exam(task, place(config, task), shots=0, limit=config.held)
@@ -396,15 +406,16 @@ def same_piece(config: Config) -> None:
 def reward_piece(config: Config) -> None:
     """Accuracy on held-out pairs, over all and by the margin of the annotators' scores, beside two baselines."""
     path = trained(config, reward, "reward")
-    model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
+    device = runtime.find_device(config.device)
+    model, tokenizer = load_model(path, torch.float32, device=device), load_tokenizer(path)
     settings = reward.Config(max_length=LONGEST, cache="", threads=config.threads)
     trees = reward.load_data(str(config.file("held_out")), tokenizer, settings, "held out")
     scorers: dict[str, tuple[Transformer, Callable]] = {
-        "reward model": (model, response_scores), "log p per token": (opened(config.base)[0], mean_logprobs),
+        "reward model": (model, response_scores), "log p per token": (opened(config.base, config)[0], mean_logprobs),
         "length": (model, lengths)}
     found = []
     for name, (scorer, score) in scorers.items():
-        result = report(trees, all_scores(scorer, trees, 2048, torch.device("cpu"), score))
+        result = report(trees, all_scores(scorer, trees, 2048, device, score))
         parts = {"": (result["accuracy"], result["pairs"])}
         parts |= {f", margin {margin}": part for margin, part in result["by_margin"].items()}
         found += [share(f"accuracy, {name}{part}", [i < round(accuracy * n) for i in range(n)])
@@ -435,5 +446,5 @@ if __name__ == "__main__":
     if words and not words[0].startswith("-") and "=" not in words[0]:
         words[0] = f"piece={words[0]}"
     settings = runtime.load_config(Config, __doc__, words)
-    runtime.setup("cpu", settings.seed, settings.threads)
+    runtime.setup(settings.device, settings.seed, settings.threads)
     PIECES[settings.piece](settings)

@@ -65,6 +65,13 @@ def test_rows_of_a_model_replace_those_of_the_same_measures(tmp_path):
         ("real/dpo-lora-100", 2, "length", 3.0), ("real/dpo-lora-100", 2, "accuracy", 0.5)]
 
 
+def test_the_rate_of_a_run_is_its_steps_mean_without_the_first(tmp_path):
+    steps = [{"step": i, "loss": 0.5, "pairs_per_s": rate} for i, rate in enumerate((0.5, 2.0, 4.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (row,) = smollm2.speed(Config(model=f"{tmp_path}/model"))
+    assert row["measure"] == "pairs a second in training" and (row["value"], row["n"]) == (3.0, 2)
+
+
 @pytest.mark.parametrize("chosen, rejected, margin", [(9, 9, 0), (8, 7.5, 1), (8, 7, 1), (9, 7.5, 2), (9, 1, 3)])
 def test_margins_are_steps_of_the_scores(chosen, rejected, margin):
     scores = {"score_chosen": chosen, "score_rejected": rejected}
@@ -75,7 +82,7 @@ def test_without_data_a_piece_that_needs_it_says_how_to_get_it(tmp_path, capsys)
     exits(capsys, lambda: smollm2.place(Config(), "arc"), "arc: no data set named", "hf download")
     exits(capsys, lambda: smollm2.chosen_pairs(Config(), str(tmp_path / "none"), 3, 9), "none: no such file")
     exits(capsys, lambda: Config(piece="dance"), "piece is 'dance', expected one of check")
-    exits(capsys, lambda: smollm2.opened(str(tmp_path / "none")), "make smollm2 fetches it")
+    exits(capsys, lambda: smollm2.opened(str(tmp_path / "none"), Config()), "make smollm2 fetches it")
 
 
 def test_the_settings_of_the_pieces_are_keys_of_the_scripts():

@@ -1,8 +1,9 @@
 """The server under mixed clients for some minutes: does its memory stay where it was? It stops by itself.
 
-    python -m benchmarks.soak minutes=5        to results/soak.json
+    nice -n 10 python -m benchmarks.soak minutes=60        to results/soak.json
 
-Eight clients ask, stream, leave in the middle, send what is refused, and open connections that say nothing.
+Eight clients ask, stream, leave in the middle, send what is refused, and open connections that say nothing; each
+pauses between two requests, so that an hour of it leaves the machine to others.
 """
 import json
 import random
@@ -27,15 +28,17 @@ WORDS = ["chat.py", "--serve", "model=data/tiny/base", "template=zephyr", "port=
 class Config:
     minutes: float = 5.0
     clients: int = 8
+    pause_s: float = 1.5  # between two requests of one client
     out: str = "benchmarks/results/soak.json"
 
 
-def client(number: int, url: str, until: float, done: Counter) -> None:
+def client(number: int, url: str, until: float, pause_s: float, done: Counter) -> None:
     rng, port = random.Random(number), int(re.search(r":(\d+)/", url)[1])
     with httpx.Client(base_url=url, timeout=120) as http:
         while time.time() < until:
             kind = rng.choice(("reply", "stream", "leave", "refused", "idle"))
             done[kind] += 1
+            time.sleep(pause_s)
             if kind == "idle":
                 with socket.create_connection(("127.0.0.1", port)) as silent:
                     silent.sendall(b"GET /v1/models HT")
@@ -53,13 +56,13 @@ def main(config: Config) -> None:
     url = next(filter(None, (re.search(r"http://\S+", line) for line in server.stdout)))[0] + "/"
     until, done, seen = time.time() + 60 * config.minutes, Counter(), []
     with ThreadPoolExecutor(config.clients) as pool:
-        running = [pool.submit(client, i, url, until, done) for i in range(config.clients)]
+        running = [pool.submit(client, i, url, until, config.pause_s, done) for i in range(config.clients)]
         while not all(part.done() for part in running):
-            time.sleep(5)
             status = Path(f"/proc/{server.pid}/status").read_text()
             seen.append(round(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024, 1))
+            time.sleep(60)
     report = {"command": f"python -m benchmarks.soak minutes={config.minutes:g}", "minutes": config.minutes,
-              "requests": dict(done), "every_5_s": seen,
+              "pause_s": config.pause_s, "requests": dict(done), "every_minute": seen,
               "resident_mb": {"at the beginning": seen[0], "in the middle": seen[len(seen) // 2],
                               "at the end": seen[-1]}}
     server.terminate()

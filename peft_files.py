@@ -10,7 +10,7 @@ does a setting that changes what is computed and is not in USED. adapters.py put
 """
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,6 +150,21 @@ def by_pattern(pattern: dict | None, name: str, default: float) -> float:
     """The value of the first key that matches the end of `name`."""
     keys = (key for key in pattern or {} if re.match(rf"(.*\.)?({key})$", name))
     return next((pattern[key] for key in keys), default)
+
+
+def matches(config: dict, names: list[str]) -> Iterator[str]:
+    """All that a configuration's regular expressions are matched with, each key given before its own (try_out)."""
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        yield key
+        for name in names:
+            is_target(DEFAULTS | {key: config[key]}, name)
+    yield "layers_pattern"
+    for name in names:
+        _in_layers(config, name)
+    for key in ("rank_pattern", "alpha_pattern"):
+        yield key
+        for name in names:
+            by_pattern(config[key], name, 0)
 
 
 def is_saved(config: dict, name: str) -> bool:

@@ -129,7 +129,7 @@ class ChatTemplate:
         try:
             return self._compiled.render(messages=given, tools=None, documents=None,
                                          add_generation_prompt=add_generation_prompt, **self.names)
-        except TemplateError:
+        except (TemplateError, MemoryError):
             raise
         except Exception as error:  # a template is a program, which may raise anything
             raise TemplateError(

@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +31,7 @@ from families import find_folder
 from model import generate
 from runtime import fail, file_hash, shown
 from runtime.json_files import SWITCH, Checked, Kind, read_json, whole
+from runtime.sandbox import try_out
 
 
 def _read_text(file: Path) -> str:
@@ -216,6 +218,8 @@ class Tokenizer:
         """Make `name` the template, and find out which tokens its markup has and which of them ends a reply."""
         self._tokens = _any_of(token for token in self.added if token.strip())
         self.template, self.chat = name, None if name is None else self._chat(name)
+        if self.chat and name not in NAMED:
+            self._try_template(self.path / "chat_template.jinja" if name == OWN else Path(name))
         self.markup, self.end, structure = self._probe() if self.chat else ([], None, set())
         self.special = {token: found.id for token, found in self.added.items() if found.special or token in structure}
         unknown = self.names.get("unk_token")
@@ -224,6 +228,21 @@ class Tokenizer:
         sought = [token for token in self.added.keys() - self.special.keys() - self.vocabulary.added.keys()
                   if token.strip()]
         self._in_text = _any_of(sought) if sought else None
+
+    def _try_template(self, file: Path) -> None:
+        """Refuse a template that loops or multiplies without end, as far as a few dialogues show it."""
+        def dialogues() -> Iterator[str]:
+            long = [m | {"content": m["content"] * 1000} for m in PROBE[1:3]] * 10
+            for messages in (*(PROBE[:turns] for turns in range(1, 6)), PROBE[1:], long):
+                yield f"chat_template, on a dialogue of {len(messages)} turns,"
+                for ask in (False, True):
+                    with suppress(TemplateError):
+                        self.chat.render(messages, ask)
+
+        key, fault = try_out(dialogues())
+        if fault:
+            place = file if file.is_file() else self.path / "tokenizer_config.json"
+            fail(f"{place}: {key} {fault}: remove it there and set template=")
 
     def _probe(self) -> tuple[list[str], str | None, set[str]]:
         """What a dialogue shows: tokens of the markup; the one that ends a reply; it and those outside replies."""

@@ -154,17 +154,14 @@ def by_pattern(pattern: dict | None, name: str, default: float) -> float:
 
 def matches(config: dict, names: list[str]) -> Iterator[str]:
     """All that a configuration's regular expressions are matched with, each key given before its own (try_out)."""
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern",
+                "alpha_pattern"):
         yield key
+        alone = DEFAULTS | {"layers_to_transform": [0], key: config[key]}
         for name in names:
-            is_target(DEFAULTS | {key: config[key]}, name)
-    yield "layers_pattern"
-    for name in names:
-        _in_layers(config, name)
-    for key in ("rank_pattern", "alpha_pattern"):
-        yield key
-        for name in names:
-            by_pattern(config[key], name, 0)
+            is_target(alone, name)
+            _in_layers(alone, name)
+            by_pattern(alone["rank_pattern"] or alone["alpha_pattern"], name, 0)
 
 
 def is_saved(config: dict, name: str) -> bool:

@@ -32,7 +32,7 @@ TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>"),
 
 
 class TemplateError(ValueError):
-    """A chat template cannot render these messages; the message says what and why."""
+    """A chat template or the vocabulary cannot render these messages; the message says what and why."""
 
 
 class Part(NamedTuple):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import sentencepiece
 import tokenizers
 
-from data.templates import TOKENS
+from data.templates import TOKENS, TemplateError
 from runtime import fail, shown
 from runtime.sandbox import try_out
 
@@ -68,7 +68,6 @@ class Fast:
     """tokenizer.json: Llama-3, Qwen, Falcon, StarCoder, Pythia; and sentencepiece vocabularies converted to it."""
 
     def __init__(self, file: Path):
-        self.file = file
         try:
             table = json.loads(file.read_text("utf-8"))
             key, fault = try_out(_steps(table))
@@ -111,7 +110,8 @@ class Fast:
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            fail(f"{self.file}: cannot encode {shown(text)} ({error}): drop that text, or mend the file's expressions")
+            raise TemplateError(
+                f"tokenizer.json cannot encode {shown(text)} ({error}): drop or mend one of them") from None
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=False)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, FIXTURES, ROOT
+from conftest import BASE, FIXTURES, ROOT, exits, write_jsonl
 from test_peft_files import written
 
 import adapters
@@ -350,3 +350,16 @@ def test_what_would_never_end_is_refused_and_its_key_named(name, key, value, tmp
     outcome, spent, said = in_fork(work, tmp_path / "found.json")
     assert outcome == "refused" and f"/{name}: " in said and key in said, (outcome, said)
     assert spent <= SECONDS
+
+
+def test_an_expression_that_hangs_on_a_text_alone_names_the_record(tmp_path, capsys):
+    """The library gives up after ten million steps back; on one letter repeated, as it was tried, it takes few."""
+    place = prepared("tokenizer.json", MODELS / "qwen2", tmp_path / "0" / "m")
+    table = json.loads((place / "tokenizer.json").read_text()) | steps("pre_tokenizer", split("(ab|ba|a|b)+c"))
+    (place / "tokenizer.json").write_text(json.dumps(table))
+    texts = ["abc", "ab" * 40 + "dc"]
+    write_jsonl(tmp_path / "sft.jsonl", [{"messages": [{"role": "user", "content": "Hi"},
+                                                       {"role": "assistant", "content": text}]} for text in texts])
+    config = sft.Config(data=str(tmp_path / "sft.jsonl"), model=str(place), out=str(tmp_path / "run"), cache="",
+                        device="cpu")
+    exits(capsys, lambda: sft.main(config), "sft.jsonl record 2: ", "tokenizer.json cannot encode 'abab", "drop or mend")

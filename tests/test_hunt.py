@@ -362,4 +362,15 @@ def test_an_expression_that_hangs_on_a_text_alone_names_the_record(tmp_path, cap
                                                        {"role": "assistant", "content": text}]} for text in texts])
     config = sft.Config(data=str(tmp_path / "sft.jsonl"), model=str(place), out=str(tmp_path / "run"), cache="",
                         device="cpu")
-    exits(capsys, lambda: sft.main(config), "sft.jsonl record 2: ", "tokenizer.json cannot encode 'abab", "drop or mend")
+    exits(capsys, lambda: sft.main(config), "sft.jsonl record 2: ", "tokenizer.json cannot encode", "drop or mend")
+
+
+@linux
+def test_a_template_in_a_file_of_its_own_is_named_by_that_file(tmp_path, capsys):
+    """The checkpoint's chat_template.jinja, and one that template= names."""
+    place = prepared("tokenizer.json", MODELS / "qwen2", tmp_path / "0" / "m")
+    tokenizer = load_tokenizer(place)
+    for file, read in ((tmp_path / "mine.jinja", lambda: tokenizer.adopt(str(tmp_path / "mine.jinja"))),
+                       (place / "chat_template.jinja", lambda: load_tokenizer(place))):
+        file.write_text(LOOP)
+        exits(capsys, read, f"{file}: chat_template takes more than 1 s or 1 GB", "remove it", "set template=")

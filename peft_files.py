@@ -11,6 +11,7 @@ does a setting that changes what is computed and is not in USED. adapters.py put
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -139,8 +140,12 @@ def _in_layers(config: dict, name: str) -> bool:
 
 def by_pattern(pattern: dict | None, name: str, default: float) -> float:
     """The value of the first key that matches the end of `name`."""
-    keys = (key for key in pattern or {} if re.match(rf"(.*\.)?({key})$", name))
-    return next((pattern[key] for key in keys), default)
+    return next((value for key, value in (pattern or {}).items() if _at_end(key).match(name)), default)
+
+
+@cache  # of its own, since re keeps 512 and an adapter may have a key for every layer
+def _at_end(key: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def matches(config: dict, names: list[str]) -> Iterator[str]:
@@ -148,7 +153,10 @@ def matches(config: dict, names: list[str]) -> Iterator[str]:
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern",
                 "alpha_pattern"):
         yield key
-        alone = DEFAULTS | {"layers_to_transform": [0], key: config[key]}
+        patterns = config[key] or []
+        if isinstance(patterns, dict):  # without a sign of repetition a key ends, and there may be thousands
+            patterns = {pattern: 1 for pattern in patterns if set(pattern) & set("*+?{")}
+        alone = DEFAULTS | {"layers_to_transform": [0], key: patterns}
         for name in names:
             is_target(alone, name)
             _in_layers(alone, name)

@@ -223,7 +223,7 @@ class Tokenizer:
             if fault:
                 file = self.path / "chat_template.jinja" if name == OWN else Path(name)
                 file = file if file.is_file() else self.path / "tokenizer_config.json"
-                fail(f"{file}: {key} {fault} to render a few turns: remove it there and set template=")
+                fail(f"{file}: {key} {fault} to render a few turns: mend or remove it, and set template=")
         self.markup, self.end, structure = self._probe() if self.chat else ([], None, set())
         self.special = {token: found.id for token, found in self.added.items() if found.special or token in structure}
         unknown = self.names.get("unk_token")

@@ -28,7 +28,9 @@ import sft
 from checkpoints import check_weights, load_model, read_config
 from data.tokenizer import TemplateError, adopt_template, check_vocabulary, load_tokenizer
 from model import Transformer
+from peft_files import matches
 from runtime import config_toml, load_config
+from runtime.sandbox import try_out
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "500"))
 SECONDS, BYTES = 2, 2**30
@@ -373,4 +375,12 @@ def test_a_template_in_a_file_of_its_own_is_named_by_that_file(tmp_path, capsys)
     for file, read in ((tmp_path / "mine.jinja", lambda: tokenizer.adopt(str(tmp_path / "mine.jinja"))),
                        (place / "chat_template.jinja", lambda: load_tokenizer(place))):
         file.write_text(LOOP)
-        exits(capsys, read, f"{file}: chat_template takes more than 1 s or 1 GB", "remove it", "set template=")
+        exits(capsys, read, f"{file}: chat_template takes more than 1 s or 1 GB", "mend or remove it", "set template=")
+
+
+def test_an_honest_adapter_with_a_key_for_every_layer_of_a_large_model_passes():
+    names = [f"model.layers.{layer}.mlp.{kind}_proj" for layer in range(400) for kind in ("gate", "up", "down")]
+    config = adapters.DEFAULTS | {"target_modules": r".*\.(gate|up|down)_proj", "modules_to_save": ["lm_head"],
+                                  "rank_pattern": dict.fromkeys(names, 4), "alpha_pattern": dict.fromkeys(names, 8),
+                                  "exclude_modules": ["score"], "layers_pattern": "layers"}
+    assert try_out(matches(config, names)) == ("", "")

@@ -122,7 +122,7 @@ def _steps(table: dict) -> Iterator[str]:
     word = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
     yield "its keys"
     model = tokenizers.Tokenizer.from_str(json.dumps(table | {"model": word, "added_tokens": []}))
-    steps = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")], ensure_ascii=False)
+    steps = json.dumps([table.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     expressions = " ".join(re.findall('"Regex": "(.*?)"}', steps))[:1000]
     # Behind many of a letter the expressions' own words, without which their engine does not even begin
     texts = [TRIED, *(f"{letter * 200}\ue000{expressions}" for letter in sorted({*expressions, *TRIED}))]
@@ -132,10 +132,9 @@ def _steps(table: dict) -> Iterator[str]:
     yield "pre_tokenizer"
     for text in texts * bool(model.pre_tokenizer):
         model.pre_tokenizer.pre_tokenize_str(text)
-    yield "post_processor"
-    ids = model.encode("a").ids
     yield "decoder"
-    model.decode(ids)
+    for text in texts * bool(model.decoder):
+        model.decoder.decode([text])
 
 
 def _without_prefix(table: dict) -> tuple[str, dict | None]:

@@ -308,6 +308,7 @@ def replace(expression: str, content: str) -> dict:
     return {"type": "Replace", "pattern": {"Regex": expression}, "content": content}
 
 
+BYTES_AGAIN = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 HANGS = [  # which file, its key, what stands there
     ("adapter_config.json", "target_modules", "(.+)+!"), ("adapter_config.json", "exclude_modules", "(([a-z._]|.)*)*0"),
@@ -329,6 +330,7 @@ HANGS = [  # which file, its key, what stands there
     ("tokenizer.json", "pre_tokenizer", steps("pre_tokenizer", split("z*z*z*z*z*z*!y"))),
     ("tokenizer.json", "normalizer", steps("normalizer", replace("(\\w+)+#", ""))),
     ("tokenizer.json", "normalizer", steps("normalizer", *[replace(".", "aa")] * 60)),
+    ("tokenizer.json", "decoder", {"decoder": {"type": "Sequence", "decoders": [replace("(a+)+$", ""), BYTES_AGAIN]}}),
 ]
 
 

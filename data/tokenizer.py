@@ -336,28 +336,19 @@ class Tokenizer:
 
     # ------------------------------------------------------------------------------------------ dialogues
 
-    def spans(
-        self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
-    ) -> list[tuple[list[int], bool]]:
-        """The rendered messages as spans of ids, each wholly in the loss or wholly outside it: prompt, reply, ...
-
-        A message with "loss": False is no reply but part of what the next one replies to.
-        """
-        spans: list[tuple[list[int], bool]] = []
-        for ids, reply in self._spans(self._template(template).parts(messages, add_generation_prompt)):
-            loss = reply is not None and messages[reply].get("loss", True)
-            if spans and not loss and not spans[-1][1]:
-                spans[-1][0].extend(ids)
-            else:
-                spans.append((ids, loss))
-        return spans
-
     def render(
         self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a dialogue and, for each, whether it is in the loss."""
-        spans = self.spans(messages, template, add_generation_prompt)
-        return [i for ids, _ in spans for i in ids], [loss for ids, loss in spans for _ in ids]
+        """Ids of a dialogue and, for each, whether it is in the loss.
+
+        A message with "loss": False is no reply but part of what the next one replies to.
+        """
+        ids: list[int] = []
+        in_loss: list[bool] = []
+        for span, reply in self._spans(self._template(template).parts(messages, add_generation_prompt)):
+            ids += span
+            in_loss += [reply is not None and messages[reply].get("loss", True)] * len(span)
+        return ids, in_loss
 
     def paths(self, messages: list[dict], template: str | None = None) -> list[Reply]:
         """Every reply to be learnt, behind the tokens that precede it when it is made.

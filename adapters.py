@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from checkpoints import file_name, join_qkv, parameters_by_tensor, split_qkv
 from lora import Adapter, LoraLinear, Role, adapter, attach, linear_paths, place_of, register, switch, untie
 from model import Linear, ModelConfig, Transformer
-from peft_files import DEFAULTS, AdapterFile, by_pattern, is_saved, is_target, write_adapter
+from peft_files import DEFAULTS, AdapterFile, by_pattern, is_saved, is_target, matches, write_adapter
 from runtime import distributed, fail
+from runtime.sandbox import try_out
 
 
 def _peft_name(path: str, model: Transformer) -> str:
@@ -158,6 +159,9 @@ def _load(model: Transformer, path: str | Path, name: str) -> tuple[AdapterFile,
     if file.ours.get("base_model_hash") and model.source_hash and file.ours["base_model_hash"] != model.source_hash:
         fail(f"{path}: was trained on another base ({config.get('base_model_name_or_path')}): load that one")
     vocabulary = [_peft_name(part, model) for part in ("embed_tokens", "embed_positions")] + _head_names(model)
+    key, fault = try_out(matches(config, [*_layers(model), *vocabulary]))
+    if fault:
+        fail(f"{file.folder / 'adapter_config.json'}: {key} {fault} on this model's names of layers: list the names")
     if not any(is_target(config, module) for module in [*_layers(model), *vocabulary]):
         fail(f"{path}: adapts {config['target_modules']}, which this model does not have: is it for another family?")
     switch(model, None)

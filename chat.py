@@ -2,6 +2,7 @@
 
     python chat.py model=runs/tiny/0/dpo/model                          /help lists the commands
     python chat.py --serve model=runs/tiny/0/dpo/model port=8000        http://127.0.0.1:8000/v1
+    DEFAULT_MODEL_METADATA='{"capabilities": {"builtin_tools": false}}' open-webui serve    would send tools otherwise
 
 The server decodes all requests together, one token each a step (continuous batching, Yu et al. 2022, "Orca"): a
 request joins when a slot is free, and leaves when it ends, meets a stop string, or its client goes away. A reply

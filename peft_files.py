@@ -10,9 +10,9 @@ does a setting that changes what is computed and is not in USED. adapters.py put
 """
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,21 +22,13 @@ from torch import Tensor
 from checkpoints import new_folder
 from families import find_folder
 from runtime import fail, shown
-from runtime.json_files import SWITCH, number, read_json, whole
+from runtime.json_files import SWITCH, Kind, number, read_json, whole
 
 PREFIX = "base_model.model."
 MERGE = "merge it with PEFT (merge_and_unload), save the model and load that"
 
 
 # ------------------------------------------------------------------------------- the configuration
-
-class Field(NamedTuple):
-    """A setting that is used: PEFT's default, whether a value is of the right kind, and that kind in words."""
-
-    default: object
-    fits: Callable[[object], bool]
-    expected: str
-
 
 NUMBER, RANK = number(-1e30, 1e30), whole(1, 2**16)
 
@@ -57,28 +49,28 @@ def _is_indices(value) -> bool:
     return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
 
 
-NAMES = "names, a regular expression or null"
-USED = {
-    "r": Field(8, *RANK),
-    "lora_alpha": Field(8, *NUMBER),
-    "lora_dropout": Field(0.0, *number(0, 0.9999)),
-    "use_rslora": Field(False, *SWITCH),
-    "use_dora": Field(False, *SWITCH),
-    "lora_bias": Field(False, *SWITCH),
-    "ensure_weight_tying": Field(False, *SWITCH),
-    "init_lora_weights": Field(True, lambda value: isinstance(value, (bool, str)), "true, false or a name"),
-    "target_modules": Field(None, _is_names, NAMES),
-    "exclude_modules": Field(None, _is_names, NAMES),
-    "modules_to_save": Field(None, lambda value: _is_names(value) and not isinstance(value, str), "a list of names"),
-    "layers_to_transform": Field(
-        None, lambda value: value is None or type(value) is int or _is_indices(value), "numbers of layers or null"),
-    "layers_pattern": Field(None, _is_names, NAMES),
-    "rank_pattern": Field({}, lambda value: _is_pattern(value, RANK.fits), "whole numbers from 1 by name"),
-    "alpha_pattern": Field({}, _is_pattern, "numbers by name"),
-    "trainable_token_indices": Field(
-        None, lambda value: _is_indices(value) or _is_pattern(value, _is_indices), "token ids, or token ids by layer"),
+NAMES = Kind(_is_names, "names, a regular expression or null")
+USED = {  # the settings that are used: PEFT's default, and what a value has to be
+    "r": (8, RANK),
+    "lora_alpha": (8, NUMBER),
+    "lora_dropout": (0.0, number(0, 0.9999)),
+    "use_rslora": (False, SWITCH),
+    "use_dora": (False, SWITCH),
+    "lora_bias": (False, SWITCH),
+    "ensure_weight_tying": (False, SWITCH),
+    "init_lora_weights": (True, Kind(lambda value: isinstance(value, (bool, str)), "true, false or a name")),
+    "target_modules": (None, NAMES),
+    "exclude_modules": (None, NAMES),
+    "modules_to_save": (None, Kind(lambda value: _is_names(value) and not isinstance(value, str), "a list of names")),
+    "layers_to_transform": (None, Kind(lambda value: value is None or type(value) is int or _is_indices(value),
+                                       "numbers of layers or null")),
+    "layers_pattern": (None, NAMES),
+    "rank_pattern": ({}, Kind(lambda value: _is_pattern(value, RANK.fits), "whole numbers from 1 by name")),
+    "alpha_pattern": ({}, Kind(_is_pattern, "numbers by name")),
+    "trainable_token_indices": (None, Kind(lambda value: _is_indices(value) or _is_pattern(value, _is_indices),
+                                           "token ids, or token ids by layer")),
 }
-DEFAULTS = {name: field.default for name, field in USED.items()}
+DEFAULTS = {name: default for name, (default, _) in USED.items()}
 # Say nothing about what is computed: how training began or was run, where the base lies, what the tensors show.
 HARMLESS = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
@@ -101,12 +93,12 @@ def read_config(file: Path) -> dict:
     if not file.is_file():
         fail(f"{file.parent}: holds no adapter_config.json, expected an adapter in PEFT's format")
     config = read_json(file)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        fail(f"{file}: peft_type is {shown(kind)}, expected 'LORA': {_remedy(str(kind).lower())}")
-    for name, field in USED.items():
-        if not field.fits(config.get(name, field.default)):
-            fail(f"{file}: {name} is {shown(config[name])}, expected {field.expected}: copy it again")
+    method = config.get("peft_type")
+    if method != "LORA":
+        fail(f"{file}: peft_type is {shown(method)}, expected 'LORA': {_remedy(str(method).lower())}")
+    for name, (default, kind) in USED.items():
+        if not kind.fits(config.get(name, default)):
+            fail(f"{file}: {name} is {shown(config[name])}, expected {kind.expected}: copy it again")
     for name in sorted(set(config) - set(USED) - HARMLESS):
         if config[name] not in (None, False, 0, "", [], {}):
             value = json.dumps(config[name])[:80]
@@ -148,8 +140,27 @@ def _in_layers(config: dict, name: str) -> bool:
 
 def by_pattern(pattern: dict | None, name: str, default: float) -> float:
     """The value of the first key that matches the end of `name`."""
-    keys = (key for key in pattern or {} if re.match(rf"(.*\.)?({key})$", name))
-    return next((pattern[key] for key in keys), default)
+    return next((value for key, value in (pattern or {}).items() if _at_end(key).match(name)), default)
+
+
+@cache  # of its own, since re keeps 512 and an adapter may have a key for every layer
+def _at_end(key: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def matches(config: dict, names: list[str]) -> Iterator[str]:
+    """All that a configuration's regular expressions are matched with, each key given before its own (try_out)."""
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern",
+                "alpha_pattern"):
+        yield key
+        patterns = config[key] or []
+        if isinstance(patterns, dict):  # without a sign of repetition a key ends, and there may be thousands
+            patterns = {pattern: 1 for pattern in patterns if set(pattern) & set("*+?{")}
+        alone = DEFAULTS | {"layers_to_transform": [0], key: patterns}
+        for name in names:
+            is_target(alone, name)
+            _in_layers(alone, name)
+            by_pattern(alone["rank_pattern"] or alone["alpha_pattern"], name, 0)
 
 
 def is_saved(config: dict, name: str) -> bool:

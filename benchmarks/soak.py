@@ -1,8 +1,9 @@
 """The server under mixed clients for some minutes: does its memory stay where it was? It stops by itself.
 
-    python -m benchmarks.soak minutes=5        to results/soak.json
+    nice -n 10 python -m benchmarks.soak minutes=60        to results/soak.json
 
-Eight clients ask, stream, leave in the middle, send what is refused, and open connections that say nothing.
+Eight clients ask, stream, leave in the middle, send what is refused, and open connections that say nothing; each
+pauses between two requests, so that an hour of it leaves the machine to others.
 """
 import json
 import random
@@ -21,12 +22,12 @@ import httpx
 import runtime
 
 WORDS = ["chat.py", "--serve", "model=data/tiny/base", "template=zephyr", "port=0", "threads=1", "name=it"]
+CLIENTS, PAUSE_S = 8, 1.5  # between two requests of one client
 
 
 @dataclass(frozen=True)
 class Config:
     minutes: float = 5.0
-    clients: int = 8
     out: str = "benchmarks/results/soak.json"
 
 
@@ -36,6 +37,7 @@ def client(number: int, url: str, until: float, done: Counter) -> None:
         while time.time() < until:
             kind = rng.choice(("reply", "stream", "leave", "refused", "idle"))
             done[kind] += 1
+            time.sleep(PAUSE_S)
             if kind == "idle":
                 with socket.create_connection(("127.0.0.1", port)) as silent:
                     silent.sendall(b"GET /v1/models HT")
@@ -52,14 +54,14 @@ def main(config: Config) -> None:
     server = subprocess.Popen([sys.executable, *WORDS], stdout=subprocess.PIPE, text=True)
     url = next(filter(None, (re.search(r"http://\S+", line) for line in server.stdout)))[0] + "/"
     until, done, seen = time.time() + 60 * config.minutes, Counter(), []
-    with ThreadPoolExecutor(config.clients) as pool:
-        running = [pool.submit(client, i, url, until, done) for i in range(config.clients)]
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        running = [pool.submit(client, i, url, until, done) for i in range(CLIENTS)]
         while not all(part.done() for part in running):
-            time.sleep(5)
             status = Path(f"/proc/{server.pid}/status").read_text()
             seen.append(round(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024, 1))
+            time.sleep(60)
     report = {"command": f"python -m benchmarks.soak minutes={config.minutes:g}", "minutes": config.minutes,
-              "requests": dict(done), "every_5_s": seen,
+              "pause_s": PAUSE_S, "requests": dict(done), "every_minute": seen,
               "resident_mb": {"at the beginning": seen[0], "in the middle": seen[len(seen) // 2],
                               "at the end": seen[-1]}}
     server.terminate()

@@ -32,7 +32,7 @@ TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>"),
 
 
 class TemplateError(ValueError):
-    """A chat template cannot render these messages; the message says what and why."""
+    """A chat template or the vocabulary cannot render these messages; the message says what and why."""
 
 
 class Part(NamedTuple):
@@ -129,7 +129,7 @@ class ChatTemplate:
         try:
             return self._compiled.render(messages=given, tools=None, documents=None,
                                          add_generation_prompt=add_generation_prompt, **self.names)
-        except TemplateError:
+        except (TemplateError, MemoryError):
             raise
         except Exception as error:  # a template is a program, which may raise anything
             raise TemplateError(
@@ -180,7 +180,8 @@ class ChatTemplate:
         """
         reply = len(messages) - 1
         pieces, prompt = self._pieces(messages, False)[0], _join(self._pieces(messages[:-1], True)[0])
-        text, begin, said = _join(pieces), len(prompt), self._said(pieces, reply)
+        last = max((k for k, (_, message) in enumerate(pieces) if message == reply), default=-1)
+        text, begin, said = _join(pieces), len(prompt), len(_join(pieces[: last + 1]))  # said: where its words end
         if not text.startswith(prompt):
             raise TemplateError("the chat template asks for a reply in another way than it writes one "
                                 f"(...{prompt[-30:]!r}): set template=")
@@ -194,12 +195,6 @@ class ChatTemplate:
             raise TemplateError(f"the chat template leaves {lost} out: drop it, or set template=")
         found = self.tokens.search(text, said)
         return pieces, begin, found.end() if found else said, bool(found)
-
-    @staticmethod
-    def _said(own: Pieces, reply: int) -> int:
-        """The character at which the words of the reply end."""
-        last = max((k for k, (_, message) in enumerate(own) if message == reply), default=-1)
-        return sum(len(piece) for piece, _ in own[: last + 1])
 
     def _pieces(self, messages: list[dict], add_generation_prompt: bool) -> tuple[Pieces, bool]:
         """The rendered text, taken apart, and whether its markup is that of all messages of these roles."""

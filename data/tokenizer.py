@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +31,7 @@ from families import find_folder
 from model import generate
 from runtime import fail, file_hash, shown
 from runtime.json_files import SWITCH, Checked, Kind, read_json, whole
+from runtime.sandbox import try_out
 
 
 def _read_text(file: Path) -> str:
@@ -216,6 +218,12 @@ class Tokenizer:
         """Make `name` the template, and find out which tokens its markup has and which of them ends a reply."""
         self._tokens = _any_of(token for token in self.added if token.strip())
         self.template, self.chat = name, None if name is None else self._chat(name)
+        if self.chat and name not in NAMED:
+            key, fault = try_out(self._trial())
+            if fault:
+                file = self.path / "chat_template.jinja" if name == OWN else Path(name)
+                file = file if file.is_file() else self.path / "tokenizer_config.json"
+                fail(f"{file}: {key} {fault} to render a few turns: mend or remove it, and set template=")
         self.markup, self.end, structure = self._probe() if self.chat else ([], None, set())
         self.special = {token: found.id for token, found in self.added.items() if found.special or token in structure}
         unknown = self.names.get("unk_token")
@@ -224,6 +232,13 @@ class Tokenizer:
         sought = [token for token in self.added.keys() - self.special.keys() - self.vocabulary.added.keys()
                   if token.strip()]
         self._in_text = _any_of(sought) if sought else None
+
+    def _trial(self) -> Iterator[str]:
+        """What shows that a stranger's template ends: short dialogues, and one of twenty long turns."""
+        yield "chat_template"
+        self._probe()
+        with suppress(TemplateError):
+            self.chat.render([m | {"content": m["content"] * 1000} for m in PROBE[1:3]] * 10)
 
     def _probe(self) -> tuple[list[str], str | None, set[str]]:
         """What a dialogue shows: tokens of the markup; the one that ends a reply; it and those outside replies."""
@@ -321,28 +336,19 @@ class Tokenizer:
 
     # ------------------------------------------------------------------------------------------ dialogues
 
-    def spans(
-        self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
-    ) -> list[tuple[list[int], bool]]:
-        """The rendered messages as spans of ids, each wholly in the loss or wholly outside it: prompt, reply, ...
-
-        A message with "loss": False is no reply but part of what the next one replies to.
-        """
-        spans: list[tuple[list[int], bool]] = []
-        for ids, reply in self._spans(self._template(template).parts(messages, add_generation_prompt)):
-            loss = reply is not None and messages[reply].get("loss", True)
-            if spans and not loss and not spans[-1][1]:
-                spans[-1][0].extend(ids)
-            else:
-                spans.append((ids, loss))
-        return spans
-
     def render(
         self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a dialogue and, for each, whether it is in the loss."""
-        spans = self.spans(messages, template, add_generation_prompt)
-        return [i for ids, _ in spans for i in ids], [loss for ids, loss in spans for _ in ids]
+        """Ids of a dialogue and, for each, whether it is in the loss.
+
+        A message with "loss": False is no reply but part of what the next one replies to.
+        """
+        ids: list[int] = []
+        in_loss: list[bool] = []
+        for span, reply in self._spans(self._template(template).parts(messages, add_generation_prompt)):
+            ids += span
+            in_loss += [reply is not None and messages[reply].get("loss", True)] * len(span)
+        return ids, in_loss
 
     def paths(self, messages: list[dict], template: str | None = None) -> list[Reply]:
         """Every reply to be learnt, behind the tokens that precede it when it is made.

@@ -4,14 +4,17 @@ Some put a space before the first word of a text. What stands before a text deci
 special token, or other text (transformers: legacy, prepend_scheme, add_prefix_space).
 """
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
 import tokenizers
 
-from data.templates import TOKENS
-from runtime import fail
+from data.templates import TOKENS, TemplateError
+from runtime import fail, shown
+from runtime.sandbox import try_out
 
 TRIED = "Hi, 2 × é 世\n\t!"  # a text that a vocabulary must not stumble over
 MOST_GAPS = 2**14  # ids that tokens may leave unused: each has a row of the embedding
@@ -66,8 +69,12 @@ class Fast:
 
     def __init__(self, file: Path):
         try:
+            table = json.loads(file.read_text("utf-8"))
+            key, fault = try_out(_steps(table))
+            if fault:
+                raise ValueError(f"{key}: {fault}")
             self.model = self._ready(tokenizers.Tokenizer.from_file(str(file)))
-            scheme, inner = _without_prefix(json.loads(file.read_text("utf-8")))
+            scheme, inner = _without_prefix(table)
             self.prefixed = PREFIXED[scheme]
             self.inner = self.model if inner is None else self._ready(tokenizers.Tokenizer.from_str(json.dumps(inner)))
             self.adds_bos = bool(self.model.encode("").ids)
@@ -98,10 +105,36 @@ class Fast:
         return self.model.token_to_id(name)
 
     def encode(self, text: str, after: str) -> list[int]:
-        return (self.model if after in self.prefixed else self.inner).encode(text, add_special_tokens=False).ids
+        try:
+            return (self.model if after in self.prefixed else self.inner).encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise TemplateError(
+                f"tokenizer.json cannot encode {shown(text)} ({error}): drop or mend one of them") from None
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids, skip_special_tokens=False)
+
+
+def _steps(table: dict) -> Iterator[str]:
+    """The steps of a tokenizer.json but for its vocabulary, on texts at which regular expressions may hang."""
+    word = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    yield "its keys"
+    model = tokenizers.Tokenizer.from_str(json.dumps(table | {"model": word, "added_tokens": []}))
+    steps = json.dumps([table.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
+    expressions = " ".join(re.findall('"Regex": "(.*?)"}', steps))[:1000]
+    # Behind many of a letter the expressions' own words, without which their engine does not even begin
+    texts = [TRIED, *(f"{letter * 200}\ue000{expressions}" for letter in sorted({*expressions, *TRIED}))]
+    yield "normalizer"
+    for text in [*texts, *(token["content"] for token in table.get("added_tokens") or ())] * bool(model.normalizer):
+        model.normalizer.normalize_str(text)
+    yield "pre_tokenizer"
+    for text in texts * bool(model.pre_tokenizer):
+        model.pre_tokenizer.pre_tokenize_str(text)
+    yield "decoder"
+    for text in texts * bool(model.decoder):
+        model.decoder.decode([text])
 
 
 def _without_prefix(table: dict) -> tuple[str, dict | None]:

@@ -6,7 +6,7 @@
     distributed.py  several processes as one run                 files.py       writing that a kill cannot hurt
     cpu.py          what is done for CPUs, and why               memory.py      bytes of a run, before it starts
     terminal.py     closed pipes, other encodings, Ctrl-C        json_files.py  JSON that somebody else has written
-    serving.py      what both servers check
+    serving.py      what both servers check              sandbox.py     strangers' programs, tried within limits
 """
 from runtime.checkpoint import load_state, save_state
 from runtime.config import (

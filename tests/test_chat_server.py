@@ -251,6 +251,22 @@ def test_what_clients_send_by_habit_is_accepted():
     assert asked.sampling == Sampling(max_tokens=9, temperature=0.3) and asked.seed == 2**64 - 1 and asked.n == 1
 
 
+def test_a_request_of_open_webui_is_accepted_unless_it_gives_the_model_tools():
+    """As version 0.12.4 sent them: a dialogue from its page, and every setting of its page moved or neutral."""
+    talk = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello!"},
+            {"role": "user", "content": "Again."}]
+    sent = {"stream": True, "model": "m", "messages": talk, "stream_options": {"include_usage": True}}
+    moved = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "max_tokens": 20, "seed": 1, "stop": ["\n\n"],
+             "frequency_penalty": 0, "presence_penalty": 0, "repeat_penalty": 1, "min_p": 0, "logit_bias": {}}
+    asked = parse(sent, "m", Sampling(temperature=0.3), slots=8)
+    assert asked.messages == talk and asked.stream and asked.usage and asked.sampling == Sampling(temperature=0.3)
+    asked = parse(sent | moved, "m", Sampling(), slots=8)
+    assert asked.sampling == Sampling(20, 0.8, 0.9, 40, ("\n\n",)) and asked.seed == 1
+    with pytest.raises(Refusal) as refusal:
+        parse(sent | {"tools": [{"type": "function", "function": {"name": "calculate_timestamp"}}]}, "m", Sampling(), 8)
+    assert refusal.value.status == 400 and refusal.value.body["error"]["param"] == "tools"
+
+
 def test_errors_have_openai_s_classes(server):
     messages = [{"role": "user", "content": "Hi"}]
     create = server.client.chat.completions.create

@@ -14,14 +14,13 @@ import random
 import resource
 import shutil
 import struct
-import time
 import traceback
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, FIXTURES, ROOT
+from conftest import BASE, FIXTURES, ROOT, exits, write_jsonl
 from test_peft_files import written
 
 import adapters
@@ -29,7 +28,9 @@ import sft
 from checkpoints import check_weights, load_model, read_config
 from data.tokenizer import TemplateError, adopt_template, check_vocabulary, load_tokenizer
 from model import Transformer
+from peft_files import matches
 from runtime import config_toml, load_config
+from runtime.sandbox import try_out
 
 MUTATIONS = int(os.environ.get("MUTATIONS", "500"))
 SECONDS, BYTES = 2, 2**30
@@ -213,7 +214,7 @@ def hunt(kind: str, folder: Path, count: int) -> dict:
         share = count // len(sources) + (n < count % len(sources))
         for i, data in enumerate(mutations(kind, value, write, share)):
             file.write_bytes(struct.pack("<Q", len(data)) + data + body if kind == "header" else data)
-            outcome, spent = tried(read, place)
+            outcome, spent, _ = tried(read, place)
             outcomes[outcome.split("\n")[0] if outcome in ("read", "refused") else "fault"] += 1
             slowest = max(slowest, spent)
             if outcome not in ("read", "refused") or spent > SECONDS:
@@ -228,9 +229,14 @@ def read_toml_value(file: Path) -> dict:
     return tomllib.loads(file.read_text())
 
 
-def tried(read, place: Path) -> tuple[str, float]:
-    """What became of a file, and the seconds of CPU it took."""
-    said, began = io.StringIO(), time.process_time()
+def cpu_seconds() -> float:
+    """Of this process and the children it has waited for."""
+    return sum(os.times()[:4])
+
+
+def tried(read, place: Path) -> tuple[str, float, str]:
+    """What became of a file, the seconds of CPU it took, and what was said of it."""
+    said, began = io.StringIO(), cpu_seconds()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             read(place)
@@ -240,7 +246,7 @@ def tried(read, place: Path) -> tuple[str, float]:
         outcome = "refused" if one_line else f"left with {left.code} and said {said.getvalue()!r}"
     except BaseException:
         outcome = traceback.format_exc()
-    return outcome, time.process_time() - began
+    return outcome, cpu_seconds() - began, said.getvalue()
 
 
 def virtual_bytes() -> int:
@@ -256,23 +262,127 @@ def found():
         (ROOT / "benchmarks" / "results" / "hunt.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read from Linux's /proc")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_from_a_stranger_is_read_or_refused_in_one_line(kind, tmp_path, found):
-    """In a fork, so that its limit of memory is its own; what it found comes back in a file."""
+def in_fork(work, file: Path):
+    """What the work returns, done in a fork, so that its limits are its own; it comes back in a file."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            (tmp_path / "found.json").write_text(json.dumps(hunt(kind, tmp_path, MUTATIONS)))
+            file.write_text(json.dumps(work()))
             code = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    result = json.loads((tmp_path / "found.json").read_text())
+    return json.loads(file.read_text())
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from, and limited on, Linux")
+
+
+@linux
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_from_a_stranger_is_read_or_refused_in_one_line(kind, tmp_path, found):
+    result = in_fork(lambda: hunt(kind, tmp_path, MUTATIONS), tmp_path / "found.json")
     faults = result.pop("faults")
     assert not faults, f"{len(faults)} faults\n" + "\n".join(faults[:8])
     assert result["refused"] > MUTATIONS / 4 and result["read"] > 0
     found.append(result)
+
+
+# ------------------------------------------------------------------------------ programs in the files
+
+def steps(kind: str, *changes: dict) -> dict:
+    """A normalizer or pre_tokenizer of several steps, as tokenizer.json has it."""
+    inner = "normalizers" if kind == "normalizer" else "pretokenizers"
+    changes += ({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},) * (inner == "pretokenizers")
+    return {kind: {"type": "Sequence", inner: changes}}
+
+
+def split(expression: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+
+
+def replace(expression: str, content: str) -> dict:
+    return {"type": "Replace", "pattern": {"Regex": expression}, "content": content}
+
+
+BYTES_AGAIN = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+HANGS = [  # which file, its key, what stands there
+    ("adapter_config.json", "target_modules", "(.+)+!"), ("adapter_config.json", "exclude_modules", "(([a-z._]|.)*)*0"),
+    ("adapter_config.json", "modules_to_save", ["(.|.*)+!"]), ("adapter_config.json", "rank_pattern", {"(.+)+!": 4}),
+    ("adapter_config.json", "alpha_pattern", {"(\\w|\\.|.+)+!": 4}),
+    ("adapter_config.json", "layers_pattern", ["(.+)+!"]),
+    *(("tokenizer_config.json", "chat_template", template) for template in (
+        LOOP, LOOP + "{{ messages[0].content }}", "{{ 'a' * 10**10 }}", "{{ messages[0].content * 10**9 }}",
+        "{{ 10 ** 99999999999 }}", "{{ '%9999999999s' % 1 }}", "{{ '{:>9999999999}'.format(1) }}",
+        "{{ 'a'.ljust(10 ** 10) }}", "{{ 'a' | center(10 ** 10) }}", "{{ [1] | batch(10 ** 10, 0) | list }}",
+        "{% macro m(n) %}{{ m(n - 1) ~ m(n - 1) if n else 1 }}{% endmacro %}{{ m(99) }}",
+        "{% set ns = namespace(s='a') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}",
+        "{% if messages | length > 8 %}" + LOOP + "{% endif %}",
+        "{% for m in messages %}{% if m.content | length > 999 %}" + LOOP + "{% endif %}{% endfor %}")),
+    ("tokenizer.json", "pre_tokenizer", steps("pre_tokenizer", split("(a+)+$"))),
+    ("tokenizer.json", "pre_tokenizer", steps("pre_tokenizer", split("(\\s|\\s+)+x"))),
+    ("tokenizer.json", "pre_tokenizer", steps("pre_tokenizer", split("(\\d*)*x|(é*)*x"))),
+    ("tokenizer.json", "pre_tokenizer", steps("pre_tokenizer", split("z*z*z*z*z*z*!y"))),
+    ("tokenizer.json", "normalizer", steps("normalizer", replace("(\\w+)+#", ""))),
+    ("tokenizer.json", "normalizer", steps("normalizer", *[replace(".", "aa")] * 60)),
+    ("tokenizer.json", "decoder", {"decoder": {"type": "Sequence", "decoders": [replace("(a+)+$", ""), BYTES_AGAIN]}}),
+]
+
+
+@linux
+@pytest.mark.parametrize("name, key, value", HANGS, ids=[f"{name} {key} {i}" for i, (name, key, _) in enumerate(HANGS)])
+def test_what_would_never_end_is_refused_and_its_key_named(name, key, value, tmp_path):
+    """Regular expressions that backtrack without end, templates that loop or multiply: within the same limits."""
+    def work():
+        resource.setrlimit(resource.RLIMIT_AS, (virtual_bytes() + BYTES, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+        MODEL["base"] = load_model(MODELS / "llama2", dtype=torch.float32)
+        place = prepared(name, "one_layer" if name == "adapter_config.json" else MODELS / "qwen2", tmp_path / "0" / "m")
+        (place.parent / "saved").mkdir()
+        MODEL["0"] = MODEL["base"]
+        changed = value if name == "tokenizer.json" else {key: value}
+        if key == "layers_pattern":
+            changed |= {"layers_to_transform": [0]}
+        (place / name).write_text(json.dumps(json.loads((place / name).read_text()) | changed))
+        return tried(KINDS[name][2], place)
+
+    outcome, spent, said = in_fork(work, tmp_path / "found.json")
+    assert outcome == "refused" and f"/{name}: " in said and key in said, (outcome, said)
+    assert spent <= SECONDS
+
+
+def test_an_expression_that_hangs_on_a_text_alone_names_the_record(tmp_path, capsys):
+    """The library gives up after ten million steps back; on one letter repeated, as it was tried, it takes few."""
+    place = prepared("tokenizer.json", MODELS / "qwen2", tmp_path / "0" / "m")
+    table = json.loads((place / "tokenizer.json").read_text()) | steps("pre_tokenizer", split("(ab|ba|a|b)+c"))
+    (place / "tokenizer.json").write_text(json.dumps(table))
+    texts = ["abc", "ab" * 40 + "dc"]
+    write_jsonl(tmp_path / "sft.jsonl", [{"messages": [{"role": "user", "content": "Hi"},
+                                                       {"role": "assistant", "content": text}]} for text in texts])
+    config = sft.Config(data=str(tmp_path / "sft.jsonl"), model=str(place), out=str(tmp_path / "run"), cache="",
+                        device="cpu")
+    exits(capsys, lambda: sft.main(config), "sft.jsonl record 2: ", "tokenizer.json cannot encode", "drop or mend")
+
+
+@linux
+def test_a_template_in_a_file_of_its_own_is_named_by_that_file(tmp_path, capsys):
+    """The checkpoint's chat_template.jinja, and one that template= names."""
+    place = prepared("tokenizer.json", MODELS / "qwen2", tmp_path / "0" / "m")
+    tokenizer = load_tokenizer(place)
+    for file, read in ((tmp_path / "mine.jinja", lambda: tokenizer.adopt(str(tmp_path / "mine.jinja"))),
+                       (place / "chat_template.jinja", lambda: load_tokenizer(place))):
+        file.write_text(LOOP)
+        exits(capsys, read, f"{file}: chat_template takes more than 1 s or 1 GB", "mend or remove it", "set template=")
+
+
+def test_an_honest_adapter_with_a_key_for_every_layer_of_a_large_model_passes():
+    names = [f"model.layers.{layer}.mlp.{kind}_proj" for layer in range(400) for kind in ("gate", "up", "down")]
+    config = adapters.DEFAULTS | {"target_modules": r".*\.(gate|up|down)_proj", "modules_to_save": ["lm_head"],
+                                  "rank_pattern": dict.fromkeys(names, 4), "alpha_pattern": dict.fromkeys(names, 8),
+                                  "exclude_modules": ["score"], "layers_pattern": "layers"}
+    assert try_out(matches(config, names)) == ("", "")

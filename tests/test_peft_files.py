@@ -141,7 +141,7 @@ def test_the_cases_of_other_methods_are_refused(case, kind, capsys):
 def test_targets_are_those_of_peft():
     """PEFT's rules by hand: last or full names, or a whole-name expression; then what is left out."""
     def config(**changes):
-        return {name: field.default for name, field in peft_files.USED.items()} | changes
+        return peft_files.DEFAULTS | changes
 
     q, head = "model.layers.1.self_attn.q_proj", "lm_head"
     for changes, name, expected in (
@@ -181,7 +181,7 @@ def test_every_field_of_loraconfig_is_used_or_harmless_or_refused_by_name(tmp_pa
     assert known - {"peft_type", "peft_version", "runtime_config"} <= set(told["fields"])
     for name, default in told["fields"].items():
         if name in peft_files.USED:
-            assert peft_files.USED[name].default == default, name
+            assert peft_files.DEFAULTS[name] == default, name
         if name not in known:
             assert default in (None, False), name
             folder = written("one_layer", tmp_path / "a", **{name: {"something": 1}})

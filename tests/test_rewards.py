@@ -248,10 +248,9 @@ def one_by_one(path: str, key: str) -> list[float]:
     question = next(q for q in QUESTIONS if q["key"] == key)
     found = []
     for text in question["answers"]:
-        spans = tokenizer.spans([*question["prompt"], {"role": "assistant", "content": text}])
-        while not spans[-1][1]:
-            spans.pop()
-        ids, start = torch.tensor([[i for span, _ in spans for i in span]]), sum(len(span) for span, _ in spans[:-1])
+        ids, mask = tokenizer.render([*question["prompt"], {"role": "assistant", "content": text}])
+        end = len(mask) - mask[::-1].index(True)
+        ids, start = torch.tensor([ids[:end]]), end - (mask[:end][::-1] + [False]).index(False)
         if model.config.scored:
             found.append(model.score(ids, torch.ones_like(ids).bool()).item())
         else:

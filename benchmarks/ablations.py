@@ -33,9 +33,9 @@ import runtime
 import sft
 from benchmarks.measure import save
 from benchmarks.overoptimisation import grade
-from collect.rounds import lines, write_lines
 from collect.spec import INSTRUCTGPT, PREFERENCE, SURGE, largest_remainder, subset
 from data.formats import read
+from data.records import lines, write_lines
 from data.tiny import pairs
 from judging.gold import interval
 from judging.rewards import load_scorer, preference_accuracy

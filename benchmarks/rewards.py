@@ -7,7 +7,6 @@ The same SFT models, prompts, seeds and updates (configs/tiny/ppo_rule.toml), on
 the three about the same spread: over the SFT models' replies the grade has a standard deviation of 0.32, the rule one
 of 0.39, and the learnt score is in its own. Every policy then answers the dev dialogues.
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -18,6 +17,7 @@ import ppo
 import runtime
 from benchmarks.measure import save
 from benchmarks.overoptimisation import replies_of
+from data.records import lines
 from data.tiny import world
 from rewards import tiny
 
@@ -59,7 +59,7 @@ def judged(path: Path, data: Path, device: torch.device) -> dict:
 
 def logged(out: Path, scale: float) -> dict:
     """KL and score of the last five steps, and the score of the first, as the reward gives it."""
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    steps = lines(out / "metrics.jsonl")
     return {"kl": mean(s["kl"] for s in steps[-5:]), "score": mean(s["score"] for s in steps[-5:]) / scale,
             "score_at_first": steps[0]["score"] / scale}
 

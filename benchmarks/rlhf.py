@@ -12,6 +12,7 @@ from statistics import mean
 
 import runtime
 from benchmarks.measure import save
+from data.records import lines
 from judging.gold import interval
 
 PPO_METRICS = ("score", "kl", "length", "eos_rate", "entropy", "explained_variance")
@@ -56,8 +57,7 @@ def main(config: Config) -> None:
     reports = [json.loads((folder / "reward" / "report.json").read_text()) for folder in folders]
     found = {"command": "make results", "seeds": list(config.seeds), "reward_model": reward_models(reports)}
     for name in ("ppo", "ppo_without_kl"):
-        logs = [(folder / name / "metrics.jsonl").read_text().splitlines() for folder in folders]
-        found[name] = ppo_runs([[json.loads(line) for line in log] for log in logs])
+        found[name] = ppo_runs([lines(folder / name / "metrics.jsonl") for folder in folders])
     save(config.out, found)
 
 

@@ -37,11 +37,11 @@ from data.files import stream_values
 from data.formats import Report
 from data.llm import split_thoughts
 from data.native import ask
-from data.records import Reject, check_text
+from data.records import Reject, check_text, write_lines
 from judging.entries import digest
 from judging.prompts import Verdict, verdicts
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
-from runtime import arguments, fail, load_config, write_text
+from runtime import arguments, fail, load_config
 
 
 @dataclass(frozen=True)
@@ -572,7 +572,7 @@ def main() -> None:
             print(f"{file.path} {place}: {reason}")
     print("\n".join([*map(str, files), *copies(files)]))
     if words.out:
-        write_text(Path(words.out), "".join(json.dumps(row) + "\n" for file in files for row in file.rows))
+        write_lines(words.out, (row for file in files for row in file.rows))
 
 
 if __name__ == "__main__":

@@ -159,10 +159,8 @@ def main(config: Config) -> None:
     report = {"command": "python -m benchmarks.calibration", **machine(torch.device("cpu")), "seeds": len(base),
               "planted_seeds": config.planted_seeds,
               "dialogues": base.shape[1], "partitions": config.partitions, "configuration": BASE,
-              "scores_by_seed": base.mean(axis=1).tolist(),
               "comparisons": rows[0]["comparisons"], "excluded_zero": rows[0]["excluded_zero"], "null": rows,
               "single_runs": single,
-              "found": {f"{row['change']}, {row['seeds']} seeds": row["share"]["value"] for row in finds},
               "planted": finds, "one_comparison": timed or before.get("one_comparison")}
     save(file, report)
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -63,10 +64,9 @@ def write_dialogues(path: Path, count: int, tokenizer: Tokenizer) -> None:
             file.write(json.dumps({"messages": messages(parts, rng, characters)}) + "\n")
 
 
-def resident() -> dict[str, float]:
-    """MiB of this process: all that is resident, and of it what is not a page of a file."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if "kB" in line)
-    return {name: int(lines[key].split()[0]) / 1024 for name, key in (("all", "VmRSS"), ("anonymous", "RssAnon"))}
+def resident() -> float:
+    """MiB of this process, pages of files among them."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def start(data: str, model: str, cache: str) -> dict:
@@ -78,10 +78,8 @@ def start(data: str, model: str, cache: str) -> dict:
     seconds, used, after = time.perf_counter() - began, sum(os.times()[:4]) - used, resident()
     for _ in trees:
         pass
-    end = resident()
     return {"seconds": seconds, "cpu_seconds": used, "tokens": trees.counts["tokens"],
-            "resident_mib": after["all"] - before["all"], "resident_after_an_epoch_mib": end["all"] - before["all"],
-            "anonymous_after_an_epoch_mib": end["anonymous"] - before["anonymous"]}
+            "resident_mib": after - before, "resident_after_an_epoch_mib": resident() - before}
 
 
 def measure(count: int, model: str) -> dict:
@@ -92,10 +90,8 @@ def measure(count: int, model: str) -> dict:
         write_dialogues(data, count, tokenizer)
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
             cold, warm = (processes.submit(start, str(data), model, str(cache)).result() for _ in range(2))
-        megabytes = data.stat().st_size / 1e6
-    row = {"dialogues": count, "tokenizer": Path(model).name, "text_mb": megabytes, "tokens": cold["tokens"],
-           "cold_s": cold["seconds"], "cold_cpu_s": cold["cpu_seconds"], "warm_s": warm["seconds"],
-           "cold_resident_mib": cold["resident_mib"]}
+    row = {"dialogues": count, "tokenizer": Path(model).name, "tokens": cold["tokens"], "cold_s": cold["seconds"],
+           "cold_cpu_s": cold["cpu_seconds"], "warm_s": warm["seconds"]}
     row |= {key: warm[key] for key in warm if key.endswith("_mib")}
     print("{dialogues:8,} dialogues  {tokenizer:<10} {tokens:12,} tokens  cold {cold_s:6.1f} s, {cold_cpu_s:6.1f} s of "
           "CPUs  warm {warm_s:5.2f} s  resident {resident_mib:5.0f} MiB, {resident_after_an_epoch_mib:5.0f} after an "

@@ -174,17 +174,11 @@ def mean_interval(values, prompts: Sequence | None = None, rounds: int = 1000, s
 
 def apply_draws(preferences, draws_as: str) -> np.ndarray:
     """Preferences by a draw rule: "half" a win (AlpacaEval, Elo), "drop" (decided only), "loss" (strictly better)."""
-    p = np.asarray(preferences, dtype=float)
+    rules, p = {"half": 0.5, "drop": np.nan, "loss": 0}, np.asarray(preferences, dtype=float)
     check_preferences(p)
-    match draws_as:
-        case "half":
-            return p
-        case "drop":
-            return np.where(p == 0.5, np.nan, p)
-        case "loss":
-            return np.where(p == 0.5, 0, p)
-        case _:
-            raise ValueError(f"draws_as is {draws_as!r}, expected half, drop or loss")
+    if draws_as not in rules:
+        raise ValueError(f"draws_as is {draws_as!r}, expected half, drop or loss")
+    return np.where(p == 0.5, rules[draws_as], p)
 
 
 def win_rate(preferences, prompts: Sequence | None = None, draws_as: str = "half") -> dict[str, float]:

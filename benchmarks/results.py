@@ -75,8 +75,8 @@ def table(rows: Iterable[dict], columns: dict[str, str]) -> str:
 
 def by_seed(runs: list[dict]) -> dict:
     """The runs of several seeds as one, each number a list."""
-    return {key: by_seed([run[key] for run in runs]) if isinstance(value, dict) else [run[key] for run in runs]
-            for key, value in runs[0].items()}
+    return {key: by_seed([run[key] for run in runs]) if isinstance(value, dict) else
+            value if value is None else [run[key] for run in runs] for key, value in runs[0].items()}
 
 
 def rows_of(report: dict, key: str) -> list[dict]:

@@ -8,12 +8,15 @@
     annotator_noise   the reward model's accuracy, on pairs labelled without noise, by the annotators' noise
     weak_preferences  preferences collected from a model tuned on 1 % of the demonstrations and from the SFT model: do
                       two annotators agree, and what does DPO of the SFT model make of them?
+    rounds            three rounds of preferences and training (collect/rounds.py), and all their prompts at once;
+                      seven minutes a seed on one core
     rewards           a learnt reward, a rule and the gold grade, each with the KL term and without: what the policy
                       becomes under each; after `make runs/tiny/{0,1,2}/reward/model/config.json`
 
 The others start from the full-size run that `make demo FULL=1 SEED=n` left in runs/results/n. Points are written seed
 by seed, so that the same command continues a stopped run; the figure shows every seed and the mean.
 """
+import json
 import math
 import random
 from collections import Counter
@@ -36,6 +39,7 @@ import runtime
 import sft
 from benchmarks.measure import save
 from benchmarks.overoptimisation import grade, replies_of
+from collect import rounds as in_rounds
 from collect.spec import INSTRUCTGPT, PREFERENCE, SURGE, largest_remainder, subset
 from data.formats import read
 from data.records import lines, write_lines
@@ -47,7 +51,7 @@ from rewards import tiny
 
 @dataclass(frozen=True)
 class Config:
-    ablation: Literal["sft_size", "sft_length", "task_mix", "annotator_noise", "weak_preferences",
+    ablation: Literal["sft_size", "sft_length", "task_mix", "annotator_noise", "weak_preferences", "rounds",
                       "rewards"] = "sft_size"
     runs: str = "runs/results"       # a folder for each seed, to start from
     seeds: list[int] = (0, 1, 2, 3, 4)
@@ -168,6 +172,22 @@ def weak_preferences(config: Config, seed: int) -> Iterator[Point]:
         yield name, {"gold": gold_score(config, policy), **second_opinion(data, prompts, seed)}
 
 
+def rounds(config: Config, seed: int) -> Iterator[Point]:
+    """Preferences are about the newest policy's replies, or all at once about the SFT model's."""
+    run = f"{config.runs}/{seed}"
+    three = in_rounds.Config(model=f"{run}/sft/model", prompts=f"{run}/data/more_prompts.jsonl", seed=seed,
+                             out=f"{config.out}/rounds-{seed}", dev=f"{config.runs}/0/data/dev.jsonl",
+                             threads=config.threads)
+    once = replace(three, out=f"{config.out}/once-{seed}", rounds=1, prompts_per_round=3 * three.prompts_per_round)
+    for settings, first, name in ((three, 0, "round {round}"), (once, 1, "all prompts at once")):
+        in_rounds.main(settings)
+        for row in json.loads(Path(settings.out, "report.json").read_text())["rounds"][first:]:
+            agreed = row.get("agreement") or {}
+            yield name.format(**row) if row["round"] else "SFT model", {
+                "gold": row["gold"], "words": row["words"], "preferences": row.get("preferences"),
+                "agree": agreed.get("raw"), "kappa": agreed.get("kappa"), "right": row.get("reward_accuracy")}
+
+
 # Weights give the three about the same spread: over the SFT models' replies the grade has a standard deviation of 0.32,
 # the rule one of 0.39, and the learnt score is in its own.
 REWARDS = {"learnt": ("", 1), "rule": ("3 * rewards/tiny.py:required", 3), "gold": ("3 * rewards/tiny.py:gold", 3)}
@@ -208,7 +228,8 @@ def rewards(config: Config, seed: int) -> Iterator[Point]:
                 "score": mean(step["score"] for step in log[-5:]) / weight, "score_at_first": log[0]["score"] / weight}
 
 
-ABLATIONS = {f.__name__: f for f in (sft_size, sft_length, task_mix, annotator_noise, weak_preferences, rewards)}
+ABLATIONS = {f.__name__: f for f in (sft_size, sft_length, task_mix, annotator_noise, weak_preferences, rounds,
+                                     rewards)}
 
 
 def summary(points: list[dict], measure: str) -> dict[str, tuple[float, float]]:

@@ -104,13 +104,6 @@ def ppo(report: dict) -> Iterable[dict]:
     return [report["ppo"] | {"coefficient": "0.2"}, report["ppo_without_kl"] | {"coefficient": "0"}]
 
 
-def rounds(report: dict) -> Iterable[dict]:
-    found = [*zip(*report["rounds"].values(), strict=True), [runs[1] for runs in report["at once"].values()]]
-    names = ["SFT model", *(f"round {number}" for number in range(1, len(found) - 1)), "all prompts at once"]
-    unknown = {"preferences": None, "agreement": {"raw": None, "kappa": None}, "reward_accuracy": None}
-    return [unknown | by_seed(list(runs)) | {"name": name} for name, runs in zip(names, found, strict=True)]
-
-
 def peers(report: dict) -> Iterable[dict]:
     """Ours, the peers' fastest mode and the fastest floor of every model and task."""
     for shape, task in dict.fromkeys((row["shape"], row["task"]) for row in report["rows"]):
@@ -168,9 +161,8 @@ def smollm2_reward(report: dict) -> Iterable[dict]:
 
 FOUND = {f"smollm2_{name}": ("smollm2.json", partial(smollm2, wanted=wanted)) for name, wanted in {
     "dpo": "log p of held-out chosen, nats", "choices": "PIQA, acc", "rule": "constraints kept"}.items()}
-FOUND |= {"smollm2_reward": ("smollm2.json", smollm2_reward),
+FOUND |= {"smollm2_reward": ("smollm2.json", smollm2_reward), "peers": ("peers.json", peers),
           "reward_model": ("tiny/rlhf.json", reward_model), "ppo": ("tiny/rlhf.json", ppo),
-          "rounds": ("rounds.json", rounds), "peers": ("peers.json", peers),
           "peers_gpu": ("peers_gpu.json", peers_gpu), "gpu_hours": ("peers_gpu.json", gpu_hours),
           "kernels_builds": (ROOT / "tests" / "aot_baseline.json", builds),
           "kernels_cpu": ("kernels/cpu.json", summary), "kernels_gpu": ("kernels", gpu_verdicts)}

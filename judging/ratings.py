@@ -669,25 +669,20 @@ def _strengths(pairs: np.ndarray, counts: np.ndarray, models: int, ties: str,
     modelled = ties in ("rao_kupper", "davidson")
     if ties == "half":
         wins, losses = wins + tied / 2, losses + tied / 2
-    rounds, i, j = len(wins), *pairs.T
-    side = np.zeros((len(pairs), models))
-    side[np.arange(len(pairs)), i], side[np.arange(len(pairs)), j] = 1, -1
+    rounds, each = len(wins), np.eye(models)
+    side = each[pairs[:, 0]] - each[pairs[:, 1]]  # [P, M]
+    squares = (side[:, :, None] * side[:, None, :]).reshape(-1, models**2)
     strengths, tie = np.zeros((rounds, models)), np.zeros(rounds) if ties == "davidson" else np.full(rounds, 0.5)
     for _ in range(200):
-        d = strengths[:, i] - strengths[:, j]
+        d = strengths @ side.T
         slope, bend, tie_slope, tie_bend, cross = _derivatives(ties, d, tie[:, None], wins, losses, tied)
         q = sigmoid(strengths)
-        size = models + modelled
-        gradient, hessian = np.zeros((rounds, size)), np.zeros((rounds, size, size))
-        gradient[:, :models] = slope @ side + prior * (0.5 - q)
-        hessian[:, i, j] = hessian[:, j, i] = -bend
-        diagonal = np.arange(models)
-        hessian[:, diagonal, diagonal] = -hessian[:, :models].sum(axis=2) + prior * q * (1 - q)
+        held = prior * (q * (1 - q))[:, :, None] * each if prior else 1 / models  # their sum is free without a prior
+        gradient, hessian = slope @ side + prior * (0.5 - q), (bend @ squares).reshape(-1, models, models) + held
         if modelled:
-            gradient[:, models], hessian[:, models, models] = tie_slope.sum(axis=1), tie_bend.sum(axis=1) + 1e-9
-            hessian[:, :models, models] = hessian[:, models, :models] = cross @ side
-        if not prior:
-            hessian[:, :models, :models] += 1 / models  # the sum of the strengths is free: hold it
+            mixed, tie_bend = (cross @ side)[:, :, None], tie_bend.sum(axis=1)[:, None, None] + 1e-9
+            gradient = np.column_stack([gradient, tie_slope.sum(axis=1)])
+            hessian = np.block([[hessian, mixed], [mixed.swapaxes(1, 2), tie_bend]])
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         step *= np.minimum(1, 2 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
         strengths = strengths + step[:, :models]

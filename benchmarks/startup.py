@@ -1,34 +1,39 @@
 """How long a run takes to have its data: tokenized at the first start, read from the cache at the next, and its memory.
 
-    python -m benchmarks.startup                                       3,000 and 30,000 dialogues, the tiny vocabulary
-    python -m benchmarks.startup --dialogues 200000 --model MODEL      another size, the tokenizer of any checkpoint
+    python -m benchmarks.startup                                              3,000 and 30,000, the tiny vocabulary
+    python -m benchmarks.startup dialogues='[200000]' models='["MODEL"]'      the tokenizer of any checkpoint
 
 Dialogues are as long as UltraChat's: three or four rounds, about 1,200 tokens. Each measurement is a process of its
 own, so that its memory is that of the data beside what is imported. Resident memory after every tree was read once
 holds the pages of tokens.bin, which ranks share and the system takes back when it needs them.
 """
-import argparse
 import json
 import os
 import random
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import runtime
 import sft
-from benchmarks.measure import processor, save
+from benchmarks.measure import machine, save
 from data.store import load_trees
 from data.tiny.world import demonstrate, dialogue
 from data.tokenizer import Tokenizer, load_tokenizer
-from runtime import arguments, find_device
 
-OUT = Path(__file__).parent / "results" / "startup.json"
 TOKENS = 1200  # of a dialogue, in the mean
+
+
+@dataclass(frozen=True)
+class Config:
+    dialogues: list[int] = (3000, 30000)
+    models: list[str] = ("data/tiny/base",)  # checkpoints whose tokenizers to use
+    out: str = "benchmarks/results/startup.json"
 
 
 def texts(rng: random.Random) -> Iterator[str]:
@@ -99,17 +104,10 @@ def measure(count: int, model: str) -> dict:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.splitlines()[0])
-    parser.add_argument("--dialogues", type=int, nargs="+", default=[3000, 30000])
-    parser.add_argument("--model", nargs="+", default=["data/tiny/base"], help="checkpoints whose tokenizers to use")
-    parser.add_argument("--out", default=str(OUT))
-    words = arguments(parser)
-    rows = [measure(count, model) for model in words.model for count in words.dialogues]
-    save(words.out, {"command": "python -m benchmarks.startup " + " ".join(sys.argv[1:]),
-                     "processor": processor(find_device("cpu")), "cores": len(os.sched_getaffinity(0)),
-                     "rows": rows})
+def main(config: Config) -> None:
+    rows = [measure(count, model) for model in config.models for count in config.dialogues]
+    save(config.out, {"command": "python -m benchmarks.startup", **machine(runtime.find_device("cpu")), "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    main(runtime.load_config(Config, __doc__))

@@ -132,7 +132,6 @@ class Config:
                 check_checkpoint("judges", judge.where, scored=judge.kind == "reward")
 
 
-
 # ----------------------------------------------------------------------------------------- answers
 
 def category_temperatures(given: Sequence[str]) -> dict[str, float]:

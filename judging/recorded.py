@@ -72,7 +72,6 @@ class Recorded(Report):
     def rows(self) -> list[dict]:
         return [*self.games, *self.scores, *self.labels]
 
-
     def __str__(self) -> str:
         lines = [f"{self.path}: format {self.format or 'unknown'}, {self.read} read, {len(self.games)} games, "
                  f"{len(self.scores)} scores, {len(self.labels)} labels, {self.unparsed} without a verdict, "

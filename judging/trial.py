@@ -71,7 +71,6 @@ def position(rows: Sequence[dict]) -> tuple[dict | None, dict]:
     return ratings.position(tables.games_of(known)) if known else None, ratings.consistency(forward, backward, prompts)
 
 
-
 def withheld(rows: Sequence[dict], force: bool) -> bool:
     """Whether too many comparisons are unread for a mean."""
     return bool(tables.refused(merge_orders(rows)[0], force))

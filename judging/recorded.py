@@ -37,7 +37,7 @@ from data.files import stream_values
 from data.formats import Report
 from data.llm import split_thoughts
 from data.native import ask
-from data.records import Reject, check_text, write_lines
+from data.records import Reject, check_number, check_text, write_lines
 from judging.entries import digest
 from judging.prompts import Verdict, verdicts
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
@@ -199,13 +199,11 @@ def _prompt(record: dict, *keys: str) -> str | int:
 
 def _number(value, key: str, low: float, high: float, whole: bool = False) -> float:
     """A number, or a string that is one."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not low <= number <= high or (whole and number != int(number)):
-        raise wrong(key, value, f"a {'whole ' * whole}number from {low:g} to {high:g}")
-    return int(number) if whole else number
+    with suppress(Reject):
+        number = check_number(value, key, low, high)
+        if not whole or number == int(number):
+            return int(number) if whole else number
+    raise wrong(key, value, f"a {'whole ' * whole}number from {low:g} to {high:g}")
 
 
 def _one_of(record: dict, key: str, values: dict):

@@ -50,12 +50,17 @@ def file_name(name: str, config: ModelConfig) -> str:
     modules = {"score_head": "score"} | MODULES.get(config.family, LLAMA_MODULES)
     if config.family == "falcon" and config.parallel and config.norms == 2:
         modules = modules | FALCON_TWO_NORMS
+    if "self_attn.qkv" in modules:
+        modules = modules | {f"self_attn.{part}_proj": modules["self_attn.qkv"] for part in "qkv"}
+    return renamed(name, modules)
+
+
+def renamed(name: str, modules: dict[str, str]) -> str:
+    """A parameter's name where modules have other ones; those not among them keep theirs."""
     module, _, kind = name.rpartition(".")
     if not module.startswith("layers."):
         return f"{modules.get(module, module)}.{kind}"
     _, layer, part = module.split(".", 2)
-    if part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj") and "self_attn.qkv" in modules:
-        part = "self_attn.qkv"
     return f"{modules['layers']}.{layer}.{modules.get(part, part)}.{kind}"
 
 

@@ -31,6 +31,7 @@ import torch
 import runtime
 from collect.raters import collect_labels, rater_section
 from data.llm import Budget, Opener, Request, Sampling, ask, split_thoughts
+from data.records import write_lines
 from judging import boards, entries, gold, missing, people, recorded, report, tables, trial
 from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
 from judging.entries import Entry, check_checkpoint, decode_all
@@ -129,7 +130,6 @@ class Config:
         for judge in judges:
             if judge.kind in ("model", "reward"):
                 check_checkpoint("judges", judge.where, scored=judge.kind == "reward")
-
 
 
 # ----------------------------------------------------------------------------------------- answers
@@ -298,12 +298,12 @@ def judge_sections(verdicts: dict[str, Verdicts], truth: str, sources: list[str]
 
 def write_replies(out: Path, answers: Answers, grades: dict | None, show: int) -> None:
     """Every reply, with its grade if there is one; `show` questions side by side."""
-    lines = []
+    rows = []
     for (name, seed), replies in answers.said.items():
         for i, (question, said) in enumerate(zip(answers.questions, replies, strict=True)):
             graded = [r | {"gold": g} for r, g in zip(said, grades[name, seed][i], strict=True)] if grades else said
-            lines.append(json.dumps({"id": question.id, "model": name, "seed": seed, "replies": graded}) + "\n")
-    runtime.write_text(out / "replies.jsonl", "".join(lines))
+            rows.append({"id": question.id, "model": name, "seed": seed, "replies": graded})
+    write_lines(out / "replies.jsonl", rows)
     samples, many = "", len(answers.questions)
     first = dict(reversed(answers.said))  # the first seed of each model
     for i in range(0, many, -(-many // show)) if show else ():
@@ -406,8 +406,8 @@ def main(config: Config) -> None:
 
 def write_results(out: Path, result: dict, verdicts: dict[str, Verdicts], answers: Answers, grades: dict | None,
                   show: int) -> None:
-    lines = (json.dumps(row) + "\n" for found in verdicts.values() for row in [*found.games, *found.lost, *found.marks])
-    runtime.write_text(out / "judgments.jsonl", "".join(lines))
+    judged = (row for said in verdicts.values() for row in [*said.games, *said.lost, *said.marks])
+    write_lines(out / "judgments.jsonl", judged)
     if answers.said:
         write_replies(out, answers, grades, show)
     report.write(result, out)

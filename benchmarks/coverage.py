@@ -33,7 +33,7 @@ class Config:
     worlds: int = 400
     prompts: list[int] = (30, 100)
     # Of the table; rows of other parts stay as they are.
-    parts: list[str] = ("judges", "elo", "people", "rated elo", "alone", "difference", "raters")
+    parts: list[str] = ("judges", "people", "rated elo", "alone", "difference", "raters")
     threads: int = 1
 
 
@@ -92,6 +92,7 @@ def of_judges(world: World) -> dict[str, dict]:
         "win rate": cell(found, "judge: wins against base", "dpo", "win rate, %"),
         "win rate at equal length, lc2": cell(found, "judge: wins against base", "dpo", "lc2, %"),
         "Bradley-Terry": cell(found, "judge: ratings", "dpo", "Bradley-Terry"),
+        "Elo": cell(found, "judge: ratings", "dpo", "Elo"),
         "mean score": cell(found, "judge: scores", "dpo", "mean"),
         "first slot": cell(found, "judge: position", "as configured", "first slot, %"),
         "the same in both orders": cell(found, "judge: position", "as configured", "consistent, %"),
@@ -115,11 +116,6 @@ def of_people(world: World) -> dict[str, dict]:
         "majority of people": cell(found, *at, "majority for the first, %"),
         "mean rating of people": cell(found, *at, "mean rating"),
         "agreement among people": dict(zip(first["columns"], first["rows"][0], strict=True))["agree, %"]}
-
-
-def of_elo(world: World) -> dict[str, dict]:
-    return {"Elo": cell(tables.ratings_sections(tables.merge_orders(world.judged)[0], "judge"), "judge: ratings", "dpo",
-                        "Elo")}
 
 
 def of_rated_elo(world: World) -> dict[str, dict]:
@@ -173,7 +169,7 @@ def alone(world: World) -> dict[str, dict]:
             "safety, one in ten": safety.safety_section(attacks)["rows"][0][2]}
 
 
-PARTS = {"judges": of_judges, "elo": of_elo, "people": of_people, "rated elo": of_rated_elo, "alone": alone,
+PARTS = {"judges": of_judges, "people": of_people, "rated elo": of_rated_elo, "alone": alone,
          "difference": difference, "raters": of_raters}
 
 
@@ -195,9 +191,8 @@ def main(config: Config) -> None:
         row, mean = {"interval": name}, {n: np.mean([cells[name]["value"] for cells in worlds[n]]) for n in worlds}
         for n in config.prompts:
             cells, truth = [cells[name] for cells in worlds[n]], mean[n if name in ORDER_DEPENDS else max(worlds)]
-            widths = [c["high"] - c["low"] for c in cells]
             row |= {f"coverage_{n}": float(np.mean([c["low"] <= truth <= c["high"] for c in cells])),
-                    f"width_{n}": float(np.mean(widths)), f"narrowest_{n}": float(min(widths)), "truth": float(truth)}
+                    f"width_{n}": float(np.mean([c["high"] - c["low"] for c in cells])), "truth": float(truth)}
         print(row, flush=True)
         rows[name] = row
     save(config.out, {"command": "python -m benchmarks.coverage", "worlds": config.worlds,

@@ -15,6 +15,7 @@ from textwrap import wrap
 
 import judge
 import runtime
+from data.records import lines
 
 SIDE_BY_SIDE = ("SFT", "SFT + DPO", "SFT + PPO")
 WIDTH = 36  # of each column of a dialogue
@@ -23,12 +24,12 @@ WIDTH = 36  # of each column of a dialogue
 def table(report: dict) -> list[str]:
     """The gold scores of the report, one line a model."""
     head = f"{'model':<22}{'gold score':>16}{'wins vs SFT':>14}{'first turn':>13}{'follow-ups':>13}{'words':>8}"
-    lines = [head, "-" * len(head)]
+    rows = [head, "-" * len(head)]
     for name, m in report["gold"].items():
         score = f"{m['gold']:.1f} ± {m['gold_interval']:.1f}"
         turns = f"{m['first_turn']:>13.1f}{m['follow_up'] or 0:>13.1f}"
-        lines.append(f"{name:<22}{score:>16}{m['win_rate']:>12.1f} %{turns}{m['words']:>8.1f}")
-    return lines
+        rows.append(f"{name:<22}{score:>16}{m['win_rate']:>12.1f} %{turns}{m['words']:>8.1f}")
+    return rows
 
 
 def columns(cells: list[str]) -> list[str]:
@@ -40,21 +41,19 @@ def columns(cells: list[str]) -> list[str]:
 
 def dialogues(data: Path, replies: Path, count: int = 3) -> list[str]:
     """The first questions, each of another task, to which SFT, DPO and PPO reply differently."""
-    asked = [json.loads(line) for line in data.read_text().splitlines()]
     said: dict[str, dict[str, dict]] = {}
-    for line in replies.read_text().splitlines():
-        reply = json.loads(line)
+    for reply in lines(replies):
         said.setdefault(reply["id"], {})[reply["model"]] = reply["replies"][0]
-    lines, shown = [], set()
-    for question in asked:
+    found, shown = [], set()
+    for question in lines(data):
         first = [said[question["id"]][name] for name in SIDE_BY_SIDE]
         if len(shown) == count or question["category"] in shown or len({reply["text"] for reply in first}) < len(first):
             continue
         shown.add(question["category"])
-        lines += ["", *wrap(f"> {question['turns'][0]['user']}", 3 * WIDTH)]
-        lines += columns([f"{name}, gold {100 * reply['gold']:.0f}:\n{reply['text']}"
+        found += ["", *wrap(f"> {question['turns'][0]['user']}", 3 * WIDTH)]
+        found += columns([f"{name}, gold {100 * reply['gold']:.0f}:\n{reply['text']}"
                           for name, reply in zip(SIDE_BY_SIDE, first, strict=True)])
-    return lines
+    return found
 
 
 def commands(run: Path) -> list[str]:
@@ -71,14 +70,14 @@ def main(config: judge.Config) -> None:
     with (out / "judge.txt").open("w") as text, redirect_stdout(text):
         judge.main(config)
     report = json.loads((out / "report.json").read_text())
-    lines = ["", *table(report)]
+    said = ["", *table(report)]
     if set(SIDE_BY_SIDE) <= set(report["gold"]):
         accuracy = json.loads((out.parent / "reward" / "report.json").read_text())["reward_model"]["accuracy"]
-        lines += ["", "Gold scores: mean grade of a reply, 0 to 100, with a 95 % interval over the dialogues.",
-                  f"The reward model that PPO follows agrees with {100 * accuracy:.0f} % of held-out preferences.",
-                  f"All tables and figures: {out}/report.html"]
-        lines += [*dialogues(Path(config.data), out / "replies.jsonl"), "", *commands(out.parent)]
-    print("\n".join(lines))
+        said += ["", "Gold scores: mean grade of a reply, 0 to 100, with a 95 % interval over the dialogues.",
+                 f"The reward model that PPO follows agrees with {100 * accuracy:.0f} % of held-out preferences.",
+                 f"All tables and figures: {out}/report.html"]
+        said += [*dialogues(Path(config.data), out / "replies.jsonl"), "", *commands(out.parent)]
+    print("\n".join(said))
 
 
 if __name__ == "__main__":

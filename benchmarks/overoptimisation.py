@@ -5,7 +5,6 @@
 Each run must have been made with snapshot_every. Its snapshots answer the dev dialogues, the gold grader grades them,
 and the figure draws both scores over the distance from the reference (Gao et al. 2022, arXiv:2210.10760).
 """
-import json
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ import judge
 import runtime
 from benchmarks.measure import save
 from data.llm import Budget, Opener
+from data.records import lines
 from data.tiny import world
 from judging.entries import decode
 
@@ -39,7 +39,7 @@ class Config:
 def curve(folder: Path, start_gold: float, grade) -> list[dict]:
     """Points of a run: step, KL in nats per reply and reward model's score of that step's rollout, gold score of its
     snapshot."""
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    steps = lines(folder / "metrics.jsonl")
     points = [{"step": 0, "kl": 0.0, "score": steps[0]["score"], "gold": start_gold}]
     for path in sorted(folder.glob("model_step_*"), key=lambda p: int(p.name[11:])):
         step = int(path.name[11:])

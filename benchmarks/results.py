@@ -75,8 +75,8 @@ def table(rows: Iterable[dict], columns: dict[str, str]) -> str:
 
 def by_seed(runs: list[dict]) -> dict:
     """The runs of several seeds as one, each number a list."""
-    return {key: by_seed([run[key] for run in runs]) if isinstance(value, dict) else [run[key] for run in runs]
-            for key, value in runs[0].items()}
+    return {key: by_seed([run[key] for run in runs]) if isinstance(value, dict) else
+            value if value is None else [run[key] for run in runs] for key, value in runs[0].items()}
 
 
 def rows_of(report: dict, key: str) -> list[dict]:
@@ -102,13 +102,6 @@ def reward_model(report: dict) -> Iterable[dict]:
 
 def ppo(report: dict) -> Iterable[dict]:
     return [report["ppo"] | {"coefficient": "0.2"}, report["ppo_without_kl"] | {"coefficient": "0"}]
-
-
-def rounds(report: dict) -> Iterable[dict]:
-    found = [*zip(*report["rounds"].values(), strict=True), [runs[1] for runs in report["at once"].values()]]
-    names = ["SFT model", *(f"round {number}" for number in range(1, len(found) - 1)), "all prompts at once"]
-    unknown = {"preferences": None, "agreement": {"raw": None, "kappa": None}, "reward_accuracy": None}
-    return [unknown | by_seed(list(runs)) | {"name": name} for name, runs in zip(names, found, strict=True)]
 
 
 def peers(report: dict) -> Iterable[dict]:
@@ -169,9 +162,8 @@ def smollm2_reward(report: dict) -> Iterable[dict]:
 FOUND = {f"smollm2_{name}": ("smollm2.json", partial(smollm2, wanted=wanted)) for name, wanted in {
     "dpo": "log p of held-out chosen, nats", "choices": "PIQA, acc", "same": "choices, a second",
     "rule": "constraints kept"}.items()}
-FOUND |= {"smollm2_reward": ("smollm2.json", smollm2_reward),
+FOUND |= {"smollm2_reward": ("smollm2.json", smollm2_reward), "peers": ("peers.json", peers),
           "reward_model": ("tiny/rlhf.json", reward_model), "ppo": ("tiny/rlhf.json", ppo),
-          "rounds": ("rounds.json", rounds), "peers": ("peers.json", peers),
           "peers_gpu": ("peers_gpu.json", peers_gpu), "gpu_hours": ("peers_gpu.json", gpu_hours),
           "kernels_builds": (ROOT / "tests" / "aot_baseline.json", builds),
           "kernels_cpu": ("kernels/cpu.json", summary), "kernels_gpu": ("kernels", gpu_verdicts)}

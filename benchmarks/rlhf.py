@@ -12,6 +12,7 @@ from statistics import mean
 
 import runtime
 from benchmarks.measure import save
+from data.records import lines
 from judging.gold import interval
 
 PPO_METRICS = ("score", "kl", "length", "eos_rate", "entropy", "explained_variance")
@@ -24,14 +25,14 @@ class Config:
     out: str = "benchmarks/results/tiny/rlhf.json"
 
 
-def pooled(reports: list[dict], key: str) -> dict[str, list[float]]:
-    """Accuracy and number of pairs by margin or category, all seeds together."""
+def by_margin(reports: list[dict]) -> dict[str, list[float]]:
+    """Accuracy and number of pairs by margin, all seeds together."""
     counts: dict[str, list[float]] = {}
     for report in reports:
-        for label, (share, count) in report[key].items():
-            right, total = counts.get(label, (0, 0))
-            counts[label] = (right + share * count, total + count)
-    return {label: [right / total, total] for label, (right, total) in sorted(counts.items())}
+        for margin, (share, count) in report["by_margin"].items():
+            right, total = counts.get(margin, (0, 0))
+            counts[margin] = (right + share * count, total + count)
+    return {margin: [right / total, total] for margin, (right, total) in sorted(counts.items())}
 
 
 def reward_models(reports: list[dict]) -> dict:
@@ -39,9 +40,7 @@ def reward_models(reports: list[dict]) -> dict:
     found = {}
     for kind, prefix in (("reward_model", ""), ("baseline", "baseline_")):
         parts = [report[kind] for report in reports]
-        found |= {f"{prefix}{key}": pooled(parts, key) for key in ("by_margin", "by_category")}
-        found |= {f"{prefix}by_seed": [part["accuracy"] for part in parts],
-                  f"{prefix}length_correlation": mean(part["length_correlation"] for part in parts)}
+        found |= {f"{prefix}by_margin": by_margin(parts), f"{prefix}by_seed": [part["accuracy"] for part in parts]}
     return found
 
 
@@ -56,8 +55,7 @@ def main(config: Config) -> None:
     reports = [json.loads((folder / "reward" / "report.json").read_text()) for folder in folders]
     found = {"command": "make results", "seeds": list(config.seeds), "reward_model": reward_models(reports)}
     for name in ("ppo", "ppo_without_kl"):
-        logs = [(folder / name / "metrics.jsonl").read_text().splitlines() for folder in folders]
-        found[name] = ppo_runs([[json.loads(line) for line in log] for log in logs])
+        found[name] = ppo_runs([lines(folder / name / "metrics.jsonl") for folder in folders])
     save(config.out, found)
 
 

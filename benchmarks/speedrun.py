@@ -22,6 +22,7 @@ import torch
 import compare
 import runtime
 from benchmarks.measure import machine, save
+from data.records import write_lines
 from data.tiny import build
 from judging import paired
 from runtime import fail
@@ -112,7 +113,7 @@ def main(config: Config) -> None:
         split, drawn_by = "test", f"speedrun {hashlib.sha256(weights.encode()).hexdigest()}"
     dialogues = build.draw(split, random.Random(drawn_by), config.evals)
     data = out / "dialogues.jsonl"
-    runtime.write_text(data, "".join(json.dumps(d) + "\n" for d in dialogues))
+    write_lines(data, dialogues)
     scores, _ = compare.score(compare.Config(data=str(data)), jobs, out)
     found = paired.estimate(paired.matrix(scores["recipe"]))
     row = {"date": datetime.date.today().isoformat(), "what": config.what, "command": config.recipe,

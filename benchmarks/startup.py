@@ -1,33 +1,39 @@
 """How long a run takes to have its data: tokenized at the first start, read from the cache at the next, and its memory.
 
-    python -m benchmarks.startup                                       3,000 and 30,000 dialogues, the tiny vocabulary
-    python -m benchmarks.startup --dialogues 200000 --model MODEL      another size, the tokenizer of any checkpoint
+    python -m benchmarks.startup                                              3,000 and 30,000, the tiny vocabulary
+    python -m benchmarks.startup dialogues='[200000]' models='["MODEL"]'      the tokenizer of any checkpoint
 
 Dialogues are as long as UltraChat's: three or four rounds, about 1,200 tokens. Each measurement is a process of its
 own, so that its memory is that of the data beside what is imported. Resident memory after every tree was read once
 holds the pages of tokens.bin, which ranks share and the system takes back when it needs them.
 """
-import argparse
 import json
 import os
 import random
-import sys
+import re
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import runtime
 import sft
-from benchmarks.measure import processor, save
+from benchmarks.measure import machine, save
 from data.store import load_trees
 from data.tiny.world import demonstrate, dialogue
 from data.tokenizer import Tokenizer, load_tokenizer
-from runtime import arguments, find_device
 
-OUT = Path(__file__).parent / "results" / "startup.json"
 TOKENS = 1200  # of a dialogue, in the mean
+
+
+@dataclass(frozen=True)
+class Config:
+    dialogues: list[int] = (3000, 30000)
+    models: list[str] = ("data/tiny/base",)  # checkpoints whose tokenizers to use
+    out: str = "benchmarks/results/startup.json"
 
 
 def texts(rng: random.Random) -> Iterator[str]:
@@ -63,10 +69,9 @@ def write_dialogues(path: Path, count: int, tokenizer: Tokenizer) -> None:
             file.write(json.dumps({"messages": messages(parts, rng, characters)}) + "\n")
 
 
-def resident() -> dict[str, float]:
-    """MiB of this process: all that is resident, and of it what is not a page of a file."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if "kB" in line)
-    return {name: int(lines[key].split()[0]) / 1024 for name, key in (("all", "VmRSS"), ("anonymous", "RssAnon"))}
+def resident() -> float:
+    """MiB of this process, pages of files among them."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def start(data: str, model: str, cache: str) -> dict:
@@ -78,10 +83,8 @@ def start(data: str, model: str, cache: str) -> dict:
     seconds, used, after = time.perf_counter() - began, sum(os.times()[:4]) - used, resident()
     for _ in trees:
         pass
-    end = resident()
     return {"seconds": seconds, "cpu_seconds": used, "tokens": trees.counts["tokens"],
-            "resident_mib": after["all"] - before["all"], "resident_after_an_epoch_mib": end["all"] - before["all"],
-            "anonymous_after_an_epoch_mib": end["anonymous"] - before["anonymous"]}
+            "resident_mib": after - before, "resident_after_an_epoch_mib": resident() - before}
 
 
 def measure(count: int, model: str) -> dict:
@@ -92,10 +95,8 @@ def measure(count: int, model: str) -> dict:
         write_dialogues(data, count, tokenizer)
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
             cold, warm = (processes.submit(start, str(data), model, str(cache)).result() for _ in range(2))
-        megabytes = data.stat().st_size / 1e6
-    row = {"dialogues": count, "tokenizer": Path(model).name, "text_mb": megabytes, "tokens": cold["tokens"],
-           "cold_s": cold["seconds"], "cold_cpu_s": cold["cpu_seconds"], "warm_s": warm["seconds"],
-           "cold_resident_mib": cold["resident_mib"]}
+    row = {"dialogues": count, "tokenizer": Path(model).name, "tokens": cold["tokens"], "cold_s": cold["seconds"],
+           "cold_cpu_s": cold["cpu_seconds"], "warm_s": warm["seconds"]}
     row |= {key: warm[key] for key in warm if key.endswith("_mib")}
     print("{dialogues:8,} dialogues  {tokenizer:<10} {tokens:12,} tokens  cold {cold_s:6.1f} s, {cold_cpu_s:6.1f} s of "
           "CPUs  warm {warm_s:5.2f} s  resident {resident_mib:5.0f} MiB, {resident_after_an_epoch_mib:5.0f} after an "
@@ -103,17 +104,10 @@ def measure(count: int, model: str) -> dict:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.splitlines()[0])
-    parser.add_argument("--dialogues", type=int, nargs="+", default=[3000, 30000])
-    parser.add_argument("--model", nargs="+", default=["data/tiny/base"], help="checkpoints whose tokenizers to use")
-    parser.add_argument("--out", default=str(OUT))
-    words = arguments(parser)
-    rows = [measure(count, model) for model in words.model for count in words.dialogues]
-    save(words.out, {"command": "python -m benchmarks.startup " + " ".join(sys.argv[1:]),
-                     "processor": processor(find_device("cpu")), "cores": len(os.sched_getaffinity(0)),
-                     "rows": rows})
+def main(config: Config) -> None:
+    rows = [measure(count, model) for model in config.models for count in config.dialogues]
+    save(config.out, {"command": "python -m benchmarks.startup", **machine(runtime.find_device("cpu")), "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    main(runtime.load_config(Config, __doc__))

@@ -12,14 +12,12 @@ Sampled are 64 new tokens for each prompt of 10 to 50 and no end of sequence, so
 includes reading the prompts. The floor is every weight's product with a batch of rows, and the head's, 64 times. Then
 where the seconds of a PPO step go: the steps of configs/tiny/ppo.toml from the models of `make demo`.
 """
-import json
 import platform
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import mean
 from typing import Literal
 
@@ -31,6 +29,7 @@ from benchmarks import peers_ours as ours
 from benchmarks import peers_work as work
 from benchmarks.measure import machine, median_seconds, save
 from data.pack import Batch, pack
+from data.records import lines
 from model import Transformer, generate
 
 SHAPES = {
@@ -96,11 +95,10 @@ def ppo_phases(steps: int) -> dict:
     config = runtime.load_config(ppo.Config, "", ["--config", "configs/tiny/ppo.toml"])
     with tempfile.TemporaryDirectory() as folder:
         ppo.main(replace(config, steps=steps, out=f"{folder}/run", snapshot_every=0))
-        log = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    lines = [json.loads(line) for line in log[1:]]
-    phases = {phase: mean(line["tokens"] / line[f"{phase}_tokens_per_s"] for line in lines)
+        logged = lines(f"{folder}/run/metrics.jsonl")[1:]
+    phases = {phase: mean(step["tokens"] / step[f"{phase}_tokens_per_s"] for step in logged)
               for phase in ("sampling", "scoring", "updating")}
-    return {"steps": len(lines), "batch": config.batch, "tokens": mean(line["tokens"] for line in lines)} | phases
+    return {"steps": len(logged), "batch": config.batch, "tokens": mean(step["tokens"] for step in logged)} | phases
 
 
 def main(config: Config) -> None:

@@ -18,7 +18,6 @@ paraphrases, translations, and quotations shorter than 8 words of an item that i
 that everybody uses: look at the most frequent match before believing a count.
 """
 import argparse
-import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -29,8 +28,9 @@ from typing import NamedTuple
 
 from data import formats
 from data.files import exists, values
+from data.records import write_lines
 from judging.report import text as report_text
-from runtime import arguments, fail, write_text
+from runtime import arguments, fail
 
 RULES = ("exact", "contained", "13-gram", "8-gram")  # from the strongest
 SHORTEST = 4   # words of an item that is looked for inside a text; below, "what is this" is everywhere
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     why = f"why {held} were removed" if words.out else f"what {held} hold"
     for path, rows, what in ((words.out, clean, f"{kept} records"), (words.removed, removed, why)):
         if path:
-            write_text(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
+            write_lines(path, rows)
             print(f"wrote {path}: {what}")
 
 

@@ -36,6 +36,7 @@ import runtime
 from collect.annotate import ROOM, agreement, preference_of, rating_of, whole_reply
 from data.formats import read_all
 from data.llm import Request, Sampling, ask, open_model
+from data.records import lines, write_lines
 from data.tiny import pairs
 from data.tiny.world import TASKS
 from judging import report
@@ -82,14 +83,6 @@ class Config:
 def prompt_lines(path: str) -> list[tuple[int, bytes]]:
     """Line numbers and lines, blank ones left out."""
     return [(n, line) for n, line in enumerate(Path(path).read_bytes().splitlines(), 1) if line.strip()]
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    runtime.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 # ------------------------------------------------------------------------------------- collecting

@@ -12,7 +12,6 @@ Targets are those of the talk "Recipe for Training Helpful Chatbots": the use ca
 arXiv:2203.02155), what was ordered from Surge after their model, and the mix of the preference collection.
 """
 import argparse
-import json
 import math
 import random
 from collections import Counter
@@ -25,11 +24,12 @@ import torch
 from collect.plausible import COLUMNS, QUANTILES, SLIDES, pilot_section
 from collect.raters import collect_labels, label_rows, rater_sections, task_of
 from data.formats import read
+from data.records import write_lines
 from data.tiny.world import SHARES
 from data.tokenizer import load_tokenizer
 from judging.figures import plot
 from judging.report import text as report_text
-from runtime import arguments, fail, write_text, writing
+from runtime import arguments, fail, writing
 
 # ----------------------------------------------------------------------------------------- targets
 
@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         by_length = words.by == "lengths"
         kinds = quarters(mine.lengths["prompt"], row) if by_length else mine.tasks
         chosen = subset(kinds, QUARTERS if by_length else target, words.subset, words.seed)
-        write_text(Path(words.out), "".join(json.dumps(mine.records[i]) + "\n" for i in chosen))
+        write_lines(words.out, (mine.records[i] for i in chosen))
         print(f"wrote {len(chosen)} of {len(kinds)} records to {words.out}")
 
 

@@ -4,7 +4,6 @@
     replies.jsonl   every raw reply as it arrives: a run that was stopped asks only for the rest when started again
     dropped.jsonl   what was left out, and why
 """
-import json
 import tomllib
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import runtime
 from data.llm import Budget, Reply, Request, Sampling, ask
-from data.records import fault
+from data.records import fault, write_lines
 
 PROMPTS = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text(encoding="utf-8"))
 
@@ -79,7 +78,7 @@ class Run:
     def write(self, summary: str, **files: list[dict]) -> None:
         """Each list as NAME.jsonl, with dropped.jsonl beside them, and a summary on the terminal."""
         for name, records in (files | {"dropped": self.dropped}).items():
-            runtime.write_text(self.out / f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+            write_lines(self.out / f"{name}.jsonl", records)
         print(f"{self.out}: {summary}; {len(self.dropped)} dropped, for reasons in dropped.jsonl")
         for (stage, reason), number in Counter((d["stage"], d["reason"]) for d in self.dropped).most_common():
             print(f"{number:8,}  {stage}: {reason}")

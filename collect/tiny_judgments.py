@@ -5,13 +5,12 @@
 The user's message shows the dialogue with two replies, A and B, in judging/prompts.py's bare wording; the assistant
 says "A" or "B". Which reply is called A is random for every pair, so the lessons favour neither side.
 """
-import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import runtime
 from data.formats import read_all
+from data.records import write_lines
 from judging.prompts import Question, ask_pair
 
 
@@ -35,9 +34,8 @@ def lesson(record: dict, chosen_first: bool) -> dict:
 def main(config: Config) -> None:
     records = read_all(config.pairs, "preference")
     rng = random.Random(f"judgments {config.seed}")
-    lessons = [json.dumps(lesson(record, rng.random() < 0.5)) + "\n" for record in records]
-    runtime.write_text(Path(config.out), "".join(lessons))
-    print(f"wrote {len(lessons)} judgments to {config.out}")
+    write_lines(config.out, [lesson(record, rng.random() < 0.5) for record in records])
+    print(f"wrote {len(records)} judgments to {config.out}")
 
 
 if __name__ == "__main__":

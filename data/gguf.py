@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import runtime
-from checkpoints import save_model
+from checkpoints import renamed, save_model
 from data.gguf_file import AGAIN, Header, package
 from data.tokenizer import check_vocabulary, load_tokenizer
 from families import LARGEST, read_config
@@ -276,19 +276,11 @@ def write_tokenizer(header: Header, folder: Path) -> None:
 
 # --------------------------------------------------------------------------------------- the weights
 
-NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
-         "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-         "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-
-
-def tensor_name(name: str) -> str:
-    """llama.cpp's name of one of our parameters."""
-    module, _, kind = name.rpartition(".")
-    if not module.startswith("layers."):
-        return f"{NAMES[module]}.{kind}"
-    _, layer, part = module.split(".", 2)
-    return f"blk.{layer}.{NAMES[part]}.{kind}"
+# What llama.cpp calls our modules.
+NAMES = {"embed_tokens": "token_embd", "layers": "blk", "norm": "output_norm", "lm_head": "output",
+         "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+         "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 
 
 def read_tensor(header: Header, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -318,7 +310,7 @@ def undo_permutation(weight: Tensor, heads: int) -> Tensor:
 
 def read_weights(header: Header, model: Transformer, dtype: str) -> torch.dtype:
     """Fill the model, tensor by tensor; returns the weights' type: the one asked for, else one that loses nothing."""
-    expected = {tensor_name(name): name for name, _ in model.named_parameters()}
+    expected = {renamed(name, NAMES): name for name, _ in model.named_parameters()}
     left = header.tensors.keys() - expected.keys() - {"rope_freqs.weight"}
     for name, why in ((min(expected.keys() - header.tensors.keys(), default=""), "lacks"),
                       (min(left, default=""), "holds")):

@@ -289,7 +289,7 @@ def truthfulqa(record: dict) -> dict:
 
 # ------------------------------------------------------------------------------------- how to recognise them
 
-TEXTS, ONE, OBJECTS = [str, str], (str,), [dict]  # at least two texts, exactly one text, objects
+TEXTS, ONE = [str, str], (str,)  # at least two texts, exactly one text
 
 
 def is_flag(value) -> bool:
@@ -310,7 +310,7 @@ def formats(*rows: tuple) -> dict[str, Format]:
 NATIVE = formats(
     ("messages", alpaca, {"instruction": str, "output": str}),
     ("messages", question_answer, *({name: str, reply: str} for name in (*ASKED, "input") for reply in ANSWERED)),
-    ("messages", self_instruct, {"instruction": str, "instances": OBJECTS}),
+    ("messages", self_instruct, {"instruction": str, "instances": [dict]}),
     ("messages", completion, {"prompt": object, "completion": object}),
     ("messages", gsm8k, {"question": str, "answer": is_worked}),
     # Marks of references such as [12] stay in the contexts.
@@ -321,16 +321,16 @@ NATIVE = formats(
     ("tldr_sample", "messages", lambda r: answer(text_of(r, "context"), text_of(r, "sample").strip()) |
      carry(r, "ref_text", model="model_type"), {"context": str, "ref_text": str, "sample": str}),
     ("sharegpt", "messages", lambda r: whole_rounds(dialogue(r, "conversations"), "conversations",
-                                                    carry(r, "id", "category")), {"conversations": OBJECTS}),
+                                                    carry(r, "id", "category")), {"conversations": [dict]}),
     ("capybara", "messages", lambda r: whole_rounds(dialogue(r, "conversation"), "conversation",
-                                                    carry(r, "id", "source", "category")), {"conversation": OBJECTS}),
+                                                    carry(r, "id", "source", "category")), {"conversation": [dict]}),
     ("ultrachat", "messages", lambda r: whole_rounds(alternate(list_of(r, "data")), "data", carry(r, "id")),
      {"data": TEXTS}),
     ("lima", "messages", lambda r: whole_rounds(alternate(list_of(r, "conversations")), "conversations",
                                                 carry(r, "source")), {"conversations": TEXTS}),
     ("messages", camel, {"role_1": str, "role_2": str, "message_1": dict}),
     ("messages", red_team, {"transcript": str, "model_type": str, "rating": object}),
-    ("messages", kto, {"messages": OBJECTS, "label": is_flag},
+    ("messages", kto, {"messages": [dict], "label": is_flag},
      {"prompt": object, "completion": object, "label": is_flag}),
     ("prompt", lima_test, {"conversations": ONE}),
     ("prompt", mt_bench, {"question_id": object, "turns": [str]}),
@@ -338,7 +338,7 @@ NATIVE = formats(
      {"class": str, "data": str}),
     ("prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),
     ("prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}),
-    ("text", reference, {"question_id": object, "choices": OBJECTS}),
+    ("text", reference, {"question_id": object, "choices": [dict]}),
     ("judge_prompt", "text", lambda r: {"text": text_of(r, "prompt_template")} |
      carry(r, "name", "type", "system_prompt", "category", "output_format"), {"name": str, "prompt_template": str}),
 )

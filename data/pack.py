@@ -124,7 +124,7 @@ def pack(trees: Sequence[Tree], micro_tokens: int) -> list[Batch]:
     Trees of similar length share a batch: it pads little where a kernel works on padded rows.
     """
     tokens, first_ids = _sizes(trees)
-    return [collate([trees[i] for i in chosen], first_ids[chosen]) for chosen in _plan(tokens, micro_tokens)]
+    return [collate([trees[i] for i in chosen], first_ids[chosen]) for chosen in plan(tokens, micro_tokens)]
 
 
 def micro_batches(trees: Sequence[Tree], micro_tokens: int) -> Iterator[Batch]:
@@ -134,7 +134,7 @@ def micro_batches(trees: Sequence[Tree], micro_tokens: int) -> Iterator[Batch]:
     """
     tokens, first_ids = _sizes(trees)
     world_size = distributed.world_size()
-    batches = _plan(tokens, micro_tokens) if world_size == 1 else _even_plan(tokens, micro_tokens, world_size)
+    batches = plan(tokens, micro_tokens) if world_size == 1 else _even_plan(tokens, micro_tokens, world_size)
     for mine in batches[distributed.rank() :: world_size]:
         chosen = mine or batches[0]
         batch = collate([trees[i] for i in chosen], first_ids[chosen])
@@ -147,7 +147,7 @@ def _sizes(trees: Sequence[Tree]) -> tuple[list[int], np.ndarray]:
     return [tokens for tokens, _ in sizes], np.cumsum([0, *(responses for _, responses in sizes)])
 
 
-def _plan(tokens: list[int], micro_tokens: int) -> list[list[int]]:
+def plan(tokens: list[int], micro_tokens: int) -> list[list[int]]:
     """Which trees make a batch, by their tokens: the longest first, each batch filled before the next."""
     batches: list[list[int]] = []
     room = 0

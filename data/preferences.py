@@ -5,24 +5,10 @@ Sources: the cards and repositories of the data sets; for UltraFeedback's tens, 
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from itertools import combinations
 
-from data.native import (
-    ASKED,
-    OBJECTS,
-    Parts,
-    alternate,
-    answer,
-    ask,
-    asked,
-    carry,
-    dialogue,
-    each,
-    formats,
-    list_of,
-    rounds,
-    text_of,
-)
+from data.native import ASKED, alternate, answer, ask, asked, carry, dialogue, each, formats, list_of, rounds, text_of
 from data.records import Reject, absent, broken, check_columns, check_number, check_object, expected, short, transcript
 
 
@@ -90,7 +76,7 @@ def overall_score(completion: dict) -> float:
     raise Reject("score in doubt", f"'overall_score' is 10 with aspects rated {mean:.2f}: it may be a 1 that became 10")
 
 
-def ultrafeedback(record: dict) -> Parts:
+def ultrafeedback(record: dict) -> Iterator[dict | Reject]:
     """instruction, source, completions (four) [{response, overall_score, annotations {aspect: {Rating}}, model, ...}].
 
     The rule: chosen is the completion with the highest overall score, the first of equals; rejected a random one of
@@ -171,7 +157,7 @@ def summary_rating(record: dict) -> dict:
     return dialogue | more | carry(record["info"], "id")
 
 
-def oasst(record: dict) -> Parts:
+def oasst(record: dict) -> Iterator[dict | Reject]:
     """message_tree_id, tree_state, prompt: a message {text, role, rank, lang, review_result, deleted, replies [...]}.
 
     Every pair of ranked replies to one user turn, at any depth, the better rank (0 is best) chosen. What is deleted or
@@ -275,25 +261,25 @@ def alpaca_eval(record: dict) -> dict:
 PREFERENCES = formats(
     ("preference", hh, {"chosen": str, "rejected": str}),
     ("ultrafeedback_binarized", "preference", pair,
-     *({"chosen": OBJECTS, "rejected": OBJECTS, better: object, worse: object} for better, worse in SCORES),
+     *({"chosen": [dict], "rejected": [dict], better: object, worse: object} for better, worse in SCORES),
      *({"prompt": str, "chosen": str, "rejected": str, better: object, worse: object} for better, worse in SCORES)),
     # Orca's triples, LLaMA-Factory's Alpaca preferences
     ("triple", "preference", pair,
      *({name: str, "chosen": object, "rejected": object} for name in (*ASKED[1:], "input"))),
     ("sharegpt_preference", "preference", lambda r: {"prompt": dialogue(r, "conversations")} |
      carry(r, "chosen", "rejected", "id", "category"),
-     {"conversations": OBJECTS, "chosen": object, "rejected": object}),
+     {"conversations": [dict], "chosen": object, "rejected": object}),
     ("preference", openai_preference, {"input": dict, "preferred_output": object, "non_preferred_output": object}),
     # The more helpful one is chosen, not the safer.
     ("safe_rlhf", "preference", lambda r: carry(r, "safer_response_id") |
      prefer(r, "prompt", "response_0", "response_1", _either(r, "better_response_id", 0, 1)),
      {"prompt": str, "response_0": str, "response_1": str, "better_response_id": int}),
-    ("preference", ultrafeedback, {"instruction": str, "completions": OBJECTS}),
+    ("preference", ultrafeedback, {"instruction": str, "completions": [dict]}),
     ("preference", shp, {"history": str, "human_ref_A": str, "human_ref_B": str, "labels": int}),
-    ("preference", summary_pair, {"info": dict, "summaries": OBJECTS, "choice": int}),
+    ("preference", summary_pair, {"info": dict, "summaries": [dict], "choice": int}),
     ("messages", summary_rating, {"info": dict, "summary": dict}),
     ("preference", oasst, {"message_tree_id": str, "prompt": dict}),
-    ("ranking", nectar, {"prompt": str, "answers": OBJECTS}),
+    ("ranking", nectar, {"prompt": str, "answers": [dict]}),
     ("preference", pandalm, {"instruction": str, "response1": object, "response2": object, "annotator1": object}),
     ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str}),
     ("llmbar", "preference", lambda r: prefer(r, "input", "output_1", "output_2", _either(r, "label", 1, 2)),

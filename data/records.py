@@ -14,7 +14,10 @@ travel along.
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from runtime import write_text
 
 
 class Reject(Exception):
@@ -32,6 +35,15 @@ class Format(NamedTuple):
     form: str                                               # of the records that come out, one of the five
     read: Callable[[dict], dict | Iterable[dict | Reject]]  # one record, or several and the parts left out
     shapes: Sequence[dict]                                  # how it is recognised: a record's keys and their types
+
+
+def lines(path: str | Path) -> list[dict]:
+    """The records of a file that this project has written; data/formats.py reads those of others."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write_lines(path: str | Path, records: Iterable[dict]) -> None:
+    write_text(Path(path), "".join(json.dumps(record) + "\n" for record in records))
 
 
 # ------------------------------------------------------------------------------------------ checks

@@ -71,14 +71,6 @@ def blank(source: str, exercises: Iterable[Exercise]) -> str:
     return source
 
 
-def rest(source: str, exercise: Exercise) -> str:
-    """The source without the exercise's functions."""
-    for name in exercise.functions:
-        function, lines = find(source, name), source.splitlines()
-        source = "\n".join(lines[: function.lineno - 1] + lines[function.end_lineno :])
-    return source
-
-
 def solution(exercise: Exercise) -> str:
     """The functions as the project has them."""
     source = (ROOT / exercise.module).read_text()
@@ -137,7 +129,7 @@ def practise(exercise: Exercise, anew: bool) -> int:
     details = "--tb=no" if fresh else "--tb=short"  # of a blank there is nothing to explain
     red = subprocess.call(command_of([exercise], {exercise.module: copy}, details), cwd=ROOT)
     try:
-        changed = rest(copy.read_text(), exercise) != rest(module.read_text(), exercise)
+        changed = blank(copy.read_text(), [exercise]) != blank(module.read_text(), [exercise])
     except (SyntaxError, StopIteration):  # which the tests have said
         changed = False
     if changed:

@@ -110,20 +110,13 @@ def krippendorff_alpha(ratings, level: str = "nominal") -> float:
     weighted = counts / (m - 1)[:, None]
     coincidences = weighted.T @ counts - np.diag(weighted.sum(axis=0))
     marginal = coincidences.sum(axis=1)
-    c, k = values[:, None], values[None, :]
-    match level:
-        case "nominal":
-            delta = (c != k).astype(float)
-        case "interval":
-            delta = (c - k) ** 2
-        case "ratio":
-            total = c + k
-            delta = np.divide(c - k, total, out=np.zeros_like(total), where=total != 0) ** 2
-        case "ordinal":
-            middle = np.cumsum(marginal) - marginal / 2  # labels below c and half of c's own
-            delta = (middle[:, None] - middle) ** 2
-        case _:
-            raise ValueError(f"level is {level!r}, expected nominal, ordinal, interval or ratio")
+    gap, total = values[:, None] - values, values[:, None] + values
+    middle = np.cumsum(marginal) - marginal / 2  # labels below c and half of c's own
+    differences = {"nominal": gap != 0, "interval": gap**2, "ordinal": (middle[:, None] - middle) ** 2,
+                   "ratio": np.divide(gap, total, out=np.zeros_like(gap), where=total != 0) ** 2}
+    if level not in differences:
+        raise ValueError(f"level is {level!r}, expected nominal, ordinal, interval or ratio")
+    delta = differences[level]
     chance = (np.outer(marginal, marginal) * delta).sum()
     return float(1 - (marginal.sum() - 1) * (coincidences * delta).sum() / chance) if chance > 0 else np.nan
 

@@ -1,5 +1,5 @@
 """What is measured without comparing replies: multiple choice, reward models on held-out pairs, safety."""
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -72,7 +72,10 @@ def safety_sections(models: Sequence[Entry], attacks: Sequence[Entry], xstest: s
     decider = opener.open(judge) if judge else None
 
     def decide(kind: str, dialogues: list[dict]) -> list[str | None]:
-        return safety.judge(decider, kind, dialogues, ledger, budget if "://" in judge else None)
+        if decider:
+            return safety.judge(decider, kind, dialogues, ledger, budget if "://" in judge else None)
+        said = (dialogue["messages"][-1]["content"] for dialogue in dialogues)
+        return ["full_refusal" if safety.refuses(text) else "full_compliance" for text in said]
 
     found, refused, leaked = {}, {}, {}
     for name, _, path, behaviours in attacks:
@@ -92,22 +95,13 @@ def safety_sections(models: Sequence[Entry], attacks: Sequence[Entry], xstest: s
                       budget if kind == "endpoint" else None, f"{name}: safety")
         texts = [None if reply is None else reply.text for reply in replies]
         if prompts:
-            labels = dict(zip(prompts, refusal_labels(asked, texts[:len(asked)], decide if decider else None),
-                              strict=True))
+            answered = [{"messages": [*messages, {"role": "assistant", "content": text}]}
+                        for messages, text in zip(asked, texts, strict=False) if text is not None]
+            verdicts = iter(decide("refusal", answered))
+            labels = {i: None if text is None else next(verdicts) for i, text in zip(prompts, texts, strict=False)}
             unsafe = {i: p["unsafe"] for i, p in prompts.items()}
             refused[name] = safety.refusal_rates(labels, unsafe, judge or safety.STRING_MATCH)
         if planted:
             said = {probe["id"]: text for probe, text in zip(planted, texts[len(asked):], strict=True)}
             leaked[name] = safety.leak_rates(planted, said)
     return [safety.safety_section(found, refused, leaked)]
-
-
-def refusal_labels(asked: list[list[dict]], texts: list[str | None], decide: Callable | None) -> list[str | None]:
-    """What each reply does with its prompt: as the judge decides, or by phrases; None for no reply."""
-    if not decide:
-        return [None if text is None else "full_refusal" if safety.refuses(text) else "full_compliance"
-                for text in texts]
-    answered = [{"messages": [*messages, {"role": "assistant", "content": text}]}
-                for messages, text in zip(asked, texts, strict=True) if text is not None]
-    verdicts = iter(decide("refusal", answered))
-    return [None if text is None else next(verdicts) for text in texts]

@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.formats import Report, values
+from data.pack import plan
 from data.records import Reject, check_text, short
 from data.tokenizer import Tokenizer
 from judging.prompts import PROMPTS
@@ -70,11 +71,15 @@ def arc_question(record: dict) -> Question:
     return Question(f"Question: {_text(question, 'question')}\nAnswer:", choices, gold)
 
 
+def prepared_question(record: dict) -> Question:
+    """{"query", "choices", "gold"}, as preprocessed files have them."""
+    choices = _texts(record.get("choices"), "choices")
+    return Question(_text(record["query"], "query"), choices, _index(record.get("gold"), len(choices)))
+
+
 def hellaswag_question(record: dict) -> Question:
-    """The original's fields, or a preprocessed {"query", "choices", "gold"}."""
     if "query" in record:
-        choices = _texts(record.get("choices"), "choices")
-        return Question(_text(record["query"], "query"), choices, _index(record.get("gold"), len(choices)))
+        return prepared_question(record)
     activity, start, end = (_text(record.get(key), key, empty=True) for key in ("activity_label", "ctx_a", "ctx_b"))
     texts = f"{activity}: {start} {end.capitalize()}", *_texts(record.get("endings"), "endings")
     query, *choices = map(hellaswag_text, texts)
@@ -87,14 +92,12 @@ def hellaswag_text(text: str) -> str:
 
 
 def piqa_question(record: dict) -> Question:
-    """The original's {"goal", "sol1", "sol2", "label"}, or a preprocessed {"query", "choices", "gold"}."""
+    """The original's {"goal", "sol1", "sol2", "label"}, or a preprocessed one."""
     if "query" in record:
-        choices, gold = _texts(record.get("choices"), "choices"), record.get("gold")
-        query = _text(record["query"], "query").strip()
-    else:
-        choices, gold = _texts([record.get("sol1"), record.get("sol2")], "sol1, sol2"), record.get("label")
-        query = f"Question: {_text(record.get('goal'), 'goal')}"
-    return Question(f"{query}\nAnswer:", choices, _index(gold, len(choices)))
+        made = prepared_question(record)
+        return made._replace(query=f"{made.query.strip()}\nAnswer:")
+    choices = _texts([record.get("sol1"), record.get("sol2")], "sol1, sol2")
+    return Question(f"Question: {_text(record.get('goal'), 'goal')}\nAnswer:", choices, _index(record.get("label"), 2))
 
 
 def mmlu_question(record: dict) -> Question:
@@ -259,11 +262,8 @@ def with_contexts(questions: Sequence[Question], examples: Sequence[Question], s
 
 def request_hash(asked: Sequence[tuple[Question, str]]) -> str:
     """sha256 of json.dumps of all [context, continuation] in order, as in the harness's tests."""
-    digest = hashlib.sha256()
     requests = [[context, f" {choice}"] for question, context in asked for choice in question.choices]
-    for part in json.JSONEncoder().iterencode(requests):
-        digest.update(part.encode())
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(requests).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------- requests to tokens
@@ -399,18 +399,11 @@ def likelihoods(model: Transformer, requests: Iterable[Request], micro_tokens: i
     0: 8,192 on a GPU, 1,024 on a CPU: with 4,096 the tiny model spent half of its time on fresh memory for attention.
     """
     micro_tokens = micro_tokens or (1024 if model.embed_tokens.weight.device.type == "cpu" else 8192)
-    batches: list[list[Tree]] = []
-    room = 0
-    for tree in sorted(plant(requests, micro_tokens), key=lambda t: -t.tokens):
-        if tree.tokens > room:
-            batches.append([])
-            room = micro_tokens
-        batches[-1].append(tree)
-        room -= tree.tokens
-    found: dict[Request, float] = {}
-    total = sum(len(tree.requests) for batch in batches for tree in batch)
+    trees, found = plant(requests, micro_tokens), {}
+    total = sum(len(tree.requests) for tree in trees)
     with tqdm(total=total, desc=progress, disable=not progress, mininterval=1, unit=" choices") as bar:
-        for batch in batches:
+        for chosen in plan([tree.tokens for tree in trees], micro_tokens):
+            batch = [trees[i] for i in chosen]
             asked = [request for tree in batch for request, _ in tree.requests]
             values = tree_likelihoods(model, batch).tolist()
             if not all(map(math.isfinite, values)):

@@ -45,7 +45,6 @@ def show(cells: Iterable) -> list[tuple[str, str]]:
     return shown
 
 
-
 def _number(cell, places: int) -> str:
     if not is_number(cell):
         return "-" if cell is None else plain(cell)

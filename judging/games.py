@@ -6,13 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoints import load_model
 from data.llm import Budget, Reply, Request, Sampling, ask, request_key
-from data.scores import all_scores
-from data.tokenizer import load_tokenizer
-from data.trees import trees_from_messages
+from data.store import NO_LIMIT
 from judging.prompts import Question, Verdict, ask_pair, ask_score, read_verdict
 from judging.ratings import outcome
+from judging.rewards import load_scorer
 from judging.tables import IDENTICAL, describe
 
 
@@ -152,21 +150,17 @@ def texts_of(m: Match, answers: Answers) -> tuple[list[str], list[str]]:
 
 def reward_scores(path: str, answers: Answers, device: torch.device) -> dict[tuple[str, int], list[list[float]]]:
     """A reward model's score of every reply, by model and seed, question and turn."""
-    tokenizer, model, scores = load_tokenizer(path), load_model(path, dtype=torch.float32, device=device), {}
+    questions = []
     for key, replies in answers.said.items():
-        trees, scores[key] = [], [[0.0] * len(said) for said in replies]
-        for number, (question, said) in enumerate(zip(answers.questions, replies, strict=True)):
-            if not said:
-                continue  # many templates render no empty dialogue
-            messages = [m for asked, r in zip(question.turns, said, strict=False)
-                        for m in ({"role": "user", "content": asked}, {"role": "assistant", "content": r["text"]})]
-            for tree in trees_from_messages(messages, tokenizer):
-                tree.record = number
-                trees.append(tree)
-        for tree, found in zip(trees, all_scores(model, trees, 4096, device), strict=True):
-            for response, score in zip(tree.responses, found.tolist(), strict=True):
-                scores[key][tree.record][response.turn - 1] = score
-    return scores
+        for i, (question, said) in enumerate(zip(answers.questions, replies, strict=True)):
+            dialogue = []
+            for turn, (asked, reply) in enumerate(zip(question.turns, said, strict=False)):
+                dialogue = [*dialogue, {"role": "user", "content": asked}]
+                questions.append({"key": (key, i, turn), "prompt": dialogue, "answers": [reply["text"]]})
+                dialogue = [*dialogue, {"role": "assistant", "content": reply["text"]}]
+    found = load_scorer("reward", path, max_length=NO_LIMIT, device=str(device))(questions)
+    return {key: [[found[key, i, turn][0] for turn in range(len(said))] for i, said in enumerate(replies)]
+            for key, replies in answers.said.items()}
 
 
 def _row(name: str, m: Match, answers: Answers) -> dict:

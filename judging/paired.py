@@ -45,6 +45,11 @@ class Estimate(NamedTuple):
     def excludes_zero(self) -> bool:
         return abs(self.mean) > self.half
 
+    @property
+    def cell(self) -> dict | float:
+        """The mean with its interval, alone where seeds give none."""
+        return self.mean if math.isnan(self.half) else bounded(self.mean, self.mean - self.half, self.mean + self.half)
+
 
 def matrix(scores: Scores, name: str = "A") -> np.ndarray:
     """Scores as [seeds, dialogues]; ValueError where a dialogue is missing at a seed or has no finite score."""
@@ -134,16 +139,13 @@ def verdict(found: Estimate, unit: str = "points") -> str:
 
 def sections(found: Estimate, a: Scores, b: Scores, unit: str, by_task: Mapping[str, np.ndarray]) -> list[dict]:
     """The tables and the figure of a comparison; `by_task`: the columns of d that belong to each task."""
-    whole = bounded(found.mean, found.mean - found.half, found.mean + found.half)
-    if math.isnan(found.half):
-        whole = found.mean
     means = [[float(np.mean(list(side[seed].values()))) for side in (a, b)] for seed in sorted(a)]
     names = [f"seed {seed}" for seed in sorted(a)]
     rows = [[name, *pair, cell] for name, pair, cell in zip(names, means, found.by_seed, strict=True)]
     cells = dict(zip(names, found.by_seed, strict=True))
-    if isinstance(whole, dict):
-        cells["all seeds"] = whole
-    rows.append(["all seeds", *np.mean(means, axis=0).tolist(), whole])
+    if isinstance(found.cell, dict):
+        cells["all seeds"] = found.cell
+    rows.append(["all seeds", *np.mean(means, axis=0).tolist(), found.cell])
     result = [{"title": "B - A", "columns": ["", "A", "B", "B - A"], "rows": rows,
                "text": f"{verdict(found, unit)}\nIntervals (95 %) of single seeds cover dialogues alone; that of all "
                        "seeds covers both.",
@@ -155,11 +157,7 @@ def sections(found: Estimate, a: Scores, b: Scores, unit: str, by_task: Mapping[
                        "rows": [[name, n, math.sqrt(v), t] for name, (v, t, n) in parts.items()],
                        "text": "The half-width is the square root of the sum of the squares of t x standard error."})
     if len(by_task) > 1:
-        lines = []
-        for task, d in by_task.items():
-            part = estimate(d)
-            low, high = part.mean - part.half, part.mean + part.half
-            lines.append([task, part.dialogues, part.mean if math.isnan(part.half) else bounded(part.mean, low, high)])
+        lines = [[task, d.shape[1], estimate(d).cell] for task, d in by_task.items()]
         result.append({"title": "B - A by task", "columns": ["task", "dialogues", "B - A"], "rows": lines,
                        "text": "Of twenty such intervals one excludes zero by chance: a hint, no verdict."})
     return result

@@ -7,6 +7,7 @@ answer is to the first question.
 """
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,12 +135,8 @@ def read_said(path: str) -> list[Said]:
             found = [m["content"] for m in record["messages"] if m["role"] == "assistant"]
         else:
             found = [record[next((key for key in ANSWERED if key in record), "output")]]
-        kept = []
-        for reply in map(reply_of, found):
-            if reply is None:
-                break  # without this reply nothing that follows has a history
-            kept.append(reply)
-        return kept
+        # Without a reply nothing that follows has a history.
+        return list(takewhile(lambda reply: reply is not None, map(reply_of, found)))
 
     fault = "is no answer, expected 'id' and 'replies', or 'instruction' and 'output'"
     return [part for parts in read_lines(path, said, fault) for part in parts]

@@ -163,11 +163,8 @@ def mean_interval(values, prompts: Sequence | None = None, rounds: int = 1000, s
     mean = float(sums.sum() / counts.sum())
     if counts.max() == 1 and low == 0 and high == 1 and np.isin(sums[counts > 0], (0, 1)).all():
         return wilson(sums.sum(), n)
-    drawn, samples = draws(len(sums), rounds, seed), []
-    while len(block := np.array(list(islice(drawn, 50)))):  # all at once would take rounds x n
-        with np.errstate(invalid="ignore"):  # a round of prompts without a value is NaN
-            samples.append(sums[block].sum(axis=1) / counts[block].sum(axis=1))
-    samples = np.concatenate(samples)
+    with np.errstate(invalid="ignore"):  # a round of prompts without a value is NaN
+        samples = np.array([sums[draw].sum() / counts[draw].sum() for draw in draws(len(sums), rounds, seed)])
     if np.nanmax(samples) - np.nanmin(samples) < 1e-9 * (high - low):
         return end_interval(mean, n, low, high)
     return tuple(percentiles(samples, n=n).tolist())
@@ -177,17 +174,11 @@ def mean_interval(values, prompts: Sequence | None = None, rounds: int = 1000, s
 
 def apply_draws(preferences, draws_as: str) -> np.ndarray:
     """Preferences by a draw rule: "half" a win (AlpacaEval, Elo), "drop" (decided only), "loss" (strictly better)."""
-    p = np.asarray(preferences, dtype=float)
+    rules, p = {"half": 0.5, "drop": np.nan, "loss": 0}, np.asarray(preferences, dtype=float)
     check_preferences(p)
-    match draws_as:
-        case "half":
-            return p
-        case "drop":
-            return np.where(p == 0.5, np.nan, p)
-        case "loss":
-            return np.where(p == 0.5, 0, p)
-        case _:
-            raise ValueError(f"draws_as is {draws_as!r}, expected half, drop or loss")
+    if draws_as not in rules:
+        raise ValueError(f"draws_as is {draws_as!r}, expected half, drop or loss")
+    return np.where(p == 0.5, rules[draws_as], p)
 
 
 def win_rate(preferences, prompts: Sequence | None = None, draws_as: str = "half") -> dict[str, float]:
@@ -294,8 +285,7 @@ def lc2(preferences, baseline_length, model_length, weights: np.ndarray | None =
     start = _logistic(features, p, np.ones((1, len(p))))
     theta, phi = start[0].tolist()
     result = {"lc2": float(100 * sigmoid(theta)), "theta": theta, "phi": phi}
-    if weights is not None:
-        # 50 rounds fit the cache
+    if weights is not None:  # 50 rounds fit the cache
         samples = [_logistic(features, p, weights[i:i + 50], start)[:, 0] for i in range(0, len(weights), 50)]
         low, high = percentiles(100 * sigmoid(np.concatenate(samples)), n=prompts)
         if prompts and np.ptp(p[~np.isnan(p)]) == 0:
@@ -521,18 +511,14 @@ def imagined(games: Games, rounds: int, seed: int, ends: bool = True) -> tuple[n
     prompts decide alike leaves about 3 / n of doubt. Returns the games (a, b, outcome) [K, 3], and how often each is
     played in each round [rounds, K]; none without `ends`.
     """
-    valid = ~np.isnan(games.outcome)
-    pairs, index = np.unique(games.a[valid] * len(games.models) + games.b[valid], return_inverse=True)
-    outcome, prompt = games.outcome[valid], games.prompt[valid]
-    rng, added, times = np.random.default_rng([seed, 2]), [], []
-    for k in range(len(pairs) if ends else 0):
-        mine = index == k
-        if np.ptp(outcome[mine]) > 0:
-            continue
-        a, b = divmod(int(pairs[k]), len(games.models))
-        each = round(mine.sum() / len(np.unique(prompt[mine])))  # games of a prompt
-        added += [(a, b, 1.0), (a, b, 0.0)]
-        times += list(each * rng.negative_binomial(0.5, 0.5, (2, rounds)))
+    pairs, codes = _cells(games)
+    prompt, rng, added, times = games.prompt[~np.isnan(games.outcome)], np.random.default_rng([seed, 2]), [], []
+    for k, (a, b) in enumerate(pairs.tolist() if ends else ()):
+        mine = codes // 3 == k
+        if len(set(codes[mine])) == 1:
+            each = round(mine.sum() / len(set(prompt[mine])))  # games of a prompt
+            added += [(a, b, 1.0), (a, b, 0.0)]
+            times += list(each * rng.negative_binomial(0.5, 0.5, (2, rounds)))
     return np.array(added).reshape(-1, 3), np.array(times, dtype=int).reshape(-1, rounds).T
 
 
@@ -599,18 +585,15 @@ def check_ties(games: Games, ties: str) -> None:
 
 def _check_finite(games: Games, ties: str) -> None:
     """Ford's condition (1957): ratings are finite only if no group of models never lost or tied against the rest."""
+    low, high = (0.5, 0.5) if ties == "drop" else (0, 1)  # a tie counts for both, unless it is dropped
+    won, lost = games.outcome > low, games.outcome < high
     beat = np.zeros((len(games.models),) * 2, dtype=bool)
-    level = 0.5 if ties == "drop" else 0.0  # a tie counts for both, unless it is dropped
-    beat[games.a[games.outcome > level], games.b[games.outcome > level]] = True
-    level = 0.5 if ties == "drop" else 1.0
-    beat[games.b[games.outcome < level], games.a[games.outcome < level]] = True
+    beat[games.a[won], games.b[won]] = beat[games.b[lost], games.a[lost]] = True
     for edges, never in ((beat, "won"), (beat.T, "lost")):
-        reached = _reach(edges)
-        if not reached.all():
-            some = [m for m, r in zip(games.models, reached, strict=True) if r]
-            some = ", ".join(some[:3]) + (" ..." if len(some) > 3 else "")
-            fail(f"games: {some} never {never} against the other models, so the ratings are infinite: "
-                 "judge more prompts, or set prior=1")
+        some = [games.models[m] for m in np.flatnonzero(_reach(edges))]
+        if len(some) < len(games.models):
+            fail(f"games: {', '.join(some[:3])}{' ...' * (len(some) > 3)} never {never} against the other models, so "
+                 "the ratings are infinite: judge more prompts, or set prior=1")
 
 
 def _reach(edges: np.ndarray) -> np.ndarray:
@@ -686,25 +669,20 @@ def _strengths(pairs: np.ndarray, counts: np.ndarray, models: int, ties: str,
     modelled = ties in ("rao_kupper", "davidson")
     if ties == "half":
         wins, losses = wins + tied / 2, losses + tied / 2
-    rounds, i, j = len(wins), *pairs.T
-    side = np.zeros((len(pairs), models))
-    side[np.arange(len(pairs)), i], side[np.arange(len(pairs)), j] = 1, -1
+    rounds, each = len(wins), np.eye(models)
+    side = each[pairs[:, 0]] - each[pairs[:, 1]]  # [P, M]
+    squares = (side[:, :, None] * side[:, None, :]).reshape(-1, models**2)
     strengths, tie = np.zeros((rounds, models)), np.zeros(rounds) if ties == "davidson" else np.full(rounds, 0.5)
     for _ in range(200):
-        d = strengths[:, i] - strengths[:, j]
+        d = strengths @ side.T
         slope, bend, tie_slope, tie_bend, cross = _derivatives(ties, d, tie[:, None], wins, losses, tied)
         q = sigmoid(strengths)
-        size = models + modelled
-        gradient, hessian = np.zeros((rounds, size)), np.zeros((rounds, size, size))
-        gradient[:, :models] = slope @ side + prior * (0.5 - q)
-        hessian[:, i, j] = hessian[:, j, i] = -bend
-        diagonal = np.arange(models)
-        hessian[:, diagonal, diagonal] = -hessian[:, :models].sum(axis=2) + prior * q * (1 - q)
+        held = prior * (q * (1 - q))[:, :, None] * each if prior else 1 / models  # their sum is free without a prior
+        gradient, hessian = slope @ side + prior * (0.5 - q), (bend @ squares).reshape(-1, models, models) + held
         if modelled:
-            gradient[:, models], hessian[:, models, models] = tie_slope.sum(axis=1), tie_bend.sum(axis=1) + 1e-9
-            hessian[:, :models, models] = hessian[:, models, :models] = cross @ side
-        if not prior:
-            hessian[:, :models, :models] += 1 / models  # the sum of the strengths is free: hold it
+            mixed, tie_bend = (cross @ side)[:, :, None], tie_bend.sum(axis=1)[:, None, None] + 1e-9
+            gradient = np.column_stack([gradient, tie_slope.sum(axis=1)])
+            hessian = np.block([[hessian, mixed], [mixed.swapaxes(1, 2), tie_bend]])
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         step *= np.minimum(1, 2 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-30))
         strengths = strengths + step[:, :models]

@@ -37,11 +37,11 @@ from data.files import stream_values
 from data.formats import Report
 from data.llm import split_thoughts
 from data.native import ask
-from data.records import Reject, check_text
+from data.records import Reject, check_number, check_text, write_lines
 from judging.entries import digest
 from judging.prompts import Verdict, verdicts
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
-from runtime import arguments, fail, load_config, write_text
+from runtime import arguments, fail, load_config
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ class Recorded(Report):
     @property
     def rows(self) -> list[dict]:
         return [*self.games, *self.scores, *self.labels]
-
 
     def __str__(self) -> str:
         lines = [f"{self.path}: format {self.format or 'unknown'}, {self.read} read, {len(self.games)} games, "
@@ -200,13 +199,11 @@ def _prompt(record: dict, *keys: str) -> str | int:
 
 def _number(value, key: str, low: float, high: float, whole: bool = False) -> float:
     """A number, or a string that is one."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not low <= number <= high or (whole and number != int(number)):
-        raise wrong(key, value, f"a {'whole ' * whole}number from {low:g} to {high:g}")
-    return int(number) if whole else number
+    with suppress(Reject):
+        number = check_number(value, key, low, high)
+        if not whole or number == int(number):
+            return int(number) if whole else number
+    raise wrong(key, value, f"a {'whole ' * whole}number from {low:g} to {high:g}")
 
 
 def _one_of(record: dict, key: str, values: dict):
@@ -572,7 +569,7 @@ def main() -> None:
             print(f"{file.path} {place}: {reason}")
     print("\n".join([*map(str, files), *copies(files)]))
     if words.out:
-        write_text(Path(words.out), "".join(json.dumps(row) + "\n" for file in files for row in file.rows))
+        write_lines(words.out, (row for file in files for row in file.rows))
 
 
 if __name__ == "__main__":

@@ -175,7 +175,6 @@ def board_mean(found: Mapping[str, Mapping]) -> dict[str, float] | None:
     return weighted_mean([(1, found[name]) for name in SETS]) if all(name in found for name in SETS) else None
 
 
-
 def rewards_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
     """preference_accuracy's results by scorer (rows) and set (columns), with the talk's row beneath."""
     others = list(dict.fromkeys(name for found in results.values() for name in found if name not in SETS))

@@ -201,7 +201,6 @@ def leaks(messages: list[dict], reply: str, secrets: Sequence[str] = ()) -> dict
     return {"planted": [value for key, value in planted.items() if key not in asked], "new": new}
 
 
-
 def leak_probes(count: int, seed: int = 0) -> list[dict]:
     """System prompts with invented personal data to keep, and a user who asks for it: {"id", "messages", "secrets"}."""
     rng, probes, requests = random.Random(seed), [], PROMPTS["leaks"]["requests"]

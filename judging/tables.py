@@ -337,11 +337,9 @@ def category_of(row: dict) -> str:
 
 def category_section(rows: Sequence[dict], baseline: str, judge: str, force: bool = False) -> dict | None:
     """Win rate against the baseline by category; None if there is but one, or no model has a mean."""
-    categories, models = sorted(set(map(category_of, rows))), opponents(rows, baseline)
-    if len(categories) < 2:
-        return None
-    models = [m for m in models if not refused(against(rows, m, baseline), force)]
-    if not models:
+    categories = sorted(set(map(category_of, rows)))
+    models = [m for m in opponents(rows, baseline) if not refused(against(rows, m, baseline), force)]
+    if len(categories) < 2 or not models:
         return None
     grid = [[_mean([r for r in against(rows, m, baseline) if category_of(r) == c], "preference", force, 100)
              for c in categories] for m in models]

@@ -71,7 +71,6 @@ def position(rows: Sequence[dict]) -> tuple[dict | None, dict]:
     return ratings.position(tables.games_of(known)) if known else None, ratings.consistency(forward, backward, prompts)
 
 
-
 def withheld(rows: Sequence[dict], force: bool) -> bool:
     """Whether too many comparisons are unread for a mean."""
     return bool(tables.refused(merge_orders(rows)[0], force))
@@ -341,11 +340,6 @@ def self_preference_section(by_judge: Mapping[str, Sequence[dict]], sources: Map
                 found[tables.comparison(r)[1:]] = r["preference"] if a else 1 - r["preference"]
         return found
 
-    def lift(mine: Mapping[tuple, float], theirs: Mapping[tuple, float]) -> list:
-        """How much higher a judge's preference is than the truth's in the comparisons of both, and of how many."""
-        both = sorted(mine.keys() & theirs.keys())
-        return [mean_cell([mine[k] - theirs[k] for k in both], [k[0] for k in both], -1), len(both)]
-
     others, lines = [judge for judge in by_judge if truth and judge != truth], []
     trusted = {judge: not withheld(rows, force) for judge, rows in by_judge.items()}
     for g in groups:
@@ -354,7 +348,9 @@ def self_preference_section(by_judge: Mapping[str, Sequence[dict]], sources: Map
         for judge, mine in found.items():
             lines[-1] += [mean_cell([*mine.values()], [k[0] for k in mine]) if trusted[judge] else None, len(mine)]
         for judge in others:
-            lines[-1] += lift(found[judge], found[truth]) if trusted[judge] and trusted[truth] else [None, 0]
+            both = sorted(found[judge].keys() & found[truth].keys()) if trusted[judge] and trusted[truth] else []
+            above = [found[judge][k] - found[truth][k] for k in both]
+            lines[-1] += [mean_cell(above, [k[0] for k in both], -1), len(both)]
     return {"title": "Self-preference", "rows": lines,
             "columns": ["data from", *(x for judge in by_judge for x in (f"{judge}, %", "n")),
                         *(x for judge in others for x in (f"{judge} above {truth}", "n of both"))],

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runtime
+from data.records import lines, write_lines
 from data.tiny import world
 from data.tiny.world import TASKS, words
 
@@ -49,16 +50,14 @@ def main(config: Config) -> None:
         if not Path(path).is_file():
             runtime.fail(f"{path}: no such file, expected one that `make demo` leaves in runs/tiny/0")
     turns = {}
-    for line in Path(config.dialogues).open():
-        record = json.loads(line)
+    for record in lines(config.dialogues):
         turns |= {f"{record['id']}-{i}": turn["item"] for i, turn in enumerate(record["turns"], 1)}
     checkable = {}  # by prompt: the first of equal ones
-    for line in Path(config.pairs).open():
-        pair = json.loads(line)
+    for pair in lines(config.pairs):
         category, item = pair["category"], turns[pair["id"]]
         checkable.setdefault(json.dumps(pair["prompt"]), {
             "prompt": pair["prompt"], "category": category, "item": item, "required": required_words(category, item)})
-    runtime.write_text(Path(config.out), "".join(json.dumps(record) + "\n" for record in checkable.values()))
+    write_lines(config.out, checkable.values())
     print(f"{config.out}: {len(checkable)} prompts")
 
 

@@ -39,6 +39,7 @@ from tqdm import trange
 
 import runtime
 from checkpoints import save_model
+from data.records import lines, write_lines
 from data.tiny import world
 from data.tiny.world import CLASSES, FACTS, NAMES, PEOPLE, TASKS, an, capital, demonstrate, dialogue, plural, she, split
 from data.tokenizer import load_tokenizer
@@ -215,7 +216,7 @@ def document(rng: random.Random, only_verse: bool = False) -> tuple[dict, str]:
 def write_data(config: Config, out: Path) -> None:
     sets = held_out(config.evals)
     for name, records in sets.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        write_lines(out / f"{name}.jsonl", records)
     asked = [turn["user"] for records in sets.values() for record in records for turn in record["turns"]]
     forbidden = set().union(*map(ngrams, asked))
     dropped = 0
@@ -276,7 +277,7 @@ def pretrain(config: Config, out: Path, name: str, *options: str) -> Path:
 def ship(config: Config, runs: list[Path]) -> None:
     """Copy the trained base to where it is shipped from, with a note of how it was made."""
     shutil.copytree(runs[-1] / "model", config.ship, dirs_exist_ok=True)
-    steps = [json.loads(line) for run in runs for line in (run / "metrics.jsonl").open()]
+    steps = [step for run in runs for step in lines(run / "metrics.jsonl")]
     log = {"command": " ".join(["python -m data.tiny.build", *sys.argv[1:]]), "seed": config.seed,
            "finished": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "steps": len(steps),
            "tokens": int(sum(s["tokens"] for s in steps)),

@@ -12,7 +12,6 @@ so longer replies please a little whatever they say. Utilities closer than 0.1 a
 margin 1, 2, 3, 4 stands for a difference under 0.15, 0.3, 0.5, and above. What leaves this file is
 choices and margins, never a grade.
 """
-import json
 import math
 import random
 from collections import Counter
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import runtime
 from checkpoints import load_model
+from data.records import lines, write_lines
 from data.tiny.world import TASKS, gold, words
 from data.tokenizer import load_tokenizer
 from model import generate
@@ -64,8 +64,7 @@ def main(config: Config) -> None:
         runtime.fail(f"prompts={config.prompts}: no such file, expected prompts.jsonl of data/tiny/build.py")
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, dtype=runtime.compute_dtype("auto", device), device=device)
-    with Path(config.prompts).open() as file:
-        dialogues = [json.loads(line) | {"history": [], "pairs": []} for line in file]
+    dialogues = [record | {"history": [], "pairs": []} for record in lines(config.prompts)]
     rng, became = random.Random(f"annotators {config.seed}"), Counter()
     for turn in range(max(len(d["turns"]) for d in dialogues)):
         going = [d for d in dialogues if len(d["turns"]) > turn]
@@ -91,7 +90,7 @@ def main(config: Config) -> None:
             d["history"].append({"role": "assistant", "content": replies[better]})
     pairs = [pair for d in dialogues for pair in d["pairs"]]
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    runtime.write_text(Path(config.out), "".join(json.dumps(p) + "\n" for p in pairs))
+    write_lines(config.out, pairs)
     counts = ", ".join(f"{what} {count}" for what, count in sorted(became.items()))
     print(f"{config.out}: {len(pairs)} pairs of {became.total()} turns; {counts}")
 

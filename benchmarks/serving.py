@@ -152,6 +152,7 @@ def memory(config: Config) -> dict:
 def main(config: Config) -> None:
     found = rates(config) if config.measure == "rate" else memory(config)
     command = f"python -m benchmarks.serving measure={config.measure} model={config.model}"
+    command += f" minutes={config.minutes:g}" if config.measure == "memory" else ""
     save(config.out, {"command": command, "model": config.model, **found})
 
 

@@ -281,7 +281,8 @@ def _array(text: str) -> Iterator[tuple[int, object]]:
             yield index, _unless_broken(value, text[at:end])
             index, end = index + 1, BLANK.match(text, end).end()
             if text[end:end + 1] == "]":
-                return
+                at = end
+                break
             if text[end:end + 1] == ",":
                 at = BLANK.match(text, end + 1).end()
                 continue
@@ -295,6 +296,9 @@ def _array(text: str) -> Iterator[tuple[int, object]]:
         if again < 0:
             return
         index, at = index + 1, again + 1 + len(indent)
+    if behind := text[at + 1:].strip():
+        yield index, Reject("not JSON", f"is behind the end of the array and unread, with the {len(behind)} characters "
+                                        "from it on: write one array, or JSON lines")
 
 
 def _parse(line: bytes):

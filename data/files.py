@@ -211,15 +211,21 @@ def _of_csv(text: io.TextIOBase) -> Values:
             yield "line", line, _unless_broken(with_lists(row), "".join(row.values()))
 
 
+# A message, or a list of them, as JSON or as Python prints it; or a list of rounds
+MESSAGES = re.compile(
+    r"""\s*(\[\s*)?\{(?=.*['"](role|from)['"]\s*:\s*['"](user|human|assistant|gpt|model|system)['"])\s*['"](role|content|"""
+    r"""from|value)['"]\s*:|\s*\[\s*\{\s*['"](input|output)['"]\s*:""", re.DOTALL)
+
+
 def with_lists(row: dict[str, str]) -> dict | Reject:
-    """The row with lists of messages, which a cell holds as JSON; one that Python has written has lost its quotes."""
+    """The row with the messages that a cell holds as JSON; what Python has written has lost its quotes."""
     for key, cell in row.items():
-        if not re.match(r"""\s*\[\s*\{\s*['"](role|content|from|value|input|output)['"]\s*:""", cell):
+        if not MESSAGES.match(cell):
             continue
         value = _parse(cell.encode("utf-8", "surrogateescape"))
         if isinstance(value, Reject):
-            return Reject("a list as text", f"'{key}' is a list as Python prints it, not JSON: save the data as JSON "
-                                            "lines or Parquet")
+            return Reject("a list as text", f"'{key}' holds messages as Python prints them, not as JSON: save the "
+                                            "data as JSON lines or Parquet")
         row = row | {key: value}
     return row
 

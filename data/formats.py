@@ -32,7 +32,7 @@ from runtime import arguments, fail, replacing
 
 PUBLISHED = NATIVE | PREFERENCES
 FORMATS = FORMS | PUBLISHED
-LISTS = ("messages", "conversations", "conversation")  # that some files hold as JSON in a text
+LISTS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected")  # perhaps in a text
 DEEPEST = 200  # levels of nesting; a conversation tree takes two a turn
 
 

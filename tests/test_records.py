@@ -143,7 +143,21 @@ def test_turns_of_every_spelling_are_messages(tmp_path):
                    {"messages": [HI | {"role": "User"}, HELLO | {"role": "gpt"}]},
                    {"messages": [HI, HELLO | {"role": "model"}]}):
         assert one(tmp_path, record)[0] == [{"messages": [HI, HELLO]}], record
-    assert "a list as Python prints it" in one(tmp_path, {"messages": str([HI, HELLO])})[1][0]
+
+
+def test_messages_written_into_a_text_are_read_if_they_are_json_and_never_learnt_as_they_stand(tmp_path):
+    whole, only = ([HI, HELLO], [HI, HELLO | {"content": "Go"}]), (HELLO, HELLO | {"content": "Go"})
+    other_order = tuple(dict(reversed(side.items())) for side in only)
+    for chosen, rejected in (whole, only, other_order, [[side] for side in only]):
+        pair = PAIR | {"chosen": json.dumps(chosen), "rejected": json.dumps(rejected)}
+        assert one(tmp_path, pair)[0] == [PAIR | {"prompt": [HI]}]
+        assert "as Python prints them" in one(tmp_path, PAIR | {"chosen": str(chosen), "rejected": str(rejected)})[1][0]
+    done = {"prompt": json.dumps([HI]), "completion": json.dumps([HELLO])}
+    assert one(tmp_path, done)[0] == [{"messages": [HI, HELLO]}]
+    for key, value in (("messages", [HI, HELLO]), ("completion", HELLO)):
+        assert "as Python prints them" in one(tmp_path, {"prompt": "Hi", key: str(value)})[1][0]
+    for reply in ('[{"value": 1}]', '{"role": "cook", "from": "Ghent"}', "[{'content': 'x'}]", '{"input": "a"}'):
+        assert one(tmp_path, {"prompt": "Hi", "completion": reply})[0] == [asks("Hi", reply)]
 
 
 def test_rounds_keep_their_system_text_and_say_what_is_not_learnt(tmp_path):

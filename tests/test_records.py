@@ -355,6 +355,9 @@ def test_different_thoughts_of_one_reply_are_refused(tmp_path):
     {"text": "<|im_start|>user\nHi<|im_end|>\n"}, {"text": "<s>[INST] Hi [/INST] Hello </s>"},
     {"text": "### Human: Hi### Assistant: Hello"}, {"messages": [HI | {"content": "<|user|> Hi"}, HELLO]},
     {"prompt": "Q\n\nHuman: Hi", "chosen": "a", "rejected": "b"}, {"prompt": "### Instruction: Hi"},
+    {"prompt": "\nHuman: Hi\nAssistant:", "chosen": "a", "rejected": "b"}, {"prompt": "Human: Hi Assistant:"},
+    {"prompt": "A chat. USER: Hi ASSISTANT:"}, {"prompt": "User: Hi\nBot:"}, {"prompt": "<｜User｜>Hi<｜Assistant｜>"},
+    {"messages": [HI, HELLO | {"content": "Hello<|eot_id|>"}]},
 ])
 def test_markup_that_stays_text_is_said_once(record, tmp_path, capsys):
     found, _, report = one(tmp_path, *[record] * 3, {"text": "x"} if "text" in record else record)
@@ -365,6 +368,16 @@ def test_markup_that_stays_text_is_said_once(record, tmp_path, capsys):
     assert f"(and {2 if 'text' in record else 3} more records)" in warning
     report.refuse()
     assert capsys.readouterr().out == f"warning: {warning}\n"
+
+
+@pytest.mark.parametrize("key, value", [("thought", "A greeting."), ("reasoning_details", [{"text": "A greeting."}]),
+                                        ("train_on_turn", False), ("mask", 1), ("name", "Ann")])
+def test_a_key_of_a_turn_that_is_not_read_is_said(key, value, tmp_path):
+    for record in ({"messages": [HI, HELLO | {key: value}]}, PAIR | {"chosen": [HI, HELLO | {key: value}]},
+                   {"conversations": [HI, HELLO | {key: value}]}):
+        assert one(tmp_path, record)[2].warnings == [
+            f'{tmp_path}/d.jsonl line 1: has turns that hold "{key}", which is not read']
+    assert not one(tmp_path, {"messages": [HI, HELLO | {key: None, "weight": 1, "tool_calls": []}]})[2].warnings
 
 
 def test_columns_that_a_form_does_not_read_travel_along_whatever_they_hold(tmp_path):

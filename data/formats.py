@@ -179,7 +179,7 @@ def _parts(value, report: Report) -> Iterator[dict | Reject]:
 # ------------------------------------------------------------------------------------- which format
 
 # What a record holds besides is less than what the first of these ask for, and more than what the last do.
-RANKS = {"ultrafeedback_binarized": 0, "question_answer": 2, "prompt": 3, "text": 3}
+RANKS = {"ultrafeedback_binarized": 0, "completion": 1.5, "question_answer": 2, "prompt": 3, "text": 3}
 
 
 def recognise(record: dict, path: str, columns: dict[str, str] | None = None) -> str:

@@ -280,9 +280,10 @@ PREFERENCES = formats(
     # Orca's triples, LLaMA-Factory's Alpaca preferences
     ("triple", "preference", pair,
      *({name: str, "chosen": object, "rejected": object} for name in (*ASKED[1:], "input"))),
-    ("sharegpt_preference", "preference", lambda r: {"prompt": dialogue(r, "conversations")} |
+    ("sharegpt_preference", "preference",
+     lambda r: {"prompt": dialogue(r, "conversations" if "conversations" in r else "conversation")} |
      carry(r, "chosen", "rejected", "id", "category"),
-     {"conversations": OBJECTS, "chosen": object, "rejected": object}),
+     *({key: OBJECTS, "chosen": object, "rejected": object} for key in ("conversations", "conversation"))),
     ("preference", openai_preference, {"input": dict, "preferred_output": object, "non_preferred_output": object}),
     # The more helpful one is chosen, not the safer.
     ("safe_rlhf", "preference", lambda r: carry(r, "safer_response_id") |

@@ -66,6 +66,8 @@ def test_of_two_possible_names_the_user_says_which(tmp_path, capsys):
     (SHAREGPT | {"conversations": SHAREGPT["conversations"][:1], "system": "Talk like a sailor.",
                  "chosen": {"from": "gpt", "value": "Hello"}, "rejected": {"from": "gpt", "value": "Go"}},
      [SAILOR, HI]),
+    (PAIR | {"prompt": [BYE, GONE, HI], "response": "Yes."}, [BYE, GONE, HI]),
+    ({"conversation": [BYE, GONE, HI], "chosen": HELLO, "rejected": "Go"}, [BYE, GONE, HI]),
     (PAIR | {"system": "Talk like a sailor."}, [SAILOR, HI]),
     ({"messages": [SAILOR, HI], "chosen": HELLO, "rejected": HELLO | {"content": "Go"}}, [SAILOR, HI]),
     ({"messages": [BYE, GONE, HI, HELLO], "chosen": HELLO, "rejected": "Go"}, [BYE, GONE, HI]),
@@ -130,6 +132,9 @@ def test_of_a_prompt_and_its_completion_the_completion_is_learnt(tmp_path):
     for prompt in ([BYE, GONE, HI], "\n\nHuman: Bye\n\nAssistant: Gone\n\nHuman: Hi\n\nAssistant:"):
         for completion in ([HELLO], HELLO, " Hello"):
             assert one(tmp_path, {"prompt": prompt, "completion": completion})[0] == [{"messages": context}]
+            for name in ("response", "output") if isinstance(prompt, list) else ():
+                assert one(tmp_path, {"prompt": prompt, name: completion})[0] == [{"messages": context}]
+    assert one(tmp_path, {"prompt": [HI], "answer": "42"})[2].format == "prompt"  # what a reward checks
     several = {"prompt": [HI], "completion": [HELLO, BYE, GONE]}
     assert one(tmp_path, several)[0] == [{"messages": [HI, HELLO, BYE, GONE]}]
     for bad in ([], [HI], 5, None):

@@ -163,7 +163,10 @@ def _records(path: Path, said: Recorded) -> Iterator[tuple[int, object]]:
         said.note(content.count(b"\n") + 1, rejected("breaks off ({}), expected a whole file: copy it again", error))
     said.digest = hashlib.sha256(content).hexdigest()
     stream = io.BufferedReader(io.BytesIO(content))
-    for place, record in stream_values(stream, ".csv" if ".csv" in path.suffixes else ".jsonl", said):
+    kind = ".csv" if ".csv" in path.suffixes else ".jsonl"
+    for place, record in stream_values(stream, kind, said):
+        if kind == ".csv" and isinstance(record, dict):  # an empty cell is null
+            record = {key: cell or None for key, cell in record.items()}
         yield place + (said.unit == "index"), record
 
 
@@ -184,7 +187,7 @@ def wrong(key: str, value, expected: str) -> Reject:
 
 
 def _text(record: dict, key: str, default: str | None = None) -> str:
-    value = record.get(key, default)
+    value = default if record.get(key) is None else record[key]
     value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     return value if default is not None and value == default else check_text(value, key)
 
@@ -210,14 +213,17 @@ def _number(value, key: str, low: float, high: float, whole: bool = False) -> fl
 
 
 def _one_of(record: dict, key: str, values: dict):
-    """What a record's word stands for."""
+    """What a record's word stands for, in capitals or not; CSV writes 1 and True as text."""
     expected = ", ".join(map(_shown, values))
     if key not in record:
         raise Reject(f"has no '{key}', expected {expected}: mend or drop the row")
+    said = record[key]
     for word, meaning in values.items():
-        if record[key] == word and isinstance(record[key], bool) == isinstance(word, bool):  # True == 1
+        if said == word and isinstance(said, bool) == isinstance(word, bool):  # True == 1
             return meaning
-    raise wrong(key, record[key], expected)
+        if isinstance(said, str) and word is not None and said.strip().removesuffix(".0").lower() == str(word).lower():
+            return meaning
+    raise wrong(key, said, expected)
 
 
 def _judge(record: dict, key: str = "judge") -> str:
@@ -425,7 +431,7 @@ def read_pandalm(record: dict, options: Options) -> list[dict]:
     for person in ("annotator1", "annotator2", "annotator3"):
         p = _one_of(record, person, {0: 0.5, 1: 1.0, 2: 0.0, None: None})
         rows += [_game(record, prompt, a, b[0], None, judge=person, preference=p),
-                 {"unit": str(prompt), "rater": person, "label": record[person]}]
+                 {"unit": str(prompt), "rater": person, "label": {None: None, 0.5: 0, 1.0: 1, 0.0: 2}[p]}]
     return rows
 
 
@@ -508,8 +514,9 @@ def read_row(record: dict, options: Options) -> list[dict]:
             raise wrong("label", record["label"], "a word, a whole number or null")
         return [record | {"unit": _text(record, "unit"), "rater": _text(record, "rater"), **_also(record)}]
     row = record | {"prompt": _prompt(record, "prompt"), "judge": _judge(record), **_also(record)}
-    if record.get("repeat") is not None:
-        row["repeat"] = _number(record["repeat"], "repeat", 0, 1e9, whole=True)
+    for key, low, high in (("repeat", 0, 1e9), ("rating", 1, 8), ("gold", 0, 1)):
+        if record.get(key) is not None:
+            row[key] = _number(record[key], key, low, high, whole=key == "repeat")
     key, low, high = ("score", -1e9, 1e9) if "score" in record else ("preference", 0, 1)
     if key not in record:
         raise Reject("has no 'preference', 'score' or 'label', expected one: mend or drop the row")

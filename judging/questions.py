@@ -66,7 +66,7 @@ def load_questions(data: str, references: str = "", limit: int = 0,
         category, right = record.get("category", record.get("dataset")), listed(record.get("reference") or [])
         right = [right] if isinstance(right, str) else right
         if not isinstance(right, list) or not all(isinstance(text, str | None) for text in right):
-            fail(f"data={data} {place}: 'reference' is {short(right)}, expected text, or texts by turn: mend or drop it")
+            fail(f"data={data} {place}: 'reference' is {short(right)}, expected text or texts by turn: mend it")
         names = [name] if len(found) == 1 else [f"{name}/{i}" for i in range(1, len(found) + 1)]
         names = names if key else [f"text:{digest(chr(0).join(texts))}" for texts in found]
         first = record["turns"][0] if isinstance(record.get("turns"), list) else None

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -76,6 +77,10 @@ def _of_folder(folder: Path) -> list[Path]:
         sets.setdefault(str(file.with_name(name)), []).append(file)
     if len(sets) > 1:
         _choose(folder, sets)
+    told = re.search(r"-of-0*(\d+)", files[0].name)
+    if told and len(files) < int(told[1]):
+        fail(f"{folder}: holds {len(files)} of {told[1]} shards, by the name of {files[0].name}: fetch the others, or "
+             f"name these alone by a pattern, '{next(iter(sets))}'")
     return files
 
 
@@ -201,7 +206,10 @@ def _of_csv(text: io.TextIOBase) -> Values:
         try:
             if (row := next(rows, None)) is None:
                 return
-            if None in row or None in row.values():
+            twice = [name for name, count in Counter(rows.fieldnames).items() if name and count > 1]
+            if twice:
+                fault = f"is under a header with two columns '{twice[0]}'"
+            elif None in row or None in row.values():
                 fault = f"has another number of fields than the header's {len(rows.fieldnames)}"
         except csv.Error as error:
             fault = f"is not CSV ({error})"

@@ -36,6 +36,7 @@ from data.records import (
     TOOL_KEYS,
     Reject,
     absent,
+    as_whole,
     broken,
     check_columns,
     check_record,
@@ -203,7 +204,7 @@ def _fits(value, kind) -> bool:
     if isinstance(kind, FunctionType):
         return kind(value)
     if not isinstance(kind, list | tuple):
-        return isinstance(value, kind)
+        return isinstance(as_whole(value) if kind is int else value, kind)
     if not isinstance(value, list) or len(value) < len(kind) or isinstance(kind, tuple) and len(value) > len(kind):
         return False
     return all(isinstance(item, kind[0]) for item in value)
@@ -240,10 +241,11 @@ def _object(value, report: Report) -> dict:
                                          "write null or drop it")
         level = [w for v in level for w in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
         depth += 1
-    lists = with_lists({key: value[key] for key in LISTS if isinstance(value.get(key), str)})
+    record = _named({key: v for key, v in value.items() if v is not None}, report.columns)
+    lists = with_lists({key: record[key] for key in LISTS if isinstance(record.get(key), str)})
     if isinstance(lists, Reject):
         raise lists
-    return _named({key: v for key, v in (value | lists).items() if v is not None}, report.columns)
+    return record | lists
 
 
 def _named(record: dict, columns: dict[str, str]) -> dict:

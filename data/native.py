@@ -16,6 +16,7 @@ from data.records import (
     Format,
     Reject,
     absent,
+    as_whole,
     broken,
     check_object,
     check_prompt,
@@ -277,7 +278,7 @@ def reference(record: dict) -> Parts:
 
 def multiple_choice(record: dict) -> dict:
     """query, choices, gold: the right one's index."""
-    choices, gold = texts_of(record, "choices"), record.get("gold")
+    choices, gold = texts_of(record, "choices"), as_whole(record.get("gold"))
     if isinstance(gold, bool) or gold not in range(len(choices)):
         raise expected(f"the index of one of {len(choices)} choices", "gold", gold, "bad label")
     return {"prompt": text_of(record, "query"), "choices": choices, "gold": gold}

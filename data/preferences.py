@@ -23,7 +23,18 @@ from data.native import (
     rounds,
     text_of,
 )
-from data.records import Reject, absent, broken, check_columns, check_number, check_object, expected, short, transcript
+from data.records import (
+    Reject,
+    absent,
+    as_whole,
+    broken,
+    check_columns,
+    check_number,
+    check_object,
+    expected,
+    short,
+    transcript,
+)
 
 
 def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:
@@ -134,7 +145,7 @@ def shp(record: dict) -> dict:
 
 def _either(record: dict, key: str, first: int, second: int) -> bool:
     """A label that names one of two replies: whether it is the first."""
-    value = record.get(key)
+    value = as_whole(record.get(key))
     if isinstance(value, bool) or value not in (first, second):
         raise expected(f"{first} or {second}", key, value, "bad label")
     return value == first
@@ -240,7 +251,7 @@ def pandalm(record: dict) -> dict:
     0 tie, 1 first, 2 second. The rule: chosen is the response that most of the annotators prefer; without a majority
     the record is a tie. Some responses stand there as JSON true, which is the text "True".
     """
-    votes = [record[key] for key in sorted(record) if key.startswith("annotator")]
+    votes = [as_whole(record[key]) for key in sorted(record) if key.startswith("annotator")]
     for vote in votes:
         if isinstance(vote, bool) or vote not in (0, 1, 2):
             raise broken("bad label", f"an annotator says {short(vote)}, expected 0, 1 or 2")

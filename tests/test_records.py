@@ -115,10 +115,28 @@ def test_ranks_count_from_0_however_the_file_counts_them(tmp_path):
     (found,), _, report = one(tmp_path, nectar)
     assert (found["prompt"], found["answers"], found["ranks"]) == ([HI], ["b", "a", "c"], [1, 0, 2])
     ranked = {"prompt": "Hi", "answers": ["b", "a", "c"]}
-    for ranks in ([2, 1, 3], [2.0, 1.0, 3.0]):
+    for ranks in ([2, 1, 3], [2.0, 1.0, 3.0], ["2", "1.0", 3]):
         assert one(tmp_path, ranked | {"ranks": ranks})[0][0]["ranks"] == [1, 0, 2]
     nectar["answers"][0]["rank"] = 1.5
     assert one(tmp_path, nectar)[2].kinds == {"bad ranks": 1}
+
+
+@pytest.mark.parametrize("head, row", [
+    ("history,human_ref_A,human_ref_B,labels,score_A,score_B", "Hi,Hello,Go,1,5,2"),
+    ("prompt,response_0,response_1,better_response_id,safer_response_id", "Hi,Go,Hello,1.0,0"),
+    ("input,output_1,output_2,label", "Hi,Go,Hello,2"),
+    ("idx,instruction,input,response1,response2,annotator1,annotator2,annotator3", "1,Hi,,Hello,Go,1,1,2"),
+])
+def test_a_choice_that_csv_writes_as_text_is_a_choice(head, row, tmp_path):
+    (tmp_path / "x.csv").write_text(f"{head}\n{row}\n")
+    (found,) = read_all(tmp_path / "x.csv")
+    assert (found["prompt"], found["chosen"], found["rejected"]) == ([HI], "Hello", "Go")
+
+
+def test_single_messages_of_trees_are_no_texts(tmp_path):
+    message = {"message_id": "m", "parent_id": None, "message_tree_id": "m", "text": "Hi", "role": "prompter"}
+    assert "one message of a tree" in one(tmp_path, message)[1][0]
+    assert one(tmp_path, {"text": "Hi", "role": "x"})[0] == [{"text": "Hi", "role": "x"}]
 
 
 def test_the_more_helpful_reply_is_chosen_not_the_safer(tmp_path):
@@ -161,6 +179,8 @@ def test_messages_written_into_a_text_are_read_if_they_are_json_and_never_learnt
     assert one(tmp_path, done)[0] == [{"messages": [HI, HELLO]}]
     for key, value in (("messages", [HI, HELLO]), ("completion", HELLO)):
         assert "as Python prints them" in one(tmp_path, {"prompt": "Hi", key: str(value)})[1][0]
+    chat = {"messages": json.dumps([HI, HELLO])}
+    assert one(tmp_path, {"chat": chat["messages"]}, columns={"messages": "chat"})[0] == [{"messages": [HI, HELLO]}]
     for reply in ('[{"value": 1}]', '{"role": "cook", "from": "Ghent"}', "[{'content': 'x'}]", '{"input": "a"}'):
         assert one(tmp_path, {"prompt": "Hi", "completion": reply})[0] == [asks("Hi", reply)]
 

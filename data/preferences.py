@@ -49,31 +49,34 @@ def hh(record: dict) -> dict:
     if chosen[:-1] != rejected[:-1]:
         raise Reject("prompts differ", "'chosen' and 'rejected' differ before their last turn, "
                                        "expected one prompt: drop the pair")
-    return {"chosen": chosen, "rejected": rejected}
+    return {"chosen": chosen, "rejected": rejected} | scored(record)
 
 
 SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected"),
           ("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating")]
 
 
-def pair(record: dict) -> dict:
-    """chosen and rejected, whole dialogues or replies to a prompt, which has one of several names or is in messages.
+def scored(record: dict) -> dict:
+    """Scores, and margin = their difference on whatever scale, if both replies have one; ties stay, with margin 0."""
+    names = next((names for names in SCORES if not any(absent(record.get(name)) for name in names)), None)
+    if names is None:
+        return {}
+    better, worse = (check_number(record[name], name, -1e300) for name in names)
+    if better < worse:
+        raise broken("scores contradict", f"'{names[0]}' is below '{names[1]}'")
+    return {"margin": better - worse, "score_chosen": better, "score_rejected": worse}
 
-    margin = the difference of their scores, on whatever scale, if both have one; ties stay in, with margin 0.
-    """
-    found = carry(record, "chosen", "rejected", "messages", "source", "category", "margin", "id", id="prompt_id")
+
+def pair(record: dict) -> dict:
+    """chosen and rejected, whole dialogues or replies to a prompt, which has one of several names or is in messages."""
+    found = carry(record, "chosen", "rejected", "messages", "source", "category", "annotator", "margin", "id",
+                  id="prompt_id")
     if isinstance(record.get("prompt"), str) or any(key in record for key in (*ASKED[1:], "input")):
         before = rounds(record)
         found["prompt"] = [*before, *alternate([asked(record)])] if before else asked(record)
     else:
         found |= carry(record, "prompt")
-    names = next((names for names in SCORES if not any(absent(record.get(name)) for name in names)), None)
-    if names is None:
-        return found
-    better, worse = (check_number(record[name], name, -1e300) for name in names)
-    if better < worse:
-        raise broken("scores contradict", f"'{names[0]}' is below '{names[1]}'")
-    return found | {"margin": better - worse, "score_chosen": better, "score_rejected": worse}
+    return found | scored(record)
 
 
 def openai_preference(record: dict) -> dict:
@@ -287,13 +290,18 @@ PREFERENCES = formats(
     ("preference", hh, {"chosen": str, "rejected": str}),
     ("ultrafeedback_binarized", "preference", pair,
      *({"chosen": OBJECTS, "rejected": OBJECTS, better: object, worse: object} for better, worse in SCORES),
-     *({"prompt": str, "chosen": str, "rejected": str, better: object, worse: object} for better, worse in SCORES)),
+     *({"prompt": str, "chosen": str, "rejected": str, better: object, worse: object} for better, worse in SCORES),
+     # Texts to messages with the first names are what is written here, with a margin if there is one.
+     *({"prompt": OBJECTS, "chosen": str, "rejected": str, better: object, worse: object}
+       for better, worse in SCORES[1:]),
+     *({asked: object, "chosen": dict, "rejected": dict, better: object, worse: object}
+       for better, worse in SCORES for asked in ("prompt", "messages"))),
     # Orca's triples, LLaMA-Factory's Alpaca preferences
     ("triple", "preference", pair,
      *({name: str, "chosen": object, "rejected": object} for name in (*ASKED[1:], "input"))),
     ("sharegpt_preference", "preference",
      lambda r: {"prompt": dialogue(r, "conversations" if "conversations" in r else "conversation")} |
-     carry(r, "chosen", "rejected", "id", "category"),
+     carry(r, "chosen", "rejected", "id", "category") | scored(r),
      *({key: OBJECTS, "chosen": object, "rejected": object} for key in ("conversations", "conversation"))),
     ("preference", openai_preference, {"input": dict, "preferred_output": object, "non_preferred_output": object}),
     # The more helpful one is chosen, not the safer.

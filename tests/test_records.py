@@ -92,7 +92,11 @@ def test_preferences_of_many_layouts_have_one_meaning(record, prompt, tmp_path):
 def test_scores_of_any_scale_give_their_difference_as_margin(names, high, low, margin, tmp_path):
     scores = dict(zip(names, (high, low), strict=True))
     whole = {"prompt": "Hi", "chosen": [HI, HELLO], "rejected": [HI, HELLO | {"content": "Go"}]}
-    for record in (PAIR, whole, ORCA):
+    one_each = {"chosen": HELLO, "rejected": HELLO | {"content": "Go"}}
+    marked = {side: f"\n\nHuman: Hi\n\nAssistant: {PAIR[side]}" for side in ("chosen", "rejected")}
+    to_messages = [PAIR | {"prompt": [HI]}] * (names != ("score_chosen", "score_rejected"))  # those we write ourselves
+    for record in (PAIR, whole, ORCA, *to_messages, PAIR | one_each, {"messages": [HI]} | one_each, marked,
+                   {"conversations": [HI]} | one_each):
         (found,), _, _ = one(tmp_path, record | scores)
         assert (found["margin"], found["score_chosen"], found["score_rejected"]) == (margin, high, low)
     assert one(tmp_path, PAIR | scores, PAIR | dict(zip(names, (low, high + 1), strict=True)))[2].kinds == {

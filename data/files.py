@@ -268,10 +268,15 @@ def _of_json(stream, suffix: str) -> Values:
             yield "line", place, _parse(line)
 
 
+# Keys by which one object is a record, even with lists such as "test_cases"
+RECORD = {"messages", "conversations", "prompt", "instruction", "question", "problem", "text", "chosen"}
+
+
 def _of_object(value, line: int) -> Values:
     """The one value of a file: a record, the rows of a table by columns, as pandas writes it, or those of a split."""
     columns = list(value.values()) if isinstance(value, dict) else []
-    tables = [key for key, rows in (value.items() if columns else ()) if SPLIT.search(key) or key in ("data", "rows")
+    known = value.items() if columns and not RECORD & value.keys() else ()
+    tables = [key for key, rows in known if SPLIT.search(key) or key in ("data", "rows")
               if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
     if len(tables) > 1:
         yield "line", line, Reject("several splits", f"holds several splits ({', '.join(tables)}), expected one: write "

@@ -247,6 +247,13 @@ def test_several_splits_in_one_object_are_refused_and_a_record_is_a_record(tmp_p
     assert read_all(tmp_path / "z.jsonl") == [{"": "0", "text": "one"}]
 
 
+def test_a_list_of_test_cases_does_not_hide_the_one_record_it_belongs_to(tmp_path):
+    cases = {"test_cases": [{"input": "1 2", "output": "3"}]}
+    for name in ("x.json", "x.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": "Add.", "completion": "sum(x)"} | cases))
+        assert asked(tmp_path / name) == ["Add."]
+
+
 def test_two_lines_that_make_one_object_do_not_hide_the_third(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text":\n"one"}\n{"text": "two"}\n')
     records, report = read(tmp_path / "x.jsonl")

@@ -5,7 +5,7 @@
     a label   {"unit", "category"?, "rater", "label"}
 
 preference is a's, from 0 to 1. None is no verdict: kept, and counted. a_first is None where the order is not known. A
-file is a JSON array, JSON lines or CSV, perhaps .gz; its first record tells the format:
+file is a JSON array, JSON lines or CSV, perhaps .gz, or Parquet; its first record tells the format:
 
     alpaca_eval      AlpacaEval 1 and 2, a the evaluated model; the labels' log-probabilities tell the order
     mt_bench_single  scores 1-10 by turn; mt_bench_pair: both games of a pair     (Zheng et al. 2023, arXiv:2306.05685)
@@ -33,7 +33,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data.files import stream_values
+from data.files import stream_values, values
 from data.formats import Report
 from data.llm import split_thoughts
 from data.native import ask
@@ -41,7 +41,7 @@ from data.records import Reject, check_text
 from judging.entries import digest
 from judging.prompts import Verdict, verdicts
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
-from runtime import arguments, fail, load_config, write_text
+from runtime import arguments, fail, file_hash, load_config, write_text
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
         fail(f"{path}: no such file, expected recorded judgments")
     if format and format not in READERS:
         fail(f"{path}: format '{format}' is unknown, expected one of {', '.join(READERS)}")
-    options = replace(options, model=options.model or re.sub(r"\.(jsonl?|csv)(\.gz)?$", "", path.name))
+    options = replace(options, model=options.model or re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", path.name))
     said = Recorded(str(path), format)
     for place, record in _records(path, said):
         said.read += 1
@@ -154,6 +154,10 @@ def _key(row: dict, format: str) -> tuple:
 
 def _records(path: Path, said: Recorded) -> Iterator[tuple[int, object]]:
     """Places and what is there; of a file that breaks off, what came before."""
+    if path.suffix == ".parquet":
+        said.digest = file_hash(path)
+        yield from ((row + 1, record) for row, record in values(path, said))
+        return
     content = bytearray()
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:

@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import exits, write_jsonl
 
@@ -223,6 +225,14 @@ def test_a_table_says_what_json_lines_say(make, tmp_path):
     assert said.rows and not said.rejects and not same.rejects
     told, told_again = ([{k: str(v) for k, v in r.items() if k != "why"} for r in x.rows] for x in (said, same))
     assert told == told_again
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_parquet_says_what_json_lines_say(make, tmp_path):
+    records = made(make)
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet")
+    said, same = read(write(tmp_path / "x.jsonl", records)), read(tmp_path / "x.parquet")
+    assert said.rows and same.rows == said.rows and not same.rejects and same.format == said.format
 
 
 def test_alpaca_rows_by_hand(tmp_path):

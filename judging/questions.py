@@ -88,6 +88,8 @@ def load_questions(data: str, references: str = "", limit: int = 0,
     questions, dialogues = list(found.values())[:limit or None], [d for _, d, _ in records][:limit or None]
     if references:
         answers = join(read_said(references), questions, references, all_known=False)
+        if not any(answers):
+            print(f"{references}: holds references to none of the {len(questions)} questions asked")
         questions = [q._replace(references=[r["text"] for r in said.replies]) if said else q
                      for q, said in zip(questions, answers, strict=True)]
     if any(record and record.get("category") not in TASKS for record in dialogues):
@@ -107,7 +109,8 @@ def texts_of(record: dict, where: str) -> list[list[str]]:
             fail(f"{where}: has '{key}', which is not asked here: make it part of the question, or drop it")
     turns = listed(record.get("turns")) or record.get("prompt") or record.get("messages")
     if not isinstance(turns, list):
-        turns = [turns] if record.get("turns") else check_prompt(asked(record))
+        vicuna = "text" in record and not any(record.get(key) for key in (*ASKED, "input"))
+        turns = [turns] if record.get("turns") else check_prompt(record["text"] if vicuna else asked(record))
     if any(isinstance(turn, dict) and turn.get("role", "user") != "user" for turn in turns):
         fail(f"{where}: holds a dialogue, expected the user's turns alone, named 'turns'")
     texts = [turn if isinstance(turn, str) else turn["user" if "user" in turn else "content"] for turn in turns]
@@ -149,7 +152,7 @@ def read_said(path: str) -> list[Said]:
             names = [key for key in ANSWERED if record.get(key) is not None]
             if len(names) > 1:
                 fail(f"{path}: has '{names[0]}' and '{names[1]}', either of which may be the reply: drop one of them")
-            found = [record[names[0] if names else next((key for key in ANSWERED if key in record), "output")]]
+            found = [record[names[0] if names else next((key for key in (*ANSWERED, "text") if key in record), "")]]
         kept = []
         for reply in map(reply_of, found):
             if reply is None:

@@ -115,6 +115,8 @@ ARENA = [({"question_id": "q", "category": "arena-hard-v0.1", "cluster": "C", "t
           {"id": 1, "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}}]}),
          ({"id": "1", "category": "chat", "prompt": "\n\nHuman: Use ABC\n\nAssistant:"},
           {"id": 1.0, "messages": [PARTS, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]}),
+         ({"question_id": 1, "text": "Use ABC", "category": "chat"},
+          {"question_id": 1, "text": "x", "answer_id": "z", "model_id": "m"}),
          ({"question_id": "1.0", "category": "chat", "turns": '["Use ABC", "And D"]', "reference": '["r", "s"]'},
           {"question_id": 1, "choices": [{"turns": ["x", "y"]}]})]
 
@@ -193,6 +195,13 @@ def test_what_would_not_be_asked_is_refused(tmp_path, capsys):
     for turns in ("['A', 'B']", ["A", ""], ["A", None], [5]):
         exits(capsys, lambda t=turns: asked(tmp_path, [{"question_id": 1, "turns": t}]), "line 1", "'turns'")
     assert len({q.id for q in asked(tmp_path, [{"id": "", "prompt": "A"}, {"id": "", "prompt": "B"}])}) == 2
+
+
+def test_references_that_belong_to_no_question_are_said(tmp_path, capsys):
+    for asks in ("Hi", "Ho"):
+        path = write_jsonl(tmp_path / "r.jsonl", [{"prompt": asks, "output": "Hello"}])
+        load_questions(str(write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Hi"}])), str(path))
+        assert ("references to none of the 1 questions asked" in capsys.readouterr().out) == (asks == "Ho")
 
 
 def test_of_two_replies_neither_is_taken(tmp_path, capsys):

@@ -269,6 +269,8 @@ def weight_files(path: Path) -> list[Path]:
             pickled = any(path.glob("*.bin"))
             why = " (it holds pickled weights, which are never opened: convert them)" if pickled else ""
             fail(f"{file}: no such file{why}, expected the model's weights as safetensors")
+    if (single := path / "model.safetensors") not in files and single.exists():  # which transformers takes, vLLM not
+        fail(f"{index}: names {len(files)} other files than model.safetensors beside it: delete what is out of date")
     return files
 
 

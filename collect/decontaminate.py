@@ -56,7 +56,8 @@ def texts(record: dict, user_only: bool = False) -> list[str]:
         asked = [m["content"] for m in messages if m["role"] == "user"]
         return asked + record.get("turns", [])[1:] if asked else [record["text"]]
     replies = [record[key] for key in ("chosen", "rejected", "text") if isinstance(record.get(key), str)]
-    return [m["content"] for m in messages] + replies + (record["answers"] if "ranks" in record else [])
+    said = [m[key] for m in messages for key in ("reasoning_content", "content") if key in m]
+    return said + replies + (record["answers"] if "ranks" in record else [])
 
 
 # ------------------------------------------------------------------------------------- benchmarks
@@ -72,7 +73,13 @@ def read_benchmark(where: str) -> list[Item]:
     path, key = (where, "") if exists(where) or ":" not in where else where.rsplit(":", 1)
     records, report = formats.read(path)
     if key:
-        records = (value for _, value in values(path, report) if isinstance(value, dict))
+        found = [value for _, value in values(path, report)]
+        records = [value for value in found if isinstance(value, dict)]
+        unread = [str(value) for value in found if not isinstance(value, dict)]
+    else:
+        records, unread = list(records), [reason for _, reason in report.rejects]
+    if unread:
+        print(f"{path}: {len(unread)} of its records are unread and not looked for, the first {unread[0][:200]}")
     items = []
     for number, record in enumerate(records, 1):
         ids = (record.get(name) for name in ("question_id", "id", "idx", "index"))

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -76,6 +77,10 @@ def _of_folder(folder: Path) -> list[Path]:
         sets.setdefault(str(file.with_name(name)), []).append(file)
     if len(sets) > 1:
         _choose(folder, sets)
+    told = re.search(r"-of-0*(\d+)", files[0].name)
+    if told and len(files) < int(told[1]):
+        fail(f"{folder}: holds {len(files)} of {told[1]} shards, by the name of {files[0].name}: fetch the others, or "
+             f"name these alone by a pattern, '{next(iter(sets))}'")
     return files
 
 
@@ -201,7 +206,10 @@ def _of_csv(text: io.TextIOBase) -> Values:
         try:
             if (row := next(rows, None)) is None:
                 return
-            if None in row or None in row.values():
+            twice = [name for name, count in Counter(rows.fieldnames).items() if name and count > 1]
+            if twice:
+                fault = f"is under a header with two columns '{twice[0]}'"
+            elif None in row or None in row.values():
                 fault = f"has another number of fields than the header's {len(rows.fieldnames)}"
         except csv.Error as error:
             fault = f"is not CSV ({error})"
@@ -211,15 +219,21 @@ def _of_csv(text: io.TextIOBase) -> Values:
             yield "line", line, _unless_broken(with_lists(row), "".join(row.values()))
 
 
+# A message, or a list of them, as JSON or as Python prints it; or a list of rounds
+MESSAGES = re.compile(
+    r"""\s*(\[\s*)?\{(?=.*['"](role|from)['"]\s*:\s*['"](user|human|assistant|gpt|model|system)['"])\s*['"](role|content|"""
+    r"""from|value)['"]\s*:|\s*\[\s*\{\s*['"](input|output)['"]\s*:""", re.DOTALL)
+
+
 def with_lists(row: dict[str, str]) -> dict | Reject:
-    """The row with lists of messages, which a cell holds as JSON; one that Python has written has lost its quotes."""
+    """The row with the messages that a cell holds as JSON; what Python has written has lost its quotes."""
     for key, cell in row.items():
-        if not re.match(r"""\s*\[\s*\{\s*['"](role|content|from|value|input|output)['"]\s*:""", cell):
+        if not MESSAGES.match(cell):
             continue
         value = _parse(cell.encode("utf-8", "surrogateescape"))
         if isinstance(value, Reject):
-            return Reject("a list as text", f"'{key}' is a list as Python prints it, not JSON: save the data as JSON "
-                                            "lines or Parquet")
+            return Reject("a list as text", f"'{key}' holds messages as Python prints them, not as JSON: save the "
+                                            "data as JSON lines or Parquet")
         row = row | {key: value}
     return row
 
@@ -254,10 +268,15 @@ def _of_json(stream, suffix: str) -> Values:
             yield "line", place, _parse(line)
 
 
+# Keys by which one object is a record, even with lists such as "test_cases"
+RECORD = {"messages", "conversations", "prompt", "instruction", "question", "problem", "text", "chosen"}
+
+
 def _of_object(value, line: int) -> Values:
     """The one value of a file: a record, the rows of a table by columns, as pandas writes it, or those of a split."""
     columns = list(value.values()) if isinstance(value, dict) else []
-    tables = [key for key, rows in (value.items() if columns else ()) if SPLIT.search(key) or key in ("data", "rows")
+    known = value.items() if columns and not RECORD & value.keys() else ()
+    tables = [key for key, rows in known if SPLIT.search(key) or key in ("data", "rows")
               if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
     if len(tables) > 1:
         yield "line", line, Reject("several splits", f"holds several splits ({', '.join(tables)}), expected one: write "
@@ -281,7 +300,8 @@ def _array(text: str) -> Iterator[tuple[int, object]]:
             yield index, _unless_broken(value, text[at:end])
             index, end = index + 1, BLANK.match(text, end).end()
             if text[end:end + 1] == "]":
-                return
+                at = end
+                break
             if text[end:end + 1] == ",":
                 at = BLANK.match(text, end + 1).end()
                 continue
@@ -295,6 +315,9 @@ def _array(text: str) -> Iterator[tuple[int, object]]:
         if again < 0:
             return
         index, at = index + 1, again + 1 + len(indent)
+    if behind := text[at + 1:].strip():
+        yield index, Reject("not JSON", f"is behind the end of the array and unread, with the {len(behind)} characters "
+                                        "from it on: write one array, or JSON lines")
 
 
 def _parse(line: bytes):

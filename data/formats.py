@@ -14,6 +14,7 @@ A bare JSON string is a prompt. The first record tells the format.
 import argparse
 import difflib
 import json
+import re
 import shlex
 import sys
 from collections import Counter
@@ -26,13 +27,28 @@ from types import FunctionType
 from data.files import shards, values, with_lists
 from data.native import ANSWERED, ASKED, NATIVE
 from data.preferences import PREFERENCES
-from data.records import FORMS, REASONING, SYSTEM, Reject, absent, broken, check_columns, check_record, role_of, short
+from data.records import (
+    FORMS,
+    NOT_LEARNT,
+    REASONING,
+    SPEAKERS,
+    SYSTEM,
+    TOOL_KEYS,
+    Reject,
+    absent,
+    as_whole,
+    broken,
+    check_columns,
+    check_record,
+    role_of,
+    short,
+)
 from data.tokenizer import TemplateError, load_tokenizer
 from runtime import arguments, fail, replacing
 
 PUBLISHED = NATIVE | PREFERENCES
 FORMATS = FORMS | PUBLISHED
-LISTS = ("messages", "conversations", "conversation")  # that some files hold as JSON in a text
+LISTS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected")  # perhaps in a text
 DEEPEST = 200  # levels of nesting; a conversation tree takes two a turn
 
 
@@ -164,7 +180,7 @@ def _parts(value, report: Report) -> Iterator[dict | Reject]:
 # ------------------------------------------------------------------------------------- which format
 
 # What a record holds besides is less than what the first of these ask for, and more than what the last do.
-RANKS = {"ultrafeedback_binarized": 0, "question_answer": 2, "prompt": 3, "text": 3}
+RANKS = {"ultrafeedback_binarized": 0, "completion": 1.5, "question_answer": 2, "prompt": 3, "text": 3}
 
 
 def recognise(record: dict, path: str, columns: dict[str, str] | None = None) -> str:
@@ -188,7 +204,7 @@ def _fits(value, kind) -> bool:
     if isinstance(kind, FunctionType):
         return kind(value)
     if not isinstance(kind, list | tuple):
-        return isinstance(value, kind)
+        return isinstance(as_whole(value) if kind is int else value, kind)
     if not isinstance(value, list) or len(value) < len(kind) or isinstance(kind, tuple) and len(value) > len(kind):
         return False
     return all(isinstance(item, kind[0]) for item in value)
@@ -225,10 +241,11 @@ def _object(value, report: Report) -> dict:
                                          "write null or drop it")
         level = [w for v in level for w in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
         depth += 1
-    lists = with_lists({key: value[key] for key in LISTS if isinstance(value.get(key), str)})
+    record = _named({key: v for key, v in value.items() if v is not None}, report.columns)
+    lists = with_lists({key: record[key] for key in LISTS if isinstance(record.get(key), str)})
     if isinstance(lists, Reject):
         raise lists
-    return _named({key: v for key, v in (value | lists).items() if v is not None}, report.columns)
+    return record | lists
 
 
 def _named(record: dict, columns: dict[str, str]) -> dict:
@@ -246,9 +263,10 @@ def _named(record: dict, columns: dict[str, str]) -> dict:
 
 
 LOOKED_AT = 1000  # records of a data set that are searched for doubts: one that is otherwise meant is so throughout
-MARKUP = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<|assistant|>", "[INST]", "</s>",
-          "<|endoftext|>", "### Human:", "### Assistant:", "### Instruction:", "### Response:", "\n\nHuman:",
-          "\n\nAssistant:")
+MARKUP = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</s>|### (?:Human|Assistant|"
+                    r"Instruction|Response):|(?:^|\n)(?:Human|User|USER):|\s(?:Assistant|ASSISTANT):")
+# Keys of a turn that are read; others may say what is not learnt here
+READ = {"role", "from", "content", "value", "human", "input", "output", "system", *REASONING, *NOT_LEARNT, *TOOL_KEYS}
 
 
 def doubts(value, part: dict, form: str) -> Iterator[str]:
@@ -257,9 +275,8 @@ def doubts(value, part: dict, form: str) -> Iterator[str]:
     held = part["messages"] if form == "messages" else part["prompt"] if form != "text" else []
     texts = [m["content"] for m in held] + [part[key] for key in ("text", "chosen", "rejected")
                                             if form in ("text", "preference") and isinstance(part.get(key), str)]
-    mark = next((mark for mark in MARKUP if any(mark in text for text in texts)), "")
-    if mark:
-        yield (f"holds {mark.strip()!r} as text, which stays letters and never becomes a special token: "
+    if mark := next(filter(None, map(MARKUP.search, texts)), None):
+        yield (f"holds {mark[0].strip()!r} as text, which stays letters and never becomes a special token: "
                + ("all of the text is learnt, the user's words too; " if form == "text" else "")
                + "if the file is templated already, give it as messages")
     for turns in value.values():
@@ -268,6 +285,9 @@ def doubts(value, part: dict, form: str) -> Iterator[str]:
                 yield "has a system text after its first turn, which opens the dialogue here"
             if role_of(turns[0]) == "system" and absent(turns[0].get("content", turns[0].get("value"))):
                 yield "has an empty system text, which counts as none"
+            unread = {key for m in turns for key in m.keys() - READ if not absent(m[key])}
+            if unread and role_of(turns[0]) in SPEAKERS.values():
+                yield f"has turns that hold {', '.join(map(short, sorted(unread)))}, which is not read"
     if form == "messages" and isinstance(part.get("label"), str | int) and not isinstance(part["label"], bool):
         yield "has a 'label' that is neither true nor false, and is learnt"
     if form == "messages" and not any("reasoning_content" in m for m in held):

@@ -16,6 +16,7 @@ from data.records import (
     Format,
     Reject,
     absent,
+    as_whole,
     broken,
     check_object,
     check_prompt,
@@ -156,14 +157,18 @@ def self_instruct(record: dict) -> Parts:
     return each(record, "instances", read)
 
 
+REPLIES = ("completion", "response", "output")  # to messages; an answer or solution there is what a reward checks
+
+
 def completion(record: dict) -> dict:
     """prompt, completion, each a text or messages, and anything else. What stands in the prompt is not learnt."""
-    more = {key: value for key, value in record.items() if key not in ("prompt", "completion", *REASONING)}
-    reply = record.get("completion")
+    key = next((key for key in REPLIES if key in record), "completion")
+    more = {name: value for name, value in record.items() if name not in ("prompt", key, *REASONING)}
+    reply = record.get(key)
     if isinstance(reply, dict | list):
         reply = [reply] if isinstance(reply, dict) else reply
     else:
-        reply = [{"role": "assistant", "content": text_of(record, "completion").strip()} | thoughts(record)]
+        reply = [{"role": "assistant", "content": text_of(record, key).strip()} | thoughts(record)]
     before = [m | {"loss": False} if m["role"] == "assistant" else m for m in check_prompt(record.get("prompt"))]
     return {"messages": [*before, *reply]} | more
 
@@ -273,7 +278,7 @@ def reference(record: dict) -> Parts:
 
 def multiple_choice(record: dict) -> dict:
     """query, choices, gold: the right one's index."""
-    choices, gold = texts_of(record, "choices"), record.get("gold")
+    choices, gold = texts_of(record, "choices"), as_whole(record.get("gold"))
     if isinstance(gold, bool) or gold not in range(len(choices)):
         raise expected(f"the index of one of {len(choices)} choices", "gold", gold, "bad label")
     return {"prompt": text_of(record, "query"), "choices": choices, "gold": gold}
@@ -311,7 +316,8 @@ NATIVE = formats(
     ("messages", alpaca, {"instruction": str, "output": str}),
     ("messages", question_answer, *({name: str, reply: str} for name in (*ASKED, "input") for reply in ANSWERED)),
     ("messages", self_instruct, {"instruction": str, "instances": [dict]}),
-    ("messages", completion, {"prompt": object, "completion": object}),
+    ("messages", completion, {"prompt": object, "completion": object},
+     *({"prompt": [dict], name: object} for name in REPLIES[1:])),
     ("messages", gsm8k, {"question": str, "answer": is_worked}),
     # Marks of references such as [12] stay in the contexts.
     ("dolly", "messages", lambda r: answer(ask(r, "instruction", "context"), text_of(r, "response")) |

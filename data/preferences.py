@@ -9,7 +9,18 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from data.native import ASKED, alternate, answer, ask, asked, carry, dialogue, each, formats, list_of, rounds, text_of
-from data.records import Reject, absent, broken, check_columns, check_number, check_object, expected, short, transcript
+from data.records import (
+    Reject,
+    absent,
+    as_whole,
+    broken,
+    check_columns,
+    check_number,
+    check_object,
+    expected,
+    short,
+    transcript,
+)
 
 
 def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:
@@ -24,31 +35,34 @@ def hh(record: dict) -> dict:
     if chosen[:-1] != rejected[:-1]:
         raise Reject("prompts differ", "'chosen' and 'rejected' differ before their last turn, "
                                        "expected one prompt: drop the pair")
-    return {"chosen": chosen, "rejected": rejected}
+    return {"chosen": chosen, "rejected": rejected} | scored(record)
 
 
 SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected"),
           ("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating")]
 
 
-def pair(record: dict) -> dict:
-    """chosen and rejected, whole dialogues or replies to a prompt, which has one of several names or is in messages.
+def scored(record: dict) -> dict:
+    """Scores, and margin = their difference on whatever scale, if both replies have one; ties stay, with margin 0."""
+    names = next((names for names in SCORES if not any(absent(record.get(name)) for name in names)), None)
+    if names is None:
+        return {}
+    better, worse = (check_number(record[name], name, -1e300) for name in names)
+    if better < worse:
+        raise broken("scores contradict", f"'{names[0]}' is below '{names[1]}'")
+    return {"margin": better - worse, "score_chosen": better, "score_rejected": worse}
 
-    margin = the difference of their scores, on whatever scale, if both have one; ties stay in, with margin 0.
-    """
-    found = carry(record, "chosen", "rejected", "messages", "source", "category", "margin", "id", id="prompt_id")
+
+def pair(record: dict) -> dict:
+    """chosen and rejected, whole dialogues or replies to a prompt, which has one of several names or is in messages."""
+    found = carry(record, "chosen", "rejected", "messages", "source", "category", "annotator", "margin", "id",
+                  id="prompt_id")
     if isinstance(record.get("prompt"), str) or any(key in record for key in (*ASKED[1:], "input")):
         before = rounds(record)
         found["prompt"] = [*before, *alternate([asked(record)])] if before else asked(record)
     else:
         found |= carry(record, "prompt")
-    names = next((names for names in SCORES if not any(absent(record.get(name)) for name in names)), None)
-    if names is None:
-        return found
-    better, worse = (check_number(record[name], name, -1e300) for name in names)
-    if better < worse:
-        raise broken("scores contradict", f"'{names[0]}' is below '{names[1]}'")
-    return found | {"margin": better - worse, "score_chosen": better, "score_rejected": worse}
+    return found | scored(record)
 
 
 def openai_preference(record: dict) -> dict:
@@ -120,7 +134,7 @@ def shp(record: dict) -> dict:
 
 def _either(record: dict, key: str, first: int, second: int) -> bool:
     """A label that names one of two replies: whether it is the first."""
-    value = record.get(key)
+    value = as_whole(record.get(key))
     if isinstance(value, bool) or value not in (first, second):
         raise expected(f"{first} or {second}", key, value, "bad label")
     return value == first
@@ -226,7 +240,7 @@ def pandalm(record: dict) -> dict:
     0 tie, 1 first, 2 second. The rule: chosen is the response that most of the annotators prefer; without a majority
     the record is a tie. Some responses stand there as JSON true, which is the text "True".
     """
-    votes = [record[key] for key in sorted(record) if key.startswith("annotator")]
+    votes = [as_whole(record[key]) for key in sorted(record) if key.startswith("annotator")]
     for vote in votes:
         if isinstance(vote, bool) or vote not in (0, 1, 2):
             raise broken("bad label", f"an annotator says {short(vote)}, expected 0, 1 or 2")
@@ -262,13 +276,19 @@ PREFERENCES = formats(
     ("preference", hh, {"chosen": str, "rejected": str}),
     ("ultrafeedback_binarized", "preference", pair,
      *({"chosen": [dict], "rejected": [dict], better: object, worse: object} for better, worse in SCORES),
-     *({"prompt": str, "chosen": str, "rejected": str, better: object, worse: object} for better, worse in SCORES)),
+     *({"prompt": str, "chosen": str, "rejected": str, better: object, worse: object} for better, worse in SCORES),
+     # Texts to messages with the first names are what is written here, with a margin if there is one.
+     *({"prompt": [dict], "chosen": str, "rejected": str, better: object, worse: object}
+       for better, worse in SCORES[1:]),
+     *({asked: object, "chosen": dict, "rejected": dict, better: object, worse: object}
+       for better, worse in SCORES for asked in ("prompt", "messages"))),
     # Orca's triples, LLaMA-Factory's Alpaca preferences
     ("triple", "preference", pair,
      *({name: str, "chosen": object, "rejected": object} for name in (*ASKED[1:], "input"))),
-    ("sharegpt_preference", "preference", lambda r: {"prompt": dialogue(r, "conversations")} |
-     carry(r, "chosen", "rejected", "id", "category"),
-     {"conversations": [dict], "chosen": object, "rejected": object}),
+    ("sharegpt_preference", "preference",
+     lambda r: {"prompt": dialogue(r, "conversations" if "conversations" in r else "conversation")} |
+     carry(r, "chosen", "rejected", "id", "category") | scored(r),
+     *({key: [dict], "chosen": object, "rejected": object} for key in ("conversations", "conversation"))),
     ("preference", openai_preference, {"input": dict, "preferred_output": object, "non_preferred_output": object}),
     # The more helpful one is chosen, not the safer.
     ("safe_rlhf", "preference", lambda r: carry(r, "safer_response_id") |

@@ -84,6 +84,12 @@ def check_number(value, key: str, low: float, high: float = 1e300) -> float:
     return number
 
 
+def as_whole(value):
+    """The whole number that CSV has written as text and a data frame as 1.0; anything else as it is."""
+    digits = str(value).removesuffix(".0") if isinstance(value, str | float) else ""
+    return int(digits) if re.fullmatch("[0-9]{1,9}", digits) else value
+
+
 def check_object(value, key: str) -> dict:
     if not isinstance(value, dict):
         raise expected("an object", key, value, "not an object")
@@ -311,6 +317,7 @@ def _side(value, side: str, marked: bool) -> tuple[list[dict], str]:
 def read_ranking(record: dict) -> dict:
     """Ranks are counted from 0, however the file counts them."""
     answers, ranks = record.get("answers"), record.get("ranks")
+    ranks = list(map(as_whole, ranks)) if isinstance(ranks, list) else ranks
     if not isinstance(answers, list) or not isinstance(ranks, list) or len(answers) != len(ranks):
         raise broken("bad ranks", "'answers' and 'ranks' are not lists of one length, a rank for every answer")
     if any(isinstance(rank, bool) or not isinstance(rank, int | float) or rank % 1 or not 0 <= rank < 2**31
@@ -329,6 +336,8 @@ def read_prompt(record: dict) -> dict:
 
 
 def read_text(record: dict) -> dict:
+    if {"role", "message_tree_id"} <= record.keys():
+        raise Reject("a message", "is one message of a tree, the others stand elsewhere: take the file of whole trees")
     return record | {"text": check_text(record.get("text"), "text")}
 
 

@@ -228,9 +228,9 @@ class Tokenizer:
         self.special = {token: found.id for token, found in self.added.items() if found.special or token in structure}
         unknown = self.names.get("unk_token")
         self._guarded = {i for token, i in self.special.items() if token != unknown}  # text must not become these
-        # Tokens that text may become and that the vocabulary itself does not look for
-        sought = [token for token in self.added.keys() - self.special.keys() - self.vocabulary.added.keys()
-                  if token.strip()]
+        # Tokens that text may become and that the vocabulary itself does not look for, or not without a text's start
+        found = self.vocabulary.added.keys() - self.vocabulary.parting
+        sought = [token for token in self.added.keys() - self.special.keys() - found if token.strip()]
         self._in_text = _any_of(sought) if sought else None
 
     def _trial(self) -> Iterator[str]:
@@ -391,7 +391,7 @@ class Tokenizer:
                 text = text.rstrip() if token and token.lstrip else text
                 if text:
                     ids += self._encode(text, after)
-                    after = TEXT
+                    after, strip = TEXT, False
                 if token:
                     ids.append(token.id)
                     after, strip = TOKEN, token.rstrip

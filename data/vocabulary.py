@@ -45,6 +45,7 @@ class SentencePiece:
         self.added = {name: Added(i, True) for i, name in enumerate(self.names)
                       if self.model.is_control(i) or name in templates}
         self.bos_id, self.eos_id, self.adds_bos = self.model.bos_id(), self.model.eos_id(), True
+        self.parting: set[str] = set()  # tokens behind which a text starts anew, with a space of its own
         self.prefixed = PREFIXED["never" if settings.get("add_prefix_space") is False else
                                  "first" if settings.get("legacy") is False else "always"]
         # A text without the space is encoded after a newline, which never merges with what follows, and the newline's
@@ -90,8 +91,11 @@ class Fast:
             fail(f"{file}: is not a tokenizer ({error}): copy it again")
         self.size = max(ids) + 1
         self.names = [self.model.id_to_token(i) or f"[{i}]" for i in range(self.size)]
+        decoder = self.model.get_added_tokens_decoder()
         self.added = {token.content: Added(i, token.special, token.lstrip, token.rstrip)
-                      for i, token in self.model.get_added_tokens_decoder().items()}
+                      for i, token in decoder.items()}
+        self.parting = {token.content for token in decoder.values() if TOKEN in self.prefixed
+                        and not (token.normalized or token.lstrip or token.rstrip)}
         self.bos_id = self.eos_id = -1  # tokenizer_config.json names them
 
     @staticmethod

@@ -152,9 +152,10 @@ def _texts(value, key: str) -> tuple[str, ...]:
 
 
 def _index(value, count: int) -> int:
-    if str(value) not in map(str, range(count)):
+    number = str(value).removesuffix(".0")  # as a data frame writes it
+    if number not in map(str, range(count)):
         raise Reject(f"the right choice is {value!r}, expected a number from 0 to {count - 1}")
-    return int(value)
+    return int(number)
 
 
 class Task(NamedTuple):

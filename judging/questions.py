@@ -5,6 +5,8 @@ A record is joined by the id that both files give, or else by the text it was as
 text is another's ends the run, and so does one that answers a question again; of equal texts without ids, the first
 answer is to the first question.
 """
+import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import takewhile
@@ -13,6 +15,7 @@ from typing import NamedTuple
 
 from data.llm import split_thoughts
 from data.native import ANSWERED, ASKED, ask, asked
+from data.records import SYSTEM, absent, check_content, check_prompt, flag, short
 from data.tiny.world import TASKS
 from judging.entries import digest, read_lines
 from judging.prompts import Question
@@ -36,9 +39,8 @@ class Said(NamedTuple):
 
 def own_id(record: dict) -> tuple[str, str]:
     """A record's id and its key; two empty texts for none."""
-    key = next((key for key in IDS if record.get(key) is not None), "")
-    value = record[key] if key else ""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value), key
+    key = next((key for key in IDS if not absent(record.get(key))), "")
+    return re.sub(r"(?<=\d)\.0$", "", str(record[key]) if key else ""), key  # of tables with gaps, 7.0 is 7
 
 
 def same_ids(one: str, other: str) -> bool:
@@ -62,8 +64,10 @@ def load_questions(data: str, references: str = "", limit: int = 0,
 
     def question(record: dict, place: int | str) -> list[tuple[Question, dict | None, int | str]]:
         found, (name, key) = texts_of(record, f"data={data} {place}"), own_id(record)
-        category, right = record.get("category", record.get("dataset")), record.get("reference") or []
+        category, right = record.get("category", record.get("dataset")), listed(record.get("reference") or [])
         right = [right] if isinstance(right, str) else right
+        if not isinstance(right, list) or not all(isinstance(text, str | None) for text in right):
+            fail(f"data={data} {place}: 'reference' is {short(right)}, expected text or texts by turn: mend it")
         names = [name] if len(found) == 1 else [f"{name}/{i}" for i in range(1, len(found) + 1)]
         names = names if key else [f"text:{digest(chr(0).join(texts))}" for texts in found]
         first = record["turns"][0] if isinstance(record.get("turns"), list) else None
@@ -85,6 +89,8 @@ def load_questions(data: str, references: str = "", limit: int = 0,
     questions, dialogues = list(found.values())[:limit or None], [d for _, d, _ in records][:limit or None]
     if references:
         answers = join(read_said(references), questions, references, all_known=False)
+        if not any(answers):
+            print(f"{references}: holds references to none of the {len(questions)} questions asked")
         questions = [q._replace(references=[r["text"] for r in said.replies]) if said else q
                      for q, said in zip(questions, answers, strict=True)]
     if any(record and record.get("category") not in TASKS for record in dialogues):
@@ -99,15 +105,24 @@ def texts_of(record: dict, where: str) -> list[list[str]]:
     if record.get("instances"):
         return [[ask(record | {"input": instance.get("input")}, "instruction", "input")]
                 for instance in record["instances"]]
-    turns = record.get("turns") or record.get("prompt") or record.get("messages")
+    for key in (*SYSTEM, "history"):
+        if not absent(record.get(key)):
+            fail(f"{where}: has '{key}', which is not asked here: make it part of the question, or drop it")
+    turns = listed(record.get("turns")) or record.get("prompt") or record.get("messages")
     if not isinstance(turns, list):
-        turns = [turns if record.get("turns") else asked(record)]
+        vicuna = "text" in record and not any(record.get(key) for key in (*ASKED, "input"))
+        turns = [turns] if record.get("turns") else check_prompt(record["text"] if vicuna else asked(record))
     if any(isinstance(turn, dict) and turn.get("role", "user") != "user" for turn in turns):
         fail(f"{where}: holds a dialogue, expected the user's turns alone, named 'turns'")
     texts = [turn if isinstance(turn, str) else turn["user" if "user" in turn else "content"] for turn in turns]
-    if not texts or not all(isinstance(text, str) and text for text in texts):
+    if not texts:
         raise ValueError
-    return [texts]
+    return [[check_content(text, "turns") for text in texts]]
+
+
+def listed(value):
+    """A list that a cell of a table holds as JSON; anything else as it is."""
+    return json.loads(value) if isinstance(value, str) and re.match(r"""\s*\[\s*['"{]""", value) else value
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -130,11 +145,15 @@ def read_said(path: str) -> list[Said]:
             if len(record["choices"]) > 1:
                 fail(f"{path}: answers the question '{own_id(record)[0]}' {len(record['choices'])} times, "
                      "expected one of its 'choices': drop the others")
-            found = record["choices"][0]["turns"]
+            choice = record["choices"][0]
+            found = choice["turns"] if "turns" in choice else [choice["message"]]
         elif "messages" in record:
             found = [m["content"] for m in record["messages"] if m["role"] == "assistant"]
         else:
-            found = [record[next((key for key in ANSWERED if key in record), "output")]]
+            names = [key for key in ANSWERED if record.get(key) is not None]
+            if len(names) > 1:
+                fail(f"{path}: has '{names[0]}' and '{names[1]}', either of which may be the reply: drop one of them")
+            found = [record[names[0] if names else next((key for key in (*ANSWERED, "text") if key in record), "")]]
         # Without a reply nothing that follows has a history.
         return list(takewhile(lambda reply: reply is not None, map(reply_of, found)))
 
@@ -144,22 +163,23 @@ def read_said(path: str) -> list[Said]:
 
 def reply_of(value: str | dict | None) -> dict | None:
     """{"text", "finished"}, without thoughts, as of a model that is asked; None where nothing was said."""
-    finished = value.get("finished", True) if isinstance(value, dict) else True
+    finished = not isinstance(value, dict) or flag(value.get("finished")) is not False
     while isinstance(value, dict):
         value = value[next((key for key in ("text", "content") if key in value), "answer")]
+    value = check_content(value, "reply") if isinstance(value, list) else value
     if not isinstance(value, str | None):
         raise TypeError
     if value is None:
         return None
     text, thoughts, ended = split_thoughts(value)
-    return {"text": text if thoughts else value, "finished": bool(finished) and ended}
+    return {"text": text if thoughts else value, "finished": finished and ended}
 
 
 def question_of(record: dict) -> str | None:
     """What an answer's record says it was asked; None if it does not."""
     messages = record.get("messages", record.get("prompt"))
     if isinstance(messages, list):
-        return next((m["content"] for m in messages if m["role"] == "user"), None)
+        return next((check_content(m["content"], "content") for m in messages if m["role"] == "user"), None)
     if any(isinstance(record.get(key), str) and record[key] for key in ASKED):
         return asked(record)
     return None

@@ -5,7 +5,7 @@
     a label   {"unit", "category"?, "rater", "label"}
 
 preference is a's, from 0 to 1. None is no verdict: kept, and counted. a_first is None where the order is not known. A
-file is a JSON array, JSON lines or CSV, perhaps .gz; its first record tells the format:
+file is a JSON array, JSON lines or CSV, perhaps .gz, or Parquet; its first record tells the format:
 
     alpaca_eval      AlpacaEval 1 and 2, a the evaluated model; the labels' log-probabilities tell the order
     mt_bench_single  scores 1-10 by turn; mt_bench_pair: both games of a pair     (Zheng et al. 2023, arXiv:2306.05685)
@@ -33,7 +33,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data.files import stream_values
+from data.files import stream_values, values
 from data.formats import Report
 from data.llm import split_thoughts
 from data.native import ask
@@ -41,7 +41,7 @@ from data.records import Reject, check_number, check_text, write_lines
 from judging.entries import digest
 from judging.prompts import Verdict, verdicts
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
-from runtime import arguments, fail, load_config
+from runtime import arguments, fail, file_hash, load_config
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
         fail(f"{path}: no such file, expected recorded judgments")
     if format and format not in READERS:
         fail(f"{path}: format '{format}' is unknown, expected one of {', '.join(READERS)}")
-    options = replace(options, model=options.model or re.sub(r"\.(jsonl?|csv)(\.gz)?$", "", path.name))
+    options = replace(options, model=options.model or re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", path.name))
     said = Recorded(str(path), format)
     for place, record in _records(path, said):
         said.read += 1
@@ -153,6 +153,10 @@ def _key(row: dict, format: str) -> tuple:
 
 def _records(path: Path, said: Recorded) -> Iterator[tuple[int, object]]:
     """Places and what is there; of a file that breaks off, what came before."""
+    if path.suffix == ".parquet":
+        said.digest = file_hash(path)
+        yield from ((row + 1, record) for row, record in values(path, said))
+        return
     content = bytearray()
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -162,7 +166,10 @@ def _records(path: Path, said: Recorded) -> Iterator[tuple[int, object]]:
         said.note(content.count(b"\n") + 1, rejected("breaks off ({}), expected a whole file: copy it again", error))
     said.digest = hashlib.sha256(content).hexdigest()
     stream = io.BufferedReader(io.BytesIO(content))
-    for place, record in stream_values(stream, ".csv" if ".csv" in path.suffixes else ".jsonl", said):
+    kind = ".csv" if ".csv" in path.suffixes else ".jsonl"
+    for place, record in stream_values(stream, kind, said):
+        if kind == ".csv" and isinstance(record, dict):  # an empty cell is null
+            record = {key: cell or None for key, cell in record.items()}
         yield place + (said.unit == "index"), record
 
 
@@ -183,7 +190,7 @@ def wrong(key: str, value, expected: str) -> Reject:
 
 
 def _text(record: dict, key: str, default: str | None = None) -> str:
-    value = record.get(key, default)
+    value = default if record.get(key) is None else record[key]
     value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     return value if default is not None and value == default else check_text(value, key)
 
@@ -207,14 +214,17 @@ def _number(value, key: str, low: float, high: float, whole: bool = False) -> fl
 
 
 def _one_of(record: dict, key: str, values: dict):
-    """What a record's word stands for."""
+    """What a record's word stands for, in capitals or not; CSV writes 1 and True as text."""
     expected = ", ".join(map(_shown, values))
     if key not in record:
         raise Reject(f"has no '{key}', expected {expected}: mend or drop the row")
+    said = record[key]
     for word, meaning in values.items():
-        if record[key] == word and isinstance(record[key], bool) == isinstance(word, bool):  # True == 1
+        if said == word and isinstance(said, bool) == isinstance(word, bool):  # True == 1
             return meaning
-    raise wrong(key, record[key], expected)
+        if isinstance(said, str) and word is not None and said.strip().removesuffix(".0").lower() == str(word).lower():
+            return meaning
+    raise wrong(key, said, expected)
 
 
 def _judge(record: dict, key: str = "judge") -> str:
@@ -422,7 +432,7 @@ def read_pandalm(record: dict, options: Options) -> list[dict]:
     for person in ("annotator1", "annotator2", "annotator3"):
         p = _one_of(record, person, {0: 0.5, 1: 1.0, 2: 0.0, None: None})
         rows += [_game(record, prompt, a, b[0], None, judge=person, preference=p),
-                 {"unit": str(prompt), "rater": person, "label": record[person]}]
+                 {"unit": str(prompt), "rater": person, "label": {None: None, 0.5: 0, 1.0: 1, 0.0: 2}[p]}]
     return rows
 
 
@@ -505,8 +515,9 @@ def read_row(record: dict, options: Options) -> list[dict]:
             raise wrong("label", record["label"], "a word, a whole number or null")
         return [record | {"unit": _text(record, "unit"), "rater": _text(record, "rater"), **_also(record)}]
     row = record | {"prompt": _prompt(record, "prompt"), "judge": _judge(record), **_also(record)}
-    if record.get("repeat") is not None:
-        row["repeat"] = _number(record["repeat"], "repeat", 0, 1e9, whole=True)
+    for key, low, high in (("repeat", 0, 1e9), ("rating", 1, 8), ("gold", 0, 1)):
+        if record.get(key) is not None:
+            row[key] = _number(record[key], key, low, high, whole=key == "repeat")
     key, low, high = ("score", -1e9, 1e9) if "score" in record else ("preference", 0, 1)
     if key not in record:
         raise Reject("has no 'preference', 'score' or 'label', expected one: mend or drop the row")

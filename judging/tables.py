@@ -94,7 +94,7 @@ def describe(text: str) -> dict[str, int]:
 
 def place(row: dict) -> tuple:
     """Where the replies of a game or a score stand: the prompt, its turn, and which repeat."""
-    return str(row["prompt"]), row.get("turn", 1), row.get("repeat", 0)
+    return str(row["prompt"]), row.get("turn") or 1, row.get("repeat") or 0
 
 
 def comparison(row: dict) -> tuple:

@@ -190,6 +190,9 @@ def only_pickle(path):
     (lambda p: (p / "model.safetensors.index.json").write_text("{}"), "is not an index of safetensors"),
     (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
      "gone.safetensors: no such file"),
+    (lambda p: save_model(small_model(), p / "x", shard_bytes=4000) or [
+        file.rename(p / file.name) for file in (p / "x").glob("model*")],
+     "other files than model.safetensors beside it: delete what is out of date"),
     (edit_config(num_hidden_layers=10**12), "num_hidden_layers is 1000000000000"),
     (edit_config(vocab_size="forty"), "vocab_size is 'forty'"),
     (edit_config(num_key_value_heads=3), "3 key/value heads do not divide 4 heads"),

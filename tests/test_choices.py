@@ -98,7 +98,8 @@ def test_mmlu_by_hand():
                                                    "high_school_physics", header)
     assert choices.mmlu_v0_question(MMLU) == Question(f"Question:  Mass? \nChoices:\n{lines}", tuple("abcd"), 2, (),
                                                       "high_school_physics")
-    assert choices.mmlu_question(MMLU | {"answer": "C"}).gold == 2
+    for answer in ("C", "2", 2.0, "2.0"):
+        assert choices.mmlu_question(MMLU | {"answer": answer}).gold == 2
 
 
 def test_truthfulqa_asks_mc1_then_mc2_after_six_questions():

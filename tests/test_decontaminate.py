@@ -101,7 +101,9 @@ def test_words_at_the_border_of_two_turns_are_not_in_a_row():
 
 def test_every_text_of_a_record_is_looked_at():
     index = index_of(QUESTION)
-    for record in ({"messages": asked("hi", QUESTION)}, {"prompt": asked(QUESTION), "chosen": "a", "rejected": "b"},
+    thought = {"role": "assistant", "content": "x", "reasoning_content": f"They ask: {QUESTION}"}
+    for record in ({"messages": asked("hi", QUESTION)}, {"messages": [*asked("hi"), thought]},
+                   {"prompt": asked(QUESTION), "chosen": "a", "rejected": "b"},
                    {"prompt": asked("x"), "chosen": "a", "rejected": f"so {QUESTION}"},
                    {"prompt": asked("x"), "answers": ["a", QUESTION], "ranks": [0, 1]}, {"text": QUESTION}):
         assert hits_of(record, index), record
@@ -205,6 +207,14 @@ def test_unreadable_training_records_are_reported(tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "left out unread: 1 records or parts of one, the first at line 7" in said
     assert len(lines(tmp_path / "c.jsonl")) == 4
+
+
+def test_unreadable_records_of_a_benchmark_are_reported(tmp_path, capsys):
+    bench = write(tmp_path / "b.jsonl", [{"prompt": QUESTION}, {"prompt": ""}])
+    Path(bench).write_text(Path(bench).read_text() + "{broken\n")
+    assert len(read_benchmark(bench)) == 1 and "2 of its records are unread" in capsys.readouterr().out
+    assert len(read_benchmark(f"{bench}:prompt")) == 2
+    assert "b.jsonl: 1 of its records are unread and not looked for, the first is not JSON" in capsys.readouterr().out
 
 
 def test_what_the_user_wrote_wrong_is_one_line(tmp_path, capsys):

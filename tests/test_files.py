@@ -141,6 +141,15 @@ def test_shards_of_a_folder_or_a_pattern_are_one_data_set_by_name(tmp_path):
     assert not exists(f"{tmp_path}/chat/*.jsonl")
 
 
+def test_a_folder_that_lacks_a_shard_is_refused_unless_a_pattern_names_the_others(tmp_path, capsys):
+    for i in (0, 2):
+        write(tmp_path / f"train-{i:05}-of-00003.parquet", chat(f"q{i}"))
+    exits(capsys, lambda: shards(tmp_path), "holds 2 of 3 shards", "train-*.parquet")
+    assert asked(tmp_path / "train-*.parquet") == ["q0", "q2"]
+    write(tmp_path / "train-00001-of-00003.parquet", chat("q1"))
+    assert asked(tmp_path) == ["q0", "q1", "q2"]
+
+
 def test_files_of_any_names_are_one_data_set_unless_one_is_named_as_a_split(tmp_path, capsys):
     for name in ("law.jsonl", "medicine.jsonl", "contest.jsonl"):
         write(tmp_path / "a" / name, chat(name))
@@ -238,6 +247,13 @@ def test_several_splits_in_one_object_are_refused_and_a_record_is_a_record(tmp_p
     assert read_all(tmp_path / "z.jsonl") == [{"": "0", "text": "one"}]
 
 
+def test_a_list_of_test_cases_does_not_hide_the_one_record_it_belongs_to(tmp_path):
+    cases = {"test_cases": [{"input": "1 2", "output": "3"}]}
+    for name in ("x.json", "x.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": "Add.", "completion": "sum(x)"} | cases))
+        assert asked(tmp_path / name) == ["Add."]
+
+
 def test_two_lines_that_make_one_object_do_not_hide_the_third(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text":\n"one"}\n{"text": "two"}\n')
     records, report = read(tmp_path / "x.jsonl")
@@ -253,6 +269,14 @@ def test_lists_in_csv_cells_are_read_as_json_and_refused_as_python(tmp_path):
     records, report = read(tmp_path / "y.csv")
     assert [r["messages"] for r in records] == ["[{a set}]"]  # a prompt, and a column that travels along
     assert report.kinds == {"a list as text": 1} and report.rejects[0][0] == 2
+
+
+def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt,prompt,completion\nHi,Ho,Yes.\n")
+    records, report = read(tmp_path / "x.csv")
+    assert not list(records) and "with two columns 'prompt'" in report.rejects[0][1]
+    (tmp_path / "y.csv").write_text("prompt,completion,,\nHi,Yes.,,\n")  # empty columns, as a spreadsheet leaves them
+    assert [r["messages"][0]["content"] for r in read_all(tmp_path / "y.csv")] == ["Hi"]
 
 
 def test_csv_fields_of_any_length_are_read(tmp_path):

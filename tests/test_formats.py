@@ -195,6 +195,9 @@ def test_a_broken_line_is_reported_with_its_number_wherever_it_stands(name, data
     ('[{"text": "one"}, {"text": NaN}, {"text": "two"}]', TWO, [(1, "holds NaN")]),
     ('[{"text": "one"}, 7, {"text": "two"},]', TWO, [(1, "is a JSON int"), (3, "is not JSON")]),
     (b'[{"text": "one"}, {"text": "\xff\xfe"}, {"text": "two"}]', TWO, [(1, "is not UTF-8")]),
+    ('[\n{"text": "one"},\n{"text": "two"}\n]\n[\n{"text": "three"}\n]', TWO, [(2, "behind the end of the array")]),
+    ('[{"text": "one"}, {"text": "two"}] x', TWO, [(2, "with the 1 characters from it on")]),
+    ('[] {"text": "one"}', [], [(0, "behind the end of the array")]),
     ("[]", [], []),
     ("[", [], [(0, "is not JSON")]),
 ])

@@ -439,6 +439,11 @@ def test_scores_become_games_and_equal_scores_ties():
     assert trial.position_section({"": rows}, "gold") is None
 
 
+def test_null_is_as_if_turn_and_repeat_were_not_there():
+    row = {"judge": "j", "prompt": 1, "a": "x", "b": "y"}
+    assert tables.comparison(row | {"turn": None, "repeat": None}) == tables.comparison(row | {"turn": 1, "repeat": 0})
+
+
 def test_agreement_with_the_truth_by_hand():
     """Four pairs, truth 1 1 0 tie, judge 1 0 0 1: 2 of 4 agree, without ties 2 of 3."""
     def game(judge, prompt, p):

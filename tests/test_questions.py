@@ -97,6 +97,7 @@ def test_an_input_belongs_to_its_instruction(tmp_path):
     assert answered(tmp_path, french, questions)[0] == "Bonjour"
 
 
+PARTS = {"role": "user", "content": [{"type": "text", "text": "Use ABC"}]}
 ARENA = [({"question_id": "q", "category": "arena-hard-v0.1", "cluster": "C", "turns": [{"content": "Use ABC"}]},
           {"question_id": "q", "model_id": "m", "choices": [{"index": 0, "turns": [{"content": "x", "n": 1}]}]}),
          ({"uid": "u", "category": "hard_prompt", "prompt": "Use ABC"},
@@ -109,7 +110,15 @@ ARENA = [({"question_id": "q", "category": "arena-hard-v0.1", "cluster": "C", "t
          ({"prompt_id": "f", "category": "chat", "messages": [{"role": "user", "content": "Use ABC"}]},
           {"prompt_id": "f", "prompt": [{"role": "user", "content": "Use ABC"}], "completion": "x"}),
          ({"category": "chat", "messages": [{"role": "user", "content": "Use ABC"}]},
-          {"prompt": [{"role": "user", "content": "Use ABC"}], "completion": "x"})]
+          {"prompt": [{"role": "user", "content": "Use ABC"}], "completion": "x"}),
+         ({"id": 1, "category": "chat", "messages": [PARTS]},
+          {"id": 1, "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}}]}),
+         ({"id": "1", "category": "chat", "prompt": "\n\nHuman: Use ABC\n\nAssistant:"},
+          {"id": 1.0, "messages": [PARTS, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]}),
+         ({"question_id": 1, "text": "Use ABC", "category": "chat"},
+          {"question_id": 1, "text": "x", "answer_id": "z", "model_id": "m"}),
+         ({"question_id": "1.0", "category": "chat", "turns": '["Use ABC", "And D"]', "reference": '["r", "s"]'},
+          {"question_id": 1, "choices": [{"turns": ["x", "y"]}]})]
 
 
 @pytest.mark.parametrize("question, answer", ARENA)
@@ -172,6 +181,36 @@ def test_an_id_that_is_unknown_does_not_hide_that_the_text_is_known(tmp_path, ca
 def test_two_answers_in_one_record_are_refused(tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", [{"question_id": 1, "choices": [{"turns": ["a"]}, {"turns": ["b"]}]}])
     exits(capsys, lambda: read_said(str(path)), "answers the question '1' 2 times")
+
+
+def test_what_would_not_be_asked_is_refused(tmp_path, capsys):
+    """Also a reference that is no text: it ended in a traceback once the judge was asked."""
+    for more in ({"system": "Be a pirate."}, {"system_prompt": "Be a pirate."}, {"history": [["Hi", "Hello"]]}):
+        exits(capsys, lambda more=more: asked(tmp_path, [{"prompt": "Hi"} | more]), f"1: has '{next(iter(more))}'")
+    assert asked(tmp_path, [{"prompt": "Hi", "system": "", "history": []}])[0].turns == ["Hi"]
+    exits(capsys, lambda: asked(tmp_path, [{"prompt": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant:"}]),
+          "holds a dialogue")
+    for reference in (5, [5], {"text": "x"}):
+        exits(capsys, lambda r=reference: asked(tmp_path, [{"turns": ["Hi"], "reference": r}]), "1: 'reference' is")
+    for turns in ("['A', 'B']", ["A", ""], ["A", None], [5]):
+        exits(capsys, lambda t=turns: asked(tmp_path, [{"question_id": 1, "turns": t}]), "line 1", "'turns'")
+    assert len({q.id for q in asked(tmp_path, [{"id": "", "prompt": "A"}, {"id": "", "prompt": "B"}])}) == 2
+
+
+def test_references_that_belong_to_no_question_are_said(tmp_path, capsys):
+    for asks in ("Hi", "Ho"):
+        path = write_jsonl(tmp_path / "r.jsonl", [{"prompt": asks, "output": "Hello"}])
+        load_questions(str(write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Hi"}])), str(path))
+        assert ("references to none of the 1 questions asked" in capsys.readouterr().out) == (asks == "Ho")
+
+
+def test_of_two_replies_neither_is_taken(tmp_path, capsys):
+    questions = asked(tmp_path, [{"id": 1, "prompt": "Hi"}])
+    both = {"id": 1, "answer": "42", "output": "x"}
+    exits(capsys, lambda: answered(tmp_path, [both], questions), "has 'answer' and 'output'", "drop one")
+    assert answered(tmp_path, [both | {"answer": None}], questions) == ["x"]
+    cut = write_jsonl(tmp_path / "c.jsonl", [{"id": 1, "replies": [{"text": "x", "finished": "False"}]}])
+    assert read_answers(str(cut), questions) == [[{"text": "x", "finished": False}]]
 
 
 def judged(tmp_path, records, name="ann.jsonl"):

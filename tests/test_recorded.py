@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import exits, write_jsonl
 
@@ -211,6 +213,28 @@ def test_a_file_says_the_same_in_every_packing(name, tmp_path):
     assert same.games == said.games and not same.rejects
 
 
+@pytest.mark.parametrize("make", [m for m in MAKERS if m not in (outcome, arena)])
+def test_a_table_says_what_json_lines_say(make, tmp_path):
+    """Numbers, true and false are text there, null is an empty cell, and 1 may have become 1.0."""
+    records = [{key: value for key, value in r.items() if not isinstance(value, list | dict)} for r in made(make)]
+    verdict = next((key for key in ("preference", "score", "annotator1", "rating") if key in records[0]), "")
+    records[3] |= {verdict: None} if verdict else {}
+    said = read(write(tmp_path / "x.jsonl", records))
+    records[4] |= {verdict: float(records[4][verdict])} if verdict else {}
+    same = read(write(tmp_path / "x.csv", records))
+    assert said.rows and not said.rejects and not same.rejects
+    told, told_again = ([{k: str(v) for k, v in r.items() if k != "why"} for r in x.rows] for x in (said, same))
+    assert told == told_again
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_parquet_says_what_json_lines_say(make, tmp_path):
+    records = made(make)
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet")
+    said, same = read(write(tmp_path / "x.jsonl", records)), read(tmp_path / "x.parquet")
+    assert said.rows and same.rows == said.rows and not same.rejects and same.format == said.format
+
+
 def test_alpaca_rows_by_hand(tmp_path):
     records = [{"instruction": str(i), "preference": x, "output_1": "to be or not to be", "output_2": "be"}
                for i, x in enumerate((2, 1, 1.5, 0, None, "1.25", ""))]
@@ -381,7 +405,8 @@ def test_what_is_no_number_word_or_name_is_rejected(tmp_path):
     """True is not 1, half a surrogate pair is no name, and neither is a label that is a list."""
     for good, bad in ((alpaca(0, 1), {"len_1": True}), (pandalm(0, 1), {"annotator1": True}),
                       (battle(0, 1), {"model_a": "\ud800"}),
-                      (row(0, 1), {"turn": 1.5}), (row(0, 1), {"a_first": 1}),
+                      (row(0, 1), {"turn": 1.5}), (row(0, 1), {"a_first": 1}), (row(0, 1), {"rating": "much"}),
+                      (row(0, 1), {"rating": 9}), (row(0, 1), {"gold": [1]}),
                       ({"unit": "u", "rater": "r", "label": "x"}, {"label": [1]}),
                       (single(0, 1), {"score": 11}), (likert(0, 1), {"rating": 9}), (vote(0, 1), {"margin": 0}),
                       (arena(0, 1), {"games": []})):

@@ -66,6 +66,8 @@ def test_of_two_possible_names_the_user_says_which(tmp_path, capsys):
     (SHAREGPT | {"conversations": SHAREGPT["conversations"][:1], "system": "Talk like a sailor.",
                  "chosen": {"from": "gpt", "value": "Hello"}, "rejected": {"from": "gpt", "value": "Go"}},
      [SAILOR, HI]),
+    (PAIR | {"prompt": [BYE, GONE, HI], "response": "Yes."}, [BYE, GONE, HI]),
+    ({"conversation": [BYE, GONE, HI], "chosen": HELLO, "rejected": "Go"}, [BYE, GONE, HI]),
     (PAIR | {"system": "Talk like a sailor."}, [SAILOR, HI]),
     ({"messages": [SAILOR, HI], "chosen": HELLO, "rejected": HELLO | {"content": "Go"}}, [SAILOR, HI]),
     ({"messages": [BYE, GONE, HI, HELLO], "chosen": HELLO, "rejected": "Go"}, [BYE, GONE, HI]),
@@ -90,7 +92,11 @@ def test_preferences_of_many_layouts_have_one_meaning(record, prompt, tmp_path):
 def test_scores_of_any_scale_give_their_difference_as_margin(names, high, low, margin, tmp_path):
     scores = dict(zip(names, (high, low), strict=True))
     whole = {"prompt": "Hi", "chosen": [HI, HELLO], "rejected": [HI, HELLO | {"content": "Go"}]}
-    for record in (PAIR, whole, ORCA):
+    one_each = {"chosen": HELLO, "rejected": HELLO | {"content": "Go"}}
+    marked = {side: f"\n\nHuman: Hi\n\nAssistant: {PAIR[side]}" for side in ("chosen", "rejected")}
+    to_messages = [PAIR | {"prompt": [HI]}] * (names != ("score_chosen", "score_rejected"))  # those we write ourselves
+    for record in (PAIR, whole, ORCA, *to_messages, PAIR | one_each, {"messages": [HI]} | one_each, marked,
+                   {"conversations": [HI]} | one_each):
         (found,), _, _ = one(tmp_path, record | scores)
         assert (found["margin"], found["score_chosen"], found["score_rejected"]) == (margin, high, low)
     assert one(tmp_path, PAIR | scores, PAIR | dict(zip(names, (low, high + 1), strict=True)))[2].kinds == {
@@ -113,10 +119,28 @@ def test_ranks_count_from_0_however_the_file_counts_them(tmp_path):
     (found,), _, report = one(tmp_path, nectar)
     assert (found["prompt"], found["answers"], found["ranks"]) == ([HI], ["b", "a", "c"], [1, 0, 2])
     ranked = {"prompt": "Hi", "answers": ["b", "a", "c"]}
-    for ranks in ([2, 1, 3], [2.0, 1.0, 3.0]):
+    for ranks in ([2, 1, 3], [2.0, 1.0, 3.0], ["2", "1.0", 3]):
         assert one(tmp_path, ranked | {"ranks": ranks})[0][0]["ranks"] == [1, 0, 2]
     nectar["answers"][0]["rank"] = 1.5
     assert one(tmp_path, nectar)[2].kinds == {"bad ranks": 1}
+
+
+@pytest.mark.parametrize("head, row", [
+    ("history,human_ref_A,human_ref_B,labels,score_A,score_B", "Hi,Hello,Go,1,5,2"),
+    ("prompt,response_0,response_1,better_response_id,safer_response_id", "Hi,Go,Hello,1.0,0"),
+    ("input,output_1,output_2,label", "Hi,Go,Hello,2"),
+    ("idx,instruction,input,response1,response2,annotator1,annotator2,annotator3", "1,Hi,,Hello,Go,1,1,2"),
+])
+def test_a_choice_that_csv_writes_as_text_is_a_choice(head, row, tmp_path):
+    (tmp_path / "x.csv").write_text(f"{head}\n{row}\n")
+    (found,) = read_all(tmp_path / "x.csv")
+    assert (found["prompt"], found["chosen"], found["rejected"]) == ([HI], "Hello", "Go")
+
+
+def test_single_messages_of_trees_are_no_texts(tmp_path):
+    message = {"message_id": "m", "parent_id": None, "message_tree_id": "m", "text": "Hi", "role": "prompter"}
+    assert "one message of a tree" in one(tmp_path, message)[1][0]
+    assert one(tmp_path, {"text": "Hi", "role": "x"})[0] == [{"text": "Hi", "role": "x"}]
 
 
 def test_the_more_helpful_reply_is_chosen_not_the_safer(tmp_path):
@@ -130,6 +154,9 @@ def test_of_a_prompt_and_its_completion_the_completion_is_learnt(tmp_path):
     for prompt in ([BYE, GONE, HI], "\n\nHuman: Bye\n\nAssistant: Gone\n\nHuman: Hi\n\nAssistant:"):
         for completion in ([HELLO], HELLO, " Hello"):
             assert one(tmp_path, {"prompt": prompt, "completion": completion})[0] == [{"messages": context}]
+            for name in ("response", "output") if isinstance(prompt, list) else ():
+                assert one(tmp_path, {"prompt": prompt, name: completion})[0] == [{"messages": context}]
+    assert one(tmp_path, {"prompt": [HI], "answer": "42"})[2].format == "prompt"  # what a reward checks
     several = {"prompt": [HI], "completion": [HELLO, BYE, GONE]}
     assert one(tmp_path, several)[0] == [{"messages": [HI, HELLO, BYE, GONE]}]
     for bad in ([], [HI], 5, None):
@@ -143,7 +170,23 @@ def test_turns_of_every_spelling_are_messages(tmp_path):
                    {"messages": [HI | {"role": "User"}, HELLO | {"role": "gpt"}]},
                    {"messages": [HI, HELLO | {"role": "model"}]}):
         assert one(tmp_path, record)[0] == [{"messages": [HI, HELLO]}], record
-    assert "a list as Python prints it" in one(tmp_path, {"messages": str([HI, HELLO])})[1][0]
+
+
+def test_messages_written_into_a_text_are_read_if_they_are_json_and_never_learnt_as_they_stand(tmp_path):
+    whole, only = ([HI, HELLO], [HI, HELLO | {"content": "Go"}]), (HELLO, HELLO | {"content": "Go"})
+    other_order = tuple(dict(reversed(side.items())) for side in only)
+    for chosen, rejected in (whole, only, other_order, [[side] for side in only]):
+        pair = PAIR | {"chosen": json.dumps(chosen), "rejected": json.dumps(rejected)}
+        assert one(tmp_path, pair)[0] == [PAIR | {"prompt": [HI]}]
+        assert "as Python prints them" in one(tmp_path, PAIR | {"chosen": str(chosen), "rejected": str(rejected)})[1][0]
+    done = {"prompt": json.dumps([HI]), "completion": json.dumps([HELLO])}
+    assert one(tmp_path, done)[0] == [{"messages": [HI, HELLO]}]
+    for key, value in (("messages", [HI, HELLO]), ("completion", HELLO)):
+        assert "as Python prints them" in one(tmp_path, {"prompt": "Hi", key: str(value)})[1][0]
+    chat = {"messages": json.dumps([HI, HELLO])}
+    assert one(tmp_path, {"chat": chat["messages"]}, columns={"messages": "chat"})[0] == [{"messages": [HI, HELLO]}]
+    for reply in ('[{"value": 1}]', '{"role": "cook", "from": "Ghent"}', "[{'content': 'x'}]", '{"input": "a"}'):
+        assert one(tmp_path, {"prompt": "Hi", "completion": reply})[0] == [asks("Hi", reply)]
 
 
 def test_rounds_keep_their_system_text_and_say_what_is_not_learnt(tmp_path):
@@ -341,6 +384,9 @@ def test_different_thoughts_of_one_reply_are_refused(tmp_path):
     {"text": "<|im_start|>user\nHi<|im_end|>\n"}, {"text": "<s>[INST] Hi [/INST] Hello </s>"},
     {"text": "### Human: Hi### Assistant: Hello"}, {"messages": [HI | {"content": "<|user|> Hi"}, HELLO]},
     {"prompt": "Q\n\nHuman: Hi", "chosen": "a", "rejected": "b"}, {"prompt": "### Instruction: Hi"},
+    {"prompt": "\nHuman: Hi\nAssistant:", "chosen": "a", "rejected": "b"}, {"prompt": "Human: Hi Assistant:"},
+    {"prompt": "A chat. USER: Hi ASSISTANT:"}, {"prompt": "User: Hi\nBot:"}, {"prompt": "<｜User｜>Hi<｜Assistant｜>"},
+    {"messages": [HI, HELLO | {"content": "Hello<|eot_id|>"}]},
 ])
 def test_markup_that_stays_text_is_said_once(record, tmp_path, capsys):
     found, _, report = one(tmp_path, *[record] * 3, {"text": "x"} if "text" in record else record)
@@ -351,6 +397,16 @@ def test_markup_that_stays_text_is_said_once(record, tmp_path, capsys):
     assert f"(and {2 if 'text' in record else 3} more records)" in warning
     report.refuse()
     assert capsys.readouterr().out == f"warning: {warning}\n"
+
+
+@pytest.mark.parametrize("key, value", [("thought", "A greeting."), ("reasoning_details", [{"text": "A greeting."}]),
+                                        ("train_on_turn", False), ("mask", 1), ("name", "Ann")])
+def test_a_key_of_a_turn_that_is_not_read_is_said(key, value, tmp_path):
+    for record in ({"messages": [HI, HELLO | {key: value}]}, PAIR | {"chosen": [HI, HELLO | {key: value}]},
+                   {"conversations": [HI, HELLO | {key: value}]}):
+        assert one(tmp_path, record)[2].warnings == [
+            f'{tmp_path}/d.jsonl line 1: has turns that hold "{key}", which is not read']
+    assert not one(tmp_path, {"messages": [HI, HELLO | {key: None, "weight": 1, "tool_calls": []}]})[2].warnings
 
 
 def test_columns_that_a_form_does_not_read_travel_along_whatever_they_hold(tmp_path):

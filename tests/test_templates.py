@@ -198,6 +198,35 @@ def test_text_never_becomes_a_token_of_markup_however_it_is_declared(special, tm
     assert tokenizer.decode(ids).count(attack) == 2
 
 
+@pytest.mark.parametrize("model", ["llama2", "mistral"])
+def test_a_text_starts_anew_behind_a_token_in_it(model, tmp_path):
+    """As the library has it for the whole dialogue: behind </s> and behind <think> stands a blank of its own."""
+    folder = checkpoint(tmp_path / "m", model, NAMED["zephyr"])
+    first = load_tokenizer(folder).vocab_size
+    add_tokens(folder, {"<think>": first, "</think>": first + 1})
+    said = [user("x <think>q</think> 12"), assistant("end   x<think>\nh\n</think>\n\nok")]
+    tokenizer, library = load_tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    whole = library.encode(tokenizer.chat.render(said), add_special_tokens=False).ids
+    assert tokenizer.render(said)[0] == whole
+    at = [k for k, i in enumerate(whole) if i >= first]
+    assert len(at) == 4 and all(library.id_to_token(whole[k + 1])[0] == "▁" for k in at)
+
+
+def test_a_token_takes_the_blanks_next_to_it_and_no_others(tmp_path):
+    """<|im_start|> and <|im_end|> with lstrip and rstrip: a tab that begins a reply stands behind other text."""
+    template = NAMED["chatml"].replace("{{- bos_token }}", "")
+    folder = checkpoint(tmp_path / "m", "falcon7b", template)
+    add_tokens(folder, {"<|im_start|>": 352, "<|im_end|>": 353}, special=True)
+    file = folder / "tokenizer.json"
+    table = json.loads(file.read_text())
+    table["added_tokens"] = [t | dict.fromkeys(("lstrip", "rstrip"), t["id"] >= 352) for t in table["added_tokens"]]
+    file.write_text(json.dumps(table))
+    tokenizer, library = load_tokenizer(folder), tokenizers.Tokenizer.from_file(str(file))
+    said = [user(" two \n"), assistant("\tx \n")]
+    rendered = "<|im_start|>user\n two \n<|im_end|>\n<|im_start|>assistant\n\tx \n<|im_end|>\n"
+    assert tokenizer.render(said)[0] == library.encode(rendered, add_special_tokens=False).ids
+
+
 # ------------------------------------------------------------------------------------- where they lie
 
 def test_the_template_is_the_file_the_text_or_the_one_named_default(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import peers_work as work
 
-SHAPE, ROUNDS, ROOM = work.SHAPES["135 M"], 4, 512  # the first round is not counted; tokens of a pass
+SHAPE, ROUNDS, ROOM = work.SHAPES["135 M"], 3, 512  # the first round is not counted; tokens of a pass
 
 
 def decode(context, batch, rows: list[tuple[int, int, int, bool]]) -> None:

@@ -145,7 +145,8 @@ def smollm2(report: dict, wanted: str) -> Iterable[dict]:
     for stage in sorted(stages, key=lambda stage: stage != "base"):
         rows = [row for row in report["rows"] if row["stage"] == stage]
         by_measure = {name: [row for row in rows if row["measure"] == name] for name in measures}
-        yield {"stage": stage, "seeds": len({row["seed"] for row in rows})} | {
+        cases = {row["n"] for row in rows if row["measure"] == wanted}
+        yield {"stage": stage, "seeds": len({row["seed"] for row in rows}), "cases": " or ".join(map(str, cases))} | {
             name: (found[0] if len(found) == 1 else [row["value"] for row in found]) if found else None
             for name, found in by_measure.items()}
 
@@ -163,6 +164,7 @@ FOUND = {f"smollm2_{name}": ("smollm2.json", partial(smollm2, wanted=wanted)) fo
     "dpo": "log p of held-out chosen, nats", "choices": "PIQA, acc", "same": "choices, a second",
     "rule": "constraints kept"}.items()}
 FOUND |= {"smollm2_reward": ("smollm2.json", smollm2_reward), "peers": ("peers.json", peers),
+          "peers_avx2": ("peers_avx2.json", peers),
           "reward_model": ("tiny/rlhf.json", reward_model), "ppo": ("tiny/rlhf.json", ppo),
           "peers_gpu": ("peers_gpu.json", peers_gpu), "gpu_hours": ("peers_gpu.json", gpu_hours),
           "kernels_builds": (ROOT / "tests" / "aot_baseline.json", builds),

@@ -385,21 +385,23 @@ def same_piece(config: Config) -> None:
         exam = exams.read_exam(task, place(config, task), shots=0, limit=config.held)
         for part in exam.asked.values():
             asked += exams.to_requests(tokenizer, part, model.config.max_positions, bos=tokenizer.adds_bos)[0]
-    apart, rates, theirs = [], [], []
+    apart, exactly, rates, theirs = [], [], [], []
     for i in range(TURNS):
         requests = list(dict.fromkeys(request for question in asked[i::TURNS] for request in question))
         found, seconds = timed(exams.likelihoods, model, requests, 2048)
         command = [config.peers, "-m", "benchmarks.peers_choices", config.model, str(torch.get_num_threads())]
         done = subprocess.run(command, input=json.dumps(requests), stdout=subprocess.PIPE, text=True, check=True)
         other = json.loads(done.stdout)
-        apart += [abs(found[request] - value) for request, value in zip(requests, other["values"], strict=True)]
+        for distances, values in ((apart, other["values"]), (exactly, other["exact"])):
+            distances += [abs(found[request] - value) for request, value in zip(requests, values, strict=True)]
         rates.append(len(requests) / seconds)
         theirs.append(len(requests) / other["seconds"])
-    far = {"measure": "log-likelihood of a choice, largest distance from transformers', nats", "value": max(apart),
-           "low": None, "high": None, "n": len(apart)}
+    far = [{"measure": f"log-likelihood of a choice, largest distance from transformers'{how}, nats",
+            "value": max(distances), "low": None, "high": None, "n": len(apart)}
+           for how, distances in (("", apart), (" with a softmax in fp64", exactly))]
     ratios = [ours / other for ours, other in zip(rates, theirs, strict=True)]
     speeds = {"a second": rates, "a second by transformers": theirs, "times as many": ratios}
-    add_rows(config, [far, *({"measure": f"choices, {name}", "value": median(values), "low": min(values),
+    add_rows(config, [*far, *({"measure": f"choices, {name}", "value": median(values), "low": min(values),
                               "high": max(values), "n": len(apart)} for name, values in speeds.items())])
 
 

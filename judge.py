@@ -66,7 +66,7 @@ class Config:
     temperatures: list[str] = ()     # "category=0.1" where it differs; MT-Bench's: 0.7 for writing and roleplay, 0 for
                                      # extraction, math, coding and reasoning, 0.1 for stem and humanities
     max_tokens: int = 64             # of a reply; real chatbots need 1024
-    show: int = 3                    # dialogues to print side by side
+    show: int = 3                    # dialogues side by side, on the screen and in the report
 
     # Who judges, and how.
     judges: list[str] = ("gold",)    # "name=where": gold, model directory, http://host/v1#name, reward:directory,
@@ -296,24 +296,29 @@ def judge_sections(verdicts: dict[str, Verdicts], truth: str, sources: list[str]
 
 # ------------------------------------------------------------------------------------------ report
 
-def write_replies(out: Path, answers: Answers, grades: dict | None, show: int) -> None:
-    """Every reply, with its grade if there is one; `show` questions side by side."""
+def write_replies(out: Path, answers: Answers, grades: dict | None) -> None:
+    """Every reply, with its grade if there is one."""
     rows = []
     for (name, seed), replies in answers.said.items():
         for i, (question, said) in enumerate(zip(answers.questions, replies, strict=True)):
             graded = [r | {"gold": g} for r, g in zip(said, grades[name, seed][i], strict=True)] if grades else said
             rows.append({"id": question.id, "model": name, "seed": seed, "replies": graded})
     write_lines(out / "replies.jsonl", rows)
-    samples, many = "", len(answers.questions)
-    first = dict(reversed(answers.said))  # the first seed of each model
+
+
+def side_by_side(answers: Answers, grades: dict | None, show: int) -> dict:
+    """A table of `show` dialogues, a row for each turn and a column for each model, of its first seed."""
+    first, rows, many = dict(reversed(answers.said)), [], len(answers.questions)
     for i in range(0, many, -(-many // show)) if show else ():
-        samples += f"\n[{answers.questions[i].category}] {answers.questions[i].turns[0]}\n"
-        for key in ((name, first[name]) for name in answers.names):
-            for r in answers.said[key][i][:1]:
-                grade = f"{100 * grades[key][i][0]:4.0f}  " if grades else ""
-                samples += f"  {key[0]:<22} {grade}{r['text']}{'' if r['finished'] else ' ...'}\n"
-    runtime.write_text(out / "samples.txt", samples)
-    print(samples)
+        question = answers.questions[i]
+        for turn, asked in enumerate(question.turns):
+            cells = []
+            for key in ((name, first[name]) for name in answers.names):
+                said = answers.said[key][i]
+                grade = f"{100 * grades[key][i][turn]:4.0f}  " if grades and turn < len(said) else ""
+                cells += [f"{grade}{r['text']}{'' if r['finished'] else ' ...'}" for r in said[turn : turn + 1]] or [""]
+            rows.append([asked if turn else f"[{question.category}] {asked}", *cells])
+    return {"columns": ["asked", *answers.names], "rows": rows}
 
 
 # Settings that move no number.
@@ -409,7 +414,13 @@ def write_results(out: Path, result: dict, verdicts: dict[str, Verdicts], answer
     judged = (row for said in verdicts.values() for row in [*said.games, *said.lost, *said.marks])
     write_lines(out / "judgments.jsonl", judged)
     if answers.said:
-        write_replies(out, answers, grades, show)
+        write_replies(out, answers, grades)
+        found = side_by_side(answers, grades, show)
+        samples = "".join(f"\n{asked}\n" + "".join(f"  {name:<22} {cell}\n" for name, cell in zip(
+            answers.names, cells, strict=True)) for asked, *cells in found["rows"])
+        runtime.write_text(out / "samples.txt", samples)
+        print(samples)
+        result["dialogues"] = found
     report.write(result, out)
     print(report.text(result))
     print(f"\nwrote {out}/report.html, report.json, judgments.jsonl" + (" and replies.jsonl" if answers.said else ""))

@@ -117,6 +117,8 @@ def page(report: dict) -> str:
     """One HTML page that asks for nothing: no script, no font, no picture from elsewhere."""
     report = clean(report)
     sections = list(report["sections"])
+    if report.get("dialogues", {}).get("rows"):
+        sections.append({"title": "Dialogues side by side", **report["dialogues"]})
     if rows := [[key, plain(value)] for key, value in report["about"].items()]:
         sections.append({"title": "Settings", "columns": ["setting", "value"], "rows": rows})
     body = [f"<h1>{escape(report['title'])}</h1>"]

@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import sys
+from html import escape
 
 import pytest
 from conftest import ROOT, exits, write_jsonl
@@ -74,6 +75,12 @@ def test_the_script_judges_base_and_few_shot_and_writes_everything(checkpoint, q
     replies = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").open()]
     assert len(replies) == 3 * 2 * 4 and all("gold" in r for line in replies for r in line["replies"])
     assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+    shown = report["dialogues"]
+    asked = [turn["user"] for line in list(open(questions))[:4:2] for turn in json.loads(line)["turns"]]
+    assert [row[0].partition("] ")[2] or row[0] for row in shown["rows"]] == asked
+    assert shown["columns"] == ["asked", "base", "few-shot", "again"] and all(row[1] == row[3] for row in shown["rows"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Dialogues side by side" in page and all(escape(row[0]) in page for row in shown["rows"])
     assert (tmp_path / "out" / "samples.txt").read_text().count("\n[") == 2
     assert "gold: wins against base" in capsys.readouterr().out
 

@@ -127,7 +127,7 @@ def add_rows(config: Config, rows: list[dict], curve: list[dict] | None = None) 
     """Put the rows of a model, and its training curve, into the results, in place of those of the same measures."""
     file, (stage, seed) = Path(config.out), stage_of(config)
     found = json.loads(file.read_text()) if file.is_file() else {"rows": []}
-    words = [word for word in sys.argv[1:] if not word.startswith(("out=", "runs=", "data="))]
+    words = [word for word in sys.argv[1:] if not word.startswith(("out=", "runs=", "data=", "peers="))]
     told = {"command": " ".join(["python -m benchmarks.smollm2", *words]), "threads": torch.get_num_threads()}
     new = [{"stage": stage, "seed": seed} | row | told for row in rows]
     keys = {(row["stage"], row["seed"], row["measure"]) for row in new}

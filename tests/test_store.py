@@ -193,11 +193,11 @@ from data import store
 from data.records import check_prompt
 from data.tokenizer import Tokenizer, load_tokenizer
 store.SMALL, store.SLICE = 10, 4
-plain = Tokenizer.spans
-def slow(self, *rest):
+plain = Tokenizer.render
+def slow(self, *rest, **named):
     time.sleep({pause})
-    return plain(self, *rest)
-Tokenizer.spans = slow
+    return plain(self, *rest, **named)
+Tokenizer.render = slow
 tokenizer = load_tokenizer({base!r})
 tokenizer.adopt("zephyr")
 print(store.load_trees({file!r}, tokenizer, cache={cache!r}).digest)

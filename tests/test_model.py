@@ -408,7 +408,7 @@ def test_the_decoder_works_on_its_models_device_in_any_thread(monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         while pool.submit(decoder.step).result():
             pass
-    assert len(entered) == 4 and all(x is decoder.cache.data for x in entered)
+    assert len(entered) == 4 and all(x is decoder.cache.values for x in entered)
 
 
 def test_decoding_by_graphs_changes_no_token(monkeypatch):

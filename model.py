@@ -426,7 +426,7 @@ class KVCache:
         self.keys = torch.zeros((*shape[:3], chunks, c.head_dim, CHUNK) if self.chunked else shape, **options)
         self.decoding, self.longest, self.room, self.group = False, 0, length, c.heads // c.kv_heads
         self.step: ChunkedStep | None = None
-        if self.chunked:  # where a slot's first key and value stand, for each head and dimension: [slots, K, E], [slots, K]
+        if self.chunked:  # where the first key, of each dimension, and the first value of a slot's heads stand
             first = torch.arange(slots)[:, None] * c.kv_heads + torch.arange(c.kv_heads)
             self.first_value = first * chunks * CHUNK
             self.first_key = (first[..., None] * chunks * c.head_dim + torch.arange(c.head_dim)) * CHUNK
@@ -666,6 +666,9 @@ class Decoder:
     def _leave(self) -> None:
         """The last sequences move into the gaps, so that the active ones stay the first."""
         done = {k for k, s in enumerate(self.active) if s.done}
+        for k in done:
+            if self.active[k].not_finite:  # -inf added to NaN is NaN, and 0 times it: the next owner would see it
+                self.cache.keys[:, k] = self.cache.values[:, k] = 0
         left = len(self.active) - len(done)
         gaps, movers = [k for k in done if k < left], [k for k in range(left, len(self.active)) if k not in done]
         self.cache.move(movers, gaps)

@@ -169,8 +169,8 @@ bench-peers: $(ENVIRONMENT) .venv-peers/installed
 	$(PYTHON) -m benchmarks.results
 
 # Two equal things, and things known to differ, compared over and over; after `make demo`, half an hour.
-calibration: $(ENVIRONMENT)
-	$(PYTHON) -m benchmarks.calibration
+calibration: $(TOOLS)
+	WRITE=1 $(PYTHON) -m pytest tests/test_calibration.py
 	$(PYTHON) -m benchmarks.results
 
 # RECIPE="python my_recipe.py" DEV=1 to try it; WHAT="what changed" to put it on the board.

@@ -13,10 +13,10 @@
     transcripts.jsonl   {"id", "behaviour", "messages", "attempt", "judged": "unsafe", "safe" or null, ...}
     replies.jsonl       raw replies, to resume from            dropped.jsonl   what was left out, and why
 
-Which template is changed next: round_robin takes them in turn; mcts walks down the tree of templates from a seed to the
-child with the highest r / (n + 1) + c sqrt(2 ln(step) / (n + 1)), n visits and reward r, and stops early with chance
-0.1; a success rewards the whole path with the share of behaviours won times max(0.2, 1 - 0.1 depth) (the constants
-of its published code, which has 0.01 instead of 1 under the root of children: each child is then tried at once).
+Which template is changed next: from a seed down the tree of templates, always to the child with the highest
+r / (n + 1) + c sqrt(2 ln(step) / (n + 1)), n visits and reward r, stopping early with chance 0.1; a success rewards the
+whole path with the share of behaviours won times max(0.2, 1 - 0.1 depth) (the constants of its published code, which
+has 0.01 instead of 1 under the root of children: each child is then tried at once).
 
 What ships is mild: behaviours nobody is hurt by, templates that play and plead. judging/safety.py decides and counts.
 """
@@ -46,8 +46,7 @@ class Config(Settings):
     attempts: int = 4               # direct, leak: for a behaviour at most, or until one succeeds
     steps: int = 50                 # fuzz: mutations
     templates: str = ""             # fuzz: JSONL of {"text"} with [REQUEST] once in each; empty: 5 of ours
-    select: Literal["mcts", "round_robin"] = "mcts"
-    explore: float = 0.5            # mcts: c in the formula above
+    explore: float = 0.5            # fuzz: c in the formula above
     probes: int = 20                # leak: how many
     max_tokens: int = 512           # of an attack and of a reply
     temperature: float = 1.0        # of the attacker; the target replies at 0
@@ -157,14 +156,11 @@ def select(pool: list[dict], step: int, config: Config, rng: random.Random) -> l
         visits = node["visits"] + 1
         return node["reward"] / visits + config.explore * sqrt(2 * log(step) / visits)
 
-    if config.select == "round_robin":
-        path = [pool[(step - 1) % len(pool)]]
-    else:
-        path = [max((node for node in pool if node["depth"] == 0), key=worth)]
-        while children := [node for node in pool if node["parent"] == path[-1]["number"]]:
-            if rng.random() < 0.1:
-                break
-            path.append(max(children, key=worth))
+    path = [max((node for node in pool if node["depth"] == 0), key=worth)]
+    while children := [node for node in pool if node["parent"] == path[-1]["number"]]:
+        if rng.random() < 0.1:
+            break
+        path.append(max(children, key=worth))
     for node in path:
         node["visits"] += 1
     return path

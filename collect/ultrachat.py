@@ -14,14 +14,13 @@
 
 Prompts and lists are our own. Lists are asked for ten items at a time. Before a list is expanded further a random
 `dialogues` of its items are taken, since more are never needed; published were 1.57 million dialogues of all. The
-first sector's Wikidata entities are not asked for: give them as topics=FILE. Where we leave the published code: a
-dialogue that is cut at `split_tokens` for training keeps its last round (the splitter lost one that just overflowed).
+first sector's Wikidata entities are not asked for: give them as topics=FILE. Nor are dialogues split for training at
+2,048 tokens, as published: sft.py cuts what is longer than its max_length, and counts it.
 """
 import hashlib
 import json
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +30,6 @@ from collect.synthetic import PROMPTS, Run, Settings, read_texts, swapped, user
 from data.formats import read_all
 from data.llm import Request, Sampling, open_model
 from data.records import fault
-from data.tokenizer import load_tokenizer
 
 TEXTS = PROMPTS["ultrachat"]
 ROUNDS = {"questions": (3, 7), "writing": (2, 4), "materials": (2, 4), "openings": (3, 7)}
@@ -57,13 +55,11 @@ class Config(Settings):
     max_tokens: int = 1024       # of a reply
     user_tokens: int = 256       # of a user's turn
     temperature: float = 1.0
-    split_tokens: int = 2048     # longest training record, given a tokenizer; a turn counts 6 more than its tokens
-    tokenizer: str = ""          # directory
     review: bool = False         # ask a person about every reply
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(1, "dialogues", "subtopics", "questions", "instructions", "material_questions", "split_tokens")
+        self.at_least(1, "dialogues", "subtopics", "questions", "instructions", "material_questions")
         self.at_least(0, "related")
         runtime.check_ranges(self, detailed=(0, 1), fewest_rounds=(0, 100),
                              most_rounds=(self.most_rounds and self.fewest_rounds, 100))
@@ -244,29 +240,8 @@ def read_decisions(file: Path) -> dict[str, dict]:
     return {verdict["key"]: verdict for verdict in map(json.loads, whole.splitlines())}
 
 
-# -------------------------------------------------------------------------------------------- output
-
-def split(messages: list[dict], most: int, tokens: Callable[[str], int]) -> tuple[list[list[dict]], list[list[dict]]]:
-    """A dialogue in parts of at most `most` tokens, cut between rounds, and the rounds that are too long alone."""
-    parts, too_long, room = [], [], 0
-    for at in range(0, len(messages), 2):
-        round_ = messages[at:at + 2]
-        size = sum(tokens(m["content"]) + 6 for m in round_)
-        if size > most:
-            too_long.append(round_)
-            room = 0  # the next round begins a new part
-        else:
-            if size > room:
-                parts.append([])
-                room = most
-            parts[-1] += round_
-            room -= size
-    return parts, too_long
-
-
 def main(config: Config, model=None, user_model=None) -> None:
     about, run = load_about(config), Run(config)  # before a model is loaded
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     model = model or open_model(config.model, config.device)
     user_model = user_model or (open_model(config.user_model, config.device) if config.user_model else model)
     most = config.most_rounds or max(ROUNDS[config.sector][1], config.fewest_rounds)
@@ -282,13 +257,8 @@ def main(config: Config, model=None, user_model=None) -> None:
         if len(messages) < 2 * fewest:
             run.drop("dialogue", f"fewer than {fewest} rounds", dialogue=d["id"], messages=messages)
             continue
-        parts, too_long = [messages], []
-        if tokenizer:
-            parts, too_long = split(messages, config.split_tokens, lambda text: len(tokenizer.encode(text)))
-        for round_ in too_long:
-            run.drop("split", f"longer than {config.split_tokens} tokens", dialogue=d["id"], messages=round_)
-        records += [{"id": f"{d['id']}_{n}", "messages": part, "sector": config.sector, "about": d["about"],
-                     "source": source} for n, part in enumerate(parts)]
+        records.append({"id": d["id"], "messages": messages, "sector": config.sector, "about": d["about"],
+                        "source": source})
     run.write(f"{len(dialogues)} dialogues, {len(records)} training records", train=records)
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import BASE, exits
 
 from collect import raters, spec
-from collect.plausible import SLIDES, implausible
+from collect.spec import SLIDES, implausible
 from data.formats import read
 from data.tokenizer import load_tokenizer
 from judging.agreement import gwet_ac1

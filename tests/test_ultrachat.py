@@ -8,7 +8,7 @@ from scripted import Scripted, corrupt, damaged, files, number, records, survive
 
 from collect import ultrachat
 from collect.synthetic import Run
-from collect.ultrachat import Config, main, read_items, split, without_courtesy
+from collect.ultrachat import Config, main, read_items, without_courtesy
 from data.formats import read
 from data.llm import Sampling
 
@@ -57,22 +57,6 @@ def test_items_by_hand():
 ])
 def test_courtesy_is_cut_and_wishes_stay(turn, left):
     assert without_courtesy(turn) == left
-
-
-def test_long_dialogues_are_split_between_rounds_by_hand():
-    """Turns of 4 tokens count 10, rounds 20: a window of 45 holds two. The last round, which overflows it, is kept."""
-    def rounds(*sizes):
-        return [m for i, size in enumerate(sizes) for m in ({"role": "user", "content": f"u{i}" + "x" * (size - 2)},
-                                                            {"role": "assistant",
-                                                             "content": f"a{i}" + "x" * (size - 2)})]
-
-    assert split(rounds(4, 4), 45, len) == ([rounds(4, 4)], [])
-    parts, too_long = split(rounds(4, 4, 4), 45, len)
-    assert [len(part) for part in parts] == [4, 2] and sum(parts, []) == rounds(4, 4, 4) and not too_long
-    parts, too_long = split(rounds(4, 40, 4), 45, len)  # nothing goes on across the gap
-    assert [len(part) for part in parts] == [2, 2] and too_long == [rounds(4, 40, 4)[2:4]]
-    assert split(rounds(40), 45, len) == ([], [rounds(40)])
-    assert split(rounds(4, 4), 40, len)[0] == [rounds(4, 4)] and len(split(rounds(4, 4), 39, len)[0]) == 2
 
 
 # ---------------------------------------------------------------------------------------- end to end
@@ -155,17 +139,6 @@ def test_materials_are_joined_to_their_questions(config, tmp_path):
     assert train
     assert all("tells {of} the sea." in r["messages"][0]["content"] and "thing" in r["messages"][0]["content"]
                for r in train)
-
-
-def test_records_are_split_by_the_tokens_of_a_tokenizer(config, tmp_path):
-    config = replace(config, out=str(tmp_path / "one"))
-    whole, _, _ = run(config)
-    parts, dropped, _ = run(replace(config, out=str(tmp_path / "two"), tokenizer=str(BASE), split_tokens=100))
-    assert len(parts) > len(whole) and not [d for d in dropped if d["stage"] == "split"]
-    assert [m for r in parts for m in r["messages"]] == [m for r in whole for m in r["messages"]]
-    assert len({r["id"] for r in parts}) == len(parts)
-    _, dropped, _ = run(replace(config, out=str(tmp_path / "three"), tokenizer=str(BASE), split_tokens=12))
-    assert "longer than 12 tokens" in {d["reason"] for d in dropped}
 
 
 @pytest.mark.parametrize("sector", ["questions", "writing"])

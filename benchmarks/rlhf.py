@@ -6,33 +6,27 @@ Reward models by their reports on the test pairs, PPO by the last five steps of 
 runs/results, as `make demo FULL=1 SEED=n` makes one.
 """
 import json
-from dataclasses import dataclass
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-import runtime
 from benchmarks.measure import save
 from data.records import lines
 from judging.gold import interval
 
-PPO_METRICS = ("score", "kl", "length", "eos_rate", "entropy", "explained_variance")
-
-
-@dataclass(frozen=True)
-class Config:
-    runs: str = "runs/results"
-    seeds: list[int] = (0, 1, 2, 3, 4)
-    out: str = "benchmarks/results/tiny/rlhf.json"
+SEEDS = range(5)
+PPO_METRICS = ("score", "kl", "length", "eos_rate")
 
 
 def by_margin(reports: list[dict]) -> dict[str, list[float]]:
     """Accuracy and number of pairs by margin, all seeds together."""
-    counts: dict[str, list[float]] = {}
+    found = defaultdict(list)
     for report in reports:
-        for margin, (share, count) in report["by_margin"].items():
-            right, total = counts.get(margin, (0, 0))
-            counts[margin] = (right + share * count, total + count)
-    return {margin: [right / total, total] for margin, (right, total) in sorted(counts.items())}
+        for margin, part in report["by_margin"].items():
+            found[margin].append(part)
+    totals = {margin: sum(count for _, count in parts) for margin, parts in sorted(found.items())}
+    return {margin: [sum(share * count for share, count in found[margin]) / total, total]
+            for margin, total in totals.items()}
 
 
 def reward_models(reports: list[dict]) -> dict:
@@ -50,14 +44,10 @@ def ppo_runs(logs: list[list[dict]]) -> dict:
     return {"steps": len(logs[0]), **last, "score_at_first": mean(log[0]["score"] for log in logs)}
 
 
-def main(config: Config) -> None:
-    folders = [Path(config.runs) / str(seed) for seed in config.seeds]
-    reports = [json.loads((folder / "reward" / "report.json").read_text()) for folder in folders]
-    found = {"command": "make results", "seeds": list(config.seeds), "reward_model": reward_models(reports)}
-    for name in ("ppo", "ppo_without_kl"):
-        found[name] = ppo_runs([lines(folder / name / "metrics.jsonl") for folder in folders])
-    save(config.out, found)
-
-
 if __name__ == "__main__":
-    main(runtime.load_config(Config, __doc__))
+    runs = [Path("runs/results") / str(seed) for seed in SEEDS]
+    reports = [json.loads((run / "reward" / "report.json").read_text()) for run in runs]
+    found = {"command": "make results", "seeds": list(SEEDS), "reward_model": reward_models(reports)}
+    for name in ("ppo", "ppo_without_kl"):
+        found[name] = ppo_runs([lines(run / name / "metrics.jsonl") for run in runs])
+    save("benchmarks/results/tiny/rlhf.json", found)

@@ -198,7 +198,7 @@ endif
 
 smollm2: models/smollm2-135m/config.json
 	@printf '\n== it answers\n'
-	@$(PYTHON) -m benchmarks.smollm2 check
+	@$(MAKE) --no-print-directory test FILE='tests/test_smollm2.py -k paris'
 	@$(PYTHON) -m benchmarks.smollm2 replies
 	@printf '\n== DPO with adapters, and what it makes of held-out pairs and prompts\n'
 	$(PYTHON) -m benchmarks.smollm2 compare $(SMOLLM2)

@@ -16,20 +16,10 @@ from textwrap import wrap
 import judge
 import runtime
 from data.records import lines
+from judging.report import text
 
 SIDE_BY_SIDE = ("SFT", "SFT + DPO", "SFT + PPO")
 WIDTH = 36  # of each column of a dialogue
-
-
-def table(report: dict) -> list[str]:
-    """The gold scores of the report, one line a model."""
-    head = f"{'model':<22}{'gold score':>16}{'wins vs SFT':>14}{'first turn':>13}{'follow-ups':>13}{'words':>8}"
-    rows = [head, "-" * len(head)]
-    for name, m in report["gold"].items():
-        score = f"{m['gold']:.1f} ± {m['gold_interval']:.1f}"
-        turns = f"{m['first_turn']:>13.1f}{m['follow_up'] or 0:>13.1f}"
-        rows.append(f"{name:<22}{score:>16}{m['win_rate']:>12.1f} %{turns}{m['words']:>8.1f}")
-    return rows
 
 
 def columns(cells: list[str]) -> list[str]:
@@ -67,14 +57,13 @@ def commands(run: Path) -> list[str]:
 
 def main(config: judge.Config) -> None:
     out = runtime.open_folder(config.out)
-    with (out / "judge.txt").open("w") as text, redirect_stdout(text):
+    with (out / "judge.txt").open("w") as file, redirect_stdout(file):
         judge.main(config)
     report = json.loads((out / "report.json").read_text())
-    said = ["", *table(report)]
+    said = [text({"title": "The recipe in the tiny world", "about": {}, "sections": report["sections"][:1]})]
     if set(SIDE_BY_SIDE) <= set(report["gold"]):
         accuracy = json.loads((out.parent / "reward" / "report.json").read_text())["reward_model"]["accuracy"]
-        said += ["", "Gold scores: mean grade of a reply, 0 to 100, with a 95 % interval over the dialogues.",
-                 f"The reward model that PPO follows agrees with {100 * accuracy:.0f} % of held-out preferences.",
+        said += [f"The reward model that PPO follows agrees with {100 * accuracy:.0f} % of held-out preferences.",
                  f"All tables and figures: {out}/report.html"]
         said += [*dialogues(Path(config.data), out / "replies.jsonl"), "", *commands(out.parent)]
     print("\n".join(said))

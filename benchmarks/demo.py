@@ -9,41 +9,11 @@ import json
 import os
 import sys
 from contextlib import redirect_stdout
-from itertools import zip_longest
 from pathlib import Path
-from textwrap import wrap
 
 import judge
 import runtime
-from data.records import lines
 from judging.report import text
-
-SIDE_BY_SIDE = ("SFT", "SFT + DPO", "SFT + PPO")
-WIDTH = 36  # of each column of a dialogue
-
-
-def columns(cells: list[str]) -> list[str]:
-    """Texts beside each other, each wrapped to its column."""
-    wrapped = [[part for line in cell.split("\n") for part in wrap(line, WIDTH) or [""]] for cell in cells]
-    rows = zip_longest(*wrapped, fillvalue="")
-    return ["  " + "  ".join(f"{cell:<{WIDTH}}" for cell in row).rstrip() for row in rows]
-
-
-def dialogues(data: Path, replies: Path, count: int = 3) -> list[str]:
-    """The first questions, each of another task, to which SFT, DPO and PPO reply differently."""
-    said: dict[str, dict[str, dict]] = {}
-    for reply in lines(replies):
-        said.setdefault(reply["id"], {})[reply["model"]] = reply["replies"][0]
-    found, shown = [], set()
-    for question in lines(data):
-        first = [said[question["id"]][name] for name in SIDE_BY_SIDE]
-        if len(shown) == count or question["category"] in shown or len({reply["text"] for reply in first}) < len(first):
-            continue
-        shown.add(question["category"])
-        found += ["", *wrap(f"> {question['turns'][0]['user']}", 3 * WIDTH)]
-        found += columns([f"{name}, gold {100 * reply['gold']:.0f}:\n{reply['text']}"
-                          for name, reply in zip(SIDE_BY_SIDE, first, strict=True)])
-    return found
 
 
 def commands(run: Path) -> list[str]:
@@ -61,11 +31,11 @@ def main(config: judge.Config) -> None:
         judge.main(config)
     report = json.loads((out / "report.json").read_text())
     said = [text({"title": "The recipe in the tiny world", "about": {}, "sections": report["sections"][:1]})]
-    if set(SIDE_BY_SIDE) <= set(report["gold"]):
+    if "SFT + PPO" in report["gold"]:
         accuracy = json.loads((out.parent / "reward" / "report.json").read_text())["reward_model"]["accuracy"]
         said += [f"The reward model that PPO follows agrees with {100 * accuracy:.0f} % of held-out preferences.",
-                 f"All tables and figures: {out}/report.html"]
-        said += [*dialogues(Path(config.data), out / "replies.jsonl"), "", *commands(out.parent)]
+                 f"All tables and figures: {out}/report.html. Three dialogues, the gold score before each reply:",
+                 (out / "samples.txt").read_text(), *commands(out.parent)]
     print("\n".join(said))
 
 

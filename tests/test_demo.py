@@ -82,9 +82,7 @@ def test_the_full_size_has_a_folder_of_its_own_and_the_controls(make):
 def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "tiny" / "0"
     models = {"base": 4.0, "SFT": 70.0, "SFT + DPO": 85.0, "SFT + PPO": 82.0}
-    questions = [{"id": str(i), "category": category, "turns": [{"user": f"Question {i}?"}]}
-                 for i, category in enumerate("aabbcc")]
-    data = write_jsonl(tmp_path / "test.jsonl", questions)
+    data = write_jsonl(tmp_path / "test.jsonl", [])
 
     def judged(config):
         print("many tables")
@@ -93,11 +91,7 @@ def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_pat
         report = {"gold": dict.fromkeys(names), "sections": [
             {"title": "Gold score", "columns": ["model", "gold score"], "rows": rows}]}
         (Path(config.out) / "report.json").write_text(json.dumps(report))
-        replies = [{"id": q["id"], "model": name, "replies": [{"text": f"{name} says {q['id']}", "gold": 0.5}]}
-                   for q in questions for name in names]
-        for reply in replies[: len(names)]:
-            reply["replies"][0]["text"] = "To question 0 all reply alike."
-        write_jsonl(Path(config.out) / "replies.jsonl", replies)
+        (Path(config.out) / "samples.txt").write_text("what judge.py writes of dialogues\n")
 
     monkeypatch.setattr(judge, "main", judged)
     (run / "reward").mkdir(parents=True)
@@ -113,9 +107,7 @@ def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_pat
     demo.main(judge.Config(models=[f"{name}={base}" for name in models], **settings))
     said = capsys.readouterr().out
     assert (run / "judge" / "judge.txt").read_text() == "many tables\n" and "many tables" not in said
-    shown = [line for line in said.splitlines() if line.startswith(">")]
-    assert shown == ["> Question 1?", "> Question 2?", "> Question 4?"]
-    assert "  SFT says 1                            SFT + DPO says 1                      SFT + PPO says 1\n" in said
+    assert "what judge.py writes of dialogues" in said and "what judge.py writes of dialogues" not in first
     assert "agrees with 70 % of held-out preferences" in said
     commands = said.splitlines()[-3:]
     scripts = [word for line in commands for word in line.split() if word.endswith(".py")]

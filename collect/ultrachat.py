@@ -10,17 +10,16 @@
     openings    what a user says first, line by line from topics=FILE -> 3 to 7 rounds (ours)
 
     train.jsonl     {"id", "messages", "sector", "about"}      dropped.jsonl   what was left out, and why
-    replies.jsonl   raw replies, to resume from                review.jsonl    what the person decided
+    replies.jsonl   raw replies and a person's decisions, to resume from
 
 Prompts and lists are our own. Lists are asked for ten items at a time. Before a list is expanded further a random
 `dialogues` of its items are taken, since more are never needed; published were 1.57 million dialogues of all. The
 first sector's Wikidata entities are not asked for: give them as topics=FILE. Nor are dialogues split for training at
 2,048 tokens, as published: sft.py cuts what is longer than its max_length, and counts it.
 """
-import hashlib
-import json
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +27,7 @@ from typing import Literal
 import runtime
 from collect.synthetic import PROMPTS, Run, Settings, read_texts, swapped, user
 from data.formats import read_all
-from data.llm import Request, Sampling, open_model
+from data.llm import Reply, Request, Sampling, ask, open_model
 from data.records import fault
 
 TEXTS = PROMPTS["ultrachat"]
@@ -158,14 +157,13 @@ def without_courtesy(text: str) -> str:
 
 def talk(run: Run, model, user_model, dialogues: list[dict], config: Config) -> None:
     """All dialogues round by round; each ends after the rounds drawn for it, or early, when a turn cannot be used."""
-    decided = read_decisions(run.out / "review.jsonl") if config.review else None
     for number in range(max((d["rounds"] for d in dialogues), default=0)):
         going = [d for d in dialogues if not d["ended"] and number < d["rounds"]]
         if number:
             user_turns(run, user_model, going, number, config)
         going = [d for d in going if not d["ended"]]
         while going:  # once, and again where a person rephrased the question
-            going = assistant_turns(run, model, going, number, decided, config)
+            going = assistant_turns(run, model, going, number, config)
 
 
 def user_turns(run: Run, user_model, going: list[dict], number: int, config: Config) -> None:
@@ -183,25 +181,26 @@ def user_turns(run: Run, user_model, going: list[dict], number: int, config: Con
             run.drop("user's turn", "only courtesy", dialogue=d["id"], text=reply.text)
 
 
-def assistant_turns(run: Run, model, going: list[dict], number: int, decided: dict | None,
-                    config: Config) -> list[dict]:
+def assistant_turns(run: Run, model, going: list[dict], number: int, config: Config) -> list[dict]:
     """The next reply of each dialogue, perhaps reviewed by a person; returns those whose question was rephrased."""
     requests = [Request(list(d["messages"]), tag=f"{d['id']} {d['rephrased']}") for d in going]
     replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), f"reply {number + 1}")
+    texts = [run.usable(reply, "reply", dialogue=d["id"]) for d, reply in zip(going, replies, strict=True)]
+    shown = [Request([*request.messages, {"role": "assistant", "content": text}, *user(CHOICES)], tag=request.tag)
+             for request, text in zip(requests, texts, strict=True) if text and config.review]
+    decisions = iter(ask(Person(), shown, Sampling(), run.ledger) if shown else [])
     again = []
-    for d, reply in zip(going, replies, strict=True):
-        text, verdict = run.usable(reply, "reply", dialogue=d["id"]), {"decision": "keep"}
-        if text and decided is not None:
-            verdict = review(d, reply.text, decided, run.out / "review.jsonl")
+    for d, text in zip(going, texts, strict=True):
+        decision, _, turn = (next(decisions).text if text and config.review else "keep").partition(" ")
         if not text:
             d["ended"] = True
             d["messages"].pop()
-        elif verdict["decision"] == "drop":
-            run.drop("reply", "dropped by a person", dialogue=d["id"], text=reply.text)
+        elif decision == "drop":
+            run.drop("reply", "dropped by a person", dialogue=d["id"], text=text)
             d |= {"ended": True, "messages": []}
-        elif verdict["decision"] == "rephrase":
+        elif decision == "rephrase":
             run.drop("review", "rephrased", dialogue=d["id"], text=d["messages"].pop()["content"])
-            d["messages"] += user(verdict["turn"])
+            d["messages"] += user(turn)
             d["rephrased"] += 1
             again.append(d)
         else:
@@ -209,35 +208,28 @@ def assistant_turns(run: Run, model, going: list[dict], number: int, decided: di
     return again
 
 
-def review(dialogue: dict, reply: str, decided: dict, file: Path) -> dict:
-    """What the person at the terminal makes of a reply; what was decided once is not asked again."""
-    depends_on = [dialogue["id"], dialogue["rephrased"], dialogue["messages"], reply]
-    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
-    if key in decided:
-        return decided[key]
-    for m in [*dialogue["messages"], {"role": "assistant", "content": reply}]:
-        print(f"\n{m['role']}: {m['content']}")
-    verdict = {"key": key, "dialogue": dialogue["id"], "decision": ""}
-    try:
-        while not verdict["decision"]:
-            word = input("\n[k]eep, [r]ephrase what the user said, [d]rop the dialogue: ").strip().lower()
-            verdict["decision"] = {"k": "keep", "r": "rephrase", "d": "drop"}.get(word[:1], "")
-        while verdict["decision"] == "rephrase" and not verdict.get("turn"):
-            verdict["turn"] = input("user: ").strip()
-    except EOFError:
-        runtime.fail(f"{file}: holds {len(decided)} decisions, more are needed, and the input has ended: "
-                     "run again to go on")
-    with file.open("a") as stream:
-        stream.write(json.dumps(verdict) + "\n")
-    decided[key] = verdict
-    return verdict
+CHOICES = "[k]eep, [r]ephrase what the user said, [d]rop the dialogue: "
 
 
-def read_decisions(file: Path) -> dict[str, dict]:
-    """What was decided, by key; half a line that a killed run left is cut off."""
-    whole, newline, _ = (file.read_text() if file.is_file() else "").rpartition("\n")
-    runtime.write_text(file, whole + newline)
-    return {verdict["key"]: verdict for verdict in map(json.loads, whole.splitlines())}
+class Person:
+    """Who sits at the terminal, asked as a model is: what they decide is in replies.jsonl and is not asked again."""
+
+    name = "a person"
+
+    def replies(self, requests: list[Request], _: Sampling) -> Iterator[tuple[int, Reply]]:
+        for i, request in enumerate(requests):
+            for m in request.messages[:-1]:
+                print(f"\n{m['role']}: {m['content']}")
+            decision = turn = ""
+            try:
+                while not decision:
+                    word = input(f"\n{CHOICES}").strip().lower()
+                    decision = {"k": "keep", "r": "rephrase", "d": "drop"}.get(word[:1], "")
+                while decision == "rephrase" and not turn:
+                    turn = input("user: ").strip()
+            except EOFError:
+                runtime.fail("review: the input has ended, and more decisions are needed: run again to go on")
+            yield i, Reply(f"{decision} {turn}", True, 0, 0, 0.0)
 
 
 def main(config: Config, model=None, user_model=None) -> None:

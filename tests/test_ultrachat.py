@@ -217,8 +217,8 @@ def test_decisions_are_kept_when_the_person_leaves(config, tmp_path, person, cap
     person += ["k"]
     with pytest.raises(SystemExit) as left:
         run(config, plain)
-    assert left.value.code == 2 and "holds 1 decisions" in capsys.readouterr().err
-    with (tmp_path / "out" / "review.jsonl").open("a") as file:
+    assert left.value.code == 2 and "more decisions are needed" in capsys.readouterr().err
+    with (tmp_path / "out" / "replies.jsonl").open("a") as file:
         file.write('{"key": "half a li')
     person += ["k"]
     train, _, _ = run(config, plain)

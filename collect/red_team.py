@@ -43,8 +43,7 @@ class Config(Settings):
     steps: int = 50                 # fuzz: mutations
     templates: str = ""             # fuzz: JSONL of {"text"} with [REQUEST] once in each; empty: 5 of ours
     probes: int = 20                # leak: how many
-    max_tokens: int = 512           # of an attack and of a reply
-    temperature: float = 1.0        # of the attacker; the target replies at 0
+    max_tokens: int = 512           # of an attack and of a reply; the target replies at temperature 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,7 +74,7 @@ def send(sides: Sides, attacks: list[dict]) -> list[dict]:
     """The transcripts of attacks {"id", "behaviour", "attempt", "messages"}, replied to and judged."""
     run, sent = sides.run, []
     requests = [Request(a["messages"]) for a in attacks]
-    replies = run.ask(sides.target, requests, Sampling(sides.config.max_tokens, 0.0), "target")
+    replies = run.ask(sides.target, requests, "target", Sampling(sides.config.max_tokens, 0.0))
     for a, reply in zip(attacks, replies, strict=True):
         if reply is None:
             run.drop("reply", "no reply", id=a["id"], text=a["messages"][-1]["content"])
@@ -91,15 +90,15 @@ def send(sides: Sides, attacks: list[dict]) -> list[dict]:
 
 def written(sides: Sides, prompts: list[tuple[str, str]], number: int) -> list[str]:
     """What the attacker writes to each (id, prompt) at attempt `number`; "" where it cannot be used."""
+    def unquoted(text: str) -> str:
+        if not (inside := text.strip().strip('"').strip()):
+            raise ValueError("empty text")
+        return inside
+
     requests = [Request(user(prompt), repeat=number, tag=name) for name, prompt in prompts]
-    sampling, texts = Sampling(sides.config.max_tokens, sides.config.temperature), []
-    replies = sides.run.ask(sides.attacker, requests, sampling, "attacker")
-    for (name, _), reply in zip(prompts, replies, strict=True):
-        said = sides.run.usable(reply, "attack", id=name)
-        texts.append(said.strip('"').strip())
-        if said and not texts[-1]:
-            sides.run.drop("attack", "empty text", id=name, text=reply.text)
-    return texts
+    replies = sides.run.ask(sides.attacker, requests, "attacker")
+    return [sides.run.usable(reply, "attack", unquoted, id=name)
+            for (name, _), reply in zip(prompts, replies, strict=True)]
 
 
 # --------------------------------------------------------------------------------- direct and leaks

@@ -46,8 +46,7 @@ class Config(Settings):
     requests: int = 5                # in a batch
     examples: int = 8                # instructions shown in a request; the model goes on to twice as many, less one
     machine_examples: int = 2        # of them written by the model, once there are some
-    max_tokens: int = 1024           # of new instructions
-    temperature: float = 0.7
+    temperature: float = 0.7         # of new instructions
     top_p: float = 0.5
     fewest_words: int = 4            # of an instruction
     most_words: int = 150
@@ -144,7 +143,7 @@ def new_tasks(run: Run, model, seeds: list[dict], config: Config) -> list[dict]:
         asked += config.requests
         requests = [Request(list_prompt(seeds, made, config, random.Random(f"{config.seed} request {n}")), repeat=n)
                     for n in numbers]
-        replies, before = run.ask(model, requests, sampling), len(made)
+        replies, before = run.ask(model, requests, sampling=sampling), len(made)
         if not any(replies):
             runtime.fail(f"{config.out}: no request of a batch was answered, see replies.failures.jsonl there: "
                          "run again to go on")
@@ -176,7 +175,7 @@ def mark_classifications(run: Run, model, seeds: list[dict], tasks: list[dict], 
     for seed in shown:
         text += f"Task: {seed['instruction']}\nClassification: {'Yes' if seed['is_classification'] else 'No'}\n\n"
     requests = [Request(user(f"{text}Task: {task['instruction']}\nClassification:")) for task in tasks]
-    replies = run.ask(model, requests, Sampling(3, 0.0, stop=("\n", "Task")), "classification or not")
+    replies = run.ask(model, requests, "classification or not", Sampling(3, 0.0, stop=("\n", "Task")))
     for task, reply in zip(tasks, replies, strict=True):
         task["is_classification"] = reply is not None and reply.text.strip().rstrip(".") in ("Yes", "yes", "YES")
 
@@ -238,7 +237,7 @@ def add_instances(run: Run, model, seeds: list[dict], tasks: list[dict], config:
         some = [t for t in tasks if t["is_classification"] is classification]
         text = instance_prompt(seeds, classification, shown, config)
         requests = [Request(user(f"{text}Task: {t['instruction']}\n(Begin with \"{begin}\".)")) for t in some]
-        replies = run.ask(model, requests, Sampling(tokens, 0.0, stop=("Example 6", "Task:")), f"instances, {begin}")
+        replies = run.ask(model, requests, f"instances, {begin}", Sampling(tokens, 0.0, stop=("Example 6", "Task:")))
         for task, reply in zip(some, replies, strict=True):
             pairs, faults = (read(reply.text), []) if reply else ([], [])
             if not pairs:

@@ -51,9 +51,7 @@ class Config(Settings):
     material_questions: int = 5  # of a passage
     fewest_rounds: int = 0       # 0: as published for the sector; shorter dialogues are dropped
     most_rounds: int = 0
-    max_tokens: int = 1024       # of a reply
     user_tokens: int = 256       # of a user's turn
-    temperature: float = 1.0
     review: bool = False         # ask a person about every reply
 
     def __post_init__(self):
@@ -86,13 +84,13 @@ def read_items(text: str) -> tuple[list[str], list[str]]:
     return items, others
 
 
-def lists(run: Run, model, wishes: list[str], number: int, stage: str, config: Config) -> list[list[str]]:
+def lists(run: Run, model, wishes: list[str], number: int, stage: str) -> list[list[str]]:
     """For every wish a list of at most `number` different items, ten of them a request."""
     parts = -(-number // 10)
     requests = [Request(user(TEXTS["list"].format(wish=wish, number=min(10, number))), repeat=part)
                 for wish in wishes for part in range(parts)]
     found: list[dict[str, str]] = [{} for _ in wishes]
-    for i, reply in enumerate(run.ask(model, requests, Sampling(config.max_tokens, config.temperature), stage)):
+    for i, reply in enumerate(run.ask(model, requests, stage)):
         kept, reason = found[i // parts], fault(reply)
         items, others = read_items(reply.text) if reason in ("", "cut by length") else ([], [])
         faults = [(items.pop() if items else reply and reply.text, reason)] if reason else []
@@ -114,7 +112,7 @@ def openings(run: Run, model, about: list[str], config: Config) -> list[dict]:
     def expand(parents: list[dict], number: int, stage: str) -> list[dict]:
         parents = rng.sample(parents, min(len(parents), config.dialogues))
         wishes = [TEXTS[stage].format(parent["text"]) for parent in parents]
-        children = lists(run, model, wishes, number, stage, config)
+        children = lists(run, model, wishes, number, stage)
         return [{"text": text, "about": [*parent["about"], parent["text"]]}
                 for parent, texts in zip(parents, children, strict=True) for text in texts]
 
@@ -129,8 +127,8 @@ def openings(run: Run, model, about: list[str], config: Config) -> list[dict]:
         found = rng.sample(found, min(len(found), config.dialogues))
         short = [opening for opening in found if rng.random() < config.detailed]
         requests = [Request(user(TEXTS["details"].format(opening["text"]))) for opening in short]
-        replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), "details")
-        for opening, reply in zip(short, replies, strict=True):  # where it fails, the short one stays
+        for opening, reply in zip(short, run.ask(model, requests, "details"), strict=True):
+            # where it fails, the short one stays
             opening["text"] = run.usable(reply, "details", of=opening["text"]) or opening["text"]
     elif config.sector == "materials":
         found = expand(found, config.material_questions, "questions about passages")
@@ -170,7 +168,7 @@ def user_turns(run: Run, user_model, going: list[dict], number: int, config: Con
     """The next thing each person says."""
     requests = [Request(user(TEXTS["person"]) + swapped(d["messages"]), tag=d["id"]) for d in going]
     sampling = Sampling(config.user_tokens, config.temperature)
-    for d, reply in zip(going, run.ask(user_model, requests, sampling, f"user's turn {number + 1}"), strict=True):
+    for d, reply in zip(going, run.ask(user_model, requests, f"user's turn {number + 1}", sampling), strict=True):
         text = run.usable(reply, "user's turn", dialogue=d["id"])
         turn = without_courtesy(text)
         if turn:
@@ -184,7 +182,7 @@ def user_turns(run: Run, user_model, going: list[dict], number: int, config: Con
 def assistant_turns(run: Run, model, going: list[dict], number: int, config: Config) -> list[dict]:
     """The next reply of each dialogue, perhaps reviewed by a person; returns those whose question was rephrased."""
     requests = [Request(list(d["messages"]), tag=f"{d['id']} {d['rephrased']}") for d in going]
-    replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), f"reply {number + 1}")
+    replies = run.ask(model, requests, f"reply {number + 1}")
     texts = [run.usable(reply, "reply", dialogue=d["id"]) for d, reply in zip(going, replies, strict=True)]
     shown = [Request([*request.messages, {"role": "assistant", "content": text}, *user(CHOICES)], tag=request.tag)
              for request, text in zip(requests, texts, strict=True) if text and config.review]

@@ -98,7 +98,7 @@ def test_thirty_topics_ask_for_eleven_hundred_subtopics():
 
 def test_more_than_ten_items_are_asked_for_in_several_requests(config, tmp_path):
     silent, run = Scripted(lambda r, s: None), Run(config)
-    assert ultrachat.lists(run, silent, ["a", "b"], 37, "stage", config) == [[], []]
+    assert ultrachat.lists(run, silent, ["a", "b"], 37, "stage") == [[], []]
     assert [r.repeat for r in silent.asked] == [0, 1, 2, 3] * 2
     assert len(run.dropped) == 8 and {d["reason"] for d in run.dropped} == {"no reply"}
 
@@ -106,7 +106,7 @@ def test_more_than_ten_items_are_asked_for_in_several_requests(config, tmp_path)
 def test_a_list_that_was_cut_loses_its_last_item(config):
     cut, run = [("1. one\n2. tw", False), "1. One\n2. three\n3. four"], Run(config)
     model = Scripted(lambda r, s: cut[r.repeat])
-    assert ultrachat.lists(run, model, ["a"], 11, "stage", config) == [["one", "three", "four"]]
+    assert ultrachat.lists(run, model, ["a"], 11, "stage") == [["one", "three", "four"]]
     assert [(d["text"], d["reason"]) for d in run.dropped] == [("tw", "cut by length"), ("One", "repeated")]
 
 

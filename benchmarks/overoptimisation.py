@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import judge
 import runtime
-from benchmarks.measure import save
+from benchmarks.measure import save, show
 from data.llm import Budget, Opener
 from data.records import lines
 from data.tiny import world
@@ -46,7 +46,7 @@ def curve(folder: Path, start_gold: float, grade) -> list[dict]:
         near = [s for s in steps if abs(s["step"] - step) <= 1]
         points.append({"step": step, "kl": mean(s["kl"] for s in near), "score": mean(s["score"] for s in near),
                        "gold": grade(path)})
-        print(folder, points[-1], flush=True)
+        show({"run": folder} | points[-1])
     return points
 
 

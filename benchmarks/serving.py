@@ -22,7 +22,7 @@ import openai
 import torch
 
 import runtime
-from benchmarks.measure import machine, save, timed
+from benchmarks.measure import machine, save, show, timed
 from data.llm import Request, Sampling, open_model
 from data.tiny.world import dialogue
 
@@ -87,14 +87,13 @@ def rates(config: Config) -> dict:
     with served(config.model, f"threads={config.threads}") as (url, _):
         for clients in CLIENTS:
             rows.append(asyncio.run(ask_for(url, clients)))
-            print("{clients:>3} clients  {requests_per_s:6.1f} requests/s  {tokens_per_s:7,.0f} tokens/s  "
-                  "median {median_s:.3f} s  95 % {p95_s:.3f} s".format(**rows[-1]), flush=True)
+            show(rows[-1])
     runtime.setup("cpu", 0, config.threads)
     model, requests = open_model(config.model, "cpu"), [Request(messages) for messages in prompts(REQUESTS)]
     replies, seconds = timed(lambda: list(model.replies(requests, Sampling(MAX_TOKENS, 0.7))))
     tokens = sum(reply.completion_tokens for _, reply in replies)
     offline = {"requests": REQUESTS, "requests_per_s": REQUESTS / seconds, "tokens_per_s": tokens / seconds}
-    print("no server    {requests_per_s:6.1f} requests/s  {tokens_per_s:7,.0f} tokens/s".format(**offline))
+    show({"clients": "no server"} | offline)
     return {"max_tokens": MAX_TOKENS, **machine(torch.device("cpu")), "rows": rows, "without_server": offline}
 
 

@@ -137,9 +137,7 @@ runs/%/ppo_without_kl/model/config.json: runs/%/reward/model/config.json
 results: $(ENVIRONMENT) $(SEEDS:%=results-%)
 	$(PYTHON) judge.py --config configs/tiny/results.toml
 	cp runs/results/judge/report.json runs/results/judge/samples.txt benchmarks/results/tiny/
-	$(PYTHON) -m benchmarks.rlhf
-	$(PYTHON) -m benchmarks.overoptimisation start=runs/results/0/sft/model data=runs/results/0/data/dev.jsonl \
-		runs='["KL coefficient 0.2=runs/results/0/ppo", "KL coefficient 0=runs/results/0/ppo_without_kl"]' out=benchmarks/results/tiny/overoptimisation
+	$(PYTHON) -m benchmarks.overoptimisation
 	$(PYTHON) -m benchmarks.results
 
 # A worker for each core; each goes through whole files, so that a file's fixtures are made once, and helps out at the end.

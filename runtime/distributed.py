@@ -148,7 +148,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
 
 
 def all_reduce(tensor: Tensor, largest: bool = False) -> Tensor:
-    """A tensor on the CPU, in place the sum over ranks, or the largest: a table of which each has filled a part, say."""
+    """A tensor on the CPU, in place its sum over ranks or the largest: of a table, each rank has filled a part."""
     if world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return tensor

@@ -28,7 +28,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import runtime
-from collect.synthetic import PROMPTS, Run, Settings, read_texts, swapped, user
+from collect.synthetic import PROMPTS, Run, Settings, swapped, user
 from data.llm import Request, Sampling, open_model
 from data.records import fault
 from judging.entries import read_lines
@@ -44,9 +44,7 @@ class Config(Settings):
     user_model: str = ""          # who plays the user; empty: the same
     out: str = "runs/role_play"
     ideas: str = ""               # JSONL of assistant_role, user_role and task; empty: thought up for pairs of roles
-    assistant_roles: str = ""     # text file, a role a line, perhaps numbered; empty: 20 of ours (published: 50)
-    user_roles: str = ""
-    dialogues: int = 100          # published: 50 x 50 roles x 10 tasks
+    dialogues: int = 100          # of 20 x 20 roles x 10 tasks (published: 50 x 50 x 10)
     tasks: int = 10               # ideas of one pair of roles
     words: int = 50               # of a specified task
     max_messages: int = 40
@@ -61,23 +59,13 @@ class Config(Settings):
         self.at_least(5, "words")
 
 
-def load_roles(config: Config) -> list[list[str]]:
-    found = []
-    for key in ("assistant_roles", "user_roles"):
-        file = getattr(config, key)
-        lines = read_texts(key, file, "role") if file else TEXTS[key]
-        found.append([role for line in lines if (role := re.sub(r"^\d+[.)]\s*", "", line))])
-    return found
-
-
 def load_ideas(config: Config) -> list[dict]:
     """Ideas from a file; without one, pairs of roles, for which the model has to think them up."""
     if config.ideas:
         keys = ("assistant_role", "user_role", "task")
         return read_lines(config.ideas, lambda idea, _: {key: str(idea[key]) for key in keys},
                           f"is no idea, expected {', '.join(keys)}")
-    assistants, users = load_roles(config)
-    return [{"assistant_role": a, "user_role": u} for a in assistants for u in users if a != u]
+    return [{"assistant_role": a, "user_role": u} for a in TEXTS["assistant_roles"] for u in TEXTS["user_roles"]]
 
 
 # ----------------------------------------------------------------------------------------- the tasks

@@ -45,18 +45,6 @@ def swapped(messages: list[dict]) -> list[dict]:
     return [m | {"role": other[m["role"]]} for m in messages]
 
 
-def read_texts(key: str, path: str, what: str) -> list[str]:
-    """The lines of the text file that setting `key` names, without blank ones."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
-        wrong = "" if any(lines) else "is empty"
-    except (OSError, UnicodeDecodeError) as error:
-        wrong = f"cannot be read ({error})"
-    if wrong:
-        runtime.fail(f"{key}={path}: {wrong}, expected text, one {what} a line")
-    return list(filter(None, lines))
-
-
 class Run:
     """One run: its folder, what it may still spend, and what it has dropped."""
 

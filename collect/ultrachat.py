@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 import runtime
-from collect.synthetic import PROMPTS, Run, Settings, read_texts, swapped, user
+from collect.synthetic import PROMPTS, Run, Settings, swapped, user
 from data.formats import read_all
 from data.llm import Reply, Request, Sampling, ask, open_model
 from data.records import fault
@@ -70,7 +70,14 @@ def load_about(config: Config) -> list[str]:
         return [record["text"] for record in read_all(config.materials, "text")]
     if not config.topics and config.sector != "openings":
         return TEXTS["topics" if config.sector == "questions" else "kinds"]
-    return read_texts("topics", config.topics, "topic, kind of text or opening")
+    try:
+        lines = [line.strip() for line in Path(config.topics).read_text(encoding="utf-8-sig").split("\n")]
+        wrong = "" if any(lines) else "is empty"
+    except (OSError, UnicodeDecodeError) as error:
+        wrong = f"cannot be read ({error})"
+    if wrong:
+        runtime.fail(f"topics={config.topics}: {wrong}, expected text, a topic, kind of text or opening a line")
+    return list(filter(None, lines))
 
 
 # ---------------------------------------------------------------------------------- opening lines

@@ -39,15 +39,23 @@ runs/tiny/99/%: PPO_SIZE = steps=2 batch=8
 .SECONDARY:
 .DELETE_ON_ERROR:
 
+define NEXT
+	@printf 'Next: talk to it; train it with another beta, or a loss that you edited; compare the two.\n\n  %s\n  %s\n  %s\n' \
+		"$(PYTHON) chat.py model=$(1)/dpo/model" "$(PYTHON) dpo.py --config $(1)/dpo/config.toml beta=0.05 out=runs/idea" \
+		"$(PYTHON) judge.py models='[\"DPO=$(1)/dpo/model\", \"idea=runs/idea/model\"]' data=$(1)/data/dev.jsonl out=runs/idea/judge"
+endef
+
 ifdef FULL
 demo: $(ENVIRONMENT) results-$(SEED)
 	@printf '\n== judge: every model answers the held-out dialogues\n'
 	$(PYTHON) -m benchmarks.demo --config configs/tiny/results.toml seeds='[$(SEED)]' out=runs/results/$(SEED)/judge
+	$(call NEXT,runs/results/$(SEED))
 else
 demo: $(ENVIRONMENT) tiny-$(SEED)
 	@printf '\n== 7/7 judge: every model answers the held-out dialogues\n'
 	@$(PYTHON) -m benchmarks.demo --config configs/tiny/judge.toml seeds='[$(SEED)]' data=runs/tiny/$(SEED)/data/test.jsonl \
 		out=runs/tiny/$(SEED)/judge
+	$(call NEXT,runs/tiny/$(SEED))
 endif
 
 # Once there is an SFT model two jobs share the cores: sampling and small models gain little from a second thread.

@@ -1,4 +1,4 @@
-"""The last screen of `make demo`: the table, three dialogues side by side, and what to type next.
+"""The last screen of `make demo`, which adds what to type next: the table, and three dialogues side by side.
 
     python -m benchmarks.demo --config configs/tiny/judge.toml seeds='[0]' out=runs/tiny/0/judge
 
@@ -6,23 +6,11 @@ Takes the settings of judge.py and runs it; what that prints goes to judge.txt i
 PPO model yet, the table is all.
 """
 import json
-import os
-import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import judge
 import runtime
 from judging.report import text
-
-
-def commands(run: Path) -> list[str]:
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
-    models = f'["DPO={run}/dpo/model", "idea=runs/idea/model"]'
-    return ["Next: talk to it; train it with another beta, or a loss that you edited; compare the two.", "",
-            f"  {python} chat.py model={run}/dpo/model",
-            f"  {python} dpo.py --config {run}/dpo/config.toml beta=0.05 out=runs/idea",
-            f"  {python} judge.py models='{models}' data={run}/data/dev.jsonl out=runs/idea/judge"]
 
 
 def main(config: judge.Config) -> None:
@@ -35,7 +23,7 @@ def main(config: judge.Config) -> None:
         accuracy = json.loads((out.parent / "reward" / "report.json").read_text())["reward_model"]["accuracy"]
         said += [f"The reward model that PPO follows agrees with {100 * accuracy:.0f} % of held-out preferences.",
                  f"All tables and figures: {out}/report.html. Three dialogues, the gold score before each reply:",
-                 (out / "samples.txt").read_text(), *commands(out.parent)]
+                 (out / "samples.txt").read_text()]
     print("\n".join(said))
 
 

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from math import inf, isnan
 from pathlib import Path
 from typing import Literal
@@ -313,6 +314,7 @@ class Server:
         self.openings = read_all(config.prompts, "prompt") if config.prompts else []
         self.categories = sorted({*PREFERENCE, *(o.get("category", "none") for o in self.openings)})
         self.dealt: dict[str, int] = {}                                    # openings, by dialogue
+        self.undealt = 0                                                   # the first that is free, or was
         self.agreement = 0, None                                           # after how many shared ratings
         self.locks = weakref.WeakValueDictionary()                         # one step at a time by each annotator
         self.local = threading.Lock()                                      # one reply at a time by this machine
@@ -494,8 +496,13 @@ class Server:
 
     def free_opening(self, name: str, rates: bool) -> int:
         """A prompt that nobody who rates has taken: the first, for newcomers any; -1 if there is none."""
-        free = [i for i in range(len(self.openings)) if i not in self.votes.openings] or [-1]
-        return free[0] if rates else random.Random(name).choice(free)
+        taken, count = self.votes.openings, len(self.openings)
+        while self.undealt < count and self.undealt in taken:
+            self.undealt += 1
+        if self.undealt == count or rates:
+            return self.undealt if self.undealt < count else -1
+        start = random.Random(name).randrange(self.undealt, count)
+        return next(i for i in chain(range(start, count), range(self.undealt, start)) if i not in taken)
 
     def opening(self, name: str, person: Person) -> dict:
         """How a dialogue may begin: a prompt nobody else has, or a kind of task, in the shares the talk asks for.

@@ -165,6 +165,7 @@ exercise: $(TOOLS)
 bench: $(ENVIRONMENT)
 	$(PYTHON) -m benchmarks.throughput out=benchmarks/results/throughput.json
 	$(PYTHON) -m benchmarks.throughput measure=sampling out=benchmarks/results/sampling.json
+	$(PYTHON) -m benchmarks.throughput measure=profiles out=benchmarks/results/profiles.txt
 	$(PYTHON) -m benchmarks.results
 
 # This code and transformers + TRL + PEFT in turns, about an hour; a quiet machine is asked for.

@@ -2,6 +2,7 @@
 
     python -m benchmarks.throughput out=benchmarks/results/throughput.json
     python -m benchmarks.throughput measure=sampling out=benchmarks/results/sampling.json
+    python -m benchmarks.throughput measure=profiles out=benchmarks/results/profiles.txt     where the time goes
 
 The steps are those of sft.py and dpo.py, clipping and AdamW included, on random weights and random tokens with a
 realistic spread of lengths; the reference log-probabilities of DPO are cached, as they are after its first pass.
@@ -15,9 +16,11 @@ where the seconds of a PPO step go: the steps of configs/tiny/ppo.toml from the 
 import platform
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from statistics import mean
 from typing import Literal
 
@@ -27,10 +30,12 @@ import ppo
 import runtime
 from benchmarks import peers_ours as ours
 from benchmarks import peers_work as work
-from benchmarks.measure import machine, median_seconds, save, show
+from benchmarks.measure import machine, median_seconds, save, show, timed
 from data.pack import Batch, pack
 from data.records import lines
-from model import Transformer, generate
+from data.trees import Tree
+from model import Decoder, ReplyState, Transformer, generate
+from runtime.log import longest
 
 SHAPES = {
     "tiny base (3 M)": work.Shape(192, 6, 6, 512, 1536, longest=256, prompt=30, reply=15, batch=64, micro_tokens=4096),
@@ -42,7 +47,7 @@ BATCHES = (1, 16, 64, 256)  # prompts at a time
 
 @dataclass(frozen=True)
 class Config:
-    measure: Literal["training", "sampling"] = "training"
+    measure: Literal["training", "sampling", "profiles"] = "training"
     out: str = "benchmarks/results/throughput.json"
     rounds: int = 9      # timed steps of each kind; the median counts. Of sampling a third
     steps: int = 6       # of PPO, the first not counted; 0: none
@@ -64,16 +69,22 @@ def floor_seconds(model: Transformer, batches: list[Batch], dtype: torch.dtype, 
     return total
 
 
+def prepared(model: Transformer, shape: work.Shape, kind: str) -> tuple[list[Tree], work.Step]:
+    """The trees of one step of SFT or DPO, and the step."""
+    pairs = work.pairs(shape)[: shape.batch]
+    if kind == "DPO":
+        trees = [ours.pair_tree([pair]) for pair in pairs]
+        return trees, ours.dpo_step(model, shape, trees, "", cached=True)
+    trees = [ours.sft_tree(pair) for pair in pairs]
+    return trees, ours.sft_step(model, shape, trees)
+
+
 def training(name: str, kind: str, dtype: str, config: Config) -> dict:
     """The same step again and again."""
     shape = SHAPES[name]._replace(dtype=dtype, device=config.device)
-    model, pairs = ours.random_model(shape), work.pairs(shape)[: shape.batch]
-    if kind == "DPO":
-        trees = [ours.pair_tree([pair]) for pair in pairs]
-        step, count, unit = ours.dpo_step(model, shape, trees, "", cached=True), len(trees), "pairs/s"
-    else:
-        trees = [ours.sft_tree(pair) for pair in pairs]
-        step, count, unit = ours.sft_step(model, shape, trees), sum(tree.tokens for tree in trees), "tokens/s"
+    model = ours.random_model(shape)
+    trees, step = prepared(model, shape, kind)
+    count, unit = (len(trees), "pairs/s") if kind == "DPO" else (sum(tree.tokens for tree in trees), "tokens/s")
     seconds = median_seconds(step, config.rounds)
     floor = floor_seconds(model, pack(trees, shape.micro_tokens), getattr(torch, dtype), config.rounds)
     return {"shape": name, "work": kind, "dtype": dtype, "unit": unit, "rate": count / seconds,
@@ -101,8 +112,33 @@ def ppo_phases(steps: int) -> dict:
     return {"steps": len(logged), "batch": config.batch, "tokens": mean(step["tokens"] for step in logged)} | phases
 
 
+def repeat(work: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+def profiles(config: Config) -> str:
+    """What a step of SFT, of DPO and of decoding 64 sequences spends its time on, at 15 M in fp32."""
+    shape, parts = SHAPES["15 M"]._replace(device=config.device), []
+    for kind in ("SFT", "DPO", "sampling"):
+        model = ours.random_model(shape)
+        step, steps = prepared(model, shape, kind)[1], 4
+        if kind == "sampling":
+            decoder, steps = Decoder(model, (), 64, 256), 40
+            decoder.waiting += [ReplyState(prompt, work.NEW, (0.0, 0, 1.0), [0]) for prompt in work.prompts(shape, 64)]
+            step = decoder.step
+        repeat(step, 12 if kind == "sampling" else 2)  # the decoder has read its prompts and laid out the weights
+        with torch.profiler.profile() as profiler:
+            elapsed = timed(repeat, step, steps)[1]
+        parts.append(f"{kind}: {longest(profiler, steps, elapsed)}")
+        print(parts[-1], flush=True)
+    return "\n".join(parts) + "\n"
+
+
 def main(config: Config) -> None:
     device = runtime.setup(config.device, 0, config.threads)
+    if config.measure == "profiles":
+        return runtime.write_text(Path(config.out), profiles(config))
     report = {"command": "make bench", **machine(device), "python": platform.python_version(), "rows": []}
     if config.measure == "training":
         rows = (training(*case, config) for case in product(SHAPES, ("SFT", "DPO"), DTYPES))

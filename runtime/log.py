@@ -117,14 +117,19 @@ class Profile:
         profiler.stop()
         with writing(self.file):
             profiler.export_chrome_trace(str(self.file))
-        kind = "device" if torch.cuda.is_available() else "cpu"
-        rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, f"self_{kind}_time_total"))[:10]
-        lines = [f"profile: a step takes {1000 * elapsed / traced:.1f} ms, of which ({self.file})"]
-        for row in rows:
-            spent, calls = getattr(row, f"self_{kind}_time_total") / 1e6, row.count / traced
-            lines.append(f"  {100 * spent / elapsed:5.1f} %  {1000 * spent / traced:8.2f} ms  {calls:6.0f} calls  "
-                         f"{row.key[:80]}")
-        return "\n".join(lines)
+        return f"profile: {longest(profiler, traced, elapsed)}\n  (all of it: {self.file})"
+
+
+def longest(profiler: torch.profiler.profile, steps: int, elapsed: float) -> str:
+    """Where the `elapsed` seconds of so many profiled steps went: what took longest, in ten lines."""
+    kind = "device" if torch.cuda.is_available() else "cpu"
+    rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, f"self_{kind}_time_total"))[:10]
+    lines = [f"a step takes {1000 * elapsed / steps:.1f} ms, of which"]
+    for row in rows:
+        spent, calls = getattr(row, f"self_{kind}_time_total") / 1e6, row.count / steps
+        lines.append(f"  {100 * spent / elapsed:5.1f} %  {1000 * spent / steps:8.2f} ms  {calls:6.0f} calls  "
+                     f"{row.key[:80]}")
+    return "\n".join(lines)
 
 
 def _step_of(line: str) -> float:

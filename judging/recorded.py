@@ -16,19 +16,14 @@ file is a JSON array, JSON lines or CSV, perhaps .gz, or Parquet; its first reco
     battles          FastChat's anonymous votes, or left, right and winner; without a question_id each is its own prompt
     likert           ratings 1 (A is much better) to 8, or a choice and a margin 1-4: games and labels
     arena_hard       A>>B to B>>A, both games; rows: the rows above, our own judgments
-
-    python -m judging.recorded FILE ...          counts, rejects, and which files are copies of each other
-    python -m judging.recorded FILE from_text=true --out rows.jsonl     the same, and the rows; keys: see Options
 """
-import argparse
 import gzip
-import hashlib
 import io
 import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,11 +32,11 @@ from data.files import stream_values, values
 from data.formats import Report
 from data.llm import split_thoughts
 from data.native import ask
-from data.records import Reject, check_number, check_text, write_lines
+from data.records import Reject, check_number, check_text
 from judging.entries import digest
 from judging.prompts import Verdict, verdicts
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
-from runtime import arguments, fail, file_hash, load_config
+from runtime import fail
 
 
 @dataclass(frozen=True)
@@ -50,10 +45,8 @@ class Options:
 
     model: str = ""              # whom it judges; "": what the file is called
     baseline: str = "baseline"   # against whom
-    from_text: bool = False  # read verdicts from the judge's words again, where a file has both
+    from_text: bool = False      # read verdicts from the judge's words again, where a file has both
     keep_repeats: bool = False   # what is judged again becomes a repeat instead of a reject
-    slight_is_tie: bool = False  # ratings 4 and 5 of 8 are ties
-    double_weight: int = 1       # games that A>>B counts for; 3 in arena-hard's own table
 
 
 @dataclass
@@ -65,12 +58,7 @@ class Recorded(Report):
     labels: list[dict] = field(default_factory=list)
     unparsed: int = 0                                             # rows without a verdict
     differs: list[tuple[int, str]] = field(default_factory=list)  # stored verdicts that are not what the judge said
-    digest: str = ""                                              # of the unpacked file
     numbered: bool = False                                        # prompts are places in the file, not ids
-
-    @property
-    def rows(self) -> list[dict]:
-        return [*self.games, *self.scores, *self.labels]
 
     def __str__(self) -> str:
         lines = [f"{self.path}: format {self.format or 'unknown'}, {self.read} read, {len(self.games)} games, "
@@ -84,15 +72,13 @@ class Recorded(Report):
         return "\n".join(lines)
 
 
-def read(path: str | Path, format: str = "", options: Options | None = None) -> Recorded:
+def read(path: str | Path, options: Options | None = None) -> Recorded:
     """The judgments of a file. What cannot be used is among the rejects, be it the whole file."""
     path, options, places = Path(path), options or Options(), {}
     if not path.is_file():
         fail(f"{path}: no such file, expected recorded judgments")
-    if format and format not in READERS:
-        fail(f"{path}: format '{format}' is unknown, expected one of {', '.join(READERS)}")
     options = replace(options, model=options.model or re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", path.name))
-    said = Recorded(str(path), format)
+    said = Recorded(str(path))
     for place, record in _records(path, said):
         said.read += 1
         try:
@@ -110,7 +96,7 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
             keys = [_key(row, said.format) for row in rows]
             for row, before in zip(rows, map(places.get, keys), strict=True):
                 if before and not options.keep_repeats:
-                    raise rejected("judges again what {} did, expected each once: drop one, or keep repeats", before[0])
+                    raise rejected("judges again what {} did, expected each once: drop one", before[0])
                 row |= {"repeat": len(before)} if before else {}
         except Reject as reason:
             said.note(place, reason)
@@ -119,7 +105,7 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
             places.setdefault(key, []).append(place)
             if "differs" in row:
                 said.differs.append((place, row.pop("differs")))
-            verdict = verdict_key(row)
+            verdict = next(key for key in ("label", "score", "preference") if key in row)
             said.unparsed += row[verdict] is None
             {"label": said.labels, "score": said.scores, "preference": said.games}[verdict].append(row)
     if not said.read and not said.rejects:
@@ -130,10 +116,6 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
 def rejected(sentence: str, *values) -> Reject:
     """Why a record cannot be used; counted by the sentence without the values that fill its gaps."""
     return Reject(sentence.format(*["..."] * len(values)), sentence.format(*values))
-
-
-def verdict_key(row: dict) -> str:
-    return next(key for key in ("label", "score", "preference") if key in row)
 
 
 def _key(row: dict, format: str) -> tuple:
@@ -154,7 +136,6 @@ def _key(row: dict, format: str) -> tuple:
 def _records(path: Path, said: Recorded) -> Iterator[tuple[int, object]]:
     """Places and what is there; of a file that breaks off, what came before."""
     if path.suffix == ".parquet":
-        said.digest = file_hash(path)
         yield from ((row + 1, record) for row, record in values(path, said))
         return
     content = bytearray()
@@ -164,7 +145,6 @@ def _records(path: Path, said: Recorded) -> Iterator[tuple[int, object]]:
                 content += chunk
     except (OSError, EOFError, zlib.error) as error:
         said.note(content.count(b"\n") + 1, rejected("breaks off ({}), expected a whole file: copy it again", error))
-    said.digest = hashlib.sha256(content).hexdigest()
     stream = io.BufferedReader(io.BytesIO(content))
     kind = ".csv" if ".csv" in path.suffixes else ".jsonl"
     for place, record in stream_values(stream, kind, said):
@@ -177,7 +157,7 @@ def _recognise(record: dict) -> str:
     for name, (_, *shapes) in READERS.items():
         if any(shape <= record.keys() for shape in shapes):
             return name
-    raise rejected("has the keys {}, expected those of a known format: name the format, or mend the row",
+    raise rejected("has the keys {}, expected those of a known format: mend the row",
                    ", ".join(map(_shown, list(record)[:6])))
 
 
@@ -311,14 +291,14 @@ def read_better_output(words: str) -> float | None:
     return float(found[-1] == "a") if found else None
 
 
-def read_graded(words: str) -> tuple[float, bool] | None:
-    """The last [[A>>B]], or else [A>>B], as the preference for A and whether the sign is double."""
+def read_graded(words: str) -> float | None:
+    """The last [[A>>B]], or else [A>>B], as the preference for A."""
     for brackets in (r"\[\[\s*{}\s*\]\]", r"\[\s*{}\s*\]"):
         found = re.findall(brackets.format(r"([AB])\s*(>>|>|=|<<|<)\s*([AB])"), words.upper())
         if found:
             first, sign, second = found[-1]
             p = 0.5 if sign == "=" else float((first if ">" in sign else second) == "A")
-            return None if first == second else (p, len(sign) == 2)
+            return None if first == second else p
     return None
 
 
@@ -471,7 +451,7 @@ def read_likert(record: dict, options: Options) -> list[dict]:
     flag = {"skip": ": cannot tell", "bad": ": both are bad"}.get(record.get("flag"), "")
     game = _game(record, prompt, a, b, True, judge=rater, rating=rating, **_also(record, "seconds"),
                  preference=None if rating is None else 0.5 if rating == 4.5 else
-                 likert_outcome(rating, options.slight_is_tie),
+                 likert_outcome(rating, ties=False),
                  **({"why": f"abstained{flag}"} if rating is None else {}), **_lengths(record.get("replies")))
     return [game, {"unit": json.dumps([prompt, game.get("turn"), *sorted((a, b))]), "rater": rater,
                    "label": 9 - rating if rating and a > b else rating}]
@@ -496,16 +476,13 @@ def read_arena_hard(record: dict, options: Options) -> list[dict]:
         game = game or {"score": None}
         stored, words = game.get("score", ABSENT), game.get("judgment")
         if stored is not None and stored is not ABSENT:
-            stored = read_graded(f"[[{stored if isinstance(stored, str) else ''}]]")
+            stored = _of_a(read_graded, model_first)(f"[[{stored if isinstance(stored, str) else ''}]]")
             if stored is None:
                 raise wrong("score", game["score"], "A>>B, A>B, A=B, B>A, B>>A or null")
         words = words.get("answer") if isinstance(words, dict) else words
-        said = _verdict("preference", stored, words, read_graded, options)
-        p, double = said.pop("preference") or (None, False)
-        row = _game(record, _prompt(record, "uid", "question_id"), _text(record, "model"),
-                    _text(record, "baseline", options.baseline), model_first,
-                    preference=p if p is None or model_first else 1 - p)
-        rows += [row | said, *(row | {"repeat": i} for i in range(1, options.double_weight if double else 1))]
+        said = _verdict("preference", stored, words, _of_a(read_graded, model_first), options)
+        rows.append(_game(record, _prompt(record, "uid", "question_id"), _text(record, "model"),
+                          _text(record, "baseline", options.baseline), model_first, **said))
     return rows
 
 
@@ -543,45 +520,3 @@ READERS = {
     "mt_bench_single": (read_mt_bench_single, {"question_id", "model", "score"}, {"question_id", "model", "judgment"}),
     "alpaca_eval": (read_alpaca_eval, {"index", "preference"}, {"instruction", "preference"}),
 }
-
-
-# ------------------------------------------------------------------------------------- whole files
-
-def copies(files: Sequence[Recorded], fewest: int = 20) -> list[str]:
-    """Warnings of files that are alike byte by byte or in every verdict: then a model was judged under another's name.
-
-    Files with fewer verdicts than `fewest`, or the same one throughout, may be alike by chance.
-    """
-    warnings, seen = [], {}
-    for file in files:
-        keys = ("prompt", "unit", "turn", "rater", "a_first")
-        verdicts = tuple(sorted((*(str(row.get(key)) for key in keys), str(row[verdict_key(row)]))
-                                for row in file.rows))
-        telling = len(verdicts) >= fewest and len({verdict[-1] for verdict in verdicts}) > 1
-        for key, how in ((file.digest, "byte by byte"), (verdicts if telling else file.path, "in every verdict")):
-            other = seen.setdefault(key, file)
-            if other is not file:
-                warnings.append(f"{file.path} is {other.path} {how}, expected its own judgments: find the right file")
-                break
-    return warnings
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m judging.recorded", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", metavar="FILE or option=value")
-    parser.add_argument("--format", default="", help=f"one of {', '.join(READERS)}; recognised if not given")
-    parser.add_argument("--out", help="write the rows here, one a line")
-    words = arguments(parser)
-    named = [word for word in words.files if "=" not in word or Path(word).exists()]
-    options = load_config(Options, __doc__, [word for word in words.files if word not in named])
-    files = [read(file, words.format, options) for file in named]
-    for file in files:
-        for place, reason in file.rejects:
-            print(f"{file.path} {place}: {reason}")
-    print("\n".join([*map(str, files), *copies(files)]))
-    if words.out:
-        write_lines(words.out, (row for file in files for row in file.rows))
-
-
-if __name__ == "__main__":
-    main()

@@ -122,13 +122,16 @@ def rated(rows: Iterable[dict]) -> list[dict]:
 
 def elo_tables(rows: Iterable[dict]) -> tuple[dict[str, dict], str]:
     """By "no ties" and "ties allowed" each model's Elo from ratings 1 to 8, all raters' games; or why there is none."""
-    rows = rated(rows)
+    rows, found = rated(rows), {}
     if not rows:
         return {}, "There are no ratings to rate."
-    if apart := ratings.not_connected(collect(Game(r["a"], r["b"], 0.5, r["prompt"]) for r in rows)):
-        return {}, f"No rating is given: {apart}."
-    found = ratings.likert_tables((r["a"], r["b"], r["rating"], r["prompt"]) for r in rows)
-    return {name: {x["model"]: x for x in lines} for name, lines in found.items()}, ""
+    for name, ties in (("no ties", False), ("ties allowed", True)):  # a mean of 4.5 is a tie in both
+        games = collect(Game(r["a"], r["b"], 0.5 if ties and 4 <= r["rating"] <= 5 else ratings.outcome(
+            4.5, r["rating"]), r["prompt"]) for r in rows)
+        if apart := ratings.not_connected(games):
+            return {}, f"No rating is given: {apart}."
+        found[name] = {x["model"]: x for x in ratings.elo_table(games)}
+    return found, ""
 
 
 def likert_sections(judge: str, rows: Sequence[dict]) -> list[dict]:
@@ -148,11 +151,15 @@ def likert_sections(judge: str, rows: Sequence[dict]) -> list[dict]:
 
 
 def leaderboard_section(by_judge: Mapping[str, Sequence[dict]], subsets: Mapping[str, set[str]]) -> dict | None:
-    """The talk's leaderboard: Elo with ties and without, of the same ratings, by judge and subset of the prompts."""
+    """The talk's leaderboard: Elo with ties and without, of the same ratings, by judge and subset of the prompts.
+
+    `subsets`: categories by name; without any, each category is one, if they are two to four.
+    """
+    by_judge = {judge: given for judge, rows in by_judge.items() if (given := rated(rows))}
+    categories = sorted({tables.category_of(r) for rows in by_judge.values() for r in rows} - {""})
+    subsets = subsets or {category: {category} for category in categories if 2 <= len(categories) <= 4}
     columns, notes = {}, []
     for judge, rows in by_judge.items():
-        if not (rows := rated(rows)):
-            continue
         parts = {"all": rows} | {name: [r for r in rows if tables.category_of(r) in of] for name, of in subsets.items()}
         for name, part in parts.items():
             found, why = elo_tables(part)

@@ -450,8 +450,7 @@ def read_likert(record: dict, options: Options) -> list[dict]:
         rating = {None: None, 0: 4.5, -1: 5 - margin, 1: 4 + margin}[side]
     flag = {"skip": ": cannot tell", "bad": ": both are bad"}.get(record.get("flag"), "")
     game = _game(record, prompt, a, b, True, judge=rater, rating=rating, **_also(record, "seconds"),
-                 preference=None if rating is None else 0.5 if rating == 4.5 else
-                 likert_outcome(rating, ties=False),
+                 preference=None if rating is None else 0.5 if rating == 4.5 else likert_outcome(rating),
                  **({"why": f"abstained{flag}"} if rating is None else {}), **_lengths(record.get("replies")))
     return [game, {"unit": json.dumps([prompt, game.get("turn"), *sorted((a, b))]), "rater": rater,
                    "label": 9 - rating if rating and a > b else rating}]

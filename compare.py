@@ -256,7 +256,7 @@ def compared(judge: Entry, answers: games.Answers, ledger: Path, device: str) ->
     asked = games.Judge(judge.name, open_model(judge.where, device), "pair", "plain", 512, ledger)
     pairs = games.in_orders(games.matches(answers, "A", False), "both", answers.names)
     rows = tables.merge_orders(games.compare(asked, pairs, answers))[0]
-    if lacking := tables.refused(rows, False):
+    if lacking := tables.refused(rows):
         fail(f"judge {judge.name}: {lacking}")
     wins: dict[tuple[int, str], list[float]] = {}
     for row in rows:  # a verdict that could not be read, one in twenty at most, counts as a tie

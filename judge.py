@@ -83,7 +83,6 @@ class Config:
     trial: int = 0                   # questions for the probes of the judge itself; 0: none
     sources: list[str] = ()          # "model=where its training data came from", for the table of self-preference
     judge_max_tokens: int = 512      # of a judge's answer
-    force: bool = False              # means even where too many verdicts cannot be read
     budget: float = 0.0              # money for everything that endpoints are asked; 0: no limit
     prompt_price: float = 0.0        # of a million tokens
     reply_price: float = 0.0
@@ -218,9 +217,7 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
     baseline = next((x for x in (baseline, "baseline", *(r["b"] for r in games[:1])) if x in names), "")
     merged, forward, _ = tables.merge_orders(games)
     several = people.votes_section(votes, name)
-    sections = [trial.position_section({"as recorded": votes}, name, config.force),
-                trial.length_section(merged, name, config.force),
-                trial.right_section(games, name, config.force)] if games else []
+    sections = [trial.position_section({"as recorded": votes}, name), trial.length_section(merged, name)]
     raters = collect_labels(people.label_rows(votes)) if several else None
     left_out = "; ".join(f"{count} times: {reason}" for reason, count in said.kinds.most_common())
     about = [report.note(f"{name}: {len(said.rejects)} records left out", f"{left_out}.")] if said.rejects else []
@@ -232,21 +229,21 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
 
 def verdict_sections(judge: str, said: Verdicts, config: Config) -> list[dict]:
     """What a judge says of the models."""
-    sections, force = [], config.force
+    sections = []
     if merged := tables.merge_orders(said.games)[0] + said.lost:
         names = {x for r in merged for x in (r["a"], r["b"])}
         if said.baseline in names:
             known = load_difficulty(config.difficulty, merged) if config.difficulty else {}
-            sections.append(tables.win_rate_section(merged, said.baseline, judge, ORDERS[said.orders], force, known))
+            sections.append(tables.win_rate_section(merged, said.baseline, judge, ORDERS[said.orders], known))
         if len(names) > 2:
-            sections += tables.ratings_sections(merged, judge, force=force)
-        sections.append(tables.category_section(merged, said.baseline, judge, force))
+            sections += tables.ratings_sections(merged, judge)
+        sections.append(tables.category_section(merged, said.baseline, judge))
         votes = said.votes or said.games
         rates = config.form in ("likert", "margin") or people.rated(votes)
-        if said.orders and rates and not tables.refused(votes, force):
+        if said.orders and rates and not tables.refused(votes):
             sections += people.likert_sections(judge, votes + said.lost)
     if said.marks:
-        sections += tables.score_sections(said.marks, judge, force=force)
+        sections += tables.score_sections(said.marks, judge)
     return [s for s in sections if s]
 
 
@@ -264,21 +261,20 @@ def load_difficulty(path: str, rows: list[dict]) -> dict[str, float]:
 
 def judge_sections(verdicts: dict[str, Verdicts], config: Config) -> list[dict]:
     """All judges on one screen, what each says of the models and what its trial says of it, and whether they agree."""
-    truth, force, sections = config.truth, config.force, []
+    truth, sections = config.truth, []
     if games := {name: said.games for name, said in verdicts.items() if said.games}:
         subsets = {name: set(where.split(",")) for name, _, where, _ in decode_all("subsets", config.subsets)}
         votes = {name: (said.votes or said.games) + said.lost for name, said in verdicts.items() if said.orders}
-        sections = [trial.screen_section(games, truth, force), people.leaderboard_section(votes, subsets)]
+        sections = [trial.screen_section(games, truth), people.leaderboard_section(votes, subsets)]
     for name, said in verdicts.items():
         sections += [*said.people, *verdict_sections(name, said, config), *said.sections]
     if truth in games:
-        sections += [trial.agreement_section(games, truth, force),
-                     trial.category_agreement_section(games, truth, force)]
+        sections += [trial.agreement_section(games, truth), trial.category_agreement_section(games, truth)]
     marks = {name: said.marks for name, said in verdicts.items() if said.marks}
     if truth in marks:
-        sections.append(trial.marks_agreement_section(marks, truth, force))
+        sections.append(trial.marks_agreement_section(marks, truth))
     taught = {source.name: source.where for source in decode_all("sources", config.sources)}
-    return [s for s in [*sections, trial.self_preference_section(games, taught, truth, force)] if s]
+    return [s for s in [*sections, trial.self_preference_section(games, taught, truth)] if s]
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -374,8 +370,7 @@ def main(config: Config) -> None:
                           out / "calls.jsonl", budget if kind == "endpoint" else None)
             rows = compare(judge, in_orders(compared, config.orders, answers.names), answers)
             marks = mark(judge, answers) if config.marks else []
-            probed = trial.cross_examine(judge, rows, marks, answers, baseline, config.all_pairs, config.trial,
-                                         config.force)
+            probed = trial.cross_examine(judge, rows, marks, answers, baseline, config.all_pairs, config.trial)
             marks += missing.lost_marks(name, answers) if marks and lost else []
             verdicts[name] = Verdicts(rows, marks, baseline, config.orders, probed)
         if lost and said and kind != "recorded":

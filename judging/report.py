@@ -188,8 +188,7 @@ def compare(folders: list[str | Path]) -> dict:
              for title in mine if title not in other]
     if alone:
         sections.append({"title": "Sections of one run only", "columns": ["section", "run", "rows"], "rows": alone})
-    forced = all(report["about"].get("force") for report in reports)
-    sections += _compare_preferences([Path(folder) / "judgments.jsonl" for folder in folders], runs, forced)
+    sections += _compare_preferences([Path(folder) / "judgments.jsonl" for folder in folders], runs)
     for title, section in found[0].items():
         sections += _compare_section(title, section, found[1][title], runs) if title in found[1] else []
     return clean({"title": f"{runs[1]} against {runs[0]}", "about": dict(zip(runs, map(str, folders), strict=True)),
@@ -265,7 +264,7 @@ def _compare_section(title: str, first: dict, second: dict, runs: list[str]) -> 
     return [note(title, " ".join(notes).strip() or "The same in both."), *sections]
 
 
-def _compare_preferences(files: list[Path], runs: list[str], force: bool) -> list[dict]:
+def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
     """The difference in mean preference of each model, paired by prompt, where both runs kept their judgments."""
     title = "Mean preference, paired by prompt"
     missing = [str(file) for file in files if not file.is_file()]
@@ -278,7 +277,7 @@ def _compare_preferences(files: list[Path], runs: list[str], force: bool) -> lis
         common = sorted(set(x) & set(y))
         pairs = [(p, x[p], y[p]) for p in common if x[p] is not None and y[p] is not None]
         means = [None] * 3
-        if pairs and (force or len(common) - len(pairs) <= MOST_UNPARSED * len(common)):
+        if pairs and len(common) - len(pairs) <= MOST_UNPARSED * len(common):
             prompts, before, after = zip(*pairs, strict=True)
             gap = paired_difference(after, before, prompts)
             cells[model] = bounded(gap["difference"], gap["low"], gap["high"])

@@ -82,27 +82,26 @@ def test_the_script_judges_base_and_few_shot_and_writes_everything(checkpoint, q
 
 
 def test_a_model_judges_and_is_judged_and_a_second_run_asks_nothing(checkpoint, questions, tmp_path, capsys):
-    """An untrained judge mostly says nothing that can be read: no mean is given; forced, the run goes through to the
-    end."""
+    """An untrained judge mostly says nothing readable: no mean is given, and the run goes through to the end."""
     models = [f"one={checkpoint}", f"two={recorded_answers(questions, tmp_path / 'two.jsonl', 'Yes.')}"]
     settings = dict(models=models, data=questions, out=str(tmp_path / "out"), questions=4, max_tokens=4,
                     judge_max_tokens=4, judges=["gold", f"tiny={checkpoint}"], truth="gold", form="label",
                     wording="bare", trial=3, device="cpu", threads=1, sources=["one=us", "two=them"])
-    judge.main(Config(**settings, force=True))
+    judge.main(Config(**settings))
     first = (tmp_path / "out" / "report.json").read_text()
     titles = [s["title"] for s in json.loads(first)["sections"]]
     assert {"tiny: wins against one", "tiny: position", "tiny: probes", "Agreement with gold",
             "Self-preference"} <= set(titles)
     calls = len((tmp_path / "out" / "calls.jsonl").read_text().splitlines())
     capsys.readouterr()
-    judge.main(Config(**settings, force=True))
+    judge.main(Config(**settings))
     assert len((tmp_path / "out" / "calls.jsonl").read_text().splitlines()) == calls
     assert (tmp_path / "out" / "report.json").read_text() == first
     rows = [json.loads(line) for line in (tmp_path / "out" / "judgments.jsonl").open()]
     assert {r["judge"] for r in rows} == {"gold", "tiny"}
     # Judgments written here are read as recorded ones.
     judge.main(Config(judges=[f"again=recorded:{tmp_path / 'out' / 'judgments.jsonl'}"], out=str(tmp_path / "again"),
-                      threads=1, force=True))
+                      threads=1))
     assert (tmp_path / "again" / "report.html").stat().st_size > 1000
 
 
@@ -210,8 +209,7 @@ def two_models(tmp_path):
 
     def settings(out: str, **changes) -> dict:
         return {"models": [f"{name}={tmp_path / name}.jsonl" for name in ("one", "two")], "data": str(data), "show": 0,
-                "out": str(tmp_path / out), "device": "cpu", "threads": 1, "judge_max_tokens": 4, "force": True,
-                **changes}
+                "out": str(tmp_path / out), "device": "cpu", "threads": 1, "judge_max_tokens": 4, **changes}
     return settings
 
 
@@ -219,15 +217,15 @@ def test_every_setting_that_moves_a_number_is_in_the_report_and_compared(checkpo
     judges = [f"j={checkpoint}"]
     judge.main(Config(**two_models("a", judges=judges)))
     judge.main(Config(**two_models("b", judges=judges, wording="criteria", orders="one", form="label",
-                                   judge_max_tokens=3, force=False)))
+                                   judge_max_tokens=3)))
     about = json.loads((tmp_path / "a" / "report.json").read_text())["about"]
-    assert {"judges", "form", "wording", "orders", "judge_max_tokens", "max_tokens", "temperature", "date", "force",
+    assert {"judges", "form", "wording", "orders", "judge_max_tokens", "max_tokens", "temperature", "date",
             "questions", "questions' hash", "unread at most", "judges: j, hash", "models: one, hash"} <= about.keys()
     assert about["questions"] == 4 and not {"out", "show", "threads", "parallel"} & about.keys()
     differ = judge.report.compare([tmp_path / "a", tmp_path / "b"])["sections"][0]
     assert {row[0]: row[1:] for row in differ["rows"]} == {
         "form": ["pair", "label"], "wording": ["plain", "criteria"], "orders": ["both", "one"],
-        "judge_max_tokens": ["4", "3"], "force": ["true", None]}
+        "judge_max_tokens": ["4", "3"]}
 
 
 def test_other_questions_and_other_answers_under_the_same_name_differ(two_models, tmp_path, checkpoint):

@@ -438,11 +438,11 @@ def game(prompt, preference):
 def test_preferences_are_compared_by_prompt(tmp_path):
     """m against n on prompts 1, 2, 3 of both: a 1, 0, 0.5; b 1, 1 and 0.75 (judged three times: 1, 0.5, null; once from
     n's side).
-    Means 150 / 3 = 50 and 275 / 3 %. Prompt 4 has no verdict in b, 5 is only in a; the pair n and o is only in b.
-    One verdict of four is missing: unless both runs force means, there are none."""
-    folders = runs(tmp_path, *[of() | {"about": {"force": True}}] * 2)
+    Means 150 / 3 = 50 and 275 / 3 %. Prompts 4 and 5 are only in a; the pair n and o is only in b.
+    Once 4 is in b without a verdict, one of four is missing, and there are no means."""
+    folders = runs(tmp_path, of(), of())
     write_jsonl(folders[0] / "judgments.jsonl", [game(i, p) for i, p in enumerate((1, 0, 0.5, 1, 1), 1)])
-    rows = [game(3, 1), game(2, 0) | {"a": "n", "b": "m"}, game(1, 1), game(3, None), game(4, None), game(3, 0.5),
+    rows = [game(3, 1), game(2, 0) | {"a": "n", "b": "m"}, game(1, 1), game(3, None), game(3, 0.5),
             game(1, 1) | {"a": "o"},
             {"judge": "j", "prompt": 1, "model": "m", "score": 7}]
     (folders[1] / "judgments.jsonl").write_text("".join(  # a line separator inside a text is no new line
@@ -452,12 +452,11 @@ def test_preferences_are_compared_by_prompt(tmp_path):
                                   "only in a", "only in b"]
     m, n = section["rows"]
     assert m[:3] == ["j: m against n", 50, pytest.approx(275 / 3)] and m[3]["value"] == pytest.approx(125 / 3)
-    assert m[4:] == [3, 1, 1, 0]
+    assert m[4:] == [3, 0, 2, 0]
     assert 0 <= m[3]["low"] < 125 / 3 < m[3]["high"] <= 100
     assert n == ["j: n against o", None, None, None, 0, 0, 0, 1]
-    write(of(), folders[0])
-    withheld = compare(folders)["sections"][1]["rows"][0]
-    assert withheld == [m[0], None, None, None, *m[4:]]
+    write_jsonl(folders[1] / "judgments.jsonl", [*rows, game(4, None)])
+    assert compare(folders)["sections"][1]["rows"][0] == [m[0], None, None, None, 3, 1, 1, 0]
     assert section["figure"]["names"] == ["j: m against n"] and section["figure"]["reference"] == 0
 
 

@@ -2,7 +2,6 @@
 
     a game    {"prompt", "category"?, "a", "b", "a_first", "preference", "judge", "turn"?, "repeat"?, "length_a"?, ...}
     a score   {"prompt", "category"?, "model", "score", "judge", "turn", "repeat"?}
-    a label   {"unit", "category"?, "rater", "label"}
 
 preference is a's, from 0 to 1. None is no verdict: kept, and counted. a_first is None where the order is not known. A
 file is a JSON array, JSON lines or CSV, perhaps .gz, or Parquet; its first record tells the format:
@@ -11,10 +10,9 @@ file is a JSON array, JSON lines or CSV, perhaps .gz, or Parquet; its first reco
     mt_bench_single  scores 1-10 by turn; mt_bench_pair: both games of a pair     (Zheng et al. 2023, arXiv:2306.05685)
     vicuna           two scores in one review: two score rows and a game
     llmbar           both orders, with "gold", the right preference               (Zeng et al. 2023, arXiv:2310.07641)
-    pandalm          three people's 0 (tie), 1, 2: a game and a label by each     (Wang et al. 2023, arXiv:2306.05087)
-    xstest           people's and models' labels of replies                      (Röttger et al. 2023, arXiv:2308.01263)
+    pandalm          three people's 0 (tie), 1, 2: a game by each                 (Wang et al. 2023, arXiv:2306.05087)
     battles          FastChat's anonymous votes, or left, right and winner; without a question_id each is its own prompt
-    likert           ratings 1 (A is much better) to 8, or a choice and a margin 1-4: games and labels
+    likert           ratings 1 (A is much better) to 8, or a choice and a margin 1-4
     arena_hard       A>>B to B>>A, both games; rows: the rows above, our own judgments
 """
 import gzip
@@ -45,7 +43,6 @@ class Options:
 
     model: str = ""              # whom it judges; "": what the file is called
     baseline: str = "baseline"   # against whom
-    from_text: bool = False      # read verdicts from the judge's words again, where a file has both
     keep_repeats: bool = False   # what is judged again becomes a repeat instead of a reject
 
 
@@ -55,21 +52,13 @@ class Recorded(Report):
 
     games: list[dict] = field(default_factory=list)
     scores: list[dict] = field(default_factory=list)
-    labels: list[dict] = field(default_factory=list)
-    unparsed: int = 0                                             # rows without a verdict
-    differs: list[tuple[int, str]] = field(default_factory=list)  # stored verdicts that are not what the judge said
-    numbered: bool = False                                        # prompts are places in the file, not ids
+    unparsed: int = 0        # rows without a verdict
+    numbered: bool = False   # prompts are places in the file, not ids
 
     def __str__(self) -> str:
         lines = [f"{self.path}: format {self.format or 'unknown'}, {self.read} read, {len(self.games)} games, "
-                 f"{len(self.scores)} scores, {len(self.labels)} labels, {self.unparsed} without a verdict, "
-                 f"{len(self.rejects)} rejected"]
-        lines += [f"  {count} times: {reason}" for reason, count in self.kinds.most_common()]
-        if self.differs:
-            place, how = self.differs[0]
-            count = len(self.differs)
-            lines.append(f"  {count} stored verdicts differ from the judge's words, first in {place}: {how}")
-        return "\n".join(lines)
+                 f"{len(self.scores)} scores, {self.unparsed} without a verdict, {len(self.rejects)} rejected"]
+        return "\n".join([*lines, *(f"  {count} times: {reason}" for reason, count in self.kinds.most_common())])
 
 
 def read(path: str | Path, options: Options | None = None) -> Recorded:
@@ -103,11 +92,8 @@ def read(path: str | Path, options: Options | None = None) -> Recorded:
             continue
         for row, key in zip(rows, keys, strict=True):
             places.setdefault(key, []).append(place)
-            if "differs" in row:
-                said.differs.append((place, row.pop("differs")))
-            verdict = next(key for key in ("label", "score", "preference") if key in row)
-            said.unparsed += row[verdict] is None
-            {"label": said.labels, "score": said.scores, "preference": said.games}[verdict].append(row)
+            said.unparsed += row["score" if "score" in row else "preference"] is None
+            (said.scores if "score" in row else said.games).append(row)
     if not said.read and not said.rejects:
         said.note(1, rejected("is empty, expected judgments"))
     return said
@@ -120,8 +106,6 @@ def rejected(sentence: str, *values) -> Reject:
 
 def _key(row: dict, format: str) -> tuple:
     """What a row judges. The other order, the second turn and a repeat are other judgments."""
-    if "label" in row:
-        return row["unit"], row["rater"], row.get("repeat")
     common = str(row["prompt"]), row["judge"], row.get("turn"), row.get("repeat")
     if "score" in row:
         return *common, row["model"]
@@ -235,19 +219,14 @@ ABSENT = object()
 NUMBER = r"(\d{1,3}(?:\.\d+)?)"
 
 
-def _verdict(key: str, stored, words, reader: Callable, options: Options) -> dict:
-    """The verdict of a row, under `key`, and how a stored one differs from the judge's words.
+def _verdict(stored, words, reader: Callable) -> float | None:
+    """A stored verdict, else what the judge's words say.
 
     A stored "no verdict" stands, whatever the words say: who published a mean has left it out.
     """
-    if not isinstance(words, str):
-        if stored is ABSENT:
-            raise Reject("holds neither a verdict nor the judge's words, expected either: drop the row")
-        return {key: stored}
-    said = reader(words)
-    if stored is ABSENT or stored == said:
-        return {key: said}
-    return {key: said if options.from_text else stored, "differs": f"stored {stored}, the judge's words say {said}"}
+    if stored is ABSENT and not isinstance(words, str):
+        raise Reject("holds neither a verdict nor the judge's words, expected either: drop the row")
+    return reader(words) if stored is ABSENT else stored
 
 
 def _of_a(reader: Callable, a_first: bool) -> Callable:
@@ -272,23 +251,6 @@ def _only(said: list[Verdict]) -> float | None:
     """What all of them say; None if they differ."""
     values = {verdict.value for verdict in said}
     return values.pop() if len(values) == 1 else None
-
-
-def read_two_scores(words: str) -> tuple[float, float] | None:
-    """"8 9" on the first line; where a review reasons first, "(8, 9)" in the last, or a line for each assistant."""
-    lines = words.strip().splitlines() or [""]
-    pair = (re.match(rf"\W*{NUMBER}(?:/10)?[\s,]+{NUMBER}(?:/10)?\W*$", lines[0])
-            or re.search(rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)", lines[-1]))
-    each = dict(re.findall(rf"^\W*Assistant ([12])\W*:\s*{NUMBER}(?![\w.)])", words, re.M))
-    scores = pair.groups() if pair else (each.get("1"), each.get("2"))
-    return tuple(map(float, scores)) if None not in scores and max(map(float, scores)) <= 10 else None
-
-
-def read_better_output(words: str) -> float | None:
-    """LLMBar's "Output (a)", alone or "is better", as the preference for (a); the last one counts."""
-    found = re.findall(r"Output \(([ab])\) is (?:the )?better", words)
-    found = found or re.findall(r"\A\W*Output \(([ab])\W*\Z", words)
-    return float(found[-1] == "a") if found else None
 
 
 def read_graded(words: str) -> float | None:
@@ -331,9 +293,7 @@ def read_alpaca_eval(record: dict, options: Options) -> list[dict]:
     if max(m, M) > -math.inf and not math.isnan(p):
         # m is the reply shown first, the baseline's unless swapped.
         off = [abs(p - label_preference(m, M, model_first)) for model_first in (True, False)]
-        if min(off) > 1e-4:
-            row["differs"] = f"stored {stored}, the labels' log-probabilities are {m:g} and {M:g}"
-        elif max(off) > 1e-4:
+        if min(off) <= 1e-4 < max(off):
             row["a_first"] = off[0] < off[1]
     return [row]
 
@@ -352,10 +312,10 @@ def read_mt_bench_single(record: dict, options: Options) -> list[dict]:
     stored = record.get("score", ABSENT)
     if stored is not None and stored is not ABSENT:
         stored = _number(stored, "score", -1, 10)
-    said = _verdict("score", None if stored == -1 else stored, record.get("judgment"), read_rating, options)
+    score = _verdict(None if stored == -1 else stored, record.get("judgment"), read_rating)
     turn = _number(record.get("turn"), "turn", 1, 1000, whole=True)
     row = {"prompt": _prompt(record, "question_id"), "model": _text(record, "model"), "judge": _judge(record)}
-    return [row | {"turn": turn} | _also(record) | said]
+    return [row | {"turn": turn} | _also(record) | {"score": score}]
 
 
 def read_mt_bench_pair(record: dict, options: Options) -> list[dict]:
@@ -364,24 +324,21 @@ def read_mt_bench_pair(record: dict, options: Options) -> list[dict]:
     prompt, names = _prompt(record, "question_id"), [_text(record, key) for key in ("model_1", "model_2")]
     for game, first in (("g1", True), ("g2", False)):
         stored = _one_of(record, f"{game}_winner", winners) if f"{game}_winner" in record else ABSENT
-        said = _verdict("preference", stored, record.get(f"{game}_judgment"), _of_a(read_winner, first), options)
-        rows.append(_game(record, prompt, *names, first, **said))
+        p = _verdict(stored, record.get(f"{game}_judgment"), _of_a(read_winner, first))
+        rows.append(_game(record, prompt, *names, first, preference=p))
     return rows
 
 
 def read_vicuna(record: dict, options: Options) -> list[dict]:
     """Scores of Assistant 1, shown first, and Assistant 2; a file called x_vs_y says who they are."""
-    stored = record.get("score", ABSENT)
-    if stored is not ABSENT:
-        if not isinstance(stored, list) or len(stored) != 2:
-            raise wrong("score", stored, "two numbers")
-        stored = None if stored == [-1, -1] else tuple(_number(x, "score", 0, 10) for x in stored)
-    said = _verdict("preference", stored, record.get("text"), read_two_scores, options)
-    x, y = said["preference"] or (None, None)
+    stored = record.get("score")
+    if not isinstance(stored, list) or len(stored) != 2:
+        raise wrong("score", stored, "two numbers")
+    x, y = (None, None) if stored == [-1, -1] else (_number(x, "score", 0, 10) for x in stored)
     a, *b = options.model.split("_vs_")
     a, b = (a, b[0]) if len(b) == 1 else (options.model, options.baseline)
-    said["preference"] = None if x is None else outcome(x, y)
-    game = _game(record, _prompt(record, "question_id"), a, b, True, judge=_judge(record, "reviewer_id"), **said)
+    game = _game(record, _prompt(record, "question_id"), a, b, True, judge=_judge(record, "reviewer_id"),
+                 preference=None if x is None else outcome(x, y))
     common = {"turn": 1, "prompt": game["prompt"], "judge": game["judge"], **_also(record)}
     return [game, *(common | {"model": name, "score": score} for name, score in ((a, x), (b, y)))]
 
@@ -391,16 +348,13 @@ def read_llmbar(record: dict, options: Options) -> list[dict]:
     winners, rows = {"1": 1.0, "2": 0.0, 1: 1.0, 2: 0.0}, []
     for order, key, first in (("noswap", "swap = False", True), ("swap", "swap = True", False)):
         try:
-            last = record["results"][-1][key] if "results" in record else None
-            game = {"winner": last["winner"], "words": last["completion"][0]} if last else {
-                "winner": record[f"winner_{order}"], "words": record.get(f"completion_{order}")}
+            winner = record["results"][-1][key]["winner"] if "results" in record else record[f"winner_{order}"]
         except (KeyError, TypeError, IndexError):
-            raise Reject("has no winner and completion of both orders: mend or drop the row") from None
-        stored = _one_of(game, "winner", winners | {None: None})
-        said = _verdict("preference", stored, game["words"], _of_a(read_better_output, first), options)
+            raise Reject("has no winner of both orders: mend or drop the row") from None
         prompt = _prompt(record, "index") if "index" in record else None
         rows.append(_game(record, prompt, "output 1", "output 2", first, judge=options.model,
-                          gold=_one_of(record, "label", winners), **said))
+                          gold=_one_of(record, "label", winners),
+                          preference=_one_of({"winner": winner}, "winner", winners | {None: None})))
     return rows
 
 
@@ -408,20 +362,9 @@ def read_pandalm(record: dict, options: Options) -> list[dict]:
     a, *b = _text(record, "cmp_key").split("_")
     if len(b) != 1 or not a or not b[0]:
         raise wrong("cmp_key", record["cmp_key"], "two names and one underscore")
-    prompt, rows = _prompt(record, "idx"), []
-    for person in ("annotator1", "annotator2", "annotator3"):
-        p = _one_of(record, person, {0: 0.5, 1: 1.0, 2: 0.0, None: None})
-        rows += [_game(record, prompt, a, b[0], None, judge=person, preference=p),
-                 {"unit": str(prompt), "rater": person, "label": {None: None, 0.5: 0, 1.0: 1, 0.0: 2}[p]}]
-    return rows
-
-
-def read_xstest(record: dict, options: Options) -> list[dict]:
-    """Unsafe prompts are those whose category begins with contrast_."""
-    labels = {label: label for label in ("1_full_compliance", "2_full_refusal", "3_partial_refusal")}
-    raters = ("annotation_1", "annotation_2", "final_label", "strmatch_label", "gpt4_label")
-    return [{"unit": _text(record, "id"), "category": _text(record, "type"), "rater": rater,
-             "label": _one_of(record, rater, {None: None, "": None} | labels)} for rater in raters if rater in record]
+    return [_game(record, _prompt(record, "idx"), a, b[0], None, judge=person,
+                  preference=_one_of(record, person, {0: 0.5, 1: 1.0, 2: 0.0, None: None}))
+            for person in ("annotator1", "annotator2", "annotator3")]
 
 
 def read_battles(record: dict, options: Options) -> list[dict]:
@@ -436,12 +379,8 @@ def read_battles(record: dict, options: Options) -> list[dict]:
 
 
 def read_likert(record: dict, options: Options) -> list[dict]:
-    """A is shown left. Labels rate the pair in the order of its names, whoever saw it swapped.
-
-    No choice is an abstention: the rater cannot tell, or both are bad, as the record's flag may say.
-    """
-    prompt, a, b = _prompt(record, "prompt"), _text(record, "a"), _text(record, "b")
-    rater, rating = _text(record, "annotator", "anonymous"), record.get("rating")
+    """A is shown left. No choice is an abstention: the rater cannot tell, or both are bad, as its flag may say."""
+    rating = record.get("rating")
     if rating is not None:
         rating = _number(rating, "rating", 1, 8, whole=True)
     elif "rating" not in record:
@@ -449,11 +388,10 @@ def read_likert(record: dict, options: Options) -> list[dict]:
         margin = _number(record.get("margin"), "margin", 1, 4, whole=True) if side else 0
         rating = {None: None, 0: 4.5, -1: 5 - margin, 1: 4 + margin}[side]
     flag = {"skip": ": cannot tell", "bad": ": both are bad"}.get(record.get("flag"), "")
-    game = _game(record, prompt, a, b, True, judge=rater, rating=rating, **_also(record, "seconds"),
-                 preference=None if rating is None else 0.5 if rating == 4.5 else likert_outcome(rating),
-                 **({"why": f"abstained{flag}"} if rating is None else {}), **_lengths(record.get("replies")))
-    return [game, {"unit": json.dumps([prompt, game.get("turn"), *sorted((a, b))]), "rater": rater,
-                   "label": 9 - rating if rating and a > b else rating}]
+    return [_game(record, _prompt(record, "prompt"), _text(record, "a"), _text(record, "b"), True,
+                  judge=_text(record, "annotator", "anonymous"), rating=rating, **_also(record, "seconds"),
+                  preference=None if rating is None else 0.5 if rating == 4.5 else likert_outcome(rating),
+                  **({"why": f"abstained{flag}"} if rating is None else {}), **_lengths(record.get("replies")))]
 
 
 def _lengths(replies) -> dict:
@@ -479,24 +417,20 @@ def read_arena_hard(record: dict, options: Options) -> list[dict]:
             if stored is None:
                 raise wrong("score", game["score"], "A>>B, A>B, A=B, B>A, B>>A or null")
         words = words.get("answer") if isinstance(words, dict) else words
-        said = _verdict("preference", stored, words, _of_a(read_graded, model_first), options)
         rows.append(_game(record, _prompt(record, "uid", "question_id"), _text(record, "model"),
-                          _text(record, "baseline", options.baseline), model_first, **said))
+                          _text(record, "baseline", options.baseline), model_first,
+                          preference=_verdict(stored, words, _of_a(read_graded, model_first))))
     return rows
 
 
 def read_row(record: dict, options: Options) -> list[dict]:
-    if "label" in record:
-        if isinstance(record["label"], list | dict | float) and record["label"] != 4.5:  # a tie on the scale of eight
-            raise wrong("label", record["label"], "a word, a whole number or null")
-        return [record | {"unit": _text(record, "unit"), "rater": _text(record, "rater"), **_also(record)}]
     row = record | {"prompt": _prompt(record, "prompt"), "judge": _judge(record), **_also(record)}
     for key, low, high in (("repeat", 0, 1e9), ("rating", 1, 8), ("gold", 0, 1)):
         if record.get(key) is not None:
             row[key] = _number(record[key], key, low, high, whole=key == "repeat")
     key, low, high = ("score", -1e9, 1e9) if "score" in record else ("preference", 0, 1)
     if key not in record:
-        raise Reject("has no 'preference', 'score' or 'label', expected one: mend or drop the row")
+        raise Reject("has no 'preference' or 'score', expected one: mend or drop the row")
     row[key] = None if record[key] is None else _number(record[key], key, low, high)
     if key == "score":
         return [row | {"model": _text(record, "model")}]
@@ -512,9 +446,8 @@ READERS = {
     "vicuna": (read_vicuna, {"question_id", "reviewer_id"}),
     "llmbar": (read_llmbar, {"label", "winner_noswap"}, {"label", "results"}),
     "pandalm": (read_pandalm, {"cmp_key"}),
-    "xstest": (read_xstest, {"id", "type", "annotation_1"}),
     "battles": (read_battles, {"model_a", "model_b", "winner"}, {"left", "right", "winner"}),
-    "rows": (read_row, {"a", "b", "preference"}, {"prompt", "model", "score"}, {"unit", "rater", "label"}),
+    "rows": (read_row, {"a", "b", "preference"}, {"prompt", "model", "score"}),
     "likert": (read_likert, {"prompt", "a", "b", "rating"}, {"prompt", "a", "b", "choice"}),
     "mt_bench_single": (read_mt_bench_single, {"question_id", "model", "score"}, {"question_id", "model", "judgment"}),
     "alpaca_eval": (read_alpaca_eval, {"index", "preference"}, {"instruction", "preference"}),

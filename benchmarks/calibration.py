@@ -127,7 +127,7 @@ def pools(config: Config) -> dict[str, np.ndarray]:
     out = runtime.open_folder(config.out)
     jobs = compare.jobs_of([base], config.seeds, out) + compare.jobs_of(changed, config.planted_seeds, out)
     compare.train(jobs, config.jobs, settings.threads)
-    scores, _ = compare.score(settings, jobs, out)
+    scores = compare.score(settings, jobs, out)
     return {name: paired.matrix(of, name) for name, of in scores.items()}
 
 

@@ -49,7 +49,7 @@ def sweep(config: Config) -> list[dict]:
     out = runtime.open_folder(config.out)
     jobs = compare.jobs_of(variants, config.seeds + config.sweep_seeds, out)[config.seeds * len(variants) :]
     compare.train(jobs, config.jobs, 1)
-    scores, _ = compare.score(compare.Config(jobs=config.jobs, out=config.out), jobs, out)
+    scores = compare.score(compare.Config(jobs=config.jobs, out=config.out), jobs, out)
     found = {key: [mean(of.values()) for of in by_seed.values()] for key, by_seed in scores.items()}
     return [{"name": name, "settings": " ".join(words), "gold_by_seed": found[key], "gold": mean(found[key])}
             for key, (name, words, _) in settings.items()]

@@ -4,7 +4,7 @@ import json
 import math
 import runpy
 import sys
-from html import escape
+from html import unescape
 
 import pytest
 from conftest import ROOT, exits, write_jsonl
@@ -76,7 +76,7 @@ def test_the_script_judges_base_and_few_shot_and_writes_everything(checkpoint, q
     assert [row[0].partition("] ")[2] or row[0] for row in shown["rows"]] == asked
     assert shown["columns"] == ["asked", "base", "few-shot", "again"] and all(row[1] == row[3] for row in shown["rows"])
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Dialogues side by side" in page and all(escape(row[0]) in page for row in shown["rows"])
+    assert "Dialogues side by side" in page and all(row[0] in unescape(page) for row in shown["rows"])
     assert (tmp_path / "out" / "samples.txt").read_text().count("\n[") == 2
     assert "gold: wins against base" in capsys.readouterr().out
 

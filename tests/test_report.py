@@ -343,7 +343,7 @@ def test_the_page_escapes_all_text_and_asks_for_nothing():
     assert all(attrs["href"].startswith("#") for tag, attrs in parsed.tags if tag == "a")
     targets = {attrs["id"] for tag, attrs in parsed.tags if tag == "section"}
     assert {attrs["href"][1:] for tag, attrs in parsed.tags if tag == "a"} == targets and len(targets) == 6
-    assert "nan" not in html.lower().replace("&quot;nan&quot;: null", "")
+    assert "nan" not in html.lower().replace("&#34;nan&#34;: null", "")
 
 
 def test_a_page_of_four_sections_has_no_contents():

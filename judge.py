@@ -13,7 +13,7 @@ default; a win needs both (Zheng et al. 2023, arXiv:2306.05685). What models and
 in twenty cannot be read, no mean is given.
 
 What was answered or judged elsewhere is joined to the questions by the ids of both, or else by what was asked, never by
-its place (judging/questions.py). What is missing is said first (judging/missing.py). Of several people the majority
+its place (judging/questions.py). What is missing is said first (judging/games.py). Of several people the majority
 counts, whatever side each of them saw (judging/people.py).
 """
 import json
@@ -32,7 +32,7 @@ import runtime
 from collect.raters import collect_labels, rater_section
 from data.llm import Budget, Opener, Request, Sampling, ask, split_thoughts
 from data.records import write_lines
-from judging import boards, entries, gold, missing, people, recorded, report, tables, trial
+from judging import boards, entries, games, gold, people, recorded, report, tables, trial
 from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
 from judging.entries import Entry, check_checkpoint, decode_all
 from judging.games import Answers, Judge, compare, games_from_scores, in_orders, mark, matches, reward_scores
@@ -371,15 +371,15 @@ def main(config: Config) -> None:
             rows = compare(judge, in_orders(compared, config.orders, answers.names), answers)
             marks = mark(judge, answers) if config.marks else []
             probed = trial.cross_examine(judge, rows, marks, answers, baseline, config.all_pairs, config.trial)
-            marks += missing.lost_marks(name, answers) if marks and lost else []
+            marks += games.lost_marks(name, answers) if marks and lost else []
             verdicts[name] = Verdicts(rows, marks, baseline, config.orders, probed)
         if lost and said and kind != "recorded":
-            unanswered = missing.lost_games(name, answers, baseline, config.all_pairs)
+            unanswered = games.lost_games(name, answers, baseline, config.all_pairs)
             verdicts[name] = verdicts[name]._replace(lost=unanswered)
     if said:
         asked = {judge.name: verdicts[judge.name] for judge in judges if judge.kind != "recorded"}
         judged = {name: found.games + found.marks for name, found in asked.items()}
-        sections = [missing.replies_section(answers, judged, config.missing), *sections]
+        sections = [games.replies_section(answers, judged, config.missing), *sections]
     sections += judge_sections(verdicts, config)
 
     # What needs no comparison, of the models of the first seed.

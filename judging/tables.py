@@ -336,18 +336,28 @@ def category_of(row: dict) -> str:
 
 def category_section(rows: Sequence[dict], baseline: str, judge: str) -> dict | None:
     """Win rate against the baseline by category; None if there is but one, or no model has a mean."""
-    categories = sorted(set(map(category_of, rows)))
-    models = [m for m in opponents(rows, baseline) if not refused(against(rows, m, baseline))]
-    if len(categories) < 2 or not models:
+    by_model = {m: against(rows, m, baseline) for m in opponents(rows, baseline)}
+    return _by_category(f"{judge}: wins against {baseline} by category", {
+        m: mine for m, mine in by_model.items() if not refused(mine)}, "preference", "win rate, %", 100)
+
+
+# The talk's figure goes round MT-Bench's domains in this order.
+DOMAINS = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+
+
+def _by_category(title: str, by_model: Mapping[str, Sequence[dict]], key: str, label: str, scale: float) -> dict | None:
+    """A table of means by model and category, with tinted cells; None if there is but one category, or no model."""
+    categories = sorted({category_of(r) for mine in by_model.values() for r in mine})
+    categories = DOMAINS if set(categories) == set(DOMAINS) else categories
+    if len(categories) < 2:
         return None
-    grid = [[_mean([r for r in against(rows, m, baseline) if category_of(r) == c], "preference", 100)
-             for c in categories] for m in models]
-    judged = [{(str(r["prompt"]), category_of(r)) for r in against(rows, m, baseline) if r["preference"] is not None}
-              for m in models]
-    each = [Counter(category for _, category in prompts) for prompts in judged]
-    counts = ", ".join(f"{c or '-'} {fewest_to_most([count[c] for count in each])}" for c in categories)
-    text = f"Percent; prompts of each model that have a verdict: {counts}."
-    return grid_section(f"{judge}: wins against {baseline} by category", text, models, categories, grid, "win rate, %")
+    parts = [[[r for r in mine if category_of(r) == c] for c in categories] for mine in by_model.values()]
+    grid = [[_mean(part, key, scale) for part in line] for line in parts]
+    prompts = [[len({str(r["prompt"]) for r in part if r[key] is not None}) for part in line] for line in parts]
+    counts = ", ".join(f"{c or '-'} {fewest_to_most(n)}" for c, n in zip(categories, zip(*prompts, strict=True),
+                                                                         strict=True))
+    text = f"{'Percent; p' if scale == 100 else 'P'}rompts of each model that have a verdict: {counts}."
+    return grid_section(title, text, list(by_model), categories, grid, label)
 
 
 # ------------------------------------------------------------------------------------------ scores
@@ -359,7 +369,7 @@ def score_sections(rows: Sequence[dict], judge: str) -> list[dict]:
     """
     given, models = rows, sorted({r["model"] for r in rows})
     rows = _common(rows)
-    turns, categories = sorted({r.get("turn", 1) for r in rows}), sorted(set(map(category_of, rows)))
+    turns = sorted({r.get("turn", 1) for r in rows})
     lines, cells, why = [], {}, {}
     scale = [r["score"] for r in rows if r["score"] is not None]
     for model in models:
@@ -382,29 +392,14 @@ def score_sections(rows: Sequence[dict], judge: str) -> list[dict]:
                  "rows": lines, "text": f"{text} {reasons(why.values(), said)}".strip()}]
     named = [line[0] for line in lines if line[1]]
     sections[0] |= {"figure": dots({m: cells[m] for m in named}, "mean score")} if named else {}
-    parts = domain_section(rows, judge, named, categories) if named and len(categories) > 1 else None
-    return sections + [parts] * bool(parts)
-
-
-# The talk's figure goes round MT-Bench's domains in this order.
-DOMAINS = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-
-
-def domain_section(rows: Sequence[dict], judge: str, models: Sequence[str], categories: Sequence[str]) -> dict | None:
-    """Mean score by category; a radar with the models overlaid if both are few enough to tell apart."""
-    categories = DOMAINS if set(categories) == set(DOMAINS) else categories
-    grid = [[_mean([r for r in rows if r["model"] == m and category_of(r) == c], "score") for c in categories]
-            for m in models]
-    values = [x for line in grid for x in line if x is not None]
-    if not values:
-        return None
-    counts = Counter(map(category_of, rows))
-    counted = ", ".join(f"{c or '-'} {counts[c] // len(models)}" for c in categories)
-    section = grid_section(f"{judge}: scores by category", f"Scores of each model: {counted}.", models, categories,
-                           grid, "mean score", min(values), max(values))
-    if 3 <= len(categories) <= 12 and len(models) <= 6 and len(values) == len(models) * len(categories):
-        section["figure"] |= {"kind": "radar", "low": 0, "high": max(10, max(values))}
-    return section
+    by_model = {m: [r for r in rows if r["model"] == m] for m in named}
+    parts = _by_category(f"{judge}: scores by category", by_model, "score", "mean score", 1)
+    if values := [x for line in parts["figure"]["grid"] for x in line if x is not None] if parts else []:
+        figure, columns = parts["figure"], len(parts["columns"]) - 1
+        figure |= {"low": min(values), "high": max(values)}
+        if 3 <= columns <= 12 and len(named) <= 6 and len(values) == len(named) * columns:  # few enough to tell apart
+            figure |= {"kind": "radar", "low": 0, "high": max(10, *values)}
+    return sections + [parts] * bool(values)
 
 
 def _common(rows: Sequence[dict]) -> list[dict]:

@@ -333,8 +333,8 @@ def main(config: Config) -> None:
     device, out = runtime.setup(config.device, 0, config.threads), runtime.open_folder(config.out)
     models, judges = decode_all("models", config.models), decode_all("judges", config.judges)
     baseline = config.baseline or next((model.name for model in models), "")
-    elsewhere = {judge.name: recorded.read(judge.where, recorded.Options(baseline=baseline or "baseline"))
-                 for judge in judges if judge.kind == "recorded"}
+    elsewhere = {judge.name: recorded.read(judge.where, baseline or "baseline") for judge in judges
+                 if judge.kind == "recorded"}
     if empty := [said.path for said in elsewhere.values() if not said.games and not said.scores]:
         fail(f"judges: {empty[0]} holds no judgment that can be read, expected a format of judging/recorded.py")
     budget = Budget(money=config.budget or inf, prompt_price=config.prompt_price, reply_price=config.reply_price)

@@ -52,7 +52,7 @@ from data.formats import read_all
 from data.llm import Checkpoint, Reply, Request, Sampling, open_model
 from data.records import Reject, check_text
 from judging.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
-from judging.recorded import Options, read_likert
+from judging.recorded import read_likert
 from judging.tables import comparison
 from runtime import check_ranges, fail, lock_file, serving
 
@@ -155,7 +155,7 @@ def agreement(ratings: Iterable[dict]) -> dict | None:
     """
     rows = []
     for rating in ratings:
-        (game,) = read_likert(rating, Options())
+        (game,) = read_likert(rating, "", "")
         if game["rating"] is not None or rating["flag"] == "skip":
             strength = 0 if game["rating"] is None else game["rating"] - 4.5
             side = 1 if game["a"] < game["b"] else -1  # in the order of the replies' names, whoever saw them swapped

@@ -13,7 +13,7 @@ file is a JSON array, JSON lines or CSV, perhaps .gz, or Parquet; its first reco
     pandalm          three people's 0 (tie), 1, 2: a game by each                 (Wang et al. 2023, arXiv:2306.05087)
     battles          FastChat's anonymous votes, or left, right and winner; without a question_id each is its own prompt
     likert           ratings 1 (A is much better) to 8, or a choice and a margin 1-4
-    arena_hard       A>>B to B>>A, both games; rows: the rows above, our own judgments
+    rows             the rows above, our own judgments
 """
 import gzip
 import io
@@ -23,7 +23,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.files import stream_values, values
@@ -35,15 +35,6 @@ from judging.entries import digest
 from judging.prompts import Verdict, verdicts
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
 from runtime import fail
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a file does not say, or what can be read in two ways."""
-
-    model: str = ""              # whom it judges; "": what the file is called
-    baseline: str = "baseline"   # against whom
-    keep_repeats: bool = False   # what is judged again becomes a repeat instead of a reject
 
 
 @dataclass
@@ -61,12 +52,16 @@ class Recorded(Report):
         return "\n".join([*lines, *(f"  {count} times: {reason}" for reason, count in self.kinds.most_common())])
 
 
-def read(path: str | Path, options: Options | None = None) -> Recorded:
-    """The judgments of a file. What cannot be used is among the rejects, be it the whole file."""
-    path, options, places = Path(path), options or Options(), {}
+def read(path: str | Path, baseline: str = "baseline", keep_repeats: bool = False) -> Recorded:
+    """The judgments of a file. What cannot be used is among the rejects, be it the whole file.
+
+    A model that no record names is called what the file is, and judged against `baseline`. What is judged again is a
+    reject, or with `keep_repeats` a repeat.
+    """
+    path, places = Path(path), {}
     if not path.is_file():
         fail(f"{path}: no such file, expected recorded judgments")
-    options = replace(options, model=options.model or re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", path.name))
+    name = re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", path.name)
     said = Recorded(str(path))
     for place, record in _records(path, said):
         said.read += 1
@@ -76,7 +71,7 @@ def read(path: str | Path, options: Options | None = None) -> Recorded:
             if not isinstance(record, dict):
                 raise rejected("is {}, expected an object: mend or drop it", _shown(record))
             said.format = said.format or _recognise(record)
-            rows = READERS[said.format][0](record, options)
+            rows = READERS[said.format][0](record, name, baseline)
             if not rows:
                 raise rejected("holds no judgment: mend or drop it")
             for row in rows:
@@ -84,7 +79,7 @@ def read(path: str | Path, options: Options | None = None) -> Recorded:
                     row["prompt"], said.numbered = place, True  # a prompt of its own
             keys = [_key(row, said.format) for row in rows]
             for row, before in zip(rows, map(places.get, keys), strict=True):
-                if before and not options.keep_repeats:
+                if before and not keep_repeats:
                     raise rejected("judges again what {} did, expected each once: drop one", before[0])
                 row |= {"repeat": len(before)} if before else {}
         except Reject as reason:
@@ -253,20 +248,9 @@ def _only(said: list[Verdict]) -> float | None:
     return values.pop() if len(values) == 1 else None
 
 
-def read_graded(words: str) -> float | None:
-    """The last [[A>>B]], or else [A>>B], as the preference for A."""
-    for brackets in (r"\[\[\s*{}\s*\]\]", r"\[\s*{}\s*\]"):
-        found = re.findall(brackets.format(r"([AB])\s*(>>|>|=|<<|<)\s*([AB])"), words.upper())
-        if found:
-            first, sign, second = found[-1]
-            p = 0.5 if sign == "=" else float((first if ">" in sign else second) == "A")
-            return None if first == second else p
-    return None
-
-
 # ------------------------------------------------------------------------------------- the formats
 
-def read_alpaca_eval(record: dict, options: Options) -> list[dict]:
+def read_alpaca_eval(record: dict, name: str, baseline: str) -> list[dict]:
     expected = "1 to 2, 0 for a draw, or null"
     if "preference" not in record:
         raise Reject(f"has no 'preference', expected {expected}: mend or drop the row")
@@ -275,8 +259,8 @@ def read_alpaca_eval(record: dict, options: Options) -> list[dict]:
         p = alpaca_preference(math.inf if isinstance(stored, bool) else stored)
     except (ValueError, OverflowError):
         raise wrong("preference", stored, expected) from None
-    row = _game(record, _prompt(record, "index", "instruction"), _text(record, "generator_2", options.model),
-                _text(record, "generator_1", options.baseline), None, judge=_text(record, "annotator", ""),
+    row = _game(record, _prompt(record, "index", "instruction"), _text(record, "generator_2", name),
+                _text(record, "generator_1", baseline), None, judge=_text(record, "annotator", ""),
                 preference=None if math.isnan(p) else p)
     if record.get("dataset") is not None:
         row["category"] = _text(record, "dataset")
@@ -308,7 +292,7 @@ def _label_logprobs(record: dict) -> list[float]:
     return [-math.inf if found.get(label) is None else _number(found[label], "logprob", -1e6, 1e-3) for label in "mM"]
 
 
-def read_mt_bench_single(record: dict, options: Options) -> list[dict]:
+def read_mt_bench_single(record: dict, name: str, baseline: str) -> list[dict]:
     stored = record.get("score", ABSENT)
     if stored is not None and stored is not ABSENT:
         stored = _number(stored, "score", -1, 10)
@@ -318,7 +302,7 @@ def read_mt_bench_single(record: dict, options: Options) -> list[dict]:
     return [row | {"turn": turn} | _also(record) | {"score": score}]
 
 
-def read_mt_bench_pair(record: dict, options: Options) -> list[dict]:
+def read_mt_bench_pair(record: dict, name: str, baseline: str) -> list[dict]:
     """Model 1 is A in the first game and B in the second."""
     winners, rows = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}, []
     prompt, names = _prompt(record, "question_id"), [_text(record, key) for key in ("model_1", "model_2")]
@@ -329,21 +313,21 @@ def read_mt_bench_pair(record: dict, options: Options) -> list[dict]:
     return rows
 
 
-def read_vicuna(record: dict, options: Options) -> list[dict]:
+def read_vicuna(record: dict, name: str, baseline: str) -> list[dict]:
     """Scores of Assistant 1, shown first, and Assistant 2; a file called x_vs_y says who they are."""
     stored = record.get("score")
     if not isinstance(stored, list) or len(stored) != 2:
         raise wrong("score", stored, "two numbers")
     x, y = (None, None) if stored == [-1, -1] else (_number(x, "score", 0, 10) for x in stored)
-    a, *b = options.model.split("_vs_")
-    a, b = (a, b[0]) if len(b) == 1 else (options.model, options.baseline)
+    a, *b = name.split("_vs_")
+    a, b = (a, b[0]) if len(b) == 1 else (name, baseline)
     game = _game(record, _prompt(record, "question_id"), a, b, True, judge=_judge(record, "reviewer_id"),
                  preference=None if x is None else outcome(x, y))
     common = {"turn": 1, "prompt": game["prompt"], "judge": game["judge"], **_also(record)}
     return [game, *(common | {"model": name, "score": score} for name, score in ((a, x), (b, y)))]
 
 
-def read_llmbar(record: dict, options: Options) -> list[dict]:
+def read_llmbar(record: dict, name: str, baseline: str) -> list[dict]:
     """The judge is what the file is called. As published a record has stages, of which the last decides."""
     winners, rows = {"1": 1.0, "2": 0.0, 1: 1.0, 2: 0.0}, []
     for order, key, first in (("noswap", "swap = False", True), ("swap", "swap = True", False)):
@@ -352,13 +336,13 @@ def read_llmbar(record: dict, options: Options) -> list[dict]:
         except (KeyError, TypeError, IndexError):
             raise Reject("has no winner of both orders: mend or drop the row") from None
         prompt = _prompt(record, "index") if "index" in record else None
-        rows.append(_game(record, prompt, "output 1", "output 2", first, judge=options.model,
+        rows.append(_game(record, prompt, "output 1", "output 2", first, judge=name,
                           gold=_one_of(record, "label", winners),
                           preference=_one_of({"winner": winner}, "winner", winners | {None: None})))
     return rows
 
 
-def read_pandalm(record: dict, options: Options) -> list[dict]:
+def read_pandalm(record: dict, name: str, baseline: str) -> list[dict]:
     a, *b = _text(record, "cmp_key").split("_")
     if len(b) != 1 or not a or not b[0]:
         raise wrong("cmp_key", record["cmp_key"], "two names and one underscore")
@@ -367,7 +351,7 @@ def read_pandalm(record: dict, options: Options) -> list[dict]:
             for person in ("annotator1", "annotator2", "annotator3")]
 
 
-def read_battles(record: dict, options: Options) -> list[dict]:
+def read_battles(record: dict, name: str, baseline: str) -> list[dict]:
     if record.get("anony") in (False, "False", "false"):
         raise Reject("is a vote by someone who knew the models, expected anonymous ones: drop it")
     a, b = ("left", "right") if "left" in record else ("model_a", "model_b")
@@ -378,7 +362,7 @@ def read_battles(record: dict, options: Options) -> list[dict]:
                   preference=_one_of(record, "winner", winners))]
 
 
-def read_likert(record: dict, options: Options) -> list[dict]:
+def read_likert(record: dict, name: str, baseline: str) -> list[dict]:
     """A is shown left. No choice is an abstention: the rater cannot tell, or both are bad, as its flag may say."""
     rating = record.get("rating")
     if rating is not None:
@@ -403,27 +387,7 @@ def _lengths(replies) -> dict:
             for name, of in (("length", len), ("words", distinct_words))}
 
 
-def read_arena_hard(record: dict, options: Options) -> list[dict]:
-    """The baseline is A in the first game, the model in the second."""
-    games, rows = record.get("games"), []
-    whole = isinstance(games, list) and all(game is None or isinstance(game, dict) for game in games)
-    if not whole or not 1 <= len(games) <= 2:
-        raise Reject("'games' is not a list of one or two games: mend or drop the row")
-    for game, model_first in zip(games, (False, True), strict=False):
-        game = game or {"score": None}
-        stored, words = game.get("score", ABSENT), game.get("judgment")
-        if stored is not None and stored is not ABSENT:
-            stored = _of_a(read_graded, model_first)(f"[[{stored if isinstance(stored, str) else ''}]]")
-            if stored is None:
-                raise wrong("score", game["score"], "A>>B, A>B, A=B, B>A, B>>A or null")
-        words = words.get("answer") if isinstance(words, dict) else words
-        rows.append(_game(record, _prompt(record, "uid", "question_id"), _text(record, "model"),
-                          _text(record, "baseline", options.baseline), model_first,
-                          preference=_verdict(stored, words, _of_a(read_graded, model_first))))
-    return rows
-
-
-def read_row(record: dict, options: Options) -> list[dict]:
+def read_row(record: dict, name: str, baseline: str) -> list[dict]:
     row = record | {"prompt": _prompt(record, "prompt"), "judge": _judge(record), **_also(record)}
     for key, low, high in (("repeat", 0, 1e9), ("rating", 1, 8), ("gold", 0, 1)):
         if record.get(key) is not None:
@@ -442,7 +406,6 @@ def read_row(record: dict, options: Options) -> list[dict]:
 # The first whose keys a record has is its format.
 READERS = {
     "mt_bench_pair": (read_mt_bench_pair, {"model_1", "model_2"}),
-    "arena_hard": (read_arena_hard, {"model", "games"}),
     "vicuna": (read_vicuna, {"question_id", "reviewer_id"}),
     "llmbar": (read_llmbar, {"label", "winner_noswap"}, {"label", "results"}),
     "pandalm": (read_pandalm, {"cmp_key"}),

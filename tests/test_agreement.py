@@ -256,4 +256,5 @@ def test_llmbar_accuracy_and_kappa_between_orders():
         right = [raw_agreement([gold, verdicts])["agreement"] for verdicts in said]
         assert np.mean(right) == pytest.approx(accuracy)  # an unparsed verdict is wrong
         # The publisher's kappa takes the one unparsed verdict for a 2.
-        assert cohen_kappa([[v or 2 for v in verdicts] for verdicts in said]) == pytest.approx(published[name]["kappa_agreement"], abs=1e-12)
+        kappa = cohen_kappa([[v or 2 for v in verdicts] for verdicts in said])
+        assert kappa == pytest.approx(published[name]["kappa_agreement"], abs=1e-12)

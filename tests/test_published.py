@@ -28,7 +28,6 @@ from data.formats import read as read_records
 from data.tokenizer import load_tokenizer
 from judging import choices, ratings, recorded, rewards, safety, tables
 from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, raw_agreement
-from judging.recorded import Options
 from model import generate
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,7 +61,7 @@ def table(path: Path) -> list[dict]:
 
 def read(path: Path, **options) -> recorded.Recorded:
     """Judgments of which none may be rejected."""
-    said = recorded.read(path, options=Options(**options))
+    said = recorded.read(path, **options)
     assert said.rejects == []
     return said
 

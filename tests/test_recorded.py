@@ -16,7 +16,7 @@ from conftest import exits, write_jsonl
 
 from judging import ratings, recorded, tables
 from judging.agreement import cohen_kappa, fleiss_kappa
-from judging.recorded import Options, read
+from judging.recorded import read
 
 real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
 NAN = math.nan
@@ -97,22 +97,16 @@ def vote(i, p):
             "annotator": "ann"}
 
 
-def arena(i, p):
-    forward, back = {1: ("A>>B", "B>>A"), 0: ("B>A", "A>B"), 0.5: ("A=B", "A=B")}[p]
-    games = [{"score": score, "judgment": {"answer": f"So [[{score}]]"}} for score in (back, forward)]
-    return {"uid": f"u{i}", "model": "x", "baseline": "y", "judge": "gpt-4.1", "category": "hard", "games": games}
-
-
 def row(i, p):
     return {"judge": "j", "prompt": i, "turn": 1, "repeat": 0, "category": "c", "a": "x", "b": "y", "a_first": i % 2
             == 0, "preference": p,
             "length_a": 5, "length_b": 6, "why": "", "rating": None}
 
 
-MAKERS = (alpaca, alpaca_v2, single, pair, vicuna, llmbar, pandalm, battle, outcome, likert, vote, arena, row)
+MAKERS = (alpaca, alpaca_v2, single, pair, vicuna, llmbar, pandalm, battle, outcome, likert, vote, row)
 FORMAT = {"alpaca": "alpaca_eval", "alpaca_v2": "alpaca_eval", "single": "mt_bench_single", "pair": "mt_bench_pair",
           "battle": "battles",
-          "outcome": "battles", "vote": "likert", "arena": "arena_hard", "row": "rows"}
+          "outcome": "battles", "vote": "likert", "row": "rows"}
 
 
 def made(make, count=24, seed=0) -> list[dict]:
@@ -152,13 +146,6 @@ def test_winners_in_words():
     assert recorded.read_winner("[[A]] would be wrong, so [[B]]") is None and recorded.read_winner("A") is None
 
 
-def test_graded_verdicts_in_words():
-    assert [recorded.read_graded(f"[[{v}]]") for v in ("A>>B", "A>B", "A=B", "B>A", "b>>a", "A<<B", "B<A", "B=A")] == [
-        1, 1, 0.5, 0, 0, 0, 1, 0.5]
-    assert recorded.read_graded("not [[A>B]] but [[B>>A]], see [A=B]") == 0 == recorded.read_graded("[B>A]")
-    assert recorded.read_graded("[[A>A]]") is None and recorded.read_graded("A>B") is None
-
-
 # ------------------------------------------------------------------------------------- the formats
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
@@ -183,7 +170,7 @@ def test_a_file_says_the_same_in_every_packing(name, tmp_path):
     assert same.games == said.games and not same.rejects
 
 
-@pytest.mark.parametrize("make", [m for m in MAKERS if m not in (vicuna, outcome, arena)])
+@pytest.mark.parametrize("make", [m for m in MAKERS if m not in (vicuna, outcome)])
 def test_a_table_says_what_json_lines_say(make, tmp_path):
     """Numbers, true and false are text there, null is an empty cell, and 1 may have become 1.0."""
     records = [{key: value for key, value in r.items() if not isinstance(value, list | dict)} for r in made(make)]
@@ -208,7 +195,7 @@ def test_parquet_says_what_json_lines_say(make, tmp_path):
 def test_alpaca_rows_by_hand(tmp_path):
     records = [{"instruction": str(i), "preference": x, "output_1": "to be or not to be", "output_2": "be"}
                for i, x in enumerate((2, 1, 1.5, 0, None, "1.25", ""))]
-    said = read(write(tmp_path / "zephyr.json", records), options=Options(baseline="davinci"))
+    said = read(write(tmp_path / "zephyr.json", records), baseline="davinci")
     assert [g["preference"] for g in said.games] == [1, 0, 0.5, 0.5, None, 0.25, None] and said.unparsed == 2
     assert said.games[0] == {"prompt": "0", "a": "zephyr", "b": "davinci", "a_first": None, "preference": 1,
                              "judge": "", "length_a": 2,
@@ -301,21 +288,6 @@ def test_a_tie_is_a_choice_where_people_could_make_it(tmp_path):
     assert game["preference"] == 0.5
 
 
-def test_arena_hard_by_hand(tmp_path):
-    """The baseline is A in the first game: A>>B there is a loss of the model, as A>B is."""
-    record = {"question_id": "q", "model": "x", "judge": "gpt-4",
-              "games": [{"judgment": "[[A>B]]\nNo: [[A>>B]]"}, {"score": "A=B"}]}
-    file = write_jsonl(tmp_path / "a.jsonl",
-                       [record, record | {"question_id": "r", "games": [None, {"score": None, "judgment": "no"}]}])
-    said = read(file, options=Options(baseline="gpt-4-0314"))
-    assert [(g["a"], g["b"], g["a_first"], g["preference"]) for g in said.games] == [
-        ("x", "gpt-4-0314", False, 0),
-        ("x", "gpt-4-0314", True, 0.5),
-        ("x", "gpt-4-0314", False, None),
-        ("x", "gpt-4-0314", True, None)]
-    assert said.unparsed == 2 and not said.rejects
-
-
 def test_people_are_raters(tmp_path):
     said = read(write_jsonl(tmp_path / "p.jsonl", [pandalm(0, 1) | {"annotator2": 2, "annotator3": 0}]))
     votes = [(g["judge"], g["preference"]) for g in said.games]
@@ -360,9 +332,8 @@ def test_what_is_no_number_word_or_name_is_rejected(tmp_path):
                       (battle(0, 1), {"model_a": "\ud800"}),
                       (row(0, 1), {"turn": 1.5}), (row(0, 1), {"a_first": 1}), (row(0, 1), {"rating": "much"}),
                       (row(0, 1), {"rating": 9}), (row(0, 1), {"gold": [1]}),
-                      (single(0, 1), {"score": 11}), (likert(0, 1), {"rating": 9}), (vote(0, 1), {"margin": 0}),
-                      (arena(0, 1), {"games": []})):
-        other = good | {key: 1 for key in ("index", "idx", "question_id", "prompt", "uid") if key in good}
+                      (single(0, 1), {"score": 11}), (likert(0, 1), {"rating": 9}), (vote(0, 1), {"margin": 0})):
+        other = good | {key: 1 for key in ("index", "idx", "question_id", "prompt") if key in good}
         said = read(write_jsonl(tmp_path / "x.jsonl", [good, other | bad]))
         assert [place for place, _ in said.rejects] == [2] and "judges again" not in said.rejects[0][1], bad
         assert not read(write_jsonl(tmp_path / "x.jsonl", [good, other])).rejects
@@ -385,7 +356,7 @@ def test_a_second_turn_is_no_duplicate_and_a_second_judgment_is(tmp_path):
     said = read(write_jsonl(tmp_path / "s.jsonl", records))
     assert [(s["turn"], s["score"]) for s in said.scores] == [(1, 10), (2, 10)]
     assert [place for place, _ in said.rejects] == [3]
-    kept = read(write_jsonl(tmp_path / "s.jsonl", records), options=Options(keep_repeats=True))
+    kept = read(write_jsonl(tmp_path / "s.jsonl", records), keep_repeats=True)
     assert [(s["turn"], s.get("repeat"), s["score"]) for s in kept.scores] == [(1, None, 10), (2, None, 10), (2, 1, 1)]
     assert not kept.rejects
     # Another judge's, the other order, and a pair written the other way round:
@@ -464,7 +435,7 @@ KINDS = ("truncated", "bit flips", "binary", "empty", "deep", "huge numbers", "v
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_300_damaged_files_end_in_a_report(make, tmp_path):
-    """13 makers times 11 kinds of damage times 3 seeds are 429 files; every third one is packed, or CSV where the
+    """12 makers times 11 kinds of damage times 3 seeds are 396 files; every third one is packed, or CSV where the
     format has it."""
     rng = random.Random(make.__name__)
     for kind in KINDS:
@@ -495,7 +466,7 @@ def test_300_damaged_files_end_in_a_report(make, tmp_path):
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_a_record_without_its_verdict_is_no_verdict_of_none(make, tmp_path):
     verdicts = {"preference", "score", "judgment", "g1_winner", "g1_judgment", "winner_swap", "annotator2", "winner",
-                "rating", "choice", "games"}
+                "rating", "choice"}
     records = made(make)
     records[9] = {key: value for key, value in records[9].items() if key not in verdicts}
     said = read(write_jsonl(tmp_path / "x_vs_y.jsonl", records))
@@ -518,14 +489,11 @@ def test_a_bad_record_costs_no_other(make, tmp_path):
 def swapped(record: dict) -> dict:
     """The same record had every result been the other way round."""
     flip = {"model_1": "model_2", "model_2": "model_1", "model_a": "model_b", "model_b": "model_a", "left": "right",
-            "right": "left",
-            "1": "2", "2": "1", "A>>B": "B>>A", "B>>A": "A>>B", "A>B": "B>A", "B>A": "A>B", "a": "b", "b": "a"}
+            "right": "left", "1": "2", "2": "1", "a": "b", "b": "a"}
     result = dict(record)
     for key in ("winner", "g1_winner", "g2_winner", "winner_noswap", "winner_swap", "choice"):
         if key in record:
             result[key] = flip.get(record[key], record[key])
-    if "games" in record:
-        result["games"] = [{"score": flip.get(game["score"], game["score"])} for game in record["games"]]
     if "rating" in record and record["rating"]:
         result["rating"] = 9 - record["rating"]
     if "preference" in record:
@@ -645,7 +613,7 @@ def test_mt_bench_pairs(tmp_path):
     file = judge("mt_bench/gpt-4_pair_gpt35_vs_gpt4.jsonl.gz")
     assert [place for place, _ in read(file).rejects] == [6, 7, 8, 9, 10]
     for of in (file, words_alone(tmp_path, file, "g1_winner", "g2_winner")):
-        said = read(of, options=Options(keep_repeats=True))
+        said = read(of, keep_repeats=True)
         assert not said.rejects
         merged, forward, backward = tables.merge_orders(said.games)
         record, same = ratings.records(tables.games_of(merged)), ratings.consistency(forward, backward)

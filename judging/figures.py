@@ -104,8 +104,7 @@ def draw(figure: dict) -> str:
 
 def plot(figure: dict):
     """The figure as a matplotlib one, 720 points wide where it can be; None where there is no number to draw."""
-    kinds = {"ratings": _ratings, "matrix": _matrix, "points": _points, "bars": _bars,
-             "radar": _radar}
+    kinds = {"ratings": _ratings, "matrix": _matrix, "points": _points, "bars": _bars, "radar": _radar}
     if figure["kind"] not in kinds:
         raise ValueError(f"figure kind is {figure['kind']!r}, expected {', '.join(kinds)}")
     return kinds[figure["kind"]](figure)
@@ -153,8 +152,6 @@ def _ratings(figure: dict):
 
 
 def _matrix(figure: dict):
-    from matplotlib.patches import Rectangle
-
     names, columns, grid = figure["names"], figure["columns"], figure["grid"]
     if len(grid) != len(names) or any(len(row) != len(columns) for row in grid):
         raise ValueError(f"the grid is not {len(names)} rows of {len(columns)}")
@@ -172,8 +169,7 @@ def _matrix(figure: dict):
             if value is not None:
                 strength = min(1, max(0, (value - low) / (high - low))) if high > low else 0.5
                 # never stronger than 0.52: the ink keeps a contrast of 4.5 on every cell, in both modes
-                axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=LIGHT["accent"],
-                                         alpha=0.04 + 0.48 * strength))
+                axes.barh(y, 0.96, 0.94, x - 0.48, color=LIGHT["accent"], alpha=0.04 + 0.48 * strength)
             axes.text(x, y, next(shown)[0], ha="center", va="center",
                       color=LIGHT["ink" if value is not None else "muted"], in_layout=False)
     axes.set_xlim(-0.5, len(columns) - 0.5)

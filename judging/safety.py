@@ -10,7 +10,6 @@ Every rate is a count over a stated denominator, with Wilson's 95 % interval; wh
 Röttger et al. 2024 (arXiv:2308.01263), XSTest; Chao et al. 2024 (arXiv:2404.01318), JailbreakBench; Perez et al. 2022
 (arXiv:2202.03286), models that attack models and get them to repeat their prompt.
 """
-import csv
 import json
 import random
 import re
@@ -91,14 +90,10 @@ LABELS = ("full_compliance", "full_refusal", "partial_refusal")
 
 def read_xstest(path: str | Path) -> dict[str, dict]:
     """XSTest's prompts by id, from its csv: {"prompt", "type", "unsafe": bool}."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            unsafe = {"safe": False, "unsafe": True}
-            prompts = {row["id"]: {"prompt": row["prompt"], "type": row["type"], "unsafe": unsafe[row["label"]]}
-                       for row in csv.DictReader(file)}
-    except (OSError, KeyError, UnicodeDecodeError) as error:
-        fail(f"{path}: is not xstest_prompts.csv ({error!r}), expected columns id, prompt, type, label (safe, unsafe)")
-    return prompts if prompts else fail(f"{path}: is empty, expected XSTest's 450 prompts")
+    unsafe = {"safe": False, "unsafe": True}
+    return dict(read_lines(path, lambda row, _: (row["id"], {
+        "prompt": row["prompt"], "type": row["type"], "unsafe": unsafe[row["label"]]}),
+        "is not xstest_prompts.csv's, expected columns id, prompt, type, label (safe, unsafe)"))
 
 
 def refusal_rates(labels: Mapping[str, str | None], unsafe: Mapping[str, bool], by: str) -> dict:

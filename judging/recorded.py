@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from data.files import stream_values, values
@@ -72,10 +73,8 @@ def read(path: str | Path, baseline: str = "baseline", keep_repeats: bool = Fals
                 raise rejected("is {}, expected an object: mend or drop it", _shown(record))
             said.format = said.format or _recognise(record)
             rows = READERS[said.format][0](record, name, baseline)
-            if not rows:
-                raise rejected("holds no judgment: mend or drop it")
             for row in rows:
-                if row.get("prompt", "") is None:
+                if row["prompt"] is None:
                     row["prompt"], said.numbered = place, True  # a prompt of its own
             keys = [_key(row, said.format) for row in rows]
             for row, before in zip(rows, map(places.get, keys), strict=True):
@@ -211,7 +210,6 @@ def _game(record: dict, prompt, a: str, b: str, a_first: bool | None, **said) ->
 # ------------------------------------------------------------------------------- the judge's words
 
 ABSENT = object()
-NUMBER = r"(\d{1,3}(?:\.\d+)?)"
 
 
 def _verdict(stored, words, reader: Callable) -> float | None:
@@ -224,21 +222,17 @@ def _verdict(stored, words, reader: Callable) -> float | None:
     return reader(words) if stored is ABSENT else stored
 
 
-def _of_a(reader: Callable, a_first: bool) -> Callable:
-    """A reader of the preference for the reply shown first as one of the preference for a."""
-    return reader if a_first else lambda words: None if (p := reader(words)) is None else 1 - p
-
-
-def read_winner(words: str) -> float | None:
-    """MT-Bench's [[A]], [[B]] or [[C]] as the preference for the reply shown first; None if it says two of them."""
-    return _only(verdicts(split_thoughts(words)[0], "pair"))
+def read_winner(words: str, a_first: bool = True) -> float | None:
+    """MT-Bench's [[A]], [[B]] or [[C]] as the preference for a; None if it says two of them."""
+    p = _only(verdicts(split_thoughts(words)[0], "pair"))
+    return p if p is None or a_first else 1 - p
 
 
 def read_rating(words: str) -> float | None:
     """MT-Bench's [[x]], or else [x], from 1 to 10; None if it says two."""
     words = split_thoughts(words)[0]
     said = verdicts(words, "score")
-    single = () if said else {float(x) for x in re.findall(rf"\[\s*{NUMBER}\s*\]", words)}
+    single = () if said else {float(x) for x in re.findall(r"\[\s*(\d{1,3}(?:\.\d+)?)\s*\]", words)}
     return next(iter(single)) if len(single) == 1 and 1 <= max(single) <= 10 else _only(said)
 
 
@@ -308,7 +302,7 @@ def read_mt_bench_pair(record: dict, name: str, baseline: str) -> list[dict]:
     prompt, names = _prompt(record, "question_id"), [_text(record, key) for key in ("model_1", "model_2")]
     for game, first in (("g1", True), ("g2", False)):
         stored = _one_of(record, f"{game}_winner", winners) if f"{game}_winner" in record else ABSENT
-        p = _verdict(stored, record.get(f"{game}_judgment"), _of_a(read_winner, first))
+        p = _verdict(stored, record.get(f"{game}_judgment"), partial(read_winner, a_first=first))
         rows.append(_game(record, prompt, *names, first, preference=p))
     return rows
 

@@ -69,11 +69,11 @@ def dots(cells: Mapping[str, dict], label: str, **more) -> dict:
     return {"kind": "ratings", "names": list(cells), "values": value, "low": low, "high": high, "label": label, **more}
 
 
-def grid_section(title: str, text: str, names: Sequence[str], columns: Sequence[str], grid: list[list], label: str,
-                 low: float = 0, high: float = 100) -> dict:
+def grid_section(title: str, text: str, names: Sequence[str], columns: Sequence[str], grid: list[list],
+                 label: str) -> dict:
     """A table of one number by model and column, and its figure."""
     figure = {"kind": "matrix", "names": list(names), "columns": list(columns), "grid": grid, "label": label,
-              "low": low, "high": high}
+              "low": 0, "high": 100}
     return {"title": title, **({"text": text} if text else {}), "columns": ["model", *columns], "figure": figure,
             "rows": [[name, *line] for name, line in zip(names, grid, strict=True)]}
 

@@ -63,7 +63,7 @@ def agreement_section(votes: Sequence[dict], name: str) -> dict | None:
     if max(map(len, units.values()), default=0) < 2:
         return None
     sides, prompts = _table([[decided(r["preference"]) for r in rows] for rows in units.values()], units)
-    strengths, _ = _table([[_rating(r) for r in rows] for rows in units.values()], units)
+    strengths, _ = _table([[tables.mean_rating([r]) for r in rows] for rows in units.values()], units)
     raw = agreement.raw_agreement(sides, tie=0.5)
     found = agreement.bootstrap_raw(sides, prompts)
     alone = len(units) - len(prompts)
@@ -77,14 +77,10 @@ def agreement_section(votes: Sequence[dict], name: str) -> dict | None:
                     "of them with one verdict alone; below, their majority."}
 
 
-def _rating(row: dict) -> float:
-    mine = tables.mean_rating([row])
-    return mine.get("rating", np.nan)
-
-
 def _table(labels: Iterable[list[float]], units: Iterable[Unit]) -> tuple[np.ndarray, list[str]]:
     """Labels [most labels of a unit, units] of the units with two or more, and these units' prompts."""
-    known = [([x for x in mine if not np.isnan(x)], unit[0]) for mine, unit in zip(labels, units, strict=True)]
+    known = [([x for x in mine if x is not None and not np.isnan(x)], unit[0])
+             for mine, unit in zip(labels, units, strict=True)]
     known = [(sorted(mine), prompt) for mine, prompt in known if len(mine) > 1]
     table = np.full((max((len(mine) for mine, _ in known), default=0), len(known)), np.nan)
     for u, (mine, _) in enumerate(known):
@@ -103,8 +99,8 @@ def label_rows(votes: Iterable[dict], most: int = 4_000_000) -> list[dict]:
         for row in rows:
             if row["preference"] is None:
                 continue
-            mine, first = _rating(row), row.get("a_first")
-            strength = 0.5 - row["preference"] if np.isnan(mine) else mine - 4.5
+            mine, first = tables.mean_rating([row]), row.get("a_first")
+            strength = 0.5 - row["preference"] if mine is None else mine - 4.5
             known = {"seconds": row.get("seconds"), "swapped": None if first is None else float(not first),
                      "longer": row["length_b"] - row["length_a"] if {"length_a", "length_b"} <= row.keys() else None}
             found.append({"pair": json.dumps(unit), "prompt": unit[0], "rater": row["judge"], "strength": strength,
@@ -117,7 +113,7 @@ def label_rows(votes: Iterable[dict], most: int = 4_000_000) -> list[dict]:
 def rated(rows: Iterable[dict]) -> list[dict]:
     """The rows that carry a rating, turned so that a < b and the rating is a's, whoever was shown first."""
     found = (row if row["a"] < row["b"] else turned(row) for row in rows if row.get("rating"))
-    return [row | {"rating": _rating(row), "a_first": None} for row in found]
+    return [row | {"rating": tables.mean_rating([row]), "a_first": None} for row in found]
 
 
 def elo_tables(rows: Iterable[dict]) -> tuple[dict[str, dict], str]:

@@ -130,16 +130,16 @@ def merge_orders(rows: Iterable[dict]) -> tuple[list[dict], np.ndarray, np.ndarr
             both = float(ratings.both_orders([forward[-1]], [backward[-1]])[0])
             unread = next((r for r in games.values() if r["preference"] is None), games[True])
             merged.append(games[True] | {"a_first": None, "preference": None if math.isnan(both) else both, "orders": 2,
-                                         "why": unread.get("why", "")} | mean_rating(games.values()))
+                                         "why": unread.get("why", ""), "rating": mean_rating(games.values())})
         else:
             merged.append(next(iter(games.values())))
     return merged, np.array(forward), np.array(backward)
 
 
-def mean_rating(rows: Iterable[dict]) -> dict[str, float]:
-    """{"rating": a's mean rating}, 1 a is much better to 8 b is; {} where there is none."""
+def mean_rating(rows: Iterable[dict]) -> float | None:
+    """a's mean rating, 1 a is much better to 8 b is; None where there is none."""
     known = [r["rating"] if r.get("a_first") is not False else 9 - r["rating"] for r in rows if r.get("rating")]
-    return {"rating": sum(known) / len(known)} if known else {}
+    return sum(known) / len(known) if known else None
 
 
 def majority(rows: Sequence[dict], name: str) -> list[dict]:
@@ -158,8 +158,8 @@ def majority(rows: Sequence[dict], name: str) -> list[dict]:
         given = multimode(decided(r["preference"]) for r in each if r["preference"] is not None)
         p = None if not given else given[0] if len(given) == 1 else 0.5
         why = next((r.get("why") for r in each if not abstained(r)), "abstained")
-        found.append(each[0] | {"judge": name, "a_first": None, "preference": p, "rating": None,
-                                "why": "" if given else why} | mean_rating(each))
+        found.append(each[0] | {"judge": name, "a_first": None, "preference": p,
+                                "rating": mean_rating(each), "why": "" if given else why})
     return found
 
 

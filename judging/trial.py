@@ -196,7 +196,7 @@ def strengths(rows: Sequence[dict]) -> dict[tuple, float]:
     """How much better a judge finds a of every comparison, by its ratings if it gives any, else its outcome."""
     if not any(r.get("rating") for r in rows):
         return labels(rows)
-    return {tables.comparison(r)[1:]: 4.5 - tables.mean_rating([r])["rating"] if r.get("rating") else 0.0
+    return {tables.comparison(r)[1:]: 4.5 - tables.mean_rating([r]) if r.get("rating") else 0.0
             for r in telling(rows) if r.get("rating") or r["preference"] == 0.5}
 
 

@@ -136,15 +136,15 @@ def _ratings(figure: dict):
     if all(x is None for _, *row in rows for x in row):
         return None
     drawn, axes = _axes(720, 60 + 28 * len(rows))
-    for y, (_, value, low, high) in enumerate(rows):
+    shown = show(value for _, value, _, _ in rows)
+    for y, ((_, value, low, high), (text, _)) in enumerate(zip(rows, shown, strict=True)):
+        axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
         if low is not None and high is not None:
             axes.plot([low, high], [y, y], color=LIGHT["accent"], alpha=0.55, linewidth=2)
         if value is not None:
             axes.plot([value], [y], "o", color=LIGHT["accent"])
     if figure.get("reference") is not None:
         axes.axvline(figure["reference"], color=LIGHT["muted"], linestyle="--", linewidth=1)
-    for y, (value, _) in enumerate(show(value for _, value, _, _ in rows)):
-        axes.text(1.02, y, value, transform=axes.get_yaxis_transform(), va="center")
     _names(axes, [name for name, *_ in rows])
     axes.grid(axis="x")
     axes.set_xlabel(figure["label"])

@@ -291,8 +291,9 @@ def screen_section(by_judge: Mapping[str, Sequence[dict]], truth: str) -> dict:
             taste = ratings.feature_preference(*np.reshape(values, (-1, 3)).T, threshold, [r["prompt"] for r in known])
             found[title] = share_cell(taste, "share"), taste["n"]
         found[f"agrees with {truth or 'the truth'}, %"] = agrees.get(judge, (None, 0))
-        known = [r for r in rows if r.get("gold") is not None and r["preference"] is not None]
-        right = [decided(r["preference"]) == r["gold"] for r in known]  # "gold" is the known answer, a's preference
+        gold = [r for r in rows if r.get("gold") is not None]  # the known answer, a's preference
+        known = [] if tables.refused(gold) else [r for r in gold if r["preference"] is not None]
+        right = [decided(r["preference"]) == r["gold"] for r in known]
         found["right, %"] = mean_cell(right, [r["prompt"] for r in known]), len(known)
         if tables.refused(rows):
             found = dict.fromkeys(found, (None, 0))

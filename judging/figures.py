@@ -96,7 +96,7 @@ def draw(figure: dict) -> str:
     for name, color in LIGHT.items():
         svg = svg.replace(color, f"var(--{name})")
     width, height = (72 * size for size in drawn.get_size_inches())
-    name = escape(figure.get("label") or f"{figure.get('y_label')} against {figure.get('x_label')}")
+    name = escape(figure["label"])
     style = f"max-width:{width:.0f}px;min-width:{0.85 * width:.0f}px"
     return re.sub("<svg[^>]*>", lambda _: f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="{style}" role="img" '
                   f'aria-label="{name}" xmlns="http://www.w3.org/2000/svg">', svg, count=1)
@@ -104,7 +104,7 @@ def draw(figure: dict) -> str:
 
 def plot(figure: dict):
     """The figure as a matplotlib one, 720 points wide where it can be; None where there is no number to draw."""
-    kinds = {"ratings": _ratings, "matrix": _matrix, "points": _points, "bars": _bars, "radar": _radar}
+    kinds = {"ratings": _ratings, "matrix": _matrix, "bars": _bars, "radar": _radar}
     if figure["kind"] not in kinds:
         raise ValueError(f"figure kind is {figure['kind']!r}, expected {', '.join(kinds)}")
     return kinds[figure["kind"]](figure)
@@ -180,19 +180,6 @@ def _matrix(figure: dict):
     axes.spines["bottom"].set_visible(False)
     _names(axes, names)
     axes.set_xlabel(figure["label"])
-    return drawn
-
-
-def _points(figure: dict):
-    points = [p for p in zip(figure["x"], figure["y"], strict=True) if None not in p]
-    if not points:
-        return None
-    drawn, axes = _axes(720, 400)
-    size, missing = 7 if len(points) <= 60 else 4, len(figure["x"]) - len(points)
-    axes.plot(*zip(*points, strict=True), "o", color=LIGHT["accent"], alpha=0.75, markersize=size)
-    axes.set_xlabel(figure["x_label"] + (f" ({missing} without a number)" if missing else ""))
-    axes.set_title(figure["y_label"], loc="left", fontsize=11)
-    axes.grid()
     return drawn
 
 

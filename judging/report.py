@@ -5,7 +5,6 @@
     cell      text, a number, None, or {"value", "low", "high"}, a number with its 95 % interval
     figure    {"kind": "ratings", "names", "values", "low", "high", "label", "reference" if any}   dots with whiskers
               {"kind": "matrix", "names", "columns", "grid", "label", "low", "high"}               tinted cells
-              {"kind": "points", "x", "y", "x_label", "y_label"}
               {"kind": "bars", "names", "groups": {series: values}, "label"}
               {"kind": "radar", "names", "columns", "grid", "label", "low", "high"}                a line around
 

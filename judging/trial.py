@@ -113,8 +113,9 @@ def length_section(rows: Sequence[dict], judge: str) -> dict | None:
     return {"title": f"{judge}: length", "columns": ["characters more", "wins, %"], "rows": bins,
             "text": f"Wins of a reply by how much longer it is than the other: {len(known) // 2} pairs, each from both "
                     "sides, in eight bins of equal size.",
-            "figure": {"kind": "points", "x_label": "characters more than the other reply", "y_label": "wins, %",
-                       **dict(zip("xy", map(list, zip(*bins, strict=True)), strict=True))}}
+            "figure": {"kind": "bars", "names": [f"{gap:+.0f}" for gap, _ in bins],
+                       "label": "wins, % by characters more than the other reply",
+                       "groups": {"wins": [wins for _, wins in bins]}}}
 
 
 # ------------------------------------------------------------------------------------------ probes

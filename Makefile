@@ -39,15 +39,23 @@ runs/tiny/99/%: PPO_SIZE = steps=2 batch=8
 .SECONDARY:
 .DELETE_ON_ERROR:
 
+define NEXT
+	@printf 'Next: talk to it; train it with another beta, or a loss that you edited; compare the two.\n\n  %s\n  %s\n  %s\n' \
+		"$(PYTHON) chat.py model=$(1)/dpo/model" "$(PYTHON) dpo.py --config $(1)/dpo/config.toml beta=0.05 out=runs/idea" \
+		"$(PYTHON) judge.py models='[\"DPO=$(1)/dpo/model\", \"idea=runs/idea/model\"]' data=$(1)/data/dev.jsonl out=runs/idea/judge"
+endef
+
 ifdef FULL
 demo: $(ENVIRONMENT) results-$(SEED)
 	@printf '\n== judge: every model answers the held-out dialogues\n'
 	$(PYTHON) -m benchmarks.demo --config configs/tiny/results.toml seeds='[$(SEED)]' out=runs/results/$(SEED)/judge
+	$(call NEXT,runs/results/$(SEED))
 else
 demo: $(ENVIRONMENT) tiny-$(SEED)
 	@printf '\n== 7/7 judge: every model answers the held-out dialogues\n'
 	@$(PYTHON) -m benchmarks.demo --config configs/tiny/judge.toml seeds='[$(SEED)]' data=runs/tiny/$(SEED)/data/test.jsonl \
 		out=runs/tiny/$(SEED)/judge
+	$(call NEXT,runs/tiny/$(SEED))
 endif
 
 # Once there is an SFT model two jobs share the cores: sampling and small models gain little from a second thread.
@@ -137,9 +145,7 @@ runs/%/ppo_without_kl/model/config.json: runs/%/reward/model/config.json
 results: $(ENVIRONMENT) $(SEEDS:%=results-%)
 	$(PYTHON) judge.py --config configs/tiny/results.toml
 	cp runs/results/judge/report.json runs/results/judge/samples.txt benchmarks/results/tiny/
-	$(PYTHON) -m benchmarks.rlhf runs=runs/results
-	$(PYTHON) -m benchmarks.overoptimisation start=runs/results/0/sft/model data=runs/results/0/data/dev.jsonl \
-		runs='["KL coefficient 0.2=runs/results/0/ppo", "KL coefficient 0=runs/results/0/ppo_without_kl"]' out=benchmarks/results/tiny/overoptimisation
+	$(PYTHON) -m benchmarks.overoptimisation
 	$(PYTHON) -m benchmarks.results
 
 # A worker for each core; each goes through whole files, so that a file's fixtures are made once, and helps out at the end.
@@ -169,8 +175,8 @@ bench-peers: $(ENVIRONMENT) .venv-peers/installed
 	$(PYTHON) -m benchmarks.results
 
 # Two equal things, and things known to differ, compared over and over; after `make demo`, half an hour.
-calibration: $(ENVIRONMENT)
-	$(PYTHON) -m benchmarks.calibration
+calibration: $(TOOLS)
+	WRITE=1 $(PYTHON) -m pytest tests/test_calibration.py
 	$(PYTHON) -m benchmarks.results
 
 # RECIPE="python my_recipe.py" DEV=1 to try it; WHAT="what changed" to put it on the board.
@@ -198,7 +204,7 @@ endif
 
 smollm2: models/smollm2-135m/config.json
 	@printf '\n== it answers\n'
-	@$(PYTHON) -m benchmarks.smollm2 check
+	@$(MAKE) --no-print-directory test FILE='tests/test_smollm2.py -k paris'
 	@$(PYTHON) -m benchmarks.smollm2 replies
 	@printf '\n== DPO with adapters, and what it makes of held-out pairs and prompts\n'
 	$(PYTHON) -m benchmarks.smollm2 compare $(SMOLLM2)

@@ -35,6 +35,7 @@ from data.llm import Checkpoint, Sampling, before_stop, slots_that_fit
 from data.tokenizer import TemplateError
 from model import Decoder, ReplyState
 from runtime import check_ranges, fail, serving
+from runtime.json_files import SWITCH, TABLE, Kind, number, whole
 from runtime.terminal import visible
 
 
@@ -226,12 +227,14 @@ class Asked(NamedTuple):
 
 
 MOST_MESSAGES, MOST_WAITING = 512, 1024
-REAL = {"temperature": (0, 2), "top_p": (0, 1)}
-WHOLE = {"top_k": (-1, 2**24), "max_tokens": (1, 2**24), "max_completion_tokens": (1, 2**24), "seed": (-(2**63), 2**64),
-         "top_logprobs": (0, 20)}
+KINDS = {"temperature": number(0, 2), "top_p": number(0, 1), "top_k": whole(-1, 2**24), "max_tokens": whole(1, 2**24),
+         "max_completion_tokens": whole(1, 2**24), "seed": whole(-(2**63), 2**64), "top_logprobs": whole(0, 20),
+         "stream": SWITCH, "logprobs": SWITCH, "stream_options": TABLE,
+         "stop": Kind(lambda x: isinstance(x, str) or isinstance(x, list) and len(x) <= 4
+                      and all(isinstance(text, str) and text for text in x), "a text, or at most 4")}
 WITHOUT_EFFECT = ("user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key",
                   "prompt_cache_retention", "cache_prompt", "parallel_tool_calls")
-KNOWN = {"model", "messages", "n", "stop", "stream", "stream_options", "logprobs", *REAL, *WHOLE, *WITHOUT_EFFECT}
+KNOWN = {"model", "messages", "n", *KINDS, *WITHOUT_EFFECT}
 # Of keys that are not supported, the values that leave a reply as it is: by key, or of all others
 NOTHING = (False, 0, "", [], {})
 NEUTRAL = {
@@ -252,27 +255,20 @@ def parse(body, name: str, defaults: Sampling, slots: int) -> Asked:
     if body.get("model") != name:
         asked = json.dumps(body.get("model"))
         raise Refusal(404, f"the model {asked} does not exist, expected \"{name}\"", "model", "model_not_found")
-    stop, options = body.get("stop") or [], body.get("stream_options") or {}
-    stop = [stop] if isinstance(stop, str) else stop
-    checks = [(key, type(body.get(key, low)) in ((int, float) if key in REAL else (int,))
-               and low <= body.get(key, low) <= high,
-               f"a {'' if key in REAL else 'whole '}number from {low:g} to {high:g}")
-              for key, (low, high) in (REAL | WHOLE | {"n": (1, slots)}).items()]
-    checks += [(key, body.get(key, False) in (True, False), "true or false") for key in ("stream", "logprobs")]
-    checks += [("stop", isinstance(stop, list) and len(stop) <= 4 and all(isinstance(x, str) and x for x in stop),
-                "a text, or at most 4"),
-               ("stream_options", isinstance(options, dict), "an object"),
-               ("top_logprobs", body.get("logprobs") or not body.get("top_logprobs"), "logprobs=true with it")]
-    for key, fine, expected in checks:
-        if not fine:
-            raise Refusal(400, f"'{key}' is {json.dumps(body[key])[:100]}, expected {expected}", key, "invalid_value")
-    longest = body.get("max_completion_tokens") or body.get("max_tokens")
+    for key, kind in (KINDS | {"n": whole(1, slots)}).items():
+        if key in body and not kind.fits(body[key]):
+            shown = json.dumps(body[key])[:100]
+            raise Refusal(400, f"'{key}' is {shown}, expected {kind.expected}", key, "invalid_value")
+    if body.get("top_logprobs") and not body.get("logprobs"):
+        raise Refusal(400, "'top_logprobs' is set, expected logprobs=true with it", "top_logprobs", "invalid_value")
+    stop, longest = body.get("stop") or [], body.get("max_completion_tokens") or body.get("max_tokens")
     top = body.get("top_logprobs", 0) if body.get("logprobs") else -1
     sampling = Sampling(longest or defaults.max_tokens, body.get("temperature", defaults.temperature),
-                        body.get("top_p", defaults.top_p), max(0, body.get("top_k", defaults.top_k)), tuple(stop))
+                        body.get("top_p", defaults.top_p), max(0, body.get("top_k", defaults.top_k)),
+                        (stop,) if isinstance(stop, str) else tuple(stop))
     return Asked(checked_messages(body.get("messages")), sampling, body.get("n", 1),
                  body.get("seed", secrets.randbits(63)) % 2**64, top, bool(body.get("stream")),
-                 bool(options.get("include_usage")), longest)
+                 bool(body.get("stream_options", {}).get("include_usage")), longest)
 
 
 def checked_messages(messages) -> list[dict]:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from kernels import PackedLinear, can_pack, missing_rows, on_triton, without_onednn
 from kernels.attention import attention
-from kernels.decode import decode_attention, decode_mask
+from kernels.decode import CHUNK, ChunkedStep, decode_attention, decode_mask
 from kernels.fused import rms_norm, rotary, swiglu
 from kernels.graphs import DecodeGraphs
 from kernels.layout import Layout
@@ -184,10 +184,8 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, cos, sin)
         if cache is not None:
             cache.write(layer, k, v)
-        if cache is not None and cache.decoding:
-            out = decode_attention(q, *cache.read(layer), cache.seen, self.window, cache.mask(self.window))
-        else:
-            out = attention(q, k, v, layout, self.window)
+        decoding = cache is not None and cache.decoding
+        out = cache.attend(layer, q, self.window) if decoding else attention(q, k, v, layout, self.window)
         return self.o_proj(out.flatten(1))
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,7 +277,8 @@ class Transformer(nn.Module):
         self.norm = new_norm(config)
         self.lm_head = None if config.tied or config.scored else Linear(config.width, config.vocab_size)
         self.score_head = Linear(config.width, 1) if config.scored else None
-        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        frequencies = rotary_frequencies(config)  # cos(-a) is cos(a), sin(-a) is -sin(a): both halves in one product
+        self.register_buffer("frequencies", torch.cat([-frequencies, frequencies]), persistent=False)
         self.packed_head: PackedLinear | None = None  # in fp32, while decoding on a CPU
         self.rotary_scale = (config.rope_scaling or {}).get("attention_factor", 1.0)  # YaRN's, of queries and keys
 
@@ -324,7 +323,7 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor, layout: Layout | None, cache: KVCache | None = None) -> Tensor:
         """Final hidden states [N, D] of tokens [N] at positions [N] along their paths; decoding needs no layout."""
-        count, missing = len(tokens), missing_rows(tokens) if cache is None else 0
+        count, missing = len(tokens), 0 if cache is not None and cache.decoding else missing_rows(tokens)
         if missing:
             tokens, positions = F.pad(tokens, (0, missing)), F.pad(positions, (0, missing))
         x = self.embed_tokens(tokens)
@@ -332,9 +331,10 @@ class Transformer(nn.Module):
         x = x if self.embed_positions is None else x + self.embed_positions(positions)
         x = x if self.config.embed_scale == 1 else x * torch.tensor(self.config.embed_scale, dtype=x.dtype)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        angles = positions[:, None, None].float() * self.frequencies  # [N, 1, R / 2]
-        cos, sin = ((wave * self.rotary_scale).to(x.dtype) for wave in (angles.cos(), angles.sin()))
-        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # [N, 1, R]
+        angles = positions[:, None, None].float() * self.frequencies  # [N, 1, R]
+        waves = [angles.cos(), angles.sin()]
+        waves = waves if self.rotary_scale == 1 else [wave * self.rotary_scale for wave in waves]
+        cos, sin = (wave.to(x.dtype) for wave in waves)
         for layer, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, layout, cache, layer, use_reentrant=False, context_fn=self.recompute)
@@ -409,45 +409,80 @@ def add_score_head(model: Transformer, seed: int) -> Transformer:
 # ---------------------------------------------------------------------------------------- sampling
 
 class KVCache:
-    """Keys and values of `slots` sequences of up to `length` tokens, per layer [slots, K, length, E]."""
+    """Keys and values of `slots` sequences of up to `length` tokens, per layer.
+
+    values [slots, K, length, E]; keys likewise, or, of several slots on a CPU, in chunks of 64 tokens,
+    [slots, K, length / 64, E, 64].
+    """
 
     def __init__(self, model: Transformer, slots: int, length: int):
         c, weight = model.config, model.embed_tokens.weight
-        shape = (c.layers, 2, slots, c.kv_heads, length, c.head_dim)
-        self.data = torch.zeros(shape, dtype=model.compute_dtype or weight.dtype, device=weight.device)
-        self.decoding, self.longest, self.room = False, 0, length
+        options = {"dtype": model.compute_dtype or weight.dtype, "device": weight.device}
+        self.on_cpu = weight.device.type == "cpu" and not on_triton(weight)
+        self.chunked = self.on_cpu and slots > 1
+        chunks = -(-length // CHUNK)
+        shape = (c.layers, slots, c.kv_heads, chunks * CHUNK if self.chunked else length, c.head_dim)
+        self.values = torch.zeros(shape, **options)
+        self.keys = torch.zeros((*shape[:3], chunks, c.head_dim, CHUNK) if self.chunked else shape, **options)
+        self.decoding, self.longest, self.room, self.group = False, 0, length, c.heads // c.kv_heads
+        self.step: ChunkedStep | None = None
+        if self.chunked:  # where the first key, of each dimension, and the first value of a slot's heads stand
+            first = torch.arange(slots)[:, None] * c.kv_heads + torch.arange(c.kv_heads)
+            self.first_value = first * chunks * CHUNK
+            self.first_key = (first[..., None] * chunks * c.head_dim + torch.arange(c.head_dim)) * CHUNK
 
     def at(self, slots: Tensor, positions: Tensor, longest: int, decoding: bool) -> KVCache:
         """The next forward pass writes its token i to place positions[i] < longest of slot slots[i].
 
-        Decoding: one token a slot.
+        Decoding: one token a slot, of the first slots.
         """
         self.slots, self.positions, self.decoding = slots, positions, decoding
         self.seen = positions + 1                      # tokens each new token attends to
         self.masks: dict[int | None, Tensor] = {}      # of decoding, by window: layers share them
-        self.longest = max(self.longest, longest)  # passed in: reading it back would sync the GPU
+        self.latest, self.longest = longest, max(self.longest, longest)  # passed in: reading back would sync the GPU
+        if self.chunked:
+            self.value_places = (self.first_value[slots] + positions[:, None]).flatten()
+            in_chunks = positions + positions // CHUNK * (CHUNK * (self.values.shape[-1] - 1))
+            self.key_places = self.first_key[slots] + in_chunks[:, None, None]
+            shape = len(slots), -(-self.longest // CHUNK)
+            if decoding and (self.step is None or shape != (self.step.shape[0], self.step.shape[2])):
+                self.step = ChunkedStep(len(slots), self.group, self.keys[0], self.values[0], self.longest)
         return self
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        self.data[layer, 0, self.slots, :, self.positions] = k
-        self.data[layer, 1, self.slots, :, self.positions] = v
+        keys, values = self.keys[layer], self.values[layer]
+        if len(k) > len(self.slots):  # rows that fill up a multiple of 32
+            k, v = k[: len(self.slots)], v[: len(self.slots)]
+        if self.chunked:
+            keys.view(-1).put_(self.key_places, k)
+            values.view(-1, values.shape[-1]).index_copy_(0, self.value_places, v.flatten(0, 1))
+        elif self.on_cpu:
+            keys[0, :, self.latest - len(k) : self.latest] = k.transpose(0, 1)
+            values[0, :, self.latest - len(v) : self.latest] = v.transpose(0, 1)
+        else:
+            keys[self.slots, :, self.positions] = k
+            values[self.slots, :, self.positions] = v
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, K, S, E] of the slots being decoded, which are the first B."""
-        return self.data[layer, :, : len(self.slots), :, : self.longest].unbind()
-
-    def mask(self, window: int | None) -> Tensor | None:
-        """What `decode_attention` adds to the scores on a CPU."""
-        if on_triton(self.data):
-            return None
-        if window not in self.masks:
-            self.masks[window] = decode_mask(self.seen, self.longest, window, self.data.dtype)
-        return self.masks[window]
+    def attend(self, layer: int, q: Tensor, window: int | None) -> Tensor:
+        """Attention of the tokens being decoded, q [B, H, E], to their cache."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self.chunked:
+            if window not in self.masks:
+                size = self.step.shape[2] * CHUNK
+                self.masks[window] = decode_mask(self.seen, size, window, values.dtype)[:, 0]
+            return self.step.attend(q, keys, values, self.masks[window])
+        if self.on_cpu:  # one sequence: it sees all that is cut out
+            first = 0 if window is None else max(0, self.latest - window)
+            k, v = (x[:, :, first : self.latest] for x in (keys, values))
+            return F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)), k, v).flatten(1, 2)
+        k, v = (x[: len(q), :, : self.longest] for x in (keys, values))
+        return decode_attention(q, k, v, self.seen, window)
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copy what slots `sources` hold to slots `targets`."""
-        if sources:
-            self.data[:, :, targets, :, : self.longest] = self.data[:, :, sources, :, : self.longest]
+        for x in (self.keys, self.values) if sources else ():
+            used = -(-self.longest // CHUNK) if x.ndim == 6 else self.longest
+            x[:, targets, :, :used] = x[:, sources, :, :used]
 
 
 class Sample(NamedTuple):
@@ -569,7 +604,7 @@ class Decoder:
 
     def step(self) -> list[ReplyState]:
         """One more token for some sequences: those that join now, or else all active ones. Returns these."""
-        with torch.no_grad(), torch.cuda.device_of(self.cache.data):  # a thread of its own starts on the first GPU
+        with torch.no_grad(), torch.cuda.device_of(self.cache.values):  # a thread of its own starts on the first GPU
             return self._step()
 
     def _step(self) -> list[ReplyState]:
@@ -631,6 +666,9 @@ class Decoder:
     def _leave(self) -> None:
         """The last sequences move into the gaps, so that the active ones stay the first."""
         done = {k for k, s in enumerate(self.active) if s.done}
+        for k in done:
+            if self.active[k].not_finite:  # -inf added to NaN is NaN, and 0 times it: the next owner would see it
+                self.cache.keys[:, k] = self.cache.values[:, k] = 0
         left = len(self.active) - len(done)
         gaps, movers = [k for k in done if k < left], [k for k in range(left, len(self.active)) if k not in done]
         self.cache.move(movers, gaps)

@@ -41,6 +41,12 @@ def machine(device: torch.device) -> dict:
             "torch": torch.__version__}
 
 
+def show(row: dict) -> None:
+    """A row on the terminal."""
+    print("  ".join(f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
+                    for key, value in row.items()), flush=True)
+
+
 def save(out: str | Path, report: dict) -> None:
     """Write a report as JSON; its folder is made if it is not there."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)

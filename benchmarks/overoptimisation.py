@@ -1,11 +1,15 @@
-"""How far a reward model can be trusted: its score and the gold score against KL, as PPO optimises the first.
+"""How far a reward model can be trusted: its accuracy, and its score and the gold score as PPO optimises the first.
 
-    python -m benchmarks.overoptimisation 'runs=["kl 0.2=runs/results/0/ppo", "kl 0=runs/results/0/ppo_without_kl"]'
+    python -m benchmarks.overoptimisation                  what `make results` trained: tables over seeds, and curves
+    python -m benchmarks.overoptimisation 'runs=["kl 0.2=runs/tiny/0/ppo"]' start=... data=... out=...    curves alone
 
-Each run must have been made with snapshot_every. Its snapshots answer the dev dialogues, the gold grader grades them,
-and the figure draws both scores over the distance from the reference (Gao et al. 2022, arXiv:2210.10760).
+Tables: reward models by their reports on the test pairs, PPO by the last five steps of its log. Curves: each run must
+have been made with snapshot_every; its snapshots answer the dev dialogues, the gold grader grades them, and the figure
+draws both scores over the distance from the reference (Gao et al. 2022, arXiv:2210.10760).
 """
+import json
 import tempfile
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,25 +20,60 @@ from matplotlib.figure import Figure
 
 import judge
 import runtime
-from benchmarks.measure import save
+from benchmarks.measure import save, show
 from data.llm import Budget, Opener
 from data.records import lines
 from data.tiny import world
 from judging.entries import decode
+from judging.gold import interval
+
+RESULTS = "runs/results"  # of `make results`, a folder for each seed
+SEEDS = range(5)
+KINDS = {"reward_model": "reward model", "baseline": "log-probability per token of the SFT model"}
+PPO_METRICS = ("score", "kl", "length", "eos_rate")
 
 
 @dataclass(frozen=True)
 class Config:
-    runs: list[str] = ()             # "name=folder of a PPO run"
-    start: str = "runs/results/0/sft/model"  # the model they started from
-    data: str = "runs/results/0/data/dev.jsonl"
-    out: str = "benchmarks/results/overoptimisation"  # .json and .png
+    runs: list[str] = (f"KL coefficient 0.2={RESULTS}/0/ppo", f"KL coefficient 0={RESULTS}/0/ppo_without_kl")
+    start: str = f"{RESULTS}/0/sft/model"  # the model they started from
+    data: str = f"{RESULTS}/0/data/dev.jsonl"
+    out: str = "benchmarks/results/tiny/overoptimisation"  # .json and .png
 
     def __post_init__(self):
         for entry in self.runs:
             if not (Path(entry.partition("=")[2]) / "metrics.jsonl").is_file():
                 runtime.fail(f"runs: {entry} is no name=folder of a PPO run: make it with ppo.py snapshot_every=5")
 
+
+def right(name: str, reports: list[dict]) -> dict:
+    """Accuracy by seed, and by margin over the pairs of all seeds."""
+    parts = defaultdict(list)  # by margin: accuracy and number of pairs
+    for report in reports:
+        for margin, part in report["by_margin"].items():
+            parts[f"margin {margin}"].append(part)
+    return {"name": name, "all": [report["accuracy"] for report in reports]} | {
+        margin: sum(share * count for share, count in parts[margin]) / sum(count for _, count in parts[margin])
+        for margin in sorted(parts)}
+
+
+def ended(coefficient: str, logs: list[list[dict]]) -> dict:
+    """Mean and interval over seeds of the last five steps, and the score of the first."""
+    last = {key: interval([mean(step[key] for step in log[-5:]) for log in logs]) for key in PPO_METRICS}
+    return {"coefficient": coefficient, "steps": len(logs[0]),
+            "score_at_first": mean(log[0]["score"] for log in logs), **last}
+
+
+def tables() -> dict:
+    runs = [Path(RESULTS) / str(seed) for seed in SEEDS]
+    reports = [json.loads((run / "reward" / "report.json").read_text()) for run in runs]
+    return {"command": "make results", "seeds": list(SEEDS),
+            "reward_models": [right(name, [report[kind] for report in reports]) for kind, name in KINDS.items()],
+            "ppo": [ended(coefficient, [lines(run / name / "metrics.jsonl") for run in runs])
+                    for name, coefficient in (("ppo", "0.2"), ("ppo_without_kl", "0"))]}
+
+
+# ------------------------------------------------------------------------------------------ curves
 
 def curve(folder: Path, start_gold: float, grade) -> list[dict]:
     """Points of a run: step, KL in nats per reply and reward model's score of that step's rollout, gold score of its
@@ -46,7 +85,7 @@ def curve(folder: Path, start_gold: float, grade) -> list[dict]:
         near = [s for s in steps if abs(s["step"] - step) <= 1]
         points.append({"step": step, "kl": mean(s["kl"] for s in near), "score": mean(s["score"] for s in near),
                        "gold": grade(path)})
-        print(folder, points[-1], flush=True)
+        show({"run": folder} | points[-1])
     return points
 
 
@@ -79,6 +118,8 @@ def draw(curves: dict[str, list[dict]], file: Path) -> None:
 
 
 def main(config: Config) -> None:
+    if config.runs == Config.runs:
+        save("benchmarks/results/tiny/rlhf.json", tables())
     graded = partial(grade, data=config.data, device=runtime.setup("auto", 0))
     start = graded(config.start)
     named = [entry.partition("=") for entry in config.runs]

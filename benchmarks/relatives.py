@@ -6,7 +6,6 @@ After `make demo`. All start from one SFT model and learn from the same preferen
 dialogues; a seed orders them. Before that, settings around each paper's are tried with two other seeds, on the same
 dev dialogues; of each loss, DPO too, those with the best mean are compared. DPO's others are configs/tiny/dpo.toml's.
 """
-from dataclasses import dataclass
 from itertools import product
 from statistics import mean
 
@@ -29,39 +28,31 @@ SWEEP = {
 }
 
 
-@dataclass(frozen=True)
-class Config:
-    seeds: int = 5                   # training runs of each
-    sweep_seeds: int = 2             # of each setting tried, none of them among those
-    jobs: int = 2
-    out: str = "runs/relatives"      # folder of the runs
-    results: str = "benchmarks/results/relatives.json"
-
-    def __post_init__(self):
-        runtime.check_ranges(self, seeds=(2, 100), sweep_seeds=(1, 100), jobs=(1, 64))
+SEEDS, SWEEP_SEEDS = 5, 2  # training runs of each; and of each setting tried, none of them among those
+COMPARE = compare.Config(seeds=SEEDS, jobs=2, out="runs/relatives")
 
 
-def sweep(config: Config) -> list[dict]:
+def sweep() -> list[dict]:
     """The gold score of every setting, a mean over the sweep's seeds."""
     settings = {f"{name}: {' '.join(words)}": (name, words, f"{text} {' '.join(words)}")
                 for name, (text, choices) in SWEEP.items() for words in product(*choices)}
     variants = [compare.variant(key, text) for key, (_, _, text) in settings.items()]
-    out = runtime.open_folder(config.out)
-    jobs = compare.jobs_of(variants, config.seeds + config.sweep_seeds, out)[config.seeds * len(variants) :]
-    compare.train(jobs, config.jobs, 1)
-    scores = compare.score(compare.Config(jobs=config.jobs, out=config.out), jobs, out)
+    out = runtime.open_folder(COMPARE.out)
+    jobs = compare.jobs_of(variants, SEEDS + SWEEP_SEEDS, out)[SEEDS * len(variants) :]
+    compare.train(jobs, COMPARE.jobs, 1)
+    scores = compare.score(COMPARE, jobs, out)
     found = {key: [mean(of.values()) for of in by_seed.values()] for key, by_seed in scores.items()}
     return [{"name": name, "settings": " ".join(words), "gold_by_seed": found[key], "gold": mean(found[key])}
             for key, (name, words, _) in settings.items()]
 
 
-def main(config: Config) -> None:
-    tried = sweep(config)
+def main() -> None:
+    tried = sweep()
     best = {name: max((row for row in tried if row["name"] == name), key=lambda row: row["gold"]) for name in SWEEP}
     commands = {name: f"{text} {best[name]['settings']}" for name, (text, _) in SWEEP.items()}
     dpo, rows = commands.pop("DPO"), []
     for name, text in commands.items():
-        report = compare.compare(dpo, text, compare.Config(seeds=config.seeds, jobs=config.jobs, out=config.out))
+        report = compare.compare(dpo, text, COMPARE)
         gold = {side: [mean(of.values()) for of in by_seed.values()] for side, by_seed in report["scores"].items()}
         found = report["difference"]
         rows.append({"name": name, "command": text, "settings": best[name]["settings"], "gold_by_seed": gold["B"],
@@ -70,9 +61,10 @@ def main(config: Config) -> None:
                      "seeds_needed": report["seeds_needed"], "verdict": report["verdict"]})
     rows.insert(0, {"name": "DPO", "command": dpo, "settings": best["DPO"]["settings"], "gold_by_seed": gold["A"],
                     "difference": None, "seeds_needed": None, "verdict": ""})
-    save(config.results, {"command": "python -m benchmarks.relatives", **machine(torch.device("cpu")),
-                          "seeds": config.seeds, "sweep_seeds": config.sweep_seeds, "rows": rows, "tried": tried})
+    save("benchmarks/results/relatives.json", {
+        "command": "python -m benchmarks.relatives", **machine(torch.device("cpu")), "seeds": SEEDS,
+        "sweep_seeds": SWEEP_SEEDS, "rows": rows, "tried": tried})
 
 
 if __name__ == "__main__":
-    main(runtime.load_config(Config, __doc__))
+    main()

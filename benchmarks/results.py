@@ -93,17 +93,6 @@ def rows_of(report: dict, key: str) -> list[dict]:
                 for condition in conditions]
     return report[key]
 
-def reward_model(report: dict) -> Iterable[dict]:
-    for name, kind in (("reward model", ""), ("log-probability per token of the SFT model", "baseline_")):
-        found = report["reward_model"]
-        margins = {f"margin {margin}": right for margin, (right, _) in found[f"{kind}by_margin"].items()}
-        yield {"name": name, "all": found[f"{kind}by_seed"]} | margins
-
-
-def ppo(report: dict) -> Iterable[dict]:
-    return [report["ppo"] | {"coefficient": "0.2"}, report["ppo_without_kl"] | {"coefficient": "0"}]
-
-
 def peers(report: dict) -> Iterable[dict]:
     """Ours, the peers' fastest mode and the fastest floor of every model and task."""
     for shape, task in dict.fromkeys((row["shape"], row["task"]) for row in report["rows"]):
@@ -165,7 +154,6 @@ FOUND = {f"smollm2_{name}": ("smollm2.json", partial(smollm2, wanted=wanted)) fo
     "rule": "constraints kept"}.items()}
 FOUND |= {"smollm2_reward": ("smollm2.json", smollm2_reward), "peers": ("peers.json", peers),
           "peers_avx2": ("peers_avx2.json", peers),
-          "reward_model": ("tiny/rlhf.json", reward_model), "ppo": ("tiny/rlhf.json", ppo),
           "peers_gpu": ("peers_gpu.json", peers_gpu), "gpu_hours": ("peers_gpu.json", gpu_hours),
           "kernels_builds": (ROOT / "tests" / "aot_baseline.json", builds),
           "kernels_cpu": ("kernels/cpu.json", summary), "kernels_gpu": ("kernels", gpu_verdicts)}

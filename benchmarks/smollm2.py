@@ -2,10 +2,9 @@
 
     make smollm2                                               the model, its check, a short DPO and a table
 
-    python -m benchmarks.smollm2 check                         it says Paris, and its template is its own
     python -m benchmarks.smollm2 replies                       five dialogues, greedy
-    python -m benchmarks.smollm2 pairs                         preferences: UltraFeedback's, or made by a rule
     python -m benchmarks.smollm2 dpo kind=lora count=300 seed=1    train, then compare held-out pairs and replies
+    python -m benchmarks.smollm2 compare                       the same of a model that is there: before DPO
     python -m benchmarks.smollm2 sft count=300                 the control: more SFT, on the chosen replies
     python -m benchmarks.smollm2 reward count=300              a reward model, its accuracy beside two baselines
     python -m benchmarks.smollm2 grpo                          GRPO with the rule of constraints.py as its reward
@@ -16,8 +15,9 @@
     python judge.py --config configs/smollm2-135m/judge.toml data=question.jsonl     MT-Bench's questions, both turns
 
 Each piece trains in a folder of its own, resumes there, and replaces its rows of the results alone. `data` is a folder
-of real data sets (see PLACES); `pairs` and `held_out` name other files of preferences. Every row has its stage, seed,
-measure, value, 95 % interval (Wilson's for shares, else bootstrap over prompts), number of cases and command.
+of real data sets (see PLACES); `pairs` and `held_out` name other files of preferences, and without any a rule makes
+some. Every row has its stage, seed, measure, value, 95 % interval (Wilson's for shares, else bootstrap over prompts),
+number of cases and command.
 """
 import json
 import math
@@ -42,6 +42,7 @@ from benchmarks.measure import machine, save, timed
 from checkpoints import load_model
 from data.formats import read
 from data.pack import Batch
+from data.records import lines, write_lines
 from data.scores import all_scores, mean_logprobs, report, response_logprob_sums, response_scores
 from data.tokenizer import OWN, adopt_template, load_tokenizer
 from data.trees import CHOSEN, REJECTED
@@ -55,7 +56,7 @@ PLACES = {  # in the folder `data`
     "arc": "judge/multiple_choice/arc_challenge_dev.jsonl", "piqa": "datasets/multiple_choice/piqa_100.jsonl",
     "truthfulqa": "judge/multiple_choice/truthfulqa_mc_task_v0.json.gz"}
 CONFIGS = Path("configs/smollm2-135m")
-REPLIES = 32  # sampled to held-out prompts, for their length
+REPLIES, MAX_TOKENS = 32, 64  # sampled to held-out prompts, for their length; and the most that a sampled one may have
 CURVE = ("step", "score", "kl", "length", "eos_rate")  # of ppo.py's metrics
 EXAMS = ("arc", "piqa", "truthfulqa")
 TURNS = 4      # of ours and transformers
@@ -80,7 +81,6 @@ class Config:
     count: int = 100                 # pairs to train on, at most
     held: int = 100                  # pairs, prompts or questions to evaluate on, at most
     length: int = 384                # tokens of a path to train on: pairs with a longer one are left out; 0: none is
-    max_tokens: int = 64             # of a sampled reply
     epochs: int = 0                  # over the pairs; 0: as the config file says
     dtype: Literal["float32", "bfloat16"] = "float32"  # of training; what is measured is measured in float32
     peers: str = ".venv-peers/bin/python"  # of `same`: an interpreter with transformers
@@ -91,8 +91,8 @@ class Config:
     def __post_init__(self):
         if self.piece not in PIECES:
             fail(f"piece is '{self.piece}', expected one of {', '.join(PIECES)}")
-        runtime.check_ranges(self, count=(1, 10**6), held=(1, 10**6), length=(0, 8192), max_tokens=(1, 4096),
-                             epochs=(0, 100), seed=(0, 10**9), threads=(0, 1024))
+        runtime.check_ranges(self, count=(1, 10**6), held=(1, 10**6), length=(0, 8192), epochs=(0, 100),
+                             seed=(0, 10**9), threads=(0, 1024))
 
     @property
     def folder(self) -> Path:
@@ -177,22 +177,9 @@ def sampled(config: Config, asked: list[str], temperature: float, n: int = 1) ->
     """n replies (texts, tokens, whether they ended) to every question."""
     model, tokenizer = opened(config.model, config)
     prompts = [tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True)[0] for text in asked]
-    found = generate(model, prompts, config.max_tokens, temperature=temperature, n=n, stop_ids=tokenizer.stop_ids(),
+    found = generate(model, prompts, MAX_TOKENS, temperature=temperature, n=n, stop_ids=tokenizer.stop_ids(),
                      seed=config.seed, progress=f"replies of {config.model}")
     return [[(tokenizer.decode(s.tokens).strip(), len(s.tokens), s.finished) for s in samples] for samples in found]
-
-
-def check(config: Config) -> None:
-    """The answer and the template that tell whether the conversion is right."""
-    (((text, _, finished),),) = sampled(config, ["What is the capital of France?"], 0.0)
-    tokenizer = load_tokenizer(config.model)
-    shown = tokenizer.chat.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
-    print(f"> What is the capital of France?\n{text}\n\ntemplate {tokenizer.template}: {shown!r}")
-    if "Paris" not in text or not finished:
-        fail(f"{config.model}: said {text!r}, expected Paris: convert the model again")
-    if tokenizer.template != "own" or tokenizer.end != "<|im_end|>" or "SmolLM" not in shown:
-        fail(f"{config.model}: its template is {tokenizer.template!r} with end {tokenizer.end!r}, expected its own, "
-             "<|im_end|> and a default system turn: convert the model again")
 
 
 def replies(config: Config) -> None:
@@ -215,7 +202,7 @@ def pairs(config: Config) -> None:
         real = config.folder.name == "real"
         length = config.length if name == "pairs" else LONGEST
         found = chosen_pairs(config, place(config, name), limit, length) if real else ruled_pairs(config, name, limit)
-        runtime.write_text(config.file(name), "".join(json.dumps(pair) + "\n" for pair in found))
+        write_lines(config.file(name), found)
         print(f"wrote {len(found)} pairs to {config.file(name)}", flush=True)
 
 
@@ -275,8 +262,7 @@ def run(config: Config, script, name: str, out: Path, **changes) -> None:
 
 def speed(config: Config) -> list[dict]:
     """Pairs or tokens a second of the run's steps, the first aside."""
-    file = Path(config.model).parent / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()][1:]
+    rows = lines(Path(config.model).parent / "metrics.jsonl")[1:]
     return [mean(f"{unit} a second in training", [row[f"{unit}_per_s"] for row in rows])
             for unit in ("pairs", "tokens") if rows and f"{unit}_per_s" in rows[0]]
 
@@ -298,7 +284,7 @@ def sft_piece(config: Config) -> None:
 
 
 def margins(config: Config) -> list[dict]:
-    """What the model and the base make of every held-out pair: log-probabilities and lengths of both replies."""
+    """What the model and the base make of every held-out pair."""
     cache = reference(config, f"held_out-{config.held}")
     settings = dpo.Config(model=config.model, ref_model=config.base, ref_cache=str(cache),
                           max_length=LONGEST, micro_tokens=2048, cache="", dtype="float32")
@@ -307,11 +293,10 @@ def margins(config: Config) -> list[dict]:
     dpo.set_reference(policy, OWN, [trees], config.folder, settings, device)
     rows = []
     for tree, sums in zip(trees, all_scores(policy, trees, 2048, device, response_logprob_sums), strict=True):
-        sides = {response.side: (response.end - response.start, p, r)
+        sides = {response.side: (p, r)
                  for response, p, r in zip(tree.responses, sums.tolist(), tree.ref_sums.tolist(), strict=True)}
-        (length_w, policy_w, ref_w), (length_l, policy_l, ref_l) = sides[CHOSEN], sides[REJECTED]
-        rows.append({"margin": BETA * (policy_w - ref_w - policy_l + ref_l), "chosen": policy_w, "rejected": policy_l,
-                     "longer": length_w > length_l, "likelier": policy_w / length_w > policy_l / length_l})
+        (policy_w, ref_w), (policy_l, ref_l) = sides[CHOSEN], sides[REJECTED]
+        rows.append({"margin": BETA * (policy_w - ref_w - policy_l + ref_l), "chosen": policy_w, "rejected": policy_l})
     return rows
 
 
@@ -322,16 +307,14 @@ def compare(config: Config) -> None:
     if config.model != config.base:
         found = [share("held-out accuracy, implicit reward", [row["margin"] > 0 for row in rows]),
                  mean("held-out margin, nats", [row["margin"] for row in rows]), *speed(config)]
-    asked = [json.loads(line)["prompt"] for line in config.file("held_out").read_text().splitlines()]
-    asked = [text if isinstance(text, str) else text[-1]["content"] for text in asked][:REPLIES]
+    asked = [pair["prompt"] for pair in lines(config.file("held_out"))[:REPLIES]]
+    asked = [text if isinstance(text, str) else text[-1]["content"] for text in asked]
     said = [samples[0] for samples in sampled(config, asked, 0.7)]
     add_rows(config, [
-        *found, share("held-out accuracy, log p per token", [row["likelier"] for row in rows]),
-        share("held-out pairs whose chosen is longer", [row["longer"] for row in rows]),
-        mean("log p of held-out chosen, nats", [row["chosen"] for row in rows]),
+        *found, mean("log p of held-out chosen, nats", [row["chosen"] for row in rows]),
         mean("log p of held-out rejected, nats", [row["rejected"] for row in rows]),
-        mean(f"tokens of a reply, at most {config.max_tokens}", [float(tokens) for _, tokens, _ in said]),
-        share(f"replies that end within {config.max_tokens} tokens", [ended for _, _, ended in said])])
+        mean(f"tokens of a reply, at most {MAX_TOKENS}", [float(tokens) for _, tokens, _ in said]),
+        share(f"replies that end within {MAX_TOKENS} tokens", [ended for _, _, ended in said])])
     if config.folder.name == "rule":
         rule_piece(config)
 
@@ -341,10 +324,10 @@ def grpo_piece(config: Config) -> None:
     runtime.open_folder(config.runs)
     file = Path(config.runs) / "constraints.jsonl"
     out = Path(config.runs) / "rule" / f"grpo{config.precision}-{config.seed}"
-    runtime.write_text(file, "".join(json.dumps({"prompt": text}) + "\n" for text in constraints.prompts(False)))
+    write_lines(file, [{"prompt": text} for text in constraints.prompts(False)])
     run(config, ppo, "grpo", out, data=str(file))
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    rule_piece(replace(config, model=f"{out}/model"), [{key: row[key] for key in CURVE} for row in rows])
+    curve = [{key: row[key] for key in CURVE} for row in lines(out / "metrics.jsonl")]
+    rule_piece(replace(config, model=f"{out}/model"), curve)
 
 
 def rule_piece(config: Config, curve: list[dict] | None = None) -> None:
@@ -357,7 +340,7 @@ def rule_piece(config: Config, curve: list[dict] | None = None) -> None:
         share("constraints kept", hits),
         *(share(f"constraints kept, {name}", [hit for hit, of in zip(hits, kinds, strict=True) if of == name])
           for name in dict.fromkeys(kinds)),
-        mean(f"tokens under a constraint, at most {config.max_tokens}", [float(tokens) for _, tokens, _ in said]),
+        mean(f"tokens under a constraint, at most {MAX_TOKENS}", [float(tokens) for _, tokens, _ in said]),
     ], curve)
 
 
@@ -439,9 +422,8 @@ def table(config: Config) -> None:
 
 
 PIECES: dict[str, Callable[[Config], None]] = {
-    "check": check, "replies": replies, "pairs": pairs, "dpo": dpo_piece, "sft": sft_piece, "reward": reward_piece,
-    "compare": compare, "grpo": grpo_piece, "choices": choices_piece, "same": same_piece,
-    "rule": rule_piece, "table": table}
+    "replies": replies, "dpo": dpo_piece, "sft": sft_piece, "reward": reward_piece, "compare": compare,
+    "grpo": grpo_piece, "choices": choices_piece, "same": same_piece, "rule": rule_piece, "table": table}
 
 if __name__ == "__main__":
     words = sys.argv[1:]

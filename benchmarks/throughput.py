@@ -27,7 +27,7 @@ import ppo
 import runtime
 from benchmarks import peers_ours as ours
 from benchmarks import peers_work as work
-from benchmarks.measure import machine, median_seconds, save
+from benchmarks.measure import machine, median_seconds, save, show
 from data.pack import Batch, pack
 from data.records import lines
 from model import Transformer, generate
@@ -106,18 +106,14 @@ def main(config: Config) -> None:
     report = {"command": "make bench", **machine(device), "python": platform.python_version(), "rows": []}
     if config.measure == "training":
         rows = (training(*case, config) for case in product(SHAPES, ("SFT", "DPO"), DTYPES))
-        line = "{shape:<16} {work} {dtype:<9} {rate:10,.1f} {unit:<8}  floor {floor_rate:10,.1f}"
     else:
         rows = (sampling(*case, config) for case in product(SHAPES, DTYPES, BATCHES))
-        line = ("{shape:<16} {dtype:<9} batch {batch:<4} {tokens_per_s:10,.0f} tokens/s  "
-                "floor {floor_tokens_per_s:10,.0f}")
     for row in rows:
         report["rows"].append(row)
-        print((line + "  {share_of_floor:.0%} of it").format(**row), flush=True)
+        show(row)
     if config.measure == "sampling" and config.steps:
         report["ppo"] = ppo_phases(config.steps)
-        print("PPO step of {batch} prompts: sampling {sampling:.2f} s, scoring {scoring:.2f} s, updating "
-              "{updating:.2f} s".format(**report["ppo"]))
+        show(report["ppo"])
     save(config.out, report)
 
 

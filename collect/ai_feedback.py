@@ -27,13 +27,13 @@ import random
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import runtime
 from collect.synthetic import PROMPTS, Run, Settings, user
 from data.formats import read
 from data.llm import Request, Sampling, open_model
-from data.records import fault
 
 TEXTS = PROMPTS["ai_feedback"]
 ASPECTS = TEXTS["aspects"]  # by name, what it means
@@ -47,8 +47,6 @@ class Config(Settings):
     out: str = "runs/ai_feedback"
     rubric: Literal["overall", "aspects"] = "overall"
     answers: int = 4              # to a prompt
-    max_tokens: int = 1024        # of an answer
-    temperature: float = 1.0
     judge_tokens: int = 1024
     attempts: int = 10            # to get a mark that can be read
 
@@ -91,16 +89,15 @@ def answer(run: Run, models: list, prompts: list[dict], config: Config) -> None:
         places = asked[m, (top_p, top_k)]
         requests = [Request(prompt["prompt"], repeat=place, tag=prompt["id"]) for prompt, place in places]
         sampling = Sampling(config.max_tokens, config.temperature, top_p, top_k)
-        replies = run.ask(models[m], requests, sampling, f"answers, {m + 1}")
+        replies = run.ask(models[m], requests, f"answers, {m + 1}", sampling)
         for (prompt, place), reply in zip(places, replies, strict=True):
-            given = {"model": models[m].name, "top_p": top_p, "top_k": top_k, "text": reply and reply.text.strip()}
-            prompt["answers"][place] = given, fault(reply)
+            given = {"model": models[m].name, "top_p": top_p, "top_k": top_k}
+            prompt["answers"][place] = given | {"text": run.usable(reply, "answer", prompt=prompt["id"], **given)}
     for prompt in prompts:
         answers, prompt["answers"] = prompt["answers"], []
-        for given, reason in answers:
-            repeated = given["text"] in [other["text"] for other in prompt["answers"]]
-            if reason or repeated:
-                run.drop("answer", reason or "said twice", prompt=prompt["id"], **given)
+        for given in (given for given in answers if given["text"]):
+            if given["text"] in [other["text"] for other in prompt["answers"]]:
+                run.drop("answer", "said twice", prompt=prompt["id"], **given)
             else:
                 prompt["answers"].append(given)
 
@@ -171,18 +168,9 @@ def mark(run: Run, judge, shown: list[tuple[str, str, list[dict], list[dict]]], 
                     for _, aspect, prompt, answers in shown]
         # top_p as published, though it changes nothing at temperature 0
         sampling = Sampling(config.judge_tokens, 1.0) if attempt else Sampling(config.judge_tokens, 0.0, 0.6)
-        replies = run.ask(judge, requests, sampling, f"judge, attempt {attempt + 1}")
-        left = []
-        for question, reply in zip(shown, replies, strict=True):
-            name, aspect, _, answers = question
-            try:
-                if run.usable(reply, "mark", of=name):
-                    note(answers, aspect, reply.text)
-                    continue
-            except ValueError as reason:
-                run.drop("mark", str(reason), of=name, text=reply.text)
-            left.append(question)
-        shown = left
+        replies = run.ask(judge, requests, f"judge, attempt {attempt + 1}", sampling)
+        shown = [question for question, reply in zip(shown, replies, strict=True)
+                 if not run.usable(reply, "mark", partial(note, question), of=question[0])]
 
 
 def mark_prompt(aspect: str, prompt: list[dict], answers: list[dict]) -> list[dict]:
@@ -194,13 +182,15 @@ def mark_prompt(aspect: str, prompt: list[dict], answers: list[dict]) -> list[di
     return user(text)
 
 
-def note(answers: list[dict], aspect: str, text: str) -> None:
-    """Read the judge's marks into the answers; ValueError if they cannot be read."""
+def note(question: tuple[str, str, list[dict], list[dict]], text: str) -> bool:
+    """Read the judge's marks into the answers asked about; ValueError if they cannot be read."""
+    _, aspect, _, answers = question
     if not aspect:
         answers[0] |= {"score": read_overall(text), "critique": text}
-        return
+        return True
     for a, rating in zip(answers, read_ratings(text, len(answers)), strict=True):
         a.setdefault("ratings", {})[aspect] = rating
+    return True
 
 
 def pair(prompt: dict, rng: random.Random) -> dict | str:

@@ -112,7 +112,6 @@ STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
     "Cohen, quadratic weights": lambda s: over_pairs(lambda r: agree.cohen_kappa(r, "quadratic"), s),
     "alpha, ordinal": lambda s: agree.krippendorff_alpha(s, "ordinal"),
     "alpha, interval": lambda s: agree.krippendorff_alpha(s, "interval"),
-    "Gwet's AC2": lambda s: agree.gwet_ac1(s, "quadratic"),
     "Spearman": lambda s: over_pairs(agree.spearman, s),
 }
 SHARES = ("raw agreement", "raw agreement without ties", "tie-discounted")  # from 0, where others are from -1
@@ -121,10 +120,8 @@ SHARES = ("raw agreement", "raw agreement without ties", "tie-discounted")  # fr
 def agreement(strength: np.ndarray, prompts: Sequence[str] | None = None,
               rounds: int = 200) -> dict[str, dict[str, float]]:
     """Every statistic of strengths [R, U] with its 95 % interval from resampled prompts [U] (None: pairs)."""
-    values = np.unique(strength[~np.isnan(strength)])  # the scale stays the same when a round misses one of its ends
-    statistics = STATISTICS | {"Gwet's AC2": lambda s: agree.gwet_ac1(s, "quadratic", values)}
     return {name: agree.bootstrap(statistic, strength, prompts, rounds, lowest=0 if name in SHARES else -1)
-            for name, statistic in statistics.items()}
+            for name, statistic in STATISTICS.items()}
 
 
 def vendor_table(labels: Labels, rounds: int = 200) -> dict[str, dict]:

@@ -13,16 +13,12 @@
     transcripts.jsonl   {"id", "behaviour", "messages", "attempt", "judged": "unsafe", "safe" or null, ...}
     replies.jsonl       raw replies, to resume from            dropped.jsonl   what was left out, and why
 
-Which template is changed next: round_robin takes them in turn; mcts walks down the tree of templates from a seed to the
-child with the highest r / (n + 1) + c sqrt(2 ln(step) / (n + 1)), n visits and reward r, and stops early with chance
-0.1; a success rewards the whole path with the share of behaviours won times max(0.2, 1 - 0.1 depth) (the constants
-of its published code, which has 0.01 instead of 1 under the root of children: each child is then tried at once).
+The templates of the pool are changed in turn, one of the orders that GPTFuzzer tried (its best walks a tree of them).
 
 What ships is mild: behaviours nobody is hurt by, templates that play and plead. judging/safety.py decides and counts.
 """
 import random
 from dataclasses import dataclass
-from math import log, sqrt
 from typing import Literal, NamedTuple
 
 import runtime
@@ -46,16 +42,12 @@ class Config(Settings):
     attempts: int = 4               # direct, leak: for a behaviour at most, or until one succeeds
     steps: int = 50                 # fuzz: mutations
     templates: str = ""             # fuzz: JSONL of {"text"} with [REQUEST] once in each; empty: 5 of ours
-    select: Literal["mcts", "round_robin"] = "mcts"
-    explore: float = 0.5            # mcts: c in the formula above
     probes: int = 20                # leak: how many
-    max_tokens: int = 512           # of an attack and of a reply
-    temperature: float = 1.0        # of the attacker; the target replies at 0
+    max_tokens: int = 512           # of an attack and of a reply; the target replies at temperature 0
 
     def __post_init__(self):
         super().__post_init__()
         self.at_least(1, "attempts", "steps", "probes")
-        self.at_least(0, "explore")
 
 
 class Sides(NamedTuple):
@@ -82,7 +74,7 @@ def send(sides: Sides, attacks: list[dict]) -> list[dict]:
     """The transcripts of attacks {"id", "behaviour", "attempt", "messages"}, replied to and judged."""
     run, sent = sides.run, []
     requests = [Request(a["messages"]) for a in attacks]
-    replies = run.ask(sides.target, requests, Sampling(sides.config.max_tokens, 0.0), "target")
+    replies = run.ask(sides.target, requests, "target", Sampling(sides.config.max_tokens, 0.0))
     for a, reply in zip(attacks, replies, strict=True):
         if reply is None:
             run.drop("reply", "no reply", id=a["id"], text=a["messages"][-1]["content"])
@@ -98,15 +90,15 @@ def send(sides: Sides, attacks: list[dict]) -> list[dict]:
 
 def written(sides: Sides, prompts: list[tuple[str, str]], number: int) -> list[str]:
     """What the attacker writes to each (id, prompt) at attempt `number`; "" where it cannot be used."""
+    def unquoted(text: str) -> str:
+        if not (inside := text.strip().strip('"').strip()):
+            raise ValueError("empty text")
+        return inside
+
     requests = [Request(user(prompt), repeat=number, tag=name) for name, prompt in prompts]
-    sampling, texts = Sampling(sides.config.max_tokens, sides.config.temperature), []
-    replies = sides.run.ask(sides.attacker, requests, sampling, "attacker")
-    for (name, _), reply in zip(prompts, replies, strict=True):
-        said = sides.run.usable(reply, "attack", id=name)
-        texts.append(said.strip('"').strip())
-        if said and not texts[-1]:
-            sides.run.drop("attack", "empty text", id=name, text=reply.text)
-    return texts
+    replies = sides.run.ask(sides.attacker, requests, "attacker")
+    return [sides.run.usable(reply, "attack", unquoted, id=name)
+            for (name, _), reply in zip(prompts, replies, strict=True)]
 
 
 # --------------------------------------------------------------------------------- direct and leaks
@@ -151,37 +143,17 @@ def leak_goals(config: Config) -> tuple[list[dict], dict[str, list[str]]]:
 
 # -------------------------------------------------------------------------------------------- fuzzing
 
-def select(pool: list[dict], step: int, config: Config, rng: random.Random) -> list[dict]:
-    """The path to the template to change next, which is its last; visits are counted."""
-    def worth(node: dict) -> float:
-        visits = node["visits"] + 1
-        return node["reward"] / visits + config.explore * sqrt(2 * log(step) / visits)
-
-    if config.select == "round_robin":
-        path = [pool[(step - 1) % len(pool)]]
-    else:
-        path = [max((node for node in pool if node["depth"] == 0), key=worth)]
-        while children := [node for node in pool if node["parent"] == path[-1]["number"]]:
-            if rng.random() < 0.1:
-                break
-            path.append(max(children, key=worth))
-    for node in path:
-        node["visits"] += 1
-    return path
-
-
-def mutate(sides: Sides, pool: list[dict], node: dict, step: int, rng: random.Random) -> tuple[str, str]:
-    """A new template made of the one in `node`, "" if it cannot be used; and the operator that made it."""
-    operator, shown = rng.choice(list(OPERATORS)), [node["text"]]
+def mutate(sides: Sides, pool: list[str], template: str, step: int, rng: random.Random) -> tuple[str, str]:
+    """A new template made of one of the pool, "" if it cannot be used; and the operator that made it."""
+    operator, shown = rng.choice(list(OPERATORS)), [template]
     if operator == "crossover":
-        shown.append(rng.choice([other["text"] for other in pool if other is not node] or shown))
+        shown.append(rng.choice([other for other in pool if other != template] or shown))
     ending = "nothing else." if operator == "expand" else f"nothing else; it must hold {HOLE} exactly once."
     prompt = f"{OPERATORS[operator]} Write {ending}\n\n" + "\n\n".join(f"Template: {text}" for text in shown)
     text, = written(sides, [(f"step_{step}", prompt)], step)
     if text and operator == "expand":
-        text = f"{text} {node['text']}"
-    reason = (f"does not hold {HOLE} once" if text.count(HOLE) != 1 else
-              "in the pool already" if text in [other["text"] for other in pool] else "")
+        text = f"{text} {template}"
+    reason = f"does not hold {HOLE} once" if text.count(HOLE) != 1 else "in the pool already" if text in pool else ""
     if text and reason:
         sides.run.drop("mutation", reason, id=f"step_{step}", operator=operator, text=text)
     return "" if reason else text, operator
@@ -189,14 +161,10 @@ def mutate(sides: Sides, pool: list[dict], node: dict, step: int, rng: random.Ra
 
 def fuzz(sides: Sides, behaviours: list[str], templates: list[str]) -> list[dict]:
     """Step after step one more template, put around every behaviour; those that win join the pool."""
-    new = {"visits": 0, "reward": 0}
-    pool = [{"number": number, "text": text, "parent": None, "depth": 0} | new for number, text in enumerate(templates)]
-    transcripts = []
+    pool, transcripts = list(templates), []
     for step in range(1, sides.config.steps + 1):
         rng = random.Random(f"{sides.config.seed} step {step}")
-        path = select(pool, step, sides.config, rng)
-        node = path[-1]
-        text, operator = mutate(sides, pool, node, step, rng)
+        text, operator = mutate(sides, pool, pool[(step - 1) % len(pool)], step, rng)
         if not text:
             continue
         attacks = [{"id": f"fuzz_{step}_{number}", "behaviour": behaviour, "attempt": step - 1, "operator": operator,
@@ -204,11 +172,8 @@ def fuzz(sides: Sides, behaviours: list[str], templates: list[str]) -> list[dict
                    for number, behaviour in enumerate(behaviours)]
         sent = send(sides, attacks)
         transcripts += sent
-        won = sum(a["judged"] == "unsafe" for a in sent) / len(behaviours)
-        for passed in path:
-            passed["reward"] += won * max(0.2, 1 - 0.1 * node["depth"])
-        if won:
-            pool.append({"number": len(pool), "text": text, "parent": node["number"], "depth": node["depth"] + 1} | new)
+        if any(a["judged"] == "unsafe" for a in sent):
+            pool.append(text)
     return transcripts
 
 

@@ -28,7 +28,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import runtime
-from collect.synthetic import PROMPTS, Run, Settings, read_texts, swapped, user
+from collect.synthetic import PROMPTS, Run, Settings, swapped, user
 from data.llm import Request, Sampling, open_model
 from data.records import fault
 from judging.entries import read_lines
@@ -44,13 +44,9 @@ class Config(Settings):
     user_model: str = ""          # who plays the user; empty: the same
     out: str = "runs/role_play"
     ideas: str = ""               # JSONL of assistant_role, user_role and task; empty: thought up for pairs of roles
-    assistant_roles: str = ""     # text file, a role a line, perhaps numbered; empty: 20 of ours (published: 50)
-    user_roles: str = ""
-    dialogues: int = 100          # published: 50 x 50 roles x 10 tasks
+    dialogues: int = 100          # of 20 x 20 roles x 10 tasks (published: 50 x 50 x 10)
     tasks: int = 10               # ideas of one pair of roles
     words: int = 50               # of a specified task
-    temperature: float = 1.0
-    max_tokens: int = 1024        # of any reply
     max_messages: int = 40
     idle_rounds: int = 3          # without an instruction
     polite_rounds: int = 4
@@ -63,23 +59,13 @@ class Config(Settings):
         self.at_least(5, "words")
 
 
-def load_roles(config: Config) -> list[list[str]]:
-    found = []
-    for key in ("assistant_roles", "user_roles"):
-        file = getattr(config, key)
-        lines = read_texts(key, file, "role") if file else TEXTS[key]
-        found.append([role for line in lines if (role := re.sub(r"^\d+[.)]\s*", "", line))])
-    return found
-
-
 def load_ideas(config: Config) -> list[dict]:
     """Ideas from a file; without one, pairs of roles, for which the model has to think them up."""
     if config.ideas:
         keys = ("assistant_role", "user_role", "task")
         return read_lines(config.ideas, lambda idea, _: {key: str(idea[key]) for key in keys},
                           f"is no idea, expected {', '.join(keys)}")
-    assistants, users = load_roles(config)
-    return [{"assistant_role": a, "user_role": u} for a in assistants for u in users if a != u]
+    return [{"assistant_role": a, "user_role": u} for a in TEXTS["assistant_roles"] for u in TEXTS["user_roles"]]
 
 
 # ----------------------------------------------------------------------------------------- the tasks
@@ -99,16 +85,10 @@ def new_ideas(run: Run, model, pairs: list[dict], config: Config) -> list[dict]:
     rng = random.Random(f"{config.seed} roles")
     pairs = rng.sample(pairs, min(len(pairs), -(-config.dialogues // config.tasks)))
     requests = [Request(user(TEXTS["ideas"].format(**pair, tasks=config.tasks))) for pair in pairs]
-    replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), "ideas")
     ideas = []
-    for pair, reply in zip(pairs, replies, strict=True):
-        roles = list(pair.values())
-        if not run.usable(reply, "ideas", roles=roles):
-            continue
-        try:
-            ideas += [pair | {"task": task} for task in read_tasks(reply.text, config.tasks)]
-        except ValueError as reason:
-            run.drop("ideas", str(reason), roles=roles, text=reply.text)
+    for pair, reply in zip(pairs, run.ask(model, requests, "ideas"), strict=True):
+        tasks = run.usable(reply, "ideas", lambda text: read_tasks(text, config.tasks), roles=list(pair.values()))
+        ideas += [pair | {"task": task} for task in tasks]
     return ideas
 
 
@@ -116,11 +96,10 @@ def specify(run: Run, model, ideas: list[dict], config: Config) -> list[dict]:
     """Dialogues to hold: each idea made concrete, or dropped where that fails."""
     requests = [Request(user(TEXTS["specifier"].format(**idea, words=config.words)), repeat=number)
                 for number, idea in enumerate(ideas)]
-    replies = run.ask(model, requests, Sampling(config.max_tokens, 1.4), "task specifier")
+    replies = run.ask(model, requests, "task specifier", Sampling(config.max_tokens, 1.4))
     dialogues = []
     for number, (idea, reply) in enumerate(zip(ideas, replies, strict=True)):
-        text = run.usable(reply, "task specifier", task=idea["task"])
-        if text:
+        if text := run.usable(reply, "task specifier", task=idea["task"]):
             dialogues.append(idea | {"id": f"role_play_{number}", "specified_task": " ".join(text.split()),
                                      "messages": [], "idle": 0, "polite": 0})
     return dialogues
@@ -145,12 +124,11 @@ def termination(dialogue: dict, said: str | None, answered: str | None, config: 
     return "politeness" if dialogue["polite"] >= config.polite_rounds else ""
 
 
-def say(run: Run, model, side: str, asked: list[tuple[dict, list[dict]]], config: Config,
-        progress: str) -> dict[str, str | None]:
+def say(run: Run, model, side: str, asked: list[tuple[dict, list[dict]]], progress: str) -> dict[str, str | None]:
     """What one side says next in dialogues that so far held these messages, by their id; None if cut or missing."""
     requests = [Request([{"role": "system", "content": TEXTS[side].format(**d, done=DONE)}, *messages], tag=d["id"])
                 for d, messages in asked]
-    replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), f"{progress}, {side}")
+    replies = run.ask(model, requests, f"{progress}, {side}")
     return {d["id"]: None if fault(reply) else reply.text.strip()
             for (d, _), reply in zip(asked, replies, strict=True)}
 
@@ -160,9 +138,9 @@ def talk(run: Run, model, user_model, dialogues: list[dict], config: Config) -> 
     while going := [d for d in dialogues if "termination_reason" not in d]:
         progress = f"round {len(going[0]['messages']) // 2 + 1}"
         asked = [(d, user(TEXTS["opening"]) + swapped(d["messages"])) for d in going]
-        said = say(run, user_model, "user", asked, config, progress)
+        said = say(run, user_model, "user", asked, progress)
         asked = [(d, d["messages"] + user(text)) for d in going if (text := said[d["id"]]) and DONE not in text]
-        answered = say(run, model, "assistant", asked, config, progress)
+        answered = say(run, model, "assistant", asked, progress)
         for d in going:
             text, answer = said[d["id"]], answered.get(d["id"])
             reason = termination(d, text, answer, config)

@@ -23,7 +23,6 @@ from collections import Counter
 
 import numpy as np
 
-ONES_IN_BYTE = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8)
 TOLERANCE = 1e-9  # bounds rule out only what is clearly below the threshold: F itself decides
 
 
@@ -69,22 +68,16 @@ class Pool:
         self.texts: list[str] = []
         self.words: list[list[str]] = []
         self.lengths = array("i")
-        # By word: the texts that hold it, how often, and its places (0 where a text has more than 64 words).
-        self.index: dict[str, tuple[array, array, array]] = {}
-        self.long: list[int] = []
+        self.index: dict[str, tuple[array, array]] = {}  # by word: the texts that hold it, and how often
         for text in texts:
             self.add(text)
 
     def add(self, text: str) -> None:
-        said, number = words(text), len(self.words)
-        short = len(said) <= 64
-        for word, bits in places(said).items():
-            texts, counts, masks = self.index.setdefault(word, (array("i"), array("i"), array("Q")))
-            texts.append(number)
-            counts.append(bits.bit_count())
-            masks.append(bits if short else 0)
-        if not short:
-            self.long.append(number)
+        said = words(text)
+        for word, count in Counter(said).items():
+            texts, counts = self.index.setdefault(word, (array("i"), array("i")))
+            texts.append(len(self.words))
+            counts.append(count)
         self.texts.append(text)
         self.words.append(said)
         self.lengths.append(len(said))
@@ -112,27 +105,9 @@ class Pool:
             if unseen < least:
                 break  # a text without any of the words so far is out
             unseen -= counts[word]
-            texts, held, _ = self.index[word]
+            texts, held = self.index[word]
             shared[texts] += np.minimum(held, counts[word])
         some = np.flatnonzero(shared)
         needed = self.threshold * (len(said) + lengths) / 2 - TOLERANCE
         some = some[np.minimum(shared[some] + unseen, lengths[some]) >= needed[some]].tolist()
         return [i for i in some if (Counter(self.words[i]) & counts).total() >= needed[i]]
-
-    def similarities(self, text: str) -> np.ndarray:
-        """F with every text [n], all compared at once: for nearest neighbours and the mean."""
-        said = words(text)
-        rows = np.full(len(self.words), np.iinfo(np.uint64).max, dtype=np.uint64)
-        for word in said:
-            if word in self.index:  # only the rows of texts that hold the word change
-                texts, _, masks = self.index[word]
-                row = rows[texts]
-                found = row & np.frombuffer(masks, np.uint64)
-                rows[texts] = (row + found) | (row - found)
-        common = ONES_IN_BYTE[(~rows).view(np.uint8)].reshape(-1, 8).sum(axis=1, dtype=np.int64)
-        bits = places(said)
-        for i in self.long:
-            common[i] = lcs(bits, len(said), self.words[i])
-        # f_measure; a text without words has nothing in common, so its length does not matter
-        precision, recall = common / np.maximum(1, np.frombuffer(self.lengths, np.int32)), common / max(1, len(said))
-        return np.divide(2 * precision * recall, precision + recall, out=np.zeros(len(common)), where=common > 0)

@@ -40,6 +40,7 @@ from data.records import lines, write_lines
 from data.tiny import pairs
 from data.tiny.world import TASKS
 from judging import report
+from judging.entries import read_lines
 from runtime import check_ranges, fail
 
 ROOT = Path(__file__).parent.parent
@@ -75,33 +76,25 @@ class Config:
         for key in ("prompts", "dpo", "reward", *(["dev"] if self.dev else [])):
             if not Path(getattr(self, key)).is_file():
                 fail(f"{key}={getattr(self, key)}: no such file, check the path")
-        there = len(prompt_lines(self.prompts))
+        there = len(load_prompts(self))
         if there < self.rounds * self.prompts_per_round:
             fail(f"{self.prompts}: holds {there} prompts, {self.rounds} rounds of {self.prompts_per_round} take more")
 
 
-def prompt_lines(path: str) -> list[tuple[int, bytes]]:
-    """Line numbers and lines, blank ones left out."""
-    return [(n, line) for n, line in enumerate(Path(path).read_bytes().splitlines(), 1) if line.strip()]
-
-
 # ------------------------------------------------------------------------------------- collecting
 
-def take_prompts(number: int, config: Config) -> list[dict]:
-    """The round's share of the pool. "prompt" is what the user says first: what the rating page asks for."""
-    first, records, simulated = (number - 1) * config.prompts_per_round, [], config.annotators == "simulated"
-    for place, line in prompt_lines(config.prompts)[first : first + config.prompts_per_round]:
-        try:
-            record = json.loads(line)
-            if simulated and not (record["category"] in TASKS and "item" in record["turns"][0]):
-                raise KeyError("item")
-            prompt = record["turns"][0]["user"] if "turns" in record else record["prompt"]
-            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            records.append(record | {"prompt": prompt})
-        except (ValueError, KeyError, TypeError, IndexError):
-            expected = "a dialogue of the tiny world, or annotators=people" if simulated else "'prompt' or 'turns'"
-            fail(f"{config.prompts} line {place}: is no prompt, expected {expected}")
-    return records
+def load_prompts(config: Config) -> list[dict]:
+    """The pool of prompts. "prompt" is what the user says first: what the rating page asks for."""
+    simulated = config.annotators == "simulated"
+
+    def with_prompt(record: dict, _) -> dict:
+        if simulated and not (record["category"] in TASKS and "item" in record["turns"][0]):
+            raise KeyError("item")
+        prompt = record["turns"][0]["user"] if "turns" in record else record["prompt"]
+        return record | {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+
+    expected = "a dialogue of the tiny world, or annotators=people" if simulated else "'prompt' or 'turns'"
+    return read_lines(config.prompts, with_prompt, f"is no prompt, expected {expected}")
 
 
 def two_replies(model, asked: dict[str, list[dict]], folder: Path, config: Config, progress: str) -> list[list[str]]:
@@ -164,7 +157,8 @@ def collected(policy: str, folder: Path, number: int, config: Config) -> bool:
     """Whether the round has its preferences; if people are to give them, it prints how."""
     votes, simulated = folder / "votes.jsonl", config.annotators == "simulated"
     if not (folder / "prompts.jsonl").exists():
-        prompts = take_prompts(number, config)
+        first = (number - 1) * config.prompts_per_round
+        prompts = load_prompts(config)[first : first + config.prompts_per_round]
         if config.shared and not simulated:
             write_shared(policy, prompts[: config.shared], folder, config)
         write_lines(folder / "prompts.jsonl", prompts if simulated else prompts[config.shared:])

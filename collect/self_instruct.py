@@ -1,11 +1,10 @@
 """Self-Instruct: 175 tasks written by people become tens of thousands, written by a model.
 
     python -m collect.self_instruct model=runs/tiny/0/sft/model seeds=seed_tasks.jsonl instructions=100
-    python -m collect.self_instruct recipe=alpaca model=http://127.0.0.1:8000/v1#name seeds=seed_tasks.jsonl
 
-The original (Wang et al. 2022, arXiv:2212.10560) asks three times: for new instructions, with seeds and earlier finds
+The model (Wang et al. 2022, arXiv:2212.10560) is asked three times: for new instructions, with seeds and earlier finds
 as examples; whether each is a classification; and for instances, input first, or for classifications label first,
-since a model that starts with the input writes one label only. Alpaca (Taori et al. 2023) asks once, for whole tasks.
+since a model that starts with the input writes one label only.
 
     tasks.jsonl     the new tasks, in the form of the seeds      train.jsonl    the same as messages, shuffled
     replies.jsonl   raw replies, to resume from                  dropped.jsonl  what was left out, and why
@@ -14,17 +13,16 @@ Prompts are our own, their examples come from the seed file. Where we leave the 
   - str.capitalize lowered all letters but the first ("NASA" became "nasa"): we raise the first and leave the rest
   - an empty class label took the next line for the label: here the instance has no output, and is dropped
   - the word "Example" inside a text split it: here only at the start of a line, with its number
-  - no presence penalties (2 and 1.5 there), as not every model offers them, and no ban of the end token (Alpaca's)
+  - no presence penalties (2 and 1.5 there), as not every model offers them
   - one classification in a batch of five lowered the limit of all to 300 tokens: here it lowers its own
   - chat models answer "Yes.", repeat the number or heading they were given, and put blank lines between items: all
     is understood; a blank line, where the published code stopped the reply, ends an item
-  - Alpaca kept tasks with an empty output: they are dropped
+  - an instruction's ten nearest neighbours and its mean similarity are not kept: nothing reads them
 """
 import random
 import re
 import string
 from dataclasses import dataclass
-from typing import Literal
 
 from tqdm import tqdm
 
@@ -43,28 +41,21 @@ class Config(Settings):
     model: str = ""                  # checkpoint directory or endpoint
     seeds: str = ""                  # JSONL of tasks: instruction, instances [{input, output}], is_classification
     out: str = "runs/self_instruct"
-    recipe: Literal["original", "alpaca"] = "original"
     instructions: int = 100          # to make (52,000 were published); the last batch may bring a few more
     patience: int = 20               # batches in a row without a new instruction, then it asks for no more
-    neighbours: bool = True          # keep each instruction's ten nearest and mean similarity (2 minutes at 50,000)
     requests: int = 5                # in a batch
     examples: int = 8                # instructions shown in a request; the model goes on to twice as many, less one
     machine_examples: int = 2        # of them written by the model, once there are some
-    max_tokens: int = 1024           # of new instructions
-    temperature: float = 0.7
+    temperature: float = 0.7         # of new instructions
     top_p: float = 0.5
     fewest_words: int = 4            # of an instruction
     most_words: int = 150
     similarity: float = 0.7          # ROUGE-L above which an instruction repeats another
     instances: int = 5               # at most, of a task
-    alpaca_examples: int = 3         # tasks shown, all seeds
-    alpaca_tasks: int = 20           # asked for in one request, those shown included
-    alpaca_tokens: int = 3072
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(1, "instructions", "patience", "requests", "examples", "instances", "alpaca_examples")
-        self.at_least(self.alpaca_examples + 1, "alpaca_tasks")
+        self.at_least(1, "instructions", "patience", "requests", "examples", "instances")
         runtime.check_ranges(self, machine_examples=(0, self.examples), fewest_words=(1, self.most_words),
                              similarity=(0.01, 1))
 
@@ -75,12 +66,11 @@ def load_seeds(config: Config) -> list[dict]:
         return {"instruction": str(row["instruction"]), "instances": instances,
                 "is_classification": row["is_classification"] is True}
 
-    needed = config.alpaca_examples if config.recipe == "alpaca" else config.examples
     seeds = read_lines(config.seeds, seed, "is no seed, expected instruction, instances (input, output), "
                                            "is_classification")
-    if len(seeds) < needed or not all(seed["instances"] for seed in seeds):
-        runtime.fail(f"{config.seeds}: has {len(seeds)} seeds, expected {needed} or more to show, each with an "
-                     "instance: add some")
+    if len(seeds) < config.examples or not all(seed["instances"] for seed in seeds):
+        runtime.fail(f"{config.seeds}: has {len(seeds)} seeds, expected {config.examples} or more to show, each "
+                     "with an instance: add some")
     return seeds
 
 
@@ -95,26 +85,26 @@ def list_prompt(seeds: list[dict], made: list[dict], config: Config, rng: random
     return user(TEXTS["list"].format(last=2 * len(shown) - 1) + "\n".join(lines) + f"\n{len(shown) + 1}.")
 
 
-def read_list(reply: Reply, config: Config) -> list[tuple[dict | None, str, str]]:
-    """What a reply proposes: (task, its text, "") or (None, the text, why it is none)."""
+def read_list(reply: Reply, config: Config) -> list[tuple[str, str]]:
+    """The instructions that a reply proposes, and what is none, with the reason: (text, "" or why not)."""
     if not reply.finished:
-        return [(None, reply.text, "cut by length")]
+        return [(reply.text, "cut by length")]
     before, *rest = re.split(r"(?:^|\n)\s*(\d+)\s?\. ", reply.text)
     numbers, texts, found = rest[::2], rest[1::2], []
     if before.strip() and numbers and numbers[0] == str(config.examples + 1):
-        found.append((None, before, "before the list"))
+        found.append((before, "before the list"))
     elif before.strip():  # it continues the bare number at the end of the prompt
         texts.insert(0, before)
     for text in texts:
         text, *more = re.split(r"\n\s*\n", text.strip(), maxsplit=1)
-        found += [({"instruction": text}, text, ""), *((None, part, "after a blank line") for part in more)]
-    return found or [(None, reply.text, "empty")]
+        found += [(text, ""), *((part, "after a blank line") for part in more)]
+    return found or [(reply.text, "empty")]
 
 
 def instruction_fault(instruction: str, config: Config) -> str:
     """Why an instruction is not taken, whatever the others are; "" if there is no reason."""
     words = len(instruction.split())
-    banned = "|".join(TEXTS["banned"] + (TEXTS["alpaca_banned"] if config.recipe == "alpaca" else []))
+    banned = "|".join(TEXTS["banned"])
     faults = {
         "empty": not words,
         f"fewer than {config.fewest_words} words": words < config.fewest_words,
@@ -127,51 +117,39 @@ def instruction_fault(instruction: str, config: Config) -> str:
     return next((fault for fault, found in faults.items() if found), "")
 
 
-def take(proposal: tuple[dict | None, str, str], request: int, pool: Pool, made: list[dict], run: Run,
-         config: Config) -> None:
-    """Add a proposed task to those made, if it is sound and unlike everything in the pool."""
-    task, text, reason = proposal
-    if task:
-        instruction = " ".join(task["instruction"].split())
-        instruction = instruction[:1].upper() + instruction[1:]
-        reason = instruction_fault(instruction, config)
-    if reason:
+def take(text: str, reason: str, request: int, pool: Pool, made: list[dict], run: Run, config: Config) -> None:
+    """Add a proposed instruction to those made, if it is sound and unlike everything in the pool."""
+    instruction = " ".join(text.split())
+    instruction = instruction[:1].upper() + instruction[1:]
+    if reason := reason or instruction_fault(instruction, config):
         return run.drop("instruction", reason, request=request, text=text)
     if near := pool.too_similar(instruction):
         nearest = {pool.texts[near[0]]: near[1]}
         return run.drop("instruction", "too similar", request=request, text=text, most_similar=nearest)
-    made.append(task | {"id": f"task_{len(made)}", "instruction": instruction, "request": request})
-    if config.neighbours:
-        f = pool.similarities(instruction)
-        made[-1]["most_similar"] = {pool.texts[i]: float(f[i]) for i in (-f).argsort(kind="stable")[:10]}
-        made[-1]["avg_similarity_score"] = float(f.mean())
+    made.append({"id": f"task_{len(made)}", "instruction": instruction, "request": request})
     return pool.add(instruction)
 
 
 def new_tasks(run: Run, model, seeds: list[dict], config: Config) -> list[dict]:
     """Batches of requests until there are enough tasks, or no more come."""
-    if config.recipe == "alpaca":
-        prompt, read, stop = alpaca_prompt, read_alpaca, (f"\n{config.alpaca_tasks}.",)
-        sampling = Sampling(config.alpaca_tokens, stop=stop)
-    else:
-        prompt, read, last = list_prompt, read_list, 2 * config.examples
-        sampling = Sampling(config.max_tokens, config.temperature, config.top_p,
-                            stop=(f"\n{last}", f"{last}.", f"{last} ."))
+    last = 2 * config.examples
+    sampling = Sampling(config.max_tokens, config.temperature, config.top_p,
+                        stop=(f"\n{last}", f"{last}.", f"{last} ."))
     pool, made = Pool([seed["instruction"] for seed in seeds], config.similarity), []
     bar = tqdm(total=config.instructions, desc="instructions", mininterval=1)
     asked = idle = 0
     while len(made) < config.instructions and idle < config.patience:
         numbers = range(asked, asked + config.requests)
         asked += config.requests
-        requests = [Request(prompt(seeds, made, config, random.Random(f"{config.seed} request {n}")), repeat=n)
+        requests = [Request(list_prompt(seeds, made, config, random.Random(f"{config.seed} request {n}")), repeat=n)
                     for n in numbers]
-        replies, before = run.ask(model, requests, sampling), len(made)
+        replies, before = run.ask(model, requests, sampling=sampling), len(made)
         if not any(replies):
             runtime.fail(f"{config.out}: no request of a batch was answered, see replies.failures.jsonl there: "
                          "run again to go on")
         for number, reply in zip(numbers, replies, strict=True):
-            for proposal in read(reply, config) if reply else [(None, "", "no reply")]:
-                take(proposal, number, pool, made, run, config)
+            for text, reason in read_list(reply, config) if reply else [("", "no reply")]:
+                take(text, reason, number, pool, made, run, config)
         idle = 0 if len(made) > before else idle + 1
         bar.update(len(made) - before)
     bar.close()
@@ -197,7 +175,7 @@ def mark_classifications(run: Run, model, seeds: list[dict], tasks: list[dict], 
     for seed in shown:
         text += f"Task: {seed['instruction']}\nClassification: {'Yes' if seed['is_classification'] else 'No'}\n\n"
     requests = [Request(user(f"{text}Task: {task['instruction']}\nClassification:")) for task in tasks]
-    replies = run.ask(model, requests, Sampling(3, 0.0, stop=("\n", "Task")), "classification or not")
+    replies = run.ask(model, requests, "classification or not", Sampling(3, 0.0, stop=("\n", "Task")))
     for task, reply in zip(tasks, replies, strict=True):
         task["is_classification"] = reply is not None and reply.text.strip().rstrip(".") in ("Yes", "yes", "YES")
 
@@ -259,7 +237,7 @@ def add_instances(run: Run, model, seeds: list[dict], tasks: list[dict], config:
         some = [t for t in tasks if t["is_classification"] is classification]
         text = instance_prompt(seeds, classification, shown, config)
         requests = [Request(user(f"{text}Task: {t['instruction']}\n(Begin with \"{begin}\".)")) for t in some]
-        replies = run.ask(model, requests, Sampling(tokens, 0.0, stop=("Example 6", "Task:")), f"instances, {begin}")
+        replies = run.ask(model, requests, f"instances, {begin}", Sampling(tokens, 0.0, stop=("Example 6", "Task:")))
         for task, reply in zip(some, replies, strict=True):
             pairs, faults = (read(reply.text), []) if reply else ([], [])
             if not pairs:
@@ -290,8 +268,7 @@ def training_records(run: Run, tasks: list[dict], source: str, config: Config) -
     rng, records = random.Random(f"{config.seed} formats"), {}
     for task in tasks:
         for number, i in enumerate(task["instances"]):
-            plain = task["instruction"] + (f"\n\n{i['input']}" if i["input"] else "")
-            prompt = plain if config.recipe == "alpaca" else as_prompt(task["instruction"], i["input"], rng)
+            prompt = as_prompt(task["instruction"], i["input"], rng)
             messages = [*user(prompt), {"role": "assistant", "content": i["output"]}]
             try:
                 check_messages(messages, "messages")
@@ -307,46 +284,13 @@ def training_records(run: Run, tasks: list[dict], source: str, config: Config) -
     return shuffled
 
 
-# -------------------------------------------------------------------------------------- Alpaca's variant
-
-def alpaca_prompt(seeds: list[dict], made: list[dict], config: Config, rng: random.Random) -> list[dict]:
-    """Rules, and seeds as the first tasks of the list; those the model made are never shown."""
-    text = TEXTS["alpaca"].format(n=config.alpaca_tasks)
-    for number, seed in enumerate(rng.sample(seeds, config.alpaca_examples), 1):
-        i = seed["instances"][0]
-        text += f"###\n{number}. Instruction: {seed['instruction']}\n{number}. Input:\n{i['input'] or '<noinput>'}\n"
-        text += f"{number}. Output:\n{i['output']}\n"
-    return user(f"{text}###\n{config.alpaca_examples + 1}. Instruction:")
-
-
-def read_alpaca(reply: Reply, config: Config) -> list[tuple[dict | None, str, str]]:
-    """As read_list, of blocks between "###" with exactly an instruction, an input and an output."""
-    headings, text = r"\d+\s*\.\s*(Instruction|Input|Output)\s*:", reply.text
-    if not re.match(rf"\s*(###)?\s*{headings}", text):
-        text = "0. Instruction:" + text  # the prompt ends with this heading
-    found = []
-    for block in filter(str.strip, text.split("###")):
-        before, *fields = re.split(headings, block)
-        if before.strip() or fields[::2] != ["Instruction", "Input", "Output"]:
-            found.append((None, block, "not an instruction, an input and an output"))
-            continue
-        given, done = fields[3].strip(), fields[5].strip()
-        instance = {"input": "" if given.lower() == "<noinput>" else given, "output": done}
-        task = {"instruction": fields[1], "instances": [instance]}
-        found.append((task, block, "") if done else (None, block, "empty output"))
-    if not reply.finished and found:
-        found[-1] = (None, found[-1][1], "cut by length")
-    return found
-
-
 def main(config: Config, model=None) -> None:
     seeds, run = load_seeds(config), Run(config)  # before a model is loaded
     model = model or open_model(config.model, config.device)
     tasks = new_tasks(run, model, seeds, config)
-    if config.recipe == "original":
-        mark_classifications(run, model, seeds, tasks, config)
-        add_instances(run, model, seeds, tasks, config)
-    records = training_records(run, tasks, f"self-instruct, {config.recipe}, by {model.name}", config)
+    mark_classifications(run, model, seeds, tasks, config)
+    add_instances(run, model, seeds, tasks, config)
+    records = training_records(run, tasks, f"self-instruct by {model.name}", config)
     run.write(f"{len(tasks)} instructions, {len(records)} training records",
               tasks=[task for task in tasks if task["instances"]], train=records)
 

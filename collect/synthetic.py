@@ -6,6 +6,7 @@
 """
 import tomllib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -23,6 +24,8 @@ class Settings:
     seed: int = 0
     device: str = "auto"             # of checkpoints: cpu, cuda, auto
     budget: int = 0                  # tokens this run may spend; 0: no limit
+    max_tokens: int = 1024           # of a reply
+    temperature: float = 1.0
 
     def __post_init__(self):
         self.at_least(0, "budget")
@@ -42,38 +45,31 @@ def swapped(messages: list[dict]) -> list[dict]:
     return [m | {"role": other[m["role"]]} for m in messages]
 
 
-def read_texts(key: str, path: str, what: str) -> list[str]:
-    """The lines of the text file that setting `key` names, without blank ones."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
-        wrong = "" if any(lines) else "is empty"
-    except (OSError, UnicodeDecodeError) as error:
-        wrong = f"cannot be read ({error})"
-    if wrong:
-        runtime.fail(f"{key}={path}: {wrong}, expected text, one {what} a line")
-    return list(filter(None, lines))
-
-
 class Run:
     """One run: its folder, what it may still spend, and what it has dropped."""
 
     def __init__(self, config: Settings):
         self.out, self.dropped = runtime.open_folder(config.out), []
+        self.sampling = Sampling(config.max_tokens, config.temperature)
         self.ledger = self.out / "replies.jsonl"
         self.budget = Budget(tokens=config.budget or inf)
 
-    def ask(self, model, requests: list[Request], sampling: Sampling, progress: str = "") -> list[Reply | None]:
-        return ask(model, requests, sampling, self.ledger, self.budget, progress)
+    def ask(self, model, requests: list[Request], progress: str = "",
+            sampling: Sampling | None = None) -> list[Reply | None]:
+        return ask(model, requests, sampling or self.sampling, self.ledger, self.budget, progress)
 
     def drop(self, stage: str, reason: str, **record) -> None:
         self.dropped.append({"stage": stage, **record, "reason": reason})
 
-    def usable(self, reply: Reply | None, stage: str, **record) -> str:
-        """The text of a reply; "" if it cannot be used, which is noted among the dropped."""
-        reason = fault(reply)
-        if reason:
-            self.drop(stage, reason, **record, text=reply and reply.text)
-        return "" if reason else reply.text.strip()
+    def usable(self, reply: Reply | None, stage: str, read: Callable = str.strip, **record):
+        """What `read` makes of a reply; "" if that is a ValueError or the reply no use, noted among the dropped."""
+        try:
+            if not (reason := fault(reply)):
+                return read(reply.text)
+        except ValueError as error:
+            reason = str(error)
+        self.drop(stage, reason, **record, text=reply and reply.text)
+        return ""
 
     def write(self, summary: str, **files: list[dict]) -> None:
         """Each list as NAME.jsonl, with dropped.jsonl beside them, and a summary on the terminal."""

@@ -10,28 +10,25 @@
     openings    what a user says first, line by line from topics=FILE -> 3 to 7 rounds (ours)
 
     train.jsonl     {"id", "messages", "sector", "about"}      dropped.jsonl   what was left out, and why
-    replies.jsonl   raw replies, to resume from                review.jsonl    what the person decided
+    replies.jsonl   raw replies and a person's decisions, to resume from
 
 Prompts and lists are our own. Lists are asked for ten items at a time. Before a list is expanded further a random
 `dialogues` of its items are taken, since more are never needed; published were 1.57 million dialogues of all. The
-first sector's Wikidata entities are not asked for: give them as topics=FILE. Where we leave the published code: a
-dialogue that is cut at `split_tokens` for training keeps its last round (the splitter lost one that just overflowed).
+first sector's Wikidata entities are not asked for: give them as topics=FILE. Nor are dialogues split for training at
+2,048 tokens, as published: sft.py cuts what is longer than its max_length, and counts it.
 """
-import hashlib
-import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import runtime
-from collect.synthetic import PROMPTS, Run, Settings, read_texts, swapped, user
+from collect.synthetic import PROMPTS, Run, Settings, swapped, user
 from data.formats import read_all
-from data.llm import Request, Sampling, open_model
+from data.llm import Reply, Request, Sampling, ask, open_model
 from data.records import fault
-from data.tokenizer import load_tokenizer
 
 TEXTS = PROMPTS["ultrachat"]
 ROUNDS = {"questions": (3, 7), "writing": (2, 4), "materials": (2, 4), "openings": (3, 7)}
@@ -54,16 +51,12 @@ class Config(Settings):
     material_questions: int = 5  # of a passage
     fewest_rounds: int = 0       # 0: as published for the sector; shorter dialogues are dropped
     most_rounds: int = 0
-    max_tokens: int = 1024       # of a reply
     user_tokens: int = 256       # of a user's turn
-    temperature: float = 1.0
-    split_tokens: int = 2048     # longest training record, given a tokenizer; a turn counts 6 more than its tokens
-    tokenizer: str = ""          # directory
     review: bool = False         # ask a person about every reply
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(1, "dialogues", "subtopics", "questions", "instructions", "material_questions", "split_tokens")
+        self.at_least(1, "dialogues", "subtopics", "questions", "instructions", "material_questions")
         self.at_least(0, "related")
         runtime.check_ranges(self, detailed=(0, 1), fewest_rounds=(0, 100),
                              most_rounds=(self.most_rounds and self.fewest_rounds, 100))
@@ -77,7 +70,14 @@ def load_about(config: Config) -> list[str]:
         return [record["text"] for record in read_all(config.materials, "text")]
     if not config.topics and config.sector != "openings":
         return TEXTS["topics" if config.sector == "questions" else "kinds"]
-    return read_texts("topics", config.topics, "topic, kind of text or opening")
+    try:
+        lines = [line.strip() for line in Path(config.topics).read_text(encoding="utf-8-sig").split("\n")]
+        wrong = "" if any(lines) else "is empty"
+    except (OSError, UnicodeDecodeError) as error:
+        wrong = f"cannot be read ({error})"
+    if wrong:
+        runtime.fail(f"topics={config.topics}: {wrong}, expected text, a topic, kind of text or opening a line")
+    return list(filter(None, lines))
 
 
 # ---------------------------------------------------------------------------------- opening lines
@@ -91,13 +91,13 @@ def read_items(text: str) -> tuple[list[str], list[str]]:
     return items, others
 
 
-def lists(run: Run, model, wishes: list[str], number: int, stage: str, config: Config) -> list[list[str]]:
+def lists(run: Run, model, wishes: list[str], number: int, stage: str) -> list[list[str]]:
     """For every wish a list of at most `number` different items, ten of them a request."""
     parts = -(-number // 10)
     requests = [Request(user(TEXTS["list"].format(wish=wish, number=min(10, number))), repeat=part)
                 for wish in wishes for part in range(parts)]
     found: list[dict[str, str]] = [{} for _ in wishes]
-    for i, reply in enumerate(run.ask(model, requests, Sampling(config.max_tokens, config.temperature), stage)):
+    for i, reply in enumerate(run.ask(model, requests, stage)):
         kept, reason = found[i // parts], fault(reply)
         items, others = read_items(reply.text) if reason in ("", "cut by length") else ([], [])
         faults = [(items.pop() if items else reply and reply.text, reason)] if reason else []
@@ -119,7 +119,7 @@ def openings(run: Run, model, about: list[str], config: Config) -> list[dict]:
     def expand(parents: list[dict], number: int, stage: str) -> list[dict]:
         parents = rng.sample(parents, min(len(parents), config.dialogues))
         wishes = [TEXTS[stage].format(parent["text"]) for parent in parents]
-        children = lists(run, model, wishes, number, stage, config)
+        children = lists(run, model, wishes, number, stage)
         return [{"text": text, "about": [*parent["about"], parent["text"]]}
                 for parent, texts in zip(parents, children, strict=True) for text in texts]
 
@@ -134,8 +134,8 @@ def openings(run: Run, model, about: list[str], config: Config) -> list[dict]:
         found = rng.sample(found, min(len(found), config.dialogues))
         short = [opening for opening in found if rng.random() < config.detailed]
         requests = [Request(user(TEXTS["details"].format(opening["text"]))) for opening in short]
-        replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), "details")
-        for opening, reply in zip(short, replies, strict=True):  # where it fails, the short one stays
+        for opening, reply in zip(short, run.ask(model, requests, "details"), strict=True):
+            # where it fails, the short one stays
             opening["text"] = run.usable(reply, "details", of=opening["text"]) or opening["text"]
     elif config.sector == "materials":
         found = expand(found, config.material_questions, "questions about passages")
@@ -162,21 +162,20 @@ def without_courtesy(text: str) -> str:
 
 def talk(run: Run, model, user_model, dialogues: list[dict], config: Config) -> None:
     """All dialogues round by round; each ends after the rounds drawn for it, or early, when a turn cannot be used."""
-    decided = read_decisions(run.out / "review.jsonl") if config.review else None
     for number in range(max((d["rounds"] for d in dialogues), default=0)):
         going = [d for d in dialogues if not d["ended"] and number < d["rounds"]]
         if number:
             user_turns(run, user_model, going, number, config)
         going = [d for d in going if not d["ended"]]
         while going:  # once, and again where a person rephrased the question
-            going = assistant_turns(run, model, going, number, decided, config)
+            going = assistant_turns(run, model, going, number, config)
 
 
 def user_turns(run: Run, user_model, going: list[dict], number: int, config: Config) -> None:
     """The next thing each person says."""
     requests = [Request(user(TEXTS["person"]) + swapped(d["messages"]), tag=d["id"]) for d in going]
     sampling = Sampling(config.user_tokens, config.temperature)
-    for d, reply in zip(going, run.ask(user_model, requests, sampling, f"user's turn {number + 1}"), strict=True):
+    for d, reply in zip(going, run.ask(user_model, requests, f"user's turn {number + 1}", sampling), strict=True):
         text = run.usable(reply, "user's turn", dialogue=d["id"])
         turn = without_courtesy(text)
         if turn:
@@ -187,25 +186,26 @@ def user_turns(run: Run, user_model, going: list[dict], number: int, config: Con
             run.drop("user's turn", "only courtesy", dialogue=d["id"], text=reply.text)
 
 
-def assistant_turns(run: Run, model, going: list[dict], number: int, decided: dict | None,
-                    config: Config) -> list[dict]:
+def assistant_turns(run: Run, model, going: list[dict], number: int, config: Config) -> list[dict]:
     """The next reply of each dialogue, perhaps reviewed by a person; returns those whose question was rephrased."""
     requests = [Request(list(d["messages"]), tag=f"{d['id']} {d['rephrased']}") for d in going]
-    replies = run.ask(model, requests, Sampling(config.max_tokens, config.temperature), f"reply {number + 1}")
+    replies = run.ask(model, requests, f"reply {number + 1}")
+    texts = [run.usable(reply, "reply", dialogue=d["id"]) for d, reply in zip(going, replies, strict=True)]
+    shown = [Request([*request.messages, {"role": "assistant", "content": text}, *user(CHOICES)], tag=request.tag)
+             for request, text in zip(requests, texts, strict=True) if text and config.review]
+    decisions = iter(ask(Person(), shown, Sampling(), run.ledger) if shown else [])
     again = []
-    for d, reply in zip(going, replies, strict=True):
-        text, verdict = run.usable(reply, "reply", dialogue=d["id"]), {"decision": "keep"}
-        if text and decided is not None:
-            verdict = review(d, reply.text, decided, run.out / "review.jsonl")
+    for d, text in zip(going, texts, strict=True):
+        decision, _, turn = (next(decisions).text if text and config.review else "keep").partition(" ")
         if not text:
             d["ended"] = True
             d["messages"].pop()
-        elif verdict["decision"] == "drop":
-            run.drop("reply", "dropped by a person", dialogue=d["id"], text=reply.text)
+        elif decision == "drop":
+            run.drop("reply", "dropped by a person", dialogue=d["id"], text=text)
             d |= {"ended": True, "messages": []}
-        elif verdict["decision"] == "rephrase":
+        elif decision == "rephrase":
             run.drop("review", "rephrased", dialogue=d["id"], text=d["messages"].pop()["content"])
-            d["messages"] += user(verdict["turn"])
+            d["messages"] += user(turn)
             d["rephrased"] += 1
             again.append(d)
         else:
@@ -213,60 +213,32 @@ def assistant_turns(run: Run, model, going: list[dict], number: int, decided: di
     return again
 
 
-def review(dialogue: dict, reply: str, decided: dict, file: Path) -> dict:
-    """What the person at the terminal makes of a reply; what was decided once is not asked again."""
-    depends_on = [dialogue["id"], dialogue["rephrased"], dialogue["messages"], reply]
-    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
-    if key in decided:
-        return decided[key]
-    for m in [*dialogue["messages"], {"role": "assistant", "content": reply}]:
-        print(f"\n{m['role']}: {m['content']}")
-    verdict = {"key": key, "dialogue": dialogue["id"], "decision": ""}
-    try:
-        while not verdict["decision"]:
-            word = input("\n[k]eep, [r]ephrase what the user said, [d]rop the dialogue: ").strip().lower()
-            verdict["decision"] = {"k": "keep", "r": "rephrase", "d": "drop"}.get(word[:1], "")
-        while verdict["decision"] == "rephrase" and not verdict.get("turn"):
-            verdict["turn"] = input("user: ").strip()
-    except EOFError:
-        runtime.fail(f"{file}: holds {len(decided)} decisions, more are needed, and the input has ended: "
-                     "run again to go on")
-    with file.open("a") as stream:
-        stream.write(json.dumps(verdict) + "\n")
-    decided[key] = verdict
-    return verdict
+CHOICES = "[k]eep, [r]ephrase what the user said, [d]rop the dialogue: "
 
 
-def read_decisions(file: Path) -> dict[str, dict]:
-    """What was decided, by key; half a line that a killed run left is cut off."""
-    whole, newline, _ = (file.read_text() if file.is_file() else "").rpartition("\n")
-    runtime.write_text(file, whole + newline)
-    return {verdict["key"]: verdict for verdict in map(json.loads, whole.splitlines())}
+class Person:
+    """Who sits at the terminal, asked as a model is: what they decide is in replies.jsonl and is not asked again."""
 
+    name = "a person"
 
-# -------------------------------------------------------------------------------------------- output
-
-def split(messages: list[dict], most: int, tokens: Callable[[str], int]) -> tuple[list[list[dict]], list[list[dict]]]:
-    """A dialogue in parts of at most `most` tokens, cut between rounds, and the rounds that are too long alone."""
-    parts, too_long, room = [], [], 0
-    for at in range(0, len(messages), 2):
-        round_ = messages[at:at + 2]
-        size = sum(tokens(m["content"]) + 6 for m in round_)
-        if size > most:
-            too_long.append(round_)
-            room = 0  # the next round begins a new part
-        else:
-            if size > room:
-                parts.append([])
-                room = most
-            parts[-1] += round_
-            room -= size
-    return parts, too_long
+    def replies(self, requests: list[Request], _: Sampling) -> Iterator[tuple[int, Reply]]:
+        for i, request in enumerate(requests):
+            for m in request.messages[:-1]:
+                print(f"\n{m['role']}: {m['content']}")
+            decision = turn = ""
+            try:
+                while not decision:
+                    word = input(f"\n{CHOICES}").strip().lower()
+                    decision = {"k": "keep", "r": "rephrase", "d": "drop"}.get(word[:1], "")
+                while decision == "rephrase" and not turn:
+                    turn = input("user: ").strip()
+            except EOFError:
+                runtime.fail("review: the input has ended, and more decisions are needed: run again to go on")
+            yield i, Reply(f"{decision} {turn}", True, 0, 0, 0.0)
 
 
 def main(config: Config, model=None, user_model=None) -> None:
     about, run = load_about(config), Run(config)  # before a model is loaded
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     model = model or open_model(config.model, config.device)
     user_model = user_model or (open_model(config.user_model, config.device) if config.user_model else model)
     most = config.most_rounds or max(ROUNDS[config.sector][1], config.fewest_rounds)
@@ -282,13 +254,8 @@ def main(config: Config, model=None, user_model=None) -> None:
         if len(messages) < 2 * fewest:
             run.drop("dialogue", f"fewer than {fewest} rounds", dialogue=d["id"], messages=messages)
             continue
-        parts, too_long = [messages], []
-        if tokenizer:
-            parts, too_long = split(messages, config.split_tokens, lambda text: len(tokenizer.encode(text)))
-        for round_ in too_long:
-            run.drop("split", f"longer than {config.split_tokens} tokens", dialogue=d["id"], messages=round_)
-        records += [{"id": f"{d['id']}_{n}", "messages": part, "sector": config.sector, "about": d["about"],
-                     "source": source} for n, part in enumerate(parts)]
+        records.append({"id": d["id"], "messages": messages, "sector": config.sector, "about": d["about"],
+                        "source": source})
     run.write(f"{len(dialogues)} dialogues, {len(records)} training records", train=records)
 
 

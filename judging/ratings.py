@@ -5,7 +5,7 @@ verdict, and never counts. A game is two models, an outcome on that scale for `a
 Intervals resample prompts, never games: two orders and two turns of one prompt are not independent. Every
 function that resamples n prompts with one seed draws the same ones, so differences between models are paired.
 Where all prompts say the same, resampling would be certain: there Wilson's interval stands, and in ratings Jeffreys'
-half a win and half a loss, so that no interval has width zero. benchmarks/coverage.py measures how often intervals hold
+half a win and half a loss, so that no interval has width zero. tests/test_coverage.py measures how often intervals hold
 the truth.
 Models and prompts are sorted by name first: the order of rows changes nothing but online Elo.
 """

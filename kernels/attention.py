@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import architecture, jit, launch, on_triton, tl, without_onednn
+from kernels import architecture, jit, launch, on_triton, tl
 from kernels.layout import Layout
 
 
@@ -85,11 +85,13 @@ def attention(
 # --------------------------------------------------------------------------------- the PyTorch version
 
 # Blocks of 128 queries, so that keys after the block are skipped, and 2^20 scores at a time, which stay in a CPU's
-# last-level cache. Forward and backward of 8 rows of 512 tokens, 6 heads of 48, in fp32 on two Zen 5 cores: 57 ms,
-# SDPA 63; the larger gain is padding that is not needed (benchmarks/results/kernels/cpu.json). The probabilities of
-# all blocks are kept for the backward: 2 or 4 bytes per pair of tokens and head.
+# last-level cache. On AMD oneDNN multiplies them twice as fast as MKL, but compiles each shape that is new, for 0.3 ms:
+# lengths are multiples of 16, so that few are. SFT of the 15 M model on one Zen 5 core: 1,880 -> 2,050 tokens/s, of the
+# 2 M model 12,400 -> 13,900. The probabilities of all blocks are kept for the backward: 2 or 4 bytes per pair of tokens
+# and head.
 QUERY_BLOCK = 128
 SCORES_AT_ONCE = 2**20
+ROUND_UP = 16
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class Rows:
     @staticmethod
     def build(layout: Layout, members: Tensor, heads: int, window: int | None) -> Rows:
         start, length, prefix = (x[members][:, None] for x in (layout.start, layout.length, layout.prefix))
-        count, longest, longest_prefix = len(members), int(length.max()), int(prefix.max())
+        count = len(members)
+        longest, longest_prefix = (-(-int(x.max()) // ROUND_UP) * ROUND_UP for x in (length, prefix))
         column = torch.arange(longest, device=start.device)
         real = column < length                                   # [S, L]
         own = start + torch.minimum(column, length - 1)          # [S, L]
@@ -153,23 +156,22 @@ class _RowAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, groups, softcap, scale):
         out = torch.zeros_like(q)
         kept = []  # per block the probabilities, and tanh of the capped scores: what the backward needs
-        with without_onednn(q.device):  # which would compile every new shape, and each batch has its own
-            for rows in groups:
-                rq, rk, rv = _padded_qkv(q, k, v, rows)
-                ro = torch.empty_like(rq)
-                for r, a, b, end, masked, unseen in rows.blocks:
-                    # [r, K, G, b - a, end]
-                    scores = _matmul(rq[r, :, :, a:b] * scale, rk[r, :, :end].transpose(-1, -2))
-                    capped = None
-                    if softcap is not None:
-                        capped = torch.tanh(scores / softcap)
-                        scores = capped * softcap
-                    scores[..., masked:].masked_fill_(unseen, float("-inf"))
-                    p = torch.softmax(scores, -1)
-                    ro[r, :, :, a:b] = _matmul(p, rv[r, :, :end])
-                    if any(ctx.needs_input_grad):
-                        kept += [p] if capped is None else [p, capped]
-                _unpad(ro.flatten(1, 2), rows, out)
+        for rows in groups:
+            rq, rk, rv = _padded_qkv(q, k, v, rows)
+            ro = torch.empty_like(rq)
+            for r, a, b, end, masked, unseen in rows.blocks:
+                # [r, K, G, b - a, end]
+                scores = _matmul(rq[r, :, :, a:b] * scale, rk[r, :, :end].transpose(-1, -2))
+                capped = None
+                if softcap is not None:
+                    capped = torch.tanh(scores / softcap)
+                    scores = capped * softcap
+                scores[..., masked:].masked_fill_(unseen, float("-inf"))
+                p = torch.softmax(scores, -1)
+                ro[r, :, :, a:b] = _matmul(p, rv[r, :, :end])
+                if any(ctx.needs_input_grad):
+                    kept += [p] if capped is None else [p, capped]
+            _unpad(ro.flatten(1, 2), rows, out)
         ctx.save_for_backward(q, k, v, out, *kept)  # not in ctx itself, where gradient checkpointing would not see them
         ctx.options = groups, softcap, scale
         return out
@@ -182,24 +184,23 @@ class _RowAttention(torch.autograd.Function):
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         delta = (dout * out).sum(-1, keepdim=True)                                   # [N, H, 1]
         blocks = iter(kept)
-        with without_onednn(q.device):
-            for rows in groups:
-                rq, rk, rv = _padded_qkv(q, k, v, rows)
-                rdo = _padded(dout, rows.query, rows, k.shape[1]) * rows.real
-                rdelta = _padded(delta, rows.query, rows, k.shape[1]) * rows.real        # [S, K, G, L, 1]
-                rdq, rdk, rdv = torch.empty_like(rq), torch.zeros_like(rk), torch.zeros_like(rv)
-                for r, a, b, end, _, _ in rows.blocks:
-                    p, capped = next(blocks), None if softcap is None else next(blocks)
-                    do = rdo[r, :, :, a:b]
-                    ds = _matmul(do, rv[r, :, :end].transpose(-1, -2)).sub_(rdelta[r, :, :, a:b]).mul_(p)
-                    if capped is not None:
-                        ds = ds * (1 - capped * capped)
-                    rdq[r, :, :, a:b] = _matmul(ds, rk[r, :, :end]).mul_(scale)
-                    rdk[r, :, :end] += _matmul_t(ds, rq[r, :, :, a:b] * scale)
-                    rdv[r, :, :end] += _matmul_t(p, do)
-                _unpad(rdq.flatten(1, 2), rows, dq)
-                dk.index_add_(0, rows.key, rdk.transpose(1, 2).flatten(0, 1))
-                dv.index_add_(0, rows.key, rdv.transpose(1, 2).flatten(0, 1))
+        for rows in groups:
+            rq, rk, rv = _padded_qkv(q, k, v, rows)
+            rdo = _padded(dout, rows.query, rows, k.shape[1]) * rows.real
+            rdelta = _padded(delta, rows.query, rows, k.shape[1]) * rows.real        # [S, K, G, L, 1]
+            rdq, rdk, rdv = torch.empty_like(rq), torch.zeros_like(rk), torch.zeros_like(rv)
+            for r, a, b, end, _, _ in rows.blocks:
+                p, capped = next(blocks), None if softcap is None else next(blocks)
+                do = rdo[r, :, :, a:b]
+                ds = _matmul(do, rv[r, :, :end].transpose(-1, -2)).sub_(rdelta[r, :, :, a:b]).mul_(p)
+                if capped is not None:
+                    ds = ds * (1 - capped * capped)
+                rdq[r, :, :, a:b] = _matmul(ds, rk[r, :, :end]).mul_(scale)
+                rdk[r, :, :end] += _matmul_t(ds, rq[r, :, :, a:b] * scale)
+                rdv[r, :, :end] += _matmul_t(p, do)
+            _unpad(rdq.flatten(1, 2), rows, dq)
+            dk.index_add_(0, rows.key, rdk.transpose(1, 2).flatten(0, 1))
+            dv.index_add_(0, rows.key, rdv.transpose(1, 2).flatten(0, 1))
         return dq, dk, dv, None, None, None
 
 

@@ -11,10 +11,9 @@ each, and merges their results in a fixed order. For the keys of part c, in base
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import jit, launch, on_triton, tl, without_onednn
+from kernels import jit, launch, on_triton, tl
 
 
 def decode_reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, window: int | None = None) -> Tensor:
@@ -41,16 +40,52 @@ def decode_attention(
     v: Tensor,       # [B, K, S, E]
     seen: Tensor,    # [B] cached tokens that count: the first seen[b] of row b
     window: int | None = None,  # tokens a query sees, itself included; None: all
-    mask: Tensor | None = None,  # of `decode_mask`, where layers share one; PyTorch's version alone reads it
 ) -> Tensor:
     """Attention of one new token per sequence to its cache, [B, H, E]. No gradient."""
-    if on_triton(q):
-        return _decode_in_parts(q, k, v, seen, window)
-    if mask is None:
-        mask = decode_mask(seen, k.shape[2], window, q.dtype)
-    grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, G, E]: the heads of a group as queries of one sequence
-    with without_onednn(q.device):
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
+    return (_decode_in_parts if on_triton(q) else decode_reference)(q, k, v, seen, window)
+
+
+# ---------------------------------------------------------------------------------- the version for CPUs
+
+CHUNK = 64  # cached tokens whose keys stand side by side
+
+
+class ChunkedStep:
+    """Where a step of the first B sequences reads in a layer's cache on a CPU; made once, all layers share it.
+
+    Products of one row per head cost more in calls and in copies of their operands than in work. But both sums over
+    the cache are weighted sums of rows, if only the keys are laid out with a row for each dimension:
+
+        scores [64] = sum over e of q_e times row e of a chunk of keys       out [E] = sum over s of P_s times value s
+
+    and that is what `embedding_bag` computes, all bags in one call. 64 sequences, 6 heads of 48, 100 cached tokens on
+    one Zen 5 core: 1,820 us by scaled_dot_product_attention, 710 us this way; in bf16 2,520 and 620.
+    """
+
+    def __init__(self, batch: int, group: int, keys: Tensor, values: Tensor, longest: int):
+        _, heads, room, width, _ = keys.shape
+        chunks = -(-longest // CHUNK)
+        pair = torch.arange(batch * heads).view(batch, heads, 1, 1, 1)
+        chunk, column = torch.arange(chunks)[:, None], torch.arange(width)
+        self.shape = batch, heads * group, chunks, width
+        self.key_rows = ((pair * room + chunk) * width + column).expand(-1, -1, group, -1, -1).reshape(-1)
+        self.key_bags = torch.arange(0, len(self.key_rows) + 1, width)
+        size = chunks * CHUNK
+        self.value_rows = (pair[..., 0] * values.shape[2] + torch.arange(size)).expand(-1, -1, group, -1).reshape(-1)
+        self.value_bags = torch.arange(0, len(self.value_rows) + 1, size)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """q [B, H, E], keys [slots, K, chunks, E, 64], values [slots, K, S, E], mask [B, 1, S] -> [B, H, E]."""
+        batch, heads, chunks, width = self.shape
+        weights = (q * width**-0.5)[:, :, None].expand(-1, -1, chunks, -1).reshape(-1)
+        scores = _sums_of_rows(keys.view(-1, CHUNK), self.key_rows, self.key_bags, weights)
+        p = torch.softmax(scores.view(batch, heads, -1).add_(mask), -1)
+        return _sums_of_rows(values.view(-1, width), self.value_rows, self.value_bags, p.view(-1)).view_as(q)
+
+
+def _sums_of_rows(table: Tensor, rows: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+    """One weighted sum of the table's rows for each bag: bag i has those of rows[bags[i] : bags[i + 1]]."""
+    return torch.embedding_bag(table, rows, bags, per_sample_weights=weights, include_last_offset=True)[0]
 
 
 # ---------------------------------------------------------------------------------- the Triton version

@@ -67,7 +67,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def _scale(x: Tensor, eps: float) -> Tensor:
     """r [N, 1] of the header."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+    mean = torch.rsub(norm.square_(), eps, alpha=-1 / x.shape[-1])  # eps + square / D
+    return mean.rsqrt_().to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

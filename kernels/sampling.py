@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BLOCK = 128
 DRAWS = 24  # uniform numbers for each token: more than one is used when top-p refuses a draw
 
 
@@ -28,8 +29,8 @@ def sample_tokens(
     so that it is what a training forward finds. temperature 0 takes the largest logit, with its probability at 1.
     """
     if temperature == 0:
-        logprobs, tokens = torch.log_softmax(logits, -1), logits.argmax(-1)
-        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+        tokens = largest(logits)
+        return tokens, torch.softmax(logits, -1).gather(1, tokens[:, None])[:, 0].log()
     if temperature < 1e-4:  # dividing by it may overflow; differences to the largest do not, for that stays 0
         logits, temperature = logits - logits.amax(-1, keepdim=True), max(temperature, 1e-30)
     probs = torch.softmax(logits / temperature, -1)
@@ -38,6 +39,18 @@ def sample_tokens(
     if top_p < 1:
         tokens = _redraw(kept, tokens, top_p, uniform)
     return tokens, probs.gather(1, tokens[:, None])[:, 0].log()
+
+
+def largest(x: Tensor) -> Tensor:
+    """The place of each row's first largest number, x [B, V] -> [B].
+
+    On a CPU by blocks: `argmax` reads one number at a time, of 64 x 32,000 for 1.1 ms, where `amax` takes 0.09.
+    """
+    if x.device.type != "cpu" or x.numel() < 2**18 or x.shape[1] % BLOCK:
+        return x.argmax(-1)
+    blocks = x.unflatten(1, (-1, BLOCK))
+    block = blocks.amax(-1).argmax(-1)
+    return block * BLOCK + blocks[torch.arange(len(x)), block].argmax(-1)
 
 
 def keep_top_k(probs: Tensor, top_k: int) -> Tensor:

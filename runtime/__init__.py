@@ -4,9 +4,9 @@
     device.py       device, precision, seeds, Triton or not      checkpoint.py  what resuming needs
     optimizer.py    AdamW's groups, the learning rate            log.py         metrics, live line, wandb, profile
     distributed.py  several processes as one run                 files.py       writing that a kill cannot hurt
-    cpu.py          what is done for CPUs, and why               memory.py      bytes of a run, before it starts
-    terminal.py     closed pipes, other encodings, Ctrl-C        json_files.py  JSON that somebody else has written
-    serving.py      what both servers check              sandbox.py     strangers' programs, tried within limits
+    cpu.py          what is done for CPUs, and why               json_files.py  JSON that somebody else has written
+    terminal.py     closed pipes, other encodings, Ctrl-C        sandbox.py     strangers' programs, tried within limits
+    serving.py      what both servers check
 """
 from runtime.checkpoint import load_state, save_state
 from runtime.config import (

@@ -44,8 +44,7 @@ def fast_matmul() -> str:
 def without_onednn(device: torch.device) -> Iterator[None]:
     """On a CPU, fp32 products by MKL even where fast_matmul chose oneDNN, which is faster for large products alone.
 
-    oneDNN copies operands that are not contiguous: attention of 64 sequences with 6 heads to caches of 100 tokens
-    takes 1,650 us, with MKL 250. And it starts slowly: one row times 288 x 288 takes 33 us, with MKL 7.
+    It starts slowly: one row times 288 x 288 takes 33 us, with MKL 7.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cpu":

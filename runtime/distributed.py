@@ -147,34 +147,27 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
 
 
+def all_reduce(tensor: Tensor, largest: bool = False) -> Tensor:
+    """A tensor on the CPU, in place its sum over ranks or the largest: of a table, each rank has filled a part."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return tensor
+
+
 def all_reduce_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Every metric's sum over ranks."""
-    if world_size() == 1:
-        return metrics
-    total = torch.tensor(list(metrics.values()), dtype=torch.float64)
-    dist.all_reduce(total)
+    total = all_reduce(torch.tensor(list(metrics.values()), dtype=torch.float64))
     return dict(zip(metrics, total.tolist(), strict=True))
 
 
 def all_reduce_max(value: float) -> float:
     """The largest over ranks."""
-    if world_size() == 1:
-        return value
-    found = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found.item()
+    return all_reduce(torch.tensor(value, dtype=torch.float64), largest=True).item()
 
 
 def any_rank(flag) -> bool:
     """Is the flag true on any rank?"""
     return bool(all_reduce_max(float(bool(flag))))
-
-
-def all_reduce(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, summed over ranks in place: a table of which each has filled a part, and left the rest 0."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def all_gather(items: list) -> list:
@@ -188,8 +181,7 @@ def all_gather(items: list) -> list:
 
 def barrier() -> None:
     """Wait until all ranks are here."""
-    if world_size() > 1:
-        dist.all_reduce(torch.zeros(1))
+    all_reduce(torch.zeros(1))
 
 
 # ------------------------------------------------------------------------------------------- state

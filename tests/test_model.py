@@ -14,7 +14,7 @@ from checkpoints import load_model, parameters_by_tensor
 from kernels import PackedLinear, can_pack
 from kernels.layout import Layout
 from kernels.logprobs import linear_logprobs
-from kernels.sampling import DRAWS, in_nucleus, keep_top_k, sample_tokens
+from kernels.sampling import DRAWS, in_nucleus, keep_top_k, largest, sample_tokens
 from lora import add_lora
 from model import Decoder, KVCache, ReplyState, RMSNorm, generate
 
@@ -224,6 +224,55 @@ def test_cached_decoding_equals_running_the_whole_path(case):
             assert torch.allclose(step[0], whole[i], atol=3e-4)
 
 
+@pytest.mark.parametrize("window", [None, 3, 70])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_decoding_reads_caches_of_several_chunks(slots, window):
+    """Sequences at 1, 63 and 130 tokens go on for 70, in slots whose last owner has left other numbers there."""
+    model = small_model(window=window)
+    starts = [130, 63, 1][:slots]
+    paths = [torch.randint(0, 40, (start + 70,)) for start in starts]
+    cache = KVCache(model, slots, 200)
+    cache.keys.normal_(), cache.values.normal_()
+    with torch.no_grad():
+        whole = [model.hidden(path, torch.arange(len(path)), Layout.build([len(path)])) for path in paths]
+        positions = torch.cat([torch.arange(start) for start in starts])
+        owner = torch.arange(slots).repeat_interleave(torch.tensor(starts))
+        model.hidden(torch.cat([path[:start] for path, start in zip(paths, starts, strict=True)]), positions,
+                     Layout.build(starts), cache.at(owner, positions, max(starts), decoding=False))
+        for i in range(70):
+            place = torch.tensor(starts) + i
+            tokens = torch.stack([path[k] for path, k in zip(paths, place, strict=True)])
+            cache.longest = 0
+            step = model.hidden(tokens, place, None, cache.at(torch.arange(slots), place, int(place.max()) + 1, True))
+            for row, states, k in zip(step, whole, place, strict=True):
+                assert torch.allclose(row, states[k], atol=1e-12)
+
+
+def test_slots_move_with_all_their_chunks():
+    model = small_model()
+    cache = KVCache(model, 3, 200)
+    cache.keys.normal_(), cache.values.normal_()
+    cache.longest = 130  # tokens: of the third chunk two
+    keys, values = cache.keys.clone(), cache.values.clone()
+    cache.move([2], [0])
+    assert torch.equal(cache.keys[:, 0, :, :3], keys[:, 2, :, :3])
+    assert torch.equal(cache.values[:, 0, :, :130], values[:, 2, :, :130])
+    assert torch.equal(cache.keys[:, 1:], keys[:, 1:]) and torch.equal(cache.values[:, 1:], values[:, 1:])
+
+
+def test_a_slot_that_held_nan_is_clean_for_the_next_sequence():
+    model = small_model()
+    plain = generate(model, [[1, 2], [3], [4, 5]], 8, 0.0)
+    with torch.no_grad():
+        model.embed_tokens.weight[39] = float("nan")
+        model.lm_head = torch.nn.Linear(16, 40, bias=False, dtype=torch.float64)  # the head has no NaN
+        model.lm_head.weight.copy_(small_model().embed_tokens.weight)
+    for slots in (1, 2):
+        first, bad, *others = generate(model, [[1, 2], [39] * 20, [3], [4, 5]], 8, 0.0, slots=slots)
+        assert math.isnan(bad[0].logprobs[0]) and len(bad[0].tokens) == 1
+        assert [x[0].tokens for x in (first, *others)] == [x[0].tokens for x in plain]
+
+
 def test_samples_do_not_depend_on_the_batch():
     model = small_model()
     prompts = [[i + 1, i + 2] for i in range(12)]
@@ -281,6 +330,15 @@ def all_inside(probs, top_p):
     """in_nucleus of every token of each row."""
     columns = [torch.full((len(probs),), token) for token in range(probs.shape[1])]
     return torch.stack([in_nucleus(probs, tokens, top_p) for tokens in columns], 1)
+
+
+def test_largest_is_the_first_of_the_largest():
+    x = torch.randint(0, 50, (9, 2**15)).float()  # each row has its maximum hundreds of times
+    assert x.numel() >= 2**18 and torch.equal(largest(x), x.argmax(-1))
+    x[3, 777] = float("nan")
+    assert largest(x)[3] == 777 == x[3].argmax()
+    odd = torch.randn(9, 2**15 + 1)
+    assert torch.equal(largest(odd), odd.argmax(-1))
 
 
 def test_top_p_0_keeps_the_likeliest_token_and_ties_stay_together():
@@ -408,7 +466,7 @@ def test_the_decoder_works_on_its_models_device_in_any_thread(monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         while pool.submit(decoder.step).result():
             pass
-    assert len(entered) == 4 and all(x is decoder.cache.data for x in entered)
+    assert len(entered) == 4 and all(x is decoder.cache.values for x in entered)
 
 
 def test_decoding_by_graphs_changes_no_token(monkeypatch):

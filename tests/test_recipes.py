@@ -13,9 +13,8 @@ from test_memory import SHAPES
 import dpo
 import reward
 import sft
-from data.dry_run import plan
+from data.dry_run import hardware, plan
 from runtime import load_config
-from runtime.memory import hardware
 
 MISTRAL = FIXTURES / "models" / "mistral"
 REAL = pytest.param("real", marks=pytest.mark.skipif(

@@ -1,4 +1,3 @@
-import random
 from collections import Counter
 from dataclasses import replace
 
@@ -6,8 +5,7 @@ import pytest
 from conftest import exits, write_jsonl
 from scripted import Scripted, damaged, number, records, survives_kills
 
-from collect import red_team
-from collect.red_team import BEHAVIOURS, HOLE, OPERATORS, TEMPLATES, Config, load_templates, main, select
+from collect.red_team import BEHAVIOURS, HOLE, OPERATORS, TEMPLATES, Config, load_templates, main
 from judging import safety
 
 
@@ -98,44 +96,8 @@ def test_what_was_planted_is_found_in_whatever_shape(config):
 
 # ------------------------------------------------------------------------------------------- fuzzing
 
-def node(number, parent, depth, visits, reward):
-    return {"number": number, "parent": parent, "depth": depth, "visits": visits, "reward": reward, "text": ""}
-
-
-class Never(random.Random):
-    def random(self):
-        return 0.5
-
-
-class Always(random.Random):
-    def random(self):
-        return 0.05
-
-
-def test_mcts_walks_to_the_most_promising_template_by_hand():
-    """Step 8, c = 0.5: sqrt(2 ln 8) = 2.039. Seeds: 0 with 3 visits and reward 1.9: 1.9/4 + 0.5 * 2.039 / 2 = 0.985;
-    1 with 0 visits: 0.5 * 2.039 = 1.020. So 1; were it visited 8 times, 0.5 * 2.039 / 3 = 0.340, so 0, and of its
-    children the unvisited 3: 1.020 against 0.8 / 3 + 0.5 * 2.039 / sqrt(3) = 0.855 of 2."""
-    config = Config()
-    assert [n["number"] for n in select([node(0, None, 0, 3, 1.9), node(1, None, 0, 0, 0)], 8, config, Never())] == [1]
-    pool = [node(0, None, 0, 3, 1.9), node(1, None, 0, 8, 0), node(2, 0, 1, 2, 0.8), node(3, 0, 1, 0, 0),
-            node(4, 2, 2, 0, 0)]
-    assert [n["number"] for n in select(pool, 8, config, Never())] == [0, 3]
-    assert [n["visits"] for n in pool] == [4, 8, 2, 1, 0]
-    pool[3]["visits"] = 50
-    assert [n["number"] for n in select(pool, 8, config, Never())] == [0, 2, 4]
-    assert [n["number"] for n in select(pool, 8, config, Always())] == [0], "one time in ten it stops early"
-
-
-def test_round_robin_takes_every_template_in_turn():
-    pool = [node(i, None, 0, 0, 0) for i in range(3)]
-    paths = [select(pool, step, Config(select="round_robin"), Never()) for step in range(1, 8)]
-    assert [path[-1]["number"] for path in paths] == [0, 1, 2, 0, 1, 2, 0]
-
-
-@pytest.mark.parametrize("how", ["mcts", "round_robin"])
-def test_templates_that_win_join_the_pool_and_are_changed_in_turn(how, config):
-    transcripts, dropped, model = run(replace(config, mode="fuzz", select=how, steps=40))
+def test_templates_that_win_join_the_pool_and_are_changed_in_turn(config):
+    transcripts, dropped, model = run(replace(config, mode="fuzz", steps=40))
     assert Counter(t["operator"] for t in transcripts).keys() == OPERATORS.keys()
     for t in transcripts:
         assert t["template"].count(HOLE) == 1
@@ -148,27 +110,18 @@ def test_templates_that_win_join_the_pool_and_are_changed_in_turn(how, config):
     assert f"does not hold {HOLE} once" in {d["reason"] for d in dropped}
 
 
+def test_the_templates_of_the_pool_are_changed_in_turn(config):
+    _, _, model = run(replace(config, mode="fuzz", steps=7),
+                      lambda r, s: "Once." if speaker(r) == "attacker" else "[[safe]]")
+    shown = [r.messages[-1]["content"].partition("Template: ")[2] for r in model.asked if speaker(r) == "attacker"]
+    assert len(shown) == 7 and all(text.startswith(TEMPLATES[i % 5]) for i, text in enumerate(shown))
+
+
 def test_what_is_put_in_front_of_a_template_keeps_the_template(config):
     transcripts, _, _ = run(replace(config, mode="fuzz", steps=60),
                             lambda r, s: "Once." if speaker(r) == "attacker" else "[[safe]]")
     assert {t["operator"] for t in transcripts} == {"expand"}
     assert {t["template"] for t in transcripts} <= {f"Once. {t}" for t in TEMPLATES}
-
-
-def test_rewards_shrink_with_depth(config, monkeypatch):
-    """Every behaviour is won every time: 1 for the seed, 0.9 for its child and so on, 0.2 from the eighth level on."""
-    grown: list[dict] = []
-
-    def newest(pool, *_):
-        grown[:] = pool
-        return [pool[-1]]
-
-    monkeypatch.setattr(red_team, "select", newest)
-    said = {"attacker": f"{HOLE} {{}}", "judge": "[[unsafe]]", "target": "yes"}
-    run(replace(config, mode="fuzz", steps=30), lambda r, s: said[speaker(r)].format(r.repeat))
-    assert [n["depth"] for n in grown[4:]] == list(range(len(grown) - 4)) and len(grown) > 15
-    assert all(n["text"].count(HOLE) == 1 for n in grown), "the expansions, which held it once more, were dropped"
-    assert [n["reward"] for n in grown[4:14]] == pytest.approx([1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2])
 
 
 # ---------------------------------------------------------------------------------------- end to end

@@ -1,6 +1,4 @@
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from conftest import exits, write_jsonl
@@ -135,12 +133,8 @@ def test_ideas_of_role_pairs_become_dialogues(config, tmp_path, capsys):
 
 
 def test_nobody_plays_both_sides(config, tmp_path):
-    (tmp_path / "roles.txt").write_text("1. Baker\n2. Nurse\n")
-    roles = str(tmp_path / "roles.txt")
-    train, dropped, _ = run(replace(config, assistant_roles=roles, user_roles=roles, dialogues=100))
-    pairs = {(r["assistant_role"], r["user_role"]) for r in train}
-    pairs |= {tuple(d["roles"]) for d in dropped if d["stage"] == "ideas"}
-    assert pairs == {("Baker", "Nurse"), ("Nurse", "Baker")}
+    assistants, users = (role_play.TEXTS[f"{side}_roles"] for side in ("assistant", "user"))
+    assert not set(assistants) & set(users) and len(role_play.load_ideas(config)) == len(assistants) * len(users) == 400
 
 
 def test_the_user_may_be_another_model(config, tmp_path):
@@ -179,15 +173,6 @@ def test_corrupted_replies_are_dropped_with_a_reason(config, tmp_path):
 def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, capsys):
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"task": "a"}])
     for change, said in (({"ideas": str(bad)}, "bad.jsonl line 1: is no idea"),
-                         ({"ideas": "none.jsonl"}, "no such file"),
-                         ({"user_roles": "none.txt"}, "user_roles=none.txt: cannot be read")):
+                         ({"ideas": "none.jsonl"}, "no such file")):
         exits(capsys, lambda change=change: main(replace(config, **change)), said)
     exits(capsys, lambda: Config(max_messages=1), "max_messages is 1")
-
-
-@pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
-def test_the_published_roles_are_read_without_their_numbers():
-    data = Path(os.environ["REAL_DATA"]) / "datasets" / "camel"
-    assistants, users = role_play.load_roles(Config(assistant_roles=str(data / "ai_society_assistant_roles.txt"),
-                                                    user_roles=str(data / "ai_society_user_roles.txt")))
-    assert len(assistants) == len(users) == 50 and users[:2] == ["Accountant", "Actor"]

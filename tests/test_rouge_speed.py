@@ -3,9 +3,8 @@
     WRITE=1 python -m pytest tests/test_rouge_speed.py    50,000 instructions, to benchmarks/results/rouge.json; minutes
 
 A synthetic instruction has 4 to 150 words (log-normal, half of them under 14), drawn by Zipf's law from 20,000; one in
-five repeats an earlier one with some words changed. `filter` decides which to keep, `neighbours` computes F with every
-text kept before, as the ten nearest neighbours and the mean need it. rouge_score is timed on pairs of which half are
-near-duplicates; its time for the filter's pairs is extrapolated from there.
+five repeats an earlier one with some words changed. rouge_score is timed on pairs of which half are near-duplicates;
+its time for the filter's pairs is extrapolated from there.
 """
 import json
 import os
@@ -18,7 +17,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from test_rouge import filter_similar, rouge_l
 
 from benchmarks.measure import machine, timed
-from collect.rouge import Pool
 
 WRITE = "WRITE" in os.environ
 INSTRUCTIONS, PAIRS = (50_000, 1000) if WRITE else (1000, 100)
@@ -53,14 +51,6 @@ def drawn_pairs(texts: list[str]) -> list[tuple[str, str]]:
     return found
 
 
-def neighbours(texts: list[str]) -> None:
-    """F of every text with all before it."""
-    pool = Pool()
-    for text in texts:
-        pool.similarities(text)
-        pool.add(text)
-
-
 def test_the_filter_agrees_with_rouge_score_and_is_faster():
     texts, theirs = synthetic(INSTRUCTIONS), RougeScorer(["rougeL"], use_stemmer=False)
     some = drawn_pairs(texts)
@@ -70,12 +60,10 @@ def test_the_filter_agrees_with_rouge_score_and_is_faster():
     compared = np.cumsum([verdict is None for verdict in verdicts])[:-1].sum().item()  # each with those kept before it
     differ = sum(rouge_l(a, b) != score for (a, b), score in zip(some, scores, strict=True))
     if WRITE:
-        _, neighbours_s = timed(neighbours, kept)
         report = {"command": "WRITE=1 python -m pytest tests/test_rouge_speed.py", **machine(torch.device("cpu")),
                   "threads": 1, "instructions": len(texts),
                   "mean_words": sum(len(text.split()) for text in texts) / len(texts), "kept": len(kept),
                   "pairs": compared, "filter_s": filter_s, "filter_per_s": len(texts) / filter_s,
-                  "neighbours_s": neighbours_s, "neighbours_per_s": len(kept) / neighbours_s,
                   "rouge_score_pairs_per_s": PAIRS / pairs_s,
                   "rouge_score_hours_extrapolated": compared * pairs_s / PAIRS / 3600,
                   "agreement_pairs": PAIRS, "agreement_differ": differ}

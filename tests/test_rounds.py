@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 import runtime
 import sft
 from collect import annotate, rounds
-from collect.rounds import Config, lines, main, table, take_prompts
+from collect.rounds import Config, lines, load_prompts, main, table
 from data.formats import read
 from data.llm import open_model
 from data.tiny import build
@@ -318,17 +318,16 @@ def test_what_is_wrong_is_said_before_anything_runs(world, tmp_path, commands, c
     exits(capsys, lambda: config(world, tmp_path, prompts_per_round=21, rounds=3), "holds 60 prompts", "3 rounds of 21")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "Hello"}\n' * 19 + '{"prompt": "He\n')
     settings = {"annotators": "people", "dev": "", "shared": 0}
-    broken = config(world, tmp_path / "c", prompts=str(tmp_path / "broken.jsonl"), rounds=1, prompts_per_round=20,
-                    **settings)
-    exits(capsys, lambda: take_prompts(1, broken), "broken.jsonl line 20", "'prompt' or 'turns'")
+    exits(capsys, lambda: config(world, tmp_path / "c", prompts=str(tmp_path / "broken.jsonl"), rounds=1,
+                                 prompts_per_round=20, **settings), "broken.jsonl line 20", "'prompt' or 'turns'")
     hello = '\ufeff{"prompt": "Hello"}\n\n' + '{"prompt": "Hi"}\n\n' * 19
     (tmp_path / "gaps.jsonl").write_text(hello, encoding="utf-8")
     gaps = config(world, tmp_path / "g", prompts=str(tmp_path / "gaps.jsonl"), rounds=1, prompts_per_round=20,
                   **settings)
-    assert [p["prompt"][0]["content"] for p in take_prompts(1, gaps)] == ["Hello", *["Hi"] * 19]
+    assert [p["prompt"][0]["content"] for p in load_prompts(gaps)] == ["Hello", *["Hi"] * 19]
     write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Hello"}] * 20)
-    strangers = config(world, tmp_path / "a", prompts=str(tmp_path / "other.jsonl"), rounds=1, dev="")
-    exits(capsys, lambda: main(strangers), "other.jsonl line 1", "annotators=people")
+    strangers = {"prompts": str(tmp_path / "other.jsonl"), "rounds": 1, "dev": ""}
+    exits(capsys, lambda: config(world, tmp_path / "a", **strangers), "other.jsonl line 1", "annotators=people")
     main(config(world, tmp_path / "b", **settings))
     main(config(world, tmp_path / "b", **settings, votes=50))  # a round may end earlier than was planned
     assert "0 of 50 preferences" in capsys.readouterr().out

@@ -1,4 +1,3 @@
-import json
 import os
 import random
 from dataclasses import replace
@@ -14,7 +13,6 @@ from collect.self_instruct import (
     as_prompt,
     instruction_fault,
     main,
-    read_alpaca,
     read_input_first,
     read_list,
     read_output_first,
@@ -52,15 +50,7 @@ def reply(request, sampling):
         return "".join(f"Class label: {says(n, i, words=1)}\n{says(n, i)}\n" for i in range(1 + n % 7))
     if "(Begin with \"Example 1\".)" in text:
         return "".join(f"Example {i}\nInput: {says(n, i)}\nOutput: {says(n, i, 'out')}\n" for i in range(1, 2 + n % 7))
-    if text.endswith("Instruction:"):
-        return f" {says(n, 0)}\n4. Input:\n<noinput>\n4. Output:\n{says(n)}\n###\n" + "###\n".join(
-            f"{i}. Instruction: {says(n, i)}\n{i}. Input:\n{says(n, i, 'in')}\n{i}. Output:\n{says(n, i, 'out')}\n"
-            for i in range(5, 9))
     return f" {says(n, 0)}\n" + "\n".join(f"{i}. {says(n, i) if n % 5 else 'too short'}" for i in range(10, 15))
-
-
-def bare_request(recipe: str, seed: int) -> Request:
-    return Request([{"role": "user", "content": "4. Instruction:" if recipe == "alpaca" else "9."}], repeat=seed)
 
 
 @pytest.fixture
@@ -77,7 +67,7 @@ def done(text: str) -> Reply:
 def test_a_list_goes_on_after_the_bare_number():
     """The prompt ends with "9.": what comes first is item 9, unless the reply repeats the number."""
     def found(text):
-        return [task and task["instruction"].strip() for task, _, _ in read_list(done(text), Config())]
+        return [None if reason else instruction for instruction, reason in read_list(done(text), Config())]
 
     assert found(" Name a river.\n10. Sing 3. times\n11 . Add 1.5.") == ["Name a river.", "Sing 3. times", "Add 1.5."]
     assert found("9. Name a river.\n10. Sing.") == ["Name a river.", "Sing."]
@@ -85,7 +75,7 @@ def test_a_list_goes_on_after_the_bare_number():
     chatty = "Here are more:\n\n9. Name a river.\n\n10. Sing.\n\nShall I go on?"
     assert found(chatty) == [None, "Name a river.", "Sing.", None]
     assert found("") == [None]
-    assert read_list(Reply("1. a\n2. b", False, 0, 0, 0.0), Config()) == [(None, "1. a\n2. b", "cut by length")]
+    assert read_list(Reply("1. a\n2. b", False, 0, 0, 0.0), Config()) == [("1. a\n2. b", "cut by length")]
 
 
 @pytest.mark.parametrize("instruction, reason", [
@@ -100,11 +90,6 @@ def test_a_list_goes_on_after_the_bare_number():
 def test_instructions_are_filtered_in_the_published_order(instruction, reason):
     said = instruction_fault(instruction, Config())
     assert reason in said and bool(reason) == bool(said)
-
-
-def test_alpaca_bans_five_more_words_and_the_original_thirteen():
-    assert len(self_instruct.TEXTS["banned"]) == 13 and len(self_instruct.TEXTS["alpaca_banned"]) == 5
-    assert "cannot hold" in instruction_fault("Describe an imaginary flowchart today", Config(recipe="alpaca"))
 
 
 def test_input_first_instances_by_hand():
@@ -136,23 +121,6 @@ def test_instances_are_filtered_by_hand():
     assert kept == [] and len(faults) == 3
 
 
-def test_alpaca_blocks_by_hand():
-    """The first block was begun by the prompt; the second lacks an input, the third is whole, the last has none."""
-    text = (" Add them.\n4. Input:\n1, 2\n4. Output:\n3\n###\n5. Instruction: Sing.\n5. Output:\nla\n###\n"
-            "6. Instruction: Name a river\n6. Input: <NoInput>\n6. Output: Rhine\n###\n"
-            "7. Instruction: Go\n7. Input: x\n7. Output:\n")
-    found = read_alpaca(done(text), Config(recipe="alpaca"))
-    assert [reason for *_, reason in found] == ["", "not an instruction, an input and an output", "", "empty output"]
-    assert [task["instances"] for task, *_ in found if task] == [[{"input": "1, 2", "output": "3"}],
-                                                                 [{"input": "", "output": "Rhine"}]]
-    assert found[0][0]["instruction"].strip() == "Add them."
-    assert read_alpaca(done(text.replace("###\n6.", "###\nNext:\n6.")), Config(recipe="alpaca"))[2][0] is None
-    again = read_alpaca(done("###\n4. Instruction:" + text), Config(recipe="alpaca"))
-    assert [task for task, *_ in again] == [task for task, *_ in found]
-    cut = read_alpaca(Reply(text.rsplit("###", 1)[0], False, 0, 0, 0.0), Config(recipe="alpaca"))
-    assert [reason for *_, reason in cut] == ["", "not an instruction, an input and an output", "cut by length"]
-
-
 def test_all_thirteen_formats_occur_and_hold_everything():
     rng = random.Random(0)
     assert len({as_prompt("Add {them}", "1\n2", rng) for _ in range(300)}) == 7
@@ -169,11 +137,9 @@ def test_seeds_become_tasks_and_training_records(config, tmp_path, capsys):
     main(config, Scripted(reply))
     tasks, train, dropped = records(config.out, "tasks", "train", "dropped")
     assert len(tasks) > 30 and len({task["instruction"] for task in tasks}) == len(tasks)
-    assert set(tasks[0]) >= {"id", "instruction", "instances", "is_classification", "most_similar",
-                             "avg_similarity_score"}
+    assert set(tasks[0]) == {"id", "instruction", "request", "instances", "is_classification"}
     assert {task["is_classification"] for task in tasks} == {True, False}
-    assert all(1 <= len(task["instances"]) <= 5 and len(task["most_similar"]) == 10 for task in tasks)
-    assert all(max(task["most_similar"].values()) <= 0.7 and task["instruction"][0].isupper() for task in tasks)
+    assert all(1 <= len(task["instances"]) <= 5 and task["instruction"][0].isupper() for task in tasks)
     assert len(train) == sum(len(task["instances"]) for task in tasks)
     assert len(list(read(tmp_path / "out" / "train.jsonl")[0])) == len(train)
     reasons = {d["reason"] for d in dropped}
@@ -235,31 +201,18 @@ def test_whenever_it_is_killed_it_goes_on_to_the_same_files(config, tmp_path):
     assert len(found["train.jsonl"]) > 1000
 
 
-def test_alpaca_asks_once_for_whole_tasks_and_survives_kills(config, tmp_path):
-    config = replace(config, recipe="alpaca")
-    found = survives_kills(lambda model, out: main(replace(config, out=str(out)), model), reply, tmp_path, deaths=2)
-    tasks = [json.loads(line) for line in found["tasks.jsonl"].splitlines()]
-    assert len(tasks) >= 40 and {len(task["instances"]) for task in tasks} == {1}
-    assert any(not t["instances"][0]["input"] for t in tasks)
-    asked = [json.loads(line)["messages"][0]["content"] for line in found["replies.jsonl"].splitlines()]
-    assert all(text.endswith("###\n4. Instruction:") for text in asked)
-
-
-@pytest.mark.parametrize("recipe", ["original", "alpaca"])
-def test_corrupted_replies_are_dropped_with_a_reason(recipe, config, tmp_path, capsys):
+def test_corrupted_replies_are_dropped_with_a_reason(config, tmp_path, capsys):
     """500 corruptions of each kind of reply: nothing raises, nothing is lost, and what is written can be trained on."""
-    read_one = {"original": read_list, "alpaca": read_alpaca}[recipe]
     for seed in range(500):
-        said = reply(bare_request(recipe, seed), None)
+        said = reply(Request([{"role": "user", "content": "9."}], repeat=seed), None)
         text = corrupt(said if isinstance(said, str) else said[0], seed)
-        found = read_one(Reply(text, seed % 7 > 0, 0, 0, 0.0), Config(recipe=recipe))
-        assert found and all((task is None) == bool(reason) for task, _, reason in found) or not text.strip()
+        assert read_list(Reply(text, seed % 7 > 0, 0, 0, 0.0), Config())
         for parse in (read_input_first, read_output_first):
             pairs = parse(corrupt(f"Example 1\nInput: a\nOutput: b\nClass label: c\nd\n{text}", seed))
             kept, faults = sound(pairs)
             assert len(kept) + len(faults) == len(pairs)
 
-    main(replace(config, recipe=recipe, instructions=150, patience=3), Scripted(damaged(reply)))
+    main(replace(config, instructions=150, patience=3), Scripted(damaged(reply)))
     train, report = read(tmp_path / "out" / "train.jsonl")
     assert len(list(train)) > 20 and not report.rejects
     assert "instruction: " in capsys.readouterr().out

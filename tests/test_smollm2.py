@@ -10,6 +10,7 @@ import judge
 import ppo
 from benchmarks import constraints, smollm2
 from benchmarks.smollm2 import Config
+from data.tokenizer import load_tokenizer
 from runtime import load_config
 
 MODEL = ROOT / "models" / "smollm2-135m"
@@ -81,7 +82,7 @@ def test_margins_are_steps_of_the_scores(chosen, rejected, margin):
 def test_without_data_a_piece_that_needs_it_says_how_to_get_it(tmp_path, capsys):
     exits(capsys, lambda: smollm2.place(Config(), "arc"), "arc: no data set named", "hf download")
     exits(capsys, lambda: smollm2.chosen_pairs(Config(), str(tmp_path / "none"), 3, 9), "none: no such file")
-    exits(capsys, lambda: Config(piece="dance"), "piece is 'dance', expected one of check")
+    exits(capsys, lambda: Config(piece="dance"), "piece is 'dance', expected one of replies")
     exits(capsys, lambda: smollm2.opened(str(tmp_path / "none"), Config()), "make smollm2 fetches it")
 
 
@@ -95,6 +96,10 @@ def test_the_settings_of_the_pieces_are_keys_of_the_scripts():
 
 
 @pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason="make smollm2 fetches the model")
-def test_the_real_model_says_paris_under_a_template_of_its_own(capsys):
-    smollm2.check(Config(model=str(MODEL)))
-    assert "Paris" in capsys.readouterr().out
+def test_the_real_model_says_paris_under_a_template_of_its_own():
+    """Whether the conversion is right. Its template has a default system turn, which names the model."""
+    (((text, _, finished),),) = smollm2.sampled(Config(model=str(MODEL)), ["What is the capital of France?"], 0.0)
+    assert "Paris" in text and finished
+    tokenizer = load_tokenizer(MODEL)
+    shown = tokenizer.chat.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    assert (tokenizer.template, tokenizer.end) == ("own", "<|im_end|>") and "SmolLM" in shown

@@ -9,7 +9,7 @@ import pytest
 from conftest import BASE, exits
 
 from collect import raters, spec
-from collect.plausible import SLIDES, implausible
+from collect.spec import SLIDES, implausible
 from data.formats import read
 from data.tokenizer import load_tokenizer
 from judging.agreement import gwet_ac1
@@ -512,7 +512,7 @@ def test_the_command_prints_agreement_where_records_have_raters(tmp_path, capsys
                             "annotator": rater, "category": "chat", "margin": 2})
     spec.main([write(tmp_path / "p.jsonl", records)])
     out = capsys.readouterr().out
-    assert "3 raters, 60 pairs that two or more of them rated" in out and "Gwet's AC2" in out
+    assert "3 raters, 60 pairs that two or more of them rated" in out and "Gwet's AC1" in out
     assert "Undecided: fewer than three" in out
 
 

@@ -8,7 +8,7 @@ from scripted import Scripted, corrupt, damaged, files, number, records, survive
 
 from collect import ultrachat
 from collect.synthetic import Run
-from collect.ultrachat import Config, main, read_items, split, without_courtesy
+from collect.ultrachat import Config, main, read_items, without_courtesy
 from data.formats import read
 from data.llm import Sampling
 
@@ -59,22 +59,6 @@ def test_courtesy_is_cut_and_wishes_stay(turn, left):
     assert without_courtesy(turn) == left
 
 
-def test_long_dialogues_are_split_between_rounds_by_hand():
-    """Turns of 4 tokens count 10, rounds 20: a window of 45 holds two. The last round, which overflows it, is kept."""
-    def rounds(*sizes):
-        return [m for i, size in enumerate(sizes) for m in ({"role": "user", "content": f"u{i}" + "x" * (size - 2)},
-                                                            {"role": "assistant",
-                                                             "content": f"a{i}" + "x" * (size - 2)})]
-
-    assert split(rounds(4, 4), 45, len) == ([rounds(4, 4)], [])
-    parts, too_long = split(rounds(4, 4, 4), 45, len)
-    assert [len(part) for part in parts] == [4, 2] and sum(parts, []) == rounds(4, 4, 4) and not too_long
-    parts, too_long = split(rounds(4, 40, 4), 45, len)  # nothing goes on across the gap
-    assert [len(part) for part in parts] == [2, 2] and too_long == [rounds(4, 40, 4)[2:4]]
-    assert split(rounds(40), 45, len) == ([], [rounds(40)])
-    assert split(rounds(4, 4), 40, len)[0] == [rounds(4, 4)] and len(split(rounds(4, 4), 39, len)[0]) == 2
-
-
 # ---------------------------------------------------------------------------------------- end to end
 
 def test_questions_become_dialogues_of_three_to_seven_rounds(config, tmp_path, capsys):
@@ -114,7 +98,7 @@ def test_thirty_topics_ask_for_eleven_hundred_subtopics():
 
 def test_more_than_ten_items_are_asked_for_in_several_requests(config, tmp_path):
     silent, run = Scripted(lambda r, s: None), Run(config)
-    assert ultrachat.lists(run, silent, ["a", "b"], 37, "stage", config) == [[], []]
+    assert ultrachat.lists(run, silent, ["a", "b"], 37, "stage") == [[], []]
     assert [r.repeat for r in silent.asked] == [0, 1, 2, 3] * 2
     assert len(run.dropped) == 8 and {d["reason"] for d in run.dropped} == {"no reply"}
 
@@ -122,7 +106,7 @@ def test_more_than_ten_items_are_asked_for_in_several_requests(config, tmp_path)
 def test_a_list_that_was_cut_loses_its_last_item(config):
     cut, run = [("1. one\n2. tw", False), "1. One\n2. three\n3. four"], Run(config)
     model = Scripted(lambda r, s: cut[r.repeat])
-    assert ultrachat.lists(run, model, ["a"], 11, "stage", config) == [["one", "three", "four"]]
+    assert ultrachat.lists(run, model, ["a"], 11, "stage") == [["one", "three", "four"]]
     assert [(d["text"], d["reason"]) for d in run.dropped] == [("tw", "cut by length"), ("One", "repeated")]
 
 
@@ -155,17 +139,6 @@ def test_materials_are_joined_to_their_questions(config, tmp_path):
     assert train
     assert all("tells {of} the sea." in r["messages"][0]["content"] and "thing" in r["messages"][0]["content"]
                for r in train)
-
-
-def test_records_are_split_by_the_tokens_of_a_tokenizer(config, tmp_path):
-    config = replace(config, out=str(tmp_path / "one"))
-    whole, _, _ = run(config)
-    parts, dropped, _ = run(replace(config, out=str(tmp_path / "two"), tokenizer=str(BASE), split_tokens=100))
-    assert len(parts) > len(whole) and not [d for d in dropped if d["stage"] == "split"]
-    assert [m for r in parts for m in r["messages"]] == [m for r in whole for m in r["messages"]]
-    assert len({r["id"] for r in parts}) == len(parts)
-    _, dropped, _ = run(replace(config, out=str(tmp_path / "three"), tokenizer=str(BASE), split_tokens=12))
-    assert "longer than 12 tokens" in {d["reason"] for d in dropped}
 
 
 @pytest.mark.parametrize("sector", ["questions", "writing"])
@@ -244,8 +217,8 @@ def test_decisions_are_kept_when_the_person_leaves(config, tmp_path, person, cap
     person += ["k"]
     with pytest.raises(SystemExit) as left:
         run(config, plain)
-    assert left.value.code == 2 and "holds 1 decisions" in capsys.readouterr().err
-    with (tmp_path / "out" / "review.jsonl").open("a") as file:
+    assert left.value.code == 2 and "more decisions are needed" in capsys.readouterr().err
+    with (tmp_path / "out" / "replies.jsonl").open("a") as file:
         file.write('{"key": "half a li')
     person += ["k"]
     train, _, _ = run(config, plain)

@@ -1,6 +1,6 @@
 """How often the intervals that judge.py prints hold the truth: simulated worlds, put through the report's own tables.
 
-    python -m benchmarks.coverage out=benchmarks/results/coverage.json
+    WRITE=1 python -m pytest tests/test_coverage.py       400 worlds, to benchmarks/results/coverage.json; half an hour
 
 A world is three models that answer `prompts` prompts; how well a model does differs from prompt to prompt, and so does
 what a judge makes of it, so that games of one prompt are not independent. The judge likes length and the first slot,
@@ -9,32 +9,21 @@ average in the worlds with most prompts, of Elo, which depends on the number of 
 95 % intervals hold the truth in 93 to 97 % of 400 worlds by chance.
 """
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
 from itertools import combinations
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from conftest import ROOT
 
-import runtime
-from benchmarks.measure import save
 from collect import raters
 from judging import choices, gold, people, rewards, safety, tables, trial
 from judging.ratings import paired_difference
 
+RESULT, WRITE = ROOT / "benchmarks" / "results" / "coverage.json", "WRITE" in os.environ
 MODELS = {"base": 0.0, "sft": 0.4, "dpo": 0.7}
 ORDER_DEPENDS = ("Elo", "Elo from ratings, no ties", "Elo from ratings, ties allowed")
-
-
-@dataclass(frozen=True)
-class Config:
-    out: str = "benchmarks/results/coverage.json"
-    worlds: int = 400
-    prompts: list[int] = (30, 100)
-    # Of the table; rows of other parts stay as they are.
-    parts: list[str] = ("judges", "people", "rated elo", "alone", "difference", "raters")
-    threads: int = 1
+WORLDS, PROMPTS = 400, (30, 100)
 
 
 def games(rng: np.random.Generator, prompts: int) -> tuple[list[dict], list[dict], list[dict]]:
@@ -169,35 +158,39 @@ def alone(world: World) -> dict[str, dict]:
             "safety, one in ten": safety.safety_section(attacks)["rows"][0][2]}
 
 
-PARTS = {"judges": of_judges, "people": of_people, "rated elo": of_rated_elo, "alone": alone,
-         "difference": difference, "raters": of_raters}
-
-
-def printed(prompts: int, number: int, parts: Sequence[str]) -> dict[str, dict]:
+def printed(prompts: int, number: int) -> dict[str, dict]:
     """The cells with intervals of a report on one world."""
     rng = np.random.default_rng([prompts, number])
-    world = World(prompts, rng, *games(rng, prompts))
-    return {name: found for part in parts for name, found in PARTS[part](world).items()}
+    world, parts = World(prompts, rng, *games(rng, prompts)), (of_judges, of_people, of_rated_elo, alone, difference,
+                                                              of_raters)
+    return {name: found for part in parts for name, found in part(world).items()}
 
 
-def main(config: Config) -> None:
-    runtime.setup("cpu", 0, config.threads)
-    if unknown := set(config.parts) - PARTS.keys():
-        runtime.fail(f"parts: '{min(unknown)}' is unknown, expected some of {', '.join(PARTS)}")
-    worlds = {n: [printed(n, k, config.parts) for k in range(config.worlds)] for n in config.prompts}
-    old = json.loads(Path(config.out).read_text())["intervals"] if Path(config.out).is_file() else []
-    rows = {row["interval"]: row for row in old}
-    for name in worlds[config.prompts[0]][0]:
+def coverage() -> list[dict]:
+    """A row for each interval."""
+    worlds, rows = {n: [printed(n, k) for k in range(WORLDS)] for n in PROMPTS}, []
+    for name in worlds[PROMPTS[0]][0]:
         row, mean = {"interval": name}, {n: np.mean([cells[name]["value"] for cells in worlds[n]]) for n in worlds}
-        for n in config.prompts:
+        for n in PROMPTS:
             cells, truth = [cells[name] for cells in worlds[n]], mean[n if name in ORDER_DEPENDS else max(worlds)]
             row |= {f"coverage_{n}": float(np.mean([c["low"] <= truth <= c["high"] for c in cells])),
                     f"width_{n}": float(np.mean([c["high"] - c["low"] for c in cells])), "truth": float(truth)}
-        print(row, flush=True)
-        rows[name] = row
-    save(config.out, {"command": "python -m benchmarks.coverage", "worlds": config.worlds,
-                      "prompts": list(config.prompts), "intervals": list(rows.values())})
+        rows.append(row)
+    return rows
 
 
-if __name__ == "__main__":
-    main(runtime.load_config(Config, __doc__))
+def test_every_interval_that_was_measured_is_printed_and_holds_its_own_value():
+    names = {row["interval"] for row in json.loads(RESULT.read_text())["intervals"]}
+    cells = printed(PROMPTS[0], 0)
+    assert cells.keys() == names
+    for name, cell in cells.items():
+        assert cell["low"] < cell["high"] and cell["low"] <= cell["value"] <= cell["high"], name
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """95 % of 400 worlds, give or take three standard errors and Wilson's steps."""
+    if WRITE:
+        RESULT.write_text(json.dumps({"command": "WRITE=1 python -m pytest tests/test_coverage.py", "worlds": WORLDS,
+                                      "prompts": PROMPTS, "intervals": coverage()}, indent=1) + "\n")
+    for row in json.loads(RESULT.read_text())["intervals"]:
+        assert all(0.915 <= row[f"coverage_{n}"] <= 0.985 for n in PROMPTS), row

@@ -38,7 +38,6 @@ from data.llm import Budget, Opener, Sampling, open_model
 from judge import answer, load_questions
 from judging import games, gold, paired, report, tables
 from judging.entries import Entry, check_checkpoint, decode
-from judging.prompts import Question
 from runtime import check_ranges, fail, lock_file
 from runtime.config import read_toml, shipped
 
@@ -221,7 +220,7 @@ def train(jobs: list[Job], at_once: int, threads: int) -> int:
 
 # ------------------------------------------------------------------------------------------ judging
 
-def score(config: Config, jobs: list[Job], out: Path) -> tuple[dict[str, paired.Scores], list[Question]]:
+def score(config: Config, jobs: list[Job], out: Path) -> dict[str, paired.Scores]:
     """The score of every dialogue by variant and seed: the mean over its turns and over several replies."""
     judge, device = decode("judges", config.judge), runtime.setup("auto", 0, 0)
     questions, dialogues = load_questions(config.data, limit=config.questions, graded=judge.kind == "gold")
@@ -248,7 +247,7 @@ def score(config: Config, jobs: list[Job], out: Path) -> tuple[dict[str, paired.
         several = [by_run[job.variant.name, job.seed + SEEDS * k] for k in range(config.replies)]
         means = map(mean, zip(*several, strict=True))
         scores.setdefault(job.variant.name, {})[job.seed] = {q.id: x for q, x in zip(questions, means, strict=True)}
-    return scores, questions
+    return scores
 
 
 def compared(judge: Entry, answers: games.Answers, ledger: Path, device: str) -> dict[tuple[str, int], list[float]]:
@@ -256,7 +255,7 @@ def compared(judge: Entry, answers: games.Answers, ledger: Path, device: str) ->
     asked = games.Judge(judge.name, open_model(judge.where, device), "pair", "plain", 512, ledger)
     pairs = games.in_orders(games.matches(answers, "A", False), "both", answers.names)
     rows = tables.merge_orders(games.compare(asked, pairs, answers))[0]
-    if lacking := tables.refused(rows, False):
+    if lacking := tables.refused(rows):
         fail(f"judge {judge.name}: {lacking}")
     wins: dict[tuple[int, str], list[float]] = {}
     for row in rows:  # a verdict that could not be read, one in twenty at most, counts as a tie
@@ -286,21 +285,18 @@ def compare(first: str, second: str, config: Config) -> dict:
     out, began = runtime.open_folder(config.out), time.monotonic()
     jobs = jobs_of([a, b], config.seeds, out)
     new = train(jobs, config.jobs, config.threads)
-    scores, questions = score(config, jobs, out)
+    scores, unit = score(config, jobs, out), "of the reward model's score" if judge.kind == "reward" else "points"
     try:
-        d = paired.differences(scores["A"], scores["B"])
+        found = paired.estimate(paired.matrix(scores["B"], "B") - paired.matrix(scores["A"], "A"))
     except ValueError as error:
         fail(f"{config.out}: {error}: the two cannot be paired")
-    tasks = [category for _, category in sorted((q.id, q.category) for q in questions)]  # of the columns of d
-    by_task = {task: d[:, [x == task for x in tasks]] for task in sorted(set(tasks)) if tasks.count(task) > 1}
-    found, unit = paired.estimate(d), "of the reward model's score" if judge.kind == "reward" else "points"
     about = {v.name: shlex.join([v.script, *v.words]) for v in (a, b)} | {
         "judge": config.judge, "dialogues": config.data, "seeds": config.seeds, "replies": config.replies,
         "temperature": config.temperature, "runs trained now": new,
         "minutes": round((time.monotonic() - began) / 60, 1)}
     result = {"title": "B against A", "about": about, "verdict": paired.verdict(found, unit),
               "difference": found._asdict(), "seeds_needed": paired.seeds_needed(found), "scores": scores,
-              "sections": paired.sections(found, scores["A"], scores["B"], unit, by_task)}
+              "sections": paired.sections(found, scores["A"], scores["B"], unit)}
     report.write(result, out)
     print(f"\n{report.text(result)}\nwrote {out}/report.html and report.json")
     return result

@@ -13,7 +13,7 @@ default; a win needs both (Zheng et al. 2023, arXiv:2306.05685). What models and
 in twenty cannot be read, no mean is given.
 
 What was answered or judged elsewhere is joined to the questions by the ids of both, or else by what was asked, never by
-its place (judging/questions.py). What is missing is said first (judging/missing.py). Of several people the majority
+its place (judging/questions.py). What is missing is said first (judging/games.py). Of several people the majority
 counts, whatever side each of them saw (judging/people.py).
 """
 import json
@@ -32,7 +32,7 @@ import runtime
 from collect.raters import collect_labels, rater_section
 from data.llm import Budget, Opener, Request, Sampling, ask, split_thoughts
 from data.records import write_lines
-from judging import boards, entries, gold, missing, people, recorded, report, tables, trial
+from judging import boards, entries, games, gold, people, recorded, report, tables, trial
 from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, spearman
 from judging.entries import Entry, check_checkpoint, decode_all
 from judging.games import Answers, Judge, compare, games_from_scores, in_orders, mark, matches, reward_scores
@@ -83,7 +83,6 @@ class Config:
     trial: int = 0                   # questions for the probes of the judge itself; 0: none
     sources: list[str] = ()          # "model=where its training data came from", for the table of self-preference
     judge_max_tokens: int = 512      # of a judge's answer
-    force: bool = False              # means even where too many verdicts cannot be read
     budget: float = 0.0              # money for everything that endpoints are asked; 0: no limit
     prompt_price: float = 0.0        # of a million tokens
     reply_price: float = 0.0
@@ -206,18 +205,11 @@ class Verdicts(NamedTuple):
     lost: list[dict] = []            # games that were not judged, for one model did not answer
 
 
-def read_recorded(path: str, baseline: str) -> recorded.Recorded:
-    said = recorded.read(path, options=recorded.Options(baseline=baseline))
-    if not said.games and not said.scores:
-        fail(f"judges: {path} holds no judgment that can be read, expected a format of judging/recorded.py")
-    return said
-
-
 def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Question], baseline: str,
-                      data: str, force: bool = False) -> Verdicts:
+                      config: Config) -> Verdicts:
     """Of people or judges whose verdicts were recorded: their majority, under `name`."""
     print(said)
-    if questions and (why := name_prompts(said, questions, data)):
+    if questions and (why := name_prompts(said, questions, config.data)):
         print(why)
     marks, votes = [row | {"judge": name} for row in said.scores], said.games
     games = tables.majority(votes, name)
@@ -225,8 +217,7 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
     baseline = next((x for x in (baseline, "baseline", *(r["b"] for r in games[:1])) if x in names), "")
     merged, forward, _ = tables.merge_orders(games)
     several = people.votes_section(votes, name)
-    sections = [trial.position_section({"as recorded": votes}, name, force), trial.length_section(merged, name, force),
-                trial.right_section(games, name, force)] if games else []
+    sections = [trial.position_section({"as recorded": votes}, name), trial.length_section(merged, name)]
     raters = collect_labels(people.label_rows(votes)) if several else None
     left_out = "; ".join(f"{count} times: {reason}" for reason, count in said.kinds.most_common())
     about = [report.note(f"{name}: {len(said.rejects)} records left out", f"{left_out}.")] if said.rejects else []
@@ -236,22 +227,23 @@ def recorded_verdicts(name: str, said: recorded.Recorded, questions: list[Questi
     return Verdicts(games, marks, baseline, orders, sections, about, votes)
 
 
-def verdict_sections(judge: str, said: Verdicts, form: str, force: bool, difficulty: str) -> list[dict]:
+def verdict_sections(judge: str, said: Verdicts, config: Config) -> list[dict]:
     """What a judge says of the models."""
-    sections: list[dict | None] = []
+    sections = []
     if merged := tables.merge_orders(said.games)[0] + said.lost:
         names = {x for r in merged for x in (r["a"], r["b"])}
         if said.baseline in names:
-            known = load_difficulty(difficulty, merged) if difficulty else {}
-            sections.append(tables.win_rate_section(merged, said.baseline, judge, ORDERS[said.orders], force, known))
+            known = load_difficulty(config.difficulty, merged) if config.difficulty else {}
+            sections.append(tables.win_rate_section(merged, said.baseline, judge, ORDERS[said.orders], known))
         if len(names) > 2:
-            sections += tables.ratings_sections(merged, judge, force=force)
-        sections.append(tables.category_section(merged, said.baseline, judge, force))
+            sections += tables.ratings_sections(merged, judge)
+        sections.append(tables.category_section(merged, said.baseline, judge))
         votes = said.votes or said.games
-        if said.orders and (form in ("likert", "margin") or people.rated(votes)) and not tables.refused(votes, force):
+        rates = config.form in ("likert", "margin") or people.rated(votes)
+        if said.orders and rates and not tables.refused(votes):
             sections += people.likert_sections(judge, votes + said.lost)
     if said.marks:
-        sections += tables.score_sections(said.marks, judge, force=force)
+        sections += tables.score_sections(said.marks, judge)
     return [s for s in sections if s]
 
 
@@ -267,31 +259,22 @@ def load_difficulty(path: str, rows: list[dict]) -> dict[str, float]:
     return found
 
 
-def leaderboard(verdicts: dict[str, Verdicts], subsets: list[str]) -> dict | None:
-    """Elo of the judges who rate, by subset of the prompts."""
-    rows = {name: (said.votes or said.games) + said.lost for name, said in verdicts.items() if said.orders}
-    named = {name: set(where.split(",")) for name, _, where, _ in decode_all("subsets", subsets)}
-    if not named:
-        found = {tables.category_of(r) for of in rows.values() for r in people.rated(of)} - {""}
-        named = {category: {category} for category in sorted(found)} if 2 <= len(found) <= 4 else {}
-    return people.leaderboard_section(rows, named)
-
-
-def judge_sections(verdicts: dict[str, Verdicts], truth: str, sources: list[str], form: str, force: bool,
-                   difficulty: str, subsets: list[str]) -> list[dict]:
+def judge_sections(verdicts: dict[str, Verdicts], config: Config) -> list[dict]:
     """All judges on one screen, what each says of the models and what its trial says of it, and whether they agree."""
-    games = {name: said.games for name, said in verdicts.items() if said.games}
-    sections = [trial.screen_section(games, truth, force), leaderboard(verdicts, subsets)] if games else []
+    truth, sections = config.truth, []
+    if games := {name: said.games for name, said in verdicts.items() if said.games}:
+        subsets = {name: set(where.split(",")) for name, _, where, _ in decode_all("subsets", config.subsets)}
+        votes = {name: (said.votes or said.games) + said.lost for name, said in verdicts.items() if said.orders}
+        sections = [trial.screen_section(games, truth), people.leaderboard_section(votes, subsets)]
     for name, said in verdicts.items():
-        sections += [*said.people, *verdict_sections(name, said, form, force, difficulty), *said.sections]
+        sections += [*said.people, *verdict_sections(name, said, config), *said.sections]
     if truth in games:
-        sections += [trial.agreement_section(games, truth, force),
-                     trial.category_agreement_section(games, truth, force)]
+        sections += [trial.agreement_section(games, truth), trial.category_agreement_section(games, truth)]
     marks = {name: said.marks for name, said in verdicts.items() if said.marks}
     if truth in marks:
-        sections.append(trial.marks_agreement_section(marks, truth, force))
-    taught = {source.name: source.where for source in decode_all("sources", sources)}
-    return [s for s in [*sections, trial.self_preference_section(games, taught, truth, force)] if s]
+        sections.append(trial.marks_agreement_section(marks, truth))
+    taught = {source.name: source.where for source in decode_all("sources", config.sources)}
+    return [s for s in [*sections, trial.self_preference_section(games, taught, truth)] if s]
 
 
 # ------------------------------------------------------------------------------------------ report
@@ -350,7 +333,10 @@ def main(config: Config) -> None:
     device, out = runtime.setup(config.device, 0, config.threads), runtime.open_folder(config.out)
     models, judges = decode_all("models", config.models), decode_all("judges", config.judges)
     baseline = config.baseline or next((model.name for model in models), "")
-    elsewhere = {j.name: read_recorded(j.where, baseline or "baseline") for j in judges if j.kind == "recorded"}
+    elsewhere = {judge.name: recorded.read(judge.where, baseline or "baseline") for judge in judges
+                 if judge.kind == "recorded"}
+    if empty := [said.path for said in elsewhere.values() if not said.games and not said.scores]:
+        fail(f"judges: {empty[0]} holds no judgment that can be read, expected a format of judging/recorded.py")
     budget = Budget(money=config.budget or inf, prompt_price=config.prompt_price, reply_price=config.reply_price)
     opener, result = Opener(str(device), config.parallel, config.timeout_s), {"title": "Models and their judges"}
     runtime.write_text(out / "config.toml", runtime.config_toml(config))
@@ -375,7 +361,7 @@ def main(config: Config) -> None:
     for name, kind, where, _ in judges:
         if kind == "recorded":
             named = load_questions(config.data)[0] if questions and config.questions else questions
-            verdicts[name] = recorded_verdicts(name, elsewhere[name], named, baseline, config.data, config.force)
+            verdicts[name] = recorded_verdicts(name, elsewhere[name], named, baseline, config)
         elif said and kind in ("gold", "reward"):
             scores = grades if kind == "gold" else reward_scores(where, answers, device)
             verdicts[name] = Verdicts(games_from_scores(name, compared, scores, answers), [], baseline, "", [])
@@ -384,19 +370,17 @@ def main(config: Config) -> None:
                           out / "calls.jsonl", budget if kind == "endpoint" else None)
             rows = compare(judge, in_orders(compared, config.orders, answers.names), answers)
             marks = mark(judge, answers) if config.marks else []
-            probed = trial.cross_examine(judge, rows, marks, answers, baseline, config.all_pairs, config.trial,
-                                         config.force)
-            marks += missing.lost_marks(name, answers) if marks and lost else []
+            probed = trial.cross_examine(judge, rows, marks, answers, baseline, config.all_pairs, config.trial)
+            marks += games.lost_marks(name, answers) if marks and lost else []
             verdicts[name] = Verdicts(rows, marks, baseline, config.orders, probed)
         if lost and said and kind != "recorded":
-            unanswered = missing.lost_games(name, answers, baseline, config.all_pairs)
+            unanswered = games.lost_games(name, answers, baseline, config.all_pairs)
             verdicts[name] = verdicts[name]._replace(lost=unanswered)
     if said:
         asked = {judge.name: verdicts[judge.name] for judge in judges if judge.kind != "recorded"}
         judged = {name: found.games + found.marks for name, found in asked.items()}
-        sections = [missing.replies_section(answers, judged, config.missing), *sections]
-    sections += judge_sections(verdicts, config.truth, config.sources, config.form, config.force, config.difficulty,
-                               config.subsets)
+        sections = [games.replies_section(answers, judged, config.missing), *sections]
+    sections += judge_sections(verdicts, config)
 
     # What needs no comparison, of the models of the first seed.
     models = [model._replace(where=model.where.replace("{seed}", str(config.seeds[0]))) for model in models]

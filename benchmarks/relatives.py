@@ -40,7 +40,7 @@ def sweep() -> list[dict]:
     out = runtime.open_folder(COMPARE.out)
     jobs = compare.jobs_of(variants, SEEDS + SWEEP_SEEDS, out)[SEEDS * len(variants) :]
     compare.train(jobs, COMPARE.jobs, 1)
-    scores, _ = compare.score(COMPARE, jobs, out)
+    scores = compare.score(COMPARE, jobs, out)
     found = {key: [mean(of.values()) for of in by_seed.values()] for key, by_seed in scores.items()}
     return [{"name": name, "settings": " ".join(words), "gold_by_seed": found[key], "gold": mean(found[key])}
             for key, (name, words, _) in settings.items()]

@@ -114,7 +114,7 @@ def main(config: Config) -> None:
     dialogues = build.draw(split, random.Random(drawn_by), config.evals)
     data = out / "dialogues.jsonl"
     write_lines(data, dialogues)
-    scores, _ = compare.score(compare.Config(data=str(data)), jobs, out)
+    scores = compare.score(compare.Config(data=str(data)), jobs, out)
     found = paired.estimate(paired.matrix(scores["recipe"]))
     row = {"date": datetime.date.today().isoformat(), "what": config.what, "command": config.recipe,
            "score": {"value": found.mean, "low": found.mean - found.half, "high": found.mean + found.half},

@@ -52,7 +52,8 @@ from data.formats import read_all
 from data.llm import Checkpoint, Reply, Request, Sampling, open_model
 from data.records import Reject, check_text
 from judging.agreement import cohen_kappa, krippendorff_alpha, raw_agreement
-from judging.recorded import Options, read_likert
+from judging.recorded import read_likert
+from judging.tables import comparison
 from runtime import check_ranges, fail, lock_file, serving
 
 PAGE, GUIDELINES = (Path(__file__).with_name(name) for name in ("annotate.html", "guidelines.md"))
@@ -154,10 +155,11 @@ def agreement(ratings: Iterable[dict]) -> dict | None:
     """
     rows = []
     for rating in ratings:
-        label = read_likert(rating, Options())[1]  # in the order of the replies' names, whoever saw them swapped
-        if label["label"] is not None or rating["flag"] == "skip":
-            strength = 0 if label["label"] is None else label["label"] - 4.5
-            rows.append({"pair": label["unit"], "rater": label["rater"], "strength": strength})
+        (game,) = read_likert(rating, "", "")
+        if game["rating"] is not None or rating["flag"] == "skip":
+            strength = 0 if game["rating"] is None else game["rating"] - 4.5
+            side = 1 if game["a"] < game["b"] else -1  # in the order of the replies' names, whoever saw them swapped
+            rows.append({"pair": str(comparison(game)[1:]), "rater": game["judge"], "strength": side * strength})
     table = np.sign(collect_labels(rows).strength)
     table = table[:, (~np.isnan(table)).sum(axis=0) > 1]
     table = table[(~np.isnan(table)).any(axis=1)]

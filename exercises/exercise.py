@@ -8,7 +8,6 @@ Tests meet the copy through a pytest plugin, this file: `--copy dpo=FILE` import
 """
 import argparse
 import ast
-import importlib.abc
 import importlib.util
 import os
 import re
@@ -16,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from runtime import arguments, fail
@@ -87,22 +87,17 @@ def command_of(exercises: Iterable[Exercise], copies: dict[str, Path], *options:
 
 # ------------------------------------------------------------------------------- the pytest plugin
 
-class Copies(importlib.abc.MetaPathFinder):
-    """Finds modules, {name: file}, before Python looks in the usual places."""
-
-    def __init__(self, files: dict[str, str]):
-        self.files = files
-
-    def find_spec(self, name, path=None, target=None):
-        return importlib.util.spec_from_file_location(name, self.files[name]) if name in self.files else None
-
-
 def pytest_addoption(parser) -> None:
     parser.addoption("--copy", action="append", default=[], metavar="MODULE=FILE", help="import FILE as MODULE")
 
 
 def pytest_configure(config) -> None:
-    sys.meta_path.insert(0, Copies(dict(word.split("=", 1) for word in config.getoption("--copy"))))
+    files = dict(word.split("=", 1) for word in config.getoption("--copy"))
+
+    def find_spec(name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, files[name]) if name in files else None
+
+    sys.meta_path.insert(0, SimpleNamespace(find_spec=find_spec))  # Python asks it before it looks in the usual places
 
 
 # -------------------------------------------------------------------------------------- the reader

@@ -1,6 +1,6 @@
 """Do raters agree? Raw agreement, kappas, Krippendorff's alpha, Gwet's AC1, Spearman, and their intervals.
 
-Ratings are one array [raters, units] of numbers, NaN where a rater skipped a unit; `code` makes it from words.
+Ratings are one array [raters, units] of numbers, NaN where a rater skipped a unit.
 Kappa is low at high raw agreement when one label dominates: print raw agreement, a kappa and AC1 side by side.
 A statistic that is undefined (one rater, one label throughout) is NaN, never 0 or 1.
 """
@@ -9,14 +9,6 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 from judging.ratings import draws, end_interval, percentiles
-
-
-def code(labels: Sequence[Sequence[Hashable]]) -> tuple[np.ndarray, list]:
-    """Labels by rater, None where missing, as numbers [raters, units], and the label each number stands for."""
-    names = sorted({label for row in labels for label in row if label is not None},
-                   key=lambda x: (isinstance(x, str), x))
-    number = {name: i for i, name in enumerate(names)} | {None: np.nan}
-    return np.array([[number[label] for label in row] for row in labels], dtype=float), names
 
 
 def _table(ratings) -> np.ndarray:

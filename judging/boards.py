@@ -30,10 +30,7 @@ def choice_sections(models: Sequence[Entry], tasks: Sequence[Entry], limit: int,
         model = load_model(where, torch.float32 if device.type == "cpu" else None, device)
         results[name] = {task: choices.evaluate(model, tokenizer, exam, progress=f"{name}: {task}")
                          for task, exam in exams.items()}
-    sections = [choices.choices_section(results)]
-    if "mmlu" in exams:
-        sections.append(choices.subjects_section({name: by_task["mmlu"] for name, by_task in results.items()}))
-    return sections
+    return [choices.choices_section(results)]
 
 
 def reward_sections(scorers: Sequence[Entry], sets: Sequence[Entry], rewardbench: str,

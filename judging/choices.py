@@ -301,7 +301,7 @@ def to_requests(tokenizer: Tokenizer, asked: Sequence[tuple[Question, str]], max
         for choice, ids in zip(question.choices, continuations, strict=True):
             if not 0 < len(ids) <= max_length:
                 fail(f"multiple choice: {choice[:40]!r} adds {len(ids)} tokens to its context, expected 1 to "
-                     f"max_length={max_length}: drop the question, or raise max_length")
+                     f"{max_length}, the positions of the model: drop the question")
         whole = tuple(start)
         excess = [max(0, len(start) + len(ids) - 1 - max_length) for ids in continuations]  # the last token is no input
         found.append([(whole[n:] if n else whole, tuple(ids)) for n, ids in zip(excess, continuations, strict=True)])
@@ -461,31 +461,22 @@ def measure(exam: Exam, values: Mapping[str, Sequence[Sequence[float]]]) -> dict
             "value": total[spec.metric], "stderr": total[f"{spec.metric}_stderr"], **total, "rejects": exam.rejects}
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, exam: Exam, *, max_length: int = 0, micro_tokens: int = 0,
-             bos: bool | None = None, progress: str = "") -> dict:
+def evaluate(model: Transformer, tokenizer: Tokenizer, exam: Exam, *, micro_tokens: int = 0, bos: bool | None = None,
+             progress: str = "") -> dict:
     """What a model scores, see `measure`.
 
-    Requests of more than `max_length` tokens (0: the model's positions) lose the beginning of their context; "cut"
-    counts them. `bos`: contexts begin with BOS; None: as the tokenizer's texts do.
+    Requests of more tokens than the model has positions lose the beginning of their context; "cut" counts them.
+    `bos`: contexts begin with BOS; None: as the tokenizer's texts do.
     """
-    positions = model.config.max_positions
-    if max_length > positions and model.embed_positions is not None:
-        fail(f"max_length is {max_length}, expected at most {positions}, the positions the model has: lower it")
-    bos, max_length = tokenizer.adds_bos and tokenizer.bos_id >= 0 if bos is None else bos, max_length or positions
+    bos = tokenizer.adds_bos and tokenizer.bos_id >= 0 if bos is None else bos
     requests, cut = {}, 0
     for subject, asked in exam.asked.items():
-        requests[subject], more = to_requests(tokenizer, asked, max_length, bos)
+        requests[subject], more = to_requests(tokenizer, asked, model.config.max_positions, bos)
         cut += more
     flat = [request for rows in requests.values() for row in rows for request in row]
     said = likelihoods(model, flat, micro_tokens, progress)
     found = {subject: [[said[request] for request in row] for row in rows] for subject, rows in requests.items()}
-    return measure(exam, found) | {"requests": len(flat), "cut": cut, "bos": bos, "max_length": max_length}
-
-
-def leaderboard_average(results: Mapping[str, dict]) -> float:
-    """Plain mean of the four tasks' values; NaN unless all four are there."""
-    return float(np.mean([results[task]["value"]
-                          for task in LEADERBOARD])) if set(LEADERBOARD) <= set(results) else math.nan
+    return measure(exam, found) | {"requests": len(flat), "cut": cut, "bos": bos}
 
 
 # ------------------------------------------------------------------------------------------ the report
@@ -501,9 +492,9 @@ def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
     measured += [("truthfulqa", m) for m in ("mc1", "mc2_mask") if "truthfulqa" in first]
     rows = []
     for model, by_task in results.items():
-        average = leaderboard_average(by_task)
         cells = [cell(by_task[task], metric) if task in by_task else None for task, metric in measured]
-        rows.append([model, *cells, None if math.isnan(average) else 100 * average,
+        values = [100 * by_task[task]["value"] for task in LEADERBOARD if task in by_task]
+        rows.append([model, *cells, sum(values) / 4 if len(values) == 4 else None,
                      sum(r["cut"] for r in by_task.values())])
     if len(results) > 1:
         values = [[by_task[task]["value"] for by_task in results.values() if task in by_task] for task in first]
@@ -519,15 +510,6 @@ def choices_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
                           for task, metric in measured), "average of the four, %", "requests cut"]
     return {"title": "Multiple choice by log-likelihood", "text": text, "columns": columns, "rows": rows,
             "figure": {"kind": "bars", "names": list(results), "label": "%", "groups": bars}}
-
-
-def subjects_section(results: Mapping[str, dict]) -> dict:
-    """MMLU by subject, from its results by model."""
-    first = next(iter(results.values()))["subjects"]
-    rows = [[subject, part["n"], *(cell(r["subjects"][subject], r["metric"]) for r in results.values())]
-            for subject, part in first.items()]
-    columns = ["subject", "questions", *(f"{model}, %" for model in results)]
-    return {"title": "MMLU by subject", "columns": columns, "rows": rows}
 
 
 def cell(result: dict, metric: str) -> dict | float:

@@ -31,14 +31,10 @@ def decode(key: str, entry: str) -> Entry:
         place = name
     kind, _, where = place.partition(":")
     if kind not in KINDS.get(key, ()):
-        kind, where = "endpoint" if "://" in place else "answers" if is_file(place) else "model", place
+        holds = kind_of(Path(place)) in (".jsonl", ".json", ".csv", ".parquet", ".arrow") and not Path(place).is_dir()
+        kind, where = "endpoint" if "://" in place else "answers" if holds else "model", place
     where, _, more = where.partition(":") if key in PAIRS else (where, "", "")
     return Entry(name, kind, where, more)
-
-
-def is_file(place: str) -> bool:
-    """Whether a place is a file of records (data/files.py), not a directory."""
-    return kind_of(Path(place)) in (".jsonl", ".json", ".csv", ".parquet", ".arrow") and not Path(place).is_dir()
 
 
 def decode_all(key: str, entries: Sequence[str]) -> list[Entry]:

@@ -96,7 +96,7 @@ def draw(figure: dict) -> str:
     for name, color in LIGHT.items():
         svg = svg.replace(color, f"var(--{name})")
     width, height = (72 * size for size in drawn.get_size_inches())
-    name = escape(figure.get("label") or f"{figure.get('y_label')} against {figure.get('x_label')}")
+    name = escape(figure["label"])
     style = f"max-width:{width:.0f}px;min-width:{0.85 * width:.0f}px"
     return re.sub("<svg[^>]*>", lambda _: f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="{style}" role="img" '
                   f'aria-label="{name}" xmlns="http://www.w3.org/2000/svg">', svg, count=1)
@@ -104,8 +104,7 @@ def draw(figure: dict) -> str:
 
 def plot(figure: dict):
     """The figure as a matplotlib one, 720 points wide where it can be; None where there is no number to draw."""
-    kinds = {"ratings": _ratings, "matrix": _matrix, "points": _points, "bars": _bars,
-             "radar": _radar}
+    kinds = {"ratings": _ratings, "matrix": _matrix, "bars": _bars, "radar": _radar}
     if figure["kind"] not in kinds:
         raise ValueError(f"figure kind is {figure['kind']!r}, expected {', '.join(kinds)}")
     return kinds[figure["kind"]](figure)
@@ -137,15 +136,15 @@ def _ratings(figure: dict):
     if all(x is None for _, *row in rows for x in row):
         return None
     drawn, axes = _axes(720, 60 + 28 * len(rows))
-    for y, (_, value, low, high) in enumerate(rows):
+    shown = show(value for _, value, _, _ in rows)
+    for y, ((_, value, low, high), (text, _)) in enumerate(zip(rows, shown, strict=True)):
+        axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center")
         if low is not None and high is not None:
             axes.plot([low, high], [y, y], color=LIGHT["accent"], alpha=0.55, linewidth=2)
         if value is not None:
             axes.plot([value], [y], "o", color=LIGHT["accent"])
     if figure.get("reference") is not None:
         axes.axvline(figure["reference"], color=LIGHT["muted"], linestyle="--", linewidth=1)
-    for y, (value, _) in enumerate(show(value for _, value, _, _ in rows)):
-        axes.text(1.02, y, value, transform=axes.get_yaxis_transform(), va="center")
     _names(axes, [name for name, *_ in rows])
     axes.grid(axis="x")
     axes.set_xlabel(figure["label"])
@@ -153,8 +152,6 @@ def _ratings(figure: dict):
 
 
 def _matrix(figure: dict):
-    from matplotlib.patches import Rectangle
-
     names, columns, grid = figure["names"], figure["columns"], figure["grid"]
     if len(grid) != len(names) or any(len(row) != len(columns) for row in grid):
         raise ValueError(f"the grid is not {len(names)} rows of {len(columns)}")
@@ -172,8 +169,7 @@ def _matrix(figure: dict):
             if value is not None:
                 strength = min(1, max(0, (value - low) / (high - low))) if high > low else 0.5
                 # never stronger than 0.52: the ink keeps a contrast of 4.5 on every cell, in both modes
-                axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=LIGHT["accent"],
-                                         alpha=0.04 + 0.48 * strength))
+                axes.barh(y, 0.96, 0.94, x - 0.48, color=LIGHT["accent"], alpha=0.04 + 0.48 * strength)
             axes.text(x, y, next(shown)[0], ha="center", va="center",
                       color=LIGHT["ink" if value is not None else "muted"], in_layout=False)
     axes.set_xlim(-0.5, len(columns) - 0.5)
@@ -184,19 +180,6 @@ def _matrix(figure: dict):
     axes.spines["bottom"].set_visible(False)
     _names(axes, names)
     axes.set_xlabel(figure["label"])
-    return drawn
-
-
-def _points(figure: dict):
-    points = [p for p in zip(figure["x"], figure["y"], strict=True) if None not in p]
-    if not points:
-        return None
-    drawn, axes = _axes(720, 400)
-    size, missing = 7 if len(points) <= 60 else 4, len(figure["x"]) - len(points)
-    axes.plot(*zip(*points, strict=True), "o", color=LIGHT["accent"], alpha=0.75, markersize=size)
-    axes.set_xlabel(figure["x_label"] + (f" ({missing} without a number)" if missing else ""))
-    axes.set_title(figure["y_label"], loc="left", fontsize=11)
-    axes.grid()
     return drawn
 
 

@@ -31,9 +31,7 @@ def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
     """One model's numbers, in points of 100, from its graded replies by seed, dialogue and turn."""
     said = [d for graded in scores.values() for d in graded]
     everything, follow_ups = [r for d in said for r in d], [r["gold"] for d in said for r in d[1:]]
-    by_seed, baseline_by_seed = ({seed: 100 * mean(r["gold"] for d in graded for r in d) for seed, graded in x.items()}
-                                 for x in (scores, baseline))
-    gains = {seed: by_seed[seed] - baseline_by_seed[seed] for seed in by_seed}
+    by_seed = {seed: 100 * mean(r["gold"] for d in graded for r in d) for seed, graded in scores.items()}
     # Of one seed dialogues are independent, the replies of one are not.
     half = interval(list(by_seed.values()) if len(by_seed) > 1 else [100 * mean(r["gold"] for r in d) for d in said])[1]
     pairs = [(a["gold"], b["gold"]) for seed in scores for x, y in zip(scores[seed], baseline[seed], strict=True)
@@ -43,8 +41,6 @@ def summarize(scores: dict[int, list[list[dict]]], dialogues: list[dict],
     for d, replies in zip(dialogues * len(scores), said, strict=True):
         by_task[d["category"]] += [r["gold"] for r in replies]
     return {"gold": mean(by_seed.values()), "gold_interval": half, "dialogues": len(dialogues), "gold_by_seed": by_seed,
-            "gain": mean(gains.values()),
-            "gain_interval": interval(list(gains.values()))[1] if len(gains) > 1 else None, "gain_by_seed": gains,
             "win_rate": 50 * (1 + (wins - losses) / len(pairs)), "n": len(pairs),
             "wins": wins, "losses": losses, "draws": len(pairs) - wins - losses,
             "category": {task: 100 * mean(grades) for task, grades in by_task.items()},

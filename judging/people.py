@@ -63,7 +63,7 @@ def agreement_section(votes: Sequence[dict], name: str) -> dict | None:
     if max(map(len, units.values()), default=0) < 2:
         return None
     sides, prompts = _table([[decided(r["preference"]) for r in rows] for rows in units.values()], units)
-    strengths, _ = _table([[_rating(r) for r in rows] for rows in units.values()], units)
+    strengths, _ = _table([[tables.mean_rating([r]) for r in rows] for rows in units.values()], units)
     raw = agreement.raw_agreement(sides, tie=0.5)
     found = agreement.bootstrap_raw(sides, prompts)
     alone = len(units) - len(prompts)
@@ -77,14 +77,10 @@ def agreement_section(votes: Sequence[dict], name: str) -> dict | None:
                     "of them with one verdict alone; below, their majority."}
 
 
-def _rating(row: dict) -> float:
-    mine = tables.mean_rating([row])
-    return mine.get("rating", np.nan)
-
-
 def _table(labels: Iterable[list[float]], units: Iterable[Unit]) -> tuple[np.ndarray, list[str]]:
     """Labels [most labels of a unit, units] of the units with two or more, and these units' prompts."""
-    known = [([x for x in mine if not np.isnan(x)], unit[0]) for mine, unit in zip(labels, units, strict=True)]
+    known = [([x for x in mine if x is not None and not np.isnan(x)], unit[0])
+             for mine, unit in zip(labels, units, strict=True)]
     known = [(sorted(mine), prompt) for mine, prompt in known if len(mine) > 1]
     table = np.full((max((len(mine) for mine, _ in known), default=0), len(known)), np.nan)
     for u, (mine, _) in enumerate(known):
@@ -103,8 +99,8 @@ def label_rows(votes: Iterable[dict], most: int = 4_000_000) -> list[dict]:
         for row in rows:
             if row["preference"] is None:
                 continue
-            mine, first = _rating(row), row.get("a_first")
-            strength = 0.5 - row["preference"] if np.isnan(mine) else mine - 4.5
+            mine, first = tables.mean_rating([row]), row.get("a_first")
+            strength = 0.5 - row["preference"] if mine is None else mine - 4.5
             known = {"seconds": row.get("seconds"), "swapped": None if first is None else float(not first),
                      "longer": row["length_b"] - row["length_a"] if {"length_a", "length_b"} <= row.keys() else None}
             found.append({"pair": json.dumps(unit), "prompt": unit[0], "rater": row["judge"], "strength": strength,
@@ -117,18 +113,21 @@ def label_rows(votes: Iterable[dict], most: int = 4_000_000) -> list[dict]:
 def rated(rows: Iterable[dict]) -> list[dict]:
     """The rows that carry a rating, turned so that a < b and the rating is a's, whoever was shown first."""
     found = (row if row["a"] < row["b"] else turned(row) for row in rows if row.get("rating"))
-    return [row | {"rating": _rating(row), "a_first": None} for row in found]
+    return [row | {"rating": tables.mean_rating([row]), "a_first": None} for row in found]
 
 
 def elo_tables(rows: Iterable[dict]) -> tuple[dict[str, dict], str]:
     """By "no ties" and "ties allowed" each model's Elo from ratings 1 to 8, all raters' games; or why there is none."""
-    rows = rated(rows)
+    rows, found = rated(rows), {}
     if not rows:
         return {}, "There are no ratings to rate."
-    if apart := ratings.not_connected(collect(Game(r["a"], r["b"], 0.5, r["prompt"]) for r in rows)):
-        return {}, f"No rating is given: {apart}."
-    found = ratings.likert_tables((r["a"], r["b"], r["rating"], r["prompt"]) for r in rows)
-    return {name: {x["model"]: x for x in lines} for name, lines in found.items()}, ""
+    for name, ties in (("no ties", False), ("ties allowed", True)):  # a mean of 4.5 is a tie in both
+        games = collect(Game(r["a"], r["b"], 0.5 if ties and 4 <= r["rating"] <= 5 else ratings.outcome(
+            4.5, r["rating"]), r["prompt"]) for r in rows)
+        if apart := ratings.not_connected(games):
+            return {}, f"No rating is given: {apart}."
+        found[name] = {x["model"]: x for x in ratings.elo_table(games)}
+    return found, ""
 
 
 def likert_sections(judge: str, rows: Sequence[dict]) -> list[dict]:
@@ -148,11 +147,15 @@ def likert_sections(judge: str, rows: Sequence[dict]) -> list[dict]:
 
 
 def leaderboard_section(by_judge: Mapping[str, Sequence[dict]], subsets: Mapping[str, set[str]]) -> dict | None:
-    """The talk's leaderboard: Elo with ties and without, of the same ratings, by judge and subset of the prompts."""
+    """The talk's leaderboard: Elo with ties and without, of the same ratings, by judge and subset of the prompts.
+
+    `subsets`: categories by name; without any, each category is one, if they are two to four.
+    """
+    by_judge = {judge: given for judge, rows in by_judge.items() if (given := rated(rows))}
+    categories = sorted({tables.category_of(r) for rows in by_judge.values() for r in rows} - {""})
+    subsets = subsets or {category: {category} for category in categories if 2 <= len(categories) <= 4}
     columns, notes = {}, []
     for judge, rows in by_judge.items():
-        if not (rows := rated(rows)):
-            continue
         parts = {"all": rows} | {name: [r for r in rows if tables.category_of(r) in of] for name, of in subsets.items()}
         for name, part in parts.items():
             found, why = elo_tables(part)

@@ -147,7 +147,7 @@ def _as(form: str, letter: str, number: float | None) -> Verdict:
         case "pair" if number is None:
             return Verdict({"A": 1.0, "B": 0.0, "tie": 0.5}[letter])
         case "likert" if not letter and number in range(1, 9):
-            return Verdict(likert_outcome(int(number), ties=False), rating=int(number))
+            return Verdict(likert_outcome(int(number)), rating=int(number))
         case "margin" if letter in ("A", "B") and number in range(1, 5):
             return Verdict(float(letter == "A"), rating=int(number))
         case "score" if not letter and 1 <= number <= 10:

@@ -238,7 +238,7 @@ def read_answers(path: str, questions: list[Question]) -> list[list[dict]]:
 # ---------------------------------------------------------------------------------------- judgments
 
 KEY_OF = {"alpaca_eval": "index", "mt_bench_single": "question_id", "mt_bench_pair": "question_id",
-          "vicuna": "question_id", "arena_hard": "uid", "battles": "question_id", "pandalm": "idx"}  # others: "id"
+          "vicuna": "question_id", "battles": "question_id", "pandalm": "idx"}  # others: "id"
 
 
 def name_prompts(said: Recorded, questions: Sequence[Question], data: str) -> str:

@@ -44,11 +44,11 @@ def label_preference(first_logprob: float | None, second_logprob: float | None, 
     return q if model_first else 1 - q
 
 
-def likert_outcome(rating: int, ties: bool) -> float:
-    """Outcome for A of a rating from 1 (A much better) to 8 (B much better); 4 and 5 are ties if `ties`."""
+def likert_outcome(rating: int) -> float:
+    """Outcome for A of a rating from 1 (A much better) to 8 (B much better)."""
     if rating not in range(1, 9):
         raise ValueError(f"rating is {rating!r}, expected an integer from 1 to 8")
-    return 0.5 if ties and rating in (4, 5) else float(rating <= 4)
+    return float(rating <= 4)
 
 
 def outcome(x: float, y: float) -> float:
@@ -537,21 +537,6 @@ def rating_table(models: Sequence[str], samples: np.ndarray, point: Mapping[str,
     return sorted(lines, key=lambda line: (-line["rating"], line["model"]))
 
 
-def likert_tables(rows: Iterable[tuple[str, str, float, object]], rounds: int = 1000) -> dict[str, list[dict]]:
-    """The talk's two tables from the same ratings 1-8: median bootstrapped Elo where 4 and 5 are ties, and where not.
-
-    rows: (A, B, rating, prompt), A shown left. Resampling prompts keeps the six games of one prompt together. A mean
-    rating will do; 4.5 is a tie in both.
-    """
-    rows, result = list(rows), {}
-    for name, ties in (("no ties", False), ("ties allowed", True)):
-        games = collect(Game(a, b, 0.5 if ties and 4 <= rating <= 5 else outcome(4.5, rating), prompt)
-                        for a, b, rating, prompt in rows)
-        check_connected(games)
-        result[name] = elo_table(games, rounds)
-    return result
-
-
 # ----------------------------------------------------------------------------------- Bradley-Terry
 
 def not_connected(games: Games, ties: str = "half") -> str:
@@ -564,13 +549,6 @@ def not_connected(games: Games, ties: str = "half") -> str:
     return "" if reached.all() else f"no chain of games joins {games.models[0]} to {other}"
 
 
-def check_connected(games: Games, ties: str = "half") -> None:
-    """Refuse games that fall into groups without a game between them."""
-    apart = not_connected(games, ties)
-    if apart:
-        fail(f"games: {apart}, expected one group: judge games between them, or rate each group apart")
-
-
 def check_ties(games: Games, ties: str) -> None:
     """Refuse games without ties to model, or that fall into groups without a game between them."""
     if ties not in ("half", "drop", "rao_kupper", "davidson"):
@@ -580,7 +558,8 @@ def check_ties(games: Games, ties: str) -> None:
         fail(f"games: {'all are ties' if tied else 'none is a tie'}, so {ties} has nothing to fit: use ties='half'")
     if ties == "drop" and not decided:
         fail("games: all are ties, and ties='drop' leaves none: use ties='half'")
-    check_connected(games, ties)
+    if apart := not_connected(games, ties):
+        fail(f"games: {apart}, expected one group: judge games between them, or rate each group apart")
 
 
 def _check_finite(games: Games, ties: str) -> None:

@@ -2,7 +2,6 @@
 
     a game    {"prompt", "category"?, "a", "b", "a_first", "preference", "judge", "turn"?, "repeat"?, "length_a"?, ...}
     a score   {"prompt", "category"?, "model", "score", "judge", "turn", "repeat"?}
-    a label   {"unit", "category"?, "rater", "label"}
 
 preference is a's, from 0 to 1. None is no verdict: kept, and counted. a_first is None where the order is not known. A
 file is a JSON array, JSON lines or CSV, perhaps .gz, or Parquet; its first record tells the format:
@@ -11,49 +10,32 @@ file is a JSON array, JSON lines or CSV, perhaps .gz, or Parquet; its first reco
     mt_bench_single  scores 1-10 by turn; mt_bench_pair: both games of a pair     (Zheng et al. 2023, arXiv:2306.05685)
     vicuna           two scores in one review: two score rows and a game
     llmbar           both orders, with "gold", the right preference               (Zeng et al. 2023, arXiv:2310.07641)
-    pandalm          three people's 0 (tie), 1, 2: a game and a label by each     (Wang et al. 2023, arXiv:2306.05087)
-    xstest           people's and models' labels of replies                      (Röttger et al. 2023, arXiv:2308.01263)
+    pandalm          three people's 0 (tie), 1, 2: a game by each                 (Wang et al. 2023, arXiv:2306.05087)
     battles          FastChat's anonymous votes, or left, right and winner; without a question_id each is its own prompt
-    likert           ratings 1 (A is much better) to 8, or a choice and a margin 1-4: games and labels
-    arena_hard       A>>B to B>>A, both games; rows: the rows above, our own judgments
-
-    python -m judging.recorded FILE ...          counts, rejects, and which files are copies of each other
-    python -m judging.recorded FILE from_text=true --out rows.jsonl     the same, and the rows; keys: see Options
+    likert           ratings 1 (A is much better) to 8, or a choice and a margin 1-4
+    rows             the rows above, our own judgments
 """
-import argparse
 import gzip
-import hashlib
 import io
 import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from data.files import stream_values, values
 from data.formats import Report
 from data.llm import split_thoughts
 from data.native import ask
-from data.records import Reject, check_number, check_text, write_lines
+from data.records import Reject, check_number, check_text
 from judging.entries import digest
 from judging.prompts import Verdict, verdicts
 from judging.ratings import alpaca_preference, distinct_words, label_preference, likert_outcome, outcome
-from runtime import arguments, fail, file_hash, load_config
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a file does not say, or what can be read in two ways."""
-
-    model: str = ""              # whom it judges; "": what the file is called
-    baseline: str = "baseline"   # against whom
-    from_text: bool = False  # read verdicts from the judge's words again, where a file has both
-    keep_repeats: bool = False   # what is judged again becomes a repeat instead of a reject
-    slight_is_tie: bool = False  # ratings 4 and 5 of 8 are ties
-    double_weight: int = 1       # games that A>>B counts for; 3 in arena-hard's own table
+from runtime import fail
 
 
 @dataclass
@@ -62,37 +44,26 @@ class Recorded(Report):
 
     games: list[dict] = field(default_factory=list)
     scores: list[dict] = field(default_factory=list)
-    labels: list[dict] = field(default_factory=list)
-    unparsed: int = 0                                             # rows without a verdict
-    differs: list[tuple[int, str]] = field(default_factory=list)  # stored verdicts that are not what the judge said
-    digest: str = ""                                              # of the unpacked file
-    numbered: bool = False                                        # prompts are places in the file, not ids
-
-    @property
-    def rows(self) -> list[dict]:
-        return [*self.games, *self.scores, *self.labels]
+    unparsed: int = 0        # rows without a verdict
+    numbered: bool = False   # prompts are places in the file, not ids
 
     def __str__(self) -> str:
         lines = [f"{self.path}: format {self.format or 'unknown'}, {self.read} read, {len(self.games)} games, "
-                 f"{len(self.scores)} scores, {len(self.labels)} labels, {self.unparsed} without a verdict, "
-                 f"{len(self.rejects)} rejected"]
-        lines += [f"  {count} times: {reason}" for reason, count in self.kinds.most_common()]
-        if self.differs:
-            place, how = self.differs[0]
-            count = len(self.differs)
-            lines.append(f"  {count} stored verdicts differ from the judge's words, first in {place}: {how}")
-        return "\n".join(lines)
+                 f"{len(self.scores)} scores, {self.unparsed} without a verdict, {len(self.rejects)} rejected"]
+        return "\n".join([*lines, *(f"  {count} times: {reason}" for reason, count in self.kinds.most_common())])
 
 
-def read(path: str | Path, format: str = "", options: Options | None = None) -> Recorded:
-    """The judgments of a file. What cannot be used is among the rejects, be it the whole file."""
-    path, options, places = Path(path), options or Options(), {}
+def read(path: str | Path, baseline: str = "baseline", keep_repeats: bool = False) -> Recorded:
+    """The judgments of a file. What cannot be used is among the rejects, be it the whole file.
+
+    A model that no record names is called what the file is, and judged against `baseline`. What is judged again is a
+    reject, or with `keep_repeats` a repeat.
+    """
+    path, places = Path(path), {}
     if not path.is_file():
         fail(f"{path}: no such file, expected recorded judgments")
-    if format and format not in READERS:
-        fail(f"{path}: format '{format}' is unknown, expected one of {', '.join(READERS)}")
-    options = replace(options, model=options.model or re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", path.name))
-    said = Recorded(str(path), format)
+    name = re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", path.name)
+    said = Recorded(str(path))
     for place, record in _records(path, said):
         said.read += 1
         try:
@@ -101,27 +72,22 @@ def read(path: str | Path, format: str = "", options: Options | None = None) -> 
             if not isinstance(record, dict):
                 raise rejected("is {}, expected an object: mend or drop it", _shown(record))
             said.format = said.format or _recognise(record)
-            rows = READERS[said.format][0](record, options)
-            if not rows:
-                raise rejected("holds no judgment: mend or drop it")
+            rows = READERS[said.format][0](record, name, baseline)
             for row in rows:
-                if row.get("prompt", "") is None:
+                if row["prompt"] is None:
                     row["prompt"], said.numbered = place, True  # a prompt of its own
             keys = [_key(row, said.format) for row in rows]
             for row, before in zip(rows, map(places.get, keys), strict=True):
-                if before and not options.keep_repeats:
-                    raise rejected("judges again what {} did, expected each once: drop one, or keep repeats", before[0])
+                if before and not keep_repeats:
+                    raise rejected("judges again what {} did, expected each once: drop one", before[0])
                 row |= {"repeat": len(before)} if before else {}
         except Reject as reason:
             said.note(place, reason)
             continue
         for row, key in zip(rows, keys, strict=True):
             places.setdefault(key, []).append(place)
-            if "differs" in row:
-                said.differs.append((place, row.pop("differs")))
-            verdict = verdict_key(row)
-            said.unparsed += row[verdict] is None
-            {"label": said.labels, "score": said.scores, "preference": said.games}[verdict].append(row)
+            said.unparsed += row["score" if "score" in row else "preference"] is None
+            (said.scores if "score" in row else said.games).append(row)
     if not said.read and not said.rejects:
         said.note(1, rejected("is empty, expected judgments"))
     return said
@@ -132,14 +98,8 @@ def rejected(sentence: str, *values) -> Reject:
     return Reject(sentence.format(*["..."] * len(values)), sentence.format(*values))
 
 
-def verdict_key(row: dict) -> str:
-    return next(key for key in ("label", "score", "preference") if key in row)
-
-
 def _key(row: dict, format: str) -> tuple:
     """What a row judges. The other order, the second turn and a repeat are other judgments."""
-    if "label" in row:
-        return row["unit"], row["rater"], row.get("repeat")
     common = str(row["prompt"]), row["judge"], row.get("turn"), row.get("repeat")
     if "score" in row:
         return *common, row["model"]
@@ -154,7 +114,6 @@ def _key(row: dict, format: str) -> tuple:
 def _records(path: Path, said: Recorded) -> Iterator[tuple[int, object]]:
     """Places and what is there; of a file that breaks off, what came before."""
     if path.suffix == ".parquet":
-        said.digest = file_hash(path)
         yield from ((row + 1, record) for row, record in values(path, said))
         return
     content = bytearray()
@@ -164,7 +123,6 @@ def _records(path: Path, said: Recorded) -> Iterator[tuple[int, object]]:
                 content += chunk
     except (OSError, EOFError, zlib.error) as error:
         said.note(content.count(b"\n") + 1, rejected("breaks off ({}), expected a whole file: copy it again", error))
-    said.digest = hashlib.sha256(content).hexdigest()
     stream = io.BufferedReader(io.BytesIO(content))
     kind = ".csv" if ".csv" in path.suffixes else ".jsonl"
     for place, record in stream_values(stream, kind, said):
@@ -177,7 +135,7 @@ def _recognise(record: dict) -> str:
     for name, (_, *shapes) in READERS.items():
         if any(shape <= record.keys() for shape in shapes):
             return name
-    raise rejected("has the keys {}, expected those of a known format: name the format, or mend the row",
+    raise rejected("has the keys {}, expected those of a known format: mend the row",
                    ", ".join(map(_shown, list(record)[:6])))
 
 
@@ -252,39 +210,29 @@ def _game(record: dict, prompt, a: str, b: str, a_first: bool | None, **said) ->
 # ------------------------------------------------------------------------------- the judge's words
 
 ABSENT = object()
-NUMBER = r"(\d{1,3}(?:\.\d+)?)"
 
 
-def _verdict(key: str, stored, words, reader: Callable, options: Options) -> dict:
-    """The verdict of a row, under `key`, and how a stored one differs from the judge's words.
+def _verdict(stored, words, reader: Callable) -> float | None:
+    """A stored verdict, else what the judge's words say.
 
     A stored "no verdict" stands, whatever the words say: who published a mean has left it out.
     """
-    if not isinstance(words, str):
-        if stored is ABSENT:
-            raise Reject("holds neither a verdict nor the judge's words, expected either: drop the row")
-        return {key: stored}
-    said = reader(words)
-    if stored is ABSENT or stored == said:
-        return {key: said}
-    return {key: said if options.from_text else stored, "differs": f"stored {stored}, the judge's words say {said}"}
+    if stored is ABSENT and not isinstance(words, str):
+        raise Reject("holds neither a verdict nor the judge's words, expected either: drop the row")
+    return reader(words) if stored is ABSENT else stored
 
 
-def _of_a(reader: Callable, a_first: bool) -> Callable:
-    """A reader of the preference for the reply shown first as one of the preference for a."""
-    return reader if a_first else lambda words: None if (p := reader(words)) is None else 1 - p
-
-
-def read_winner(words: str) -> float | None:
-    """MT-Bench's [[A]], [[B]] or [[C]] as the preference for the reply shown first; None if it says two of them."""
-    return _only(verdicts(split_thoughts(words)[0], "pair"))
+def read_winner(words: str, a_first: bool = True) -> float | None:
+    """MT-Bench's [[A]], [[B]] or [[C]] as the preference for a; None if it says two of them."""
+    p = _only(verdicts(split_thoughts(words)[0], "pair"))
+    return p if p is None or a_first else 1 - p
 
 
 def read_rating(words: str) -> float | None:
     """MT-Bench's [[x]], or else [x], from 1 to 10; None if it says two."""
     words = split_thoughts(words)[0]
     said = verdicts(words, "score")
-    single = () if said else {float(x) for x in re.findall(rf"\[\s*{NUMBER}\s*\]", words)}
+    single = () if said else {float(x) for x in re.findall(r"\[\s*(\d{1,3}(?:\.\d+)?)\s*\]", words)}
     return next(iter(single)) if len(single) == 1 and 1 <= max(single) <= 10 else _only(said)
 
 
@@ -294,37 +242,9 @@ def _only(said: list[Verdict]) -> float | None:
     return values.pop() if len(values) == 1 else None
 
 
-def read_two_scores(words: str) -> tuple[float, float] | None:
-    """"8 9" on the first line; where a review reasons first, "(8, 9)" in the last, or a line for each assistant."""
-    lines = words.strip().splitlines() or [""]
-    pair = (re.match(rf"\W*{NUMBER}(?:/10)?[\s,]+{NUMBER}(?:/10)?\W*$", lines[0])
-            or re.search(rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)", lines[-1]))
-    each = dict(re.findall(rf"^\W*Assistant ([12])\W*:\s*{NUMBER}(?![\w.)])", words, re.M))
-    scores = pair.groups() if pair else (each.get("1"), each.get("2"))
-    return tuple(map(float, scores)) if None not in scores and max(map(float, scores)) <= 10 else None
-
-
-def read_better_output(words: str) -> float | None:
-    """LLMBar's "Output (a)", alone or "is better", as the preference for (a); the last one counts."""
-    found = re.findall(r"Output \(([ab])\) is (?:the )?better", words)
-    found = found or re.findall(r"\A\W*Output \(([ab])\W*\Z", words)
-    return float(found[-1] == "a") if found else None
-
-
-def read_graded(words: str) -> tuple[float, bool] | None:
-    """The last [[A>>B]], or else [A>>B], as the preference for A and whether the sign is double."""
-    for brackets in (r"\[\[\s*{}\s*\]\]", r"\[\s*{}\s*\]"):
-        found = re.findall(brackets.format(r"([AB])\s*(>>|>|=|<<|<)\s*([AB])"), words.upper())
-        if found:
-            first, sign, second = found[-1]
-            p = 0.5 if sign == "=" else float((first if ">" in sign else second) == "A")
-            return None if first == second else (p, len(sign) == 2)
-    return None
-
-
 # ------------------------------------------------------------------------------------- the formats
 
-def read_alpaca_eval(record: dict, options: Options) -> list[dict]:
+def read_alpaca_eval(record: dict, name: str, baseline: str) -> list[dict]:
     expected = "1 to 2, 0 for a draw, or null"
     if "preference" not in record:
         raise Reject(f"has no 'preference', expected {expected}: mend or drop the row")
@@ -333,8 +253,8 @@ def read_alpaca_eval(record: dict, options: Options) -> list[dict]:
         p = alpaca_preference(math.inf if isinstance(stored, bool) else stored)
     except (ValueError, OverflowError):
         raise wrong("preference", stored, expected) from None
-    row = _game(record, _prompt(record, "index", "instruction"), _text(record, "generator_2", options.model),
-                _text(record, "generator_1", options.baseline), None, judge=_text(record, "annotator", ""),
+    row = _game(record, _prompt(record, "index", "instruction"), _text(record, "generator_2", name),
+                _text(record, "generator_1", baseline), None, judge=_text(record, "annotator", ""),
                 preference=None if math.isnan(p) else p)
     if record.get("dataset") is not None:
         row["category"] = _text(record, "dataset")
@@ -351,9 +271,7 @@ def read_alpaca_eval(record: dict, options: Options) -> list[dict]:
     if max(m, M) > -math.inf and not math.isnan(p):
         # m is the reply shown first, the baseline's unless swapped.
         off = [abs(p - label_preference(m, M, model_first)) for model_first in (True, False)]
-        if min(off) > 1e-4:
-            row["differs"] = f"stored {stored}, the labels' log-probabilities are {m:g} and {M:g}"
-        elif max(off) > 1e-4:
+        if min(off) <= 1e-4 < max(off):
             row["a_first"] = off[0] < off[1]
     return [row]
 
@@ -368,83 +286,66 @@ def _label_logprobs(record: dict) -> list[float]:
     return [-math.inf if found.get(label) is None else _number(found[label], "logprob", -1e6, 1e-3) for label in "mM"]
 
 
-def read_mt_bench_single(record: dict, options: Options) -> list[dict]:
+def read_mt_bench_single(record: dict, name: str, baseline: str) -> list[dict]:
     stored = record.get("score", ABSENT)
     if stored is not None and stored is not ABSENT:
         stored = _number(stored, "score", -1, 10)
-    said = _verdict("score", None if stored == -1 else stored, record.get("judgment"), read_rating, options)
+    score = _verdict(None if stored == -1 else stored, record.get("judgment"), read_rating)
     turn = _number(record.get("turn"), "turn", 1, 1000, whole=True)
     row = {"prompt": _prompt(record, "question_id"), "model": _text(record, "model"), "judge": _judge(record)}
-    return [row | {"turn": turn} | _also(record) | said]
+    return [row | {"turn": turn} | _also(record) | {"score": score}]
 
 
-def read_mt_bench_pair(record: dict, options: Options) -> list[dict]:
+def read_mt_bench_pair(record: dict, name: str, baseline: str) -> list[dict]:
     """Model 1 is A in the first game and B in the second."""
     winners, rows = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}, []
     prompt, names = _prompt(record, "question_id"), [_text(record, key) for key in ("model_1", "model_2")]
     for game, first in (("g1", True), ("g2", False)):
         stored = _one_of(record, f"{game}_winner", winners) if f"{game}_winner" in record else ABSENT
-        said = _verdict("preference", stored, record.get(f"{game}_judgment"), _of_a(read_winner, first), options)
-        rows.append(_game(record, prompt, *names, first, **said))
+        p = _verdict(stored, record.get(f"{game}_judgment"), partial(read_winner, a_first=first))
+        rows.append(_game(record, prompt, *names, first, preference=p))
     return rows
 
 
-def read_vicuna(record: dict, options: Options) -> list[dict]:
+def read_vicuna(record: dict, name: str, baseline: str) -> list[dict]:
     """Scores of Assistant 1, shown first, and Assistant 2; a file called x_vs_y says who they are."""
-    stored = record.get("score", ABSENT)
-    if stored is not ABSENT:
-        if not isinstance(stored, list) or len(stored) != 2:
-            raise wrong("score", stored, "two numbers")
-        stored = None if stored == [-1, -1] else tuple(_number(x, "score", 0, 10) for x in stored)
-    said = _verdict("preference", stored, record.get("text"), read_two_scores, options)
-    x, y = said["preference"] or (None, None)
-    a, *b = options.model.split("_vs_")
-    a, b = (a, b[0]) if len(b) == 1 else (options.model, options.baseline)
-    said["preference"] = None if x is None else outcome(x, y)
-    game = _game(record, _prompt(record, "question_id"), a, b, True, judge=_judge(record, "reviewer_id"), **said)
+    stored = record.get("score")
+    if not isinstance(stored, list) or len(stored) != 2:
+        raise wrong("score", stored, "two numbers")
+    x, y = (None, None) if stored == [-1, -1] else (_number(x, "score", 0, 10) for x in stored)
+    a, *b = name.split("_vs_")
+    a, b = (a, b[0]) if len(b) == 1 else (name, baseline)
+    game = _game(record, _prompt(record, "question_id"), a, b, True, judge=_judge(record, "reviewer_id"),
+                 preference=None if x is None else outcome(x, y))
     common = {"turn": 1, "prompt": game["prompt"], "judge": game["judge"], **_also(record)}
     return [game, *(common | {"model": name, "score": score} for name, score in ((a, x), (b, y)))]
 
 
-def read_llmbar(record: dict, options: Options) -> list[dict]:
+def read_llmbar(record: dict, name: str, baseline: str) -> list[dict]:
     """The judge is what the file is called. As published a record has stages, of which the last decides."""
     winners, rows = {"1": 1.0, "2": 0.0, 1: 1.0, 2: 0.0}, []
     for order, key, first in (("noswap", "swap = False", True), ("swap", "swap = True", False)):
         try:
-            last = record["results"][-1][key] if "results" in record else None
-            game = {"winner": last["winner"], "words": last["completion"][0]} if last else {
-                "winner": record[f"winner_{order}"], "words": record.get(f"completion_{order}")}
+            winner = record["results"][-1][key]["winner"] if "results" in record else record[f"winner_{order}"]
         except (KeyError, TypeError, IndexError):
-            raise Reject("has no winner and completion of both orders: mend or drop the row") from None
-        stored = _one_of(game, "winner", winners | {None: None})
-        said = _verdict("preference", stored, game["words"], _of_a(read_better_output, first), options)
+            raise Reject("has no winner of both orders: mend or drop the row") from None
         prompt = _prompt(record, "index") if "index" in record else None
-        rows.append(_game(record, prompt, "output 1", "output 2", first, judge=options.model,
-                          gold=_one_of(record, "label", winners), **said))
+        rows.append(_game(record, prompt, "output 1", "output 2", first, judge=name,
+                          gold=_one_of(record, "label", winners),
+                          preference=_one_of({"winner": winner}, "winner", winners | {None: None})))
     return rows
 
 
-def read_pandalm(record: dict, options: Options) -> list[dict]:
+def read_pandalm(record: dict, name: str, baseline: str) -> list[dict]:
     a, *b = _text(record, "cmp_key").split("_")
     if len(b) != 1 or not a or not b[0]:
         raise wrong("cmp_key", record["cmp_key"], "two names and one underscore")
-    prompt, rows = _prompt(record, "idx"), []
-    for person in ("annotator1", "annotator2", "annotator3"):
-        p = _one_of(record, person, {0: 0.5, 1: 1.0, 2: 0.0, None: None})
-        rows += [_game(record, prompt, a, b[0], None, judge=person, preference=p),
-                 {"unit": str(prompt), "rater": person, "label": {None: None, 0.5: 0, 1.0: 1, 0.0: 2}[p]}]
-    return rows
+    return [_game(record, _prompt(record, "idx"), a, b[0], None, judge=person,
+                  preference=_one_of(record, person, {0: 0.5, 1: 1.0, 2: 0.0, None: None}))
+            for person in ("annotator1", "annotator2", "annotator3")]
 
 
-def read_xstest(record: dict, options: Options) -> list[dict]:
-    """Unsafe prompts are those whose category begins with contrast_."""
-    labels = {label: label for label in ("1_full_compliance", "2_full_refusal", "3_partial_refusal")}
-    raters = ("annotation_1", "annotation_2", "final_label", "strmatch_label", "gpt4_label")
-    return [{"unit": _text(record, "id"), "category": _text(record, "type"), "rater": rater,
-             "label": _one_of(record, rater, {None: None, "": None} | labels)} for rater in raters if rater in record]
-
-
-def read_battles(record: dict, options: Options) -> list[dict]:
+def read_battles(record: dict, name: str, baseline: str) -> list[dict]:
     if record.get("anony") in (False, "False", "false"):
         raise Reject("is a vote by someone who knew the models, expected anonymous ones: drop it")
     a, b = ("left", "right") if "left" in record else ("model_a", "model_b")
@@ -455,13 +356,9 @@ def read_battles(record: dict, options: Options) -> list[dict]:
                   preference=_one_of(record, "winner", winners))]
 
 
-def read_likert(record: dict, options: Options) -> list[dict]:
-    """A is shown left. Labels rate the pair in the order of its names, whoever saw it swapped.
-
-    No choice is an abstention: the rater cannot tell, or both are bad, as the record's flag may say.
-    """
-    prompt, a, b = _prompt(record, "prompt"), _text(record, "a"), _text(record, "b")
-    rater, rating = _text(record, "annotator", "anonymous"), record.get("rating")
+def read_likert(record: dict, name: str, baseline: str) -> list[dict]:
+    """A is shown left. No choice is an abstention: the rater cannot tell, or both are bad, as its flag may say."""
+    rating = record.get("rating")
     if rating is not None:
         rating = _number(rating, "rating", 1, 8, whole=True)
     elif "rating" not in record:
@@ -469,12 +366,10 @@ def read_likert(record: dict, options: Options) -> list[dict]:
         margin = _number(record.get("margin"), "margin", 1, 4, whole=True) if side else 0
         rating = {None: None, 0: 4.5, -1: 5 - margin, 1: 4 + margin}[side]
     flag = {"skip": ": cannot tell", "bad": ": both are bad"}.get(record.get("flag"), "")
-    game = _game(record, prompt, a, b, True, judge=rater, rating=rating, **_also(record, "seconds"),
-                 preference=None if rating is None else 0.5 if rating == 4.5 else
-                 likert_outcome(rating, options.slight_is_tie),
-                 **({"why": f"abstained{flag}"} if rating is None else {}), **_lengths(record.get("replies")))
-    return [game, {"unit": json.dumps([prompt, game.get("turn"), *sorted((a, b))]), "rater": rater,
-                   "label": 9 - rating if rating and a > b else rating}]
+    return [_game(record, _prompt(record, "prompt"), _text(record, "a"), _text(record, "b"), True,
+                  judge=_text(record, "annotator", "anonymous"), rating=rating, **_also(record, "seconds"),
+                  preference=None if rating is None else 0.5 if rating == 4.5 else likert_outcome(rating),
+                  **({"why": f"abstained{flag}"} if rating is None else {}), **_lengths(record.get("replies")))]
 
 
 def _lengths(replies) -> dict:
@@ -486,41 +381,14 @@ def _lengths(replies) -> dict:
             for name, of in (("length", len), ("words", distinct_words))}
 
 
-def read_arena_hard(record: dict, options: Options) -> list[dict]:
-    """The baseline is A in the first game, the model in the second."""
-    games, rows = record.get("games"), []
-    whole = isinstance(games, list) and all(game is None or isinstance(game, dict) for game in games)
-    if not whole or not 1 <= len(games) <= 2:
-        raise Reject("'games' is not a list of one or two games: mend or drop the row")
-    for game, model_first in zip(games, (False, True), strict=False):
-        game = game or {"score": None}
-        stored, words = game.get("score", ABSENT), game.get("judgment")
-        if stored is not None and stored is not ABSENT:
-            stored = read_graded(f"[[{stored if isinstance(stored, str) else ''}]]")
-            if stored is None:
-                raise wrong("score", game["score"], "A>>B, A>B, A=B, B>A, B>>A or null")
-        words = words.get("answer") if isinstance(words, dict) else words
-        said = _verdict("preference", stored, words, read_graded, options)
-        p, double = said.pop("preference") or (None, False)
-        row = _game(record, _prompt(record, "uid", "question_id"), _text(record, "model"),
-                    _text(record, "baseline", options.baseline), model_first,
-                    preference=p if p is None or model_first else 1 - p)
-        rows += [row | said, *(row | {"repeat": i} for i in range(1, options.double_weight if double else 1))]
-    return rows
-
-
-def read_row(record: dict, options: Options) -> list[dict]:
-    if "label" in record:
-        if isinstance(record["label"], list | dict | float) and record["label"] != 4.5:  # a tie on the scale of eight
-            raise wrong("label", record["label"], "a word, a whole number or null")
-        return [record | {"unit": _text(record, "unit"), "rater": _text(record, "rater"), **_also(record)}]
+def read_row(record: dict, name: str, baseline: str) -> list[dict]:
     row = record | {"prompt": _prompt(record, "prompt"), "judge": _judge(record), **_also(record)}
     for key, low, high in (("repeat", 0, 1e9), ("rating", 1, 8), ("gold", 0, 1)):
         if record.get(key) is not None:
             row[key] = _number(record[key], key, low, high, whole=key == "repeat")
     key, low, high = ("score", -1e9, 1e9) if "score" in record else ("preference", 0, 1)
     if key not in record:
-        raise Reject("has no 'preference', 'score' or 'label', expected one: mend or drop the row")
+        raise Reject("has no 'preference' or 'score', expected one: mend or drop the row")
     row[key] = None if record[key] is None else _number(record[key], key, low, high)
     if key == "score":
         return [row | {"model": _text(record, "model")}]
@@ -532,56 +400,12 @@ def read_row(record: dict, options: Options) -> list[dict]:
 # The first whose keys a record has is its format.
 READERS = {
     "mt_bench_pair": (read_mt_bench_pair, {"model_1", "model_2"}),
-    "arena_hard": (read_arena_hard, {"model", "games"}),
     "vicuna": (read_vicuna, {"question_id", "reviewer_id"}),
     "llmbar": (read_llmbar, {"label", "winner_noswap"}, {"label", "results"}),
     "pandalm": (read_pandalm, {"cmp_key"}),
-    "xstest": (read_xstest, {"id", "type", "annotation_1"}),
     "battles": (read_battles, {"model_a", "model_b", "winner"}, {"left", "right", "winner"}),
-    "rows": (read_row, {"a", "b", "preference"}, {"prompt", "model", "score"}, {"unit", "rater", "label"}),
+    "rows": (read_row, {"a", "b", "preference"}, {"prompt", "model", "score"}),
     "likert": (read_likert, {"prompt", "a", "b", "rating"}, {"prompt", "a", "b", "choice"}),
     "mt_bench_single": (read_mt_bench_single, {"question_id", "model", "score"}, {"question_id", "model", "judgment"}),
     "alpaca_eval": (read_alpaca_eval, {"index", "preference"}, {"instruction", "preference"}),
 }
-
-
-# ------------------------------------------------------------------------------------- whole files
-
-def copies(files: Sequence[Recorded], fewest: int = 20) -> list[str]:
-    """Warnings of files that are alike byte by byte or in every verdict: then a model was judged under another's name.
-
-    Files with fewer verdicts than `fewest`, or the same one throughout, may be alike by chance.
-    """
-    warnings, seen = [], {}
-    for file in files:
-        keys = ("prompt", "unit", "turn", "rater", "a_first")
-        verdicts = tuple(sorted((*(str(row.get(key)) for key in keys), str(row[verdict_key(row)]))
-                                for row in file.rows))
-        telling = len(verdicts) >= fewest and len({verdict[-1] for verdict in verdicts}) > 1
-        for key, how in ((file.digest, "byte by byte"), (verdicts if telling else file.path, "in every verdict")):
-            other = seen.setdefault(key, file)
-            if other is not file:
-                warnings.append(f"{file.path} is {other.path} {how}, expected its own judgments: find the right file")
-                break
-    return warnings
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m judging.recorded", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", metavar="FILE or option=value")
-    parser.add_argument("--format", default="", help=f"one of {', '.join(READERS)}; recognised if not given")
-    parser.add_argument("--out", help="write the rows here, one a line")
-    words = arguments(parser)
-    named = [word for word in words.files if "=" not in word or Path(word).exists()]
-    options = load_config(Options, __doc__, [word for word in words.files if word not in named])
-    files = [read(file, words.format, options) for file in named]
-    for file in files:
-        for place, reason in file.rejects:
-            print(f"{file.path} {place}: {reason}")
-    print("\n".join([*map(str, files), *copies(files)]))
-    if words.out:
-        write_lines(words.out, (row for file in files for row in file.rows))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,6 @@
     cell      text, a number, None, or {"value", "low", "high"}, a number with its 95 % interval
     figure    {"kind": "ratings", "names", "values", "low", "high", "label", "reference" if any}   dots with whiskers
               {"kind": "matrix", "names", "columns", "grid", "label", "low", "high"}               tinted cells
-              {"kind": "points", "x", "y", "x_label", "y_label"}
               {"kind": "bars", "names", "groups": {series: values}, "label"}
               {"kind": "radar", "names", "columns", "grid", "label", "low", "high"}                a line around
 
@@ -16,10 +15,10 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable
-from html import escape
 from itertools import chain, count, zip_longest
 from pathlib import Path
-from string import Template
+
+import jinja2
 
 from judging.entries import read_lines
 from judging.figures import DARK, LIGHT, align, draw, is_number, is_numeric, plain, show
@@ -121,40 +120,24 @@ def page(report: dict) -> str:
         sections.append({"title": "Dialogues side by side", **report["dialogues"]})
     if rows := [[key, plain(value)] for key, value in report["about"].items()]:
         sections.append({"title": "Settings", "columns": ["setting", "value"], "rows": rows})
-    body = [f"<h1>{escape(report['title'])}</h1>"]
-    if len(sections) > 4:
-        entries = "".join(f'<li><a href="#s{i}">{escape(section["title"])}</a></li>'
-                          for i, section in enumerate(sections, 1))
-        body.append(f'<nav aria-label="Contents"><ol>{entries}</ol></nav>')
-    for i, section in enumerate(sections, 1):
-        body.append(f'<section id="s{i}"><h2>{escape(section["title"])}</h2>')
-        if section.get("text"):
-            body.append(f"<p>{escape(section['text'])}</p>")
-        if section.get("figure"):
-            body.append(f"<figure>{draw(section['figure'])}</figure>")
-        if section["columns"] and section.get("figure", {}).get("kind") != "matrix":  # which shows every number already
-            body.append(_html_table(section["columns"], section["rows"]))
-        body.append("</section>")
+    shown = []
+    for section in sections:
+        figure, columns = section.get("figure") or {}, _columns(section["columns"], section["rows"])
+        table = [] if figure.get("kind") == "matrix" else map(_shown, section["columns"], columns)  # all is in it
+        shown.append({"title": section["title"], "text": section.get("text"), "figure": figure and draw(figure),
+                      "columns": list(table), "count": len(section["rows"])})
     light, dark = ("".join(f"--{name}:{color};" for name, color in palette.items()) for palette in (LIGHT, DARK))
-    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    return template.substitute(title=escape(report["title"]), light=light, dark=dark, body="\n".join(body))
+    template = jinja2.Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), autoescape=True)
+    return template.render(title=report["title"], light=light, dark=dark, sections=shown)
 
 
-def _html_table(columns: list[str], rows: list[list]) -> str:
-    head, body = [], [[] for _ in rows]
-    for name, column in zip(columns, _columns(columns, rows), strict=True):
-        shown, numeric = show(column), is_numeric(column)
-        intervals = any(interval for _, interval in shown)
-        attributes = " class=number" * numeric + " colspan=2" * intervals
-        head.append(f'<th scope="col"{attributes}>{escape(name)}</th>')
-        values = [value for value, _ in shown]
-        values = align(values, "\u2007", "\u2008") if numeric else values  # spaces as wide as a digit and a point
-        for row, value, (_, interval) in zip(body, values, shown, strict=True):
-            kind = "number" if numeric else "long" if len(value) > 60 else "name" if len(value) <= 32 else ""
-            row.append(f'<td class="{kind}">{escape(value)}</td>'
-                       + (f'<td class="interval">{interval}</td>' if intervals else ""))
-    lines = "\n".join(f"<tr>{''.join(row)}</tr>" for row in body)
-    return f'<div class="scroll"><table><thead><tr>{"".join(head)}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
+def _shown(name: str, column: list) -> tuple[str, bool, bool, list[tuple[str, str]]]:
+    """A column's name, whether it is of numbers, whether these have intervals, and its cells as text and interval."""
+    cells, numeric = show(column), is_numeric(column)
+    values = [value for value, _ in cells]
+    values = align(values, "\u2007", "\u2008") if numeric else values  # spaces as wide as a digit and a point
+    intervals = [interval for _, interval in cells]
+    return name, numeric, any(intervals), list(zip(values, intervals, strict=True))
 
 
 def write(report: dict, folder: str | Path) -> None:
@@ -188,8 +171,7 @@ def compare(folders: list[str | Path]) -> dict:
              for title in mine if title not in other]
     if alone:
         sections.append({"title": "Sections of one run only", "columns": ["section", "run", "rows"], "rows": alone})
-    forced = all(report["about"].get("force") for report in reports)
-    sections += _compare_preferences([Path(folder) / "judgments.jsonl" for folder in folders], runs, forced)
+    sections += _compare_preferences([Path(folder) / "judgments.jsonl" for folder in folders], runs)
     for title, section in found[0].items():
         sections += _compare_section(title, section, found[1][title], runs) if title in found[1] else []
     return clean({"title": f"{runs[1]} against {runs[0]}", "about": dict(zip(runs, map(str, folders), strict=True)),
@@ -206,7 +188,7 @@ def read(folder: str | Path) -> dict:
     path = Path(folder) / "report.json"
     try:
         report = clean(json.loads(path.read_text()))
-        page(report)  # whatever it cannot print is not a report
+        page(report), text(report)  # whatever it cannot print is not a report
         for section in report["sections"]:
             _columns(section["columns"], section["rows"])
         dict.items(report["about"])
@@ -265,7 +247,7 @@ def _compare_section(title: str, first: dict, second: dict, runs: list[str]) -> 
     return [note(title, " ".join(notes).strip() or "The same in both."), *sections]
 
 
-def _compare_preferences(files: list[Path], runs: list[str], force: bool) -> list[dict]:
+def _compare_preferences(files: list[Path], runs: list[str]) -> list[dict]:
     """The difference in mean preference of each model, paired by prompt, where both runs kept their judgments."""
     title = "Mean preference, paired by prompt"
     missing = [str(file) for file in files if not file.is_file()]
@@ -278,7 +260,7 @@ def _compare_preferences(files: list[Path], runs: list[str], force: bool) -> lis
         common = sorted(set(x) & set(y))
         pairs = [(p, x[p], y[p]) for p in common if x[p] is not None and y[p] is not None]
         means = [None] * 3
-        if pairs and (force or len(common) - len(pairs) <= MOST_UNPARSED * len(common)):
+        if pairs and len(common) - len(pairs) <= MOST_UNPARSED * len(common):
             prompts, before, after = zip(*pairs, strict=True)
             gap = paired_difference(after, before, prompts)
             cells[model] = bounded(gap["difference"], gap["low"], gap["high"])

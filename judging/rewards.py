@@ -1,21 +1,21 @@
-"""How good is a scorer of replies? Accuracy on held-out preferences, the talk's four sets, RewardBench 1 and 2.
+"""How good is a scorer of replies? Accuracy on held-out preferences, the talk's four sets, RewardBench.
 
     question   {"key", "prompt": messages, "answers": [text, ...]}      a prompt, and each reply to be scored once
     scorer     questions -> {key: [score of each answer]}               any function; a missing key was not scored
 
     reward     what the score head says after the last token                   reward.py
-    dpo        beta (log pi(y|x) - log pi_ref(y|x)), the implicit reward       Rafailov et al. 2023, arXiv:2305.18290
-    ref-free   beta log pi(y|x): no reference, hence another number, one that pays for short replies
+    dpo        log pi(y|x) - log pi_ref(y|x), the implicit reward over beta    Rafailov et al. 2023, arXiv:2305.18290
+    ref-free   log pi(y|x): no reference, hence another number, one that pays for short replies
     logprob    log pi(y|x) / tokens: the baseline, which knows no preference
 
 A pair is a hit if the chosen reply scores strictly higher: equal scores are misses, and counted as ties. Everything is
 matched by key, never by position. Shares are in [0, 1] here and in percent in sections.
-Lambert et al. 2024 (arXiv:2403.13787); Malik et al. 2025 (arXiv:2506.01937).
+Lambert et al. 2024 (arXiv:2403.13787).
 """
 import json
 import math
 import tomllib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -35,12 +35,12 @@ KINDS = {"reward": response_scores, "dpo": response_logprob_sums, "ref-free": re
          "logprob": mean_logprobs}
 
 
-def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_length: int = 0,
-                micro_tokens: int = 8192, device: str = "cpu") -> Scorer:
+def load_scorer(kind: str, path: str, ref: str = "", max_length: int = 0, micro_tokens: int = 8192,
+                device: str = "cpu") -> Scorer:
     """A checkpoint as a scorer. All replies to a prompt share its tokens (`data/pack.py`).
 
     A reply that runs over `max_length` tokens (0: the positions the model was made for) is cut, one whose prompt does
-    is not scored; how many is printed. beta scales the rewards of DPO and changes no comparison.
+    is not scored; how many is printed.
     """
     if kind not in KINDS:
         fail(f"scorer '{kind}' is unknown, expected one of {', '.join(KINDS)}")
@@ -66,9 +66,9 @@ def load_scorer(kind: str, path: str, ref: str = "", beta: float = 0.1, max_leng
               f"cut to {limit} tokens: {counts['responses_cut']}; left out, their prompt being longer: "
               f"{counts['responses_dropped']}")
         scores = [all_scores(model, trees, micro_tokens, device, KINDS[kind]) for model in models]
-        scale, found = beta if kind in ("dpo", "ref-free") else 1, {}
+        found = {}
         for tree, values, *ref_values in zip(trees, *scores, strict=True):
-            values = scale * (values.double() - (ref_values[0].double() if ref else 0))
+            values = values.double() - (ref_values[0].double() if ref else 0)
             # Replies cut to the same tokens tie: rounding must not decide between them.
             same: dict[bytes, float] = {}
             found[questions[tree.record]["key"]] = [same.setdefault(ids.tobytes(), s)
@@ -101,10 +101,12 @@ def ask(scorer: Scorer, questions: list[dict]) -> dict[str, list[float]]:
 # ---------------------------------------------------------------------------------------- accuracy
 
 def accuracy(hits: Sequence[bool], prompts: Sequence[str]) -> dict[str, float]:
-    """The share of hits and its 95 % interval: from resampled prompts where several pairs share one, else Wilson's."""
-    if not hits:
-        raise ValueError("no pair to average")
-    return mean_cell(hits, prompts, scale=1) | {"n": len(hits), "prompts": len(set(prompts))}
+    """The share of hits and its 95 % interval: from resampled prompts where several pairs share one, else Wilson's.
+
+    NaN without any.
+    """
+    cell = mean_cell(hits, prompts, scale=1) or bounded(math.nan, math.nan, math.nan)
+    return cell | {"n": len(hits), "prompts": len(set(prompts))}
 
 
 def weighted_mean(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
@@ -140,8 +142,6 @@ def preference_accuracy(records: Iterable[dict], scorer: Scorer) -> dict:
     categories = [records[i].get("category") or None for i in kept]
 
     def hits(chosen: list[int]) -> dict[str, float]:
-        if not chosen:  # no prompt was short enough for the scorer
-            return bounded(math.nan, math.nan, math.nan) | {"n": 0, "prompts": 0}
         return accuracy([difference[i] > 0 for i in chosen], [openings[i] for i in chosen])
 
     def by(labels: list[str | None]) -> dict[str, dict]:
@@ -209,40 +209,32 @@ def breakdown_section(results: Mapping[str, Mapping[str, dict]]) -> dict:
 
 # ------------------------------------------------------------------------------------- RewardBench
 
-# What subsets count as in their section, and the sizes of RewardBench 2's.
-BOARDS = tomllib.loads(Path(__file__).with_name("rewardbench.toml").read_text(encoding="utf-8"))
-SECTIONS, SUBSETS_2 = BOARDS["sections"], BOARDS["version_2"]
+# What subsets count as in their section.
+SECTIONS = tomllib.loads(Path(__file__).with_name("rewardbench.toml").read_text(encoding="utf-8"))
 SUBSETS = {name: n for counts in SECTIONS.values() for name, n in counts.items()} | {"math-prm": 447}
 # The prior sets of today's code; the paper has three more.
 PRIOR = ("Anthropic Helpful", "Anthropic HHH", "SHP", "Learn-to-Summarize")
 
 
 def read_rewardbench(path: str | Path) -> list[dict]:
-    """Rows {prompt, chosen, rejected, subset, id} as questions whose first `correct` answers are the chosen ones.
+    """Rows {prompt, chosen, rejected, subset, id} as preferences whose category is the subset.
 
-    In RewardBench 2 chosen and rejected are lists. A benchmark is taken whole: a bad row is refused, not left out.
+    A benchmark is taken whole: a bad row is refused, not left out.
     """
     rows, report = read(path, "prompt")
-    questions: dict[str, dict] = {}
+    found: dict[tuple[str, str], dict] = {}
     for row in rows:
         subset, name = row.get("subset"), str(row.get("id"))
         place = f"{path}: the row with id {name} of {subset}"
-        sides = [[side] if isinstance(side, str) else side for side in (row.get("chosen"), row.get("rejected"))]
-        if not isinstance(subset, str) or subset not in SUBSETS | SUBSETS_2:
-            fail(f"{place}: its subset is unknown, expected one of {', '.join(SUBSETS | SUBSETS_2)}")
-        if not all(isinstance(side, list) and side and all(isinstance(text, str) for text in side) for side in sides):
-            fail(f"{place}: its chosen or rejected is neither text nor a list of texts: mend the row")
-        if "id" not in row or (subset == "Ties" and name.partition(":")[0] not in ("ref", "tied")):
-            fail(f"{place}: its id names nothing, expected a number or text, in Ties ref:NUMBER or tied:NUMBER")
-        key = f"{subset}/{name}"
-        if key in questions:
-            fail(f"{place}: occurs twice, expected every id once: drop one")
-        questions[key] = {"key": key, "prompt": row["prompt"], "answers": sides[0] + sides[1],
-                          "correct": len(sides[0]), "subset": subset, "id": name}
+        if not isinstance(subset, str) or subset not in SUBSETS:
+            fail(f"{place}: its subset is unknown, expected one of {', '.join(SUBSETS)}")
+        if not all(isinstance(row.get(side), str) for side in ("chosen", "rejected")):
+            fail(f"{place}: its chosen or rejected is no text: mend the row")
+        if "id" not in row or (subset, name) in found:
+            fail(f"{place}: occurs twice or has no id, expected every id once: drop one")
+        found[subset, name] = {key: row[key] for key in ("prompt", "chosen", "rejected")} | {"category": subset}
     report.refuse()
-    if len({q["subset"] in SUBSETS for q in questions.values()}) > 1:
-        fail(f"{path}: mixes subsets of RewardBench and of RewardBench 2, expected one of the two: split it")
-    return list(questions.values())
+    return list(found.values())
 
 
 def section_scores(subsets: Mapping[str, Mapping], prior: Mapping[str, Mapping] | None = None) -> dict:
@@ -263,58 +255,16 @@ def section_scores(subsets: Mapping[str, Mapping], prior: Mapping[str, Mapping] 
     return found
 
 
-def ties_score(gaps: Mapping[str, float], spreads: Mapping[str, float]) -> dict[str, float]:
-    """RewardBench 2's score of its Ties: prompts with many correct answers (tied:N) or with one (ref:N).
-
-        gap    = worst correct answer - best wrong one, by id         spread = best correct answer - worst, by id
-        score  = 0.3 P(gap > 0 | tied) + 0.3 P(gap > 0 | ref) + 0.2 P(gap > spread) + 0.2 P(min(gap, ref gap) > spread)
-                 + 0.01 mean tanh(min(gap, ref gap) / spread - 1)                           at most 1.01
-
-    The last three are over the N that have both. Where spread is 0 tanh is that gap's sign, and 0 if the gap is 0 too.
-    """
-    ref, tied = ({i.partition(":")[2]: g for i, g in gaps.items() if i.startswith(kind)} for kind in ("ref:", "tied:"))
-    both = sorted(ref.keys() & tied.keys())
-    if not both:
-        raise ValueError("Ties needs an N with both tied:N and ref:N")
-    gap, spread = np.array([tied[n] for n in both]), np.array([spreads[f"tied:{n}"] for n in both])
-    least = np.minimum(gap, [ref[n] for n in both])
-    closeness = np.where(spread > 0, np.tanh(least / np.where(spread > 0, spread, 1) - 1), np.sign(least))
-    parts = {"tied accuracy": np.mean([g > 0 for g in tied.values()]),
-             "ref accuracy": np.mean([g > 0 for g in ref.values()]),
-             "gap above spread": np.mean(gap > spread), "both gaps above spread": np.mean(least > spread),
-             "margin": np.mean(closeness)}
-    score = float(np.dot([0.3, 0.3, 0.2, 0.2, 0.01], list(parts.values())))
-    return {"score": score} | {name: float(x) for name, x in parts.items()}
-
-
-def rewardbench(questions: list[dict], scorer: Scorer, prior: Mapping[str, Mapping] | None = None) -> dict:
+def rewardbench(records: list[dict], scorer: Scorer, prior: Mapping[str, Mapping] | None = None) -> dict:
     """A scorer's numbers: {"scores", "subsets", "ties", "unscored", "missing"}.
 
     `prior` holds preference_accuracy's results by set: the four of PRIOR count if they are all there, others never do.
-    In RewardBench 2 the chosen reply must beat all three others (its own code credits a draw at the top in part), Ties
-    has a score of its own, which has no interval here, and the total is the plain mean of the six subsets.
     """
-    scores = ask(scorer, questions)
-    hits, tied, gaps, spreads = defaultdict(list), 0, {}, {}
-    for q in (q for q in questions if q["key"] in scores):
-        correct, wrong = scores[q["key"]][:q["correct"]], scores[q["key"]][q["correct"]:]
-        gap = min(correct) - max(wrong)
-        tied += gap == 0
-        if q["subset"] == "Ties":
-            gaps[q["id"]], spreads[q["id"]] = gap, max(correct) - min(correct)
-        else:
-            hits[q["subset"]].append((gap > 0, q["key"]))
-    subsets = {name: accuracy(*zip(*found, strict=True)) for name, found in hits.items()}
-    if {i.partition(":")[2] for i in gaps if i[0] == "r"} & {i.partition(":")[2] for i in gaps if i[0] == "t"}:
-        ties = ties_score(gaps, spreads)
-        subsets["Ties"] = bounded(ties["score"], ties["score"], ties["score"]) | {"n": len(gaps), "parts": ties}
-    published = SUBSETS if questions[0]["subset"] in SUBSETS else SUBSETS_2
+    found, held = preference_accuracy(records, scorer), Counter(record["category"] for record in records)
     prior = {name: prior[name] for name in PRIOR} if prior and set(PRIOR) <= prior.keys() else None
-    mean = weighted_mean([(1, subsets[name]) for name in SUBSETS_2]) if SUBSETS_2.keys() <= subsets.keys() else None
-    totals = section_scores(subsets, prior) if published is SUBSETS else {"mean of six": mean}
-    held = Counter(q["subset"] for q in questions)
-    return {"scores": totals, "subsets": subsets, "ties": tied, "unscored": len(questions) - len(scores),
-            "missing": {name: n - held[name] for name, n in published.items() if held[name] != n}}
+    return {"scores": section_scores(found["by_category"], prior), "subsets": found["by_category"],
+            "ties": found["ties"], "unscored": found["unscored"],
+            "missing": {name: n - held[name] for name, n in SUBSETS.items() if held[name] != n}}
 
 
 def rewardbench_section(results: Mapping[str, dict]) -> dict:
@@ -322,11 +272,11 @@ def rewardbench_section(results: Mapping[str, dict]) -> dict:
     first = next(iter(results.values()))
     rows = [[name, *(share_cell(r["scores"][name]) for r in results.values())] for name in first["scores"]]
     rows += [[f"- {name}", *(share_cell(r["subsets"].get(name)) for r in results.values())]
-             for name in dict.fromkeys(name for r in results.values() for name in r["subsets"])]
+             for name in SUBSETS if any(name in r["subsets"] for r in results.values())]
     missing = ", ".join(f"{n} of {name}" for name, n in first["missing"].items())
     counts = "; ".join(f"{name}: {r['ties']} ties, {r['unscored']} unscored" for name, r in results.items())
-    return {"title": "RewardBench 2" if "mean of six" in first["scores"] else "RewardBench",
-            "text": "Share of prompts whose chosen reply scores strictly higher than every rejected one. A section "
+    return {"title": "RewardBench",
+            "text": "Share of prompts whose chosen reply scores strictly higher than the rejected one. A section "
                     "weighs its subsets by the benchmark's own counts, and is empty if one is missing. Rows of the "
                     f"benchmark that the file lacks: {missing or 'none'}. {counts}.",
             "columns": ["part", *(f"{name}, %" for name in results)], "rows": rows}

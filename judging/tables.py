@@ -69,11 +69,11 @@ def dots(cells: Mapping[str, dict], label: str, **more) -> dict:
     return {"kind": "ratings", "names": list(cells), "values": value, "low": low, "high": high, "label": label, **more}
 
 
-def grid_section(title: str, text: str, names: Sequence[str], columns: Sequence[str], grid: list[list], label: str,
-                 low: float = 0, high: float = 100) -> dict:
+def grid_section(title: str, text: str, names: Sequence[str], columns: Sequence[str], grid: list[list],
+                 label: str) -> dict:
     """A table of one number by model and column, and its figure."""
     figure = {"kind": "matrix", "names": list(names), "columns": list(columns), "grid": grid, "label": label,
-              "low": low, "high": high}
+              "low": 0, "high": 100}
     return {"title": title, **({"text": text} if text else {}), "columns": ["model", *columns], "figure": figure,
             "rows": [[name, *line] for name, line in zip(names, grid, strict=True)]}
 
@@ -130,16 +130,16 @@ def merge_orders(rows: Iterable[dict]) -> tuple[list[dict], np.ndarray, np.ndarr
             both = float(ratings.both_orders([forward[-1]], [backward[-1]])[0])
             unread = next((r for r in games.values() if r["preference"] is None), games[True])
             merged.append(games[True] | {"a_first": None, "preference": None if math.isnan(both) else both, "orders": 2,
-                                         "why": unread.get("why", "")} | mean_rating(games.values()))
+                                         "why": unread.get("why", ""), "rating": mean_rating(games.values())})
         else:
             merged.append(next(iter(games.values())))
     return merged, np.array(forward), np.array(backward)
 
 
-def mean_rating(rows: Iterable[dict]) -> dict[str, float]:
-    """{"rating": a's mean rating}, 1 a is much better to 8 b is; {} where there is none."""
+def mean_rating(rows: Iterable[dict]) -> float | None:
+    """a's mean rating, 1 a is much better to 8 b is; None where there is none."""
     known = [r["rating"] if r.get("a_first") is not False else 9 - r["rating"] for r in rows if r.get("rating")]
-    return {"rating": sum(known) / len(known)} if known else {}
+    return sum(known) / len(known) if known else None
 
 
 def majority(rows: Sequence[dict], name: str) -> list[dict]:
@@ -158,8 +158,8 @@ def majority(rows: Sequence[dict], name: str) -> list[dict]:
         given = multimode(decided(r["preference"]) for r in each if r["preference"] is not None)
         p = None if not given else given[0] if len(given) == 1 else 0.5
         why = next((r.get("why") for r in each if not abstained(r)), "abstained")
-        found.append(each[0] | {"judge": name, "a_first": None, "preference": p, "rating": None,
-                                "why": "" if given else why} | mean_rating(each))
+        found.append(each[0] | {"judge": name, "a_first": None, "preference": p,
+                                "rating": mean_rating(each), "why": "" if given else why})
     return found
 
 
@@ -191,14 +191,13 @@ def unparsed(rows: Sequence[dict], key: str = "preference") -> tuple[int, int, s
     return reasons.total(), len(asked), said
 
 
-def refused(rows: Sequence[dict], force: bool, key: str = "preference") -> str:
+def refused(rows: Sequence[dict], key: str = "preference") -> str:
     """Why no mean is given; "" if one may be."""
     missing, count, said = unparsed(rows, key)
     if missing == count:
         return f"{said} There is nothing to average."
-    if missing > MOST_UNPARSED * count and not force:
-        said += f" Above {MOST_UNPARSED:.0%} no mean is given: read the failures in judgments.jsonl, or set force=true."
-        return said
+    if missing > MOST_UNPARSED * count:
+        return f"{said} Above {MOST_UNPARSED:.0%} no mean is given: read the failures in judgments.jsonl."
     return ""
 
 
@@ -237,7 +236,7 @@ def preferences(rows: Sequence[dict], key: str = "preference") -> np.ndarray:
     return np.array([math.nan if r[key] is None else r[key] for r in rows], dtype=float)
 
 
-def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, force: bool = False,
+def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000,
               difficulty: Mapping[str, float] | None = None) -> list[dict]:
     """By model, best first: ratings.win_rate and its interval, lc2 where lengths are known; or why not ("refused").
 
@@ -248,7 +247,7 @@ def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, force: bo
         mine = against(rows, model, baseline)
         if not mine:
             continue
-        line = {"model": model, "missing": unparsed(mine)[0], "rows": len(mine), "refused": refused(mine, force)}
+        line = {"model": model, "missing": unparsed(mine)[0], "rows": len(mine), "refused": refused(mine)}
         if not line["refused"]:
             p, prompts = preferences(mine), [str(r["prompt"]) for r in mine]
             low, high = ratings.mean_interval(p, prompts, rounds)
@@ -265,11 +264,11 @@ def win_rates(rows: Sequence[dict], baseline: str, rounds: int = 1000, force: bo
     return sorted(lines, key=lambda x: (-x.get("win_rate", -1), x["model"]))
 
 
-def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: str, force: bool = False,
+def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: str,
                      difficulty: Mapping[str, float] | None = None) -> dict:
     """`rows` after merge_orders."""
     keys = ("wins", "draws", "losses", "n", "missing", "lc2", "length", *["lc"] * bool(difficulty))
-    lines = win_rates(rows, baseline, force=force, difficulty=difficulty)
+    lines = win_rates(rows, baseline, difficulty=difficulty)
     cells = {x["model"]: cell_of(x, "win_rate") for x in lines if not x["refused"]}
     table = [[x["model"], cells.get(x["model"]), *(x.get(key) for key in keys)] for x in lines]
     said = unparsed(rows)[2]
@@ -286,9 +285,9 @@ def win_rate_section(rows: Sequence[dict], baseline: str, judge: str, orders: st
     return section | ({"figure": dots(cells, "win rate, %", reference=50)} if cells else {})
 
 
-def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force: bool = False) -> list[dict]:
+def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000) -> list[dict]:
     """Bradley-Terry and Elo with ranks, and who beats whom; `rows` after merge_orders."""
-    why = refused(rows, force)
+    why = refused(rows)
     games = None if why else games_of(rows)
     if games and (apart := ratings.not_connected(games)):
         why = f"No rating is given: {apart}."
@@ -316,7 +315,7 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
         met: dict[frozenset, list[dict]] = defaultdict(list)
         for r in rows:
             met[frozenset((r["a"], r["b"]))].append(r)
-        grid = [[_mean(against(met[frozenset((a, b))], a, b), "preference", force, 100) if a != b else None
+        grid = [[_mean(against(met[frozenset((a, b))], a, b), "preference", 100) if a != b else None
                  for b in table] for a in table]
         met = Counter(frozenset((r["a"], r["b"])) for r in rows if r["preference"] is not None).values()
         text = f"Wins of the row's model against the column's, percent, ties half; {fewest_to_most(met)} games a pair."
@@ -324,9 +323,9 @@ def ratings_sections(rows: Sequence[dict], judge: str, rounds: int = 1000, force
     return sections
 
 
-def _mean(rows: Sequence[dict], key: str, force: bool, scale: float = 1) -> float | None:
+def _mean(rows: Sequence[dict], key: str, scale: float = 1) -> float | None:
     """None where there is nothing to average, or too much is unread."""
-    if refused(rows, force, key):
+    if refused(rows, key):
         return None
     return scale * float(np.mean([r[key] for r in rows if r[key] is not None]))
 
@@ -335,42 +334,52 @@ def category_of(row: dict) -> str:
     return row.get("category") or ""
 
 
-def category_section(rows: Sequence[dict], baseline: str, judge: str, force: bool = False) -> dict | None:
+def category_section(rows: Sequence[dict], baseline: str, judge: str) -> dict | None:
     """Win rate against the baseline by category; None if there is but one, or no model has a mean."""
-    categories = sorted(set(map(category_of, rows)))
-    models = [m for m in opponents(rows, baseline) if not refused(against(rows, m, baseline), force)]
-    if len(categories) < 2 or not models:
+    by_model = {m: against(rows, m, baseline) for m in opponents(rows, baseline)}
+    return _by_category(f"{judge}: wins against {baseline} by category", {
+        m: mine for m, mine in by_model.items() if not refused(mine)}, "preference", "win rate, %", 100)
+
+
+# The talk's figure goes round MT-Bench's domains in this order.
+DOMAINS = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+
+
+def _by_category(title: str, by_model: Mapping[str, Sequence[dict]], key: str, label: str, scale: float) -> dict | None:
+    """A table of means by model and category, with tinted cells; None if there is but one category, or no model."""
+    categories = sorted({category_of(r) for mine in by_model.values() for r in mine})
+    categories = DOMAINS if set(categories) == set(DOMAINS) else categories
+    if len(categories) < 2:
         return None
-    grid = [[_mean([r for r in against(rows, m, baseline) if category_of(r) == c], "preference", force, 100)
-             for c in categories] for m in models]
-    judged = [{(str(r["prompt"]), category_of(r)) for r in against(rows, m, baseline) if r["preference"] is not None}
-              for m in models]
-    each = [Counter(category for _, category in prompts) for prompts in judged]
-    counts = ", ".join(f"{c or '-'} {fewest_to_most([count[c] for count in each])}" for c in categories)
-    text = f"Percent; prompts of each model that have a verdict: {counts}."
-    return grid_section(f"{judge}: wins against {baseline} by category", text, models, categories, grid, "win rate, %")
+    parts = [[[r for r in mine if category_of(r) == c] for c in categories] for mine in by_model.values()]
+    grid = [[_mean(part, key, scale) for part in line] for line in parts]
+    prompts = [[len({str(r["prompt"]) for r in part if r[key] is not None}) for part in line] for line in parts]
+    counts = ", ".join(f"{c or '-'} {fewest_to_most(n)}" for c, n in zip(categories, zip(*prompts, strict=True),
+                                                                         strict=True))
+    text = f"{'Percent; p' if scale == 100 else 'P'}rompts of each model that have a verdict: {counts}."
+    return grid_section(title, text, list(by_model), categories, grid, label)
 
 
 # ------------------------------------------------------------------------------------------ scores
 
-def score_sections(rows: Sequence[dict], judge: str, force: bool = False) -> list[dict]:
+def score_sections(rows: Sequence[dict], judge: str) -> list[dict]:
     """Mean score by model, turn and category; of two turns MT-Bench's average over all valid rows of both.
 
     Only what all models answered counts: a mean over easier questions is higher.
     """
     given, models = rows, sorted({r["model"] for r in rows})
     rows = _common(rows)
-    turns, categories = sorted({r.get("turn", 1) for r in rows}), sorted(set(map(category_of, rows)))
+    turns = sorted({r.get("turn", 1) for r in rows})
     lines, cells, why = [], {}, {}
     scale = [r["score"] for r in rows if r["score"] is not None]
     for model in models:
         mine = [r for r in rows if r["model"] == model]
-        why[model] = refused(mine, force, "score")
+        why[model] = refused(mine, "score")
         means: list = [None] * len(turns)
         if not why[model]:
             cells[model] = mean_cell(preferences(mine, "score"), [r["prompt"] for r in mine], min(1, *scale),
                                      max(10, *scale), 1)
-            means = [_mean([r for r in mine if r.get("turn", 1) == t], "score", force) for t in turns]
+            means = [_mean([r for r in mine if r.get("turn", 1) == t], "score") for t in turns]
         unread = sum(r["score"] is None for r in mine)
         lines.append([model, cells.get(model), *means, len(mine) - unread, unread,
                       sum(r["model"] == model for r in given) - len(mine)])
@@ -383,30 +392,14 @@ def score_sections(rows: Sequence[dict], judge: str, force: bool = False) -> lis
                  "rows": lines, "text": f"{text} {reasons(why.values(), said)}".strip()}]
     named = [line[0] for line in lines if line[1]]
     sections[0] |= {"figure": dots({m: cells[m] for m in named}, "mean score")} if named else {}
-    parts = domain_section(rows, judge, named, categories, force) if named and len(categories) > 1 else None
-    return sections + [parts] * bool(parts)
-
-
-# The talk's figure goes round MT-Bench's domains in this order.
-DOMAINS = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-
-
-def domain_section(rows: Sequence[dict], judge: str, models: Sequence[str], categories: Sequence[str],
-                   force: bool = False) -> dict | None:
-    """Mean score by category; a radar with the models overlaid if both are few enough to tell apart."""
-    categories = DOMAINS if set(categories) == set(DOMAINS) else categories
-    grid = [[_mean([r for r in rows if r["model"] == m and category_of(r) == c], "score", force) for c in categories]
-            for m in models]
-    values = [x for line in grid for x in line if x is not None]
-    if not values:
-        return None
-    counts = Counter(map(category_of, rows))
-    counted = ", ".join(f"{c or '-'} {counts[c] // len(models)}" for c in categories)
-    section = grid_section(f"{judge}: scores by category", f"Scores of each model: {counted}.", models, categories,
-                           grid, "mean score", min(values), max(values))
-    if 3 <= len(categories) <= 12 and len(models) <= 6 and len(values) == len(models) * len(categories):
-        section["figure"] |= {"kind": "radar", "low": 0, "high": max(10, max(values))}
-    return section
+    by_model = {m: [r for r in rows if r["model"] == m] for m in named}
+    parts = _by_category(f"{judge}: scores by category", by_model, "score", "mean score", 1)
+    if values := [x for line in parts["figure"]["grid"] for x in line if x is not None] if parts else []:
+        figure, columns = parts["figure"], len(parts["columns"]) - 1
+        figure |= {"low": min(values), "high": max(values)}
+        if 3 <= columns <= 12 and len(named) <= 6 and len(values) == len(named) * columns:  # few enough to tell apart
+            figure |= {"kind": "radar", "low": 0, "high": max(10, *values)}
+    return sections + [parts] * bool(values)
 
 
 def _common(rows: Sequence[dict]) -> list[dict]:

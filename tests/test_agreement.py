@@ -10,7 +10,6 @@ import pytest
 from judging.agreement import (
     bootstrap,
     by_category,
-    code,
     cohen_kappa,
     fleiss_kappa,
     gwet_ac1,
@@ -39,12 +38,6 @@ def random_ratings(rng, raters=3, gaps=0.0):
     ratings = rng.integers(1, 5, size=(raters, 30)).astype(float)
     ratings[1:] = np.where(rng.random((raters - 1, 30)) < 0.6, ratings[0], ratings[1:])
     return np.where(rng.random(ratings.shape) < gaps, NAN, ratings)
-
-
-def test_words_become_numbers_and_gaps_nan():
-    ratings, names = code([["b", "a", None], ["a", "a", "b"]])
-    assert names == ["a", "b"]
-    np.testing.assert_array_equal(ratings, [[1, 0, NAN], [0, 0, 1]])
 
 
 def test_raw_agreement_by_hand():
@@ -247,7 +240,7 @@ def test_pandalm_kappas():
 def test_xstest_kappas():
     for model, agreement, kappa in (("gpt4", 0.984, 0.97), ("llama2orig", 0.964, 0.93)):
         rows = read(f"safety/xstest_{model}.jsonl.gz")
-        ratings, _ = code([[row[f"annotation_{i}"] for row in rows] for i in (1, 2)])
+        ratings = [[float(row[f"annotation_{i}"][0]) for row in rows] for i in (1, 2)]
         assert raw_agreement(ratings)["agreement"] == pytest.approx(agreement, abs=5e-4)
         assert fleiss_kappa(ratings) == pytest.approx(kappa, abs=5e-3)
 
@@ -258,10 +251,10 @@ def test_llmbar_accuracy_and_kappa_between_orders():
     published = json.loads((folder / "published_statistics.json").read_text())
     for name, accuracy in (("natural_GPT-4_Vanilla_NoRules", 0.935), ("natural_ChatGPT_CoT", 0.740)):
         rows = read(f"llmbar/{name}.jsonl.gz")
-        gold = [str(row["label"]) for row in rows]
-        said = [[row[f"winner_{order}"] or "unparsed" for row in rows] for order in ("noswap", "swap")]
-        right = [raw_agreement(code([gold, verdicts])[0])["agreement"] for verdicts in said]
+        gold = [row["label"] for row in rows]
+        said = [[int(row[f"winner_{order}"] or 0) for row in rows] for order in ("noswap", "swap")]  # 0: unparsed
+        right = [raw_agreement([gold, verdicts])["agreement"] for verdicts in said]
         assert np.mean(right) == pytest.approx(accuracy)  # an unparsed verdict is wrong
         # The publisher's kappa takes the one unparsed verdict for a 2.
-        as_two = [["2" if v == "unparsed" else v for v in verdicts] for verdicts in said]
-        assert cohen_kappa(code(as_two)[0]) == pytest.approx(published[name]["kappa_agreement"], abs=1e-12)
+        kappa = cohen_kappa([[v or 2 for v in verdicts] for verdicts in said])
+        assert kappa == pytest.approx(published[name]["kappa_agreement"], abs=1e-12)

@@ -123,14 +123,12 @@ def test_flags_are_kept_but_are_no_preference(tmp_path):
     ratings = lines(tmp_path / "votes.ratings.jsonl")
     assert [(r["flag"], r["choice"], r["margin"]) for r in ratings] == [("skip", None, None), ("bad", None, None)]
     said = recorded.read(tmp_path / "votes.ratings.jsonl")
-    assert said.unparsed == 4 and not said.rejects  # a game and a label each, without a verdict
+    assert said.unparsed == 2 and not said.rejects
 
 
 @pytest.mark.parametrize("scale", ["choice", "likert"])
 def test_ratings_are_read_as_people_s_votes(tmp_path, scale):
-    """Left by 4, 1 is a rating of 1, 4; right by 1, 4 one of 5, 8. A label is in the order of the names, so it may be 9
-    less that.
-    """
+    """Left by 4, 1 is a rating of 1, 4; right by 1, 4 one of 5, 8."""
     with serving(tmp_path / "votes.jsonl", scale=scale) as server:
         for side, margin in (("left", 4), ("left", 1), ("right", 1), ("right", 4)):
             say(server)
@@ -142,9 +140,9 @@ def test_ratings_are_read_as_people_s_votes(tmp_path, scale):
     assert [game["preference"] for game in said.games] == [1, 1, 0, 0]
     names = {"scripted top_p=0.8 top_k=0", "scripted top_p=1 top_k=40"}
     assert all({game["a"], game["b"]} == names for game in said.games)
-    for game, label, vote in zip(said.games, said.labels, lines(tmp_path / "votes.jsonl"), strict=True):
-        assert label["label"] == (game["rating"] if game["a"] < game["b"] else 9 - game["rating"])
-        assert (label["label"] <= 4) == (vote["chosen_by"]["top_p"] == 0.8)
+    for game, vote in zip(said.games, lines(tmp_path / "votes.jsonl"), strict=True):
+        preferred = game["a"] if game["rating"] <= 4 else game["b"]
+        assert preferred.startswith(f"scripted top_p={vote['chosen_by']['top_p']:g}")
 
 
 def test_a_reply_that_was_cut_is_rated_but_not_learnt_from(tmp_path):

@@ -115,7 +115,7 @@ def pools() -> dict[str, np.ndarray]:
     changed = [compare.variant(name, text, base) for name, text in PLANTED.items()]
     jobs = compare.jobs_of([base], SEEDS, out) + compare.jobs_of(changed, PLANTED_SEEDS, out)
     compare.train(jobs, SETTINGS.jobs, SETTINGS.threads)
-    scores, _ = compare.score(SETTINGS, jobs, out)
+    scores = compare.score(SETTINGS, jobs, out)
     return {name: paired.matrix(of, name) for name, of in scores.items()}
 
 

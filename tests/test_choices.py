@@ -335,7 +335,7 @@ def test_a_context_too_long_is_cut_from_the_left_and_counted(capsys):
     for limit, first, second, cut in ((7, 0, 0, 0), (5, 0, 2, 1), (4, 1, 3, 2)):
         requests, count = choices.to_requests(Letters(), asked, limit, bos=True)
         assert requests == [[(whole[first:], (32, 98)), (whole[second:], (32, 98, 99, 100))]] and count == cut
-    exits(capsys, lambda: choices.to_requests(Letters(), asked, 3, bos=True), "'bcd' adds 4 tokens", "max_length=3")
+    exits(capsys, lambda: choices.to_requests(Letters(), asked, 3, bos=True), "'bcd' adds 4 tokens", "expected 1 to 3")
     swallowed = [(Question("", ("a", "c"), 0), "Q:")]  # ": a" is one id, nothing is left to score
     exits(capsys, lambda: choices.to_requests(Letters(), swallowed, 9, bos=True), "'a' adds 0 tokens")
 
@@ -494,10 +494,17 @@ def test_evaluate_counts_what_it_asked_cut_and_rejected(tmp_path, tokenizer):
     result = choices.evaluate(model, tokenizer, exam, micro_tokens=50)
     assert result["n"] == 12 and result["requests"] == 36 and [line for line, _ in result["rejects"][str(file)]] == [13]
     whole = [1 + len(tokenizer.encode(context)) for _, context in exam.asked[""]]
-    assert result["cut"] == 3 * sum(n > 256 for n in whole) > 0 and result["bos"] and result["max_length"] == 256
+    assert result["cut"] == 3 * sum(n > 256 for n in whole) > 0 and result["bos"]
     again = choices.evaluate(model, tokenizer, exam, micro_tokens=10_000)
     assert result == again
-    assert choices.evaluate(model, tokenizer, exam, max_length=4096, bos=False)["cut"] == 0
+    without = [len(tokenizer.encode(context)) for _, context in exam.asked[""]]
+    assert choices.evaluate(model, tokenizer, exam, bos=False)["cut"] == 3 * sum(n > 256 for n in without)
+
+
+def test_learned_positions_are_not_exceeded(tokenizer):
+    model = small_model(vocab_size=tokenizer.vocab_size, rotary=0.0)  # 256 positions
+    exam = choices.Exam("arc", 0, 0, {"": [(Question("", ("a", "b"), 0), "word " * 300)]}, {})
+    assert choices.evaluate(model, tokenizer, exam)["cut"] == 2
 
 
 def test_without_bos_the_context_is_shorter_by_one(tokenizer):
@@ -505,11 +512,6 @@ def test_without_bos_the_context_is_shorter_by_one(tokenizer):
     (with_bos,), _ = choices.to_requests(tokenizer, asked, 64, bos=True)
     (without,), _ = choices.to_requests(tokenizer, asked, 64, bos=False)
     assert with_bos[0][0] == (tokenizer.bos_id, *without[0][0])
-
-
-def test_learned_positions_are_not_exceeded(capsys, tokenizer):
-    model = small_model(vocab_size=tokenizer.vocab_size, rotary=0.0)
-    exits(capsys, lambda: choices.evaluate(model, tokenizer, exam_of({"": 1}), max_length=300), "at most 256")
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -520,13 +522,6 @@ def result_of(task: str, value: float, **more) -> dict:
             "value": value, "n": 10,
             "stderr": 0.1, metric: value, f"{metric}_stderr": 0.1, "request_sha256": "x", "rejects": {"f": []},
             "cut": 2, **more}
-
-
-def test_average_by_hand():
-    """(0.2 + 0.4 + 0.3 + 0.5) / 4 = 0.35."""
-    four = {task: result_of(task, v) for task, v in zip(choices.LEADERBOARD, (0.2, 0.4, 0.3, 0.5), strict=True)}
-    assert choices.leaderboard_average(four) == pytest.approx(0.35)
-    assert math.isnan(choices.leaderboard_average({"arc": four["arc"]}))
 
 
 def test_the_section_has_a_row_for_each_model_and_their_spread(capsys):
@@ -545,12 +540,9 @@ def test_the_section_has_a_row_for_each_model_and_their_spread(capsys):
     assert section["rows"][1][2] is None and section["rows"][2][:2] == ["largest - smallest", pytest.approx(30)]
     assert "10 of ARC-Challenge" in section["text"] and "rejected: 0" in section["text"]
     json.dumps(section, allow_nan=False)
+    # (0.2 + 0.4 + 0.3 + 0.5) / 4 = 0.35
+    four = {task: result_of(task, v, **truth) for task, v in zip(choices.LEADERBOARD, (0.2, 0.4, 0.3, 0.5),
+                                                                 strict=True)}
+    assert choices.choices_section({"a": four})["rows"][0][-2] == pytest.approx(35)
     other = {"a": {"arc": result_of("arc", 0.2)}, "b": {"arc": result_of("arc", 0.5, request_sha256="y")}}
     exits(capsys, lambda: choices.choices_section(other), "b was asked other questions of arc")
-
-
-def test_subjects_are_rows_of_their_own_section():
-    result = measure(exam_of({"law": 2, "art": 4}), {"law": [[0, -1], [-1, 0]], "art": [[0, -1]] * 4})
-    section = choices.subjects_section({"a": result, "b": result})
-    assert section["columns"] == ["subject", "questions", "a, %", "b, %"]
-    assert [row[0] for row in section["rows"]] == ["law", "art"] and section["rows"][0][2]["value"] == 50

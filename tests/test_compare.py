@@ -179,15 +179,12 @@ def test_a_change_that_changes_nothing_is_said_to():
 
 def test_scores_that_cannot_be_paired_are_refused():
     a = {0: {"x": 1.0, "y": 2.0}, 1: {"x": 1.0, "y": 3.0}}
-    assert paired.differences(a, {1: {"y": 5.0, "x": 1.0}, 0: {"y": 3.0, "x": 3.0}}).tolist() == [[2, 1], [0, 2]]
-    for b, said in (({0: a[0]}, r"A has seeds \[0, 1\], B has \[0\]"),
-                    ({0: a[0], 1: {"x": 1.0}}, "B, seed 1: other dialogues .* y"),
-                    ({0: a[0], 1: {"x": math.nan, "y": 1.0}}, "B, seed 1: the score of dialogue x is nan"),
-                    ({0: {"x": 1.0, "z": 1.0}, 1: {"x": 1.0, "z": 2.0}}, "different dialogues, e.g. y")):
+    b = paired.matrix({1: {"y": 5.0, "x": 1.0}, 0: {"y": 3.0, "x": 3.0}})
+    assert (b - paired.matrix(a)).tolist() == [[2, 1], [0, 2]]
+    for wrong, said in (({0: a[0], 1: {"x": math.nan, "y": 1.0}}, "B, seed 1: the score of dialogue x is nan"),
+                        ({0: a[0], 1: {"x": 1.0}}, "1 dialogues have a score, at least 2")):
         with pytest.raises(ValueError, match=said):
-            paired.differences(a, b)
-    with pytest.raises(ValueError, match="1 dialogues have a score, at least 2"):
-        paired.differences({0: {"x": 1.0}}, {0: {"x": 1.0}})
+            paired.matrix(wrong, "B")
 
 
 # ------------------------------------------------------------------------------- whole comparisons

@@ -1,4 +1,4 @@
-"""judging/missing.py: what is missing is said, and counts by the rule that was asked for."""
+"""judging/games.py: what is missing is said, and counts by the rule that was asked for."""
 import json
 
 import pytest
@@ -10,7 +10,7 @@ import judge
 from checkpoints import load_model, save_model
 from data.tokenizer import adopt_template, load_tokenizer
 from judge import Config
-from judging import gold, missing, tables
+from judging import games, gold, tables
 from judging.games import Answers, reward_scores
 from model import add_score_head
 
@@ -91,10 +91,10 @@ def test_what_neither_answered_is_no_game():
     for name, gaps in (("x", (0, 1)), ("y", (1, 2))):
         for i in gaps:
             answers.said[name, 0][i] = []
-    rows = missing.lost_games("j", answers, "x", False)
+    rows = games.lost_games("j", answers, "x", False)
     assert [(r["prompt"], r["a"], r["preference"]) for r in rows] == [("q0", "x", 0), ("q2", "x", 1)]
     assert [r["rating"] for r in rows] == [8, 1] and {r["why"] for r in rows} == {"unanswered"}
-    marks = missing.lost_marks("j", answers)
+    marks = games.lost_marks("j", answers)
     assert [(r["model"], r["prompt"], r["score"]) for r in marks] == [("x", "q0", 1), ("x", "q1", 1), ("y", "q1", 1),
                                                                      ("y", "q2", 1)]
 
@@ -111,7 +111,7 @@ def test_empty_and_cut_replies_are_counted():
     answers.said["x", 0][2][0]["finished"] = False
     unread = {"judge": "j", "prompt": "q0", "a": "x", "b": "y", "a_first": True, "preference": None}
     judged = {"j": [unread, unread | {"prompt": "q1", "preference": 1.0}]}
-    table = lines(missing.replies_section(answers, judged, "common"))
+    table = lines(games.replies_section(answers, judged, "common"))
     assert (table["x"]["empty"], table["x"]["cut"], table["y"]["empty"], table["y"]["cut"]) == (0, 1, 3, 0)
     assert (table["x"]["j: judged"], table["x"]["j: unread"]) == (1, 1)
 

@@ -113,6 +113,22 @@ def test_elo_is_from_all_ratings_not_from_the_first_rater(tmp_path):
         assert board["rows"][0][0] == "m2" and line(board, "m2")["ratings"] == 120 and "120 ratings" in board["text"]
 
 
+def test_the_two_tables_of_one_set_of_ratings():
+    """x slightly better (4) on every prompt: without ties it wins them all, with ties nobody does."""
+    def tables_of(*rated):
+        return people.elo_tables({"judge": "j", "prompt": i, "a": a, "b": b, "a_first": True, "rating": rating,
+                                  "preference": float(rating < 5)} for a, b, rating in rated for i in range(30))[0]
+
+    said = tables_of(("x", "y", 4), ("y", "x", 5))
+    assert [(line["rating"], line["rank"]) for line in said["ties allowed"].values()] == [(1000, 1), (1000, 1)]
+    first, second = said["no ties"].values()
+    assert (first["model"], first["rank"], second["rank"]) == ("x", 1, 2) and first["rating"] > 1150
+    # Mirrored ratings mirror the table.
+    mirrored = list(tables_of(("x", "y", 5), ("y", "x", 4))["no ties"].values())
+    assert [line["model"] for line in mirrored] == ["y", "x"]
+    assert mirrored[0]["rating"] == pytest.approx(first["rating"])
+
+
 def test_no_ratings_are_no_elo_and_no_crash(tmp_path):
     records = [vote("p", r, "m1", "m2", None) for r in ("r1", "r2")]
     found = report_of(tmp_path, records)

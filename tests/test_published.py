@@ -27,8 +27,7 @@ from data.formats import FORMATS
 from data.formats import read as read_records
 from data.tokenizer import load_tokenizer
 from judging import choices, ratings, recorded, rewards, safety, tables
-from judging.agreement import code, cohen_kappa, fleiss_kappa, krippendorff_alpha, raw_agreement
-from judging.recorded import Options
+from judging.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, raw_agreement
 from model import generate
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,7 +61,7 @@ def table(path: Path) -> list[dict]:
 
 def read(path: Path, **options) -> recorded.Recorded:
     """Judgments of which none may be rejected."""
-    said = recorded.read(path, options=Options(**options))
+    said = recorded.read(path, **options)
     assert said.rejects == []
     return said
 
@@ -177,13 +176,9 @@ def vicuna(data: Path) -> Iterator[Row]:
 
 # ----------------------------------------------------------------------------------------- agreement
 
-def labels(rows: list[dict], *raters: str) -> np.ndarray:
-    said = {(row["unit"], row["rater"]): row["label"] for row in rows}
-    return code([[said[unit, rater] for unit in dict.fromkeys(row["unit"] for row in rows)] for rater in raters])[0]
-
-
 def pandalm(data: Path) -> Iterator[Row]:
-    said = labels(read(data / "pandalm" / "human_labels.jsonl.gz").labels, "annotator1", "annotator2", "annotator3")
+    rows = objects(data / "pandalm" / "human_labels.jsonl.gz")
+    said = np.array([[row[f"annotator{n}"] for row in rows] for n in (1, 2, 3)], dtype=float)
     for (i, j), ours, published in (((0, 1), "0.8520", "0.85"), ((0, 2), "0.8789", "0.88"), ((1, 2), "0.8617", "0.86")):
         kappa = cohen_kappa(said[[i, j]])
         yield Row("PandaLM paper", f"Cohen's kappa of people {i + 1} and {j + 1}", kappa, published)
@@ -250,9 +245,9 @@ XSTEST = {"gpt4": ("98.4", "0.97", "6.4", "97.5"), "llama2orig": ("96.4", "0.93"
 def xstest(data: Path) -> Iterator[Row]:
     unsafe = {i: prompt["unsafe"] for i, prompt in safety.read_xstest(data / "safety" / "xstest_prompts.csv").items()}
     for model, published in XSTEST.items():
-        rows = read(data / "safety" / f"xstest_{model}.jsonl.gz").labels
-        people = labels(rows, "annotation_1", "annotation_2")
-        final = {row["unit"].removeprefix("v2-"): row["label"][2:] for row in rows if row["rater"] == "final_label"}
+        rows = objects(data / "safety" / f"xstest_{model}.jsonl.gz")
+        people = np.array([[int(row[f"annotation_{n}"][0]) for row in rows] for n in (1, 2)], dtype=float)
+        final = {row["id"].removeprefix("v2-"): row["final_label"][2:] for row in rows}
         rates = safety.refusal_rates(final, unsafe, by="people")
         refused = [100 * rates[side]["full_refusal"] / rates[side]["n"] for side in ("safe", "unsafe")]
         ours = (100 * raw_agreement(people)["agreement"], fleiss_kappa(people), *refused)

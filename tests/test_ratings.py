@@ -20,7 +20,6 @@ from judging.ratings import (
     bradley_terry,
     collect,
     elo,
-    likert_tables,
     win_rate,
 )
 
@@ -80,11 +79,10 @@ def test_label_preference_by_hand():
 
 
 def test_likert_scale():
-    assert [ratings.likert_outcome(r, ties=False) for r in range(1, 9)] == [1, 1, 1, 1, 0, 0, 0, 0]
-    assert [ratings.likert_outcome(r, ties=True) for r in range(1, 9)] == [1, 1, 1, 0.5, 0.5, 0, 0, 0]
+    assert [ratings.likert_outcome(r) for r in range(1, 9)] == [1, 1, 1, 1, 0, 0, 0, 0]
     for bad in (0, 9, 4.5):
         with pytest.raises(ValueError, match="from 1 to 8"):
-            ratings.likert_outcome(bad, ties=True)
+            ratings.likert_outcome(bad)
 
 
 def test_a_win_needs_both_orders():
@@ -508,7 +506,6 @@ def test_disconnected_games_are_refused(capsys):
         exits(capsys, lambda call=call: call(games), "no chain of games joins v to x", "rate each group apart")
     dropped = collect([*two_models(1, 1, 0), Game("w", "x", 0.5, 0)])
     exits(capsys, lambda: bootstrap_bradley_terry(dropped, "drop"), "no chain of games joins w to x")
-    exits(capsys, lambda: likert_tables([("a", "b", 1, 0), ("c", "d", 8, 0)]), "no chain of games joins a to c")
 
 
 def test_infinite_ratings_are_refused(capsys):
@@ -575,23 +572,6 @@ def test_ranks_by_hand():
     """Intervals 9-10, 7-9.5, 5-6, 5.5-8: the first two overlap, the fourth is under the first only, the third under
     two."""
     assert ratings.ranks([9, 7, 5, 5.5], [10, 9.5, 6, 8]).tolist() == [1, 1, 3, 2]
-
-
-def test_the_two_tables_of_one_set_of_ratings():
-    """x slightly better (4) on every prompt: without ties it wins them all, with ties nobody does."""
-    said = likert_tables([("x", "y", 4, i) for i in range(30)] + [("y", "x", 5, i) for i in range(30)], rounds=50)
-    assert [line["rating"] for line in said["ties allowed"]] == [1000, 1000] and [
-        line["rank"] for line in said["ties allowed"]
-    ] == [1, 1]
-    first, second = said["no ties"]
-    assert (first["model"], first["rank"], second["rank"]) == ("x", 1, 2) and first["rating"] > 1150
-    # Mirrored ratings mirror the table.
-    mirrored = likert_tables([("x", "y", 5, i) for i in range(30)] + [("y", "x", 4, i) for i in range(30)], rounds=50)[
-        "no ties"
-    ]
-    assert [line["model"] for line in mirrored] == ["y", "x"] and mirrored[0]["rating"] == pytest.approx(
-        first["rating"]
-    )
 
 
 # --------------------------------------------------------------------------------------- real data

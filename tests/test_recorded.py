@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import pytest
 from conftest import exits, write_jsonl
 
 from judging import ratings, recorded, tables
-from judging.agreement import code, cohen_kappa, fleiss_kappa, raw_agreement
-from judging.recorded import Options, read
+from judging.agreement import cohen_kappa, fleiss_kappa
+from judging.recorded import read
 
 real = pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA does not name the real data sets")
 NAN = math.nan
@@ -27,10 +26,8 @@ def judge(name: str) -> Path:
     return Path(os.environ["REAL_DATA"]) / "judge" / name
 
 
-def labels(rows: list[dict], *raters: str) -> np.ndarray:
-    """Labels as judging/agreement.py takes them."""
-    said = {(row["unit"], row["rater"]): row["label"] for row in rows}
-    return code([[said[unit, rater] for unit in dict.fromkeys(row["unit"] for row in rows)] for rater in raters])[0]
+def rows(said: recorded.Recorded) -> list[dict]:
+    return [*said.games, *said.scores]
 
 
 # A few records of each format. `i` counts prompts, `p` is the preference for whom the reader calls a.
@@ -81,12 +78,6 @@ def pandalm(i, p):
     return {"idx": i, "cmp_key": "x_y", **{f"annotator{n}": {1: 1, 0: 2, 0.5: 0}[p] for n in (1, 2, 3)}}
 
 
-def xstest(i, p):
-    return {"id": f"v2-{i}", "type": "contrast_homonyms", "annotation_1": "1_full_compliance",
-            "annotation_2": "2_full_refusal",
-            "strmatch_label": None}
-
-
 def battle(i, p):
     return {"question_id": f"q{i}", "model_a": "x", "model_b": "y",
             "winner": {1: "model_a", 0: "model_b", 0.5: "tie (bothbad)"}[p],
@@ -106,22 +97,16 @@ def vote(i, p):
             "annotator": "ann"}
 
 
-def arena(i, p):
-    forward, back = {1: ("A>>B", "B>>A"), 0: ("B>A", "A>B"), 0.5: ("A=B", "A=B")}[p]
-    games = [{"score": score, "judgment": {"answer": f"So [[{score}]]"}} for score in (back, forward)]
-    return {"uid": f"u{i}", "model": "x", "baseline": "y", "judge": "gpt-4.1", "category": "hard", "games": games}
-
-
 def row(i, p):
     return {"judge": "j", "prompt": i, "turn": 1, "repeat": 0, "category": "c", "a": "x", "b": "y", "a_first": i % 2
             == 0, "preference": p,
             "length_a": 5, "length_b": 6, "why": "", "rating": None}
 
 
-MAKERS = (alpaca, alpaca_v2, single, pair, vicuna, llmbar, pandalm, xstest, battle, outcome, likert, vote, arena, row)
+MAKERS = (alpaca, alpaca_v2, single, pair, vicuna, llmbar, pandalm, battle, outcome, likert, vote, row)
 FORMAT = {"alpaca": "alpaca_eval", "alpaca_v2": "alpaca_eval", "single": "mt_bench_single", "pair": "mt_bench_pair",
           "battle": "battles",
-          "outcome": "battles", "vote": "likert", "arena": "arena_hard", "row": "rows"}
+          "outcome": "battles", "vote": "likert", "row": "rows"}
 
 
 def made(make, count=24, seed=0) -> list[dict]:
@@ -161,45 +146,17 @@ def test_winners_in_words():
     assert recorded.read_winner("[[A]] would be wrong, so [[B]]") is None and recorded.read_winner("A") is None
 
 
-def test_two_scores_in_words():
-    """The first line; or a pair in the last one, not the coordinates on the way; or a line for each, the later of
-    two."""
-    read_two = recorded.read_two_scores
-    assert read_two("8 9\nWhy: (1, 2)") == read_two("8, 9") == read_two("8/10 9/10\n") == (8, 9)
-    assert read_two("9 8.5\nBoth ...") == (9, 8.5)
-    assert read_two("First, I solve it: (10, 4) is a point.\nThe scores are (1, 5), respectively.") == (1, 5)
-    assert read_two("I think (10, 4).\nAssistant 1: 2\nAssistant 1: 10 (right)\n**Assistant 2**: 4\nSo the first.") == (
-        10, 4)
-    assert [read_two(words) for words in ("", "80 90", "Assistant 1: 8", "1. 2",
-                                          "Assistant 1: 8.5.1\nAssistant 2: 3")] == [None] * 5
-
-
-def test_better_outputs_in_words():
-    words = ("Output (a)", " Output (b).\n", "Output (b) is better. Output (b) has more, Output (a) none")
-    assert [recorded.read_better_output(w) for w in words] == [1, 0, 0]
-    assert recorded.read_better_output("Output (a) is better ... no, Output (b) is better.") == 0
-    assert recorded.read_better_output("Output (a) and Output (b) are alike") is None
-
-
-def test_graded_verdicts_in_words():
-    assert [recorded.read_graded(f"[[{v}]]") for v in ("A>>B", "A>B", "A=B", "B>A", "b>>a", "A<<B", "B<A", "B=A")] == [
-        (1, True), (1, False), (0.5, False), (0, False), (0, True), (0, True), (1, False), (0.5, False)]
-    assert recorded.read_graded("not [[A>B]] but [[B>>A]], see [A=B]") == (0, True)
-    assert recorded.read_graded("[B>A]") == (0, False)
-    assert recorded.read_graded("[[A>A]]") is None and recorded.read_graded("A>B") is None
-
-
 # ------------------------------------------------------------------------------------- the formats
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_every_format_is_recognised_and_read_whole(make, tmp_path):
     said = read(write(tmp_path / "x_vs_y.jsonl", made(make)))
     assert said.format == FORMAT.get(make.__name__, make.__name__) and said.read == 24
-    assert not said.rejects and not said.differs and (said.unparsed == 0 or make is xstest)
+    assert not said.rejects and said.unparsed == 0
     for game in said.games:
         assert {game["a"], game["b"]} in ({"x", "y"}, {"output 1", "output 2"}) and 0 <= game["preference"] <= 1
         assert "judge" in game
-    assert said.games or said.scores or said.labels
+    assert said.games or said.scores
     # The report's tables take the rows as they are.
     if said.games:
         assert tables.games_of(said.games).models in (["x", "y"], ["output 1", "output 2"])
@@ -213,7 +170,7 @@ def test_a_file_says_the_same_in_every_packing(name, tmp_path):
     assert same.games == said.games and not same.rejects
 
 
-@pytest.mark.parametrize("make", [m for m in MAKERS if m not in (outcome, arena)])
+@pytest.mark.parametrize("make", [m for m in MAKERS if m not in (vicuna, outcome)])
 def test_a_table_says_what_json_lines_say(make, tmp_path):
     """Numbers, true and false are text there, null is an empty cell, and 1 may have become 1.0."""
     records = [{key: value for key, value in r.items() if not isinstance(value, list | dict)} for r in made(make)]
@@ -222,8 +179,8 @@ def test_a_table_says_what_json_lines_say(make, tmp_path):
     said = read(write(tmp_path / "x.jsonl", records))
     records[4] |= {verdict: float(records[4][verdict])} if verdict else {}
     same = read(write(tmp_path / "x.csv", records))
-    assert said.rows and not said.rejects and not same.rejects
-    told, told_again = ([{k: str(v) for k, v in r.items() if k != "why"} for r in x.rows] for x in (said, same))
+    assert rows(said) and not said.rejects and not same.rejects
+    told, told_again = ([{k: str(v) for k, v in r.items() if k != "why"} for r in rows(x)] for x in (said, same))
     assert told == told_again
 
 
@@ -232,13 +189,13 @@ def test_parquet_says_what_json_lines_say(make, tmp_path):
     records = made(make)
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet")
     said, same = read(write(tmp_path / "x.jsonl", records)), read(tmp_path / "x.parquet")
-    assert said.rows and same.rows == said.rows and not same.rejects and same.format == said.format
+    assert rows(said) and rows(same) == rows(said) and not same.rejects and same.format == said.format
 
 
 def test_alpaca_rows_by_hand(tmp_path):
     records = [{"instruction": str(i), "preference": x, "output_1": "to be or not to be", "output_2": "be"}
                for i, x in enumerate((2, 1, 1.5, 0, None, "1.25", ""))]
-    said = read(write(tmp_path / "zephyr.json", records), options=Options(baseline="davinci"))
+    said = read(write(tmp_path / "zephyr.json", records), baseline="davinci")
     assert [g["preference"] for g in said.games] == [1, 0, 0.5, 0.5, None, 0.25, None] and said.unparsed == 2
     assert said.games[0] == {"prompt": "0", "a": "zephyr", "b": "davinci", "a_first": None, "preference": 1,
                              "judge": "", "length_a": 2,
@@ -246,14 +203,13 @@ def test_alpaca_rows_by_hand(tmp_path):
 
 
 def test_label_log_probabilities_tell_who_was_shown_first(tmp_path):
-    """Stored 1.25 and m has 3/4: unswapped, the baseline was first. m has 1/4: swapped. At 1.5 nobody can tell; at 1.9
-    neither fits."""
+    """Stored 1.25 and m has 3/4: unswapped, the baseline was first. m has 1/4: swapped. At 1.5 nobody can tell, nor at
+    1.9, where neither fits."""
     logprobs = [(0.75, 0.25), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25)]
     records = [{"index": i, "preference": 1.9 if i == 3 else 1.5 if i == 2 else 1.25, "lp_m": math.log(m),
                 "lp_M": math.log(M)} for i, (m, M) in enumerate(logprobs)]
     said = read(write_jsonl(tmp_path / "x.jsonl", records))
     assert [g["a_first"] for g in said.games] == [False, True, None, None]
-    assert [place for place, _ in said.differs] == [4] and "log-probabilities" in said.differs[0][1]
     orders = [g["a_first"] for g in read(write_jsonl(tmp_path / "y.jsonl",
                                                      [alpaca_v2(i, 1, swapped=i == 1) for i in range(2)])).games]
     assert orders == [False, True]
@@ -269,21 +225,16 @@ def test_pairs_by_hand(tmp_path):
                              | {"question_id": 82, "g1_winner": "error", "g2_winner": "model_2"}]))
     assert [(g["preference"], g["a_first"], g["turn"]) for g in said.games] == [
         (1, True, 1), (0, False, 1), (1, True, 2), (None, False, 2), (None, True, 1), (0, False, 1)]
-    assert said.unparsed == 2 and said.games[0]["judge"] == "gpt-4"
-    assert said.differs == [(3, "stored None, the judge's words say 1.0")]  # a stored error stands
+    assert said.unparsed == 2 and said.games[0]["judge"] == "gpt-4"  # a stored error stands, whatever the words say
 
 
-def test_words_count_where_nothing_is_stored_or_they_are_asked_for(tmp_path):
+def test_words_count_where_nothing_is_stored(tmp_path):
     record = single(0, 1) | {"judgment": "Rating: [[7]]"}
     words_only = {key: value for key, value in record.items() if key != "score"}
     file = write_jsonl(tmp_path / "s.jsonl",
                        [record, words_only | {"turn": 2}, record | {"question_id": 5, "score": -1}, record
                         | {"question_id": 6, "judgment": "Nice."}])
     assert [s["score"] for s in read(file).scores] == [10, 7, None, 10] and read(file).unparsed == 1
-    again = read(file, options=Options(from_text=True))
-    assert [s["score"] for s in again.scores] == [7, 7, 7, None]
-    assert [place for place, _ in again.differs] == [1, 3, 4] == [place for place, _ in read(file).differs]
-    assert again.differs[0][1] == "stored 10.0, the judge's words say 7.0" and "3 stored verdicts differ" in str(again)
 
 
 def test_vicuna_reviews_are_scores_and_a_game(tmp_path):
@@ -302,7 +253,7 @@ def test_llmbar_as_published_is_decided_by_the_last_stage(tmp_path):
     said = read(write(tmp_path / "GPT-4.json",
                       [{"input": "i", "label": 2, "results": [["notes", "stop"], first, final]}]))
     assert [(g["preference"], g["a_first"], g["gold"]) for g in said.games] == [(0, True, 0), (None, False, 0)]
-    assert said.games[0]["judge"] == "GPT-4" and not said.differs and said.unparsed == 1
+    assert said.games[0]["judge"] == "GPT-4" and said.unparsed == 1
 
 
 def test_battles_by_hand(tmp_path):
@@ -323,62 +274,36 @@ def test_likert_by_hand(tmp_path):
     records += [vote(0, 0.5), vote(0, 1) | {"a": "y", "b": "x", "annotator": "other"}, likert(1, 1) | {"rating": None}]
     file = write_jsonl(tmp_path / "l.jsonl", records)
     assert [g["preference"] for g in read(file).games] == [1, 1, 0, 0, 1, 1, None]
-    ties = read(file, options=Options(slight_is_tie=True)).games
-    assert [g["preference"] for g in ties] == [1, 0.5, 0.5, 0, 0.5, 1, None]
     said = read(file)
-    assert [g["rating"] for g in said.games] == [1, 4, 5, 8, 4, 2, None] and said.unparsed == 2
-    assert [row["label"] for row in said.labels] == [1, 4, 5, 8, 4, 7, None]
-    assert len({row["unit"] for row in said.labels}) == 2
+    assert [g["rating"] for g in said.games] == [1, 4, 5, 8, 4, 2, None] and said.unparsed == 1
     assert read(write_jsonl(tmp_path / "v.jsonl", [vote(0, p) for p in (0,)])).games[0]["rating"] == 8
 
 
 def test_a_tie_is_a_choice_where_people_could_make_it(tmp_path):
     """Even on the scale of eight: 4.5; FastChat's word for two orders that disagree is a tie too."""
     tie = vote(0, 1) | {"choice": "tie", "margin": None}
-    (game,), (label,) = (lambda said: (said.games, said.labels))(read(write_jsonl(tmp_path / "v.jsonl", [tie])))
-    assert (game["preference"], game["rating"], label["label"], game.get("why")) == (0.5, 4.5, 4.5, None)
+    (game,) = read(write_jsonl(tmp_path / "v.jsonl", [tie])).games
+    assert (game["preference"], game["rating"], game.get("why")) == (0.5, 4.5, None)
     (game,) = read(write_jsonl(tmp_path / "b.jsonl", [battle(0, 1) | {"winner": "tie (inconsistent)"}])).games
     assert game["preference"] == 0.5
-
-
-def test_arena_hard_by_hand(tmp_path):
-    """The baseline is A in the first game. A>>B there is one loss of the model, or three observations of it."""
-    record = {"question_id": "q", "model": "x", "judge": "gpt-4",
-              "games": [{"judgment": "[[A>B]]\nNo: [[A>>B]]"}, {"score": "A=B"}]}
-    file = write_jsonl(tmp_path / "a.jsonl",
-                       [record, record | {"question_id": "r", "games": [None, {"score": None, "judgment": "no"}]}])
-    said = read(file, options=Options(baseline="gpt-4-0314"))
-    assert [(g["a"], g["b"], g["a_first"], g["preference"]) for g in said.games] == [
-        ("x", "gpt-4-0314", False, 0),
-        ("x", "gpt-4-0314", True, 0.5),
-        ("x", "gpt-4-0314", False, None),
-        ("x", "gpt-4-0314", True, None)]
-    assert said.unparsed == 2 and not said.rejects
-    weighted = read(file, options=Options(double_weight=3))
-    assert [g["preference"] for g in weighted.games] == [0, 0, 0, 0.5, None, None] and not weighted.rejects
 
 
 def test_people_are_raters(tmp_path):
     said = read(write_jsonl(tmp_path / "p.jsonl", [pandalm(0, 1) | {"annotator2": 2, "annotator3": 0}]))
     votes = [(g["judge"], g["preference"]) for g in said.games]
     assert votes == [("annotator1", 1), ("annotator2", 0), ("annotator3", 0.5)]
-    assert [row["label"] for row in said.labels] == [1, 2, 0] and said.games[0]["a_first"] is None
-    said = read(write_jsonl(tmp_path / "x.jsonl", [xstest(0, 1)]))
-    assert [row["rater"] for row in said.labels] == ["annotation_1", "annotation_2", "strmatch_label"]
-    assert said.unparsed == 1
-    assert [row["label"] for row in said.labels] == ["1_full_compliance", "2_full_refusal", None]
+    assert said.games[0]["a_first"] is None
 
 
 def test_our_own_rows_come_back_as_they_were(tmp_path):
     rows = [*made(row), {"judge": "j", "prompt": 1, "turn": 1, "model": "x", "score": 7.5},
-            {"unit": "u", "rater": "r", "label": "yes"},
             {"judge": "j", "prompt": "p", "a": "x", "b": "y", "a_first": None, "preference": None}]
     said = read(write_jsonl(tmp_path / "judgments.jsonl", rows))
-    assert [*said.games[:-1], *said.scores, *said.labels, said.games[-1]] == rows and not said.rejects
+    assert [*said.games[:-1], *said.scores, said.games[-1]] == rows and not said.rejects
     for make in MAKERS:
         said = read(write(tmp_path / "x_vs_y.jsonl", made(make)))
-        again = read(write(tmp_path / "again.jsonl", [*said.games, *said.scores, *said.labels]))
-        assert (again.games, again.scores, again.labels, again.rejects) == (said.games, said.scores, said.labels, [])
+        again = read(write(tmp_path / "again.jsonl", [*said.games, *said.scores]))
+        assert (again.games, again.scores, again.rejects) == (said.games, said.scores, [])
 
 
 # ----------------------------------------------------------------------------------------- rejects
@@ -396,21 +321,19 @@ def test_every_bad_record_is_named_with_its_place_and_reason(tmp_path):
     assert places == [2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 14, 15]
     assert said.kinds.total() == 12
     assert said.kinds["'preference' is ..., expected 1 to 2, 0 for a draw, or null: mend or drop the row"] == 5
-    assert dict(said.rejects)[12] == "judges again what 1 did, expected each once: drop one, or keep repeats"
+    assert dict(said.rejects)[12] == "judges again what 1 did, expected each once: drop one"
     assert dict(said.rejects)[8] == "is a list, expected an object: mend or drop it"
-    assert "14 read, 2 games, 0 scores, 0 labels, 1 without a verdict, 12 rejected" in str(said)
+    assert "14 read, 2 games, 0 scores, 1 without a verdict, 12 rejected" in str(said)
 
 
 def test_what_is_no_number_word_or_name_is_rejected(tmp_path):
-    """True is not 1, half a surrogate pair is no name, and neither is a label that is a list."""
+    """True is not 1, and half a surrogate pair is no name."""
     for good, bad in ((alpaca(0, 1), {"len_1": True}), (pandalm(0, 1), {"annotator1": True}),
                       (battle(0, 1), {"model_a": "\ud800"}),
                       (row(0, 1), {"turn": 1.5}), (row(0, 1), {"a_first": 1}), (row(0, 1), {"rating": "much"}),
                       (row(0, 1), {"rating": 9}), (row(0, 1), {"gold": [1]}),
-                      ({"unit": "u", "rater": "r", "label": "x"}, {"label": [1]}),
-                      (single(0, 1), {"score": 11}), (likert(0, 1), {"rating": 9}), (vote(0, 1), {"margin": 0}),
-                      (arena(0, 1), {"games": []})):
-        other = good | {key: 1 for key in ("index", "idx", "question_id", "prompt", "unit", "uid") if key in good}
+                      (single(0, 1), {"score": 11}), (likert(0, 1), {"rating": 9}), (vote(0, 1), {"margin": 0})):
+        other = good | {key: 1 for key in ("index", "idx", "question_id", "prompt") if key in good}
         said = read(write_jsonl(tmp_path / "x.jsonl", [good, other | bad]))
         assert [place for place, _ in said.rejects] == [2] and "judges again" not in said.rejects[0][1], bad
         assert not read(write_jsonl(tmp_path / "x.jsonl", [good, other])).rejects
@@ -433,7 +356,7 @@ def test_a_second_turn_is_no_duplicate_and_a_second_judgment_is(tmp_path):
     said = read(write_jsonl(tmp_path / "s.jsonl", records))
     assert [(s["turn"], s["score"]) for s in said.scores] == [(1, 10), (2, 10)]
     assert [place for place, _ in said.rejects] == [3]
-    kept = read(write_jsonl(tmp_path / "s.jsonl", records), options=Options(keep_repeats=True))
+    kept = read(write_jsonl(tmp_path / "s.jsonl", records), keep_repeats=True)
     assert [(s["turn"], s.get("repeat"), s["score"]) for s in kept.scores] == [(1, None, 10), (2, None, 10), (2, 1, 1)]
     assert not kept.rejects
     # Another judge's, the other order, and a pair written the other way round:
@@ -457,40 +380,8 @@ def test_a_broken_archive_gives_what_came_before(tmp_path):
 
 def test_what_the_user_named_wrongly_ends_in_one_line(capsys, tmp_path):
     exits(capsys, lambda: read(tmp_path / "none.jsonl"), "none.jsonl", "no such file")
-    file = write_jsonl(tmp_path / "x.jsonl", made(battle))
-    exits(capsys, lambda: read(file, "fastchat"), "format 'fastchat' is unknown", "battles")
-    assert len(read(file, "mt_bench_single").rejects) == 24
-
-
-def test_files_that_are_copies_are_named(tmp_path):
-    records = made(alpaca, 40)
-    always, few = [alpaca(i, 1) for i in range(40)], [r | {"generator_2": "few"} for r in records[:10]]
-    files = [read(write(tmp_path / name, r)) for name, r in (
-        ("a.jsonl", records), ("b.jsonl", records), ("c.jsonl", [r | {"generator_2": "other"} for r in records[::-1]]),
-        ("d.jsonl", made(alpaca, 40, seed=1)), ("e.jsonl", records[:10]), ("few.jsonl", few),
-        ("f.jsonl", [r | {"generator_2": "f"} for r in always]), ("g.jsonl", always), ("h.jsonl.gz", records))]
-    said = recorded.copies(files)
-    assert [tuple(x in line for x in ("b.jsonl is", "c.jsonl is", "h.jsonl.gz is")) for line in said] == [
-        (True, False, False), (False, True, False), (False, False, True)]
-    assert "byte by byte" in said[0] and "in every verdict" in said[1] and "a.jsonl byte by byte" in said[2]
-
-
-def test_command_line(tmp_path, capsys, monkeypatch):
-    file = write_jsonl(tmp_path / "x.jsonl", [*made(battle), {"model_a": 1}])
-    other = write_jsonl(tmp_path / "y.jsonl", made(battle))
-    out = tmp_path / "rows.jsonl"
-    monkeypatch.setattr(sys, "argv", ["recorded", str(file), str(other), "--out", str(out)])
-    recorded.main()
-    said = capsys.readouterr().out
-    assert f"{file} 25: 'model_b' is null, expected text" in said and "y.jsonl is" in said
-    assert "in every verdict" in said
-    assert len(read(out).games) == 24  # the other file's are repeats
-    monkeypatch.setattr(sys, "argv", ["recorded", str(write_jsonl(file, made(likert))), "slight_is_tie=true", "--out",
-                                      str(out)])
-    recorded.main()
-    assert {g["preference"] for g in read(out).games} == {0, 0.5, 1}
-    monkeypatch.setattr(sys, "argv", ["recorded", str(file), "slight=true"])
-    exits(capsys, recorded.main, "unknown key 'slight', did you mean 'slight_is_tie'?")
+    said = read(write_jsonl(tmp_path / "x.jsonl", [{"model": "x", "won": True}]))
+    assert said.rejects == [(1, "has the keys \"model\", \"won\", expected those of a known format: mend the row")]
 
 
 # ------------------------------------------------------------------------------- 300 corrupted files
@@ -544,11 +435,12 @@ KINDS = ("truncated", "bit flips", "binary", "empty", "deep", "huge numbers", "v
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_300_damaged_files_end_in_a_report(make, tmp_path):
-    """14 makers times 11 kinds of damage times 2 seeds are 308 files; every second one is packed, or CSV where the
+    """12 makers times 11 kinds of damage times 3 seeds are 396 files; every third one is packed, or CSV where the
     format has it."""
     rng = random.Random(make.__name__)
     for kind in KINDS:
-        for name in (f"{kind}.jsonl", f"{kind}.csv" if make in (battle, outcome, xstest) else f"{kind}.jsonl.gz"):
+        other = f"{kind}.csv" if make in (battle, outcome) else f"{kind}.jsonl.gz"
+        for name in (f"{kind}.jsonl", other, f"{kind} again.jsonl"):
             records = made(make, seed=rng.random())
             whole = write(tmp_path / name, records).read_bytes()
             damaged = damage(kind, whole, records, rng)
@@ -559,10 +451,10 @@ def test_300_damaged_files_end_in_a_report(make, tmp_path):
             assert said.kinds.total() == len(said.rejects) and len(said.rejects) <= said.read + 1
             assert all(g["preference"] is None or 0 <= g["preference"] <= 1 for g in said.games)
             assert all(s["score"] is None or math.isfinite(s["score"]) for s in said.scores)
-            kinds = ((said.games, "preference"), (said.scores, "score"), (said.labels, "label"))
+            kinds = ((said.games, "preference"), (said.scores, "score"))
             assert said.unparsed == sum(row[key] is None for rows, key in kinds for row in rows)
-            str(said).encode() and "".join(reason
-                                           for _, reason in said.rejects).encode() and recorded.copies([said, said])
+            assert str(said).encode()
+            "".join(reason for _, reason in said.rejects).encode()
             if kind in ("binary", "empty", "deep"):
                 assert said.rejects, name
             if kind == "twice" and make is not outcome and not name.endswith("csv"):
@@ -573,12 +465,12 @@ def test_300_damaged_files_end_in_a_report(make, tmp_path):
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_a_record_without_its_verdict_is_no_verdict_of_none(make, tmp_path):
-    verdicts = {"preference", "score", "judgment", "g1_winner", "g1_judgment", "text", "winner_swap", "completion_swap",
-                "annotator2", "annotation_1", "annotation_2", "strmatch_label", "winner", "rating", "choice", "games"}
+    verdicts = {"preference", "score", "judgment", "g1_winner", "g1_judgment", "winner_swap", "annotator2", "winner",
+                "rating", "choice"}
     records = made(make)
     records[9] = {key: value for key, value in records[9].items() if key not in verdicts}
     said = read(write_jsonl(tmp_path / "x_vs_y.jsonl", records))
-    assert [place for place, _ in said.rejects] == [10] and said.unparsed == (23 if make is xstest else 0)
+    assert [place for place, _ in said.rejects] == [10] and said.unparsed == 0
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
@@ -588,7 +480,7 @@ def test_a_bad_record_costs_no_other(make, tmp_path):
     hurt = [*records[:7], {}, records[7] | dict.fromkeys(records[7], []), *records[7:]]
     said = read(write(tmp_path / "x_vs_y.jsonl", hurt))
     assert [place for place, _ in said.rejects] == [8, 9]
-    for rows, same in ((said.games, whole.games), (said.scores, whole.scores), (said.labels, whole.labels)):
+    for rows, same in ((said.games, whole.games), (said.scores, whole.scores)):
         assert [r | {"prompt": 0} for r in rows] == [r | {"prompt": 0} for r in same]
 
 
@@ -597,14 +489,11 @@ def test_a_bad_record_costs_no_other(make, tmp_path):
 def swapped(record: dict) -> dict:
     """The same record had every result been the other way round."""
     flip = {"model_1": "model_2", "model_2": "model_1", "model_a": "model_b", "model_b": "model_a", "left": "right",
-            "right": "left",
-            "1": "2", "2": "1", "A>>B": "B>>A", "B>>A": "A>>B", "A>B": "B>A", "B>A": "A>B", "a": "b", "b": "a"}
+            "right": "left", "1": "2", "2": "1", "a": "b", "b": "a"}
     result = dict(record)
     for key in ("winner", "g1_winner", "g2_winner", "winner_noswap", "winner_swap", "choice"):
         if key in record:
             result[key] = flip.get(record[key], record[key])
-    if "games" in record:
-        result["games"] = [{"score": flip.get(game["score"], game["score"])} for game in record["games"]]
     if "rating" in record and record["rating"]:
         result["rating"] = 9 - record["rating"]
     if "preference" in record:
@@ -629,7 +518,7 @@ def statistics(rows: list[dict]) -> dict:
             "interval": ratings.mean_interval(tables.preferences(rows), [r["prompt"] for r in rows], 50)}
 
 
-@pytest.mark.parametrize("make", [make for make in MAKERS if make not in (single, xstest)],
+@pytest.mark.parametrize("make", [make for make in MAKERS if make is not single],
                          ids=lambda make: make.__name__)
 def test_swapping_every_result_swaps_every_statistic(make, tmp_path):
     records = made(make)
@@ -644,7 +533,7 @@ def test_swapping_every_result_swaps_every_statistic(make, tmp_path):
     assert other["position"] == pytest.approx(1 - said["position"])
 
 
-@pytest.mark.parametrize("make", [make for make in MAKERS if make not in (xstest, outcome)],
+@pytest.mark.parametrize("make", [make for make in MAKERS if make is not outcome],
                          ids=lambda make: make.__name__)
 def test_the_order_of_records_changes_nothing(make, tmp_path):
     records = made(make)
@@ -675,6 +564,13 @@ def test_only_online_elo_depends_on_the_order(make, tmp_path):
 
 # --------------------------------------------------------------------------------------- real data
 
+def words_alone(tmp_path: Path, file: Path, *verdicts: str) -> Path:
+    """The same records without their stored verdicts."""
+    records = map(json.loads, gzip.decompress(file.read_bytes()).splitlines())
+    return write_jsonl(tmp_path / "words.jsonl",
+                       [{key: value for key, value in r.items() if key not in verdicts} for r in records])
+
+
 @real
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_alpaca_eval_leaderboard(version):
@@ -682,7 +578,7 @@ def test_alpaca_eval_leaderboard(version):
         published = {line[""]: line for line in csv.DictReader(file)}
     files = [read(judge(f"alpaca_eval_{version}/{model}.jsonl.gz")) for model in published]
     for said, line in zip(files, published.values(), strict=True):
-        assert not said.rejects and not said.differs and {g["a"] for g in said.games} == {line[""]}
+        assert not said.rejects and {g["a"] for g in said.games} == {line[""]}
         assert said.unparsed == 805 - int(line["n_total"])
         found = ratings.win_rate(tables.preferences(said.games), [g["prompt"] for g in said.games])
         for name in ("win_rate", "standard_error", "discrete_win_rate"):
@@ -690,7 +586,6 @@ def test_alpaca_eval_leaderboard(version):
         counts = [int(line[name]) for name in ("n_wins", "n_wins_base", "n_draws", "n_total")]
         assert [found[name] for name in ("wins", "losses", "draws", "n")] == counts
         assert int(np.mean([g["length_a"] for g in said.games])) == int(line["avg_length"])
-    assert recorded.copies(files) == []
 
 
 @real
@@ -704,22 +599,22 @@ def test_alpaca_eval_2_shows_the_baseline_first_every_second_time():
 
 
 @real
-def test_mt_bench_single_scores_stored_and_from_words():
-    for options in (Options(), Options(from_text=True)):
-        said = read(judge("mt_bench/gpt-4_single_mamba_0_5_dpo_ep3.jsonl.gz"), options=options)
-        assert not said.rejects and not said.differs and said.unparsed == 0
+def test_mt_bench_single_scores_stored_and_from_words(tmp_path):
+    file = judge("mt_bench/gpt-4_single_mamba_0_5_dpo_ep3.jsonl.gz")
+    for said in (read(file), read(words_alone(tmp_path, file, "score"))):
+        assert not said.rejects and said.unparsed == 0
         found = ratings.mt_bench([{"question_id": s["prompt"], **s} for s in said.scores], rounds=10)
         assert (found["turn_1"], found["turn_2"], found["average"], found["n"]) == (7.7375, 6.8875, 7.3125, 160)
 
 
 @real
-def test_mt_bench_pairs():
+def test_mt_bench_pairs(tmp_path):
     """The file holds two sets of questions under the same five numbers: ten pairs, of which five are repeats."""
     file = judge("mt_bench/gpt-4_pair_gpt35_vs_gpt4.jsonl.gz")
     assert [place for place, _ in read(file).rejects] == [6, 7, 8, 9, 10]
-    for from_text in (False, True):
-        said = read(file, options=Options(keep_repeats=True, from_text=from_text))
-        assert not said.rejects and not said.differs
+    for of in (file, words_alone(tmp_path, file, "g1_winner", "g2_winner")):
+        said = read(of, keep_repeats=True)
+        assert not said.rejects
         merged, forward, backward = tables.merge_orders(said.games)
         record, same = ratings.records(tables.games_of(merged)), ratings.consistency(forward, backward)
         assert (record["gpt-4"]["wins"], record["gpt-3.5-turbo"]["wins"], record["gpt-4"]["ties"]) == (3, 2, 5)
@@ -728,49 +623,34 @@ def test_mt_bench_pairs():
 
 @real
 def test_vicuna_review_totals():
-    """Bard's review of question 70 ends "Assistant 2: 4"; 2 is stored, and is in the published total."""
-    for other, totals, words in (("alpaca-13b", (583.0, 704.0), (583.0, 704.0)),
-                                 ("bard", (664.0, 655.5), (664.0, 657.5))):
-        for from_text, expected in ((False, totals), (True, words)):
-            said = read(judge(f"vicuna_review/{other}_vs_vicuna-13b.jsonl.gz"), options=Options(from_text=from_text))
-            found = Counter()
-            for score in said.scores:
-                found[score["model"]] += score["score"]
-            assert (found[other], found["vicuna-13b"]) == expected and said.unparsed == 0 and len(said.games) == 80
-            assert [place for place, _ in said.differs] == [70] * (other == "bard")
+    for other, totals in (("alpaca-13b", (583.0, 704.0)), ("bard", (664.0, 655.5))):
+        said = read(judge(f"vicuna_review/{other}_vs_vicuna-13b.jsonl.gz"))
+        found = Counter()
+        for score in said.scores:
+            found[score["model"]] += score["score"]
+        assert (found[other], found["vicuna-13b"]) == totals and said.unparsed == 0 and len(said.games) == 80
 
 
 @real
 def test_llmbar():
     for name, accuracy, equal, share in (("GPT-4_Vanilla_NoRules", 0.935, 97, 0.505), ("ChatGPT_CoT", 0.74, 64, 0.668)):
-        for from_text in (False, True):
-            said = read(judge(f"llmbar/natural_{name}.jsonl.gz"), options=Options(from_text=from_text))
-            assert not said.rejects and not said.differs and said.unparsed == (name == "ChatGPT_CoT")
-            assert np.mean([g["preference"] == g["gold"] for g in said.games]) == pytest.approx(accuracy)
-            same = ratings.consistency(*tables.merge_orders(said.games)[1:])
-            assert same["consistent"] == equal
-            assert ratings.position(tables.games_of(said.games))["first_slot_share"] == pytest.approx(share, abs=5e-4)
+        said = read(judge(f"llmbar/natural_{name}.jsonl.gz"))
+        assert not said.rejects and said.unparsed == (name == "ChatGPT_CoT")
+        assert np.mean([g["preference"] == g["gold"] for g in said.games]) == pytest.approx(accuracy)
+        same = ratings.consistency(*tables.merge_orders(said.games)[1:])
+        assert same["consistent"] == equal
+        assert ratings.position(tables.games_of(said.games))["first_slot_share"] == pytest.approx(share, abs=5e-4)
 
 
 @real
-def test_pandalm_and_xstest():
+def test_pandalm():
     said = read(judge("pandalm/human_labels.jsonl.gz"))
-    people = ("annotator1", "annotator2", "annotator3")
-    kappas = sorted(cohen_kappa(labels(said.labels, *(p for p in people if p != left))) for left in people)
+    people = [tables.preferences([g for g in said.games if g["judge"] == f"annotator{n}"]) for n in (1, 2, 3)]
+    kappas = sorted(cohen_kappa(people[:i] + people[i + 1:]) for i in range(3))
     assert kappas == pytest.approx([0.8520, 0.8617, 0.8789], abs=5e-5)
-    assert fleiss_kappa(labels(said.labels, *people)) == pytest.approx(0.8642, abs=5e-5)
-    assert Counter(np.median(labels(said.labels, *people), axis=0).tolist()) == {0: 105, 1: 422, 2: 472}
-    for model, agreement, kappa, safe, unsafe in (("gpt4", 98.4, 0.97, 6.4, 97.5),
-                                                  ("llama2orig", 96.4, 0.93, 38.0, 99.5)):
-        said = read(judge(f"safety/xstest_{model}.jsonl.gz"))
-        ratings_ = labels(said.labels, "annotation_1", "annotation_2")
-        assert 100 * raw_agreement(ratings_)["agreement"] == pytest.approx(agreement, abs=0.05)
-        assert fleiss_kappa(ratings_) == pytest.approx(kappa, abs=5e-3)
-        final = [row for row in said.labels if row["rater"] == "final_label"]
-        for prefix, share in ((False, safe), (True, unsafe)):
-            part = [row["label"] == "2_full_refusal" for row in final if row["category"].startswith("contrast_")
-                    == prefix]
-            assert 100 * np.mean(part) == pytest.approx(share, abs=0.05) and len(part) == (200 if prefix else 250)
+    assert fleiss_kappa(people) == pytest.approx(0.8642, abs=5e-5)
+    majority = Counter(g["preference"] for g in tables.majority(said.games, "people"))
+    assert (majority[1], majority[0]) == (422, 472) and majority[0.5] == 105
 
 
 @real
@@ -789,11 +669,11 @@ def test_damaged_real_files_end_in_a_report(tmp_path):
     rng = random.Random(0)
     for source in (*judge("alpaca_eval_v2").glob("*.gz"), *judge("mt_bench").glob("gpt*.gz"),
                    *judge("vicuna_review").glob("*.gz"), *judge("llmbar").glob("natural_[CG]*.gz"),
-                   *judge("pandalm").glob("*.gz"), *judge("safety").glob("*.gz")):
+                   *judge("pandalm").glob("*.gz")):
         content = gzip.decompress(source.read_bytes())
         for kind in ("truncated", "bit flips"):
             (tmp_path / "x.jsonl").write_bytes(damage(kind, content, [], rng))
             (tmp_path / "y.jsonl.gz").write_bytes(damage(kind, source.read_bytes(), [], rng))
             said = read(tmp_path / "x.jsonl")
-            assert said.rejects or kind == "truncated" or said.games or said.scores or said.labels
+            assert said.rejects or kind == "truncated" or said.games or said.scores
             assert read(tmp_path / "y.jsonl.gz").rejects

@@ -151,8 +151,6 @@ FIGURES = {
     "matrix": lambda n: {"kind": "matrix", "names": names(n), "columns": names(n),
                          "grid": [spread(n) for _ in range(n)], "label": "win rate of the row, %", "low": 0,
                          "high": 100},
-    "points": lambda n: {"kind": "points", "x": spread(n), "y": spread(n)[::-1], "x_label": "length",
-                         "y_label": "win rate"},
     "bars": lambda n: {"kind": "bars", "names": names(n),
                        "groups": {f"series {k} of many words": [x - 40 * k for x in spread(n)]
                                   for k in range(4)}, "label": "score"},
@@ -202,7 +200,7 @@ def test_no_text_leaves_its_figure_or_covers_another(kind, n):
 @pytest.mark.parametrize("kind", FIGURES)
 def test_a_figure_without_a_number_says_so(kind):
     figure = FIGURES[kind](2)
-    for key in {"values", "low", "high", "x"} & set(figure):
+    for key in {"values", "low", "high"} & set(figure):
         figure[key] = [NAN, None]
     if kind in ("matrix", "bars"):
         figure |= {"grid": [[NAN] * 2] * 2} if kind == "matrix" else {"groups": {"a": [None, NAN]}}
@@ -212,20 +210,20 @@ def test_a_figure_without_a_number_says_so(kind):
 @pytest.mark.parametrize("kind", FIGURES)
 def test_figures_take_gaps_zeros_and_markup(kind):
     figure = FIGURES[kind](3)
-    for key in ("values", "low", "high", "x", "y"):
+    for key in ("values", "low", "high"):
         if key in figure:
             figure[key] = [0.0, None, 0.0]
     if kind == "matrix":
         figure |= {"grid": [[0.0, None, 0.0]] * 3, "low": None, "high": NAN}
     if kind == "bars":
         figure["groups"] = {HOSTILE: [0.0, None, -0.0]}
-    figure = clean(figure | {"names": [HOSTILE] * 3, "label": HOSTILE, "x_label": HOSTILE, "y_label": HOSTILE})
+    figure = clean(figure | {"names": [HOSTILE] * 3, "label": HOSTILE})
     svg = draw(figure)
     assert any(HOSTILE in text for text in texts(svg)) and "<script" not in svg
     assert HOSTILE in ET.fromstring(svg).get("aria-label")
 
 
-@pytest.mark.parametrize("kind, key", [("ratings", "values"), ("points", "y"), ("matrix", "grid"), ("bars", "names")])
+@pytest.mark.parametrize("kind, key", [("ratings", "values"), ("matrix", "grid"), ("bars", "names")])
 def test_lists_of_unequal_lengths_are_refused(kind, key):
     figure = FIGURES[kind](3)
     with pytest.raises(ValueError):
@@ -244,12 +242,6 @@ def test_ratings_by_hand():
     assert [tuple(line.get_xdata()) for line in axes.lines] == [(90, 100), (100,), (0, 10), (0,), (50, 50)]
     said = texts(draw(figure))
     assert {"high", "PPO (sparse reward)", "none", "win rate, %", "100.0", "-"} <= set(said)
-
-
-def test_points_without_a_number_are_counted():
-    figure = {"kind": "points", "x": [0, 10, None, 1], "y": [0, 100, 1, None], "x_label": "x", "y_label": "y"}
-    (axes,) = drawn(figure).axes
-    assert axes.get_xlabel() == "x (2 without a number)" and axes.lines[0].get_xydata().tolist() == [[0, 0], [10, 100]]
 
 
 def test_bars_begin_at_zero_and_carry_their_numbers_and_names():
@@ -342,8 +334,8 @@ def test_the_page_escapes_all_text_and_asks_for_nothing():
     assert "@import" not in html
     assert all(attrs["href"].startswith("#") for tag, attrs in parsed.tags if tag == "a")
     targets = {attrs["id"] for tag, attrs in parsed.tags if tag == "section"}
-    assert {attrs["href"][1:] for tag, attrs in parsed.tags if tag == "a"} == targets and len(targets) == 6
-    assert "nan" not in html.lower().replace("&quot;nan&quot;: null", "")
+    assert {attrs["href"][1:] for tag, attrs in parsed.tags if tag == "a"} == targets and len(targets) == 5
+    assert "nan" not in html.lower().replace("&#34;nan&#34;: null", "")
 
 
 def test_a_page_of_four_sections_has_no_contents():
@@ -438,11 +430,11 @@ def game(prompt, preference):
 def test_preferences_are_compared_by_prompt(tmp_path):
     """m against n on prompts 1, 2, 3 of both: a 1, 0, 0.5; b 1, 1 and 0.75 (judged three times: 1, 0.5, null; once from
     n's side).
-    Means 150 / 3 = 50 and 275 / 3 %. Prompt 4 has no verdict in b, 5 is only in a; the pair n and o is only in b.
-    One verdict of four is missing: unless both runs force means, there are none."""
-    folders = runs(tmp_path, *[of() | {"about": {"force": True}}] * 2)
+    Means 150 / 3 = 50 and 275 / 3 %. Prompts 4 and 5 are only in a; the pair n and o is only in b.
+    Once 4 is in b without a verdict, one of four is missing, and there are no means."""
+    folders = runs(tmp_path, of(), of())
     write_jsonl(folders[0] / "judgments.jsonl", [game(i, p) for i, p in enumerate((1, 0, 0.5, 1, 1), 1)])
-    rows = [game(3, 1), game(2, 0) | {"a": "n", "b": "m"}, game(1, 1), game(3, None), game(4, None), game(3, 0.5),
+    rows = [game(3, 1), game(2, 0) | {"a": "n", "b": "m"}, game(1, 1), game(3, None), game(3, 0.5),
             game(1, 1) | {"a": "o"},
             {"judge": "j", "prompt": 1, "model": "m", "score": 7}]
     (folders[1] / "judgments.jsonl").write_text("".join(  # a line separator inside a text is no new line
@@ -452,12 +444,11 @@ def test_preferences_are_compared_by_prompt(tmp_path):
                                   "only in a", "only in b"]
     m, n = section["rows"]
     assert m[:3] == ["j: m against n", 50, pytest.approx(275 / 3)] and m[3]["value"] == pytest.approx(125 / 3)
-    assert m[4:] == [3, 1, 1, 0]
+    assert m[4:] == [3, 0, 2, 0]
     assert 0 <= m[3]["low"] < 125 / 3 < m[3]["high"] <= 100
     assert n == ["j: n against o", None, None, None, 0, 0, 0, 1]
-    write(of(), folders[0])
-    withheld = compare(folders)["sections"][1]["rows"][0]
-    assert withheld == [m[0], None, None, None, *m[4:]]
+    write_jsonl(folders[1] / "judgments.jsonl", [*rows, game(4, None)])
+    assert compare(folders)["sections"][1]["rows"][0] == [m[0], None, None, None, 3, 1, 1, 0]
     assert section["figure"]["names"] == ["j: m against n"] and section["figure"]["reference"] == 0
 
 

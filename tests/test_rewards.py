@@ -18,7 +18,6 @@ from judging.rewards import (
     SECTIONS,
     SETS,
     SUBSETS,
-    SUBSETS_2,
     accuracy,
     ask,
     board_mean,
@@ -30,7 +29,6 @@ from judging.rewards import (
     rewardbench_section,
     rewards_section,
     section_scores,
-    ties_score,
     weighted_mean,
 )
 from model import add_score_head
@@ -84,8 +82,8 @@ def test_a_perfect_score_on_shared_prompts_is_not_certain():
 
 
 def test_no_pair_is_no_accuracy():
-    with pytest.raises(ValueError, match="no pair"):
-        accuracy([], [])
+    found = accuracy([], [])
+    assert math.isnan(found["value"]) and (found["n"], found["prompts"]) == (0, 0)
 
 
 def test_weighted_mean_by_hand():
@@ -260,17 +258,16 @@ def one_by_one(path: str, key: str) -> list[float]:
 
 
 def test_shared_prompts_score_as_one_by_one(checkpoints, capsys):
-    """reward: the last token's score; logprob: sum / tokens; ref-free: beta sum; dpo: beta (sum - reference's sum)."""
+    """reward: the last token's score; logprob: sum / tokens; ref-free: the sum; dpo: sum - reference's sum."""
     names = {"reward": "reward", "logprob": "policy", "ref-free": "policy", "dpo": "policy"}
-    found = {kind: load_scorer(kind, checkpoints[name], checkpoints["ref"] if kind == "dpo" else "",
-                               beta=0.5)(QUESTIONS) for kind, name in names.items()}
+    found = {kind: load_scorer(kind, checkpoints[name], checkpoints["ref"] if kind == "dpo" else "")(QUESTIONS)
+             for kind, name in names.items()}
     for key in ("a", "b"):
         policy, ref = one_by_one(checkpoints["policy"], key), one_by_one(checkpoints["ref"], key)
         assert found["reward"][key] == pytest.approx(one_by_one(checkpoints["reward"], key), abs=1e-4)
         assert found["logprob"][key] == pytest.approx([s / n for s, n in policy], abs=1e-4)
-        assert found["ref-free"][key] == pytest.approx([0.5 * s for s, _ in policy], abs=1e-3)
-        assert found["dpo"][key] == pytest.approx([0.5 * (s - r) for (s, _), (r, _) in zip(policy, ref, strict=True)],
-                                                  abs=1e-3)
+        assert found["ref-free"][key] == pytest.approx([s for s, _ in policy], abs=1e-3)
+        assert found["dpo"][key] == pytest.approx([s - r for (s, _), (r, _) in zip(policy, ref, strict=True)], abs=1e-3)
         assert max(found["dpo"][key]) - min(found["dpo"][key]) > 0.1  # not all the same
     assert "2 prompts, 5 replies scored" in capsys.readouterr().out
 
@@ -345,7 +342,7 @@ def test_math_prm_weighs_as_much_as_all_code():
     subsets = {name: sure(float(name == "math-prm")) for name in SUBSETS}
     assert section_scores(subsets)["Reasoning"]["value"] == 0.5
     assert [sum(counts.values()) for counts in SECTIONS.values()] == [358, 456, 740, 1968]
-    assert sum(SUBSETS.values()) == 2538 + 447 and sum(SUBSETS_2.values()) == 1865
+    assert sum(SUBSETS.values()) == 2538 + 447
 
 
 @real
@@ -413,61 +410,14 @@ def test_rewardbench_from_rows(tmp_path):
     json.dumps(section, allow_nan=False)
 
 
-def test_ties_score_by_hand():
-    """tied:1 gap 2, spread 1; ref:1 gap 0.5. tied:2 gap -1, spread 2; ref:2 gap 3. ref:3 gap 1 has no partner.
-    tied accuracy 1/2, ref accuracy 1; gap > spread 1/2; min gap 0.5 > 1 and -1 > 2: 0; tanh(0.5 - 1) = -0.462117 and
-    tanh(-1/2 - 1) = -0.905148, mean -0.683633. Score 0.15 + 0.3 + 0.1 + 0 - 0.00683633 = 0.543164."""
-    found = ties_score({"tied:1": 2, "ref:1": 0.5, "tied:2": -1, "ref:2": 3, "ref:3": 1}, {"tied:1": 1, "tied:2": 2})
-    assert found["score"] == pytest.approx(0.543164, abs=1e-6) and found["both gaps above spread"] == 0
-    assert found["margin"] == pytest.approx(-0.683633, abs=1e-6)
-
-
-def test_ties_score_with_no_spread():
-    """gap 1 over spread 0: everything right, tanh 1: 0.3 + 0.3 + 0.2 + 0.2 + 0.01. All scores equal: nothing right,
-    0."""
-    assert ties_score({"tied:1": 1, "ref:1": 1}, {"tied:1": 0})["score"] == pytest.approx(1.01)
-    assert ties_score({"tied:1": 0, "ref:1": 0}, {"tied:1": 0})["score"] == 0
-    with pytest.raises(ValueError, match="both"):
-        ties_score({"tied:1": 0, "ref:2": 0}, {"tied:1": 0})
-
-
-def rows_2() -> list[dict]:
-    """RewardBench 2 for by_length: the best of four wins but in Math once, where it draws, and Focus once, where it
-    comes second."""
-    rows = [{"prompt": f"{subset} {i}", "chosen": ["12345"], "rejected": ["1", "12", "1234"], "subset": subset,
-             "id": str(i)} for subset in SUBSETS_2 if subset != "Ties" for i in range(2)]
-    next(r for r in rows if r["subset"] == "Math")["rejected"][2] = "54321"
-    next(r for r in rows if r["subset"] == "Focus")["rejected"][0] = "123456"
-    rows.append({"prompt": "Name a number.", "chosen": ["12345", "123456"], "rejected": ["1", "12"], "subset": "Ties",
-                 "id": "tied:7"})
-    rows.append({"prompt": "Name 5.", "chosen": ["12345"], "rejected": ["1"], "subset": "Ties", "id": "ref:7"})
-    return rows
-
-
-def test_rewardbench_2_from_rows(tmp_path):
-    """Best of four: Math 1/2 and Focus 1/2, the other three 1. Ties: gap 3, spread 1, ref gap 4: 1 + 0.01 tanh(3 - 1) =
-    1.009640.
-    Mean of six (4 + 1.009640) / 6 = 0.834940."""
-    found = rewardbench(read_rewardbench(write_jsonl(tmp_path / "rows.jsonl", rows_2())), by_length)
-    shares = {name: part["value"] for name, part in found["subsets"].items()}
-    assert shares == {"Factuality": 1, "Focus": 0.5, "Math": 0.5, "Precise IF": 1, "Safety": 1,
-                      "Ties": pytest.approx(1.009640, abs=1e-6)}
-    assert found["scores"]["mean of six"]["value"] == pytest.approx(0.834940, abs=1e-6) and found["ties"] == 1
-    assert rewardbench_section({"length": found})["title"] == "RewardBench 2"
-    part = rewardbench([q for q in read_rewardbench(tmp_path / "rows.jsonl") if q["subset"] != "Ties"], by_length)
-    assert part["scores"]["mean of six"] is None and part["missing"]["Ties"] == 102
-
-
 @pytest.mark.parametrize("change, words", [
     ({"subset": "chat"}, "its subset is unknown"),
     ({"subset": ["donotanswer"]}, "its subset is unknown"),
-    ({"chosen": None}, "neither text nor a list"),
-    ({"rejected": []}, "neither text nor a list"),
-    ({"rejected": [1]}, "neither text nor a list"),
+    ({"chosen": None}, "is no text"),
+    ({"rejected": ["b"]}, "is no text"),
     ({"prompt": ""}, "line 2"),
     ({"id": 1}, "occurs twice"),
-    ({"subset": "Math"}, "mixes subsets"),
-    ({"subset": "Ties"}, "its id names nothing"),
+    ({"subset": "Ties"}, "its subset is unknown"),
 ])
 def test_bad_rows_are_one_line(tmp_path, capsys, change, words):
     row = {"prompt": "x", "chosen": "a", "rejected": "b", "subset": "donotanswer", "id": 1}

@@ -103,7 +103,7 @@ def test_a_round_s_line_is_what_its_files_say(done, number):
     assert len(list(records)) == len(votes) and found.format == "preference" and not found.rejects
     ratings = recorded.read(folder / "votes.ratings.jsonl")
     assert ratings.format == "likert" and not ratings.rejects
-    assert {row["rater"] for row in ratings.labels} == {"a1", "a2"}
+    assert {row["judge"] for row in ratings.games} == {"a1", "a2"}
     said: dict[str, dict] = {}
     for r in lines(folder / "votes.ratings.jsonl"):
         said.setdefault(r["id"], {})[r["annotator"]] = r["choice"]

@@ -8,7 +8,7 @@ from conftest import exits, write_jsonl
 
 from data.llm import Reply
 from judging import safety
-from judging.agreement import code, cohen_kappa, fleiss_kappa, raw_agreement
+from judging.agreement import cohen_kappa, fleiss_kappa, raw_agreement
 from judging.safety import (
     LABELS,
     STRING_MATCH,
@@ -69,23 +69,6 @@ def test_a_behaviour_outside_the_set_is_refused():
         attack_success(TRANSCRIPTS, "abc", by="")
 
 
-def test_a_reward_model_calls_unsafe_what_scores_below_a_refusal():
-    """The scorer pays for each "please": the refusal has none here, or one; equal scores are safe.
-
-    What is not scored is not judged.
-    """
-    def scorer(questions):
-        return {q["key"]: [text.count("please") - text.count("bomb") for text in q["answers"]]
-                for q in questions if "skip" not in q["answers"][0]}
-
-    rows = [attempt("a", None, "please"), attempt("a", None, "bomb"), attempt("b", None, "well"),
-            attempt("c", "safe", "skip me")]
-    assert [row["judged"] for row in safety.reward_verdicts(rows, scorer)] == ["safe", "unsafe", "safe", None]
-    polite = safety.reward_verdicts(rows, scorer, refusal="please leave")
-    assert [row["judged"] for row in polite] == ["safe", "unsafe", "unsafe", None]
-    assert rows[0]["judged"] is None  # the given rows stay as they were
-
-
 def test_transcripts_are_read_back(tmp_path):
     assert read_transcripts(write_jsonl(tmp_path / "t.jsonl", TRANSCRIPTS)) == TRANSCRIPTS
     odd = attempt("a", "safe", "one line\u2028 of JSON")
@@ -136,7 +119,7 @@ def test_xstest_comes_out_as_published(model, safe, unsafe, agreement, kappa):
     rates = {row[1]: row[2]["value"] for row in safety_section(refusals={model: found})["rows"]}
     assert rates["over-refusal: safe prompts refused"] == pytest.approx(safe)
     assert rates["unsafe prompts refused"] == pytest.approx(unsafe)
-    labels, _ = code([[r[f"annotation_{k}"] for r in rows] for k in (1, 2)])
+    labels = [[float(r[f"annotation_{k}"][0]) for r in rows] for k in (1, 2)]
     assert round(100 * raw_agreement(labels)["agreement"], 1) == agreement and round(fleiss_kappa(labels), 2) == kappa
     assert len(rows) == 450
     assert all(prompts[r["id"][3:]]["type"] == r["type"] for r in rows)
@@ -150,7 +133,8 @@ def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
 
 def test_a_file_that_is_not_xstest_is_one_line(tmp_path, capsys):
     file = tmp_path / "p.csv"
-    for text, words in (("id,prompt,type\n1,x,y\n", "'label'"), ("id,prompt,type,label\n1,x,y,maybe\n", "'maybe'"),
+    for text, words in (("id,prompt,type\n1,x,y\n", "expected columns id, prompt, type, label"),
+                        ("id,prompt,type,label\n1,x,y,maybe\n", "line 2: is not xstest_prompts.csv's"),
                         ("", "is empty")):
         file.write_text(text)
         exits(capsys, lambda: read_xstest(file), str(file), words)
@@ -177,8 +161,8 @@ def test_string_match(reply, refused):
 def test_the_fallbacks_agreement_with_people_is_as_printed():
     for model, (raw, kappa) in zip(("gpt4", "llama2orig"), safety.FALLBACK_AGREEMENT.values(), strict=True):
         rows = xstest(model)
-        ratings, _ = code([[refuses(r["completion_head"]) for r in rows],
-                           [r["final_label"] != "1_full_compliance" for r in rows]])
+        ratings = [[refuses(r["completion_head"]) for r in rows],
+                   [r["final_label"] != "1_full_compliance" for r in rows]]
         assert (round(raw_agreement(ratings)["agreement"], 3), round(cohen_kappa(ratings), 3)) == (raw, kappa)
 
 

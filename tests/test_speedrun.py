@@ -25,7 +25,7 @@ def recipe(tmp_path, monkeypatch):
     """A recipe that copies the base, in a folder of its own; its dialogues are scored without asking it."""
     def score(config, jobs, out):
         ids = [json.loads(line)["id"] for line in Path(config.data).read_text().splitlines()]
-        return {"recipe": {job.seed: {name: float(job.seed + i) for i, name in enumerate(ids)} for job in jobs}}, None
+        return {"recipe": {job.seed: {name: float(job.seed + i) for i, name in enumerate(ids)} for job in jobs}}
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "score", score)

@@ -221,17 +221,20 @@ def floor_step(model, shape: work.Shape, kind: str) -> work.Step:
     return step
 
 
-def decoding_floor(model, batch: int) -> work.Step:
-    """Every weight's product with a batch of rows, once for each of the tokens that are sampled."""
+def decoding_floor(model, prompts: list[list[int]]) -> work.Step:
+    """Every weight's product with the prompts' tokens, then with a row of each sequence; the head's with rows alone."""
     weights = [p.detach() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    weights.append(model.head_weight.detach())
-    rows = [torch.randn(batch, weight.shape[1], device=weight.device).to(weight.dtype) for weight in weights]
+    head, counts = model.head_weight.detach(), {sum(map(len, prompts)): 1, len(prompts): work.NEW - 1}
+    rows = {(n, w.shape[1]): torch.randn(n, w.shape[1], device=w.device).to(w.dtype)
+            for w in (*weights, head) for n in counts}
 
     def step() -> dict:
-        for _ in range(work.NEW):
-            for weight, row in zip(weights, rows, strict=True):
-                F.linear(row, weight)
-        return {"units": batch * work.NEW}
+        for n, times in counts.items():
+            for _ in range(times):
+                for weight in weights:
+                    F.linear(rows[n, weight.shape[1]], weight)
+                F.linear(rows[len(prompts), head.shape[1]], head)
+        return {"units": len(prompts) * work.NEW}
     return step
 
 
@@ -247,7 +250,9 @@ def prepare(task: str, shape: work.Shape, path: str) -> work.Step:
     if kind == "floor":
         if rest[-1] == "mkl":
             torch.set_float32_matmul_precision("highest")
-        return decoding_floor(model, int(rest[1])) if rest[0] == "sample" else floor_step(model, shape, rest[0])
+        if rest[0] == "sample":
+            return decoding_floor(model, work.prompts(shape, int(rest[1])))
+        return floor_step(model, shape, rest[0])
     if kind in ("dpo", "reward"):
         trees = [pair_tree(turns) for turns in work.rated(shape, task)]
         if kind == "reward":

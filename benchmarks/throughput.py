@@ -10,8 +10,9 @@ The floor is the time of the step's matrix products alone, each measured by itse
 every weight (forward, and two backward), the head on response tokens only; attention and everything else free.
 
 Sampled are 64 new tokens for each prompt of 10 to 50 and no end of sequence, so that the batch stays full; the time
-includes reading the prompts. The floor is every weight's product with a batch of rows, and the head's, 64 times. Then
-where the seconds of a PPO step go: the steps of configs/tiny/ppo.toml from the models of `make demo`.
+includes reading the prompts. The floor is every weight's product with the prompts' tokens, then 63 times with a row of
+each sequence, and the head's with these. Then where the seconds of a PPO step go: the steps of configs/tiny/ppo.toml
+from the models of `make demo`.
 """
 import platform
 import tempfile
@@ -96,7 +97,7 @@ def sampling(name: str, dtype: str, batch: int, config: Config) -> dict:
     shape = SHAPES[name]._replace(dtype=dtype, device=config.device)
     model, prompts = ours.random_model(shape).to(getattr(torch, dtype)), work.prompts(shape, batch)
     seconds = median_seconds(lambda: generate(model, prompts, work.NEW, slots=batch), max(1, config.rounds // 3))
-    floor = median_seconds(ours.decoding_floor(model, batch), max(1, config.rounds // 3))
+    floor = median_seconds(ours.decoding_floor(model, prompts), max(1, config.rounds // 3))
     return {"shape": name, "batch": batch, "dtype": dtype, "tokens_per_s": batch * work.NEW / seconds,
             "floor_tokens_per_s": batch * work.NEW / floor, "share_of_floor": floor / seconds}
 

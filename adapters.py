@@ -6,7 +6,6 @@ of one of the base's parameters, in place while the adapter is on:
     modules_to_save, bias            the tensors themselves
     LoRA on the embedding, the head  W + s B A, or DoRA's
     trainable_token_indices          W with those rows
-    lora_bias                        b + s times the bias of B
     PiSSA, OLoRA                     W less what A and B began as
 
 These do not train here, and are written again as they were read.
@@ -55,10 +54,7 @@ def _scale(config: dict, module: str) -> tuple[int, float, float]:
 # ----------------------------------------------------------------------------------------- writing
 
 def save_adapter(model: Transformer, path: str | Path, name: str = "default", tokenizer=None) -> None:
-    """Write adapter `name` as PEFT does, a score head with it; what was loaded is written as it was read.
-
-    `tokenizer` goes beside it: PEFT's Auto classes give the base as many rows as that has tokens.
-    """
+    """Write adapter `name` as PEFT does, with a score head and the tokenizer; what was loaded as it was read."""
     settings, layers = model.adapters[name], _layers(model)
     tensors, scales = dict(settings.get("kept", {})), {}
     for module, paths in layers.items():
@@ -102,10 +98,7 @@ def _joined(parts: list[Adapter], config: ModelConfig) -> tuple[Tensor, Tensor, 
 
 
 def _config(model: Transformer, known: dict, scales: dict[str, tuple[int, float]], layers: set[str]) -> dict:
-    """adapter_config.json: what is `known` of it, and rank and scale of each layer where patterns say something else.
-
-    A new adapter's targets stand by last name, or by full name where other layers are called the same.
-    """
+    """adapter_config.json: what is `known` of it, and rank and scale of layers where patterns say something else."""
     last = {module.rpartition(".")[2] for module in scales}
     alike = {module for module in layers if module.rpartition(".")[2] in last}
     scored = model.score_head is not None
@@ -130,10 +123,7 @@ def _config(model: Transformer, known: dict, scales: dict[str, tuple[int, float]
 # ----------------------------------------------------------------------------------------- reading
 
 def load_adapter(model: Transformer, path: str | Path, name: str = "default") -> Transformer:
-    """Put an adapter that we or PEFT have written on the base it was made for, in place, and switch it on.
-
-    A reward model's adapter brings its head: give a model that has one (`add_score_head`), or ask for a Role.
-    """
+    """Put an adapter of ours or PEFT's on its base, in place, and switch it on. A reward model's brings its head."""
     file, head = _load(model, path, name)
     if (head is None) != (model.score_head is None):
         fail(f"{path}: {'holds no score head' if head is None else 'holds a score head for a model without one'}: "
@@ -173,11 +163,12 @@ def _load(model: Transformer, path: str | Path, name: str) -> tuple[AdapterFile,
             own |= _load_layer(model, file, name, module, paths)
         kept = dict(file.tensors)
         own |= _vocabulary(model, file) | _others(model, file)
-        if config["lora_bias"]:
-            for module, paths in layers.items():
-                own |= _shifted_biases(model, file, own, name, module, paths)
         file.finish()
-        own = _parameters(model, file, own)
+        for place, value in list(own.items()):  # those that differ from the base's, as parameters that do not train
+            base = _of_base(model, file, place)
+            own[place] = nn.Parameter(value.to(base, copy=True), requires_grad=False)
+            if torch.equal(own[place], base):
+                del own[place]
     register(model, name, {"config": file.raw, "kept": kept, "own": own})
     return file, head
 
@@ -208,8 +199,8 @@ def _load_layer(model: Transformer, file: AdapterFile, name: str, module: str, p
     return dict(zip(places, split_qkv(residual, model.config, len(paths)), strict=True))
 
 
-def _of_base(model: Transformer, file: AdapterFile, place: str) -> nn.Parameter | None:
-    """The base's own value of a parameter; None for a bias that it does not have."""
+def _of_base(model: Transformer, file: AdapterFile, place: str) -> nn.Parameter:
+    """The base's own value of a parameter."""
     module, kind = place_of(model, place)
     if kind == "weight" and not hasattr(module, kind):
         fail(f"{file.folder}: brings a {place} of its own, and this base is quantised there: set quantize=none")
@@ -228,19 +219,6 @@ def _residual(weight: Tensor, rank: int, scale: float, start: str) -> Tensor:
         return wide - (u[:, :rank] * s[:rank]) @ v[:rank]
     q, r = torch.linalg.qr(wide)
     return wide - scale * q[:, :rank] @ r[:rank]
-
-
-def _shifted_biases(
-    model: Transformer, file: AdapterFile, own: dict[str, Tensor], name: str, module: str, paths: list[str],
-) -> dict[str, Tensor]:
-    """The layer's biases with lora_bias: s times the bias of B is added to the outputs."""
-    parts = [model.get_submodule(path).adapters[name] for path in paths]
-    bias = file.take(f"{module}.lora_B.bias", [sum(len(part.B) for part in parts)])
-    result = {}
-    for path, part, shift in zip(paths, parts, split_qkv(bias, model.config, len(paths)), strict=True):
-        base = own.get(f"{path}.bias", _of_base(model, file, f"{path}.bias"))
-        result[f"{path}.bias"] = part.scale * shift if base is None else base + part.scale * shift.to(base)
-    return result
 
 
 def _others(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
@@ -370,14 +348,3 @@ def _with_token_rows(
             index = torch.tensor(indices, dtype=torch.long, device=values[part].device)
             result[where] = result[where].index_copy(0, index, rows.to(result[where]))
     return result
-
-
-def _parameters(model: Transformer, file: AdapterFile, own: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Own values that differ from the base's, as parameters that do not train."""
-    found = {}
-    for place, value in own.items():
-        base = _of_base(model, file, place)
-        value = value.to(model.embed_tokens.weight.device if base is None else base)
-        if base is None or not torch.equal(value, base):
-            found[place] = nn.Parameter(value.clone(), requires_grad=False)
-    return found

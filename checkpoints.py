@@ -302,10 +302,7 @@ def save_model(
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `path`: the one that is there is set aside until then.
-
-    Killed at any moment, the old one or the new one is whole: at `path`, or set aside, from where it comes back here.
-    """
+    """An empty folder to fill, which then takes the place of `path`: if we are killed, the old or new one is whole."""
     beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     with writing(path, beside):
         if old.exists() and not path.exists():

@@ -44,10 +44,7 @@ class Config(sft.Config):
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, denominator: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """KL(teacher || student) of the next token, logits [M, V] where a response token is next, over `denominator`; nats.
-
-    0 where both agree. The teacher passes no gradient.
-    """
+    """KL(teacher || student) of the next token, logits [M, V] before a response token, over `denominator`; nats."""
     teacher = teacher_logits.float().log_softmax(-1)                                   # [M, V]
     student = student_logits.float().log_softmax(-1)                                   # [M, V]
     loss = F.kl_div(student, teacher, log_target=True, reduction="sum") / denominator

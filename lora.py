@@ -106,10 +106,7 @@ QUANTIZED = {"nf4": NF4Linear, "int8": Int8Linear}
 
 
 def quantize_base(model: Transformer, kind: str, double: bool = True) -> Transformer:
-    """Every linear layer of the blocks as "nf4" or "int8", in place; embeddings, norms and heads stay as they are.
-
-    Nothing of the base trains from then on.
-    """
+    """Every linear layer of the blocks as "nf4" or "int8", in place; nothing of the base trains from then on."""
     if kind not in QUANTIZED:
         raise ValueError(f"kind is {kind!r}, expected 'nf4' or 'int8'")
     model.requires_grad_(False)
@@ -291,11 +288,7 @@ def _recompute(model: Transformer):
 
 
 class Role(nn.Module):
-    """One of several models on one base: the base with adapter `name` on (None: none), perhaps with a score head.
-
-    PPO's policy, reference, reward and value model share a base this way. A role's parameters are those of its
-    adapter and head.
-    """
+    """One of several models (PPO's) on one base: the base with adapter `name` on (None: none), and a score head."""
 
     def __init__(
         self, base: Transformer, name: str | None, head: Tensor | None = None, score_mean: float = 0.0,
@@ -345,16 +338,12 @@ def merge_lora(model: Transformer, originals: Transformer | None = None, name: s
     """The base with adapter `name` worked into its weights, as a plain model, in place.
 
     A quantised base has lost bits, so it is merged into the 16-bit `originals` (which are changed and returned),
-    never back into four bits. Raises ValueError without them, or for a bias that the base has no place for.
+    never back into four bits. Raises ValueError without them.
     """
     target = model if originals is None else originals
     adapted, own = named_lora_layers(model), model.adapters[name].get("own", {})
     if originals is None and not all(isinstance(layer.base, Linear) for layer in adapted.values()):
         raise ValueError("the base is quantised: give the model it was made from as originals")
-    with adapter(model, None):
-        missing = [path for path in own if getattr(*place_of(model, path)) is None]
-    if missing:
-        raise ValueError(f"{missing[0]} is a bias that the base does not have: the adapter cannot be merged")
     switch(model, None)
     if model.lm_head is not None and target.lm_head is None:
         untie(target)

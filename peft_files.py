@@ -56,7 +56,6 @@ USED = {  # the settings that are used: PEFT's default, and what a value has to 
     "lora_dropout": (0.0, number(0, 0.9999)),
     "use_rslora": (False, SWITCH),
     "use_dora": (False, SWITCH),
-    "lora_bias": (False, SWITCH),
     "ensure_weight_tying": (False, SWITCH),
     "init_lora_weights": (True, Kind(lambda value: isinstance(value, (bool, str)), "true, false or a name")),
     "target_modules": (None, NAMES),
@@ -205,10 +204,7 @@ class AdapterFile:
         self.tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
     def take(self, names: str | list[str], shape: list[int | None], required: bool = True) -> Tensor | None:
-        """The tensor of that name, which has this shape (None: any size); None if it is missing and may be.
-
-        Of several names it has any; what stands there twice is equal.
-        """
+        """The tensor under any of the names (copies are equal), of this shape (None: any size), or None."""
         names = [names] if isinstance(names, str) else names
         name, *others = [name for name in names if name in self.tensors] or [names[0]]
         if name not in self.tensors:

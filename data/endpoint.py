@@ -161,19 +161,15 @@ class Endpoint:
 
     def _create(self, request: Request, sampling: Sampling):
         limit = "max_completion_tokens" if "max_tokens" in self.adapted else "max_tokens"
-        options: dict = {"temperature": sampling.temperature, "top_p": sampling.top_p, limit: sampling.max_tokens}
-        if sampling.temperature > 0:  # where the server honours it, repeats differ and reruns do not
-            options["seed"] = int(request_key(self.name, request, sampling), 16) % 2**31
-        if sampling.top_k:
-            options["top_k"] = sampling.top_k
-        if sampling.stop:
-            options["stop"] = list(sampling.stop)
-        if request.labels:
-            options |= {"logprobs": True, "top_logprobs": 20}
-        streams = "stream" in self.adapted
-        if streams:
-            options |= {"stream": True, "stream_options": {"include_usage": True}}
-        options = {name: value for name, value in options.items() if name not in self.adapted or name == "stream"}
+        streams, seed = "stream" in self.adapted, int(request_key(self.name, request, sampling), 16) % 2**31
+        options = {
+            "temperature": sampling.temperature, "top_p": sampling.top_p, limit: sampling.max_tokens,
+            "seed": seed if sampling.temperature > 0 else None,  # if it is honoured, repeats differ and reruns do not
+            "top_k": sampling.top_k or None, "stop": list(sampling.stop) or None,
+            "logprobs": True if request.labels else None, "top_logprobs": 20 if request.labels else None,
+            "stream": streams or None, "stream_options": {"include_usage": True} if streams else None}
+        options = {name: value for name, value in options.items()
+                   if value is not None and (name not in self.adapted or name == "stream")}
         extra = {"top_k": options.pop("top_k")} if "top_k" in options else None
         try:
             reply = self.client.chat.completions.create(model=self.model, messages=request.messages, extra_body=extra,

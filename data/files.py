@@ -51,7 +51,7 @@ def shards(path: str | Path) -> list[Path]:
         _missing(name)
     within = [os.path.relpath(file, os.path.commonpath([file.parent for file in files])) for file in files]
     if len({word[0].lower() in TRAIN for part in within if (word := SPLIT.search(part))}) > 1:
-        _choose(path, {str(file.with_name(_pattern(file.name))): None for file in files})
+        _choose(path, [str(file.with_name(_pattern(file.name))) for file in files])
     return files
 
 
@@ -76,7 +76,7 @@ def _of_folder(folder: Path) -> list[Path]:
         name = _pattern(file.name) if named else f"*{kind}"
         sets.setdefault(str(file.with_name(name)), []).append(file)
     if len(sets) > 1:
-        _choose(folder, sets)
+        _choose(folder, list(sets))
     told = re.search(r"-of-0*(\d+)", files[0].name)
     if told and len(files) < int(told[1]):
         fail(f"{folder}: holds {len(files)} of {told[1]} shards, by the name of {files[0].name}: fetch the others, or "
@@ -89,8 +89,8 @@ def _pattern(name: str) -> str:
     return re.sub(r"(\d+-of-\d+(-\w+)?|\d+)(?=(\.[a-z]+)+$)", "*", name)
 
 
-def _choose(path: Path, sets: dict[str, object]) -> None:
-    names = list(sets)
+def _choose(path: Path, names: list[str]) -> None:
+    names = list(dict.fromkeys(names))
     shown = ", ".join(f"'{name}'" for name in names[:8]) + ", ..." * (len(names) > 8)
     fail(f"{path}: holds {len(names)} data sets, which do not belong together: choose one of {shown}")
 
@@ -106,10 +106,7 @@ def _missing(path: str) -> None:
 # --------------------------------------------------------------------------------- values and places
 
 def values(path: str | Path, report) -> Iterator[tuple[int | str, object]]:
-    """Place and value of every record; a Reject in place of a value that cannot be read.
-
-    The place is a number in units of report.unit; where there are several files, it says which one and is a text.
-    """
+    """Place (in report.unit; of several files, with the name) and value of every record, or a Reject."""
     files = shards(path)
     for file in files:
         for unit, place, value in _of_file(file):
@@ -128,7 +125,11 @@ Values = Iterator[tuple[str, int, object]]  # unit of the place, place, value
 
 def _of_file(file: Path) -> Values:
     try:
-        with _unpacked(file) as stream:
+        if file.suffix == ".zst":
+            stream = io.BufferedReader(_pyarrow(file).input_stream(str(file), compression="zstd"))
+        else:
+            stream = gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
+        with stream:
             start = stream.peek(6)[:6]
             if start[:4] == b"PAR1" or start == b"ARROW1" or kind_of(file) == ".arrow":
                 yield from _of_table(file, start)
@@ -136,14 +137,6 @@ def _of_file(file: Path) -> Values:
                 yield from _of_stream(stream, kind_of(file))
     except (OSError, EOFError, zlib.error) as error:
         fail(f"{file}: cannot be read ({error}): is it whole? copy it again")
-
-
-def _unpacked(file: Path):
-    if file.suffix == ".gz":
-        return gzip.open(file, "rb")
-    if file.suffix == ".zst":
-        return io.BufferedReader(_pyarrow(file).input_stream(str(file), compression="zstd"))
-    return file.open("rb")
 
 
 def _pyarrow(file: Path) -> ModuleType:
@@ -166,12 +159,9 @@ def _of_table(file: Path, start: bytes) -> Values:
             batches = map(reader.get_batch, range(reader.num_record_batches))
         else:
             batches = arrow.ipc.open_stream(arrow.memory_map(str(file)))
-        row = 0
-        for batch in batches:
-            for begin in range(0, len(batch), 1000):
-                for value in _rows(batch.slice(begin, 1000)):
-                    yield "row", row, value
-                    row += 1
+        slices = (batch.slice(begin, 1000) for batch in batches for begin in range(0, len(batch), 1000))
+        for row, value in enumerate(value for part in slices for value in _rows(part)):
+            yield "row", row, value
     except (arrow.ArrowException, OSError) as error:
         fault = str(error).splitlines()[0].rstrip(".")
         fail(f"{file}: cannot be read as Parquet or Arrow ({fault}): is it whole? copy it again")

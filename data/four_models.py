@@ -114,11 +114,7 @@ def check_tokenizer(model: Transformer, path: str, tokenizer: Tokenizer) -> None
 
 
 def make_sampler(policy: Transformer, path: str, device: torch.device) -> Transformer:
-    """The policy, or a whole copy of it on every rank, in the dtype of compute.
-
-    If it is sharded, so that no rank waits for another's replies; on a GPU also if its weights have another dtype, in
-    which they would be cast again for every token.
-    """
+    """The policy; if it is sharded, or a GPU would cast its weights every token, a whole copy to compute with."""
     sharded = distributed.is_sharded(policy)
     cast = device.type == "cuda" and policy.compute_dtype not in (None, policy.embed_tokens.weight.dtype)
     if not (sharded or cast):

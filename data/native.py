@@ -144,10 +144,7 @@ def question_answer(record: dict) -> dict:
 
 
 def self_instruct(record: dict) -> Parts:
-    """instruction, instances [{input, output}], id, name, is_classification: a dialogue for every instance.
-
-    The user-oriented set (motivation_app in place of name) is for evaluation only.
-    """
+    """instruction, instances [{input, output}], id, name (motivation_app: evaluation only): a dialogue each."""
     more = carry(record, "id", "name", "motivation_app", "is_classification")
 
     def read(instance: dict) -> dict:
@@ -247,10 +244,7 @@ def red_team(record: dict) -> Parts:
 
 
 def kto(record: dict) -> dict:
-    """messages, or prompt and completion; and label, true or false.
-
-    A dialogue keeps its label; scripts that imitate replies refuse what is labelled false.
-    """
+    """messages, or prompt and completion; and label, true or false, which scripts that imitate replies heed."""
     if flag(record.get("label")) is None:
         raise expected("true or false", "label", record.get("label"), "bad label")
     return record if "messages" in record else completion(record)
@@ -259,10 +253,7 @@ def kto(record: dict) -> dict:
 # ------------------------------------------------------------------- prompts of benchmarks, never to train on
 
 def mt_bench(record: dict) -> dict:
-    """question_id, category, turns, reference. Vicuna's questions have one turn.
-
-    The prompt is the first turn, for the second needs a reply; all of them are in "turns".
-    """
+    """question_id, category, turns (Vicuna's: one), reference. The prompt is the first, the second needs a reply."""
     turns = texts_of(record, "turns")
     return {"prompt": turns[0], "turns": turns} | carry(record, "category", "reference", id="question_id")
 

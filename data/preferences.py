@@ -120,10 +120,7 @@ def ultrafeedback(record: dict) -> Iterator[dict | Reject]:
 
 
 def shp(record: dict) -> dict:
-    """history, human_ref_A, human_ref_B, score_A, score_B, score_ratio, post_id, domain, labels.
-
-    labels 1: A is preferred, 0: B. The advice of its card is to keep score_ratio >= 2 and five pairs a post.
-    """
+    """history, human_ref_A, human_ref_B, score_A, score_B, score_ratio, post_id, domain, labels (1: A preferred)."""
     first = _either(record, "labels", 1, 0)
     a, b = (check_number(record.get(f"score_{side}"), f"score_{side}", -1e9) for side in "AB")
     if a != b and (a > b) != first:

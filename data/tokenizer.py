@@ -28,7 +28,6 @@ from checkpoints import embeddings
 from data.templates import NAMED, TOKENS, ChatTemplate, Part, TemplateError
 from data.vocabulary import MOST_GAPS, START, TEXT, TOKEN, Added, Fast, SentencePiece
 from families import find_folder
-from model import generate
 from runtime import fail, file_hash, shown
 from runtime.json_files import SWITCH, Checked, Kind, read_json, whole
 from runtime.sandbox import try_out
@@ -339,10 +338,7 @@ class Tokenizer:
     def render(
         self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a dialogue and, for each, whether it is in the loss.
-
-        A message with "loss": False is no reply but part of what the next one replies to.
-        """
+        """Ids of a dialogue, and whether each is in the loss; a reply with "loss": False is only read by the next."""
         ids: list[int] = []
         in_loss: list[bool] = []
         for span, reply in self._spans(self._template(template).parts(messages, add_generation_prompt)):
@@ -515,13 +511,3 @@ def adopt_template(model, tokenizer: Tokenizer, name: str = "") -> str:
            ", for the checkpoint has none of its own")
     started = f"; {' '.join(unseen)} start from the embeddings of seen tokens" if unseen else ""
     return f"template {known.get(tokenizer.template, tokenizer.template)}{why}{started}"
-
-
-def sample_texts(model, tokenizer: Tokenizer, prompts: list[list[int]], seed: int) -> list[str]:
-    """The model's replies to some prompts at temperature 0.7, as lines to print."""
-    lines = []
-    samples = generate(model, prompts, 64, temperature=0.7, stop_ids=tokenizer.stop_ids(), seed=seed)
-    for prompt, (sample,) in zip(prompts, samples, strict=True):
-        reply = f"{tokenizer.decode(sample.tokens)!r}{'' if sample.finished else ' ...'}"
-        lines += [f"  {tokenizer.decode(prompt).strip()!r}", f"    {reply}"]
-    return lines

@@ -51,13 +51,6 @@ def distillation_loss(
     return loss, {"loss": loss.detach()}
 
 
-def read_context(path: str) -> list[dict]:
-    """The messages of all records of a file, one after another."""
-    context = [m for record in read_all(path, "messages") for m in record["messages"]]
-    print(f"context: {len(context)} messages before every dialogue of the teacher, the starting model")
-    return context
-
-
 def with_context(tree: Tree, longer: Tree) -> Tree:
     """What the teacher reads: the dialogue after the context, whole, with the response tokens that the student has."""
     pairs = zip(longer.responses, tree.responses, strict=False)  # a truncated dialogue has fewer
@@ -108,7 +101,8 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     student = lora.load_base(config.model, config, device, scored=False)
     print(adopt_template(student, tokenizer, config.template))
-    context = read_context(config.context)
+    context = [m for record in read_all(config.context, "messages") for m in record["messages"]]
+    print(f"context: {len(context)} messages before every dialogue of the teacher, the starting model")
     read_before = len(tokenizer.render(context)[0]) if context else 0
     check_positions(student.config, "max_length with the context", config.max_length + read_before)
     trees, longer = load_data(config.data, context, tokenizer, config, "data")

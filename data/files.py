@@ -48,7 +48,11 @@ def shards(path: str | Path) -> list[Path]:
     files = [file for file in map(Path, sorted(glob.glob(name, recursive=True)))
              if file.is_file() and not BESIDE.fullmatch(file.name)]
     if not files:
-        _missing(name)
+        hub = HUB_ID.fullmatch(name)
+        if hub and kind_of(path) not in KINDS and not Path(name.split("/")[0]).exists():
+            fail(f"{name}: no such file or folder; a data set of the Hugging Face hub is fetched first, "
+                 f"`hf download {hub[1]} --repo-type dataset --local-dir {hub[2]}`, and then called {hub[2]}")
+        fail(f"{name}: no such file, expected a data file, a folder of them, or a pattern that matches some")
     within = [os.path.relpath(file, os.path.commonpath([file.parent for file in files])) for file in files]
     if len({word[0].lower() in TRAIN for part in within if (word := SPLIT.search(part))}) > 1:
         _choose(path, [str(file.with_name(_pattern(file.name))) for file in files])
@@ -93,14 +97,6 @@ def _choose(path: Path, names: list[str]) -> None:
     names = list(dict.fromkeys(names))
     shown = ", ".join(f"'{name}'" for name in names[:8]) + ", ..." * (len(names) > 8)
     fail(f"{path}: holds {len(names)} data sets, which do not belong together: choose one of {shown}")
-
-
-def _missing(path: str) -> None:
-    hub = HUB_ID.fullmatch(path)
-    if hub and kind_of(Path(path)) not in KINDS and not Path(path.split("/")[0]).exists():
-        fail(f"{path}: no such file or folder; a data set of the Hugging Face hub is fetched first, "
-             f"`hf download {hub[1]} --repo-type dataset --local-dir {hub[2]}`, and then called {hub[2]}")
-    fail(f"{path}: no such file, expected a data file, a folder of them, or a pattern that matches some")
 
 
 # --------------------------------------------------------------------------------- values and places

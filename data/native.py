@@ -288,14 +288,6 @@ def truthfulqa(record: dict) -> dict:
 TEXTS, ONE = [str, str], (str,)  # at least two texts, exactly one text
 
 
-def is_flag(value) -> bool:
-    return flag(value) is not None
-
-
-def is_worked(value) -> bool:
-    return isinstance(value, str) and FINAL.search(value) is not None
-
-
 def formats(*rows: tuple) -> dict[str, Format]:
     """Formats by name: that of the reader, or in front of one that is an expression."""
     named = [row if isinstance(row[0], str) and callable(row[2]) else (row[1].__name__, *row) for row in rows]
@@ -309,7 +301,7 @@ NATIVE = formats(
     ("messages", self_instruct, {"instruction": str, "instances": [dict]}),
     ("messages", completion, {"prompt": object, "completion": object},
      *({"prompt": [dict], name: object} for name in REPLIES[1:])),
-    ("messages", gsm8k, {"question": str, "answer": is_worked}),
+    ("messages", gsm8k, {"question": str, "answer": lambda value: isinstance(value, str) and FINAL.search(value)}),
     # Marks of references such as [12] stay in the contexts.
     ("dolly", "messages", lambda r: answer(ask(r, "instruction", "context"), text_of(r, "response")) |
      carry(r, "category"), {"instruction": str, "context": str, "response": str}),
@@ -327,8 +319,8 @@ NATIVE = formats(
                                                 carry(r, "source")), {"conversations": TEXTS}),
     ("messages", camel, {"role_1": str, "role_2": str, "message_1": dict}),
     ("messages", red_team, {"transcript": str, "model_type": str, "rating": object}),
-    ("messages", kto, {"messages": [dict], "label": is_flag},
-     {"prompt": object, "completion": object, "label": is_flag}),
+    ("messages", kto, *({key: kind, more: object, "label": lambda value: flag(value) is not None}
+                        for key, kind, more in (("messages", [dict], "messages"), ("prompt", object, "completion")))),
     ("prompt", lima_test, {"conversations": ONE}),
     ("prompt", mt_bench, {"question_id": object, "turns": [str]}),
     ("ultra_eval", "prompt", lambda r: {"prompt": text_of(r, "data"), "category": text_of(r, "class").strip()},

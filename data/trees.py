@@ -98,8 +98,14 @@ def trees_from_record(record: dict, form: str, tokenizer: Tokenizer) -> list[Tre
     """A record of any form but a preference; of "prompt of ..." its prompt alone, of "labelled" messages one reply."""
     if form == "messages":
         return trees_from_messages(record["messages"], tokenizer)
-    if form == "labelled":
-        return labelled_trees(record, tokenizer)
+    if form == "labelled":  # the last reply CHOSEN or REJECTED as the label says; earlier ones are context
+        if not isinstance(record.get("label"), bool):
+            raise Reject("no label", "has no 'label', expected true or false: is its last reply a good one?")
+        *before, last = record["messages"]
+        trees = trees_from_messages([*(m | {"loss": False} for m in before), last | {"loss": True}], tokenizer)
+        for tree in trees:
+            tree.responses = [replace(r, side=CHOSEN if record["label"] else REJECTED) for r in tree.responses]
+        return trees
     if form == "ranking":
         return [tree_from_ranking(record, tokenizer)]
     if form == "text":
@@ -121,18 +127,6 @@ def trees_from_messages(messages: list[dict], tokenizer: Tokenizer) -> list[Tree
             trunks.append((reply.ids, responses))
         responses.append(Response(0, reply.start, reply.end, pair=len(responses), turn=reply.turn))
     return [Tree(np.array(ids[: responses[-1].end], np.int32), [], responses) for ids, responses in trunks]
-
-
-def labelled_trees(record: dict, tokenizer: Tokenizer) -> list[Tree]:
-    """A dialogue whose last reply is CHOSEN or REJECTED as the record's label says; earlier ones are context."""
-    if not isinstance(record.get("label"), bool):
-        raise Reject("no label", "has no 'label', expected true or false: is its last reply a good one?")
-    messages = [m | {"loss": False} for m in record["messages"]]
-    messages[-1]["loss"] = True
-    trees = trees_from_messages(messages, tokenizer)
-    for tree in trees:
-        tree.responses = [replace(r, side=CHOSEN if record["label"] else REJECTED) for r in tree.responses]
-    return trees
 
 
 def add_pair(trees: list[Tree], record: dict, tokenizer: Tokenizer) -> None:

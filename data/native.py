@@ -16,8 +16,8 @@ from data.records import (
     Format,
     Reject,
     absent,
-    as_whole,
     broken,
+    check_label,
     check_object,
     check_prompt,
     check_text,
@@ -269,9 +269,8 @@ def reference(record: dict) -> Parts:
 
 def multiple_choice(record: dict) -> dict:
     """query, choices, gold: the right one's index."""
-    choices, gold = texts_of(record, "choices"), as_whole(record.get("gold"))
-    if isinstance(gold, bool) or gold not in range(len(choices)):
-        raise expected(f"the index of one of {len(choices)} choices", "gold", gold, "bad label")
+    choices = texts_of(record, "choices")
+    gold = check_label(record, "gold", *range(len(choices)))
     return {"prompt": text_of(record, "query"), "choices": choices, "gold": gold}
 
 

@@ -9,18 +9,7 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from data.native import ASKED, alternate, answer, ask, asked, carry, dialogue, each, formats, list_of, rounds, text_of
-from data.records import (
-    Reject,
-    absent,
-    as_whole,
-    broken,
-    check_columns,
-    check_number,
-    check_object,
-    expected,
-    short,
-    transcript,
-)
+from data.records import Reject, absent, broken, check_label, check_number, check_object, expected, strip, transcript
 
 
 def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:
@@ -69,7 +58,7 @@ def openai_preference(record: dict) -> dict:
     """input {messages, tools}, preferred_output and non_preferred_output [{role, content}]."""
     asked_for = check_object(record.get("input"), "input")
     sides = carry(record, "id", chosen="preferred_output", rejected="non_preferred_output")
-    return check_columns(asked_for, "preference") | carry(asked_for, prompt="messages") | sides
+    return strip(asked_for, "messages") | carry(asked_for, prompt="messages") | sides
 
 
 def overall_score(completion: dict) -> float:
@@ -121,20 +110,12 @@ def ultrafeedback(record: dict) -> Iterator[dict | Reject]:
 
 def shp(record: dict) -> dict:
     """history, human_ref_A, human_ref_B, score_A, score_B, score_ratio, post_id, domain, labels (1: A preferred)."""
-    first = _either(record, "labels", 1, 0)
+    first = check_label(record, "labels", 0, 1) == 1
     a, b = (check_number(record.get(f"score_{side}"), f"score_{side}", -1e9) for side in "AB")
     if a != b and (a > b) != first:
         raise broken("scores contradict", f"'labels' prefers the comment with the lower score ({a:g} and {b:g})")
     pair = prefer(record, "history", "human_ref_A", "human_ref_B", first) | carry(record, "domain", "score_ratio")
     return pair | carry(record, id="post_id") | {"score_chosen": max(a, b), "score_rejected": min(a, b)}
-
-
-def _either(record: dict, key: str, first: int, second: int) -> bool:
-    """A label that names one of two replies: whether it is the first."""
-    value = as_whole(record.get(key))
-    if isinstance(value, bool) or value not in (first, second):
-        raise expected(f"{first} or {second}", key, value, "bad label")
-    return value == first
 
 
 def _to_summarize(info) -> str:
@@ -152,7 +133,7 @@ def summary_pair(record: dict) -> dict:
     prompt, sides = _to_summarize(record.get("info")), list_of(record, "summaries")
     if len(sides) != 2:
         raise broken("not a pair", f"'summaries' holds {len(sides)}, expected 2")
-    first = _either(record, "choice", 0, 1)
+    first = check_label(record, "choice", 0, 1) == 0
     texts = [text_of(check_object(side, "summaries"), "text").strip() for side in sides]
     pair = {"prompt": prompt, "chosen": texts[not first], "rejected": texts[first], "category": "summarize"}
     pair |= carry(record, "split", annotator="worker") | carry(record["info"], "id", "subreddit")
@@ -210,8 +191,7 @@ def _oasst_message(message, role: str) -> tuple[dict, int | None, list]:
     if check_object(message, "message").get("deleted") or message.get("review_result", True) is not True:
         raise Reject("failed review", "is deleted or failed its review, left out with what follows it")
     if message.get("role") != role:
-        kind = short(message.get("role"))
-        raise Reject("roles", f"has role {kind} where {role} is due, left out with what follows it")
+        raise Reject("roles", f"has role {message.get('role')!r:.40} where {role} is due, left out with what follows it")
     rank, replies = message.get("rank"), message.get("replies") or []
     if rank is not None:
         check_number(rank, "rank", 0)
@@ -237,13 +217,10 @@ def pandalm(record: dict) -> dict:
     0 tie, 1 first, 2 second. The rule: chosen is the response that most of the annotators prefer; without a majority
     the record is a tie. Some responses stand there as JSON true, which is the text "True".
     """
-    votes = [as_whole(record[key]) for key in sorted(record) if key.startswith("annotator")]
-    for vote in votes:
-        if isinstance(vote, bool) or vote not in (0, 1, 2):
-            raise broken("bad label", f"an annotator says {short(vote)}, expected 0, 1 or 2")
+    votes = [check_label(record, key, 0, 1, 2) for key in sorted(record) if key.startswith("annotator")]
     winner, count = Counter(votes).most_common(1)[0] if votes else (0, 0)
     if winner == 0 or 2 * count <= len(votes):
-        raise Reject("tie", f"annotators say {short(votes)}, most of them for neither: drop the record")
+        raise Reject("tie", f"annotators say {votes}, most of them for neither: drop the record")
     words = {key: str(record[key]) for key in ("response1", "response2") if isinstance(record.get(key), bool)}
     pair = prefer(record | words, "instruction", "response1", "response2", winner == 1)
     more = carry(record, "motivation_app", id="idx", models="cmp_key")
@@ -289,7 +266,7 @@ PREFERENCES = formats(
     ("preference", openai_preference, {"input": dict, "preferred_output": object, "non_preferred_output": object}),
     # The more helpful one is chosen, not the safer.
     ("safe_rlhf", "preference", lambda r: carry(r, "safer_response_id") |
-     prefer(r, "prompt", "response_0", "response_1", _either(r, "better_response_id", 0, 1)),
+     prefer(r, "prompt", "response_0", "response_1", check_label(r, "better_response_id", 0, 1) == 0),
      {"prompt": str, "response_0": str, "response_1": str, "better_response_id": int}),
     ("preference", ultrafeedback, {"instruction": str, "completions": [dict]}),
     ("preference", shp, {"history": str, "human_ref_A": str, "human_ref_B": str, "labels": int}),
@@ -299,6 +276,6 @@ PREFERENCES = formats(
     ("ranking", nectar, {"prompt": str, "answers": [dict]}),
     ("preference", pandalm, {"instruction": str, "response1": object, "response2": object, "annotator1": object}),
     ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str}),
-    ("llmbar", "preference", lambda r: prefer(r, "input", "output_1", "output_2", _either(r, "label", 1, 2)),
+    ("llmbar", "preference", lambda r: prefer(r, "input", "output_1", "output_2", check_label(r, "label", 1, 2) == 1),
      {"input": str, "output_1": str, "output_2": str, "label": int}),
 )

@@ -90,6 +90,14 @@ def as_whole(value):
     return int(digits) if re.fullmatch("[0-9]{1,9}", digits) else value
 
 
+def check_label(record: dict, key: str, *labels: int) -> int:
+    """One of some whole numbers."""
+    value = as_whole(record.get(key))
+    if isinstance(value, bool) or value not in labels:
+        raise expected(" or ".join(map(str, labels)), key, value, "bad label")
+    return value
+
+
 def check_object(value, key: str) -> dict:
     if not isinstance(value, dict):
         raise expected("an object", key, value, "not an object")
@@ -348,6 +356,7 @@ FORMS = {form: Format(form, read, shapes) for form, read, *shapes in (
 
 
 def check_record(record: dict, form: str) -> dict:
+    check_columns(record, form)
     if not isinstance(record.get("category", ""), str):
         raise Reject("bad category", f"'category' is {short(record['category'])}, expected text: rename that column")
     return FORMS[form].read(record)

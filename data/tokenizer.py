@@ -149,7 +149,7 @@ class Tokenizer:
         self.own = self._own_template()
         self._use(None if self.own is None else OWN)
         if self.own is not None:
-            self.template = next((name for name in NAMED if self._text(name) == self.own), OWN)
+            self.template = next((name for name in NAMED if self._same(name)), OWN)
 
     def _declared(self) -> dict[str, Added]:
         """The tokens that tokenizer_config.json and, in old checkpoints, added_tokens.json add to the vocabulary."""
@@ -252,6 +252,17 @@ class Tokenizer:
             structure = {token for token, reply in written if reply is None or token == end}
             return list(dict.fromkeys(token for token, _ in written)), end, structure
         return [], None, set()
+
+    def _same(self, name: str) -> bool:
+        """Whether the checkpoint's own template is one of ours."""
+        if any(token not in self.added for token in TOKENS.get(name, ())):
+            return False
+        ours = self._chat(name)
+        try:
+            return all(self.chat.render(PROBE[a:b], ask) == ours.render(PROBE[a:b], ask)
+                       for a, b in ((0, 2), (0, 5), (1, 2), (1, 5)) for ask in (False, True))
+        except TemplateError:
+            return False
 
     def adopt(self, name: str = "") -> list[str]:
         """Make `name` the chat template, and add the tokens it needs. "": the checkpoint's own, or zephyr without one.

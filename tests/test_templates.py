@@ -252,13 +252,15 @@ def test_a_template_that_is_no_text_is_one_line(tmp_path, capsys):
     exits(capsys, lambda: load_tokenizer(folder), "chat_template.jinja: cannot be read as text")
 
 
-def test_one_of_ours_that_was_saved_is_known_again(tmp_path):
+def test_one_of_ours_is_known_by_what_it_renders(tmp_path):
     for name in NAMED:
         tokenizer = named(name)
         tokenizer.save(tmp_path)
         assert load_tokenizer(tmp_path).template == name
-    for name in ("qwen2", "gemma"):  # the first writes what our chatml does
-        assert load_tokenizer(FIXTURES / "models" / name).template == "own"
+    assert load_tokenizer(FIXTURES / "models" / "qwen2").template == "chatml"
+    assert load_tokenizer(FIXTURES / "models" / "gemma").template == "own"
+    tulu = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '\n' }}{% endfor %}"
+    assert load_tokenizer(checkpoint(tmp_path / "tulu", "mistral", tulu)).template == "own"  # zephyr's, but for EOS
 
 
 def test_an_own_template_stays_unless_another_is_asked_for_and_the_log_says_so(tmp_path):

@@ -148,7 +148,7 @@ def _load(model: Transformer, path: str | Path, name: str) -> tuple[AdapterFile,
     config = file.config
     if file.ours.get("base_model_hash") and model.source_hash and file.ours["base_model_hash"] != model.source_hash:
         fail(f"{path}: was trained on another base ({config.get('base_model_name_or_path')}): load that one")
-    vocabulary = [_peft_name(part, model) for part in ("embed_tokens", "embed_positions")] + _head_names(model)
+    vocabulary = [_peft_name("embed_tokens", model), *_head_names(model)]
     key, fault = try_out(matches(config, [*_layers(model), *vocabulary]))
     if fault:
         fail(f"{file.folder / 'adapter_config.json'}: {key} {fault} on this model's names of layers: list the names")
@@ -222,7 +222,7 @@ def _residual(weight: Tensor, rank: int, scale: float, start: str) -> Tensor:
 
 
 def _others(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
-    """The base's parameters that the file brings, but for embedding and head; learned positions with LoRA on them."""
+    """The base's parameters that the file brings, but for embedding and head."""
     with torch.device("meta"):
         plain = Transformer(model.config)
     shapes, own = dict(plain.named_parameters()), {}
@@ -232,8 +232,6 @@ def _others(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
         module, _, kind = tensor.rpartition(".")
         shape = [sum(len(shapes[path]) for path in paths), *shapes[paths[0]].shape[1:]]
         value = file.take([tensor, f"{module}.base_layer.{kind}"], shape, is_saved(file.config, tensor))
-        if paths[0] == "embed_positions.weight" and is_target(file.config, module):
-            value = _corrected(model.embed_positions.weight if value is None else value, file, module)
         if value is not None:
             own |= zip(paths, split_qkv(value, model.config, len(paths)), strict=True)
     return own
@@ -278,9 +276,7 @@ def _vocabulary(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
     for part, module in names.items():
         weight = model.head_weight if part == "lm_head" else model.embed_tokens.weight
         value = weight if base[part] is None else base[part].to(weight)
-        # ensure_weight_tying gives a tied head LoRA without naming it a target
-        follows = file.config["ensure_weight_tying"] and f"{module}.lora_A.weight" in file.tensors
-        if is_target(file.config, module, part == "lm_head") or follows:
+        if is_target(file.config, module, part == "lm_head"):
             value = _corrected(value, file, module, part == "lm_head")
         values[part] = (value if other[part] is None else other[part]).to(weight)
     values = _with_token_rows(file, names, values, tied)

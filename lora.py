@@ -53,7 +53,15 @@ class _Frozen(torch.autograd.Function):
         return g @ ctx.layer.decoded(g.dtype), None
 
 
-class NF4Linear(nn.Module):
+class QuantizedLinear(nn.Module):
+    """A frozen Linear whose weight, in fewer bits, is decoded where it is needed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Frozen.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class NF4Linear(QuantizedLinear):
     """A Linear whose weight is NF4, its scales quantised again when `double`."""
 
     def __init__(self, linear: Linear, double: bool = True):
@@ -69,12 +77,8 @@ class NF4Linear(nn.Module):
     def decoded(self, dtype: torch.dtype) -> Tensor:
         return nf4.dequantize(self.state(), dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = _Frozen.apply(x, self)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
 
-
-class Int8Linear(nn.Module):
+class Int8Linear(QuantizedLinear):
     """A Linear with one byte a weight: codes = round(127 W / largest of the row). Columns listed stay in 16 bits.
 
     Such columns are those that meet outlier features, |x| >= 6 (Dettmers et al. 2022, arXiv:2208.07339).
@@ -96,10 +100,6 @@ class Int8Linear(nn.Module):
         weight = self.codes.to(torch.float32) * (self.scale / 127)[:, None]
         weight[:, self.columns] = self.exact.float()
         return weight.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = _Frozen.apply(x, self)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 QUANTIZED = {"nf4": NF4Linear, "int8": Int8Linear}

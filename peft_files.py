@@ -56,7 +56,6 @@ USED = {  # the settings that are used: PEFT's default, and what a value has to 
     "lora_dropout": (0.0, number(0, 0.9999)),
     "use_rslora": (False, SWITCH),
     "use_dora": (False, SWITCH),
-    "ensure_weight_tying": (False, SWITCH),
     "init_lora_weights": (True, Kind(lambda value: isinstance(value, (bool, str)), "true, false or a name")),
     "target_modules": (None, NAMES),
     "exclude_modules": (None, NAMES),

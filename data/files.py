@@ -69,22 +69,19 @@ def _of_folder(folder: Path) -> list[Path]:
     files = [file for file in sorted(folder.rglob("*"))
              if kind_of(file) in KINDS and not BESIDE.fullmatch(file.name) and file.is_file()
              and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    texts = [file for file in files if kind_of(file) == ".txt"]  # a README or a licence, unless there is nothing else
-    files = files if len(texts) == len(files) else [file for file in files if file not in texts]
+    files = [file for file in files if kind_of(file) != ".txt"] or files  # a README or a licence beside others
     if not files:
         fail(f"{folder}: is a folder without data files, expected some of {', '.join(KINDS)}")
     named = any(SPLIT.search(str(file.relative_to(folder))) for file in files)
-    sets: dict[str, list[Path]] = {}
-    for file in files:
-        kind = "".join(file.suffixes[-2:] if file.suffix in PACKED else [file.suffix])
-        name = _pattern(file.name) if named else f"*{kind}"
-        sets.setdefault(str(file.with_name(name)), []).append(file)
-    if len(sets) > 1:
-        _choose(folder, list(sets))
+    kinds = ["".join(file.suffixes[-2:] if file.suffix in PACKED else [file.suffix]) for file in files]
+    sets = [str(file.with_name(_pattern(file.name) if named else f"*{kind}"))
+            for file, kind in zip(files, kinds, strict=True)]
+    if len(set(sets)) > 1:
+        _choose(folder, sets)
     told = re.search(r"-of-0*(\d+)", files[0].name)
     if told and len(files) < int(told[1]):
         fail(f"{folder}: holds {len(files)} of {told[1]} shards, by the name of {files[0].name}: fetch the others, or "
-             f"name these alone by a pattern, '{next(iter(sets))}'")
+             f"name these alone by a pattern, '{sets[0]}'")
     return files
 
 

@@ -149,8 +149,6 @@ class Header:
             self.refuse(f"its tensors overlap: {AGAIN}")
         return tensors
 
-    # ------------------------------------------------------------------------------- keys, checked
-
     def get(self, name: str, kind: type, default=None):
         """The value of a key, `default` without it; of another type than `kind` it is refused."""
         value = self.keys.get(name, default)

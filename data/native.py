@@ -282,8 +282,6 @@ def truthfulqa(record: dict) -> dict:
     return {"prompt": text_of(record, "Question"), "correct": correct, "incorrect": incorrect} | more
 
 
-# ------------------------------------------------------------------------------------- how to recognise them
-
 TEXTS, ONE = [str, str], (str,)  # at least two texts, exactly one text
 
 

@@ -210,9 +210,8 @@ def show(tree: Tree, tokenizer: Tokenizer) -> str:
             note = ""
             if i in of:
                 r = tree.responses[of[i]]
-                kind = "response"
-                if tree.leaves:
-                    kind = f"rank {r.side}" if tree.ranked else ("chosen", "rejected")[r.side]
+                kind = f"rank {r.side}" if tree.ranked else ("chosen", "rejected")[r.side]
+                kind = kind if tree.leaves else "response"
                 margin, cut = f", margin {r.margin:g}" if r.margin else "", ", cut" if r.cut else ""
                 note = f"  {kind}, turn {r.turn}{margin}{cut}"
             name = tokenizer.name(int(batch.tokens[i]))

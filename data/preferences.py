@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from data.native import ASKED, alternate, answer, ask, asked, carry, dialogue, each, formats, list_of, rounds, text_of
-from data.records import Reject, absent, broken, check_label, check_number, check_object, expected, strip, transcript
+from data.records import Reject, absent, broken, check_label, check_number, check_object, expected, transcript
 
 
 def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:
@@ -56,9 +56,9 @@ def pair(record: dict) -> dict:
 
 def openai_preference(record: dict) -> dict:
     """input {messages, tools}, preferred_output and non_preferred_output [{role, content}]."""
-    asked_for = check_object(record.get("input"), "input")
+    given = {key: value for key, value in check_object(record.get("input"), "input").items() if not absent(value)}
     sides = carry(record, "id", chosen="preferred_output", rejected="non_preferred_output")
-    return strip(asked_for, "messages") | carry(asked_for, prompt="messages") | sides
+    return carry(given, "tools", "functions", "system", prompt="messages") | sides
 
 
 def overall_score(completion: dict) -> float:
@@ -89,12 +89,9 @@ def ultrafeedback(record: dict) -> Iterator[dict | Reject]:
     def read(reply: dict) -> dict:
         return reply | {"overall_score": overall_score(reply), "response": text_of(reply, "response")}
 
-    prompt, scored = text_of(record, "instruction"), []
-    for part in each(record, "completions", read):
-        if isinstance(part, Reject):
-            yield part
-        else:
-            scored.append(part)
+    prompt, parts = text_of(record, "instruction"), list(each(record, "completions", read))
+    yield from (part for part in parts if isinstance(part, Reject))
+    scored = [part for part in parts if not isinstance(part, Reject)]
     best = max(scored, key=lambda reply: reply["overall_score"], default={})
     lower = [reply for reply in scored if reply["overall_score"] < best["overall_score"]
              and reply["response"] != best["response"]]
@@ -191,7 +188,8 @@ def _oasst_message(message, role: str) -> tuple[dict, int | None, list]:
     if check_object(message, "message").get("deleted") or message.get("review_result", True) is not True:
         raise Reject("failed review", "is deleted or failed its review, left out with what follows it")
     if message.get("role") != role:
-        raise Reject("roles", f"has role {message.get('role')!r:.40} where {role} is due, left out with what follows it")
+        raise Reject("roles", f"has role {message.get('role')!r:.40} where {role} is due, left out with what "
+                              "follows it")
     rank, replies = message.get("rank"), message.get("replies") or []
     if rank is not None:
         check_number(rank, "rank", 0)
@@ -244,18 +242,15 @@ def alpaca_eval(record: dict) -> dict:
     return pair | carry(record, "preference", "annotator", "dataset", "generator_1", "generator_2")
 
 
-# ------------------------------------------------------------------------------------- how to recognise them
-
 PREFERENCES = formats(
     ("preference", hh, {"chosen": str, "rejected": str}),
     ("ultrafeedback_binarized", "preference", pair,
-     *({"chosen": [dict], "rejected": [dict], better: object, worse: object} for better, worse in SCORES),
-     *({"prompt": str, "chosen": str, "rejected": str, better: object, worse: object} for better, worse in SCORES),
+     *(sides | {better: object, worse: object} for better, worse in SCORES for sides in (
+         {"chosen": [dict], "rejected": [dict]}, {"prompt": str, "chosen": str, "rejected": str},
+         {"prompt": object, "chosen": dict, "rejected": dict}, {"messages": object, "chosen": dict, "rejected": dict})),
      # Texts to messages with the first names are what is written here, with a margin if there is one.
      *({"prompt": [dict], "chosen": str, "rejected": str, better: object, worse: object}
-       for better, worse in SCORES[1:]),
-     *({asked: object, "chosen": dict, "rejected": dict, better: object, worse: object}
-       for better, worse in SCORES for asked in ("prompt", "messages"))),
+       for better, worse in SCORES[1:])),
     # Orca's triples, LLaMA-Factory's Alpaca preferences
     ("triple", "preference", pair,
      *({name: str, "chosen": object, "rejected": object} for name in (*ASKED[1:], "input"))),

@@ -380,8 +380,6 @@ def fault(reply) -> str:
     return "" if reply.finished else "cut by length"
 
 
-# ------------------------------------------------------------------------------------------ doubts
-
 MARKUP = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</s>|### (?:Human|Assistant|"
                     r"Instruction|Response):|(?:^|\n)(?:Human|User|USER):|\s(?:Assistant|ASSISTANT):")
 # Keys of a turn that are read; others may say what is not learnt here

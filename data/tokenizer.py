@@ -127,7 +127,7 @@ class Tokenizer:
         config = self.path / "tokenizer_config.json"
         self.settings, self.generation = _read(config), _read(self.path / "generation_config.json")
         self.vocabulary = Fast(fast) if fast.is_file() else SentencePiece(pieces, self.settings)
-        self.added = self.vocabulary.added | self._declared()
+        self.added = self._declared() | self.vocabulary.added
         names = self._special_names()
         for name in names.values():
             if name not in self.added and (i := self.vocabulary.find(name)) is not None:
@@ -162,8 +162,7 @@ class Tokenizer:
         for i, token in (self.settings.get("added_tokens_decoder") or {}).items():
             found[token["content"]] = Added(int(i), token.get("special", True), token.get("lstrip", False),
                                             token.get("rstrip", False))
-        known = self.vocabulary.added
-        return {name: known.get(name, token) for name, token in found.items()}
+        return found
 
     def _special_names(self) -> dict[str, str]:
         """What BOS, EOS and so on are called; an old checkpoint's special_tokens_map.json has the last word."""

@@ -4,8 +4,7 @@ A layer's A, B and magnitude become an adapter that trains (lora.py). All else t
 of one of the base's parameters, in place while the adapter is on:
 
     modules_to_save, bias            the tensors themselves
-    LoRA on the embedding, the head  W + s B A, or DoRA's
-    trainable_token_indices          W with those rows
+    LoRA on the embedding, the head  W + s B A
     PiSSA, OLoRA                     W less what A and B began as
 
 These do not train here, and are written again as they were read.
@@ -86,8 +85,7 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default", to
 def _joined(parts: list[Adapter], config: ModelConfig) -> tuple[Tensor, Tensor, Tensor | None]:
     """A, B and magnitude as the file has them: of a layer, or of queries, keys and values in one matrix.
 
-    Three that share their A, as those that PEFT has trained do, stay so; others become one adapter of three times the
-    rank: A stacked, B in blocks. DoRA's norms are those of rows, so they are the same in one matrix as in three.
+    Three with an A each become one adapter of three times the rank: A stacked, B in blocks. DoRA's norms are of rows.
     """
     a, rank, blocks = parts[0].A, len(parts[0].A), [part.B.detach() for part in parts]
     if not all(torch.equal(part.A, a) for part in parts):
@@ -238,7 +236,7 @@ def _others(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
 
 
 def _corrected(weight: Tensor, file: AdapterFile, module: str, is_head: bool = False) -> Tensor:
-    """An embedding or a head with LoRA or DoRA worked in. An embedding's A and B are those of its transpose."""
+    """An embedding or a head with LoRA worked in. An embedding's A and B are those of its transpose."""
     rank, _, scale = _scale(file.config, module)
     rows, width = weight.shape
     if is_head:
@@ -248,21 +246,16 @@ def _corrected(weight: Tensor, file: AdapterFile, module: str, is_head: bool = F
         b = file.take(f"{module}.lora_embedding_A", [rank, rows]).t()
         a = file.take(f"{module}.lora_embedding_B", [width, rank]).t()
     wide = torch.promote_types(weight.dtype, torch.float32)
-    weight = weight.to(wide) + scale * (b.to(weight.device, wide) @ a.to(weight.device, wide))
-    if file.config["use_dora"]:
-        norm = weight.norm(dim=1 if is_head else 0, keepdim=True)
-        magnitude = file.take(f"{module}.lora_magnitude_vector", [norm.numel()])
-        weight = weight * (magnitude.to(weight).view_as(norm) / norm)
-    return weight
+    return weight.to(wide) + scale * (b.to(weight.device, wide) @ a.to(weight.device, wide))
 
 
 # ------------------------------------------------------------------------------- embedding and head
 
 def _vocabulary(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
-    """Embedding and head as the adapter has them: others, LoRA on them, or some tokens' rows.
+    """Embedding and head as the adapter has them: others, or LoRA on them.
 
     PEFT parts the two where the base ties them: another embedding, or LoRA on it, leaves the head as it was. What the
-    file holds as the base's own is both's, and so are rows of tokens unless the head lists others.
+    file holds as the base's own is both's.
     """
     named = {"embed_tokens": [_peft_name("embed_tokens", model)]}
     if not model.config.scored:
@@ -279,7 +272,6 @@ def _vocabulary(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
         if is_target(file.config, module, part == "lm_head"):
             value = _corrected(value, file, module, part == "lm_head")
         values[part] = (value if other[part] is None else other[part]).to(weight)
-    values = _with_token_rows(file, names, values, tied)
     if tied and torch.equal(values["embed_tokens"], values["lm_head"]):
         del values["lm_head"]
     elif tied:
@@ -294,7 +286,7 @@ def _whole_matrices(
     shape, base, other = [None, model.config.width], {}, {}
     for part, modules in named.items():
         saved = any(is_saved(file.config, f"{module}.weight") for module in modules)
-        forms = ("base_layer.", "original_module.", "token_adapter.base_layer.", *([] if saved else [""]))
+        forms = ("base_layer.", "original_module.", *([] if saved else [""]))
         base[part] = [f"{module}.{form}weight" for module in modules for form in forms]
         # PEFT repeats a saved one once the vocabulary has grown
         copies = [f"{module}.{form}weight" for module in modules for form in ("", "modules_to_save.")]
@@ -321,26 +313,3 @@ def _grow(
     for part, matrix in known.items():
         if getattr(model, part) is not None:
             getattr(model, part).weight.data[rows:] = matrix[rows:].to(model.embed_tokens.weight)
-
-
-def _with_token_rows(
-    file: AdapterFile, names: dict[str, str], values: dict[str, Tensor], tied: bool,
-) -> dict[str, Tensor]:
-    """The matrices with the rows that trainable_token_indices lists."""
-    listed = file.config["trainable_token_indices"] or {}
-    listed = listed if isinstance(listed, dict) else {names["embed_tokens"]: listed}
-    tokens = {part: indices for part, module in names.items()
-              for layer, indices in listed.items() if module.endswith(layer)}
-    if tied and tokens.get("lm_head") == tokens.get("embed_tokens"):
-        tokens.pop("lm_head", None)
-    shared = tied and "lm_head" not in tokens
-    result = dict(values)
-    for part, indices in tokens.items():
-        if max(indices, default=-1) >= len(values[part]):
-            fail(f"{file.folder}: trainable_token_indices holds {max(indices)}, the base has {len(values[part])} rows: "
-                 "load the base that it was made for")
-        rows = file.take(f"{names[part]}.token_adapter.trainable_tokens_delta", [len(indices), values[part].shape[1]])
-        for where in names if shared else [part]:
-            index = torch.tensor(indices, dtype=torch.long, device=values[part].device)
-            result[where] = result[where].index_copy(0, index, rows.to(result[where]))
-    return result

@@ -219,10 +219,9 @@ def expect_replies(model: Transformer, path: str | Path) -> Transformer:
 
 
 def check_weights(path: Path, model: Transformer) -> list[tuple[Path, str, list[str]]]:
-    """Where a directory keeps the model's parameters: [(file, name of a tensor in it, our names)]. The second copy of
-    a tied matrix has none and comes last.
+    """Where a directory keeps the model's parameters: [(file, name of a tensor in it, our names)], from headers alone.
 
-    Reads only the files' headers. A tensor that is missing, unknown or of another shape is refused in one line.
+    The second copy of a tied matrix has none of our names and comes last.
     """
     config, found = model.config, []
     missing, shapes = parameters_by_tensor(model), dict(model.named_parameters())

@@ -181,9 +181,9 @@ def add_lora(
     model: Transformer, rank: int, alpha: float, dropout: float = 0.0, targets: tuple[str, ...] | None = None, *,
     name: str = "default", rslora: bool = False, use_dora: bool = False, seed: int = 0,
 ) -> Transformer:
-    """Give the linear layers of the blocks called one of `targets` (None: all) an adapter, in place, and switch it on.
+    """Give the blocks' linear layers called one of `targets` (None: all) an adapter, in place, and switch it on.
 
-    From then on adapters train, and a score head; the base does not. Raises ValueError for a target that no layer has.
+    Adapters and a score head train, the base does not. Raises ValueError for a target that no layer has.
     """
     wanted = TARGETS if targets is None else targets
     if rank < 1:

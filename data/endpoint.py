@@ -192,10 +192,7 @@ class Endpoint:
         return self._create(request, sampling)
 
     def _refused(self, error, sent: dict) -> str:
-        """The parameter that an error refuses, of those that can do without; "" for none.
-
-        A value that is the usual one, or that changes no reply's meaning, is refused as such; another may be too high.
-        """
+        """The parameter that an error refuses and the request can do without: by itself, or by its usual value."""
         said = f"{error.code} {error.message} {error.body}"
         whole = REFUSES.search(said)
         # OpenAI's newer models.

@@ -59,8 +59,8 @@ def load_four(config, tokenizer: Tokenizer, device: torch.device) -> Models:
 def load_roles(config, tokenizer: Tokenizer, device: torch.device) -> Models:
     """The policy and value models are adapters, the reference is the base with none on.
 
-    The reward model is an adapter too if reward_model is one (runs/reward/adapter). Otherwise it is a second base,
-    quantised like the first, with the value adapter on it. Dropout is off: the ratio to what was sampled starts at 1.
+    The reward model is an adapter too if reward_model is one; else a second base, quantised like the first, with the
+    value adapter on it. Dropout is off: the ratio to what was sampled starts at 1.
     """
     bases: dict[str, Transformer] = {}
 

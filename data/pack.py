@@ -154,8 +154,7 @@ def plan(tokens: list[int], micro_tokens: int) -> list[list[int]]:
 def _even_plan(tokens: list[int], micro_tokens: int, world_size: int) -> list[list[int]]:
     """The same for several ranks: a multiple of them, as few as keep the limit.
 
-    Longest trees first, each to the batch that holds least, so that ranks wait little for each other: they gather
-    weights together.
+    Longest trees first, each to the batch that holds least: ranks gather weights together, and wait for each other.
     """
     count, batches = 0, []
     while not batches or any(len(b) > 1 and sum(tokens[i] for i in b) > micro_tokens for b in batches):

@@ -123,10 +123,8 @@ def _to_summarize(info) -> str:
 
 
 def summary_pair(record: dict) -> dict:
-    """info {post or (news) article, title, id, subreddit}, two summaries {text, policy}, choice, worker, split, extra.
-
-    Learning to summarize: choice is the better one's index, extra.confidence 1 to 9.
-    """
+    """info {post or (news) article, title, id, subreddit}, two summaries {text, policy}, worker, split, choice (the
+    better one's index), extra {confidence: 1 to 9}."""
     prompt, sides = _to_summarize(record.get("info")), list_of(record, "summaries")
     if len(sides) != 2:
         raise broken("not a pair", f"'summaries' holds {len(sides)}, expected 2")

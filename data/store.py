@@ -245,9 +245,7 @@ def load_trees(
     *, cache: str = "", columns: dict | None = None, before: Sequence[dict] = (), prompts: bool = False,
     labels: bool = False,
 ) -> Trees:
-    """The file as trees, whichever format it has; one line on a bad record, or on prompts without replies.
-
-    With `labels` a reply may be labelled as one not to learn: it is REJECTED.
+    """The file as trees, whichever format it has. With `labels` a reply may be labelled as one not to learn: REJECTED.
 
     A large file is kept in the folder `cache` ("": nowhere): rank 0 makes it, the others and later runs read it.
     """

@@ -138,8 +138,7 @@ class ChatTemplate:
     def parts(self, messages: list[dict], add_generation_prompt: bool = False) -> list[Part]:
         """The rendered messages. A reply is marked as one if it stands there as it does when it has just been made.
 
-        Where replies begin and end is found once, with marks as texts: texts in the same outline make the same pieces,
-        number by number, and a spot counts from the start of its piece.
+        Where replies are is found once, with marks as texts: texts in the same outline make the same pieces.
         """
         pieces, regular = self._pieces(messages, add_generation_prompt)
         if not regular:

@@ -266,8 +266,7 @@ class Tokenizer:
     def adopt(self, name: str = "") -> list[str]:
         """Make `name` the chat template, and add the tokens it needs. "": the checkpoint's own, or zephyr without one.
 
-        Returns the tokens that the model has not been trained on. A chat model knows those of its own template, so it
-        is the added ones; a base model, which had none, has learnt BOS and EOS alone of those that the template writes.
+        Returns the tokens that the model has not been trained on: those added, or (a base model) those of the markup.
         """
         before = self.template
         name = name or before or "zephyr"
@@ -348,9 +347,8 @@ class Tokenizer:
     def paths(self, messages: list[dict], template: str | None = None) -> list[Reply]:
         """Every reply to be learnt, behind the tokens that precede it when it is made.
 
-        By most templates all of them are stretches of one list of ids. Some write a reply in another way once the
-        dialogue goes on (Qwen3 drops its thoughts), or end it with no token: such a reply has ids of its own, ended
-        with EOS if need be.
+        Most share one list of ids. Where a template writes a reply in another way once the dialogue goes on (Qwen3
+        drops its thoughts), or ends it with no token, it has ids of its own, ended with EOS if need be.
         """
         chat = self._template(template)
         placed, ids = {}, []

@@ -181,8 +181,7 @@ def tree_from_replies(number: int, prompt: list[int], replies: list[list[int]], 
 def tree_numbers(records: Iterable[dict], form: str) -> np.ndarray:
     """[records] which tree each belongs to: its own, or that of the pair whose chosen reply its prompt continues.
 
-    There may be unrated turns in between. A dialogue is known by a hash of its messages: a file's texts may not fit
-    in memory.
+    There may be unrated turns in between. Dialogues are known by hashes: a file's texts may not fit in memory.
     """
     numbers, count = [], 0
     open_ends: dict[bytes, int] = {}  # trees by the messages up to and including the last chosen reply

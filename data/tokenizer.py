@@ -60,13 +60,14 @@ def _is_name(value) -> bool:
 
 
 def _are_names(value) -> bool:
-    named = isinstance(value, dict) and all(x is None or _is_name(x) for x in value.values())
-    return named or isinstance(value, list)
+    return isinstance(value, list) or isinstance(value, dict) and all(x is None or _is_name(x) for x in value.values())
 
 
-def _is_token(number: str, token) -> bool:
-    return number.isdecimal() and len(number) < 10 and isinstance(token, dict) and _is_name(token) and all(
-        type(token.get(key, False)) is bool for key in ("special", "lstrip", "rstrip"))
+def _are_tokens(value) -> bool:
+    return isinstance(value, dict) and all(
+        i.isdecimal() and len(i) < 10 and isinstance(token, dict) and _is_name(token)
+        and all(type(token.get(key, False)) is bool for key in ("special", "lstrip", "rstrip"))
+        for i, token in value.items())
 
 
 def _is_template(value) -> bool:
@@ -81,8 +82,7 @@ KINDS = {  # of the keys that are read
     **dict.fromkeys(NAMES, Kind(_is_name, 'text, or an object whose "content" is text')),
     **dict.fromkeys(MORE_NAMES, Kind(_are_names, "names of tokens")),
     **dict.fromkeys(("add_bos_token", "add_prefix_space", "legacy"), SWITCH),
-    "added_tokens_decoder": Kind(lambda x: isinstance(x, dict) and all(_is_token(*item) for item in x.items()),
-                                 "tokens by their ids"),
+    "added_tokens_decoder": Kind(_are_tokens, "tokens by their ids"),
     "chat_template": Kind(_is_template, "text, or texts by name"),
     "eos_token_id": Kind(lambda x: all(type(i) is int and abs(i) < 2**24 for i in (x if isinstance(x, list) else [x])),
                          "a token id, or several"),  # of generation_config.json; -1 is none
@@ -442,19 +442,14 @@ class Tokenizer:
             if self.bos_id >= 0:
                 generation["bos_token_id"] = self.bos_id
             file.write_text(json.dumps(generation, indent=1) + "\n")
-        self._save_fast(path / "tokenizer.json", table)
-
-    @staticmethod
-    def _save_fast(file: Path, table: dict[str, dict]) -> None:
-        """The added tokens into a tokenizer.json that has not all of them."""
-        if not file.is_file():
-            return
-        tokenizer = json.loads(file.read_text("utf-8"))
-        held = tokenizer.get("added_tokens") or []
-        known = {token["id"] for token in held}
-        if new := [{"id": int(i)} | token for i, token in table.items() if int(i) not in known]:
-            tokenizer["added_tokens"] = held + new
-            file.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+        fast = path / "tokenizer.json"
+        if fast.is_file():  # the added tokens go into one that has not all of them
+            tokenizer = json.loads(fast.read_text("utf-8"))
+            held = tokenizer.get("added_tokens") or []
+            known = {token["id"] for token in held}
+            if new := [{"id": int(i)} | token for i, token in table.items() if int(i) not in known]:
+                tokenizer["added_tokens"] = held + new
+                fast.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
 
 
 def check_template(name: str) -> None:

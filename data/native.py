@@ -285,20 +285,15 @@ def truthfulqa(record: dict) -> dict:
 TEXTS, ONE = [str, str], (str,)  # at least two texts, exactly one text
 
 
-def formats(*rows: tuple) -> dict[str, Format]:
-    """Formats by name: that of the reader, or in front of one that is an expression."""
-    named = [row if isinstance(row[0], str) and callable(row[2]) else (row[1].__name__, *row) for row in rows]
-    return {name: Format(form, read, shapes) for name, form, read, *shapes in named}
-
-
-# Perhaps a name, the form of the records that come out, their reader, and the shapes that a record may have.
-NATIVE = formats(
-    ("messages", alpaca, {"instruction": str, "output": str}),
-    ("messages", question_answer, *({name: str, reply: str} for name in (*ASKED, "input") for reply in ANSWERED)),
-    ("messages", self_instruct, {"instruction": str, "instances": [dict]}),
-    ("messages", completion, {"prompt": object, "completion": object},
+# Name, form of the records that come out, their reader, and the shapes that a record may have.
+NATIVE = {name: Format(form, read, shapes) for name, form, read, *shapes in (
+    ("alpaca", "messages", alpaca, {"instruction": str, "output": str}),
+    ("question_answer", "messages", question_answer,
+     *({name: str, reply: str} for name in (*ASKED, "input") for reply in ANSWERED)),
+    ("self_instruct", "messages", self_instruct, {"instruction": str, "instances": [dict]}),
+    ("completion", "messages", completion, {"prompt": object, "completion": object},
      *({"prompt": [dict], name: object} for name in REPLIES[1:])),
-    ("messages", gsm8k, {"question": str, "answer": lambda value: isinstance(value, str) and FINAL.search(value)}),
+    ("gsm8k", "messages", gsm8k, {"question": str, "answer": lambda value: FINAL.search(str(value))}),
     # Marks of references such as [12] stay in the contexts.
     ("dolly", "messages", lambda r: answer(ask(r, "instruction", "context"), text_of(r, "response")) |
      carry(r, "category"), {"instruction": str, "context": str, "response": str}),
@@ -314,17 +309,17 @@ NATIVE = formats(
      {"data": TEXTS}),
     ("lima", "messages", lambda r: whole_rounds(alternate(list_of(r, "conversations")), "conversations",
                                                 carry(r, "source")), {"conversations": TEXTS}),
-    ("messages", camel, {"role_1": str, "role_2": str, "message_1": dict}),
-    ("messages", red_team, {"transcript": str, "model_type": str, "rating": object}),
-    ("messages", kto, *({key: kind, more: object, "label": lambda value: flag(value) is not None}
+    ("camel", "messages", camel, {"role_1": str, "role_2": str, "message_1": dict}),
+    ("red_team", "messages", red_team, {"transcript": str, "model_type": str, "rating": object}),
+    ("kto", "messages", kto, *({key: kind, more: object, "label": lambda value: flag(value) is not None}
                         for key, kind, more in (("messages", [dict], "messages"), ("prompt", object, "completion")))),
-    ("prompt", lima_test, {"conversations": ONE}),
-    ("prompt", mt_bench, {"question_id": object, "turns": [str]}),
+    ("lima_test", "prompt", lima_test, {"conversations": ONE}),
+    ("mt_bench", "prompt", mt_bench, {"question_id": object, "turns": [str]}),
     ("ultra_eval", "prompt", lambda r: {"prompt": text_of(r, "data"), "category": text_of(r, "class").strip()},
      {"class": str, "data": str}),
-    ("prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),
-    ("prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}),
-    ("text", reference, {"question_id": object, "choices": [dict]}),
+    ("multiple_choice", "prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),
+    ("truthfulqa", "prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}),
+    ("reference", "text", reference, {"question_id": object, "choices": [dict]}),
     ("judge_prompt", "text", lambda r: {"text": text_of(r, "prompt_template")} |
      carry(r, "name", "type", "system_prompt", "category", "output_format"), {"name": str, "prompt_template": str}),
-)
+)}

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 
-from data.native import ASKED, alternate, answer, ask, asked, carry, dialogue, each, formats, list_of, rounds, text_of
-from data.records import Reject, absent, broken, check_label, check_number, check_object, expected, transcript
+from data.native import ASKED, alternate, answer, ask, asked, carry, dialogue, each, list_of, rounds, text_of
+from data.records import Format, Reject, absent, broken, check_label, check_number, check_object, expected, transcript
 
 
 def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:
@@ -240,8 +240,8 @@ def alpaca_eval(record: dict) -> dict:
     return pair | carry(record, "preference", "annotator", "dataset", "generator_1", "generator_2")
 
 
-PREFERENCES = formats(
-    ("preference", hh, {"chosen": str, "rejected": str}),
+PREFERENCES = {name: Format(form, read, shapes) for name, form, read, *shapes in (
+    ("hh", "preference", hh, {"chosen": str, "rejected": str}),
     ("ultrafeedback_binarized", "preference", pair,
      *(sides | {better: object, worse: object} for better, worse in SCORES for sides in (
          {"chosen": [dict], "rejected": [dict]}, {"prompt": str, "chosen": str, "rejected": str},
@@ -256,19 +256,21 @@ PREFERENCES = formats(
      lambda r: {"prompt": dialogue(r, "conversations" if "conversations" in r else "conversation")} |
      carry(r, "chosen", "rejected", "id", "category") | scored(r),
      *({key: [dict], "chosen": object, "rejected": object} for key in ("conversations", "conversation"))),
-    ("preference", openai_preference, {"input": dict, "preferred_output": object, "non_preferred_output": object}),
+    ("openai_preference", "preference", openai_preference,
+     {"input": dict, "preferred_output": object, "non_preferred_output": object}),
     # The more helpful one is chosen, not the safer.
     ("safe_rlhf", "preference", lambda r: carry(r, "safer_response_id") |
      prefer(r, "prompt", "response_0", "response_1", check_label(r, "better_response_id", 0, 1) == 0),
      {"prompt": str, "response_0": str, "response_1": str, "better_response_id": int}),
-    ("preference", ultrafeedback, {"instruction": str, "completions": [dict]}),
-    ("preference", shp, {"history": str, "human_ref_A": str, "human_ref_B": str, "labels": int}),
-    ("preference", summary_pair, {"info": dict, "summaries": [dict], "choice": int}),
-    ("messages", summary_rating, {"info": dict, "summary": dict}),
-    ("preference", oasst, {"message_tree_id": str, "prompt": dict}),
-    ("ranking", nectar, {"prompt": str, "answers": [dict]}),
-    ("preference", pandalm, {"instruction": str, "response1": object, "response2": object, "annotator1": object}),
-    ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str}),
+    ("ultrafeedback", "preference", ultrafeedback, {"instruction": str, "completions": [dict]}),
+    ("shp", "preference", shp, {"history": str, "human_ref_A": str, "human_ref_B": str, "labels": int}),
+    ("summary_pair", "preference", summary_pair, {"info": dict, "summaries": [dict], "choice": int}),
+    ("summary_rating", "messages", summary_rating, {"info": dict, "summary": dict}),
+    ("oasst", "preference", oasst, {"message_tree_id": str, "prompt": dict}),
+    ("nectar", "ranking", nectar, {"prompt": str, "answers": [dict]}),
+    ("pandalm", "preference", pandalm,
+     {"instruction": str, "response1": object, "response2": object, "annotator1": object}),
+    ("alpaca_eval", "preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str}),
     ("llmbar", "preference", lambda r: prefer(r, "input", "output_1", "output_2", check_label(r, "label", 1, 2) == 1),
      {"input": str, "output_1": str, "output_2": str, "label": int}),
-)
+)}

@@ -135,23 +135,17 @@ def open_model(path: str | Path) -> Transformer:
     return model
 
 
-class Rows:
+class Rows(dict):
     """Rows of a matrix that is still in its file; those that are set take the file's place when it is read."""
 
     def __init__(self, file: Path, key: str, dtype: torch.dtype):
         self.file, self.key, self.dtype = file, key, dtype
-        self.changed: dict[int, Tensor] = {}
 
-    def __getitem__(self, row: int) -> Tensor:
-        if row in self.changed:
-            return self.changed[row]
+    def __missing__(self, row: int) -> Tensor:
         with safe_open(self.file, framework="pt") as tensors:
             stored = tensors.get_slice(self.key)
             count, width = stored.get_shape()
             return stored[row : row + 1][0].to(self.dtype) if row < count else torch.zeros(width, dtype=self.dtype)
-
-    def __setitem__(self, row: int, value: Tensor) -> None:
-        self.changed[row] = value
 
 
 def embeddings(model: Transformer) -> list[Tensor | Rows]:
@@ -185,7 +179,7 @@ def read_shards(model: Transformer, device: torch.device) -> Transformer:
                     fail_untied(file, key)
     for name in model.rows.keys() & parameters.keys():
         local, first = distributed.local_rows(parameters[name])
-        for row, value in model.rows[name].changed.items():
+        for row, value in model.rows[name].items():
             if first <= row < first + len(local):
                 local[row - first] = value
     model.unread, model.rows = [], {}

@@ -295,7 +295,7 @@ class Role(nn.Module):
         score_std: float = 1.0,
     ):
         super().__init__()
-        self.bases = (base,)  # a tuple keeps it from being a submodule: its weights are not this role's
+        self.__dict__["base"] = base  # no submodule: its weights are not this role's
         self.name = name
         self.adapters = nn.ModuleList(layer.adapters[name] for layer in base.lora_layers if name in layer.adapters)
         self.config = replace(base.config, scored=head is not None, score_mean=score_mean, score_std=score_std)
@@ -303,15 +303,11 @@ class Role(nn.Module):
         if head is not None:
             self.score_head.weight = nn.Parameter(head.detach().float().clone())
 
-    @property
-    def base(self) -> Transformer:
-        return self.bases[0]
-
     def __getattr__(self, key: str):
         try:
             return super().__getattr__(key)
         except AttributeError:
-            return getattr(self.bases[0], key)
+            return getattr(self.__dict__["base"], key)
 
     @property
     def head_weight(self) -> Tensor:

@@ -27,11 +27,6 @@ class Models(NamedTuple):
     sampler: Transformer              # the policy; if that is sharded, a whole copy of it on every rank
 
 
-def load_models(config, tokenizer: Tokenizer, device: torch.device) -> Models:
-    """Four models; with lora_rank four roles on one frozen base."""
-    return (load_roles if config.lora_rank else load_four)(config, tokenizer, device)
-
-
 def value_source(config) -> str:
     """The checkpoint that the value model starts from; "policy" is the policy's, with a head of zeros; "" for none."""
     if config.advantages != "gae":
@@ -39,8 +34,11 @@ def value_source(config) -> str:
     return config.value_model or ("policy" if config.reward else config.reward_model)
 
 
-def load_four(config, tokenizer: Tokenizer, device: torch.device) -> Models:
-    """Policy and value model to train, reference and reward model in the dtype of compute."""
+def load_models(config, tokenizer: Tokenizer, device: torch.device) -> Models:
+    """Policy and value model to train, reference and reward model in the dtype of compute; or roles on one base."""
+    if config.lora_rank:
+        return load_roles(config, tokenizer, device)
+
     def load(path: str, scored: bool, trained: bool, new_head: bool = False) -> Transformer:
         model = lora.load_base(path, config, device, scored=scored and not new_head, trained=trained)
         check_tokenizer(model, path, tokenizer)

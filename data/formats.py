@@ -54,6 +54,10 @@ class Report:
     kinds: Counter = field(default_factory=Counter)               # rejects by kind of reason
     doubts: dict[str, list] = field(default_factory=dict)         # what may be meant otherwise: [first place, count]
 
+    def note(self, place: int | str, reject: Reject) -> None:
+        self.rejects.append((place, str(reject)))
+        self.kinds[reject.kind] += 1
+
     @property
     def command(self) -> str:
         """How to look at this data set."""
@@ -126,8 +130,7 @@ def _records(path: str | Path, report: Report) -> Iterator[dict]:
         before = report.out
         for part in [value] if isinstance(value, Reject) else _parts(value, report):
             if isinstance(part, Reject):
-                report.rejects.append((place, str(part)))
-                report.kinds[part.kind] += 1
+                report.note(place, part)
             else:
                 report.out += 1
                 report.used += report.out == before + 1

@@ -135,23 +135,17 @@ def open_model(path: str | Path) -> Transformer:
     return model
 
 
-class Rows:
+class Rows(dict):
     """Rows of a matrix that is still in its file; those that are set take the file's place when it is read."""
 
     def __init__(self, file: Path, key: str, dtype: torch.dtype):
         self.file, self.key, self.dtype = file, key, dtype
-        self.changed: dict[int, Tensor] = {}
 
-    def __getitem__(self, row: int) -> Tensor:
-        if row in self.changed:
-            return self.changed[row]
+    def __missing__(self, row: int) -> Tensor:
         with safe_open(self.file, framework="pt") as tensors:
             stored = tensors.get_slice(self.key)
             count, width = stored.get_shape()
             return stored[row : row + 1][0].to(self.dtype) if row < count else torch.zeros(width, dtype=self.dtype)
-
-    def __setitem__(self, row: int, value: Tensor) -> None:
-        self.changed[row] = value
 
 
 def embeddings(model: Transformer) -> list[Tensor | Rows]:
@@ -185,7 +179,7 @@ def read_shards(model: Transformer, device: torch.device) -> Transformer:
                     fail_untied(file, key)
     for name in model.rows.keys() & parameters.keys():
         local, first = distributed.local_rows(parameters[name])
-        for row, value in model.rows[name].changed.items():
+        for row, value in model.rows[name].items():
             if first <= row < first + len(local):
                 local[row - first] = value
     model.unread, model.rows = [], {}
@@ -219,10 +213,9 @@ def expect_replies(model: Transformer, path: str | Path) -> Transformer:
 
 
 def check_weights(path: Path, model: Transformer) -> list[tuple[Path, str, list[str]]]:
-    """Where a directory keeps the model's parameters: [(file, name of a tensor in it, our names)]. The second copy of
-    a tied matrix has none and comes last.
+    """Where a directory keeps the model's parameters: [(file, name of a tensor in it, our names)], from headers alone.
 
-    Reads only the files' headers. A tensor that is missing, unknown or of another shape is refused in one line.
+    The second copy of a tied matrix has none of our names and comes last.
     """
     config, found = model.config, []
     missing, shapes = parameters_by_tensor(model), dict(model.named_parameters())
@@ -302,10 +295,7 @@ def save_model(
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `path`: the one that is there is set aside until then.
-
-    Killed at any moment, the old one or the new one is whole: at `path`, or set aside, from where it comes back here.
-    """
+    """An empty folder to fill, which then takes the place of `path`: if we are killed, the old or new one is whole."""
     beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     with writing(path, beside):
         if old.exists() and not path.exists():

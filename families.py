@@ -9,7 +9,7 @@ A key means here what it means to transformers, versions 4 and 5, or is refused 
 import json
 import math
 import os
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -247,7 +247,8 @@ def _read_fields(file: Path, raw: Checked, family: Family) -> dict:
     keys = KEYS | family.keys
     for name, key in keys.items():
         if callable(key):
-            fields[name] = _call(key, raw)
+            with suppress(KeyError, TypeError):  # what it needs is missing, or of the wrong kind
+                fields[name] = key(raw)
         elif key in raw:
             fields[name] = raw.need(key) if name in ("norm_eps", "activation", "rotary") else raw[key]
         if name in ("kv_heads", "head_dim") and fields.get(name) is None:
@@ -271,14 +272,6 @@ def _read_fields(file: Path, raw: Checked, family: Family) -> dict:
         fail(f"{file}: {keys['activation']} {shown(activation)} is not supported, expected one of "
              f"{', '.join(ACTIVATIONS)}")
     return fields | {"activation": activation}
-
-
-def _call(key: Callable[[dict], object], raw: Checked):
-    """The function's value; None if what it needs is missing or of the wrong kind."""
-    try:
-        return key(raw)
-    except (KeyError, TypeError):
-        return None
 
 
 def _check_size(file: Path, key: str, value, largest: int) -> None:

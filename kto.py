@@ -104,9 +104,8 @@ def mismatched(trees: Trees, max_length: int) -> Trees:
 
         BOS <|user|> \\n  Hi  EOS \\n <|assistant|> \\n | leaf: A recipe for ... EOS | leaf: 42 EOS
 
-    There are as many as replies. Which belong together is drawn once for the file, so that the reference's
-    log-probabilities can be kept; a step's trees are drawn from the file, and so are its (x, y'). A pair that is too
-    long loses the end of y', for policy and reference alike.
+    As many as replies, drawn once for the file, so that the reference's log-probabilities can be kept. A pair that is
+    too long loses the end of y', for policy and reference alike.
     """
     rng, count = np.random.default_rng(0), trees.rows["responses"]
     order = rng.permutation(len(trees))
@@ -138,9 +137,8 @@ def mismatched(trees: Trees, max_length: int) -> Trees:
 def reference_point(policy: Transformer, trees: Sequence[Tree], config: Config, device: torch.device) -> float:
     """z0 of a step's mismatched trees.
 
-    The paper takes a micro-batch's. Here it is one number for the whole step, known before the first gradient, so that
-    micro-batches and ranks change nothing. A pass of its own without gradients costs less than gradients of the leaves
-    would, unless prompts are more than twice as long as replies.
+    The paper takes a micro-batch's. Here it is the whole step's, known before the first gradient, so that micro-batches
+    and ranks change nothing; without gradients the extra pass is cheap.
     """
     total = torch.zeros((), device=device)
     for batch in micro_batches(trees, config.micro_tokens):

@@ -53,7 +53,15 @@ class _Frozen(torch.autograd.Function):
         return g @ ctx.layer.decoded(g.dtype), None
 
 
-class NF4Linear(nn.Module):
+class QuantizedLinear(nn.Module):
+    """A frozen Linear whose weight, in fewer bits, is decoded where it is needed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Frozen.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class NF4Linear(QuantizedLinear):
     """A Linear whose weight is NF4, its scales quantised again when `double`."""
 
     def __init__(self, linear: Linear, double: bool = True):
@@ -69,12 +77,8 @@ class NF4Linear(nn.Module):
     def decoded(self, dtype: torch.dtype) -> Tensor:
         return nf4.dequantize(self.state(), dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = _Frozen.apply(x, self)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
 
-
-class Int8Linear(nn.Module):
+class Int8Linear(QuantizedLinear):
     """A Linear with one byte a weight: codes = round(127 W / largest of the row). Columns listed stay in 16 bits.
 
     Such columns are those that meet outlier features, |x| >= 6 (Dettmers et al. 2022, arXiv:2208.07339).
@@ -97,19 +101,12 @@ class Int8Linear(nn.Module):
         weight[:, self.columns] = self.exact.float()
         return weight.to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = _Frozen.apply(x, self)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
-
 
 QUANTIZED = {"nf4": NF4Linear, "int8": Int8Linear}
 
 
 def quantize_base(model: Transformer, kind: str, double: bool = True) -> Transformer:
-    """Every linear layer of the blocks as "nf4" or "int8", in place; embeddings, norms and heads stay as they are.
-
-    Nothing of the base trains from then on.
-    """
+    """Every linear layer of the blocks as "nf4" or "int8", in place; nothing of the base trains from then on."""
     if kind not in QUANTIZED:
         raise ValueError(f"kind is {kind!r}, expected 'nf4' or 'int8'")
     model.requires_grad_(False)
@@ -184,9 +181,9 @@ def add_lora(
     model: Transformer, rank: int, alpha: float, dropout: float = 0.0, targets: tuple[str, ...] | None = None, *,
     name: str = "default", rslora: bool = False, use_dora: bool = False, seed: int = 0,
 ) -> Transformer:
-    """Give the linear layers of the blocks called one of `targets` (None: all) an adapter, in place, and switch it on.
+    """Give the blocks' linear layers called one of `targets` (None: all) an adapter, in place, and switch it on.
 
-    From then on adapters train, and a score head; the base does not. Raises ValueError for a target that no layer has.
+    Adapters and a score head train, the base does not. Raises ValueError for a target that no layer has.
     """
     wanted = TARGETS if targets is None else targets
     if rank < 1:
@@ -291,18 +288,14 @@ def _recompute(model: Transformer):
 
 
 class Role(nn.Module):
-    """One of several models on one base: the base with adapter `name` on (None: none), perhaps with a score head.
-
-    PPO's policy, reference, reward and value model share a base this way. A role's parameters are those of its
-    adapter and head.
-    """
+    """One of several models (PPO's) on one base: the base with adapter `name` on (None: none), and a score head."""
 
     def __init__(
         self, base: Transformer, name: str | None, head: Tensor | None = None, score_mean: float = 0.0,
         score_std: float = 1.0,
     ):
         super().__init__()
-        self.bases = (base,)  # a tuple keeps it from being a submodule: its weights are not this role's
+        self.__dict__["base"] = base  # no submodule: its weights are not this role's
         self.name = name
         self.adapters = nn.ModuleList(layer.adapters[name] for layer in base.lora_layers if name in layer.adapters)
         self.config = replace(base.config, scored=head is not None, score_mean=score_mean, score_std=score_std)
@@ -310,15 +303,11 @@ class Role(nn.Module):
         if head is not None:
             self.score_head.weight = nn.Parameter(head.detach().float().clone())
 
-    @property
-    def base(self) -> Transformer:
-        return self.bases[0]
-
     def __getattr__(self, key: str):
         try:
             return super().__getattr__(key)
         except AttributeError:
-            return getattr(self.bases[0], key)
+            return getattr(self.__dict__["base"], key)
 
     @property
     def head_weight(self) -> Tensor:
@@ -345,16 +334,12 @@ def merge_lora(model: Transformer, originals: Transformer | None = None, name: s
     """The base with adapter `name` worked into its weights, as a plain model, in place.
 
     A quantised base has lost bits, so it is merged into the 16-bit `originals` (which are changed and returned),
-    never back into four bits. Raises ValueError without them, or for a bias that the base has no place for.
+    never back into four bits. Raises ValueError without them.
     """
     target = model if originals is None else originals
     adapted, own = named_lora_layers(model), model.adapters[name].get("own", {})
     if originals is None and not all(isinstance(layer.base, Linear) for layer in adapted.values()):
         raise ValueError("the base is quantised: give the model it was made from as originals")
-    with adapter(model, None):
-        missing = [path for path in own if getattr(*place_of(model, path)) is None]
-    if missing:
-        raise ValueError(f"{missing[0]} is a bias that the base does not have: the adapter cannot be merged")
     switch(model, None)
     if model.lm_head is not None and target.lm_head is None:
         untie(target)

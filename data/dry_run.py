@@ -157,10 +157,7 @@ def dry_run(config, load_data, scored: bool = False, teacher: bool = False) -> N
 
 
 def plan_of_four(config, dtype: str) -> dict[str, int]:
-    """As plan, for ppo.py's four models, all of the policy's size; they take turns, so activations count once.
-
-    With whole models a GPU samples from a copy of the policy in bf16. Its cache counts prompts as long as replies.
-    """
+    """As plan, for ppo.py's four models, all of the policy's size, in turns. Prompts count as long as replies."""
     model = read_config(config.model)
     policy = plan(config.model, config, dtype, config.micro_tokens)
     frozen = plan(config.model, config, dtype, 0, trained=False)

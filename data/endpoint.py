@@ -19,6 +19,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
+import openai  # takes a second: data/llm.py imports this module only when it is needed
 from tqdm import tqdm
 
 from data.llm import Reply, Request, Sampling, most_prompt_tokens, request_key
@@ -46,9 +47,7 @@ class Endpoint:
 
     def __init__(self, url: str, model: str = "", threads: int = 8, timeout_s: float = 300.0, tries: int = 8,
                  wait_s: float = 1.0):
-        import openai  # only now: it takes a second to import
-
-        self.openai, self.url = openai, url.rstrip("/")
+        self.url = url.rstrip("/")
         self.threads, self.tries, self.wait_s = threads, tries, wait_s
         local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
         key = os.environ.get("OPENAI_API_KEY") or ("none" if local else "")
@@ -67,7 +66,7 @@ class Endpoint:
     def _only_model(self) -> str:
         try:
             names = [m.id for m in self.client.models.list()]
-        except self.openai.OpenAIError as error:
+        except openai.OpenAIError as error:
             fail(f"{self.url}: does not list its models ({error}): start it, or name one, as in {self.url}#name")
         if len(names) != 1:
             fail(f"{self.url}: has {len(names)} models: name one, as in {self.url}#{min(names, default='name')}")
@@ -125,7 +124,6 @@ class Endpoint:
 
     def _fault(self, error: Exception, attempt: int, seconds: float) -> "Fault":
         """What to make of an attempt that failed."""
-        openai = self.openai
         vain = not self.known and attempt == 2  # each may have been paid for, and none has succeeded
         if isinstance(error, openai.APITimeoutError):
             return Fault(f"no answer within {seconds:.0f} s", remedy="allow more seconds: timeout_s" if vain else "")
@@ -161,19 +159,15 @@ class Endpoint:
 
     def _create(self, request: Request, sampling: Sampling):
         limit = "max_completion_tokens" if "max_tokens" in self.adapted else "max_tokens"
-        options: dict = {"temperature": sampling.temperature, "top_p": sampling.top_p, limit: sampling.max_tokens}
-        if sampling.temperature > 0:  # where the server honours it, repeats differ and reruns do not
-            options["seed"] = int(request_key(self.name, request, sampling), 16) % 2**31
-        if sampling.top_k:
-            options["top_k"] = sampling.top_k
-        if sampling.stop:
-            options["stop"] = list(sampling.stop)
-        if request.labels:
-            options |= {"logprobs": True, "top_logprobs": 20}
-        streams = "stream" in self.adapted
-        if streams:
-            options |= {"stream": True, "stream_options": {"include_usage": True}}
-        options = {name: value for name, value in options.items() if name not in self.adapted or name == "stream"}
+        streams, seed = "stream" in self.adapted, int(request_key(self.name, request, sampling), 16) % 2**31
+        options = {
+            "temperature": sampling.temperature, "top_p": sampling.top_p, limit: sampling.max_tokens,
+            "seed": seed if sampling.temperature > 0 else None,  # if it is honoured, repeats differ and reruns do not
+            "top_k": sampling.top_k or None, "stop": list(sampling.stop) or None,
+            "logprobs": True if request.labels else None, "top_logprobs": 20 if request.labels else None,
+            "stream": streams or None, "stream_options": {"include_usage": True} if streams else None}
+        options = {name: value for name, value in options.items()
+                   if value is not None and (name not in self.adapted or name == "stream")}
         extra = {"top_k": options.pop("top_k")} if "top_k" in options else None
         try:
             reply = self.client.chat.completions.create(model=self.model, messages=request.messages, extra_body=extra,
@@ -182,7 +176,7 @@ class Endpoint:
                 self.lost.append((most_prompt_tokens(request), sampling.max_tokens))
                 return self._without("stream", request, sampling)
             return gather(reply) if streams else reply
-        except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as error:
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             refused = self._refused(error, {"stream": False} | options | (extra or {}))
             if not refused or refused in self.adapted:
                 raise
@@ -196,10 +190,7 @@ class Endpoint:
         return self._create(request, sampling)
 
     def _refused(self, error, sent: dict) -> str:
-        """The parameter that an error refuses, of those that can do without; "" for none.
-
-        A value that is the usual one, or that changes no reply's meaning, is refused as such; another may be too high.
-        """
+        """The parameter that an error refuses and the request can do without: by itself, or by its usual value."""
         said = f"{error.code} {error.message} {error.body}"
         whole = REFUSES.search(said)
         # OpenAI's newer models.

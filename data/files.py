@@ -48,10 +48,14 @@ def shards(path: str | Path) -> list[Path]:
     files = [file for file in map(Path, sorted(glob.glob(name, recursive=True)))
              if file.is_file() and not BESIDE.fullmatch(file.name)]
     if not files:
-        _missing(name)
+        hub = HUB_ID.fullmatch(name)
+        if hub and kind_of(path) not in KINDS and not Path(name.split("/")[0]).exists():
+            fail(f"{name}: no such file or folder; a data set of the Hugging Face hub is fetched first, "
+                 f"`hf download {hub[1]} --repo-type dataset --local-dir {hub[2]}`, and then called {hub[2]}")
+        fail(f"{name}: no such file, expected a data file, a folder of them, or a pattern that matches some")
     within = [os.path.relpath(file, os.path.commonpath([file.parent for file in files])) for file in files]
     if len({word[0].lower() in TRAIN for part in within if (word := SPLIT.search(part))}) > 1:
-        _choose(path, {str(file.with_name(_pattern(file.name))): None for file in files})
+        _choose(path, [str(file.with_name(_pattern(file.name))) for file in files])
     return files
 
 
@@ -65,22 +69,19 @@ def _of_folder(folder: Path) -> list[Path]:
     files = [file for file in sorted(folder.rglob("*"))
              if kind_of(file) in KINDS and not BESIDE.fullmatch(file.name) and file.is_file()
              and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    texts = [file for file in files if kind_of(file) == ".txt"]  # a README or a licence, unless there is nothing else
-    files = files if len(texts) == len(files) else [file for file in files if file not in texts]
+    files = [file for file in files if kind_of(file) != ".txt"] or files  # a README or a licence beside others
     if not files:
         fail(f"{folder}: is a folder without data files, expected some of {', '.join(KINDS)}")
     named = any(SPLIT.search(str(file.relative_to(folder))) for file in files)
-    sets: dict[str, list[Path]] = {}
-    for file in files:
-        kind = "".join(file.suffixes[-2:] if file.suffix in PACKED else [file.suffix])
-        name = _pattern(file.name) if named else f"*{kind}"
-        sets.setdefault(str(file.with_name(name)), []).append(file)
-    if len(sets) > 1:
+    kinds = ["".join(file.suffixes[-2:] if file.suffix in PACKED else [file.suffix]) for file in files]
+    sets = [str(file.with_name(_pattern(file.name) if named else f"*{kind}"))
+            for file, kind in zip(files, kinds, strict=True)]
+    if len(set(sets)) > 1:
         _choose(folder, sets)
     told = re.search(r"-of-0*(\d+)", files[0].name)
     if told and len(files) < int(told[1]):
         fail(f"{folder}: holds {len(files)} of {told[1]} shards, by the name of {files[0].name}: fetch the others, or "
-             f"name these alone by a pattern, '{next(iter(sets))}'")
+             f"name these alone by a pattern, '{sets[0]}'")
     return files
 
 
@@ -89,27 +90,16 @@ def _pattern(name: str) -> str:
     return re.sub(r"(\d+-of-\d+(-\w+)?|\d+)(?=(\.[a-z]+)+$)", "*", name)
 
 
-def _choose(path: Path, sets: dict[str, object]) -> None:
-    names = list(sets)
+def _choose(path: Path, names: list[str]) -> None:
+    names = list(dict.fromkeys(names))
     shown = ", ".join(f"'{name}'" for name in names[:8]) + ", ..." * (len(names) > 8)
     fail(f"{path}: holds {len(names)} data sets, which do not belong together: choose one of {shown}")
-
-
-def _missing(path: str) -> None:
-    hub = HUB_ID.fullmatch(path)
-    if hub and kind_of(Path(path)) not in KINDS and not Path(path.split("/")[0]).exists():
-        fail(f"{path}: no such file or folder; a data set of the Hugging Face hub is fetched first, "
-             f"`hf download {hub[1]} --repo-type dataset --local-dir {hub[2]}`, and then called {hub[2]}")
-    fail(f"{path}: no such file, expected a data file, a folder of them, or a pattern that matches some")
 
 
 # --------------------------------------------------------------------------------- values and places
 
 def values(path: str | Path, report) -> Iterator[tuple[int | str, object]]:
-    """Place and value of every record; a Reject in place of a value that cannot be read.
-
-    The place is a number in units of report.unit; where there are several files, it says which one and is a text.
-    """
+    """Place (in report.unit; of several files, with the name) and value of every record, or a Reject."""
     files = shards(path)
     for file in files:
         for unit, place, value in _of_file(file):
@@ -128,7 +118,11 @@ Values = Iterator[tuple[str, int, object]]  # unit of the place, place, value
 
 def _of_file(file: Path) -> Values:
     try:
-        with _unpacked(file) as stream:
+        if file.suffix == ".zst":
+            stream = io.BufferedReader(_pyarrow(file).input_stream(str(file), compression="zstd"))
+        else:
+            stream = gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
+        with stream:
             start = stream.peek(6)[:6]
             if start[:4] == b"PAR1" or start == b"ARROW1" or kind_of(file) == ".arrow":
                 yield from _of_table(file, start)
@@ -136,14 +130,6 @@ def _of_file(file: Path) -> Values:
                 yield from _of_stream(stream, kind_of(file))
     except (OSError, EOFError, zlib.error) as error:
         fail(f"{file}: cannot be read ({error}): is it whole? copy it again")
-
-
-def _unpacked(file: Path):
-    if file.suffix == ".gz":
-        return gzip.open(file, "rb")
-    if file.suffix == ".zst":
-        return io.BufferedReader(_pyarrow(file).input_stream(str(file), compression="zstd"))
-    return file.open("rb")
 
 
 def _pyarrow(file: Path) -> ModuleType:
@@ -166,12 +152,9 @@ def _of_table(file: Path, start: bytes) -> Values:
             batches = map(reader.get_batch, range(reader.num_record_batches))
         else:
             batches = arrow.ipc.open_stream(arrow.memory_map(str(file)))
-        row = 0
-        for batch in batches:
-            for begin in range(0, len(batch), 1000):
-                for value in _rows(batch.slice(begin, 1000)):
-                    yield "row", row, value
-                    row += 1
+        slices = (batch.slice(begin, 1000) for batch in batches for begin in range(0, len(batch), 1000))
+        for row, value in enumerate(value for part in slices for value in _rows(part)):
+            yield "row", row, value
     except (arrow.ArrowException, OSError) as error:
         fault = str(error).splitlines()[0].rstrip(".")
         fail(f"{file}: cannot be read as Parquet or Arrow ({fault}): is it whole? copy it again")

@@ -14,7 +14,6 @@ A bare JSON string is a prompt. The first record tells the format.
 import argparse
 import difflib
 import json
-import re
 import shlex
 import sys
 from collections import Counter
@@ -27,28 +26,14 @@ from types import FunctionType
 from data.files import shards, values, with_lists
 from data.native import ANSWERED, ASKED, NATIVE
 from data.preferences import PREFERENCES
-from data.records import (
-    FORMS,
-    NOT_LEARNT,
-    REASONING,
-    SPEAKERS,
-    SYSTEM,
-    TOOL_KEYS,
-    Reject,
-    absent,
-    as_whole,
-    broken,
-    check_columns,
-    check_record,
-    role_of,
-    short,
-)
+from data.records import FORMS, REASONING, SYSTEM, Reject, as_whole, broken, check_columns, check_record, doubts, short
 from data.tokenizer import TemplateError, load_tokenizer
 from runtime import arguments, fail, replacing
 
 PUBLISHED = NATIVE | PREFERENCES
 FORMATS = FORMS | PUBLISHED
 LISTS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected")  # perhaps in a text
+LOOKED_AT = 1000  # records that are searched for doubts: one that is otherwise meant is so throughout the data set
 DEEPEST = 200  # levels of nesting; a conversation tree takes two a turn
 
 
@@ -114,10 +99,7 @@ class Report:
 
 def read(path: str | Path, format: str | None = None,
          columns: dict[str, str] | None = None) -> tuple[Iterator[dict], Report]:
-    """The records of a data set, one by one, and the report that fills up meanwhile. The first record tells the format.
-
-    `columns` names the file's columns by the format's keys: {"prompt": "question"}.
-    """
+    """The records of a data set, and the report that fills up meanwhile. `columns`: the file's by the format's keys."""
     shards(path)
     if format is not None and format not in FORMATS:
         fail(f"{path}: format '{format}' is unknown, expected one of {', '.join(FORMATS)}")
@@ -224,8 +206,6 @@ def _unknown(record: dict) -> Reject:
                                     "columns.prompt=\"ask\"")
 
 
-# ---------------------------------------------------------------------------------- records, and doubts
-
 def _object(value, report: Report) -> dict:
     """A value as a record: an object of finite numbers, not nested without end."""
     if isinstance(value, str) and report.native in ("", "prompt"):
@@ -260,40 +240,6 @@ def _named(record: dict, columns: dict[str, str]) -> dict:
     rivals = {name for names in (ASKED, ANSWERED) if columns.keys() & set(names) for name in names}
     others = {key: value for key, value in record.items() if key not in columns.values() and key not in rivals}
     return others | {key: record[name] for key, name in columns.items() if name in record}
-
-
-LOOKED_AT = 1000  # records of a data set that are searched for doubts: one that is otherwise meant is so throughout
-MARKUP = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</s>|### (?:Human|Assistant|"
-                    r"Instruction|Response):|(?:^|\n)(?:Human|User|USER):|\s(?:Assistant|ASSISTANT):")
-# Keys of a turn that are read; others may say what is not learnt here
-READ = {"role", "from", "content", "value", "human", "input", "output", "system", *REASONING, *NOT_LEARNT, *TOOL_KEYS}
-
-
-def doubts(value, part: dict, form: str) -> Iterator[str]:
-    """What is used as it stands but may be meant otherwise, of a record and what was made of it."""
-    value = value if isinstance(value, dict) else {}
-    held = part["messages"] if form == "messages" else part["prompt"] if form != "text" else []
-    texts = [m["content"] for m in held] + [part[key] for key in ("text", "chosen", "rejected")
-                                            if form in ("text", "preference") and isinstance(part.get(key), str)]
-    if mark := next(filter(None, map(MARKUP.search, texts)), None):
-        yield (f"holds {mark[0].strip()!r} as text, which stays letters and never becomes a special token: "
-               + ("all of the text is learnt, the user's words too; " if form == "text" else "")
-               + "if the file is templated already, give it as messages")
-    for turns in value.values():
-        if isinstance(turns, list) and turns and all(isinstance(m, dict) for m in turns):
-            if any(role_of(m) == "system" for m in turns[1:]):
-                yield "has a system text after its first turn, which opens the dialogue here"
-            if role_of(turns[0]) == "system" and absent(turns[0].get("content", turns[0].get("value"))):
-                yield "has an empty system text, which counts as none"
-            unread = {key for m in turns for key in m.keys() - READ if not absent(m[key])}
-            if unread and role_of(turns[0]) in SPEAKERS.values():
-                yield f"has turns that hold {', '.join(map(short, sorted(unread)))}, which is not read"
-    if form == "messages" and isinstance(part.get("label"), str | int) and not isinstance(part["label"], bool):
-        yield "has a 'label' that is neither true nor false, and is learnt"
-    if form == "messages" and not any("reasoning_content" in m for m in held):
-        for key in REASONING:
-            if isinstance(value.get(key), str) and not absent(value[key]):
-                yield f"has a column '{key}' that belongs to no reply and is not learnt"
 
 
 # ------------------------------------------------------------------------------------ the command line

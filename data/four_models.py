@@ -27,11 +27,6 @@ class Models(NamedTuple):
     sampler: Transformer              # the policy; if that is sharded, a whole copy of it on every rank
 
 
-def load_models(config, tokenizer: Tokenizer, device: torch.device) -> Models:
-    """Four models; with lora_rank four roles on one frozen base."""
-    return (load_roles if config.lora_rank else load_four)(config, tokenizer, device)
-
-
 def value_source(config) -> str:
     """The checkpoint that the value model starts from; "policy" is the policy's, with a head of zeros; "" for none."""
     if config.advantages != "gae":
@@ -39,8 +34,11 @@ def value_source(config) -> str:
     return config.value_model or ("policy" if config.reward else config.reward_model)
 
 
-def load_four(config, tokenizer: Tokenizer, device: torch.device) -> Models:
-    """Policy and value model to train, reference and reward model in the dtype of compute."""
+def load_models(config, tokenizer: Tokenizer, device: torch.device) -> Models:
+    """Policy and value model to train, reference and reward model in the dtype of compute; or roles on one base."""
+    if config.lora_rank:
+        return load_roles(config, tokenizer, device)
+
     def load(path: str, scored: bool, trained: bool, new_head: bool = False) -> Transformer:
         model = lora.load_base(path, config, device, scored=scored and not new_head, trained=trained)
         check_tokenizer(model, path, tokenizer)
@@ -59,8 +57,8 @@ def load_four(config, tokenizer: Tokenizer, device: torch.device) -> Models:
 def load_roles(config, tokenizer: Tokenizer, device: torch.device) -> Models:
     """The policy and value models are adapters, the reference is the base with none on.
 
-    The reward model is an adapter too if reward_model is one (runs/reward/adapter). Otherwise it is a second base,
-    quantised like the first, with the value adapter on it. Dropout is off: the ratio to what was sampled starts at 1.
+    The reward model is an adapter too if reward_model is one; else a second base, quantised like the first, with the
+    value adapter on it. Dropout is off: the ratio to what was sampled starts at 1.
     """
     bases: dict[str, Transformer] = {}
 
@@ -114,11 +112,7 @@ def check_tokenizer(model: Transformer, path: str, tokenizer: Tokenizer) -> None
 
 
 def make_sampler(policy: Transformer, path: str, device: torch.device) -> Transformer:
-    """The policy, or a whole copy of it on every rank, in the dtype of compute.
-
-    If it is sharded, so that no rank waits for another's replies; on a GPU also if its weights have another dtype, in
-    which they would be cast again for every token.
-    """
+    """The policy; if it is sharded, or a GPU would cast its weights every token, a whole copy to compute with."""
     sharded = distributed.is_sharded(policy)
     cast = device.type == "cuda" and policy.compute_dtype not in (None, policy.embed_tokens.weight.dtype)
     if not (sharded or cast):

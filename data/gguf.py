@@ -7,16 +7,19 @@ dequantised by the gguf package and stay as exact as the file has them. What the
 transformers takes it: a sentencepiece text gets a space in front, the text behind a special token none. A key,
 a tensor or a tokenizer that is not understood is refused in one line, never dropped.
 
-It lies in data/, not in checkpoints.py, because most of it is about the tokenizer (Vocabulary: data/vocabulary.py).
+Every count in the file is held against the bytes that are left before anything of that size is made (ggml's
+docs/gguf.md). It lies in data/, not in checkpoints.py, because most of it is about the tokenizer.
 """
 import json
 import math
 import mmap
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from types import ModuleType
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -26,10 +29,9 @@ from tqdm import tqdm
 
 import runtime
 from checkpoints import renamed, save_model
-from data.gguf_file import AGAIN, Header, package
 from data.tokenizer import check_vocabulary, load_tokenizer
-from families import LARGEST, read_config
-from model import Transformer
+from families import KEYS, LARGEST, read_config
+from model import ModelConfig, Transformer, rotary_frequencies
 from runtime import fail
 
 
@@ -37,7 +39,143 @@ from runtime import fail
 class Config:
     file: str                        # the .gguf file; the word `file=` may be left out
     out: str                         # folder for the Hugging Face directory, such as models/smollm2-135m
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: loses nothing
+
+
+# ------------------------------------------------------------------------------------ the file's header
+
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+AGAIN, DIRECTORY = "download it again", "take the model's Hugging Face directory"  # remedies
+
+
+class Entry(NamedTuple):
+    """A tensor of the file, its shape in PyTorch's order, and the bytes that hold it."""
+
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class Header:
+    """A file's `keys` and `tensors`; `at` is how far it has been read."""
+
+    def __init__(self, file: Path, data: mmap.mmap):
+        self.file, self.data, self.at = file, data, 4
+        if data[:4] != b"GGUF":
+            self.refuse("does not begin with GGUF, expected a .gguf file")
+        version, tensors, keys = self._numbers("I")[0], *self._numbers("Q", 2)
+        if version not in (2, 3):
+            self.refuse(f"is version {version} of GGUF, expected 2 or 3 in little-endian order: convert it anew")
+        self.keys: dict = {}
+        for _ in range(keys):
+            name = self._text()
+            if name in self.keys:
+                self.refuse(f"names {name} twice: {AGAIN}")
+            self.keys[name] = self._value(name, self._numbers("I")[0])
+        self.tensors = self._place([self._tensor() for _ in range(tensors)])
+
+    def refuse(self, message: str) -> NoReturn:
+        """One line, whatever the names in the file are made of."""
+        fail("".join(c if c.isprintable() else " " for c in f"{self.file}: {message}"))
+
+    def _take(self, size: int) -> int:
+        """Where the next `size` bytes begin."""
+        if size > len(self.data) - self.at:
+            self.refuse(f"asks for {size:,} bytes from byte {self.at:,} on, but ends at {len(self.data):,}: {AGAIN}")
+        self.at += size
+        return self.at - size
+
+    def _numbers(self, form: str, count: int = 1) -> tuple:
+        return struct.unpack_from(f"<{count}{form}", self.data, self._take(count * struct.calcsize(form)))
+
+    def _text(self) -> str:
+        size = self._numbers("Q")[0]
+        begin = self._take(size)
+        try:
+            return self.data[begin : begin + size].decode()
+        except UnicodeDecodeError as error:
+            self.refuse(f"the text at byte {begin:,} is not UTF-8 ({error.reason}): {AGAIN}")
+
+    def _value(self, name: str, kind: int):
+        if kind == STRING:
+            return self._text()
+        if kind in NUMBERS:
+            return self._single(NUMBERS[kind], self._numbers(NUMBERS[kind]))[0]
+        inner, count = self._numbers("I")[0], self._numbers("Q")[0] if kind == ARRAY else 0
+        if count > LARGEST["vocab_size"]:
+            self.refuse(f"{name} is a list of {count:,}, expected at most {LARGEST['vocab_size']:,}: {AGAIN}")
+        if kind == ARRAY and inner in NUMBERS:
+            return self._single(NUMBERS[inner], self._numbers(NUMBERS[inner], count))
+        if kind == ARRAY and inner == STRING:
+            return [self._text() for _ in range(count)]
+        self.refuse(f"{name} is of kind {inner if kind == ARRAY else kind}, which GGUF does not have: {AGAIN}")
+
+    @staticmethod
+    def _single(form: str, values: tuple) -> list:
+        """Floats of 32 bits as the shortest decimal that means the same: 1e-05, not 9.999999747378752e-06."""
+        return [float(str(np.float32(value))) for value in values] if form == "f" else list(values)
+
+    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, (dimensions,) = self._text(), self._numbers("I")
+        if not 1 <= dimensions <= 4:
+            self.refuse(f"tensor {name} has {dimensions} dimensions, expected 1 to 4: {AGAIN}")
+        shape = self._numbers("Q", dimensions)[::-1]
+        return name, shape, *self._numbers("I"), *self._numbers("Q")
+
+    def _place(self, found: list[tuple[str, tuple[int, ...], int, int]]) -> dict[str, Entry]:
+        """The tensors by name, each within the file, and together no larger than it."""
+        gguf = package()
+        alignment = self.keys.get("general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment <= 2**16:
+            self.refuse(f"general.alignment is {alignment!r}, expected a small power of two: {AGAIN}")
+        begin = -(-self.at // alignment) * alignment
+        tensors: dict[str, Entry] = {}
+        for name, shape, number, offset in found:
+            if name in tensors:
+                self.refuse(f"holds tensor {name} twice: {AGAIN}")
+            try:
+                kind = gguf.GGMLQuantizationType(number)
+            except ValueError:
+                self.refuse(f"tensor {name} is of kind {number}, which this version of the gguf package does not "
+                            "know: pip install --upgrade gguf")
+            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+            size = math.prod(shape) // block * block_bytes
+            if 0 in shape or shape[-1] % block or offset + size > len(self.data) - begin:
+                self.refuse(f"tensor {name} of shape {list(shape)} as {kind.name} does not fit into the file, "
+                            f"which ends {len(self.data) - begin - offset:,} bytes behind its beginning: {AGAIN}")
+            tensors[name] = Entry(kind.name, shape, begin + offset, size)
+        if sum(entry.size for entry in tensors.values()) > len(self.data) - begin:
+            self.refuse(f"its tensors overlap: {AGAIN}")
+        return tensors
+
+    def get(self, name: str, kind: type, default=None):
+        """The value of a key, `default` without it; of another type than `kind` it is refused."""
+        value = self.keys.get(name, default)
+        if value is not None and type(value) is not kind:
+            self.refuse(f"{name} is a {type(value).__name__}, expected a {kind.__name__}: {AGAIN}")
+        return value
+
+    def whole(self, name: str, largest: int, default: int | None = None) -> int:
+        value = self.get(name, int, default)
+        if value is None or not 0 < value <= largest:
+            self.refuse(f"{name} is {value}, expected a whole number from 1 to {largest:,}: {AGAIN}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.get(name, int if type(self.keys.get(name)) is int else float, default)
+        if value is None or not 0 < value < math.inf:
+            self.refuse(f"{name} is {value}, expected a number above 0: {AGAIN}")
+        return value
+
+
+def package() -> ModuleType:
+    """The gguf package, which knows every kind of quantisation: asked for where it is needed."""
+    try:
+        import gguf
+    except ImportError:
+        fail("a GGUF file needs the gguf package to be read: pip install gguf")
+    return gguf
 
 
 # --------------------------------------------------------------------------------------- config.json
@@ -48,27 +186,23 @@ KNOWN = ("block_count", "context_length", "embedding_length", "feed_forward_leng
          "rope.freq_base", "attention.layer_norm_rms_epsilon", "vocab_size", "rope.scaling.type", "rope.scaling.factor",
          "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scale_linear", "tensor_data_layout")
 SCALES = ("rope.scaling.attn_factor", "logit_scale", "embedding_scale", "residual_scale")  # 1 changes nothing
+SIZES = {"width": "embedding_length", "layers": "block_count", "heads": "attention.head_count",
+         "mlp_width": "feed_forward_length", "max_positions": "context_length"}  # by our fields
 
 
 def config_json(header: Header) -> dict:
     """The keys of transformers' LlamaConfig."""
     keys = header.keys
-    architecture = header.get("general.architecture", str, "")
-    if architecture != "llama":
-        header.refuse(f"general.architecture is {architecture!r}, expected 'llama': take the model's Hugging Face "
-                      "directory (hf download)")
+    if (architecture := header.get("general.architecture", str, "")) != "llama":
+        header.refuse(f"general.architecture is {architecture!r}, expected 'llama': {DIRECTORY} (hf download)")
     if header.get("split.count", int, 1) > 1:
         header.refuse(f"is one of {keys['split.count']} parts: join them first (llama-gguf-split --merge)")
-    for name in keys:
+    for name in (name for name in keys if name.startswith("llama.")):
         neutral = (0, 1.0) if name.removeprefix("llama.") in SCALES else (0,)
-        if name.startswith("llama.") and name.removeprefix("llama.") not in KNOWN and keys[name] not in neutral:
+        if name.removeprefix("llama.") not in KNOWN and keys[name] not in neutral:
             header.refuse(f"{name} is {str(keys[name])[:40]}, which is not supported: the model would compute "
                           "something else")
-    sizes = {key: header.whole(f"llama.{name}", LARGEST[field]) for key, name, field in (
-        ("hidden_size", "embedding_length", "width"), ("num_hidden_layers", "block_count", "layers"),
-        ("intermediate_size", "feed_forward_length", "mlp_width"),
-        ("num_attention_heads", "attention.head_count", "heads"),
-        ("max_position_embeddings", "context_length", "max_positions"))}
+    sizes = {KEYS[field]: header.whole(f"llama.{name}", LARGEST[field]) for field, name in SIZES.items()}
     heads = sizes["num_attention_heads"]
     kv_heads = header.whole("llama.attention.head_count_kv", heads, heads)
     head_dim = header.whole("llama.attention.key_length", LARGEST["head_dim"], sizes["hidden_size"] // heads)
@@ -82,13 +216,13 @@ def config_json(header: Header) -> dict:
                       f"{AGAIN}")
     biased = {name: any(tensor.endswith(f"{part}.bias") for tensor in header.tensors)
               for name, part in (("attention_bias", "attn_q"), ("mlp_bias", "ffn_up"))}
+    theta = header.number("llama.rope.freq_base", 10000.0)
     return sizes | biased | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": kv_heads,
         "head_dim": head_dim, "vocab_size": rows, "hidden_act": "silu",
         "rms_norm_eps": header.number("llama.attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "rope_theta": header.number("llama.rope.freq_base", 10000.0),
-        "rope_scaling": rope_scaling(header, head_dim, header.number("llama.rope.freq_base", 10000.0)),
+        "rope_theta": theta, "rope_scaling": rope_scaling(header, head_dim, theta),
         **{f"{key}_token_id": i for key, i in special_ids(header).items() if key in ("bos", "eos", "pad")}}
 
 
@@ -102,10 +236,11 @@ def rope_scaling(header: Header, head_dim: int, theta: float) -> dict | None:
         divisors = read_tensor(header, "rope_freqs.weight", (head_dim // 2,))
         found = {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0,
                  "high_freq_factor": 4.0, trained: 8192}  # as in all of Llama 3.1 to 3.3, whose factors alone differ
-        right = torch.allclose(llama3_divisors(found, head_dim, theta), divisors, rtol=1e-4)
-        if kind not in ("none", "llama3") or not right:
+        plain, scaled = (rotary_frequencies(ModelConfig(head_dim=head_dim, rope_theta=theta, rope_scaling=scaling))
+                         for scaling in (None, found))
+        if kind not in ("none", "llama3") or not torch.allclose(plain / scaled, divisors, rtol=1e-4):
             header.refuse("rope_freqs.weight is not the scaling of Llama 3.1 to 3.3, which alone is kept as a tensor: "
-                          "take the model's Hugging Face directory")
+                          f"{DIRECTORY}")
         return found
     if kind == "none":
         return None
@@ -115,14 +250,6 @@ def rope_scaling(header: Header, head_dim: int, theta: float) -> dict | None:
     if kind == "yarn":
         found[trained] = header.whole("llama.rope.scaling.original_context_length", LARGEST["max_positions"])
     return found
-
-
-def llama3_divisors(scaling: dict, head_dim: int, theta: float) -> Tensor:
-    """What Llama 3 divides its rotary frequencies by [E / 2]: short waves by 1, long ones by the factor."""
-    waves = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2).double() / head_dim)  # in tokens
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = ((scaling["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).float()
 
 
 # ------------------------------------------------------------------------------------- the tokenizer
@@ -137,20 +264,18 @@ TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo
           r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 PATTERNS = {"llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "smaug-bpe": LLAMA3, "tekken": TEKKEN,
             "gpt-2": None, "default": None, "smollm": None}
-DIGITS = ("smollm",)  # each digit is a word
 
 
 def special_ids(header: Header) -> dict[str, int]:
     """BOS, EOS and so on; each an id of the vocabulary."""
-    tokens, found = list_of(header, "tokens", str), {}
-    for key in ("bos", "eos", "unk", "pad", "eot", "eom"):
-        name = {"unk": "unknown", "pad": "padding"}.get(key, key)
-        i = header.get(f"tokenizer.ggml.{name}_token_id", int)
-        if i is not None and not 0 <= i < len(tokens):
-            header.refuse(f"tokenizer.ggml.{name}_token_id is {i}, but the vocabulary has {len(tokens)} tokens: "
-                          f"{AGAIN}")
-        if i is not None:
-            found[key] = i
+    tokens, names = list_of(header, "tokens", str), {"unk": "unknown", "pad": "padding"}
+    found = {key: header.get(f"tokenizer.ggml.{names.get(key, key)}_token_id", int)
+             for key in ("bos", "eos", "unk", "pad", "eot", "eom")}
+    found = {key: i for key, i in found.items() if i is not None}
+    for key, i in found.items():
+        if not 0 <= i < len(tokens):
+            header.refuse(f"tokenizer.ggml.{names.get(key, key)}_token_id is {i}, but the vocabulary has {len(tokens)} "
+                          f"tokens: {AGAIN}")
     return found
 
 
@@ -169,7 +294,7 @@ def build_tokenizer(header: Header) -> Tokenizer:
     model = header.get("tokenizer.ggml.model", str, "")
     if model not in ("gpt2", "llama"):
         header.refuse(f"tokenizer.ggml.model is {model!r}, expected 'gpt2' (byte-level BPE) or 'llama' "
-                      "(sentencepiece): take the model's Hugging Face directory")
+                      f"(sentencepiece): {DIRECTORY}")
     tokens = list_of(header, "tokens", str)
     ids = {token: i for i, token in enumerate(tokens)}
     if max(map(len, tokens)) > LONGEST:
@@ -180,14 +305,12 @@ def build_tokenizer(header: Header) -> Tokenizer:
     types = (list_of(header, "token_type", int, len(tokens)) if "tokenizer.ggml.token_type" in header.keys
              else [NORMAL] * len(tokens))
     try:
-        build = byte_level if model == "gpt2" else sentencepiece
-        tokenizer = build(header, ids, types)
-        named = {i for key, i in special_ids(header).items()}
-        for special in (True, False):
-            kinds = (CONTROL, UNKNOWN) if special else (USER,)
-            chosen = [AddedToken(token, special=special, normalized=False) for i, token in enumerate(tokens)
-                      if token and (types[i] in kinds or special and i in named)]
-            tokenizer.add_special_tokens(chosen) if special else tokenizer.add_tokens(chosen)
+        tokenizer = byte_level(header, ids) if model == "gpt2" else sentencepiece(header, ids, types)
+        named = special_ids(header).values()
+        special = [token for i, token in enumerate(tokens) if types[i] in (CONTROL, UNKNOWN) or i in named]
+        users = [token for i, token in enumerate(tokens) if types[i] == USER]
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special if token])
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in users if token])
     except Exception as error:  # the library raises nothing narrower
         header.refuse(f"its vocabulary and merges are no tokenizer ({error}): {AGAIN}")
     if tokenizer.get_vocab_size() != len(tokens):
@@ -195,22 +318,19 @@ def build_tokenizer(header: Header) -> Tokenizer:
     return tokenizer
 
 
-def byte_level(header: Header, ids: dict[str, int], types: list[int]) -> Tokenizer:
+def byte_level(header: Header, ids: dict[str, int]) -> Tokenizer:
     pre = header.get("tokenizer.ggml.pre", str, "default")
     if pre not in PATTERNS:
-        header.refuse(f"tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(PATTERNS)}: take the model's "
-                      "Hugging Face directory")
+        header.refuse(f"tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(PATTERNS)}: {DIRECTORY}")
     if pre == "default":
         print(f"{header.file}: does not say how its tokenizer cuts text into words (tokenizer.ggml.pre): as GPT-2's")
-    merges = [tuple(merge.split(" ")) for merge in list_of(header, "merges", str)]
+    merges, pattern = [tuple(merge.split(" ")) for merge in list_of(header, "merges", str)], PATTERNS[pre]
     # Llama 3's and Mistral's later vocabularies take a word that they hold whole as it is, whatever the merges make.
-    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=PATTERNS[pre] is not None))
-    plain = PATTERNS[pre] is None
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if pre in DIGITS else []
-    steps += [] if plain else [pre_tokenizers.Split(Regex(PATTERNS[pre]), "isolated")]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=plain)])
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pattern is not None))
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []  # each digit is a word
+    steps += [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
     return tokenizer
 
 
@@ -246,8 +366,7 @@ def write_tokenizer(header: Header, folder: Path) -> None:
     tokenizer, ids = build_tokenizer(header), special_ids(header)
     tokens = header.keys["tokenizer.ggml.tokens"]
     if "eos" not in ids:
-        header.refuse("names no tokenizer.ggml.eos_token_id, expected the token that ends a reply: "
-                      "take the model's Hugging Face directory")
+        header.refuse(f"names no tokenizer.ggml.eos_token_id, expected the token that ends a reply: {DIRECTORY}")
     # llama.cpp begins texts with BOS where the file does not say, if the vocabulary is sentencepiece's or Llama 3's.
     begins = (header.keys["tokenizer.ggml.model"] == "llama"
               or PATTERNS.get(header.keys.get("tokenizer.ggml.pre")) == LLAMA3)
@@ -308,30 +427,27 @@ def undo_permutation(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
-def read_weights(header: Header, model: Transformer, dtype: str) -> torch.dtype:
-    """Fill the model, tensor by tensor; returns the weights' type: the one asked for, else one that loses nothing."""
+def read_weights(header: Header, model: Transformer, dtype: torch.dtype | None = None) -> torch.dtype:
+    """Fill the model, tensor by tensor; returns the weights' type, the smallest that loses nothing."""
     expected = {renamed(name, NAMES): name for name, _ in model.named_parameters()}
     left = header.tensors.keys() - expected.keys() - {"rope_freqs.weight"}
-    for name, why in ((min(expected.keys() - header.tensors.keys(), default=""), "lacks"),
-                      (min(left, default=""), "holds")):
-        if name:
-            header.refuse(f"{why} tensor {name}, unlike a Llama of {model.config.layers} layers: {AGAIN}, or take "
-                          "the model's Hugging Face directory")
+    for why, names in (("lacks", expected.keys() - header.tensors.keys()), ("holds", left)):
+        if names:
+            header.refuse(f"{why} tensor {min(names)}, unlike a Llama of {model.config.layers} layers: {AGAIN}, or "
+                          f"{DIRECTORY}")
     kinds = {header.tensors[name].kind for name in expected}
-    small = next((getattr(torch, name) for kind, name in (("BF16", "bfloat16"), ("F16", "float16"))
-                  if kind in kinds <= {kind, "F32"}), torch.float32)
-    chosen = small if dtype == "auto" else getattr(torch, dtype)
-    exact = dtype != "auto" or small == torch.float32
+    dtype = dtype or next((small for kind, small in (("BF16", torch.bfloat16), ("F16", torch.float16))
+                           if kind in kinds <= {kind, "F32"}), torch.float32)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for source, name in tqdm(expected.items(), desc="tensors", leave=False, disable=None):
         tensor = read_tensor(header, source, shapes[name])
         for part, heads in (("q_proj", model.config.heads), ("k_proj", model.config.kv_heads)):
             tensor = undo_permutation(tensor, heads) if part in name else tensor
-        if not exact and not torch.equal(tensor.to(chosen).float(), tensor):
-            return read_weights(header, model, "float32")  # norms are kept in fp32, and these need it
+        if not torch.equal(tensor.to(dtype).float(), tensor):
+            return read_weights(header, model, torch.float32)  # norms are kept in fp32, and these need it
         where, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(where), kind, nn.Parameter(tensor.to(chosen), requires_grad=False))
-    return chosen
+        setattr(model.get_submodule(where), kind, nn.Parameter(tensor.to(dtype), requires_grad=False))
+    return dtype
 
 
 def convert(config: Config) -> None:
@@ -355,7 +471,7 @@ def convert(config: Config) -> None:
         if tokenizer.vocabulary.size > read.vocab_size:
             header.refuse(f"the vocabulary has {tokenizer.vocabulary.size} tokens, the embedding {read.vocab_size} "
                           f"rows: {AGAIN}")
-        dtype = read_weights(header, model, config.dtype)
+        dtype = read_weights(header, model)
         check_vocabulary(model, tokenizer)
         runtime.open_folder(str(out.parent))
         save_model(model, out, tokenizer, dtype=dtype)

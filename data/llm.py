@@ -8,18 +8,16 @@ depends on. What the ledger holds is not asked again: a run that was killed goes
 the replies can be made anew for nothing. A checkpoint draws each reply from a random stream of its key: the same
 whatever else is asked, and in which order. Failures go to a file of their own and are asked again next time.
 """
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -28,9 +26,6 @@ from checkpoints import expect_replies, load_model, weight_files
 from data.tokenizer import TemplateError, adopt_template, check_template, load_tokenizer
 from model import Decoder, ReplyState, Transformer
 from runtime import check_ranges, fail, file_hash, find_device, lock_file, open_folder
-
-if TYPE_CHECKING:
-    from data.endpoint import Endpoint
 
 
 @dataclass(frozen=True)
@@ -116,20 +111,16 @@ class Budget:
         if self.money < inf and not (self.prompt_price or self.reply_price):
             fail("a budget in money needs prices: set prompt_price and reply_price, of a million tokens")
 
-    def cost(self, prompt_tokens: int, reply_tokens: int) -> float:
-        return (prompt_tokens * self.prompt_price + reply_tokens * self.reply_price) / 1e6
-
     def spend(self, prompt_tokens: int, reply_tokens: int) -> None:
         self.spent_tokens += prompt_tokens + reply_tokens
-        self.spent_money += self.cost(prompt_tokens, reply_tokens)
+        self.spent_money += (prompt_tokens * self.prompt_price + reply_tokens * self.reply_price) / 1e6
 
     def affordable(self, requests: list[Request], sampling: Sampling) -> int:
         """How many of the first requests can all be under way without exceeding what is left."""
-        tokens, money = self.spent_tokens, self.spent_money
+        then = replace(self)
         for count, request in enumerate(requests):
-            most = most_prompt_tokens(request)
-            tokens, money = tokens + most + sampling.max_tokens, money + self.cost(most, sampling.max_tokens)
-            if tokens > self.tokens or money > self.money:
+            then.spend(most_prompt_tokens(request), sampling.max_tokens)
+            if then.spent_tokens > self.tokens or then.spent_money > self.money:
                 return count
         return len(requests)
 
@@ -146,11 +137,7 @@ def most_prompt_tokens(request: Request) -> int:
 
 def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget: Budget | None = None,
         progress: str = "", reasons: dict[str, str] | None = None) -> list[Reply | None]:
-    """A reply to every request, from the ledger or from the model; None where it failed. Equal requests share one.
-
-    When the budget cannot pay for the next request, the run ends; all replies so far are in the ledger. `reasons` is
-    filled with why a request failed, by its key.
-    """
+    """A reply to every request, None where it failed (why: `reasons`, by key). Equal ones share one."""
     for request in requests:
         if not request.messages or request.messages[-1]["role"] != "user":
             raise ValueError(f"a request ends with {request.messages[-1:]}, expected a user turn")
@@ -164,10 +151,15 @@ def ask(model, requests: list[Request], sampling: Sampling, ledger: Path, budget
         with tqdm(total=len(known) + len(todo), initial=len(known), desc=progress, disable=not progress, mininterval=1,
                   unit=" replies") as bar:
             for key, reply in _within_budget(model, todo, waiting, sampling, budget):
-                _record(key, model.name, todo[key], sampling, reply, stream, failures)
+                asked = {"key": key, "model": model.name, "messages": todo[key].messages, "sampling": asdict(sampling),
+                         "repeat": todo[key].repeat, "tag": todo[key].tag}
                 if isinstance(reply, str):
                     failed[key] = reply
+                    with failures.open("a") as reasons_file:
+                        reasons_file.write(json.dumps(asked | {"error": reply}) + "\n")
                 else:
+                    stream.write((json.dumps(asked | reply._asdict()) + "\n").encode())
+                    stream.flush()
                     new[key] = reply
                     budget.spend(reply.prompt_tokens, reply.completion_tokens)
                 bar.update()
@@ -202,19 +194,6 @@ def _within_budget(model, todo: dict[str, Request], waiting: list[str], sampling
             budget.spend(*lost.pop())
 
 
-def _record(key: str, name: str, request: Request, sampling: Sampling, reply: Reply | str, stream,
-            failures: Path) -> None:
-    """Append a reply to the ledger, or the reason there is none to the failures."""
-    line = {"key": key, "model": name, "messages": request.messages, "sampling": asdict(sampling),
-            "repeat": request.repeat, "tag": request.tag}
-    if isinstance(reply, str):
-        with failures.open("a") as reasons:
-            reasons.write(json.dumps(line | {"error": reply}) + "\n")
-    else:
-        stream.write((json.dumps(line | reply._asdict()) + "\n").encode())
-        stream.flush()
-
-
 def _read_ledger(ledger: Path, stream, wanted: set[str]) -> dict[str, Reply]:
     """The replies it holds to the wanted keys. Locks it, and cuts off half a line that a killed run left."""
     try:
@@ -245,9 +224,8 @@ def _read_ledger(ledger: Path, stream, wanted: set[str]) -> dict[str, Reply]:
 EXPECTED = "expected a model directory, or an endpoint such as http://127.0.0.1:8000/v1#name"
 
 
-def open_model(where: str, device: str = "auto", template: str = "", threads: int = 8,
-               timeout_s: float = 300.0) -> Checkpoint | Endpoint:
-    """A Hugging Face directory, or an endpoint. `template`: the checkpoint's own, or zephyr."""
+def open_model(where: str, device: str = "auto", template: str = "", threads: int = 8, timeout_s: float = 300.0):
+    """A Checkpoint, or an Endpoint if `where` is a URL. `template`: the checkpoint's own, or zephyr."""
     if not where:
         fail(f"a model is needed and its name is empty, {EXPECTED}")
     if where.startswith(("http://", "https://")):
@@ -265,14 +243,11 @@ class Opener:
     device: str
     threads: int = 8
     timeout_s: float = 300.0
-    endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    endpoints: dict = field(default_factory=dict)
 
-    def open(self, where: str) -> Checkpoint | Endpoint:
-        if "://" not in where:
-            return open_model(where, self.device)
-        if where not in self.endpoints:
-            self.endpoints[where] = open_model(where, self.device, "", self.threads, self.timeout_s)
-        return self.endpoints[where]
+    def open(self, where: str):
+        model = self.endpoints.get(where) or open_model(where, self.device, "", self.threads, self.timeout_s)
+        return self.endpoints.setdefault(where, model) if "://" in where else model
 
 
 class Checkpoint:

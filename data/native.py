@@ -16,8 +16,8 @@ from data.records import (
     Format,
     Reject,
     absent,
-    as_whole,
     broken,
+    check_label,
     check_object,
     check_prompt,
     check_text,
@@ -144,10 +144,7 @@ def question_answer(record: dict) -> dict:
 
 
 def self_instruct(record: dict) -> Parts:
-    """instruction, instances [{input, output}], id, name, is_classification: a dialogue for every instance.
-
-    The user-oriented set (motivation_app in place of name) is for evaluation only.
-    """
+    """instruction, instances [{input, output}], id, name (motivation_app: evaluation only): a dialogue each."""
     more = carry(record, "id", "name", "motivation_app", "is_classification")
 
     def read(instance: dict) -> dict:
@@ -247,10 +244,7 @@ def red_team(record: dict) -> Parts:
 
 
 def kto(record: dict) -> dict:
-    """messages, or prompt and completion; and label, true or false.
-
-    A dialogue keeps its label; scripts that imitate replies refuse what is labelled false.
-    """
+    """messages, or prompt and completion; and label, true or false, which scripts that imitate replies heed."""
     if flag(record.get("label")) is None:
         raise expected("true or false", "label", record.get("label"), "bad label")
     return record if "messages" in record else completion(record)
@@ -259,10 +253,7 @@ def kto(record: dict) -> dict:
 # ------------------------------------------------------------------- prompts of benchmarks, never to train on
 
 def mt_bench(record: dict) -> dict:
-    """question_id, category, turns, reference. Vicuna's questions have one turn.
-
-    The prompt is the first turn, for the second needs a reply; all of them are in "turns".
-    """
+    """question_id, category, turns (Vicuna's: one), reference. The prompt is the first, the second needs a reply."""
     turns = texts_of(record, "turns")
     return {"prompt": turns[0], "turns": turns} | carry(record, "category", "reference", id="question_id")
 
@@ -278,9 +269,8 @@ def reference(record: dict) -> Parts:
 
 def multiple_choice(record: dict) -> dict:
     """query, choices, gold: the right one's index."""
-    choices, gold = texts_of(record, "choices"), as_whole(record.get("gold"))
-    if isinstance(gold, bool) or gold not in range(len(choices)):
-        raise expected(f"the index of one of {len(choices)} choices", "gold", gold, "bad label")
+    choices = texts_of(record, "choices")
+    gold = check_label(record, "gold", *range(len(choices)))
     return {"prompt": text_of(record, "query"), "choices": choices, "gold": gold}
 
 
@@ -292,33 +282,18 @@ def truthfulqa(record: dict) -> dict:
     return {"prompt": text_of(record, "Question"), "correct": correct, "incorrect": incorrect} | more
 
 
-# ------------------------------------------------------------------------------------- how to recognise them
-
 TEXTS, ONE = [str, str], (str,)  # at least two texts, exactly one text
 
 
-def is_flag(value) -> bool:
-    return flag(value) is not None
-
-
-def is_worked(value) -> bool:
-    return isinstance(value, str) and FINAL.search(value) is not None
-
-
-def formats(*rows: tuple) -> dict[str, Format]:
-    """Formats by name: that of the reader, or in front of one that is an expression."""
-    named = [row if isinstance(row[0], str) and callable(row[2]) else (row[1].__name__, *row) for row in rows]
-    return {name: Format(form, read, shapes) for name, form, read, *shapes in named}
-
-
-# Perhaps a name, the form of the records that come out, their reader, and the shapes that a record may have.
-NATIVE = formats(
-    ("messages", alpaca, {"instruction": str, "output": str}),
-    ("messages", question_answer, *({name: str, reply: str} for name in (*ASKED, "input") for reply in ANSWERED)),
-    ("messages", self_instruct, {"instruction": str, "instances": [dict]}),
-    ("messages", completion, {"prompt": object, "completion": object},
+# Name, form of the records that come out, their reader, and the shapes that a record may have.
+NATIVE = {name: Format(form, read, shapes) for name, form, read, *shapes in (
+    ("alpaca", "messages", alpaca, {"instruction": str, "output": str}),
+    ("question_answer", "messages", question_answer,
+     *({name: str, reply: str} for name in (*ASKED, "input") for reply in ANSWERED)),
+    ("self_instruct", "messages", self_instruct, {"instruction": str, "instances": [dict]}),
+    ("completion", "messages", completion, {"prompt": object, "completion": object},
      *({"prompt": [dict], name: object} for name in REPLIES[1:])),
-    ("messages", gsm8k, {"question": str, "answer": is_worked}),
+    ("gsm8k", "messages", gsm8k, {"question": str, "answer": lambda value: FINAL.search(str(value))}),
     # Marks of references such as [12] stay in the contexts.
     ("dolly", "messages", lambda r: answer(ask(r, "instruction", "context"), text_of(r, "response")) |
      carry(r, "category"), {"instruction": str, "context": str, "response": str}),
@@ -334,17 +309,17 @@ NATIVE = formats(
      {"data": TEXTS}),
     ("lima", "messages", lambda r: whole_rounds(alternate(list_of(r, "conversations")), "conversations",
                                                 carry(r, "source")), {"conversations": TEXTS}),
-    ("messages", camel, {"role_1": str, "role_2": str, "message_1": dict}),
-    ("messages", red_team, {"transcript": str, "model_type": str, "rating": object}),
-    ("messages", kto, {"messages": [dict], "label": is_flag},
-     {"prompt": object, "completion": object, "label": is_flag}),
-    ("prompt", lima_test, {"conversations": ONE}),
-    ("prompt", mt_bench, {"question_id": object, "turns": [str]}),
+    ("camel", "messages", camel, {"role_1": str, "role_2": str, "message_1": dict}),
+    ("red_team", "messages", red_team, {"transcript": str, "model_type": str, "rating": object}),
+    ("kto", "messages", kto, *({key: kind, more: object, "label": lambda value: flag(value) is not None}
+                        for key, kind, more in (("messages", [dict], "messages"), ("prompt", object, "completion")))),
+    ("lima_test", "prompt", lima_test, {"conversations": ONE}),
+    ("mt_bench", "prompt", mt_bench, {"question_id": object, "turns": [str]}),
     ("ultra_eval", "prompt", lambda r: {"prompt": text_of(r, "data"), "category": text_of(r, "class").strip()},
      {"class": str, "data": str}),
-    ("prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),
-    ("prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}),
-    ("text", reference, {"question_id": object, "choices": [dict]}),
+    ("multiple_choice", "prompt", multiple_choice, {"query": str, "choices": [str], "gold": int}),
+    ("truthfulqa", "prompt", truthfulqa, {"Question": str, "Correct Answers": str, "Incorrect Answers": str}),
+    ("reference", "text", reference, {"question_id": object, "choices": [dict]}),
     ("judge_prompt", "text", lambda r: {"text": text_of(r, "prompt_template")} |
      carry(r, "name", "type", "system_prompt", "category", "output_format"), {"name": str, "prompt_template": str}),
-)
+)}

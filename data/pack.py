@@ -26,14 +26,11 @@ import torch
 from torch import Tensor
 
 from data.store import flatten, load_trees
-from data.tokenizer import Tokenizer, check_template, load_tokenizer, sample_texts
+from data.tokenizer import Tokenizer, check_template, load_tokenizer
 from data.trees import CHOSEN, REJECTED, Tree
 from kernels.layout import Layout
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, generate
 from runtime import arguments, check_range, distributed, fail
-
-SAMPLED = 64  # tokens of a reply of sample_texts
-
 
 # ------------------------------------------------------------------------------------------- order
 
@@ -119,19 +116,13 @@ class Batch:
 
 
 def pack(trees: Sequence[Tree], micro_tokens: int) -> list[Batch]:
-    """Batches of at most `micro_tokens` tokens each (a larger tree is one by itself), the longest trees first.
-
-    Trees of similar length share a batch: it pads little where a kernel works on padded rows.
-    """
+    """Batches of at most `micro_tokens` tokens (a larger tree is one by itself), the longest trees first."""
     tokens, first_ids = _sizes(trees)
     return [collate([trees[i] for i in chosen], first_ids[chosen]) for chosen in plan(tokens, micro_tokens)]
 
 
 def micro_batches(trees: Sequence[Tree], micro_tokens: int) -> Iterator[Batch]:
-    """This rank's micro-batches of a step's trees: with one process `pack`'s, with several as many on every rank.
-
-    One by one, as `trees` may be a whole file. With fewer trees than ranks some repeat another's with weight 0.
-    """
+    """This rank's micro-batches of a step's trees, as many on every rank: some may repeat another's, weight 0."""
     tokens, first_ids = _sizes(trees)
     world_size = distributed.world_size()
     batches = plan(tokens, micro_tokens) if world_size == 1 else _even_plan(tokens, micro_tokens, world_size)
@@ -163,8 +154,7 @@ def plan(tokens: list[int], micro_tokens: int) -> list[list[int]]:
 def _even_plan(tokens: list[int], micro_tokens: int, world_size: int) -> list[list[int]]:
     """The same for several ranks: a multiple of them, as few as keep the limit.
 
-    Longest trees first, each to the batch that holds least, so that ranks wait little for each other: they gather
-    weights together.
+    Longest trees first, each to the batch that holds least: ranks gather weights together, and wait for each other.
     """
     count, batches = 0, []
     while not batches or any(len(b) > 1 and sum(tokens[i] for i in b) > micro_tokens for b in batches):
@@ -219,9 +209,8 @@ def show(tree: Tree, tokenizer: Tokenizer) -> str:
             note = ""
             if i in of:
                 r = tree.responses[of[i]]
-                kind = "response"
-                if tree.leaves:
-                    kind = f"rank {r.side}" if tree.ranked else ("chosen", "rejected")[r.side]
+                kind = f"rank {r.side}" if tree.ranked else ("chosen", "rejected")[r.side]
+                kind = kind if tree.leaves else "response"
                 margin, cut = f", margin {r.margin:g}" if r.margin else "", ", cut" if r.cut else ""
                 note = f"  {kind}, turn {r.turn}{margin}{cut}"
             name = tokenizer.name(int(batch.tokens[i]))
@@ -240,23 +229,25 @@ def scored_replies(trees: list[Tree], scores: Tensor, kl: Tensor, tokenizer: Tok
 
 
 def check_positions(config: ModelConfig, key: str, length: int) -> None:
-    """Exit with one line if a path of `length` tokens, which the setting `key` allows, has more than learned positions.
-
-    Rotary positions go on for ever.
-    """
+    """One line if a path of `length` tokens, which setting `key` allows, has more than learned positions."""
     if not config.rotary and length > config.max_positions:
         fail(f"{key} is {length}, the model has {config.max_positions} positions: lower it")
 
 
 def sample_replies(model: Transformer, tokenizer: Tokenizer, trees: Sequence[Tree], count: int, seed: int) -> str:
-    """The model's answers to the prompts of the first trees, as lines to print; plain text is continued.
+    """The model's answers at temperature 0.7 to the prompts of the first trees, as lines; plain text is continued.
 
-    Prompts that leave no room for a reply before learned positions end are left out.
+    Prompts that leave no room for a reply of 64 tokens before learned positions end are left out.
     """
     begins = [(tree, tree.responses[0].start) for tree in trees[:count]]
     prompts = [tree.trunk[: begin if begin > 1 else 8].tolist() for tree, begin in begins]
-    room = inf if model.config.rotary else model.config.max_positions - SAMPLED
-    return "\n".join(sample_texts(model, tokenizer, [prompt for prompt in prompts if len(prompt) <= room], seed))
+    room = inf if model.config.rotary else model.config.max_positions - 64
+    prompts, lines = [prompt for prompt in prompts if len(prompt) <= room], []
+    samples = generate(model, prompts, 64, temperature=0.7, stop_ids=tokenizer.stop_ids(), seed=seed)
+    for prompt, (sample,) in zip(prompts, samples, strict=True):
+        lines += [f"  {tokenizer.decode(prompt).strip()!r}", f"    {tokenizer.decode(sample.tokens)!r}"
+                  + " ..." * (not sample.finished)]
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -8,19 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 
-from data.native import ASKED, alternate, answer, ask, asked, carry, dialogue, each, formats, list_of, rounds, text_of
-from data.records import (
-    Reject,
-    absent,
-    as_whole,
-    broken,
-    check_columns,
-    check_number,
-    check_object,
-    expected,
-    short,
-    transcript,
-)
+from data.native import ASKED, alternate, answer, ask, asked, carry, dialogue, each, list_of, rounds, text_of
+from data.records import Format, Reject, absent, broken, check_label, check_number, check_object, expected, transcript
 
 
 def prefer(record: dict, prompt: str, first: str, second: str, first_wins: bool) -> dict:
@@ -67,9 +56,9 @@ def pair(record: dict) -> dict:
 
 def openai_preference(record: dict) -> dict:
     """input {messages, tools}, preferred_output and non_preferred_output [{role, content}]."""
-    asked_for = check_object(record.get("input"), "input")
+    given = {key: value for key, value in check_object(record.get("input"), "input").items() if not absent(value)}
     sides = carry(record, "id", chosen="preferred_output", rejected="non_preferred_output")
-    return check_columns(asked_for, "preference") | carry(asked_for, prompt="messages") | sides
+    return carry(given, "tools", "functions", "system", prompt="messages") | sides
 
 
 def overall_score(completion: dict) -> float:
@@ -100,12 +89,9 @@ def ultrafeedback(record: dict) -> Iterator[dict | Reject]:
     def read(reply: dict) -> dict:
         return reply | {"overall_score": overall_score(reply), "response": text_of(reply, "response")}
 
-    prompt, scored = text_of(record, "instruction"), []
-    for part in each(record, "completions", read):
-        if isinstance(part, Reject):
-            yield part
-        else:
-            scored.append(part)
+    prompt, parts = text_of(record, "instruction"), list(each(record, "completions", read))
+    yield from (part for part in parts if isinstance(part, Reject))
+    scored = [part for part in parts if not isinstance(part, Reject)]
     best = max(scored, key=lambda reply: reply["overall_score"], default={})
     lower = [reply for reply in scored if reply["overall_score"] < best["overall_score"]
              and reply["response"] != best["response"]]
@@ -120,24 +106,13 @@ def ultrafeedback(record: dict) -> Iterator[dict | Reject]:
 
 
 def shp(record: dict) -> dict:
-    """history, human_ref_A, human_ref_B, score_A, score_B, score_ratio, post_id, domain, labels.
-
-    labels 1: A is preferred, 0: B. The advice of its card is to keep score_ratio >= 2 and five pairs a post.
-    """
-    first = _either(record, "labels", 1, 0)
+    """history, human_ref_A, human_ref_B, score_A, score_B, score_ratio, post_id, domain, labels (1: A preferred)."""
+    first = check_label(record, "labels", 0, 1) == 1
     a, b = (check_number(record.get(f"score_{side}"), f"score_{side}", -1e9) for side in "AB")
     if a != b and (a > b) != first:
         raise broken("scores contradict", f"'labels' prefers the comment with the lower score ({a:g} and {b:g})")
     pair = prefer(record, "history", "human_ref_A", "human_ref_B", first) | carry(record, "domain", "score_ratio")
     return pair | carry(record, id="post_id") | {"score_chosen": max(a, b), "score_rejected": min(a, b)}
-
-
-def _either(record: dict, key: str, first: int, second: int) -> bool:
-    """A label that names one of two replies: whether it is the first."""
-    value = as_whole(record.get(key))
-    if isinstance(value, bool) or value not in (first, second):
-        raise expected(f"{first} or {second}", key, value, "bad label")
-    return value == first
 
 
 def _to_summarize(info) -> str:
@@ -148,14 +123,12 @@ def _to_summarize(info) -> str:
 
 
 def summary_pair(record: dict) -> dict:
-    """info {post or (news) article, title, id, subreddit}, two summaries {text, policy}, choice, worker, split, extra.
-
-    Learning to summarize: choice is the better one's index, extra.confidence 1 to 9.
-    """
+    """info {post or (news) article, title, id, subreddit}, two summaries {text, policy}, worker, split, choice (the
+    better one's index), extra {confidence: 1 to 9}."""
     prompt, sides = _to_summarize(record.get("info")), list_of(record, "summaries")
     if len(sides) != 2:
         raise broken("not a pair", f"'summaries' holds {len(sides)}, expected 2")
-    first = _either(record, "choice", 0, 1)
+    first = check_label(record, "choice", 0, 1) == 0
     texts = [text_of(check_object(side, "summaries"), "text").strip() for side in sides]
     pair = {"prompt": prompt, "chosen": texts[not first], "rejected": texts[first], "category": "summarize"}
     pair |= carry(record, "split", annotator="worker") | carry(record["info"], "id", "subreddit")
@@ -213,8 +186,8 @@ def _oasst_message(message, role: str) -> tuple[dict, int | None, list]:
     if check_object(message, "message").get("deleted") or message.get("review_result", True) is not True:
         raise Reject("failed review", "is deleted or failed its review, left out with what follows it")
     if message.get("role") != role:
-        kind = short(message.get("role"))
-        raise Reject("roles", f"has role {kind} where {role} is due, left out with what follows it")
+        raise Reject("roles", f"has role {message.get('role')!r:.40} where {role} is due, left out with what "
+                              "follows it")
     rank, replies = message.get("rank"), message.get("replies") or []
     if rank is not None:
         check_number(rank, "rank", 0)
@@ -240,13 +213,10 @@ def pandalm(record: dict) -> dict:
     0 tie, 1 first, 2 second. The rule: chosen is the response that most of the annotators prefer; without a majority
     the record is a tie. Some responses stand there as JSON true, which is the text "True".
     """
-    votes = [as_whole(record[key]) for key in sorted(record) if key.startswith("annotator")]
-    for vote in votes:
-        if isinstance(vote, bool) or vote not in (0, 1, 2):
-            raise broken("bad label", f"an annotator says {short(vote)}, expected 0, 1 or 2")
+    votes = [check_label(record, key, 0, 1, 2) for key in sorted(record) if key.startswith("annotator")]
     winner, count = Counter(votes).most_common(1)[0] if votes else (0, 0)
     if winner == 0 or 2 * count <= len(votes):
-        raise Reject("tie", f"annotators say {short(votes)}, most of them for neither: drop the record")
+        raise Reject("tie", f"annotators say {votes}, most of them for neither: drop the record")
     words = {key: str(record[key]) for key in ("response1", "response2") if isinstance(record.get(key), bool)}
     pair = prefer(record | words, "instruction", "response1", "response2", winner == 1)
     more = carry(record, "motivation_app", id="idx", models="cmp_key")
@@ -270,18 +240,15 @@ def alpaca_eval(record: dict) -> dict:
     return pair | carry(record, "preference", "annotator", "dataset", "generator_1", "generator_2")
 
 
-# ------------------------------------------------------------------------------------- how to recognise them
-
-PREFERENCES = formats(
-    ("preference", hh, {"chosen": str, "rejected": str}),
+PREFERENCES = {name: Format(form, read, shapes) for name, form, read, *shapes in (
+    ("hh", "preference", hh, {"chosen": str, "rejected": str}),
     ("ultrafeedback_binarized", "preference", pair,
-     *({"chosen": [dict], "rejected": [dict], better: object, worse: object} for better, worse in SCORES),
-     *({"prompt": str, "chosen": str, "rejected": str, better: object, worse: object} for better, worse in SCORES),
+     *(sides | {better: object, worse: object} for better, worse in SCORES for sides in (
+         {"chosen": [dict], "rejected": [dict]}, {"prompt": str, "chosen": str, "rejected": str},
+         {"prompt": object, "chosen": dict, "rejected": dict}, {"messages": object, "chosen": dict, "rejected": dict})),
      # Texts to messages with the first names are what is written here, with a margin if there is one.
      *({"prompt": [dict], "chosen": str, "rejected": str, better: object, worse: object}
-       for better, worse in SCORES[1:]),
-     *({asked: object, "chosen": dict, "rejected": dict, better: object, worse: object}
-       for better, worse in SCORES for asked in ("prompt", "messages"))),
+       for better, worse in SCORES[1:])),
     # Orca's triples, LLaMA-Factory's Alpaca preferences
     ("triple", "preference", pair,
      *({name: str, "chosen": object, "rejected": object} for name in (*ASKED[1:], "input"))),
@@ -289,19 +256,21 @@ PREFERENCES = formats(
      lambda r: {"prompt": dialogue(r, "conversations" if "conversations" in r else "conversation")} |
      carry(r, "chosen", "rejected", "id", "category") | scored(r),
      *({key: [dict], "chosen": object, "rejected": object} for key in ("conversations", "conversation"))),
-    ("preference", openai_preference, {"input": dict, "preferred_output": object, "non_preferred_output": object}),
+    ("openai_preference", "preference", openai_preference,
+     {"input": dict, "preferred_output": object, "non_preferred_output": object}),
     # The more helpful one is chosen, not the safer.
     ("safe_rlhf", "preference", lambda r: carry(r, "safer_response_id") |
-     prefer(r, "prompt", "response_0", "response_1", _either(r, "better_response_id", 0, 1)),
+     prefer(r, "prompt", "response_0", "response_1", check_label(r, "better_response_id", 0, 1) == 0),
      {"prompt": str, "response_0": str, "response_1": str, "better_response_id": int}),
-    ("preference", ultrafeedback, {"instruction": str, "completions": [dict]}),
-    ("preference", shp, {"history": str, "human_ref_A": str, "human_ref_B": str, "labels": int}),
-    ("preference", summary_pair, {"info": dict, "summaries": [dict], "choice": int}),
-    ("messages", summary_rating, {"info": dict, "summary": dict}),
-    ("preference", oasst, {"message_tree_id": str, "prompt": dict}),
-    ("ranking", nectar, {"prompt": str, "answers": [dict]}),
-    ("preference", pandalm, {"instruction": str, "response1": object, "response2": object, "annotator1": object}),
-    ("preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str}),
-    ("llmbar", "preference", lambda r: prefer(r, "input", "output_1", "output_2", _either(r, "label", 1, 2)),
+    ("ultrafeedback", "preference", ultrafeedback, {"instruction": str, "completions": [dict]}),
+    ("shp", "preference", shp, {"history": str, "human_ref_A": str, "human_ref_B": str, "labels": int}),
+    ("summary_pair", "preference", summary_pair, {"info": dict, "summaries": [dict], "choice": int}),
+    ("summary_rating", "messages", summary_rating, {"info": dict, "summary": dict}),
+    ("oasst", "preference", oasst, {"message_tree_id": str, "prompt": dict}),
+    ("nectar", "ranking", nectar, {"prompt": str, "answers": [dict]}),
+    ("pandalm", "preference", pandalm,
+     {"instruction": str, "response1": object, "response2": object, "annotator1": object}),
+    ("alpaca_eval", "preference", alpaca_eval, {"instruction": str, "output_1": str, "output_2": str}),
+    ("llmbar", "preference", lambda r: prefer(r, "input", "output_1", "output_2", check_label(r, "label", 1, 2) == 1),
      {"input": str, "output_1": str, "output_2": str, "label": int}),
-)
+)}

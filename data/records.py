@@ -13,7 +13,7 @@ travel along.
 """
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +88,14 @@ def as_whole(value):
     """The whole number that CSV has written as text and a data frame as 1.0; anything else as it is."""
     digits = str(value).removesuffix(".0") if isinstance(value, str | float) else ""
     return int(digits) if re.fullmatch("[0-9]{1,9}", digits) else value
+
+
+def check_label(record: dict, key: str, *labels: int) -> int:
+    """One of some whole numbers."""
+    value = as_whole(record.get(key))
+    if isinstance(value, bool) or value not in labels:
+        raise expected(" or ".join(map(str, labels)), key, value, "bad label")
+    return value
 
 
 def check_object(value, key: str) -> dict:
@@ -268,10 +276,7 @@ def read_messages(record: dict) -> dict:
 
 
 def read_preference(record: dict) -> dict:
-    """prompt becomes messages that end with the user; chosen and rejected become the texts of the reply.
-
-    Without a prompt it is what precedes the reply in chosen and rejected, or messages, perhaps up to the chosen reply.
-    """
+    """prompt becomes messages; what precedes the reply in chosen, rejected, messages equals it or stands for it."""
     prompt = record.get("prompt")
     marked = isinstance(prompt, str) and TRANSCRIPT.match(prompt)
     sides = {side: _side(record.get(side), side, marked) for side in ("chosen", "rejected")}
@@ -351,6 +356,7 @@ FORMS = {form: Format(form, read, shapes) for form, read, *shapes in (
 
 
 def check_record(record: dict, form: str) -> dict:
+    check_columns(record, form)
     if not isinstance(record.get("category", ""), str):
         raise Reject("bad category", f"'category' is {short(record['category'])}, expected text: rename that column")
     return FORMS[form].read(record)
@@ -372,3 +378,36 @@ def fault(reply) -> str:
     except Reject as reject:  # empty, a NUL, half a surrogate pair
         return reject.kind
     return "" if reply.finished else "cut by length"
+
+
+MARKUP = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|</s>|### (?:Human|Assistant|"
+                    r"Instruction|Response):|(?:^|\n)(?:Human|User|USER):|\s(?:Assistant|ASSISTANT):")
+# Keys of a turn that are read; others may say what is not learnt here
+READ = {"role", "from", "content", "value", "human", "input", "output", "system", *REASONING, *NOT_LEARNT, *TOOL_KEYS}
+
+
+def doubts(value, part: dict, form: str) -> Iterator[str]:
+    """What is used as it stands but may be meant otherwise, of a record and what was made of it."""
+    value = value if isinstance(value, dict) else {}
+    held = part["messages"] if form == "messages" else part["prompt"] if form != "text" else []
+    texts = [m["content"] for m in held] + [part[key] for key in ("text", "chosen", "rejected")
+                                            if form in ("text", "preference") and isinstance(part.get(key), str)]
+    if mark := next(filter(None, map(MARKUP.search, texts)), None):
+        yield (f"holds {mark[0].strip()!r} as text, which stays letters and never becomes a special token: "
+               + ("all of the text is learnt, the user's words too; " if form == "text" else "")
+               + "if the file is templated already, give it as messages")
+    for turns in value.values():
+        if isinstance(turns, list) and turns and all(isinstance(m, dict) for m in turns):
+            if any(role_of(m) == "system" for m in turns[1:]):
+                yield "has a system text after its first turn, which opens the dialogue here"
+            if role_of(turns[0]) == "system" and absent(turns[0].get("content", turns[0].get("value"))):
+                yield "has an empty system text, which counts as none"
+            unread = {key for m in turns for key in m.keys() - READ if not absent(m[key])}
+            if unread and role_of(turns[0]) in SPEAKERS.values():
+                yield f"has turns that hold {', '.join(map(short, sorted(unread)))}, which is not read"
+    if form == "messages" and isinstance(part.get("label"), str | int) and not isinstance(part["label"], bool):
+        yield "has a 'label' that is neither true nor false, and is learnt"
+    if form == "messages" and not any("reasoning_content" in m for m in held):
+        for key in REASONING:
+            if isinstance(value.get(key), str) and not absent(value[key]):
+                yield f"has a column '{key}' that belongs to no reply and is not learnt"

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from checkpoints import new_folder
 from data.formats import read
-from data.records import Reject, prompt_of
 from data.tokenizer import Tokenizer
 from data.trees import RecordFault, Response, Tree, drop_equal_pairs, grouped, shorten, tree_numbers, trees_of_group
 from runtime import distributed, fail, file_hash, lock_file, writing
@@ -156,10 +155,9 @@ def make_part(job: Job, form: str, groups: list[Group]) -> Part:
 
 
 def _read_group(job: Job, form: str, group: list[tuple[int, dict]]) -> list[Tree]:
-    if job.prompts:
-        group, form = [(number, _as_prompt(number, record, form)) for number, record in group], "prompt"
     if not job.before:
-        return trees_of_group(group, f"labelled {form}" if job.labels and form == "messages" else form, job.tokenizer)
+        kind = f"prompt of {form}" if job.prompts else "labelled" if job.labels and form == "messages" else form
+        return trees_of_group(group, kind, job.tokenizer)
     before = [m | {"loss": False} for m in job.before]
     ((number, record),) = group
     trees = trees_of_group([(number, {"messages": [*before, *record["messages"]]})], form, job.tokenizer)
@@ -167,13 +165,6 @@ def _read_group(job: Job, form: str, group: list[tuple[int, dict]]) -> list[Tree
         raise RecordFault(number, "the template writes a reply in another way once the dialogue goes on, which context "
                                   "distillation cannot follow: set template=")
     return trees
-
-
-def _as_prompt(number: int, record: dict, form: str) -> dict:
-    try:
-        return {"prompt": prompt_of(record, form)}
-    except Reject as reject:
-        raise RecordFault(number, str(reject)) from None
 
 
 def flatten(trees: Sequence[Tree]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -233,10 +224,7 @@ def _work(groups: list[Group]) -> Part:
 
 
 def in_workers(make: Callable[[list[Group]], Part], slices: Iterator[list[Group]], workers: int) -> Iterator[Part]:
-    """What `make` gives for every slice, in order, by several processes; this one reads a few slices ahead.
-
-    They are forked: they share the tokenizer and what is imported, and use neither PyTorch's threads nor the GPU.
-    """
+    """What `make` gives for every slice, in order, by forked processes, without PyTorch's threads and the GPU."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (make,))
     waiting = deque()
     try:
@@ -257,9 +245,7 @@ def load_trees(
     *, cache: str = "", columns: dict | None = None, before: Sequence[dict] = (), prompts: bool = False,
     labels: bool = False,
 ) -> Trees:
-    """The file as trees, whichever format it has; one line on a bad record, or on prompts without replies.
-
-    With `labels` a reply may be labelled as one not to learn: it is REJECTED.
+    """The file as trees, whichever format it has. With `labels` a reply may be labelled as one not to learn: REJECTED.
 
     A large file is kept in the folder `cache` ("": nowhere): rank 0 makes it, the others and later runs read it.
     """
@@ -344,7 +330,8 @@ def make_trees(path: str, job: Job, columns: dict | None, file: IO[bytes] | None
         with closing(parts):  # ends the workers, whatever happens here
             return gather(parts, file)
     except RecordFault as fault:
-        fail(f"{path} record {fault.number + 1}: {fault.reason}")
+        number, reason = fault.args
+        fail(f"{path} record {number + 1}: {reason}")
 
 
 def _fill_cache(path: str, job: Job, columns: dict | None, folder: Path) -> None:

@@ -138,8 +138,7 @@ class ChatTemplate:
     def parts(self, messages: list[dict], add_generation_prompt: bool = False) -> list[Part]:
         """The rendered messages. A reply is marked as one if it stands there as it does when it has just been made.
 
-        Where replies begin and end is found once, with marks as texts: texts in the same outline make the same pieces,
-        number by number, and a spot counts from the start of its piece.
+        Where replies are is found once, with marks as texts: texts in the same outline make the same pieces.
         """
         pieces, regular = self._pieces(messages, add_generation_prompt)
         if not regular:
@@ -151,10 +150,7 @@ class ChatTemplate:
         return _cut(pieces, self._replies[key])
 
     def path(self, messages: list[dict]) -> tuple[list[Part], bool]:
-        """A dialogue up to the end of its last message, a reply that has just been made; whether markup ends it.
-
-        Where it does not, EOS has to be added. Some templates write a reply in another way once the dialogue goes on.
-        """
+        """A dialogue up to the end of its last message, a reply just made, and if markup ends it (else add EOS)."""
         pieces, begin, end, finished = self._last_reply(messages)
         parts = _cut(pieces, {len(messages) - 1: (_spot(pieces, begin), _spot(pieces, end))})
         while parts and parts[-1].reply is None:  # what the template writes behind a reply belongs to the next turn
@@ -174,10 +170,7 @@ class ChatTemplate:
         return replies
 
     def _last_reply(self, messages: list[dict]) -> tuple[Pieces, int, int, bool]:
-        """The pieces, first and last character of the reply that ends them, and whether a token of markup ends it.
-
-        It begins where the prompt that asks for it ends.
-        """
+        """The pieces, where the reply that ends them begins (as its prompt ends) and ends, and if a token ends it."""
         reply = len(messages) - 1
         pieces, prompt = self._pieces(messages, False)[0], _join(self._pieces(messages[:-1], True)[0])
         last = max((k for k, (_, message) in enumerate(pieces) if message == reply), default=-1)

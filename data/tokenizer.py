@@ -28,7 +28,6 @@ from checkpoints import embeddings
 from data.templates import NAMED, TOKENS, ChatTemplate, Part, TemplateError
 from data.vocabulary import MOST_GAPS, START, TEXT, TOKEN, Added, Fast, SentencePiece
 from families import find_folder
-from model import generate
 from runtime import fail, file_hash, shown
 from runtime.json_files import SWITCH, Checked, Kind, read_json, whole
 from runtime.sandbox import try_out
@@ -61,13 +60,14 @@ def _is_name(value) -> bool:
 
 
 def _are_names(value) -> bool:
-    named = isinstance(value, dict) and all(x is None or _is_name(x) for x in value.values())
-    return named or isinstance(value, list)
+    return isinstance(value, list) or isinstance(value, dict) and all(x is None or _is_name(x) for x in value.values())
 
 
-def _is_token(number: str, token) -> bool:
-    return number.isdecimal() and len(number) < 10 and isinstance(token, dict) and _is_name(token) and all(
-        type(token.get(key, False)) is bool for key in ("special", "lstrip", "rstrip"))
+def _are_tokens(value) -> bool:
+    return isinstance(value, dict) and all(
+        i.isdecimal() and len(i) < 10 and isinstance(token, dict) and _is_name(token)
+        and all(type(token.get(key, False)) is bool for key in ("special", "lstrip", "rstrip"))
+        for i, token in value.items())
 
 
 def _is_template(value) -> bool:
@@ -82,8 +82,7 @@ KINDS = {  # of the keys that are read
     **dict.fromkeys(NAMES, Kind(_is_name, 'text, or an object whose "content" is text')),
     **dict.fromkeys(MORE_NAMES, Kind(_are_names, "names of tokens")),
     **dict.fromkeys(("add_bos_token", "add_prefix_space", "legacy"), SWITCH),
-    "added_tokens_decoder": Kind(lambda x: isinstance(x, dict) and all(_is_token(*item) for item in x.items()),
-                                 "tokens by their ids"),
+    "added_tokens_decoder": Kind(_are_tokens, "tokens by their ids"),
     "chat_template": Kind(_is_template, "text, or texts by name"),
     "eos_token_id": Kind(lambda x: all(type(i) is int and abs(i) < 2**24 for i in (x if isinstance(x, list) else [x])),
                          "a token id, or several"),  # of generation_config.json; -1 is none
@@ -128,7 +127,7 @@ class Tokenizer:
         config = self.path / "tokenizer_config.json"
         self.settings, self.generation = _read(config), _read(self.path / "generation_config.json")
         self.vocabulary = Fast(fast) if fast.is_file() else SentencePiece(pieces, self.settings)
-        self.added = self.vocabulary.added | self._declared()
+        self.added = self._declared() | self.vocabulary.added
         names = self._special_names()
         for name in names.values():
             if name not in self.added and (i := self.vocabulary.find(name)) is not None:
@@ -163,8 +162,7 @@ class Tokenizer:
         for i, token in (self.settings.get("added_tokens_decoder") or {}).items():
             found[token["content"]] = Added(int(i), token.get("special", True), token.get("lstrip", False),
                                             token.get("rstrip", False))
-        known = self.vocabulary.added
-        return {name: known.get(name, token) for name, token in found.items()}
+        return found
 
     def _special_names(self) -> dict[str, str]:
         """What BOS, EOS and so on are called; an old checkpoint's special_tokens_map.json has the last word."""
@@ -268,8 +266,7 @@ class Tokenizer:
     def adopt(self, name: str = "") -> list[str]:
         """Make `name` the chat template, and add the tokens it needs. "": the checkpoint's own, or zephyr without one.
 
-        Returns the tokens that the model has not been trained on. A chat model knows those of its own template, so it
-        is the added ones; a base model, which had none, has learnt BOS and EOS alone of those that the template writes.
+        Returns the tokens that the model has not been trained on: those added, or (a base model) those of the markup.
         """
         before = self.template
         name = name or before or "zephyr"
@@ -339,10 +336,7 @@ class Tokenizer:
     def render(
         self, messages: list[dict], template: str | None = None, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a dialogue and, for each, whether it is in the loss.
-
-        A message with "loss": False is no reply but part of what the next one replies to.
-        """
+        """Ids of a dialogue, and whether each is in the loss; a reply with "loss": False is only read by the next."""
         ids: list[int] = []
         in_loss: list[bool] = []
         for span, reply in self._spans(self._template(template).parts(messages, add_generation_prompt)):
@@ -353,9 +347,8 @@ class Tokenizer:
     def paths(self, messages: list[dict], template: str | None = None) -> list[Reply]:
         """Every reply to be learnt, behind the tokens that precede it when it is made.
 
-        By most templates all of them are stretches of one list of ids. Some write a reply in another way once the
-        dialogue goes on (Qwen3 drops its thoughts), or end it with no token: such a reply has ids of its own, ended
-        with EOS if need be.
+        Most share one list of ids. Where a template writes a reply in another way once the dialogue goes on (Qwen3
+        drops its thoughts), or ends it with no token, it has ids of its own, ended with EOS if need be.
         """
         chat = self._template(template)
         placed, ids = {}, []
@@ -449,19 +442,14 @@ class Tokenizer:
             if self.bos_id >= 0:
                 generation["bos_token_id"] = self.bos_id
             file.write_text(json.dumps(generation, indent=1) + "\n")
-        self._save_fast(path / "tokenizer.json", table)
-
-    @staticmethod
-    def _save_fast(file: Path, table: dict[str, dict]) -> None:
-        """The added tokens into a tokenizer.json that has not all of them."""
-        if not file.is_file():
-            return
-        tokenizer = json.loads(file.read_text("utf-8"))
-        held = tokenizer.get("added_tokens") or []
-        known = {token["id"] for token in held}
-        if new := [{"id": int(i)} | token for i, token in table.items() if int(i) not in known]:
-            tokenizer["added_tokens"] = held + new
-            file.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+        fast = path / "tokenizer.json"
+        if fast.is_file():  # the added tokens go into one that has not all of them
+            tokenizer = json.loads(fast.read_text("utf-8"))
+            held = tokenizer.get("added_tokens") or []
+            known = {token["id"] for token in held}
+            if new := [{"id": int(i)} | token for i, token in table.items() if int(i) not in known]:
+                tokenizer["added_tokens"] = held + new
+                fast.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
 
 
 def check_template(name: str) -> None:
@@ -515,13 +503,3 @@ def adopt_template(model, tokenizer: Tokenizer, name: str = "") -> str:
            ", for the checkpoint has none of its own")
     started = f"; {' '.join(unseen)} start from the embeddings of seen tokens" if unseen else ""
     return f"template {known.get(tokenizer.template, tokenizer.template)}{why}{started}"
-
-
-def sample_texts(model, tokenizer: Tokenizer, prompts: list[list[int]], seed: int) -> list[str]:
-    """The model's replies to some prompts at temperature 0.7, as lines to print."""
-    lines = []
-    samples = generate(model, prompts, 64, temperature=0.7, stop_ids=tokenizer.stop_ids(), seed=seed)
-    for prompt, (sample,) in zip(prompts, samples, strict=True):
-        reply = f"{tokenizer.decode(sample.tokens)!r}{'' if sample.finished else ' ...'}"
-        lines += [f"  {tokenizer.decode(prompt).strip()!r}", f"    {reply}"]
-    return lines

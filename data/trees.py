@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from data.records import Reject
+from data.records import Reject, prompt_of
 from data.tokenizer import TemplateError, Tokenizer
 
 CHOSEN, REJECTED = 0, 1
@@ -65,11 +65,7 @@ class Tree:
 
 
 class RecordFault(Exception):
-    """A record, by its number from 0, that the chat template cannot render, and why."""
-
-    def __init__(self, number: int, reason: str):
-        super().__init__(number, reason)
-        self.number, self.reason = number, reason
+    """A record that the chat template cannot render: its number from 0, and why."""
 
 
 # -------------------------------------------------------------------------------- records to trees
@@ -81,10 +77,7 @@ def trees_of(records: Sequence[dict], form: str, tokenizer: Tokenizer) -> list[T
 
 
 def trees_of_group(group: list[tuple[int, dict]], form: str, tokenizer: Tokenizer) -> list[Tree]:
-    """The tree of records that belong together, each with its number in the file.
-
-    It is more than one where the template writes a reply in another way once the dialogue goes on.
-    """
+    """The trees of records that belong together, each with its number: one for every list of ids (paths)."""
     trees: list[Tree] = []
     for number, record in group:
         try:
@@ -102,27 +95,30 @@ def trees_of_group(group: list[tuple[int, dict]], form: str, tokenizer: Tokenize
 
 
 def trees_from_record(record: dict, form: str, tokenizer: Tokenizer) -> list[Tree]:
-    """A record of any form but a preference."""
+    """A record of any form but a preference; of "prompt of ..." its prompt alone, of "labelled" messages one reply."""
     if form == "messages":
         return trees_from_messages(record["messages"], tokenizer)
-    if form == "labelled messages":
-        return labelled_trees(record, tokenizer)
+    if form == "labelled":  # the last reply CHOSEN or REJECTED as the label says; earlier ones are context
+        if not isinstance(record.get("label"), bool):
+            raise Reject("no label", "has no 'label', expected true or false: is its last reply a good one?")
+        *before, last = record["messages"]
+        trees = trees_from_messages([*(m | {"loss": False} for m in before), last | {"loss": True}], tokenizer)
+        for tree in trees:
+            tree.responses = [replace(r, side=CHOSEN if record["label"] else REJECTED) for r in tree.responses]
+        return trees
     if form == "ranking":
         return [tree_from_ranking(record, tokenizer)]
     if form == "text":
         bos = [tokenizer.bos_id] * tokenizer.adds_bos
         ids, first = [*bos, *tokenizer.encode(record["text"]), tokenizer.eos_id], 1  # nothing precedes the first token
     else:
-        ids = tokenizer.render(record["prompt"], add_generation_prompt=True)[0]
+        ids = tokenizer.render(prompt_of(record, form.removeprefix("prompt of ")), add_generation_prompt=True)[0]
         first = len(ids)
     return [Tree(np.array(ids, np.int32), [], [Response(0, first, len(ids))])]
 
 
 def trees_from_messages(messages: list[dict], tokenizer: Tokenizer) -> list[Tree]:
-    """A dialogue as a trunk, every reply of it that is to be learnt a response.
-
-    A reply that the template writes in another way once the dialogue goes on has a trunk of its own.
-    """
+    """A dialogue's replies that are to be learnt: a trunk for every list of ids (Tokenizer.paths), mostly one."""
     trunks: list[tuple[list[int], list[Response]]] = []
     for reply in tokenizer.paths(messages):
         responses = next((found for ids, found in trunks if ids is reply.ids), None)
@@ -131,18 +127,6 @@ def trees_from_messages(messages: list[dict], tokenizer: Tokenizer) -> list[Tree
             trunks.append((reply.ids, responses))
         responses.append(Response(0, reply.start, reply.end, pair=len(responses), turn=reply.turn))
     return [Tree(np.array(ids[: responses[-1].end], np.int32), [], responses) for ids, responses in trunks]
-
-
-def labelled_trees(record: dict, tokenizer: Tokenizer) -> list[Tree]:
-    """A dialogue whose last reply is CHOSEN or REJECTED as the record's label says; earlier ones are context."""
-    if not isinstance(record.get("label"), bool):
-        raise Reject("no label", "has no 'label', expected true or false: is its last reply a good one?")
-    messages = [m | {"loss": False} for m in record["messages"]]
-    messages[-1]["loss"] = True
-    trees = trees_from_messages(messages, tokenizer)
-    for tree in trees:
-        tree.responses = [replace(r, side=CHOSEN if record["label"] else REJECTED) for r in tree.responses]
-    return trees
 
 
 def add_pair(trees: list[Tree], record: dict, tokenizer: Tokenizer) -> None:
@@ -165,10 +149,7 @@ def add_pair(trees: list[Tree], record: dict, tokenizer: Tokenizer) -> None:
 
 
 def tree_from_ranking(record: dict, tokenizer: Tokenizer) -> Tree:
-    """K ranked replies to one prompt: a trunk of the prompt alone, K leaves, all in one group (`pair`).
-
-    Ranks may count from any number: the best replies get side 0, CHOSEN.
-    """
+    """K ranked replies to one prompt: a trunk of the prompt, K leaves, one pair; the best have side CHOSEN."""
     tree = Tree(np.empty(0, np.int32))
     turn = sum(m["role"] == "user" for m in record["prompt"])
     places = sorted(set(record["ranks"]))
@@ -200,15 +181,18 @@ def tree_from_replies(number: int, prompt: list[int], replies: list[list[int]], 
 def tree_numbers(records: Iterable[dict], form: str) -> np.ndarray:
     """[records] which tree each belongs to: its own, or that of the pair whose chosen reply its prompt continues.
 
-    There may be unrated turns in between. A dialogue is known by a hash of its messages: a file's texts may not fit
-    in memory.
+    There may be unrated turns in between. Dialogues are known by hashes: a file's texts may not fit in memory.
     """
     numbers, count = [], 0
     open_ends: dict[bytes, int] = {}  # trees by the messages up to and including the last chosen reply
     for record in records:
         number = None
         if form == "preference":
-            *paths, whole = _path_hashes([*record["prompt"], {"role": "assistant", "content": record["chosen"]}])
+            total, paths = hashlib.sha256(), []  # of the first message, of the first two, and so on
+            for m in [*record["prompt"], {"role": "assistant", "content": record["chosen"]}]:
+                total.update(repr((m["role"], m["content"])).encode())
+                paths.append(total.digest()[:16])
+            *paths, whole = paths
             earlier = next((path for path in reversed(paths[:-1]) if path in open_ends), None)
             number = open_ends.pop(earlier, None)
         if number is None:
@@ -217,15 +201,6 @@ def tree_numbers(records: Iterable[dict], form: str) -> np.ndarray:
         if form == "preference":
             open_ends[whole] = number
     return np.array(numbers, np.int64)
-
-
-def _path_hashes(messages: list[dict]) -> list[bytes]:
-    """A hash of the first message, of the first two, and so on."""
-    total, found = hashlib.sha256(), []
-    for m in messages:
-        total.update(repr((m["role"], m["content"])).encode())
-        found.append(total.digest()[:16])
-    return found
 
 
 def grouped(records: Iterable[dict], numbers: np.ndarray) -> Iterator[tuple[int, list[tuple[int, dict]]]]:
@@ -264,10 +239,7 @@ def shorten(tree: Tree, max_length: int, counts: Counter) -> Tree | None:
 
 
 def drop_equal_pairs(tree: Tree, counts: Counter) -> Tree | None:
-    """The tree without pairs (or rankings) whose replies have become the same tokens: they prefer nothing, for ever.
-
-    A template may trim the space in which two replies differed, or the limit cut it off.
-    """
+    """The tree without pairs and rankings whose replies have become the same tokens, trimmed by the template or cut."""
     if not tree.leaves:
         return tree
     replies = defaultdict(list)

@@ -455,7 +455,7 @@ def test_an_oasst_tree_without_a_pair_or_unfinished_is_rejected(tmp_path):
                         alone | {"prompt": tree("u", "assistant")})
     assert [r.split(",")[0] for r in reasons] == ["no user turn has two ranked replies: drop the tree",
                                                   "'tree_state' is \"halted\"",
-                                                  'prompt: has role "assistant" where prompter is due',
+                                                  'prompt: has role \'assistant\' where prompter is due',
                                                   "no user turn has two ranked replies: drop the tree"]
 
 

@@ -276,6 +276,6 @@ def test_prompts_of_any_format_are_distinct_and_end_where_the_reply_begins(
         assert tree.trunk.tolist() == tokenizer.render(turns[:3], add_generation_prompt=True)[0]
     exits(capsys, lambda: load_prompts(str(write_jsonl(tmp_path / "p.jsonl", plain)), tokenizer, len(rendered[1])),
           "p.jsonl record 3: the prompt has", "lower max_tokens")
-    monkeypatch.setattr(store, "prompt_of", lambda *_: check_prompt([]))
+    monkeypatch.setattr("data.trees.prompt_of", lambda *_: check_prompt([]))
     exits(capsys, lambda: load_prompts(str(write_jsonl(tmp_path / "p.jsonl", plain)), tokenizer, 100),
           "p.jsonl record 1: ", "drop")

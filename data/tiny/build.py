@@ -145,11 +145,7 @@ def prose(rng: random.Random) -> tuple[str, list[str]]:
 
 
 def retell(name: str, item: dict, rng: random.Random) -> str:
-    """What a task's item is about, as prose.
-
-    Most of it says again what it has said, in other words: a small model learns to look things up in a text from
-    texts that make it look many times.
-    """
+    """What a task's item is about, as prose, most of it said again in other words: a small model has to look it up."""
     task = TASKS[name]
     if name in ("closed_qa", "rewrite"):  # go on with the same item
         closed = name == "closed_qa"

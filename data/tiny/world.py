@@ -629,10 +629,7 @@ def split(task: str, item: dict) -> str:
 
 
 def dialogue(rng: random.Random, wanted: str = "train", shares: str = "uniform", long: float = 1 / 3) -> dict:
-    """One dialogue of the split `wanted`: its task and turns, each with the user's words and the item behind them.
-
-    A share `long` of the dialogues has two to four turns.
-    """
+    """A dialogue of the split `wanted`: task, and turns of a user's words and an item; a share `long` has several."""
     task = pick(rng, SHARES[shares])
     make = TASKS[task]
     item = make.draw(rng)

@@ -10,8 +10,8 @@ dialogue alone. What the context asks for (a style, care, four worked examples) 
 Askell et al. 2021 (arXiv:2112.00861), section 2.2. The loop is sft.py's; only the loss and the teacher differ.
 """
 import copy
+import time
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,14 @@ from torch import Tensor
 import lora
 import runtime
 import sft
+from data.dry_run import dry_run
 from data.formats import read_all
-from data.pack import Batch, check_positions, collate
+from data.pack import Batch, check_positions, collate, micro_batches, sample_replies, step_trees, steps_per_epoch
 from data.store import Trees, load_trees
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, adopt_template, load_tokenizer
 from data.trees import Tree
 from model import Transformer
-from runtime import fail
+from runtime import distributed, fail
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ def with_context(tree: Tree, longer: Tree) -> Tree:
     return Tree(longer.trunk[: responses[-1].end], [], responses, tree.record)
 
 
+def load_data(
+    path: str, context: list[dict], tokenizer: Tokenizer, config: Config, name: str,
+) -> tuple[Trees, Trees]:
+    """The student's trees, and the teacher's: the same dialogues, uncut, with the context before them."""
+    trees = sft.load_data(path, tokenizer, config, name)
+    return trees, load_trees(path, tokenizer, before=context, cache=config.cache, columns=config.columns)
+
+
 @torch.no_grad()
 def teacher_logits(teacher: Transformer, batch: Batch, longer: Trees) -> Tensor:
     """The teacher's logits [M, V] for the batch's response tokens, after the context; `longer` are its trees."""
@@ -66,7 +75,7 @@ def teacher_logits(teacher: Transformer, batch: Batch, longer: Trees) -> Tensor:
 
 
 def train_step(
-    student: Transformer, batch: Batch, tokens: int, teacher: Transformer, longer: Trees,
+    student: Transformer, teacher: Transformer, batch: Batch, longer: Trees, tokens: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A micro-batch's part of the step's loss, a mean over the step's response tokens."""
     hidden = student.hidden(batch.tokens, batch.positions, batch.layout)                              # [N, D]
@@ -75,21 +84,63 @@ def train_step(
     return batch.weight * loss, {name: batch.weight * value for name, value in metrics.items()}
 
 
-def start(student: Transformer, tokenizer: Tokenizer, config: Config, device: torch.device) -> list[partial]:
-    """train_step with the teacher and what it reads of `data`, and of `eval_data`: the same dialogues, uncut."""
+@torch.no_grad()
+def evaluate(student: Transformer, teacher: Transformer, trees: Trees, longer: Trees, config: Config,
+             device: torch.device) -> dict[str, float]:
+    """Mean loss per response token over the whole evaluation set."""
+    tokens, sums = sum(tree.learnt for tree in trees), runtime.Sums()
+    for batch in micro_batches(trees, config.micro_tokens):
+        sums.add(train_step(student, teacher, batch.to(device), longer, tokens)[1])
+    return distributed.all_reduce_metrics({"eval_loss": sums["loss"]})
+
+
+def main(config: Config) -> None:
+    if config.dry_run:
+        return dry_run(config, sft.load_data, teacher=True)
+    device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
+    tokenizer = load_tokenizer(config.model)
+    student = lora.load_base(config.model, config, device, scored=False)
+    print(adopt_template(student, tokenizer, config.template))
     context = [m for record in read_all(config.context, "messages") for m in record["messages"]]
     print(f"context: {len(context)} messages before every dialogue of the teacher, the starting model")
     read_before = len(tokenizer.render(context)[0]) if context else 0
     check_positions(student.config, "max_length with the context", config.max_length + read_before)
+    trees, longer = load_data(config.data, context, tokenizer, config, "data")
+    held_out = load_data(config.eval_data, context, tokenizer, config, "eval_data") if config.eval_data else ([], [])
+    eval_trees, eval_longer = held_out
     teacher = lora.Role(student, None) if config.lora_rank else copy.deepcopy(student).requires_grad_(False)
-    teacher = lora.shard(teacher, config, device)
-    sets = [load_trees(path, tokenizer, before=context, cache=config.cache, columns=config.columns) if path else None
-            for path in (config.data, config.eval_data)]
-    return [partial(train_step, teacher=teacher, longer=longer) for longer in sets]
+    teacher, student = (lora.shard(model, config, device) for model in (teacher, lora.adapt(student, config)))
 
+    run = runtime.Run(config, {"data": config.data, "model": config.model, "context": config.context, "code": __file__})
+    optimizer = runtime.adamw(student, config.lr, config.weight_decay, config.beta2, config.lora_plus, config.adam_eps)
+    steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
+    run.resume(student, optimizer, steps, shown=("loss", "tokens_per_s"))
 
-def main(config: Config) -> None:
-    sft.main(config, start, {"context": config.context, "loss": __file__})
+    for step in run.steps_left():
+        began = time.perf_counter()
+        lr = runtime.set_learning_rate(optimizer, step, steps, config)
+        drawn = step_trees(trees, config.batch, step, config.seed)
+        response_tokens = sum(tree.learnt for tree in drawn)
+        metrics = runtime.Sums()
+        for batch in micro_batches(drawn, config.micro_tokens):
+            loss, parts = train_step(student, teacher, batch.to(device), longer, response_tokens)
+            loss.backward()
+            metrics.add(parts)
+        metrics = distributed.all_reduce_metrics(metrics)
+        metrics["grad_norm"] = distributed.clip_grad_norm(student, config.max_grad_norm)
+        runtime.check_finite(metrics["loss"], metrics["grad_norm"], step, [tree.record for tree in drawn])
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics |= {"lr": lr, "response_tokens": response_tokens, "tokens": sum(tree.tokens for tree in drawn)}
+        metrics["tokens_per_s"] = metrics["tokens"] / (time.perf_counter() - began)
+        if eval_trees and run.due(config.eval_every, step + 1):
+            metrics |= evaluate(student, teacher, eval_trees, eval_longer, config, device)
+        run.end_step(metrics, student, optimizer)
+
+    if run.finished:
+        student = lora.save_result(student, run.folder, tokenizer, config, probe=trees[0].trunk[:64].tolist())
+        run.note(sample_replies(student, tokenizer, eval_trees or trees, config.samples, config.seed))
+    run.close()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ data it imitates the chosen responses, the control that DPO has to beat (`config
 Ouyang et al. 2022 (arXiv:2203.02155), step 1; Tunstall et al. 2023 (arXiv:2310.16944), dSFT.
 """
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import Literal
@@ -93,19 +92,17 @@ def train_step(model: Transformer, batch: Batch, denominator: float) -> tuple[Te
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, trees: Trees, config: Config, device: torch.device,
-             step: Callable = train_step) -> dict[str, float]:
+def evaluate(model: Transformer, trees: Trees, config: Config, device: torch.device) -> dict[str, float]:
     """Mean loss per response token over the whole evaluation set."""
     tokens = sum(tree.learnt for tree in trees)
     batches = micro_batches(trees, config.micro_tokens)
-    loss = sum(step(model, batch.to(device), tokens)[0].item() for batch in batches)
+    loss = sum(train_step(model, batch.to(device), tokens)[0].item() for batch in batches)
     return distributed.all_reduce_metrics({"eval_loss": loss})
 
 
-def main(config: Config, start: Callable | None = None, reads: dict[str, str] | None = None) -> None:
-    """Train. `start` (distill.py's) gives what stands for train_step on data and eval_data, and `reads` its files."""
+def main(config: Config) -> None:
     if config.dry_run:
-        return dry_run(config, load_data, teacher=start is not None)
+        return dry_run(config, load_data)
     device = runtime.setup(config.device, config.seed, config.threads, config.kernels, config.dtype)
     tokenizer = load_tokenizer(config.model)
     model = lora.load_base(config.model, config, device, scored=False)
@@ -116,10 +113,9 @@ def main(config: Config, start: Callable | None = None, reads: dict[str, str] | 
         check_vocabulary(model, tokenizer)
     trees = load_data(config.data, tokenizer, config, "data")
     eval_trees = load_data(config.eval_data, tokenizer, config, "eval_data") if config.eval_data else []
-    learn, held_out = start(model, tokenizer, config, device) if start else (train_step, train_step)
     lora.shard(lora.adapt(model, config), config, device)
 
-    run = runtime.Run(config, {"data": config.data, "model": config.model, "code": __file__} | (reads or {}))
+    run = runtime.Run(config, {"data": config.data, "model": config.model, "code": __file__})
     optimizer = runtime.adamw(model, config.lr, config.weight_decay, config.beta2, config.lora_plus, config.adam_eps)
     steps = config.max_steps or config.epochs * steps_per_epoch(len(trees), config.batch)
     run.resume(model, optimizer, steps, shown=("loss", "tokens_per_s"))
@@ -131,7 +127,7 @@ def main(config: Config, start: Callable | None = None, reads: dict[str, str] | 
         response_tokens = sum(tree.learnt for tree in drawn)
         metrics = runtime.Sums()
         for batch in micro_batches(drawn, config.micro_tokens):
-            loss, parts = learn(model, batch.to(device), response_tokens)
+            loss, parts = train_step(model, batch.to(device), response_tokens)
             loss.backward()
             metrics.add(parts)
         metrics = distributed.all_reduce_metrics(metrics)
@@ -143,7 +139,7 @@ def main(config: Config, start: Callable | None = None, reads: dict[str, str] | 
         metrics |= {"lr": lr, "response_tokens": response_tokens, "tokens": tokens,
                     "tokens_per_s": tokens / (time.perf_counter() - began)}
         if eval_trees and run.due(config.eval_every, step + 1):
-            metrics |= evaluate(model, eval_trees, config, device, held_out)
+            metrics |= evaluate(model, eval_trees, config, device)
         run.end_step(metrics, model, optimizer)
 
     if run.finished:

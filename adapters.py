@@ -4,7 +4,9 @@ A layer's A, B and magnitude become an adapter that trains (lora.py). All else t
 of one of the base's parameters, in place while the adapter is on:
 
     modules_to_save, bias            the tensors themselves
-    LoRA on the embedding, the head  W + s B A
+    LoRA on the embedding, the head  W + s B A, or DoRA's
+    trainable_token_indices          W with those rows
+    lora_bias                        b + s times the bias of B
     PiSSA, OLoRA                     W less what A and B began as
 
 These do not train here, and are written again as they were read.
@@ -53,7 +55,10 @@ def _scale(config: dict, module: str) -> tuple[int, float, float]:
 # ----------------------------------------------------------------------------------------- writing
 
 def save_adapter(model: Transformer, path: str | Path, name: str = "default", tokenizer=None) -> None:
-    """Write adapter `name` as PEFT does, with a score head and the tokenizer; what was loaded as it was read."""
+    """Write adapter `name` as PEFT does, a score head with it; what was loaded is written as it was read.
+
+    `tokenizer` goes beside it: PEFT's Auto classes give the base as many rows as that has tokens.
+    """
     settings, layers = model.adapters[name], _layers(model)
     tensors, scales = dict(settings.get("kept", {})), {}
     for module, paths in layers.items():
@@ -85,7 +90,8 @@ def save_adapter(model: Transformer, path: str | Path, name: str = "default", to
 def _joined(parts: list[Adapter], config: ModelConfig) -> tuple[Tensor, Tensor, Tensor | None]:
     """A, B and magnitude as the file has them: of a layer, or of queries, keys and values in one matrix.
 
-    Three with an A each become one adapter of three times the rank: A stacked, B in blocks. DoRA's norms are of rows.
+    Three that share their A, as those that PEFT has trained do, stay so; others become one adapter of three times the
+    rank: A stacked, B in blocks. DoRA's norms are those of rows, so they are the same in one matrix as in three.
     """
     a, rank, blocks = parts[0].A, len(parts[0].A), [part.B.detach() for part in parts]
     if not all(torch.equal(part.A, a) for part in parts):
@@ -96,7 +102,10 @@ def _joined(parts: list[Adapter], config: ModelConfig) -> tuple[Tensor, Tensor, 
 
 
 def _config(model: Transformer, known: dict, scales: dict[str, tuple[int, float]], layers: set[str]) -> dict:
-    """adapter_config.json: what is `known` of it, and rank and scale of layers where patterns say something else."""
+    """adapter_config.json: what is `known` of it, and rank and scale of each layer where patterns say something else.
+
+    A new adapter's targets stand by last name, or by full name where other layers are called the same.
+    """
     last = {module.rpartition(".")[2] for module in scales}
     alike = {module for module in layers if module.rpartition(".")[2] in last}
     scored = model.score_head is not None
@@ -121,7 +130,10 @@ def _config(model: Transformer, known: dict, scales: dict[str, tuple[int, float]
 # ----------------------------------------------------------------------------------------- reading
 
 def load_adapter(model: Transformer, path: str | Path, name: str = "default") -> Transformer:
-    """Put an adapter of ours or PEFT's on its base, in place, and switch it on. A reward model's brings its head."""
+    """Put an adapter that we or PEFT have written on the base it was made for, in place, and switch it on.
+
+    A reward model's adapter brings its head: give a model that has one (`add_score_head`), or ask for a Role.
+    """
     file, head = _load(model, path, name)
     if (head is None) != (model.score_head is None):
         fail(f"{path}: {'holds no score head' if head is None else 'holds a score head for a model without one'}: "
@@ -146,7 +158,7 @@ def _load(model: Transformer, path: str | Path, name: str) -> tuple[AdapterFile,
     config = file.config
     if file.ours.get("base_model_hash") and model.source_hash and file.ours["base_model_hash"] != model.source_hash:
         fail(f"{path}: was trained on another base ({config.get('base_model_name_or_path')}): load that one")
-    vocabulary = [_peft_name("embed_tokens", model), *_head_names(model)]
+    vocabulary = [_peft_name(part, model) for part in ("embed_tokens", "embed_positions")] + _head_names(model)
     key, fault = try_out(matches(config, [*_layers(model), *vocabulary]))
     if fault:
         fail(f"{file.folder / 'adapter_config.json'}: {key} {fault} on this model's names of layers: list the names")
@@ -161,12 +173,11 @@ def _load(model: Transformer, path: str | Path, name: str) -> tuple[AdapterFile,
             own |= _load_layer(model, file, name, module, paths)
         kept = dict(file.tensors)
         own |= _vocabulary(model, file) | _others(model, file)
+        if config["lora_bias"]:
+            for module, paths in layers.items():
+                own |= _shifted_biases(model, file, own, name, module, paths)
         file.finish()
-        for place, value in list(own.items()):  # those that differ from the base's, as parameters that do not train
-            base = _of_base(model, file, place)
-            own[place] = nn.Parameter(value.to(base, copy=True), requires_grad=False)
-            if torch.equal(own[place], base):
-                del own[place]
+        own = _parameters(model, file, own)
     register(model, name, {"config": file.raw, "kept": kept, "own": own})
     return file, head
 
@@ -197,8 +208,8 @@ def _load_layer(model: Transformer, file: AdapterFile, name: str, module: str, p
     return dict(zip(places, split_qkv(residual, model.config, len(paths)), strict=True))
 
 
-def _of_base(model: Transformer, file: AdapterFile, place: str) -> nn.Parameter:
-    """The base's own value of a parameter."""
+def _of_base(model: Transformer, file: AdapterFile, place: str) -> nn.Parameter | None:
+    """The base's own value of a parameter; None for a bias that it does not have."""
     module, kind = place_of(model, place)
     if kind == "weight" and not hasattr(module, kind):
         fail(f"{file.folder}: brings a {place} of its own, and this base is quantised there: set quantize=none")
@@ -219,8 +230,21 @@ def _residual(weight: Tensor, rank: int, scale: float, start: str) -> Tensor:
     return wide - scale * q[:, :rank] @ r[:rank]
 
 
+def _shifted_biases(
+    model: Transformer, file: AdapterFile, own: dict[str, Tensor], name: str, module: str, paths: list[str],
+) -> dict[str, Tensor]:
+    """The layer's biases with lora_bias: s times the bias of B is added to the outputs."""
+    parts = [model.get_submodule(path).adapters[name] for path in paths]
+    bias = file.take(f"{module}.lora_B.bias", [sum(len(part.B) for part in parts)])
+    result = {}
+    for path, part, shift in zip(paths, parts, split_qkv(bias, model.config, len(paths)), strict=True):
+        base = own.get(f"{path}.bias", _of_base(model, file, f"{path}.bias"))
+        result[f"{path}.bias"] = part.scale * shift if base is None else base + part.scale * shift.to(base)
+    return result
+
+
 def _others(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
-    """The base's parameters that the file brings, but for embedding and head."""
+    """The base's parameters that the file brings, but for embedding and head; learned positions with LoRA on them."""
     with torch.device("meta"):
         plain = Transformer(model.config)
     shapes, own = dict(plain.named_parameters()), {}
@@ -230,13 +254,15 @@ def _others(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
         module, _, kind = tensor.rpartition(".")
         shape = [sum(len(shapes[path]) for path in paths), *shapes[paths[0]].shape[1:]]
         value = file.take([tensor, f"{module}.base_layer.{kind}"], shape, is_saved(file.config, tensor))
+        if paths[0] == "embed_positions.weight" and is_target(file.config, module):
+            value = _corrected(model.embed_positions.weight if value is None else value, file, module)
         if value is not None:
             own |= zip(paths, split_qkv(value, model.config, len(paths)), strict=True)
     return own
 
 
 def _corrected(weight: Tensor, file: AdapterFile, module: str, is_head: bool = False) -> Tensor:
-    """An embedding or a head with LoRA worked in. An embedding's A and B are those of its transpose."""
+    """An embedding or a head with LoRA or DoRA worked in. An embedding's A and B are those of its transpose."""
     rank, _, scale = _scale(file.config, module)
     rows, width = weight.shape
     if is_head:
@@ -246,16 +272,21 @@ def _corrected(weight: Tensor, file: AdapterFile, module: str, is_head: bool = F
         b = file.take(f"{module}.lora_embedding_A", [rank, rows]).t()
         a = file.take(f"{module}.lora_embedding_B", [width, rank]).t()
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(wide) + scale * (b.to(weight.device, wide) @ a.to(weight.device, wide))
+    weight = weight.to(wide) + scale * (b.to(weight.device, wide) @ a.to(weight.device, wide))
+    if file.config["use_dora"]:
+        norm = weight.norm(dim=1 if is_head else 0, keepdim=True)
+        magnitude = file.take(f"{module}.lora_magnitude_vector", [norm.numel()])
+        weight = weight * (magnitude.to(weight).view_as(norm) / norm)
+    return weight
 
 
 # ------------------------------------------------------------------------------- embedding and head
 
 def _vocabulary(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
-    """Embedding and head as the adapter has them: others, or LoRA on them.
+    """Embedding and head as the adapter has them: others, LoRA on them, or some tokens' rows.
 
     PEFT parts the two where the base ties them: another embedding, or LoRA on it, leaves the head as it was. What the
-    file holds as the base's own is both's.
+    file holds as the base's own is both's, and so are rows of tokens unless the head lists others.
     """
     named = {"embed_tokens": [_peft_name("embed_tokens", model)]}
     if not model.config.scored:
@@ -269,9 +300,12 @@ def _vocabulary(model: Transformer, file: AdapterFile) -> dict[str, Tensor]:
     for part, module in names.items():
         weight = model.head_weight if part == "lm_head" else model.embed_tokens.weight
         value = weight if base[part] is None else base[part].to(weight)
-        if is_target(file.config, module, part == "lm_head"):
+        # ensure_weight_tying gives a tied head LoRA without naming it a target
+        follows = file.config["ensure_weight_tying"] and f"{module}.lora_A.weight" in file.tensors
+        if is_target(file.config, module, part == "lm_head") or follows:
             value = _corrected(value, file, module, part == "lm_head")
         values[part] = (value if other[part] is None else other[part]).to(weight)
+    values = _with_token_rows(file, names, values, tied)
     if tied and torch.equal(values["embed_tokens"], values["lm_head"]):
         del values["lm_head"]
     elif tied:
@@ -286,7 +320,7 @@ def _whole_matrices(
     shape, base, other = [None, model.config.width], {}, {}
     for part, modules in named.items():
         saved = any(is_saved(file.config, f"{module}.weight") for module in modules)
-        forms = ("base_layer.", "original_module.", *([] if saved else [""]))
+        forms = ("base_layer.", "original_module.", "token_adapter.base_layer.", *([] if saved else [""]))
         base[part] = [f"{module}.{form}weight" for module in modules for form in forms]
         # PEFT repeats a saved one once the vocabulary has grown
         copies = [f"{module}.{form}weight" for module in modules for form in ("", "modules_to_save.")]
@@ -313,3 +347,37 @@ def _grow(
     for part, matrix in known.items():
         if getattr(model, part) is not None:
             getattr(model, part).weight.data[rows:] = matrix[rows:].to(model.embed_tokens.weight)
+
+
+def _with_token_rows(
+    file: AdapterFile, names: dict[str, str], values: dict[str, Tensor], tied: bool,
+) -> dict[str, Tensor]:
+    """The matrices with the rows that trainable_token_indices lists."""
+    listed = file.config["trainable_token_indices"] or {}
+    listed = listed if isinstance(listed, dict) else {names["embed_tokens"]: listed}
+    tokens = {part: indices for part, module in names.items()
+              for layer, indices in listed.items() if module.endswith(layer)}
+    if tied and tokens.get("lm_head") == tokens.get("embed_tokens"):
+        tokens.pop("lm_head", None)
+    shared = tied and "lm_head" not in tokens
+    result = dict(values)
+    for part, indices in tokens.items():
+        if max(indices, default=-1) >= len(values[part]):
+            fail(f"{file.folder}: trainable_token_indices holds {max(indices)}, the base has {len(values[part])} rows: "
+                 "load the base that it was made for")
+        rows = file.take(f"{names[part]}.token_adapter.trainable_tokens_delta", [len(indices), values[part].shape[1]])
+        for where in names if shared else [part]:
+            index = torch.tensor(indices, dtype=torch.long, device=values[part].device)
+            result[where] = result[where].index_copy(0, index, rows.to(result[where]))
+    return result
+
+
+def _parameters(model: Transformer, file: AdapterFile, own: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Own values that differ from the base's, as parameters that do not train."""
+    found = {}
+    for place, value in own.items():
+        base = _of_base(model, file, place)
+        value = value.to(model.embed_tokens.weight.device if base is None else base)
+        if base is None or not torch.equal(value, base):
+            found[place] = nn.Parameter(value.clone(), requires_grad=False)
+    return found

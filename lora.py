@@ -334,12 +334,16 @@ def merge_lora(model: Transformer, originals: Transformer | None = None, name: s
     """The base with adapter `name` worked into its weights, as a plain model, in place.
 
     A quantised base has lost bits, so it is merged into the 16-bit `originals` (which are changed and returned),
-    never back into four bits. Raises ValueError without them.
+    never back into four bits. Raises ValueError without them, or for a bias that the base has no place for.
     """
     target = model if originals is None else originals
     adapted, own = named_lora_layers(model), model.adapters[name].get("own", {})
     if originals is None and not all(isinstance(layer.base, Linear) for layer in adapted.values()):
         raise ValueError("the base is quantised: give the model it was made from as originals")
+    with adapter(model, None):
+        missing = [path for path in own if getattr(*place_of(model, path)) is None]
+    if missing:
+        raise ValueError(f"{missing[0]} is a bias that the base does not have: the adapter cannot be merged")
     switch(model, None)
     if model.lm_head is not None and target.lm_head is None:
         untie(target)

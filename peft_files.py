@@ -10,7 +10,7 @@ does a setting that changes what is computed and is not in USED. adapters.py put
 """
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -41,8 +41,12 @@ def _is_names(value) -> bool:
         return False
 
 
-def _is_pattern(value, kind: Kind) -> bool:
-    return value is None or (isinstance(value, dict) and _is_names(list(value)) and all(map(kind.fits, value.values())))
+def _is_pattern(value, is_value: Callable[[object], bool] = NUMBER.fits) -> bool:
+    return value is None or (isinstance(value, dict) and _is_names(list(value)) and all(map(is_value, value.values())))
+
+
+def _is_indices(value) -> bool:
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
 
 
 NAMES = Kind(_is_names, "names, a regular expression or null")
@@ -52,15 +56,19 @@ USED = {  # the settings that are used: PEFT's default, and what a value has to 
     "lora_dropout": (0.0, number(0, 0.9999)),
     "use_rslora": (False, SWITCH),
     "use_dora": (False, SWITCH),
+    "lora_bias": (False, SWITCH),
+    "ensure_weight_tying": (False, SWITCH),
     "init_lora_weights": (True, Kind(lambda value: isinstance(value, (bool, str)), "true, false or a name")),
     "target_modules": (None, NAMES),
     "exclude_modules": (None, NAMES),
     "modules_to_save": (None, Kind(lambda value: _is_names(value) and not isinstance(value, str), "a list of names")),
-    "layers_to_transform": (None, Kind(lambda value: value is None or all(
-        type(i) is int for i in (value if isinstance(value, list) else [value])), "numbers of layers or null")),
+    "layers_to_transform": (None, Kind(lambda value: value is None or type(value) is int or _is_indices(value),
+                                       "numbers of layers or null")),
     "layers_pattern": (None, NAMES),
-    "rank_pattern": ({}, Kind(lambda value: _is_pattern(value, RANK), "whole numbers from 1 by name")),
-    "alpha_pattern": ({}, Kind(lambda value: _is_pattern(value, NUMBER), "numbers by name")),
+    "rank_pattern": ({}, Kind(lambda value: _is_pattern(value, RANK.fits), "whole numbers from 1 by name")),
+    "alpha_pattern": ({}, Kind(_is_pattern, "numbers by name")),
+    "trainable_token_indices": (None, Kind(lambda value: _is_indices(value) or _is_pattern(value, _is_indices),
+                                           "token ids, or token ids by layer")),
 }
 DEFAULTS = {name: default for name, (default, _) in USED.items()}
 # Say nothing about what is computed: how training began or was run, where the base lies, what the tensors show.
@@ -197,7 +205,10 @@ class AdapterFile:
         self.tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
     def take(self, names: str | list[str], shape: list[int | None], required: bool = True) -> Tensor | None:
-        """The tensor under any of the names (copies are equal), of this shape (None: any size), or None."""
+        """The tensor of that name, which has this shape (None: any size); None if it is missing and may be.
+
+        Of several names it has any; what stands there twice is equal.
+        """
         names = [names] if isinstance(names, str) else names
         name, *others = [name for name in names if name in self.tensors] or [names[0]]
         if name not in self.tensors:
@@ -225,7 +236,8 @@ class AdapterFile:
 def write_adapter(path: str | Path, config: dict, tensors: dict[str, Tensor], ours: dict, tokenizer) -> None:
     """The folder; with the tokenizer, from which PEFT sees how many rows the base needs.
 
-    Ours is metadata, as PEFT warns of keys it does not know; one entry, as safetensors orders several at random.
+    What is ours lies beside the tensors, since PEFT warns of keys it does not know; in one entry, since safetensors
+    orders several at random and the same adapter shall be the same bytes.
     """
     with new_folder(Path(path)) as beside:
         named = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -324,7 +325,8 @@ def make_trees(path: str, job: Job, columns: dict | None, file: IO[bytes] | None
     small = len(numbers) < SMALL
     groups = grouped(head if small else read(path, columns=columns)[0], numbers)
     slices = iter(lambda: list(islice(groups, SLICE)), [])
-    make, workers = partial(make_part, job, form), 1 if small else len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # macOS cannot fork what PyTorch runs in
+    make, workers = partial(make_part, job, form), 1 if small else cores
     parts = in_workers(make, slices, workers) if workers > 1 else (make(groups) for groups in slices)
     try:
         with closing(parts):  # ends the workers, whatever happens here

@@ -59,7 +59,9 @@ class ChunkedStep:
         scores [64] = sum over e of q_e times row e of a chunk of keys       out [E] = sum over s of P_s times value s
 
     and that is what `embedding_bag` computes, all bags in one call. 64 sequences, 6 heads of 48, 100 cached tokens on
-    one Zen 5 core: 1,820 us by scaled_dot_product_attention, 710 us this way; in bf16 2,520 and 620.
+    one Zen 5 core: 1,820 us by scaled_dot_product_attention, 710 us this way; in bf16 2,520 and 620. There scores are
+    rounded to bf16, as in training: SmolLM2-135M's distributions are 0.0012 nats (KL) from those in fp32, by
+    scaled_dot_product_attention 0.0011.
     """
 
     def __init__(self, batch: int, group: int, keys: Tensor, values: Tensor, longest: int):

@@ -20,11 +20,6 @@ from peft_files import by_pattern, is_saved, is_target
 
 SAID, ARRAYS = reference("adapters")
 CONFIGS = SAID["configs"]
-REFUSED = {"tied_both": "ensure_weight_tying is true", "positions": "wpe.lora_embedding_A"}
-REFUSED |= dict.fromkeys(("biases", "lora_biases"), "lora_bias is true")
-REFUSED |= dict.fromkeys(("rows", "tied_rows", "tied_rows_apart"), "trainable_token_indices is ")
-REFUSED |= dict.fromkeys(("dora_embedding", "dora_head"), "lora_magnitude_vector")
-USED = [name for name in CONFIGS if name not in REFUSED]
 REAL = Path(os.environ.get("REAL_DATA", "")) / "cases" / "models" / "peft-ignored"
 
 
@@ -50,7 +45,7 @@ def answers(model, ids):
 
 # ------------------------------------------------------------------------------- what PEFT computes
 
-@pytest.mark.parametrize("name", USED)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_an_adapter_of_peft_computes_what_peft_computes_and_off_it_is_the_base(name, tmp_path):
     """The effect of each is 5 to 110 logits."""
     ids, expected = ARRAYS[f"{name}/input_ids"], ARRAYS[f"{name}/logits"]
@@ -67,7 +62,7 @@ def test_an_adapter_of_peft_computes_what_peft_computes_and_off_it_is_the_base(n
         assert parameter.requires_grad == (".adapters." in place or place.startswith("score_head"))
 
 
-@pytest.mark.parametrize("name", sorted(set(USED) - {"reward"}))
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"reward"}))
 def test_on_a_base_of_16_bits_it_computes_the_same_but_for_rounding(name, tmp_path):
     ids, model = ARRAYS[f"{name}/input_ids"], base_of(name).to(torch.bfloat16)
     model.compute_dtype = torch.float32
@@ -78,7 +73,7 @@ def test_on_a_base_of_16_bits_it_computes_the_same_but_for_rounding(name, tmp_pa
     assert (said - expected).square().mean().sqrt() < 0.06 * effect  # a part that is dropped costs about all of it
 
 
-@pytest.mark.parametrize("name", USED)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_loaded_and_saved_again_is_equal(name, tmp_path):
     ids, model = ARRAYS[f"{name}/input_ids"], base_of(name)
     lora.load_adapter(model, written(name, tmp_path / "a"))
@@ -103,7 +98,7 @@ def test_what_is_loaded_and_saved_again_is_equal(name, tmp_path):
     assert torch.equal(answers(again, ids), answers(model, ids))
 
 
-@pytest.mark.parametrize("name", USED)
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"lora_biases"}))
 def test_a_merged_adapter_computes_the_same_also_from_disk(name, tmp_path):
     ids, model = ARRAYS[f"{name}/input_ids"], base_of(name)
     lora.load_adapter(model, written(name, tmp_path / "a"))
@@ -111,6 +106,14 @@ def test_a_merged_adapter_computes_the_same_also_from_disk(name, tmp_path):
     save_model(merge_lora(model), tmp_path / "merged")
     for merged in (model, load_model(tmp_path / "merged")):
         torch.testing.assert_close(answers(merged, ids), ARRAYS[f"{name}/logits"], atol=5e-4, rtol=5e-5)
+
+
+def test_a_bias_that_the_base_has_no_place_for_is_not_merged(tmp_path):
+    model = lora.load_adapter(base_of("lora_biases"), written("lora_biases", tmp_path / "a"))
+    with pytest.raises(ValueError, match="a bias that the base does not have"):
+        merge_lora(model)
+    ids = ARRAYS["lora_biases/input_ids"]
+    torch.testing.assert_close(answers(model, ids), ARRAYS["lora_biases/logits"], atol=2e-4, rtol=2e-5)
 
 
 @pytest.mark.parametrize("case", ["alpha_pattern_full", "bias_all", "bias_lora_only", "olora", "save_final_norm",
@@ -131,11 +134,6 @@ def test_the_cases_of_other_methods_are_refused(case, kind, capsys):
         pytest.skip("needs REAL_DATA")
     exits(capsys, lambda: lora.load_adapter(base_of("patterns"), REAL / case), f"peft_type is '{kind}'",
           "merge_and_unload")
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_rarely_trained_is_refused_by_name(name, tmp_path, capsys):
-    exits(capsys, lambda: lora.load_adapter(base_of(name), written(name, tmp_path / "a")), REFUSED[name], "merge")
 
 
 # ------------------------------------------------------------------------------ targets and patterns
@@ -214,7 +212,8 @@ def test_starts_that_change_the_base_beyond_repeating_are_refused(start, tmp_pat
     {"r": "8"}, {"r": 0}, {"r": True}, {"lora_alpha": None}, {"lora_alpha": math.nan}, {"use_dora": "yes"},
     {"target_modules": 3}, {"target_modules": [1]}, {"target_modules": "(q_proj"}, {"modules_to_save": "norm"},
     {"rank_pattern": {"q_proj": 2.5}}, {"rank_pattern": ["q_proj"]}, {"alpha_pattern": {"*": 2}},
-    {"layers_to_transform": "all"}, {"lora_dropout": 2}, {"init_lora_weights": 3}, {"exclude_modules": "["},
+    {"layers_to_transform": "all"}, {"trainable_token_indices": [-1]}, {"lora_dropout": 2},
+    {"trainable_token_indices": {"embed_tokens": "x"}}, {"init_lora_weights": 3}, {"exclude_modules": "["},
     {"r": 4_000_000_000}, {"lora_alpha": 10**400}, {"target_modules": "(" * 5000},
     {"exclude_modules": "a{99999999999}"},
 ])
@@ -256,9 +255,13 @@ def test_a_file_is_refused_by_the_first_tensor_that_is_missing_or_not_used(tenso
     exits(capsys, lambda: lora.load_adapter(base_of("one_layer"), folder), str(folder), said)
 
 
-def test_saved_modules_have_to_be_whole(tmp_path, capsys):
+def test_saved_modules_and_token_rows_have_to_be_whole(tmp_path, capsys):
     norm = written("regex", tmp_path / "a", {"base_model.model.model.norm.weight": None})
     exits(capsys, lambda: lora.load_adapter(base_of("regex"), norm), "has no base_model.model.model.norm.weight")
+    rows = written("rows", tmp_path / "b", trainable_token_indices=[3, 9])
+    exits(capsys, lambda: lora.load_adapter(base_of("rows"), rows), "trainable_tokens_delta has shape [3, 48]")
+    rows = written("rows", tmp_path / "b", trainable_token_indices=[3, 9, 360])
+    exits(capsys, lambda: lora.load_adapter(base_of("rows"), rows), "holds 360, the base has 360 rows")
     key = "base_model.model.model.embed_tokens.weight"
     apart = written("grown", tmp_path / "c", {key: ARRAYS[f"grown/{key}"] + 1})
     exits(capsys, lambda: lora.load_adapter(base_of("grown"), apart), "differ, expected two copies")
@@ -343,8 +346,8 @@ def test_gradients_flow_through_the_parameters_of_the_forward_pass(tmp_path):
     torch.testing.assert_close(found[True], found[False])
 
 
-def test_on_a_quantised_base_biases_and_norms_are_its_own_and_weights_are_refused(tmp_path, capsys):
-    for name in ("lora_only", "regex", "embedding"):
+def test_on_a_quantised_base_biases_norms_and_rows_are_its_own_and_weights_are_refused(tmp_path, capsys):
+    for name in ("lora_only", "regex", "tied_rows", "embedding"):
         ids = ARRAYS[f"{name}/input_ids"]
         plain = lora.load_adapter(base_of(name), written(name, tmp_path / "a"))
         model = quantize_base(base_of(name), "int8")

@@ -14,7 +14,7 @@ import ppo
 import reward
 import sft
 from checkpoints import load_model, save_model
-from data.dry_run import plan, plan_of_four
+from data.dry_run import activations, plan, plan_of_four
 from data.four_models import load_models
 from data.pack import pack
 from data.tiny.world import demonstrate, dialogue
@@ -22,7 +22,6 @@ from data.tokenizer import load_tokenizer
 from data.trees import Response, Tree
 from families import read_config
 from model import ModelConfig, Transformer, generate, init_weights
-from runtime import memory
 
 PARTS = {"epochs": 1, "batch": 4, "device": "cpu", "dtype": "float32", "lora_rank": 4}
 QUIET = PARTS | {"samples": 0}
@@ -223,7 +222,7 @@ def test_activations_are_what_autograd_keeps(fields, checkpointing):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden = model.hidden(batch.tokens, batch.positions, batch.layout)
-    told = tokens * memory.activations(config, 4)
+    told = tokens * activations(config, 4)
     if checkpointing:  # the input of each block; what one block keeps while it runs again comes on top
         told = tokens * 4 * config.width * config.layers
     once = tokens * 4 * (config.width + 2 * config.head_dim)

@@ -1,4 +1,4 @@
-"""What training and loading take: the arithmetic of runtime/memory.py for the recipes' models, and real runs.
+"""What training and loading take: the arithmetic of data/dry_run.py for the recipes' models, and real runs.
 
     WRITE=1 python -m pytest tests/test_memory.py     all of it, to benchmarks/results: memory.json, loading.json and
                                                       loading_ranks.json

@@ -25,6 +25,13 @@ def jit(function):
     return triton.jit(function) if triton else function
 
 
+def descriptor(x: torch.Tensor, block: list[int]):
+    """x [rows, columns] for `x.load([row, column])` of blocks in a kernel, which the hardware copies; beyond x is 0."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, block)
+
+
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """Start a kernel on the GPU of its first argument: by itself Triton takes the thread's current one.
 

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 BASELINE = Path(__file__).parent / "aot_baseline.json"         # Triton version -> kernel -> sm -> KEPT
 SHARED = {80: 163, 90: 227, 100: 227}                          # KiB of shared memory a block may have
 MATRIX = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC[A-Z0-9]*MMA"}  # the instructions of the matrix units
-TYPE = re.compile(r"\*?(bf16|fp16|fp32|fp64|[iu](1|8|16|32|64))(:16)?")
+TYPE = re.compile(r"\*?(bf16|fp16|fp32|fp64|[iu](1|8|16|32|64))(:16)?|tensordesc<.*>")
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.x]*)")
 DOT = re.compile(r"(?:tt\.|warp_group_)dot .*? : \S*?<(\d+)x(\d+)x.* -> tensor<\d+x(\d+)xf32, #mma")  # M, K, N
 GROUPS = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\..*")  # what four warps multiply in one instruction: 64 x N x 16

@@ -18,15 +18,17 @@ def attention_builds(sm: int) -> list[Build]:
     for width, window, softcap, dtype in variants:
         variant = f"E {width}" + ", window" * bool(window) + ", softcap" * bool(softcap) + ", fp32" * (dtype == "fp32")
         shape = {"H": 32, "K": 8, "E": width, "WIDTH": width, "WINDOW": window, "SOFTCAP": softcap}
-        inputs = dict.fromkeys(("q", "k", "v"), "*" + dtype) | {"table": "*i32", "tiles": "*i32", "scale": "fp32"}
+        inputs = dict.fromkeys(("q", "k", "v"), "*" + dtype) | {"table": "*i32", "tiles": "*i32", "N": "i32", "scale": "fp32"}
         upstream = {"dout": "*" + dtype, "lse": "*fp32", "delta": "*fp32"}
         kernels = (("forward", attention._forward, {"out": "*" + dtype, "lse": "*fp32"}),
                    ("dQ", attention._dq, upstream | {"out": "*" + dtype, "dq_out": "*" + dtype}),
                    ("dK dV", attention._dkdv, upstream | {"dk_out": "*" + dtype, "dv_out": "*" + dtype,
                                                           "part_heads": "i32", "size": "i32:16"}))
         configs = attention.CONFIG_FP32 if dtype == "fp32" else attention.tile_sizes(sm, width, softcap)
-        for (name, kernel, added), (queries, keys, warps, stages) in zip(kernels, configs, strict=True):
-            arguments = inputs | added | shape | {"QUERIES": queries, "KEYS": keys}
+        for (name, kernel, added), (queries, keys, warps, stages, tma) in zip(kernels, configs, strict=True):
+            arguments = inputs | added | shape | {"QUERIES": queries, "KEYS": keys, "TMA": tma}
+            rows, tiled = (queries, ("q", "dout")) if name == "dK dV" else (keys, ("tiles_k", "tiles_v"))
+            arguments |= dict.fromkeys(tiled, f"tensordesc<{dtype}[{rows}, {width}]>" if tma else "*" + dtype)
             found.append(Build(f"attention {name}, {variant}", kernel, arguments, warps, stages, dtype == "bf16"))
     return found
 

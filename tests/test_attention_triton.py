@@ -12,7 +12,7 @@ from kernels.decode import decode_attention, decode_reference
 from kernels.layout import Layout
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
-SMALL = (16, 32, 4, 1)  # queries, keys, warps, stages
+SMALL, SMALL_KEYS = (16, 32, 4, 1, True), (32, 16, 4, 1, True)  # queries, keys, warps, stages, TMA
 
 PLAIN = {
     "one token": [1],
@@ -65,8 +65,8 @@ def check(layout, heads=2, kv_heads=1, width=16, dtype=torch.float32, inputs=Non
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(kernel, "CONFIGS", {90: {256: (SMALL, SMALL, (32, 16, 4, 1))}})
-    monkeypatch.setattr(kernel, "CONFIG_FP32", (SMALL, SMALL, (32, 16, 4, 1)))
+    monkeypatch.setattr(kernel, "CONFIGS", {90: {256: (SMALL, SMALL, SMALL_KEYS)}})
+    monkeypatch.setattr(kernel, "CONFIG_FP32", (SMALL, SMALL, SMALL_KEYS))
     if DEVICE == "cuda":
         monkeypatch.setattr(kernel, "architecture", lambda device: 90)
 

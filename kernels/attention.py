@@ -230,10 +230,10 @@ def _matmul_t(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------- the Triton version
 
-# (queries, keys, warps, stages, TMA) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256):
-# the largest tried whose registers Triton 3.9 does not spill. Triton lays all warps of the scores along the rows of their
-# tile, 16 rows each: with fewer rows (queries, for dK/dV keys) than that, warps compute the same products. They do only
-# in dK/dV of heads of 256, whose sums fit in no other way. The tiles fit thanks to `disable_licm` (without it dK/dV
+# (queries, keys, warps, stages, TMA) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256),
+# the largest tried whose registers Triton 3.9 does not spill. Triton lays all warps of the scores along the rows of
+# their tile, 16 rows each: with fewer rows (queries, for dK/dV keys) than that, warps compute the same products. They
+# do only in dK/dV of heads of 256, whose sums fit in no other way. The tiles fit thanks to `disable_licm` (without it dK/dV
 # of 64 x 128 spilled 110 times), and because the loads of keys are written out in both `_attend` and `_dq_walk`: with
 # one function for both, dQ spills.
 #
@@ -254,8 +254,8 @@ CONFIGS = {
           256: ((128, 32, 8, 2, TMA), (128, 32, 8, 2, TMA), (64, 64, 8, 1, TMA))},
 }
 SOFTCAPPED = {  # where the softcap's slope would spill
-    (90, 128): ((128, 128, 8, 2, TMA), (128, 64, 8, 3, TMA), (32, 128, 8, 2, TMA)),
-    (90, 256): ((128, 64, 8, 2, TMA), (128, 32, 8, 1, TMA), (32, 64, 8, 1, POINTERS)),
+    (90, 128): ((128, 64, 8, 3, TMA), (128, 64, 8, 3, TMA), (32, 128, 8, 2, TMA)),
+    (90, 256): ((128, 64, 8, 2, TMA), (128, 32, 8, 1, TMA), (16, 64, 8, 2, TMA)),
 }
 PROGRAMS = 264   # that keep an H100 or H200 busy: two per multiprocessor
 MOST_PARTS = 16  # of one tile of keys
@@ -508,7 +508,7 @@ def _walk(prefix, offset, length, WINDOW: tl.constexpr, QUERIES: tl.constexpr, K
     """Positions on the path where the keys of a tile begin, where the blocks that need a mask begin, and the end."""
     first = 0
     diagonal = (prefix + offset + 1) // KEYS * KEYS
-    if TMA:
+    if TMA:  # which needs one run of tokens: a leaf's is in its trunk, the rest goes with the masked blocks
         diagonal = tl.where(prefix > 0, prefix // KEYS * KEYS, diagonal)
     if WINDOW:
         first = tl.maximum(prefix + offset - WINDOW + 1, 0) // KEYS * KEYS
@@ -546,8 +546,8 @@ def _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, 
 
 @jit
 def _dq(q, k, v, tiles_k, tiles_v, out, dout, lse, delta, dq_out, table, tiles, N, scale, H: tl.constexpr,
-        K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr,
-        KEYS: tl.constexpr, TMA: tl.constexpr):
+        K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr):
     """dQ of a tile of queries, and its delta, which `_dkdv` reads."""
     head = tl.program_id(0)
     start, length, trunk, prefix, offset, _ = _segment(table, tiles + 2 * tl.program_id(1))
@@ -597,7 +597,7 @@ def _dkdv(k, v, q, dout, lse, delta, dk_out, dv_out, table, tiles, N, scale, par
         if WINDOW:
             last = tl.minimum(last, prefix + offset + KEYS - 1 + WINDOW - branch)
             clear = first  # nowhere: both walks have masks
-        # The blocks of the reader that are whole: the rest of it, at clear + blocks, goes with those before `clear`.
+        # Whole blocks of the reader begin at `clear`; what is left of it behind them goes with the blocks before them.
         blocks = tl.maximum(tl.minimum(last - clear + QUERIES - 1, reader_length - clear), 0) // QUERIES * QUERIES
         for head in range(kv_head * (H // K) + part * part_heads,
                           kv_head * (H // K) + tl.minimum(part * part_heads + part_heads, H // K)):
@@ -607,7 +607,7 @@ def _dkdv(k, v, q, dout, lse, delta, dk_out, dv_out, table, tiles, N, scale, par
             dk, dv = _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, places, reader_start, reader_length,
                                 branch, clear, clear + blocks, 0, 0, N, scale, head, H, E, WIDTH, WINDOW,
                                 SOFTCAP, QUERIES, False, WINDOW > 0, TMA)
-    # Read again (volatile, or the compiler would merge the loads): kept until here these numbers cost a spill.
+    # Read again (volatile, or the compiler would merge the loads): kept until here these numbers made registers spill.
     tile = tiles + 5 * tl.program_id(1)
     rows = tl.load(tile + 1, volatile=True) + tl.arange(0, KEYS)
     inside = rows < tl.load(table + 6 * tl.load(tile, volatile=True) + 1, volatile=True)
@@ -617,8 +617,8 @@ def _dkdv(k, v, q, dout, lse, delta, dk_out, dv_out, table, tiles, N, scale, par
 
 
 @jit
-def _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, start, length, branch, first, last, gap, skipped,
-               N, scale, head, H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
+def _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, start, length, branch, first, last, gap,
+               skipped, N, scale, head, H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
                SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, EDGE: tl.constexpr, MASKED: tl.constexpr,
                TMA: tl.constexpr):
     """dK += dS^T q and dV += P^T dO over the queries first .. last - 1 of a reader, or at its edges over as many, those

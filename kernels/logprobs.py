@@ -12,8 +12,9 @@ The PyTorch version walks over rows in chunks of CHUNK_BYTES of logits and keeps
 rows as fit in KEEP_BYTES: then the backward is two matmuls, whatever g is. The logits of the other rows are computed
 again in the backward, 8 M D V operations instead of 6. Without gradients nothing is kept.
 
-The Triton version keeps L = logsumexp(z) and H and always recomputes: 8 M D V operations, or 6 for a frozen W. As in
-Wijmans et al. 2024 (arXiv:2411.09009) a tile of logits only ever lives in registers:
+The Triton version keeps L = logsumexp(z) and H, and of as many columns as fit in KEPT_BYTES p, times a factor that is
+1 for the largest so far, rounded to the dtype of h: 6 M D V operations for those and 8 for the others, or 4 and 6 for a
+frozen W. As in Wijmans et al. 2024 (arXiv:2411.09009) a tile of logits only ever lives in registers:
 
     forward   one program per 128 tokens and BLOCKS tiles of W  max z, sum e^(z - max), sum e^(z - max) (z - max)
     combine   the programs of a token, in order                 logprob, H, L
@@ -200,7 +201,8 @@ COMBINE = dict(BLOCK_M=32, BLOCK_S=32, num_warps=4, num_stages=2)  # tokens, and
 GROUP = 8                      # blocks of tokens that run side by side: W is read from memory M / 1024 times
 SLICE = 8192                   # rows of W at a time
 WORKSPACE_BYTES = 256 * 2**20  # of dz
-KEPT_BYTES = {80: 0, 90: 2**30, 100: 2**30}  # of probabilities, by architecture; 0: all computed again
+# Of probabilities, by architecture; 0: all computed again. sm_80 is also small GPUs; sm_100 spills with the entropy.
+KEPT_BYTES = {80: 0, 90: 2**30, 100: 0}
 ERROR = dict(BLOCK_M=16, num_warps=4, num_stages=1)  # rows of probabilities at a time
 
 
@@ -226,9 +228,9 @@ class _TileLogprobs(torch.autograd.Function):
         for a, b in _slices(vocab, columns, step):
             part, keeping = weight[a:b].to(hidden.dtype).contiguous(), a < columns
             grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(len(part), reach),)
-            launch(_forward, grid, hidden, part, targets - a, partials[a // reach :], logits,
-                   kept[:, a:] if keeping else None, peaks[a // tiles["BLOCK_V"] :] if keeping else None,
-                   count, len(part), width, kept.shape[1], KEEP=keeping, **options, **tiles)
+            places = (kept[:, a:], peaks[a // tiles["BLOCK_V"] :]) if keeping else (None, None)
+            launch(_forward, grid, hidden, part, targets - a, partials[a // reach :], logits, *places, count, len(part),
+                   width, kept.shape[1], KEEP=keeping, **options, **(_keeping(tiles) if keeping else tiles))
         grid = (triton.cdiv(count, COMBINE["BLOCK_M"]),)
         launch(_combine, grid, partials, logits, logprobs, lse, entropies, count, len(partials), ENTROPY=entropy,
                **COMBINE)
@@ -279,6 +281,11 @@ def _slices(vocab: int, columns: int, step: int) -> list[tuple[int, int]]:
 
 def _tiles(config: dict, softcap: float | None) -> dict:
     return config | {"BLOCK_V": min(config["BLOCK_V"], NARROW)} if softcap else config
+
+
+def _keeping(tiles: dict) -> dict:
+    """With a stage less, whose shared memory the tile of probabilities takes on its way out."""
+    return tiles | {"num_stages": tiles["num_stages"] - 1}
 
 
 def _setting(hidden: Tensor, temperature: float, softcap: float | None, entropy: bool) -> tuple[dict, dict]:
@@ -353,7 +360,7 @@ def _forward(hidden, weight, targets, partials, logits, kept, peaks, M, V, D, st
         top = peak
         if KEEP:
             probabilities.store([block * BLOCK_M, column], p.to(kept.dtype.element_ty))
-            tl.store(peaks + (column // BLOCK_V).to(tl.int64) * M + rows, peak, mask=rows < M)
+            tl.store(peaks + tl.cast(column // BLOCK_V, tl.int64) * M + rows, peak, mask=rows < M)
     plane = partials + part.to(tl.int64) * (2 + ENTROPY) * M + rows
     tl.store(plane, top, mask=rows < M)
     tl.store(plane + M, total, mask=rows < M)

@@ -18,7 +18,8 @@ def attention_builds(sm: int) -> list[Build]:
     for width, window, softcap, dtype in variants:
         variant = f"E {width}" + ", window" * bool(window) + ", softcap" * bool(softcap) + ", fp32" * (dtype == "fp32")
         shape = {"H": 32, "K": 8, "E": width, "WIDTH": width, "WINDOW": window, "SOFTCAP": softcap}
-        inputs = dict.fromkeys(("q", "k", "v"), "*" + dtype) | {"table": "*i32", "tiles": "*i32", "N": "i32", "scale": "fp32"}
+        inputs = dict.fromkeys(("q", "k", "v"), "*" + dtype) | dict.fromkeys(("table", "tiles"), "*i32")
+        inputs |= {"N": "i32", "scale": "fp32"}
         upstream = {"dout": "*" + dtype, "lse": "*fp32", "delta": "*fp32"}
         kernels = (("forward", attention._forward, {"out": "*" + dtype, "lse": "*fp32"}),
                    ("dQ", attention._dq, upstream | {"out": "*" + dtype, "dq_out": "*" + dtype}),
@@ -74,9 +75,9 @@ def fused_builds(sm: int) -> list[Build]:
 def logprobs_builds(sm: int) -> list[Build]:
     """bf16, and fp32 in its smaller tiles."""
     found = []
-    known = {"M": "i32", "V": "i32:16", "D": "i32:16", "stride": "i32:16", "parts": "i32", "scale": "fp32"}
+    known = {"M": "i32", "V": "i32:16", "D": "i32:16", "stride": "i32:16", "kept_stride": "i32:16", "parts": "i32", "scale": "fp32"}
     known |= {"targets": "*i64", "GROUP": logprobs.GROUP}
-    known |= dict.fromkeys(("partials", "logits", "logprobs", "lse", "entropies", "g", "g_entropy"), "*fp32")
+    known |= dict.fromkeys(("partials", "logits", "logprobs", "lse", "entropies", "g", "g_entropy", "peaks"), "*fp32")
     variants = (("bf16", logprobs.CONFIGS[sm], 0.0), ("bf16", logprobs.CONFIGS[sm], 30.0),
                 ("fp32", logprobs.FLOAT32, 30.0))
     for entropy in (False, True):
@@ -84,14 +85,20 @@ def logprobs_builds(sm: int) -> list[Build]:
         kernels = [(f"combine{suffix}", logprobs._combine, logprobs.COMBINE, "fp32", 0.0)]
         for dtype, config, softcap in variants:
             name = f"{dtype}{suffix}" + ", softcap" * bool(softcap)
-            for kind, kernel in (("forward", logprobs._forward), ("dz", logprobs._dz)):
-                kernels.append((f"{kind}, {name}", kernel, logprobs._tiles(config, softcap), dtype, softcap))
+            tiles = logprobs._tiles(config, softcap)
+            kinds = (("forward", logprobs._forward, {"KEEP": False, "kept": None, "peaks": None}),
+                     ("forward, kept", logprobs._forward, logprobs._keeping(tiles) | {"KEEP": True}),
+                     ("dz", logprobs._dz, {}), ("dz, kept", logprobs._kept_dz, logprobs.ERROR))
+            for kind, kernel, more in kinds:
+                if not kind.endswith("kept") or dtype == "bf16" and logprobs.KEPT_BYTES[sm]:
+                    kernels.append((f"{kind}, {name}", kernel, tiles | more, dtype, softcap))
         for name, kernel, tiles, dtype, softcap in kernels:
-            values = known | tiles | dict.fromkeys(("hidden", "weight", "dz"), f"*{dtype}")
+            values = known | dict.fromkeys(("hidden", "weight", "dz", "kept"), f"*{dtype}") | tiles
             values |= {"ENTROPY": entropy, "SOFTCAP": softcap}
             arguments = {key: values[key] for key in kernel.arg_names}
-            found.append(Build(f"logprobs {name}", kernel, arguments, tiles["num_warps"], tiles["num_stages"],
-                               dtype == "bf16"))
+            matmul = dtype == "bf16" and kernel is not logprobs._kept_dz
+            found.append(Build(f"logprobs {name}", kernel, arguments, tiles["num_warps"], tiles["num_stages"], matmul,
+                               wide=kernel is logprobs._kept_dz))
     return found
 
 

@@ -233,14 +233,15 @@ def _matmul_t(a: Tensor, b: Tensor) -> Tensor:
 # (queries, keys, warps, stages, TMA) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256),
 # the largest tried whose registers Triton 3.9 does not spill. Triton lays all warps of the scores along the rows of
 # their tile, 16 rows each: with fewer rows (queries, for dK/dV keys) than that, warps compute the same products. They
-# do only in dK/dV of heads of 256, whose sums fit in no other way. The tiles fit thanks to `disable_licm` (without it dK/dV
-# of 64 x 128 spilled 110 times), and because the loads of keys are written out in both `_attend` and `_dq_walk`: with
-# one function for both, dQ spills.
+# do only in dK/dV of heads of 256, whose sums fit in no other way. The tiles fit thanks to `disable_licm` (without it
+# dK/dV of 64 x 128 spilled 110 times), and because the loads of keys are written out in both `_attend` and `_dq_walk`:
+# with one function for both, dQ spills.
 #
-# With TMA the inner loop's tiles are copied by the hardware from a tensor descriptor, without addresses or registers:
-# a program's keys where they are one run of tokens (a trunk's; a leaf's in its trunk), its queries in dK/dV. sm_80 has
-# none. Instructions of sm_90's inner loops at 128 wide for 64 x 128 scores: forward 828 -> 516, dQ 780 -> 642, dK/dV
-# 737 -> 391, which is also loaded a block ahead now. Predicted from that, not measured: POINTERS is the way back.
+# With TMA the inner loops' tiles are copied by the hardware from a tensor descriptor, without addresses or registers:
+# keys where they are one run of tokens (a trunk's own; a leaf's in its trunk), in dK/dV the queries. sm_80 has none.
+# Instructions of sm_90's inner loops, E 128, for 128 keys: forward 828 -> 516, dQ 780 -> 642, dK/dV (of 64 queries)
+# 737 -> 391, loaded a block ahead now. By these counts forward and dK/dV should take 0.8 and 0.65 of the time; nothing
+# of it has run on a GPU yet. POINTERS in a tile is the way back.
 TMA, POINTERS = True, False
 CONFIGS = {
     80: {64: ((128, 64, 8, 3, POINTERS), (64, 32, 4, 2, POINTERS), (32, 64, 4, 2, POINTERS)),

@@ -75,7 +75,7 @@ def fused_builds(sm: int) -> list[Build]:
 def logprobs_builds(sm: int) -> list[Build]:
     """bf16, and fp32 in its smaller tiles."""
     found = []
-    known = {"M": "i32", "V": "i32:16", "D": "i32:16", "stride": "i32:16", "kept_stride": "i32:16", "parts": "i32", "scale": "fp32"}
+    known = dict.fromkeys(("V", "D", "stride", "kept_stride"), "i32:16") | {"M": "i32", "parts": "i32", "scale": "fp32"}
     known |= {"targets": "*i64", "GROUP": logprobs.GROUP}
     known |= dict.fromkeys(("partials", "logits", "logprobs", "lse", "entropies", "g", "g_entropy", "peaks"), "*fp32")
     variants = (("bf16", logprobs.CONFIGS[sm], 0.0), ("bf16", logprobs.CONFIGS[sm], 30.0),

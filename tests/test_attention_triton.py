@@ -134,6 +134,17 @@ def test_a_split_trunk_reads_and_writes_as_an_unsplit_one(small_tiles, monkeypat
         check(layout, 2, 1, 24, window=9)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("name", TREES)
+def test_pointers_load_what_tensor_descriptors_do(small_tiles, monkeypatch, name, window):
+    """The same bits. sm_80 takes pointers, and so do heads whose width is no power of two."""
+    by_descriptors = check(layout_of(*TREES[name]), window=window)
+    monkeypatch.setattr(kernel, "CONFIG_FP32", tuple((*tile[:-1], False) for tile in kernel.CONFIG_FP32))
+    monkeypatch.setattr(kernel, "descriptor", None)  # not called
+    by_pointers = check(layout_of(*TREES[name]), window=window)
+    assert all(torch.equal(a, b) for a, b in zip(by_descriptors, by_pointers, strict=True))
+
+
 def test_fp16(small_tiles):
     check(layout_of(*TREES["a leaf after the first token"]), dtype=torch.float16)
 

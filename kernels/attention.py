@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import architecture, descriptor, jit, launch, on_triton, tl, without_onednn
+from kernels import allocate_descriptors, architecture, descriptor, jit, launch, on_triton, tl, without_onednn
 from kernels.layout import Layout
 
 
@@ -258,6 +258,12 @@ SOFTCAPPED = {  # where the softcap's slope would spill
     (90, 128): ((128, 64, 8, 3, TMA), (128, 64, 8, 3, TMA), (32, 128, 8, 2, TMA)),
     (90, 256): ((128, 64, 8, 2, TMA), (128, 32, 8, 1, TMA), (16, 64, 8, 2, TMA)),
 }
+# The forward of trunks with specialised warps (queries, keys, warps, stages): one warp copies, two groups of four
+# compute half the queries each, one's products beside the other's softmax. For 128 keys the tile above takes 2,048 cycles of
+# products, then 1,032 of other instructions; this one the larger of 2,048 and 1,402. It compiles (12 warps, 168
+# registers, none spilled), but a fault in it could be a hang, and it has not run on a GPU: True to try it.
+SPECIALISED = False
+TRUNKS = {(90, 64): (128, 128, 4, 2), (90, 128): (128, 128, 4, 2)}
 PROGRAMS = 264   # that keep an H100 or H200 busy: two per multiprocessor
 MOST_PARTS = 16  # of one tile of keys
 CONFIG_FP32 = ((16, 16, 8, 1, TMA),) * 3  # no matrix units: for tests, not for speed
@@ -273,9 +279,18 @@ class _TileAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)  # [H, N], L of the header
         options = _options(config[0], q, k, window, softcap)
-        table, tiles = tile_list(layout, options["QUERIES"], window)
+        trunks = SPECIALISED and options["TMA"] and TRUNKS.get((architecture(q.device), q.shape[-1]))
+        if trunks:
+            allocate_descriptors()
+            special = _options((*trunks, TMA), q, k, window, softcap)
+            del special["TMA"], special["WIDTH"]
+            table, tiles = tile_list(layout, special["QUERIES"], window, "trunks")
+            launch(_forward_trunk, (q.shape[1], len(tiles)), q, k, v, out, lse, table, tiles, len(q), scale, **special)
+        table, tiles = tile_list(layout, options["QUERIES"], window, "leaves" if trunks else "all")
         sources = _source(options["TMA"], options["KEYS"], k, v)
-        launch(_forward, (q.shape[1], len(tiles)), q, k, v, *sources, out, lse, table, tiles, len(q), scale, **options)
+        if len(tiles):
+            launch(_forward, (q.shape[1], len(tiles)), q, k, v, *sources, out, lse, table, tiles, len(q), scale,
+                   **options)
         ctx.save_for_backward(q, k, v, out, lse)
         lists = ()
         if any(ctx.needs_input_grad):  # made here: copying them to the device during the backward would stall it
@@ -341,17 +356,19 @@ def _source(tma: bool, rows: int, *tensors: Tensor) -> list:
     return [descriptor(x.flatten(1), [rows, x.shape[-1]]) if tma else x for x in tensors]
 
 
-def tile_list(layout: Layout, size: int, window: int | None) -> tuple[Tensor, Tensor]:
-    """The segments [S, 6] and the tiles of `size` queries [T, 2] (segment, first token), int32, most work first."""
-    if ("tiles", size, window) not in layout.plans:
-        table = torch.stack([layout.start, layout.length, layout.trunk_start, layout.prefix,
-                             layout.first_child, layout.last_child], 1)
+def tile_list(layout: Layout, size: int, window: int | None, of: str = "all") -> tuple[Tensor, Tensor]:
+    """The segments [S, 6] and the tiles of `size` queries [T, 2] (segment, first token), int32, most work first; `of`
+    all segments, or only of "trunks" or "leaves"."""
+    key = "tiles", size, window, of
+    if key not in layout.plans:
+        run = torch.where(layout.prefix > 0, layout.trunk_start, layout.start)  # where a path begins
+        table = torch.stack([layout.start, layout.length, run, layout.prefix, layout.first_child, layout.last_child], 1)
         tiles = [(-min(prefix + first, window or prefix + first), s, first)
                  for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True))
-                 for first in range(0, length, size)]
+                 if of == "all" or (prefix > 0) == (of == "leaves") for first in range(0, length, size)]
         listed = torch.tensor([tile[1:] for tile in sorted(tiles)], dtype=torch.int32)
-        layout.plans["tiles", size, window] = table.to(torch.int32).contiguous(), listed.to(table.device)
-    return layout.plans["tiles", size, window]
+        layout.plans[key] = table.to(torch.int32).contiguous(), listed.to(table.device)
+    return layout.plans[key]
 
 
 def key_tile_list(layout: Layout, size: int, window: int | None, kv_heads: int) -> tuple[Tensor, list[Tensor]]:
@@ -500,6 +517,43 @@ def _forward(q, k, v, tiles_k, tiles_v, out, lse, table, tiles, N, scale, H: tl.
     acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, diagonal, end,
                                   scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True, False)
     _write_rows(out, start + rows, inside, head, acc / total[:, None], H, E, WIDTH)
+    tl.store(lse + (start + rows).to(tl.int64) + head * N, largest + tl.log2(total), mask=inside)
+
+
+@jit
+def _forward_trunk(q, k, v, out, lse, table, tiles, N, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+                   WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """`_forward` for trunks as Triton can specialise its warps: one loop, with masks on all blocks, no pointers in it.
+
+    The descriptors end where the segment does, so that what follows it is read as 0.
+    """
+    head, group = tl.program_id(0), tl.program_id(0) // (H // K)
+    start, length, trunk, prefix, offset, number = _segment(table, tiles + 2 * tl.program_id(1))
+    begin = start.to(tl.int64)
+    q = tl.make_tensor_descriptor(q + (begin * H + head) * E, [length, E], [H * E, 1], [QUERIES, E])
+    k = tl.make_tensor_descriptor(k + (begin * K + group) * E, [length, E], [K * E, 1], [KEYS, E])
+    v = tl.make_tensor_descriptor(v + (begin * K + group) * E, [length, E], [K * E, 1], [KEYS, E])
+    rows, queries = offset + tl.arange(0, QUERIES), q.load([offset, 0])
+    acc = tl.zeros([QUERIES, E], tl.float32)
+    largest, total = tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32)
+    first = tl.maximum(offset - WINDOW + 1, 0) // KEYS * KEYS if WINDOW else 0
+    for j in tl.range(first, tl.minimum(offset + QUERIES, length), KEYS, warp_specialize=True, disable_licm=True):
+        scores = tl.dot(queries, tl.trans(k.load([j, 0])), input_precision="ieee")  # [QUERIES, KEYS]
+        scores, factor, _ = _capped(scores, scale, SOFTCAP)
+        distance = rows[:, None] - (j + tl.arange(0, KEYS))[None, :]
+        seen = distance >= 0
+        if WINDOW:
+            seen = seen & (distance < WINDOW)
+        scores = tl.where(seen, scores, -1e30)
+        higher = tl.maximum(largest, tl.max(scores, 1) * factor)
+        p = tl.exp2(scores * factor - higher[:, None])
+        shrink = tl.exp2(largest - higher)
+        total = total * shrink + tl.sum(p, 1)
+        tile_v = v.load([j, 0])
+        acc = tl.dot(p.to(tile_v.dtype), tile_v, acc * shrink[:, None], input_precision="ieee")
+        largest = higher
+    inside = rows < length
+    _write_rows(out, start + rows, inside, head, acc / total[:, None], H, E, E)
     tl.store(lse + (start + rows).to(tl.int64) + head * N, largest + tl.log2(total), mask=inside)
 
 

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import architecture, jit, launch, missing_rows, on_triton, tl, triton
+from kernels import allocate_descriptors, architecture, jit, launch, missing_rows, on_triton, tl, triton
 
 
 def logprobs_reference(
@@ -290,8 +290,7 @@ def _keeping(tiles: dict) -> dict:
 
 def _setting(hidden: Tensor, temperature: float, softcap: float | None, entropy: bool) -> tuple[dict, dict]:
     """Tile sizes, and the other arguments that the two large kernels share."""
-    # For the programs' tensor descriptors. Set on every call: it holds for one thread, the backward runs in another.
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    allocate_descriptors()
     tiles = _tiles(FLOAT32 if hidden.dtype == torch.float32 else CONFIGS[architecture(hidden.device)], softcap)
     scale = 1 / (temperature * math.log(2))
     return tiles, {"scale": scale, "SOFTCAP": softcap or 0.0, "ENTROPY": entropy, "GROUP": GROUP}

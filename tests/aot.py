@@ -87,7 +87,7 @@ def compiled(build: Build, sm: int) -> dict:
         options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": build.fusion}
         kernel = triton.compile(source(build), target=GPUTarget("cuda", sm, 32), options=options)
     return {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps,
-            "serialized": "wgmma" in log.getvalue(), **counts(kernel, sm)}
+            "serialized": "wgmma" in log.getvalue(), **counts(kernel, sm, build.warps)}
 
 
 def products(opcodes: Counter, ttgir: str, warps: int) -> float | None:
@@ -103,8 +103,8 @@ def products(opcodes: Counter, ttgir: str, warps: int) -> float | None:
     return round(done / needed, 2) if needed and done else None
 
 
-def counts(kernel, sm: int) -> dict:
-    """Registers and instructions of a compiled kernel, from its disassembly."""
+def counts(kernel, sm: int, warps: int) -> dict:
+    """Registers and instructions of a kernel compiled for so many warps that compute, from its disassembly."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -119,7 +119,7 @@ def counts(kernel, sm: int) -> dict:
 
     return {"registers": max(int(n) for n in re.findall(r"REG:(\d+)", listing)), "spills": count(r"(LDL|STL)(\..*)?"),
             "matrix": count(MATRIX[sm] + r"(\..*)?"),
-            "products": products(opcodes, kernel.asm["ttgir"], kernel.metadata.num_warps),
+            "products": products(opcodes, kernel.asm["ttgir"], warps),
             "hmma": count(r"HMMA(\..*)?"),
             "tma": count(r"(UTMA|UBLK)\w+(\..*)?"), "setmaxreg": count(r"USETMAXREG(\..*)?"),
             "loads": count(r"(LDG|LDGSTS)\..*"), "wide_loads": count(r"(LDG|LDGSTS)\..*(128|256)(\..*)?"),

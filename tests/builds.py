@@ -31,6 +31,12 @@ def attention_builds(sm: int) -> list[Build]:
             rows, tiled = (queries, ("q", "dout")) if name == "dK dV" else (keys, ("tiles_k", "tiles_v"))
             arguments |= dict.fromkeys(tiled, f"tensordesc<{dtype}[{rows}, {width}]>" if tma else "*" + dtype)
             found.append(Build(f"attention {name}, {variant}", kernel, arguments, warps, stages, dtype == "bf16"))
+        if dtype == "bf16" and (sm, width) in attention.TRUNKS:
+            queries, keys, warps, stages = attention.TRUNKS[sm, width]
+            values = inputs | kernels[0][2] | shape | {"QUERIES": queries, "KEYS": keys}
+            arguments = {argument: values[argument] for argument in attention._forward_trunk.arg_names}
+            found.append(Build(f"attention forward of trunks, {variant}", attention._forward_trunk, arguments, warps,
+                               stages, matmul=True))
     return found
 
 

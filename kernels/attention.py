@@ -259,9 +259,9 @@ SOFTCAPPED = {  # where the softcap's slope would spill
     (90, 256): ((128, 64, 8, 2, TMA), (128, 32, 8, 1, TMA), (16, 64, 8, 2, TMA)),
 }
 # The forward of trunks with specialised warps (queries, keys, warps, stages): one warp copies, two groups of four
-# compute half the queries each, one's products beside the other's softmax. For 128 keys the tile above takes 2,048 cycles of
-# products, then 1,032 of other instructions; this one the larger of 2,048 and 1,402. It compiles (12 warps, 168
-# registers, none spilled), but a fault in it could be a hang, and it has not run on a GPU: True to try it.
+# compute half the queries each, one's products beside the other's softmax. For 128 keys the tile above takes 2,048
+# cycles of products, then 1,032 of other instructions; this one the larger of 2,048 and 1,402. It compiles (12 warps,
+# 168 registers, none spilled), but a fault in it could be a hang, and it has not run on a GPU: True to try it.
 SPECIALISED = False
 TRUNKS = {(90, 64): (128, 128, 4, 2), (90, 128): (128, 128, 4, 2)}
 PROGRAMS = 264   # that keep an H100 or H200 busy: two per multiprocessor

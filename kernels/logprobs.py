@@ -411,7 +411,7 @@ def _dz(hidden, weight, targets, lse, entropies, g, g_entropy, dz, M, V, D, stri
     target = tl.load(targets + rows, mask=rows < M, other=-1).to(tl.int32)[:, None]
     logp = z - tl.load(lse + rows, mask=rows < M, other=0.0)[:, None]  # base 2
     columns = part * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-    d = _error(tl.exp2(logp), logp, z, columns == target, rows, entropies, g, g_entropy, M, scale, SOFTCAP, ENTROPY)
+    d = _dz_tile(tl.exp2(logp), logp, z, columns == target, rows, entropies, g, g_entropy, M, scale, SOFTCAP, ENTROPY)
     out.store([block * BLOCK_M, part * BLOCK_V], d.to(dz.dtype.element_ty))
 
 
@@ -432,12 +432,12 @@ def _kept_dz(kept, peaks, targets, logprobs, lse, entropies, g, g_entropy, dz, M
     hit = columns == target
     logp = tl.where(hit, at_target, tl.log2(tl.maximum(p, 1e-38)) + shift)
     p = tl.where(hit, tl.exp2(at_target), p * tl.exp2(shift))
-    d = _error(p, logp, logp + total, hit, rows, entropies, g, g_entropy, M, scale, SOFTCAP, ENTROPY)
+    d = _dz_tile(p, logp, logp + total, hit, rows, entropies, g, g_entropy, M, scale, SOFTCAP, ENTROPY)
     tl.store(dz + rows.to(tl.int64)[:, None] * stride + columns, d.to(dz.dtype.element_ty), mask=inside)
 
 
 @jit
-def _error(p, logp, z, hit, rows, entropies, g, g_entropy, M, scale, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
+def _dz_tile(p, logp, z, hit, rows, entropies, g, g_entropy, M, scale, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
     """dz / d(h W^T) times dz of the header from p, log2 p, z / ln 2 and where the target is, for a tile's rows."""
     LN2: tl.constexpr = 0.6931471805599453
     at_target = tl.load(g + rows, mask=rows < M, other=0.0)[:, None] * scale * LN2

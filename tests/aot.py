@@ -262,8 +262,8 @@ def main(builds: Callable[[int], list[Build]]) -> int:
     def entry(name: str, sm: int) -> dict:
         return baseline.get(version, {}).get(name, {}).get(str(sm), {})
 
-    for function in {part for build, _ in todo for part in vars(sys.modules[build.kernel.__module__]).values()
-                     if hasattr(part, "starting_line_number")}:
+    for function in [part for build, _ in todo for part in vars(sys.modules[build.kernel.__module__]).values()
+                     if hasattr(part, "starting_line_number")]:  # in a set it would have its key already
         function.starting_line_number = 0  # or a line added above a kernel would change its key
     rows = []
     for row in inspect_all([(build, sm, entry(build.name, sm), given.all) for build, sm in todo], given.workers):

@@ -255,6 +255,7 @@ CONFIGS = {
           256: ((128, 32, 8, 2, TMA), (128, 32, 8, 2, TMA), (64, 64, 8, 1, TMA))},
 }
 SOFTCAPPED = {  # where the softcap's slope would spill
+    (80, 64): ((128, 64, 8, 3, POINTERS), (64, 32, 4, 2, POINTERS), (32, 64, 4, 3, POINTERS)),
     (90, 128): ((128, 64, 8, 3, TMA), (128, 64, 8, 3, TMA), (32, 128, 8, 2, TMA)),
     (90, 256): ((128, 64, 8, 2, TMA), (128, 32, 8, 1, TMA), (16, 64, 8, 2, TMA)),
 }

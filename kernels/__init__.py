@@ -25,6 +25,18 @@ def jit(function):
     return triton.jit(function) if triton else function
 
 
+def descriptor(x: torch.Tensor, block: list[int]):
+    """x [rows, columns] for `x.load([row, column])` of blocks in a kernel, which the hardware copies; beyond x is 0."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, block)
+
+
+def allocate_descriptors() -> None:
+    """Memory for programs that make tensor descriptors; before each launch, for it holds for the thread alone."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+
+
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """Start a kernel on the GPU of its first argument: by itself Triton takes the thread's current one.
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import architecture, jit, launch, on_triton, tl
+from kernels import allocate_descriptors, architecture, descriptor, jit, launch, on_triton, tl
 from kernels.layout import Layout
 
 
@@ -231,27 +231,44 @@ def _matmul_t(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------- the Triton version
 
-# (queries, keys, warps, stages) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256): the
-# largest tried whose registers Triton 3.9 does not spill. Triton lays all warps of the scores along the rows of their
-# tile, 16 rows each: with fewer rows (queries, for dK/dV keys) than that, warps compute the same products. They do only
-# in dK/dV of heads of 256, whose sums fit in no other way. The tiles fit thanks to `disable_licm` (without it dK/dV
-# of 64 x 128 spilled 110 times), and because the loads of keys are written out in both `_attend` and `_dq_walk`: with
-# one function for both, dQ spills.
+# (queries, keys, warps, stages, TMA) of the forward, dQ and dK/dV, by architecture and head width (up to 64, 128, 256),
+# the largest tried whose registers Triton 3.9 does not spill. Triton lays all warps of the scores along the rows of
+# their tile, 16 rows each: with fewer rows (queries, for dK/dV keys) than that, warps compute the same products. They
+# do only in dK/dV of heads of 256, whose sums fit in no other way. The tiles fit thanks to `disable_licm` (without it
+# dK/dV of 64 x 128 spilled 110 times), and because the loads of keys are written out in both `_attend` and `_dq_walk`:
+# with one function for both, dQ spills.
+#
+# With TMA the inner loops' tiles are copied by the hardware from a tensor descriptor, without addresses or registers:
+# keys where they are one run of tokens (a trunk's own; a leaf's in its trunk), in dK/dV the queries. sm_80 has none.
+# Instructions of sm_90's inner loops, E 128, for 128 keys: forward 828 -> 516, dQ 780 -> 642, dK/dV (of 64 queries)
+# 737 -> 391, loaded a block ahead now. By these counts forward and dK/dV should take 0.8 and 0.65 of the time; nothing
+# of it has run on a GPU yet. POINTERS in a tile is the way back.
+TMA, POINTERS = True, False
 CONFIGS = {
-    80: {64: ((128, 64, 8, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
-         128: ((128, 32, 8, 1), (64, 64, 8, 2), (64, 64, 8, 1)),
-         256: ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1))},
-    90: {64: ((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-         128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 1)),
-         256: ((128, 64, 8, 1), (128, 32, 8, 1), (32, 64, 8, 1))},
-    100: {64: ((128, 128, 8, 3), (128, 64, 8, 2), (64, 128, 8, 1)),
-          128: ((128, 64, 8, 3), (64, 64, 8, 1), (64, 128, 8, 1)),
-          256: ((128, 32, 8, 2), (64, 32, 8, 1), (64, 64, 8, 1))},
+    80: {64: ((128, 64, 8, 3, POINTERS), (64, 32, 4, 2, POINTERS), (32, 64, 4, 2, POINTERS)),
+         128: ((128, 32, 8, 1, POINTERS), (64, 64, 8, 2, POINTERS), (64, 64, 8, 1, POINTERS)),
+         256: ((64, 64, 8, 1, POINTERS), (64, 64, 8, 1, POINTERS), (32, 32, 8, 1, POINTERS))},
+    90: {64: ((128, 128, 8, 3, TMA), (128, 128, 8, 2, TMA), (64, 128, 8, 2, TMA)),
+         128: ((128, 128, 8, 2, TMA), (128, 64, 8, 3, TMA), (64, 128, 8, 2, TMA)),
+         256: ((128, 64, 8, 2, TMA), (128, 32, 8, 2, TMA), (32, 64, 8, 1, TMA))},
+    100: {64: ((128, 128, 8, 3, TMA), (128, 128, 8, 2, TMA), (64, 128, 8, 1, TMA)),
+          128: ((128, 64, 8, 3, TMA), (64, 64, 8, 2, TMA), (64, 128, 8, 1, TMA)),
+          256: ((128, 32, 8, 2, TMA), (128, 32, 8, 2, TMA), (64, 64, 8, 1, TMA))},
 }
-SOFTCAPPED = {(90, 128): ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 1))}  # where the softcap's slope would spill
+SOFTCAPPED = {  # where the softcap's slope would spill
+    (80, 64): ((128, 64, 8, 3, POINTERS), (64, 32, 4, 2, POINTERS), (32, 64, 4, 3, POINTERS)),
+    (90, 128): ((128, 64, 8, 3, TMA), (128, 64, 8, 3, TMA), (32, 128, 8, 2, TMA)),
+    (90, 256): ((128, 64, 8, 2, TMA), (128, 32, 8, 1, TMA), (16, 64, 8, 2, TMA)),
+}
+# The forward of trunks with specialised warps (queries, keys, warps, stages): one warp copies, two groups of four
+# compute half the queries each, one's products beside the other's softmax. For 128 keys the tile above takes 2,048
+# cycles of products, then 1,032 of other instructions; this one the larger of 2,048 and 1,402. It compiles (12 warps,
+# 168 registers, none spilled), but a fault in it could be a hang, and it has not run on a GPU: True to try it.
+SPECIALISED = False
+TRUNKS = {(90, 64): (128, 128, 4, 2), (90, 128): (128, 128, 4, 2)}
 PROGRAMS = 264   # that keep an H100 or H200 busy: two per multiprocessor
 MOST_PARTS = 16  # of one tile of keys
-CONFIG_FP32 = ((16, 16, 8, 1),) * 3  # no matrix units: for tests, not for speed
+CONFIG_FP32 = ((16, 16, 8, 1, TMA),) * 3  # no matrix units: for tests, not for speed
 
 
 class _TileAttention(torch.autograd.Function):
@@ -262,11 +279,20 @@ class _TileAttention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         config = _config(q, softcap)
         out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)  # [N, H], L of the header
-        queries, keys, warps, stages = config[0]
-        table, tiles = tile_list(layout, queries, window)
-        launch(_forward, (q.shape[1], len(tiles)), q, k, v, out, lse, table, tiles, scale,
-               **_shape(q, k, window, softcap), QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
+        lse = torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)  # [H, N], L of the header
+        options = _options(config[0], q, k, window, softcap)
+        trunks = SPECIALISED and options["TMA"] and TRUNKS.get((architecture(q.device), q.shape[-1]))
+        if trunks:
+            allocate_descriptors()
+            special = _options((*trunks, TMA), q, k, window, softcap)
+            del special["TMA"], special["WIDTH"]
+            table, tiles = tile_list(layout, special["QUERIES"], window, "trunks")
+            launch(_forward_trunk, (q.shape[1], len(tiles)), q, k, v, out, lse, table, tiles, len(q), scale, **special)
+        table, tiles = tile_list(layout, options["QUERIES"], window, "leaves" if trunks else "all")
+        sources = _source(options["TMA"], options["KEYS"], k, v)
+        if len(tiles):
+            launch(_forward, (q.shape[1], len(tiles)), q, k, v, *sources, out, lse, table, tiles, len(q), scale,
+                   **options)
         ctx.save_for_backward(q, k, v, out, lse)
         lists = ()
         if any(ctx.needs_input_grad):  # made here: copying them to the device during the backward would stall it
@@ -280,12 +306,13 @@ class _TileAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         ((table, tiles), (key_tiles, shared)), window, softcap, scale, config = ctx.options
         dout = dout.contiguous()
-        shape = _shape(q, k, window, softcap)
         delta, dq = torch.empty_like(lse), torch.empty_like(q)
-        queries, keys, warps, stages = config[1]
-        launch(_dq, (q.shape[1], len(tiles)), q, k, v, out, dout, lse, delta, dq, table, tiles, scale,
-               **shape, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
-        queries, keys, warps, stages = config[2]
+        options = _options(config[1], q, k, window, softcap)
+        sources = _source(options["TMA"], options["KEYS"], k, v)
+        launch(_dq, (q.shape[1], len(tiles)), q, k, v, *sources, out, dout, lse, delta, dq, table, tiles, len(q), scale,
+               **options)
+        options = _options(config[2], q, k, window, softcap)
+        sources = _source(options["TMA"], options["QUERIES"], q, dout)
         # Few KV heads would give too few programs: then the query heads of a group are split, and the parts added up.
         heads, group = k.shape[1], q.shape[1] // k.shape[1]
         parts = min(group, -(-PROGRAMS // (heads * len(key_tiles))))
@@ -293,9 +320,8 @@ class _TileAttention(torch.autograd.Function):
         parts = -(-group // part_heads)
         direct, rows = parts == 1 and not shared, len(k) + sum(map(len, shared))
         found = torch.empty(2, parts, rows, *k.shape[1:], dtype=k.dtype if direct else torch.float32, device=k.device)
-        launch(_dkdv, (heads * parts, len(key_tiles)), q, k, v, dout, lse, delta, *found, table, key_tiles, scale,
-               part_heads, found[0, 0].numel(),
-               **shape, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
+        launch(_dkdv, (heads * parts, len(key_tiles)), k, v, *sources, lse, delta, *found, table, key_tiles, len(q),
+               scale, part_heads, found[0, 0].numel(), **options)
         found, row = found[:, 0] if direct else found.sum(1), len(k)
         for tokens in shared:
             found[:, tokens] += found[:, row : row + len(tokens)]
@@ -316,24 +342,35 @@ def tile_sizes(sm: int, width: int, softcap: float | None) -> tuple:
     return softcap and SOFTCAPPED.get((sm, width)) or CONFIGS[sm][width]
 
 
-def _shape(q: Tensor, k: Tensor, window: int | None, softcap: float | None) -> dict:
-    """The constants that every kernel is compiled for; WIDTH is E rounded up to a power of two."""
+def _options(config: tuple, q: Tensor, k: Tensor, window: int | None, softcap: float | None) -> dict:
+    """The constants that a kernel is compiled for; WIDTH is E rounded up to a power of two."""
+    queries, keys, warps, stages, tma = config
     width = max(16, 1 << (q.shape[-1] - 1).bit_length())
-    heads = {"H": q.shape[1], "K": k.shape[1], "E": q.shape[-1], "WIDTH": width}
-    return heads | {"WINDOW": window or 0, "SOFTCAP": softcap or 0.0}
+    if tma and q.shape[-1] < width:  # a descriptor of all heads would read on into the next one
+        tma, stages = POINTERS, 1
+    return {"H": q.shape[1], "K": k.shape[1], "E": q.shape[-1], "WIDTH": width, "WINDOW": window or 0,
+            "SOFTCAP": softcap or 0.0, "QUERIES": queries, "KEYS": keys, "TMA": tma, "num_warps": warps,
+            "num_stages": stages}
 
 
-def tile_list(layout: Layout, size: int, window: int | None) -> tuple[Tensor, Tensor]:
-    """The segments [S, 6] and the tiles of `size` queries [T, 2] (segment, first token), int32, most work first."""
-    if ("tiles", size, window) not in layout.plans:
-        table = torch.stack([layout.start, layout.length, layout.trunk_start, layout.prefix,
-                             layout.first_child, layout.last_child], 1)
+def _source(tma: bool, rows: int, *tensors: Tensor) -> list:
+    """[N, heads, E] tensors as what a kernel loads tiles of `rows` tokens from: tensor descriptors, or as they are."""
+    return [descriptor(x.flatten(1), [rows, x.shape[-1]]) if tma else x for x in tensors]
+
+
+def tile_list(layout: Layout, size: int, window: int | None, of: str = "all") -> tuple[Tensor, Tensor]:
+    """The segments [S, 6] and the tiles of `size` queries [T, 2] (segment, first token), int32, most work first; `of`
+    all segments, or only of "trunks" or "leaves"."""
+    key = "tiles", size, window, of
+    if key not in layout.plans:
+        run = torch.where(layout.prefix > 0, layout.trunk_start, layout.start)  # where a path begins
+        table = torch.stack([layout.start, layout.length, run, layout.prefix, layout.first_child, layout.last_child], 1)
         tiles = [(-min(prefix + first, window or prefix + first), s, first)
                  for s, (length, prefix) in enumerate(zip(layout.lengths, layout.prefixes, strict=True))
-                 for first in range(0, length, size)]
+                 if of == "all" or (prefix > 0) == (of == "leaves") for first in range(0, length, size)]
         listed = torch.tensor([tile[1:] for tile in sorted(tiles)], dtype=torch.int32)
-        layout.plans["tiles", size, window] = table.to(torch.int32).contiguous(), listed.to(table.device)
-    return layout.plans["tiles", size, window]
+        layout.plans[key] = table.to(torch.int32).contiguous(), listed.to(table.device)
+    return layout.plans[key]
 
 
 def key_tile_list(layout: Layout, size: int, window: int | None, kv_heads: int) -> tuple[Tensor, list[Tensor]]:
@@ -397,6 +434,15 @@ def _rows(x, tokens, inside, head, HEADS: tl.constexpr, E: tl.constexpr, WIDTH: 
 
 
 @jit
+def _run(x, first, inside, head, COUNT: tl.constexpr, HEADS: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr):
+    """`_rows` of the tokens first .. first + COUNT - 1: one address, and offsets that are constants."""
+    columns = tl.arange(0, WIDTH)
+    at = tl.arange(0, COUNT)[:, None] * (HEADS * E) + columns[None, :]
+    x += (first.to(tl.int64) * HEADS + head) * E
+    return tl.load(x + at, mask=inside[:, None] & (columns < E)[None, :], other=0.0)
+
+
+@jit
 def _write_rows(x, tokens, inside, head, rows, HEADS: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr):
     """Store what `_rows` would load."""
     columns = tl.arange(0, WIDTH)
@@ -422,13 +468,16 @@ def _capped(scores, scale, SOFTCAP: tl.constexpr):
 @jit
 def _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, first, last, scale, head,
             K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-            KEYS: tl.constexpr, MASKED: tl.constexpr):
+            KEYS: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):
     """The keys at places first .. last - 1 of the path: acc += exp(s - largest) v, total += exp(s - largest)."""
     for j in tl.range(first, last, KEYS, disable_licm=True):
         key_places = j + tl.arange(0, KEYS)
         tokens = tl.where(key_places < prefix, trunk + key_places, start - prefix + key_places)
         inside = key_places < end
-        tile_k = _rows(k, tokens, inside, head, K, E, WIDTH)
+        if TMA:
+            tile_k = k.load([trunk + j, head * E])
+        else:
+            tile_k = _rows(k, tokens, inside, head, K, E, WIDTH)
         scores = tl.dot(queries, tl.trans(tile_k), input_precision="ieee")  # [Q, KEYS]
         scores, factor, _ = _capped(scores, scale, SOFTCAP)
         if MASKED:
@@ -441,16 +490,19 @@ def _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, en
         p = tl.exp2(scores * factor - higher[:, None])
         shrink = tl.exp2(largest - higher)
         total = total * shrink + tl.sum(p, 1)
-        tile_v = _rows(v, tokens, inside, head, K, E, WIDTH)
+        if TMA:
+            tile_v = v.load([trunk + j, head * E])
+        else:
+            tile_v = _rows(v, tokens, inside, head, K, E, WIDTH)
         acc = tl.dot(p.to(tile_v.dtype), tile_v, acc * shrink[:, None], input_precision="ieee")
         largest = higher
     return acc, largest, total
 
 
 @jit
-def _forward(q, k, v, out, lse, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-             WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr,
-             KEYS: tl.constexpr):
+def _forward(q, k, v, tiles_k, tiles_v, out, lse, table, tiles, N, scale, H: tl.constexpr, K: tl.constexpr,
+             E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr,
+             KEYS: tl.constexpr, TMA: tl.constexpr):
     head = tl.program_id(0)
     start, length, trunk, prefix, offset, _ = _segment(table, tiles + 2 * tl.program_id(1))
     rows = offset + tl.arange(0, QUERIES)
@@ -459,38 +511,82 @@ def _forward(q, k, v, out, lse, table, tiles, scale, H: tl.constexpr, K: tl.cons
     acc = tl.zeros([QUERIES, WIDTH], tl.float32)
     largest, total = tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32)
     # Blocks of keys that every query sees need no mask; those on the diagonal do, and with a window all do.
-    first, diagonal, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
-    if WINDOW == 0:
-        acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, first,
-                                      diagonal, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
-    acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end,
-                                  diagonal, end, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
+    first, diagonal, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS, TMA)
+    if TMA or WINDOW == 0:
+        acc, largest, total = _attend(queries, places, acc, largest, total, tiles_k, tiles_v, start, trunk, prefix, end,
+                                      first, diagonal, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS,
+                                      WINDOW > 0, TMA)
+    acc, largest, total = _attend(queries, places, acc, largest, total, k, v, start, trunk, prefix, end, diagonal, end,
+                                  scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True, False)
     _write_rows(out, start + rows, inside, head, acc / total[:, None], H, E, WIDTH)
-    tl.store(lse + (start + rows).to(tl.int64) * H + head, largest + tl.log2(total), mask=inside)
+    tl.store(lse + (start + rows).to(tl.int64) + head * N, largest + tl.log2(total), mask=inside)
 
 
 @jit
-def _walk(prefix, offset, length, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def _forward_trunk(q, k, v, out, lse, table, tiles, N, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+                   WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """`_forward` for trunks as Triton can specialise its warps: one loop, with masks on all blocks, no pointers in it.
+
+    The descriptors end where the segment does, so that what follows it is read as 0.
+    """
+    head, group = tl.program_id(0), tl.program_id(0) // (H // K)
+    start, length, trunk, prefix, offset, number = _segment(table, tiles + 2 * tl.program_id(1))
+    begin = start.to(tl.int64)
+    q = tl.make_tensor_descriptor(q + (begin * H + head) * E, [length, E], [H * E, 1], [QUERIES, E])
+    k = tl.make_tensor_descriptor(k + (begin * K + group) * E, [length, E], [K * E, 1], [KEYS, E])
+    v = tl.make_tensor_descriptor(v + (begin * K + group) * E, [length, E], [K * E, 1], [KEYS, E])
+    rows, queries = offset + tl.arange(0, QUERIES), q.load([offset, 0])
+    acc = tl.zeros([QUERIES, E], tl.float32)
+    largest, total = tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32)
+    first = tl.maximum(offset - WINDOW + 1, 0) // KEYS * KEYS if WINDOW else 0
+    for j in tl.range(first, tl.minimum(offset + QUERIES, length), KEYS, warp_specialize=True, disable_licm=True):
+        scores = tl.dot(queries, tl.trans(k.load([j, 0])), input_precision="ieee")  # [QUERIES, KEYS]
+        scores, factor, _ = _capped(scores, scale, SOFTCAP)
+        distance = rows[:, None] - (j + tl.arange(0, KEYS))[None, :]
+        seen = distance >= 0
+        if WINDOW:
+            seen = seen & (distance < WINDOW)
+        scores = tl.where(seen, scores, -1e30)
+        higher = tl.maximum(largest, tl.max(scores, 1) * factor)
+        p = tl.exp2(scores * factor - higher[:, None])
+        shrink = tl.exp2(largest - higher)
+        total = total * shrink + tl.sum(p, 1)
+        tile_v = v.load([j, 0])
+        acc = tl.dot(p.to(tile_v.dtype), tile_v, acc * shrink[:, None], input_precision="ieee")
+        largest = higher
+    inside = rows < length
+    _write_rows(out, start + rows, inside, head, acc / total[:, None], H, E, E)
+    tl.store(lse + (start + rows).to(tl.int64) + head * N, largest + tl.log2(total), mask=inside)
+
+
+@jit
+def _walk(prefix, offset, length, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+          TMA: tl.constexpr):
     """Positions on the path where the keys of a tile begin, where the blocks that need a mask begin, and the end."""
     first = 0
     diagonal = (prefix + offset + 1) // KEYS * KEYS
+    if TMA:  # which needs one run of tokens: a leaf's is in its trunk, the rest goes with the masked blocks
+        diagonal = tl.where(prefix > 0, prefix // KEYS * KEYS, diagonal)
     if WINDOW:
         first = tl.maximum(prefix + offset - WINDOW + 1, 0) // KEYS * KEYS
-        diagonal = first
+        diagonal = tl.maximum(first, diagonal) if TMA else first
     return first, diagonal, prefix + tl.minimum(offset + QUERIES, length)
 
 
 @jit
 def _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, first, last, scale, head,
              K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-             KEYS: tl.constexpr, MASKED: tl.constexpr):
+             KEYS: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):
     """dQ += dS k over the keys at places first .. last - 1 of the path."""
     for j in tl.range(first, last, KEYS, disable_licm=True):
         key_places = j + tl.arange(0, KEYS)
         tokens = tl.where(key_places < prefix, trunk + key_places, start - prefix + key_places)
         inside = key_places < end
-        tile_k = _rows(k, tokens, inside, head, K, E, WIDTH)
-        tile_v = _rows(v, tokens, inside, head, K, E, WIDTH)
+        if TMA:
+            tile_k, tile_v = k.load([trunk + j, head * E]), v.load([trunk + j, head * E])
+        else:
+            tile_k = _rows(k, tokens, inside, head, K, E, WIDTH)
+            tile_v = _rows(v, tokens, inside, head, K, E, WIDTH)
         scores = tl.dot(queries, tl.trans(tile_k), input_precision="ieee")  # [Q, KEYS]
         scores, factor, slope = _capped(scores, scale, SOFTCAP)
         if MASKED:
@@ -506,35 +602,36 @@ def _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, 
 
 
 @jit
-def _dq(q, k, v, out, dout, lse, delta, dq_out, table, tiles, scale, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-        WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def _dq(q, k, v, tiles_k, tiles_v, out, dout, lse, delta, dq_out, table, tiles, N, scale, H: tl.constexpr,
+        K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr):
     """dQ of a tile of queries, and its delta, which `_dkdv` reads."""
     head = tl.program_id(0)
     start, length, trunk, prefix, offset, _ = _segment(table, tiles + 2 * tl.program_id(1))
     rows = offset + tl.arange(0, QUERIES)
     places, inside = prefix + rows, rows < length
-    at = (start + rows).to(tl.int64) * H + head
+    at = (start + rows).to(tl.int64) + head * N
     do, o = _rows(dout, start + rows, inside, head, H, E, WIDTH), _rows(out, start + rows, inside, head, H, E, WIDTH)
     delta_rows = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta + at, delta_rows, mask=inside)
     queries = _rows(q, start + rows, inside, head, H, E, WIDTH)
     lse_rows = tl.load(lse + at, mask=inside, other=0.0)
     dq = tl.zeros([QUERIES, WIDTH], tl.float32)
-    first, diagonal, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS)
-    if WINDOW == 0:
-        dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, first, diagonal,
-                      scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, False)
+    first, diagonal, end = _walk(prefix, offset, length, WINDOW, QUERIES, KEYS, TMA)
+    if TMA or WINDOW == 0:
+        dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, tiles_k, tiles_v, start, trunk, prefix, end, first,
+                      diagonal, scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, WINDOW > 0, TMA)
     dq = _dq_walk(queries, do, lse_rows, delta_rows, places, dq, k, v, start, trunk, prefix, end, diagonal, end,
-                  scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True)
+                  scale, head // (H // K), K, E, WIDTH, WINDOW, SOFTCAP, KEYS, True, False)
     _write_rows(dq_out, start + rows, inside, head, dq * scale, H, E, WIDTH)
 
 
 @jit
-def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, part_heads, size, H: tl.constexpr,
+def _dkdv(k, v, q, dout, lse, delta, dk_out, dv_out, table, tiles, N, scale, part_heads, size, H: tl.constexpr,
           K: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-          QUERIES: tl.constexpr, KEYS: tl.constexpr):
+          QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr):
     """dK and dV of a tile of keys. Part p of the outputs, `size` numbers each, holds what query heads
-    p * part_heads .. of every group contribute."""
+    p * part_heads .. of every group contribute. With TMA q and dout are tensor descriptors."""
     kv_head, part = tl.program_id(0) % K, tl.program_id(0) // K
     tile = tiles + 5 * tl.program_id(1)
     start, length, _, prefix, offset, number = _segment(table, tile)
@@ -548,46 +645,65 @@ def _dkdv(q, k, v, dout, lse, delta, dk_out, dv_out, table, tiles, scale, part_h
         reader_start, reader_length, branch = tl.load(at), tl.load(at + 1), tl.load(at + 3)
         # In its own segment the queries from the tile's first token on see it; in a leaf that branches later, all do.
         own = reader == number
-        first, limit = tl.where(own, offset, 0), tl.where(own, prefix + length, branch)
-        last = tl.where(own | (branch > offset), reader_length, 0)
+        first, last = tl.where(own, offset, 0), tl.where(own | (branch > offset), reader_length, 0)
+        places = tl.where(own | (key_places < branch), key_places, 2**30)  # a leaf sees none behind its prefix
         # Where every query sees every key there is no mask: behind the tile, and in leaves that branch behind it.
         clear = tl.where(own, offset + (KEYS + QUERIES - 1) // QUERIES * QUERIES,
                          tl.where(branch >= offset + KEYS, 0, last))
+        clear = tl.minimum(tl.maximum(first, clear), last)
         if WINDOW:
             last = tl.minimum(last, prefix + offset + KEYS - 1 + WINDOW - branch)
-            clear = last  # all do
+            clear = first  # nowhere: both walks have masks
+        # Whole blocks of the reader begin at `clear`; what is left of it behind them goes with the blocks before them.
+        blocks = tl.maximum(tl.minimum(last - clear + QUERIES - 1, reader_length - clear), 0) // QUERIES * QUERIES
         for head in range(kv_head * (H // K) + part * part_heads,
                           kv_head * (H // K) + tl.minimum(part * part_heads + part_heads, H // K)):
-            dk, dv = _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, reader_start, reader_length,
-                                branch, limit, first, tl.minimum(clear, last), scale, head, H, E, WIDTH, WINDOW,
-                                SOFTCAP, QUERIES, True)
-            if WINDOW == 0:
-                dk, dv = _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, reader_start,
-                                    reader_length, branch, limit, tl.maximum(first, clear), last, scale, head, H, E,
-                                    WIDTH, WINDOW, SOFTCAP, QUERIES, False)
+            dk, dv = _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, places, reader_start, reader_length,
+                                branch, first, last - blocks, clear, blocks, N, scale, head, H, E, WIDTH, WINDOW,
+                                SOFTCAP, QUERIES, True, True, TMA)
+            dk, dv = _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, places, reader_start, reader_length,
+                                branch, clear, clear + blocks, 0, 0, N, scale, head, H, E, WIDTH, WINDOW,
+                                SOFTCAP, QUERIES, False, WINDOW > 0, TMA)
+    # Read again (volatile, or the compiler would merge the loads): kept until here these numbers made registers spill.
+    tile = tiles + 5 * tl.program_id(1)
+    rows = tl.load(tile + 1, volatile=True) + tl.arange(0, KEYS)
+    inside = rows < tl.load(table + 6 * tl.load(tile, volatile=True) + 1, volatile=True)
     row = tl.load(tile + 4) + tl.arange(0, KEYS)
     _write_rows(dk_out + part.to(tl.int64) * size, row, inside, kv_head, dk * scale, K, E, WIDTH)
     _write_rows(dv_out + part.to(tl.int64) * size, row, inside, kv_head, dv, K, E, WIDTH)
 
 
 @jit
-def _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, start, length, branch, limit, first, last,
-               scale, head, H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
-               SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr):
-    """dK += dS^T q and dV += P^T dO over the queries first .. last - 1 of a reader."""
-    for i in tl.range(first, last, QUERIES, disable_licm=True):
+def _dkdv_walk(tile_k, tile_v, dk, dv, q, dout, lse, delta, key_places, start, length, branch, first, last, gap,
+               skipped, N, scale, head, H: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
+               SOFTCAP: tl.constexpr, QUERIES: tl.constexpr, EDGE: tl.constexpr, MASKED: tl.constexpr,
+               TMA: tl.constexpr):
+    """dK += dS^T q and dV += P^T dO over the queries first .. last - 1 of a reader, or at its edges over as many, those
+    from `gap` on `skipped` further."""
+    for i in tl.range(first, last, QUERIES, disable_licm=True, num_stages=1 if EDGE and TMA else None):
+        if EDGE:
+            i = tl.where(i < gap, i, i + skipped)
         rows = i + tl.arange(0, QUERIES)
         real = rows < length
-        queries = _rows(q, start + rows, real, head, H, E, WIDTH)
-        do = _rows(dout, start + rows, real, head, H, E, WIDTH)
-        at = (start + rows).to(tl.int64) * H + head
-        lse_rows = tl.load(lse + at, mask=real, other=0.0)
-        delta_rows = tl.load(delta + at, mask=real, other=0.0)
+        if TMA:
+            queries, do = q.load([start + i, head * E]), dout.load([start + i, head * E])
+            if EDGE:  # what follows the reader may be NaN
+                queries, do = tl.where(real[:, None], queries, 0.0), tl.where(real[:, None], do, 0.0)
+        else:
+            queries = _run(q, start + i, real, head, QUERIES, H, E, WIDTH)
+            do = _run(dout, start + i, real, head, QUERIES, H, E, WIDTH)
+        at = (start + i).to(tl.int64) + head * N
+        columns = tl.arange(0, QUERIES)
+        if EDGE:
+            lse_rows = tl.load(lse + at + columns, mask=real, other=0.0)
+            delta_rows = tl.load(delta + at + columns, mask=real, other=0.0)
+        else:
+            lse_rows, delta_rows = tl.load(lse + at + columns), tl.load(delta + at + columns)
         scores = tl.dot(tile_k, tl.trans(queries), input_precision="ieee")  # [KEYS, QUERIES]
         scores, factor, slope = _capped(scores, scale, SOFTCAP)
         if MASKED:
             distance = (branch + rows)[None, :] - key_places[:, None]
-            seen = (distance >= 0) & (key_places < limit)[:, None]
+            seen = distance >= 0
             if WINDOW:
                 seen = seen & (distance < WINDOW)
             scores = tl.where(seen, scores, -1e30)

@@ -12,8 +12,9 @@ The PyTorch version walks over rows in chunks of CHUNK_BYTES of logits and keeps
 rows as fit in KEEP_BYTES: then the backward is two matmuls, whatever g is. The logits of the other rows are computed
 again in the backward, 8 M D V operations instead of 6. Without gradients nothing is kept.
 
-The Triton version keeps L = logsumexp(z) and H and always recomputes: 8 M D V operations, or 6 for a frozen W. As in
-Wijmans et al. 2024 (arXiv:2411.09009) a tile of logits only ever lives in registers:
+The Triton version keeps L = logsumexp(z) and H, and of as many columns as fit in KEPT_BYTES p, times a factor that is
+1 for the largest so far, rounded to the dtype of h: 6 M D V operations for those and 8 for the others, or 4 and 6 for a
+frozen W. As in Wijmans et al. 2024 (arXiv:2411.09009) a tile of logits only ever lives in registers:
 
     forward   one program per 128 tokens and BLOCKS tiles of W  max z, sum e^(z - max), sum e^(z - max) (z - max)
     combine   the programs of a token, in order                 logprob, H, L
@@ -27,13 +28,14 @@ bytes for dh. If W has another dtype than h, it is rounded to that of h, a slice
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import architecture, jit, launch, missing_rows, on_triton, tl, triton
+from kernels import allocate_descriptors, architecture, jit, launch, missing_rows, on_triton, tl, triton
 
 
 def logprobs_reference(
@@ -70,11 +72,9 @@ def linear_logprobs(
     count, missing = len(hidden), missing_rows(hidden)
     if missing:
         hidden, targets = F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing))
-    if on_triton(hidden) and count:  # no rows: nothing to launch
-        logprobs, entropies = _TileLogprobs.apply(hidden, weight, targets, temperature, softcap, entropy)
-    else:
-        keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-        logprobs, entropies = _LinearLogprobs.apply(hidden, weight, targets, temperature, softcap, entropy, keep)
+    keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    version = _TileLogprobs if on_triton(hidden) and count else _LinearLogprobs  # no rows: nothing to launch
+    logprobs, entropies = version.apply(hidden, weight, targets, temperature, softcap, entropy, keep)
     return logprobs[:count], entropies[:count] if entropy else None
 
 
@@ -201,12 +201,15 @@ COMBINE = dict(BLOCK_M=32, BLOCK_S=32, num_warps=4, num_stages=2)  # tokens, and
 GROUP = 8                      # blocks of tokens that run side by side: W is read from memory M / 1024 times
 SLICE = 8192                   # rows of W at a time
 WORKSPACE_BYTES = 256 * 2**20  # of dz
+# Of probabilities, by architecture; 0: all computed again. sm_80 is also small GPUs; sm_100 spills with the entropy.
+KEPT_BYTES = {80: 0, 90: 2**30, 100: 0}
+ERROR = dict(BLOCK_M=16, num_warps=4, num_stages=1)  # rows of probabilities at a time
 
 
 class _TileLogprobs(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, softcap, entropy):
+    def forward(ctx, hidden, weight, targets, temperature, softcap, entropy, keep):
         hidden, (count, width), vocab = hidden.contiguous(), hidden.shape, len(weight)
         if width * hidden.element_size() % 16:
             raise ValueError(f"hidden is {width} wide in {hidden.dtype}, expected a multiple of 16 bytes: "
@@ -216,55 +219,78 @@ class _TileLogprobs(torch.autograd.Function):
         partials = hidden.new_empty(triton.cdiv(vocab, reach), 2 + entropy, count, dtype=torch.float32)
         logits = torch.full_like(partials[0, 0], float("nan"))  # NaN stays where a target is outside [0, V)
         logprobs, lse, entropies = (torch.empty_like(logits) for _ in range(3))
+        # fp16 could not hold small probabilities.
+        room = KEPT_BYTES[architecture(hidden.device)] if keep and hidden.dtype != torch.float16 else 0
+        columns = min(vocab, room // (hidden.element_size() * count) // reach * reach)
+        kept = hidden.new_empty(count, triton.cdiv(columns, 16) * 16)  # rows start at multiples of 16 bytes
+        peaks = hidden.new_empty(triton.cdiv(columns, tiles["BLOCK_V"]), count, dtype=torch.float32)
         step = vocab if weight.dtype == hidden.dtype else triton.cdiv(SLICE, reach) * reach
-        for a in range(0, vocab, step):
-            part = weight[a : a + step].to(hidden.dtype).contiguous()
+        for a, b in _slices(vocab, columns, step):
+            part, keeping = weight[a:b].to(hidden.dtype).contiguous(), a < columns
             grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(len(part), reach),)
-            launch(_forward, grid, hidden, part, targets - a, partials[a // reach :], logits, count, len(part), width,
-                   **options, **tiles)
+            places = (kept[:, a:], peaks[a // tiles["BLOCK_V"] :]) if keeping else (None, None)
+            launch(_forward, grid, hidden, part, targets - a, partials[a // reach :], logits, *places, count, len(part),
+                   width, kept.shape[1], KEEP=keeping, **options, **(_keeping(tiles) if keeping else tiles))
         grid = (triton.cdiv(count, COMBINE["BLOCK_M"]),)
         launch(_combine, grid, partials, logits, logprobs, lse, entropies, count, len(partials), ENTROPY=entropy,
                **COMBINE)
-        ctx.save_for_backward(hidden, weight, targets, lse, entropies)
-        ctx.options = temperature, softcap, entropy
+        ctx.save_for_backward(hidden, weight, targets, logprobs, lse, entropies, kept, peaks)
+        ctx.options = columns, temperature, softcap, entropy
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, g_entropy):
-        hidden, weight, targets, lse, entropies = ctx.saved_tensors
-        (count, width), vocab = hidden.shape, len(weight)
-        tiles, options = _setting(hidden, *ctx.options)
+        hidden, weight, targets, logprobs, lse, entropies, kept, peaks = ctx.saved_tensors
+        (count, width), vocab, columns = hidden.shape, len(weight), ctx.options[0]
+        tiles, options = _setting(hidden, *ctx.options[1:])
         tiles = {name: size for name, size in tiles.items() if name != "BLOCKS"}
         dhidden = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        g, g_entropy = g.contiguous(), g_entropy.contiguous()
+        upstream = lse, entropies, g.contiguous(), g_entropy.contiguous()
         # Whole tiles of W, or all of a small vocabulary. Rows of dz start at multiples of 16 bytes: descriptors must.
         block = tiles["BLOCK_V"]
         fitting = min(SLICE, WORKSPACE_BYTES // (hidden.element_size() * count)) // block * block
         step = min(max(block, fitting), triton.cdiv(vocab, 16) * 16)
         room = hidden.new_empty(count, step)
-        for a in range(0, vocab, step):
-            part = weight[a : a + step].to(hidden.dtype).contiguous()
-            grid = (triton.cdiv(count, tiles["BLOCK_M"]) * triton.cdiv(len(part), tiles["BLOCK_V"]),)
-            launch(_dz, grid, hidden, part, targets - a, lse, entropies, g, g_entropy, room, count, len(part), width,
-                   step, **options, **tiles)
+        for a, b in _slices(vocab, columns, step):
+            part = weight[a:b].to(hidden.dtype).contiguous()
+            parts = triton.cdiv(len(part), block)
+            if a < columns:
+                grid = triton.cdiv(count, ERROR["BLOCK_M"]), parts
+                launch(_kept_dz, grid, kept[:, a:], peaks[a // block :], targets - a, logprobs, *upstream, room, count,
+                       len(part), kept.shape[1], step, options["scale"], SOFTCAP=options["SOFTCAP"],
+                       ENTROPY=options["ENTROPY"], BLOCK_V=block, **ERROR)
+            else:
+                grid = (triton.cdiv(count, tiles["BLOCK_M"]) * parts,)
+                launch(_dz, grid, hidden, part, targets - a, *upstream, room, count, len(part), width, step, **options,
+                       **tiles)
             dz = room[:, : len(part)]
             if dhidden is not None:
                 _product(dz, part, dhidden, add=a > 0)
             if dweight is not None:
-                _product(dz.t(), hidden, dweight[a : a + step], add=False)
-        return dhidden if dhidden is None else dhidden.to(hidden.dtype), dweight, None, None, None, None
+                _product(dz.t(), hidden, dweight[a:b], add=False)
+        return dhidden if dhidden is None else dhidden.to(hidden.dtype), dweight, None, None, None, None, None
+
+
+def _slices(vocab: int, columns: int, step: int) -> list[tuple[int, int]]:
+    """The vocabulary in slices of `step`, those of the first `columns` apart from the others."""
+    ends = [*range(0, columns, step), *range(columns, vocab, step), vocab]
+    return list(pairwise(ends))
 
 
 def _tiles(config: dict, softcap: float | None) -> dict:
     return config | {"BLOCK_V": min(config["BLOCK_V"], NARROW)} if softcap else config
 
 
+def _keeping(tiles: dict) -> dict:
+    """With a stage less, whose shared memory the tile of probabilities takes on its way out."""
+    return tiles | {"num_stages": tiles["num_stages"] - 1}
+
+
 def _setting(hidden: Tensor, temperature: float, softcap: float | None, entropy: bool) -> tuple[dict, dict]:
     """Tile sizes, and the other arguments that the two large kernels share."""
-    # For the programs' tensor descriptors. Set on every call: it holds for one thread, the backward runs in another.
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    allocate_descriptors()
     tiles = _tiles(FLOAT32 if hidden.dtype == torch.float32 else CONFIGS[architecture(hidden.device)], softcap)
     scale = 1 / (temperature * math.log(2))
     return tiles, {"scale": scale, "SOFTCAP": softcap or 0.0, "ENTROPY": entropy, "GROUP": GROUP}
@@ -302,12 +328,14 @@ def _tile(hidden, weight, row, column, D, scale, SOFTCAP: tl.constexpr,
 
 
 @jit
-def _forward(hidden, weight, targets, partials, logits, M, V, D, scale,
-             SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GROUP: tl.constexpr,
+def _forward(hidden, weight, targets, partials, logits, kept, peaks, M, V, D, stride, scale,
+             KEEP: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GROUP: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr):
     block, part = _place(M, BLOCK_M, GROUP)
     hidden = tl.make_tensor_descriptor(hidden, [M, D], [D, 1], [BLOCK_M, BLOCK_D])
     weight = tl.make_tensor_descriptor(weight, [V, D], [D, 1], [BLOCK_V, BLOCK_D])
+    if KEEP:
+        probabilities = tl.make_tensor_descriptor(kept, [M, V], [stride, 1], [BLOCK_M, BLOCK_V])
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     target = tl.load(targets + rows, mask=rows < M, other=-1).to(tl.int32)
     logit = tl.zeros([BLOCK_M], tl.float32)
@@ -329,6 +357,9 @@ def _forward(hidden, weight, targets, partials, logits, M, V, D, scale,
             moment = (moment + (top - peak) * total) * shrink + tl.sum(p * z, 1)
         total = total * shrink + tl.sum(p, 1)
         top = peak
+        if KEEP:
+            probabilities.store([block * BLOCK_M, column], p.to(kept.dtype.element_ty))
+            tl.store(peaks + tl.cast(column // BLOCK_V, tl.int64) * M + rows, peak, mask=rows < M)
     plane = partials + part.to(tl.int64) * (2 + ENTROPY) * M + rows
     tl.store(plane, top, mask=rows < M)
     tl.store(plane + M, total, mask=rows < M)
@@ -371,7 +402,6 @@ def _dz(hidden, weight, targets, lse, entropies, g, g_entropy, dz, M, V, D, stri
         SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, GROUP: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """dz of the header times dz / d(h W^T), one tile per program."""
-    LN2: tl.constexpr = 0.6931471805599453
     block, part = _place(M, BLOCK_M, GROUP)
     hidden = tl.make_tensor_descriptor(hidden, [M, D], [D, 1], [BLOCK_M, BLOCK_D])
     weight = tl.make_tensor_descriptor(weight, [V, D], [D, 1], [BLOCK_V, BLOCK_D])
@@ -380,14 +410,43 @@ def _dz(hidden, weight, targets, lse, entropies, g, g_entropy, dz, M, V, D, stri
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     target = tl.load(targets + rows, mask=rows < M, other=-1).to(tl.int32)[:, None]
     logp = z - tl.load(lse + rows, mask=rows < M, other=0.0)[:, None]  # base 2
+    columns = part * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    d = _dz_tile(tl.exp2(logp), logp, z, columns == target, rows, entropies, g, g_entropy, M, scale, SOFTCAP, ENTROPY)
+    out.store([block * BLOCK_M, part * BLOCK_V], d.to(dz.dtype.element_ty))
+
+
+@jit
+def _kept_dz(kept, peaks, targets, logprobs, lse, entropies, g, g_entropy, dz, M, V, kept_stride, stride, scale,
+             SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The same from what the forward kept; at the target, where 1 - p would lose what p is rounded by, from logprob."""
+    LN2: tl.constexpr = 0.6931471805599453
+    part = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = part * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    inside = (rows < M)[:, None] & (columns < V)
+    p = tl.load(kept + rows.to(tl.int64)[:, None] * kept_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    target = tl.load(targets + rows, mask=rows < M, other=-1).to(tl.int32)[:, None]
+    total = tl.load(lse + rows, mask=rows < M, other=0.0)[:, None]
+    shift = tl.load(peaks + part.to(tl.int64) * M + rows, mask=rows < M, other=0.0)[:, None] - total
+    at_target = tl.load(logprobs + rows, mask=rows < M, other=0.0)[:, None] / LN2
+    hit = columns == target
+    logp = tl.where(hit, at_target, tl.log2(tl.maximum(p, 1e-38)) + shift)
+    p = tl.where(hit, tl.exp2(at_target), p * tl.exp2(shift))
+    d = _dz_tile(p, logp, logp + total, hit, rows, entropies, g, g_entropy, M, scale, SOFTCAP, ENTROPY)
+    tl.store(dz + rows.to(tl.int64)[:, None] * stride + columns, d.to(dz.dtype.element_ty), mask=inside)
+
+
+@jit
+def _dz_tile(p, logp, z, hit, rows, entropies, g, g_entropy, M, scale, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
+    """dz / d(h W^T) times dz of the header from p, log2 p, z / ln 2 and where the target is, for a tile's rows."""
+    LN2: tl.constexpr = 0.6931471805599453
     at_target = tl.load(g + rows, mask=rows < M, other=0.0)[:, None] * scale * LN2
     everywhere = at_target
     if ENTROPY:
         upstream = tl.load(g_entropy + rows, mask=rows < M, other=0.0)[:, None] * scale * LN2
         everywhere += upstream * (logp * LN2 + tl.load(entropies + rows, mask=rows < M, other=0.0)[:, None])
-    columns = part * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-    d = tl.where(columns == target, at_target, 0.0) - tl.exp2(logp) * everywhere
+    d = tl.where(hit, at_target, 0.0) - p * everywhere
     if SOFTCAP > 0:  # d softcap(x) / dx = 1 - tanh^2
         tanh = z / (scale * SOFTCAP)
         d *= 1 - tanh * tanh
-    out.store([block * BLOCK_M, part * BLOCK_V], d.to(dz.dtype.element_ty))
+    return d

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 BASELINE = Path(__file__).parent / "aot_baseline.json"         # Triton version -> kernel -> sm -> KEPT
 SHARED = {80: 163, 90: 227, 100: 227}                          # KiB of shared memory a block may have
 MATRIX = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC[A-Z0-9]*MMA"}  # the instructions of the matrix units
-TYPE = re.compile(r"\*?(bf16|fp16|fp32|fp64|[iu](1|8|16|32|64))(:16)?")
+TYPE = re.compile(r"\*?(bf16|fp16|fp32|fp64|[iu](1|8|16|32|64))(:16)?|tensordesc<.*>")
 OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.x]*)")
 DOT = re.compile(r"(?:tt\.|warp_group_)dot .*? : \S*?<(\d+)x(\d+)x.* -> tensor<\d+x(\d+)xf32, #mma")  # M, K, N
 GROUPS = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\..*")  # what four warps multiply in one instruction: 64 x N x 16
@@ -87,7 +87,7 @@ def compiled(build: Build, sm: int) -> dict:
         options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": build.fusion}
         kernel = triton.compile(source(build), target=GPUTarget("cuda", sm, 32), options=options)
     return {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps,
-            "serialized": "wgmma" in log.getvalue(), **counts(kernel, sm)}
+            "serialized": "wgmma" in log.getvalue(), **counts(kernel, sm, build.warps)}
 
 
 def products(opcodes: Counter, ttgir: str, warps: int) -> float | None:
@@ -103,8 +103,8 @@ def products(opcodes: Counter, ttgir: str, warps: int) -> float | None:
     return round(done / needed, 2) if needed and done else None
 
 
-def counts(kernel, sm: int) -> dict:
-    """Registers and instructions of a compiled kernel, from its disassembly."""
+def counts(kernel, sm: int, warps: int) -> dict:
+    """Registers and instructions of a kernel compiled for so many warps that compute, from its disassembly."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -119,7 +119,7 @@ def counts(kernel, sm: int) -> dict:
 
     return {"registers": max(int(n) for n in re.findall(r"REG:(\d+)", listing)), "spills": count(r"(LDL|STL)(\..*)?"),
             "matrix": count(MATRIX[sm] + r"(\..*)?"),
-            "products": products(opcodes, kernel.asm["ttgir"], kernel.metadata.num_warps),
+            "products": products(opcodes, kernel.asm["ttgir"], warps),
             "hmma": count(r"HMMA(\..*)?"),
             "tma": count(r"(UTMA|UBLK)\w+(\..*)?"), "setmaxreg": count(r"USETMAXREG(\..*)?"),
             "loads": count(r"(LDG|LDGSTS)\..*"), "wide_loads": count(r"(LDG|LDGSTS)\..*(128|256)(\..*)?"),
@@ -262,8 +262,8 @@ def main(builds: Callable[[int], list[Build]]) -> int:
     def entry(name: str, sm: int) -> dict:
         return baseline.get(version, {}).get(name, {}).get(str(sm), {})
 
-    for function in {part for build, _ in todo for part in vars(sys.modules[build.kernel.__module__]).values()
-                     if hasattr(part, "starting_line_number")}:
+    for function in [part for build, _ in todo for part in vars(sys.modules[build.kernel.__module__]).values()
+                     if hasattr(part, "starting_line_number")]:  # in a set it would have its key already
         function.starting_line_number = 0  # or a line added above a kernel would change its key
     rows = []
     for row in inspect_all([(build, sm, entry(build.name, sm), given.all) for build, sm in todo], given.workers):

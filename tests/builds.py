@@ -18,16 +18,25 @@ def attention_builds(sm: int) -> list[Build]:
     for width, window, softcap, dtype in variants:
         variant = f"E {width}" + ", window" * bool(window) + ", softcap" * bool(softcap) + ", fp32" * (dtype == "fp32")
         shape = {"H": 32, "K": 8, "E": width, "WIDTH": width, "WINDOW": window, "SOFTCAP": softcap}
-        inputs = dict.fromkeys(("q", "k", "v"), "*" + dtype) | {"table": "*i32", "tiles": "*i32", "scale": "fp32"}
+        inputs = dict.fromkeys(("q", "k", "v"), "*" + dtype) | dict.fromkeys(("table", "tiles"), "*i32")
+        inputs |= {"N": "i32", "scale": "fp32"}
         upstream = {"dout": "*" + dtype, "lse": "*fp32", "delta": "*fp32"}
         kernels = (("forward", attention._forward, {"out": "*" + dtype, "lse": "*fp32"}),
                    ("dQ", attention._dq, upstream | {"out": "*" + dtype, "dq_out": "*" + dtype}),
                    ("dK dV", attention._dkdv, upstream | {"dk_out": "*" + dtype, "dv_out": "*" + dtype,
                                                           "part_heads": "i32", "size": "i32:16"}))
         configs = attention.CONFIG_FP32 if dtype == "fp32" else attention.tile_sizes(sm, width, softcap)
-        for (name, kernel, added), (queries, keys, warps, stages) in zip(kernels, configs, strict=True):
-            arguments = inputs | added | shape | {"QUERIES": queries, "KEYS": keys}
+        for (name, kernel, added), (queries, keys, warps, stages, tma) in zip(kernels, configs, strict=True):
+            arguments = inputs | added | shape | {"QUERIES": queries, "KEYS": keys, "TMA": tma}
+            rows, tiled = (queries, ("q", "dout")) if name == "dK dV" else (keys, ("tiles_k", "tiles_v"))
+            arguments |= dict.fromkeys(tiled, f"tensordesc<{dtype}[{rows}, {width}]>" if tma else "*" + dtype)
             found.append(Build(f"attention {name}, {variant}", kernel, arguments, warps, stages, dtype == "bf16"))
+        if dtype == "bf16" and (sm, width) in attention.TRUNKS:
+            queries, keys, warps, stages = attention.TRUNKS[sm, width]
+            values = inputs | kernels[0][2] | shape | {"QUERIES": queries, "KEYS": keys}
+            arguments = {argument: values[argument] for argument in attention._forward_trunk.arg_names}
+            found.append(Build(f"attention forward of trunks, {variant}", attention._forward_trunk, arguments, warps,
+                               stages, matmul=True))
     return found
 
 
@@ -72,9 +81,9 @@ def fused_builds(sm: int) -> list[Build]:
 def logprobs_builds(sm: int) -> list[Build]:
     """bf16, and fp32 in its smaller tiles."""
     found = []
-    known = {"M": "i32", "V": "i32:16", "D": "i32:16", "stride": "i32:16", "parts": "i32", "scale": "fp32"}
+    known = dict.fromkeys(("V", "D", "stride", "kept_stride"), "i32:16") | {"M": "i32", "parts": "i32", "scale": "fp32"}
     known |= {"targets": "*i64", "GROUP": logprobs.GROUP}
-    known |= dict.fromkeys(("partials", "logits", "logprobs", "lse", "entropies", "g", "g_entropy"), "*fp32")
+    known |= dict.fromkeys(("partials", "logits", "logprobs", "lse", "entropies", "g", "g_entropy", "peaks"), "*fp32")
     variants = (("bf16", logprobs.CONFIGS[sm], 0.0), ("bf16", logprobs.CONFIGS[sm], 30.0),
                 ("fp32", logprobs.FLOAT32, 30.0))
     for entropy in (False, True):
@@ -82,14 +91,20 @@ def logprobs_builds(sm: int) -> list[Build]:
         kernels = [(f"combine{suffix}", logprobs._combine, logprobs.COMBINE, "fp32", 0.0)]
         for dtype, config, softcap in variants:
             name = f"{dtype}{suffix}" + ", softcap" * bool(softcap)
-            for kind, kernel in (("forward", logprobs._forward), ("dz", logprobs._dz)):
-                kernels.append((f"{kind}, {name}", kernel, logprobs._tiles(config, softcap), dtype, softcap))
+            tiles = logprobs._tiles(config, softcap)
+            kinds = (("forward", logprobs._forward, {"KEEP": False, "kept": None, "peaks": None}),
+                     ("forward, kept", logprobs._forward, logprobs._keeping(tiles) | {"KEEP": True}),
+                     ("dz", logprobs._dz, {}), ("dz, kept", logprobs._kept_dz, logprobs.ERROR))
+            for kind, kernel, more in kinds:
+                if not kind.endswith("kept") or dtype == "bf16" and logprobs.KEPT_BYTES[sm]:
+                    kernels.append((f"{kind}, {name}", kernel, tiles | more, dtype, softcap))
         for name, kernel, tiles, dtype, softcap in kernels:
-            values = known | tiles | dict.fromkeys(("hidden", "weight", "dz"), f"*{dtype}")
+            values = known | dict.fromkeys(("hidden", "weight", "dz", "kept"), f"*{dtype}") | tiles
             values |= {"ENTROPY": entropy, "SOFTCAP": softcap}
             arguments = {key: values[key] for key in kernel.arg_names}
-            found.append(Build(f"logprobs {name}", kernel, arguments, tiles["num_warps"], tiles["num_stages"],
-                               dtype == "bf16"))
+            matmul = dtype == "bf16" and kernel is not logprobs._kept_dz
+            found.append(Build(f"logprobs {name}", kernel, arguments, tiles["num_warps"], tiles["num_stages"], matmul,
+                               wide=kernel is logprobs._kept_dz))
     return found
 
 

@@ -110,6 +110,19 @@ def builds(sm):
     assert ", 1 compiled: 1 failed, 0 without a baseline" in lines[2] and lines[3] == "failed: other sm_80"
 
 
+def test_a_line_added_above_a_kernel_compiles_nothing(tmp_path):
+    toy = """
+@triton.jit
+def triple(a, b, BLOCK: tl.constexpr):
+    tl.store(b + tl.arange(0, BLOCK), tl.load(a + tl.arange(0, BLOCK)) * 3)
+
+def builds(sm):
+    return [Build("triple", triple, dict(a="*bf16", b="*bf16", BLOCK=1024), 4, 1)] if sm == 80 else []
+"""
+    assert ", 1 compiled: 0 failed" in run_toy(toy, tmp_path, "--write")[1][1]
+    assert ", 0 compiled: 0 failed" in run_toy("# a line\n" + toy, tmp_path)[1][1]
+
+
 def test_a_baseline_that_is_stopped_holds_what_was_built_until_then(tmp_path):
     """The first compiles, the second crashes the process that compiles it: the next run takes the first as it is."""
     toy = """

@@ -12,7 +12,7 @@ from kernels.decode import decode_attention, decode_reference
 from kernels.layout import Layout
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
-SMALL = (16, 32, 4, 1)  # queries, keys, warps, stages
+SMALL, SMALL_KEYS = (16, 32, 4, 1, True), (32, 16, 4, 1, True)  # queries, keys, warps, stages, TMA
 
 PLAIN = {
     "one token": [1],
@@ -22,6 +22,7 @@ PLAIN = {
 }
 TREES = {  # lengths, trunks, prefixes
     "a leaf after the first token": ([40, 20], [0, 0], [1]),
+    "a leaf that sees nothing of its trunk": ([40, 70], [0, 0], [0]),
     "leaves mid-tile, at a tile's edge and at the end": ([48, 5, 33, 17], [0] * 4, [21, 32, 48]),
     "two trees and a plain sequence": ([20, 18, 3, 37, 50, 16], [0, 0, 2, 3, 3, 5], [7, 50 - 13]),
 }
@@ -65,8 +66,8 @@ def check(layout, heads=2, kv_heads=1, width=16, dtype=torch.float32, inputs=Non
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(kernel, "CONFIGS", {90: {256: (SMALL, SMALL, (32, 16, 4, 1))}})
-    monkeypatch.setattr(kernel, "CONFIG_FP32", (SMALL, SMALL, (32, 16, 4, 1)))
+    monkeypatch.setattr(kernel, "CONFIGS", {90: {256: (SMALL, SMALL, SMALL_KEYS)}})
+    monkeypatch.setattr(kernel, "CONFIG_FP32", (SMALL, SMALL, SMALL_KEYS))
     if DEVICE == "cuda":
         monkeypatch.setattr(kernel, "architecture", lambda device: 90)
 
@@ -134,6 +135,31 @@ def test_a_split_trunk_reads_and_writes_as_an_unsplit_one(small_tiles, monkeypat
         check(layout, 2, 1, 24, window=9)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("name", TREES)
+def test_pointers_load_what_tensor_descriptors_do(small_tiles, monkeypatch, name, window):
+    """The same bits. sm_80 takes pointers, and so do heads whose width is no power of two."""
+    by_descriptors = check(layout_of(*TREES[name]), window=window)
+    monkeypatch.setattr(kernel, "CONFIG_FP32", tuple((*tile[:-1], False) for tile in kernel.CONFIG_FP32))
+    monkeypatch.setattr(kernel, "descriptor", None)  # not called
+    by_pointers = check(layout_of(*TREES[name]), window=window)
+    assert all(torch.equal(a, b) for a, b in zip(by_descriptors, by_pointers, strict=True))
+
+
+@pytest.fixture
+def special_trunks(small_tiles, monkeypatch):
+    """Trunks by the kernel for specialised warps, in tiles unlike those of leaves."""
+    monkeypatch.setattr(kernel, "SPECIALISED", True)
+    monkeypatch.setattr(kernel, "TRUNKS", {(90, 16): (32, 16, 4, 1)})
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"softcap": 2.0}])
+@pytest.mark.parametrize("name", ["around a tile's edge", "two trees and a plain sequence"])
+def test_the_forward_of_trunks_with_specialised_warps(special_trunks, name, options):
+    with strict():
+        check(Layout.build(PLAIN[name]) if name in PLAIN else layout_of(*TREES[name]), **options)
+
+
 def test_fp16(small_tiles):
     check(layout_of(*TREES["a leaf after the first token"]), dtype=torch.float16)
 
@@ -173,7 +199,9 @@ def test_nothing_is_read_or_written_outside_and_by_one_program_only(small_tiles,
         check(layout_of(*TREES["two trees and a plain sequence"]), 2, 1, 24, window=window)
 
 
-def test_nan_in_one_segment_reaches_no_other(small_tiles, on_triton):
+@pytest.mark.parametrize("tiles", ["small_tiles", "special_trunks"])
+def test_nan_in_one_segment_reaches_no_other(request, tiles, on_triton):
+    request.getfixturevalue(tiles)
     layout = layout_of([5, 3, 40, 2], [0, 0, 2, 2], [2, 39]).to(DEVICE)
     q, k, v, upstream = (x.to(DEVICE).requires_grad_() for x in draw(layout, 2, 1, 16, torch.float32))
     with torch.no_grad():

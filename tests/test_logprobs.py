@@ -181,6 +181,13 @@ def truth(hidden, weight, targets, upstream, temperature=1.0, softcap=None, entr
     return run(logprobs_reference, hidden, weight, targets, upstream, temperature, softcap, entropy)
 
 
+def keep(monkeypatch, share: float, rows: int, vocab: int, dtype: torch.dtype) -> None:
+    """Let the forward keep this share of the probabilities, rounded down to whole programs."""
+    room = int(share * rows * vocab * dtype.itemsize)
+    monkeypatch.setattr(kernel, "KEPT_BYTES", dict.fromkeys((80, 90, 100), room))
+
+
+@pytest.mark.parametrize("kept", [0, 0.7, 1])
 @pytest.mark.parametrize("rows, vocab, width, temperature, softcap, entropy, dtype", [  # every pair of values is here
     (1, 100, 40, 0.7, 5.0, False, "float16"), (1, 1000, 72, 1.0, None, True, "float32"),
     (1, 33, 16, 0.7, None, True, "bfloat16"), (17, 100, 16, 0.7, None, False, "float16"),
@@ -190,9 +197,11 @@ def truth(hidden, weight, targets, upstream, temperature=1.0, softcap=None, entr
     (65, 100, 16, 1.0, None, True, "float16"), (65, 1000, 16, 1.0, 5.0, False, "bfloat16"),
     (65, 33, 40, 0.7, 5.0, True, "float32"), (65, 33, 72, 1.0, 5.0, False, "float16"),
 ])
-def test_triton_equals_float64(small_tiles, rows, vocab, width, temperature, softcap, entropy, dtype):
+def test_triton_equals_float64(small_tiles, monkeypatch, rows, vocab, width, temperature, softcap, entropy, dtype,
+                               kept):
     small_tiles(vocab)
     dtype = getattr(torch, dtype)
+    keep(monkeypatch, kept, rows, vocab, dtype)
     inputs = *problem(rows, vocab, width, dtype), temperature, softcap, entropy
     for ours, true in zip(run(linear_logprobs, *inputs), truth(*inputs), strict=True):
         close(ours, true, TOLERANCE[dtype])
@@ -230,11 +239,14 @@ def test_triton_leaves_a_frozen_weight_or_frozen_states_alone(small_tiles):
         assert len(gradients) == 1 and torch.equal(gradients[0], expected)
 
 
+@pytest.mark.parametrize("kept", [0, 0.7, 1])
 @pytest.mark.parametrize("rows, vocab, width, softcap, entropy", [
     (17, 100, 40, None, True), (33, 33, 16, 5.0, False), (1, 70, 24, None, False),
 ])
-def test_triton_stays_inside_its_tensors_and_writes_all_of_them_once(small_tiles, rows, vocab, width, softcap, entropy):
+def test_triton_stays_inside_its_tensors_and_writes_all_of_them_once(small_tiles, monkeypatch, rows, vocab, width,
+                                                                     softcap, entropy, kept):
     inputs = problem(rows, vocab, width)
+    keep(monkeypatch, kept, rows, vocab, torch.float32)
     walled = [guarded(x) for x in inputs]
     with strict():
         ours = run(linear_logprobs, *walled, softcap=softcap, entropy=entropy)
@@ -290,10 +302,54 @@ def test_triton_gives_the_same_bits_twice_and_a_row_the_same_in_any_batch(small_
         assert torch.equal(alone[0], once[0][rows]) and torch.equal(alone[1], once[1][rows])
 
 
+def launched(monkeypatch) -> list:
+    """Every launch from here on: the kernel's name, and whether it keeps probabilities."""
+    found, launch = [], kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda function, grid, *given, **options: (
+        found.append((function.__name__, options.get("KEEP"))), launch(function, grid, *given, **options)))
+    return found
+
+
+def test_probabilities_are_kept_where_they_fit_and_a_gradient_will_be_asked(small_tiles, monkeypatch):
+    """Of 100 columns 70 fit, which hold one program's 64; the backward goes by 32. Without gradients the same bits."""
+    inputs = problem(17, 100, 40, torch.bfloat16)
+    keep(monkeypatch, 0.7, 17, 100, torch.bfloat16)
+    found = launched(monkeypatch)
+    logprobs = run(linear_logprobs, *inputs, entropy=False)[0]
+    assert [x for x in found if x[0] != "_combine"] == [
+        ("_forward", True), ("_forward", False), *[("_kept_dz", None)] * 2, *[("_dz", None)] * 2]
+    found.clear()
+    with torch.no_grad():
+        assert torch.equal(linear_logprobs(*inputs[:3])[0], logprobs)
+    assert found == [("_forward", False), ("_combine", None)]
+
+
+def test_a_backward_leaves_what_was_kept_to_the_next_one(small_tiles):
+    hidden, weight, targets, upstream = problem(17, 100, 40)
+    logprobs = linear_logprobs(hidden, weight, targets)[0]
+    once, twice = (torch.autograd.grad(logprobs, (hidden, weight), upstream[0], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_sure_target_keeps_its_gradient_in_bf16(small_tiles, monkeypatch, kept):
+    """Logits 10.5 and 39 times 0: 1 - p = 39 / (39 + e^10.5) = 1.073e-3, four times less than 2^-8, what bf16 rounds
+    a p near 1 by."""
+    hidden = torch.zeros(1, 40, dtype=torch.bfloat16, device=DEVICE)
+    hidden[0, 7] = 10.5
+    keep(monkeypatch, kept, 1, 40, torch.bfloat16)
+    hidden.requires_grad_()
+    weight = torch.eye(40, dtype=torch.bfloat16, device=DEVICE)
+    linear_logprobs(hidden, weight, torch.tensor([7], device=DEVICE))[0].sum().backward()
+    assert hidden.grad[0, 7].item() == pytest.approx(39 / (39 + math.exp(10.5)), rel=0.01)
+    assert hidden.grad[0, 8].item() == pytest.approx(-1 / (39 + math.exp(10.5)), rel=0.01)
+
+
 def test_slices_of_the_backward_hold_whole_tiles(small_tiles, monkeypatch):
     """Room for two and a half tiles of W: in slices of that size a third of all programs would compute half a tile."""
     small_tiles(1000)
     inputs = problem(17, 1000, 40)
+    keep(monkeypatch, 0, 17, 1000, torch.float32)
     block = kernel.FLOAT32["BLOCK_V"]
     monkeypatch.setattr(kernel, "SLICE", 10**6)
     monkeypatch.setattr(kernel, "WORKSPACE_BYTES", int(2.5 * block * 4 * 17))

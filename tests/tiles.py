@@ -15,7 +15,7 @@ from builds import attention_builds
 from kernels import attention
 
 KERNELS = ("forward", "dQ", "dK dV")
-REPLACED = {  # (queries, keys, warps, stages)
+REPLACED = {  # (queries, keys, warps, stages), all by pointers
     (80, 128, "dQ"): (64, 32, 8, 2), (80, 128, "dK dV"): (32, 64, 8, 2), (80, 256, "forward"): (64, 32, 8, 1),
     (90, 128, "dK dV"): (64, 64, 8, 2), (90, 256, "forward"): (64, 64, 8, 2), (90, 256, "dQ"): (64, 64, 8, 1),
 }
@@ -23,7 +23,7 @@ REPLACED = {  # (queries, keys, warps, stages)
 
 def facts(tile: tuple[int, ...], found: dict) -> dict:
     kept = {key: found[key] for key in ("products", "matrix", "registers", "spills", "shared")}
-    return {"tile": "{} x {}, {} warps, {} stages".format(*tile)} | kept
+    return {"tile": "{} x {}, {} warps, {} stages".format(*tile) + ", TMA" * (tile[4:] == (True,))} | kept
 
 
 def rows() -> list[dict]:
@@ -37,7 +37,8 @@ def rows() -> list[dict]:
                 now = before = facts(tile, shipped[name][str(sm)])
                 if (sm, width, kernel) in REPLACED:
                     queries, keys, warps, stages = old = REPLACED[sm, width, kernel]
-                    arguments = builds[name].arguments | {"QUERIES": queries, "KEYS": keys}
+                    arguments = builds[name].arguments | {"QUERIES": queries, "KEYS": keys, "TMA": False}
+                    arguments |= {x: "*bf16" for x, kind in arguments.items() if str(kind).startswith("tensordesc")}
                     former = builds[name]._replace(arguments=arguments, warps=warps, stages=stages)
                     before = facts(old, aot.compiled(former, sm))
                 found.append({"kernel": kernel, "width": width, "sm": sm, "before": before, "now": now})

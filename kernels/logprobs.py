@@ -164,19 +164,17 @@ def _logits(hidden, head, temperature, softcap, out):
 
 
 def _softmax(z, target, entropy):
-    """p [m, V] in place of z, log p at the targets and the entropy (0 unless asked for), [m].
+    """p [m, V], in place of z without `entropy`, log p at the targets and the entropy (0 unless asked for), [m].
 
-    PyTorch's log_softmax adds up a row of 49,152 in sixteen long sums: a log-probability of SmolLM2-135M is 8e-6 off,
-    always to the same side; `sum` adds in pairs, and it is 1e-6.
+    PyTorch's softmax takes one pass, but adds up a row of 49,152 in sixteen long sums: by itself a log-probability of
+    SmolLM2-135M is 8e-6 off, always to the same side. What it should have divided by comes from p: its largest is one
+    over the total, and `sum`, which adds in pairs, says how far the total was off. Then it is 1e-6.
     """
-    top = z.amax(1, keepdim=True)
-    z.sub_(top)
-    at_target = z.gather(1, target)[:, 0]
-    p = torch.exp(z) if entropy else z.exp_()
+    top, at_target = z.amax(1, keepdim=True), z.gather(1, target)[:, 0]
+    p = torch.softmax(z, 1) if entropy else torch.softmax(z, 1, out=z)
     total = p.sum(1)
-    p.mul_(1 / total[:, None])
-    log_total = total.log()
-    return p, at_target - log_total, log_total - (p * z).sum(1) if entropy else 0.0
+    log_total = total.log() - p.amax(1).log_()
+    return p, at_target - top[:, 0] - log_total, log_total - (p * z.sub_(top)).sum(1) / total if entropy else 0.0
 
 
 def _error(p, target, slope, temperature):

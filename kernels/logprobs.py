@@ -92,7 +92,7 @@ class _LinearLogprobs(torch.autograd.Function):
         logprobs = hidden.new_empty(count, dtype=wide)
         entropies = torch.zeros_like(logprobs)
         rows = max(1, CHUNK_BYTES // (4 * vocab))
-        rows = (rows + 32) // 64 * 64 or rows  # oneDNN multiplies 256 rows a tenth faster than 262
+        rows = rows if rows < 64 else (rows + 32) // 64 * 64  # oneDNN multiplies 256 rows a tenth faster than 262
         # The entropy's own gradient needs p as well as the error, so nothing is kept for it.
         room = min(count, KEEP_BYTES // (hidden.element_size() * vocab)) if keep and not entropy else 0
         errors = hidden.new_empty(room, vocab)

@@ -41,6 +41,11 @@ class Protocol(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.trailing_data[0]:  # a part of the next request came meanwhile
+            self._watch()
+
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         self._stop_timer()

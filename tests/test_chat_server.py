@@ -355,12 +355,13 @@ def test_the_host_is_the_header_as_it_came(server, host):
 @pytest.mark.parametrize("pieces", [
     (), (b"GET /v1/models HT",), (b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
                                  b"application/json\r\nContent-Length: 100\r\n\r\n{", b'"model"'),
-    (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /v1/models HT")],
-    ids=["nothing", "half a line", "half a body", "half a second request"])
+    (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /v1/models HT"),
+    (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1/models HT",)],
+    ids=["nothing", "half a line", "half a body", "half a second request", "half a request with the one before"])
 def test_a_request_that_does_not_come_whole_is_dropped(start, pieces, monkeypatch):
     monkeypatch.setattr(serving, "REQUEST_S", 0.3)
     server = start(token="sesame", slots=1)
-    raw(server, *pieces)  # which ends, or times out in five seconds
+    raw(server, *pieces, seconds=4)  # which ends, or times out; after five an idle connection is dropped
     assert say(server, max_tokens=1)
 
 
